@@ -1,0 +1,32 @@
+# Each target sets up .venv by itself on a fresh machine and is quick when nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: report test lint bench clean
+
+report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
+	$(BIN)/lora-harness run --out reports/out
+
+test: $(READY)  ## all tests and the suite on the installed loaders
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(READY)  ## every benchmark, as ratios within one run; writes benchmarks/results.md
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# torch first and exactly: a CPU build where pip has one, and nothing later may replace it
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m harness.loaders.releases $(RELEASES)
+	touch $@
+
+clean:
+	rm -rf $(VENV) reports/out dist

@@ -1,0 +1,3 @@
+"""Load the plugin: the same options and markers as an installed copy."""
+
+pytest_plugins = ["harness.plugin"]

@@ -1,0 +1,18 @@
+"""A loader that forgets the rank: it multiplies by the file's alpha where training used alpha / rank."""
+
+from pathlib import Path
+
+import torch
+
+from harness.files import match_modules, read_lora
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    """Add strength * alpha * B @ A to every layer of `model` that the file adapts."""
+    adapter = read_lora(lora)
+    layers = dict(model.named_modules())
+    for name, layer in match_modules(adapter, layers)[0].items():
+        a, b = adapter.tensors(name)
+        alpha = adapter.modules[name].alpha
+        layers[layer].weight += strength * (1.0 if alpha is None else alpha) * (b @ a)  # the mistake: no / rank

@@ -1,0 +1,1 @@
+"""Checks: one module per family of properties, each a plain function from an observation to findings."""

@@ -1,0 +1,194 @@
+"""Check one cell of the matrix: smoke, planned probes of the law, random search, loading twice, unloading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.benches import Bench
+from harness.checks.describe import failed, passed
+from harness.checks.design import design
+from harness.checks.finding import Finding
+from harness.checks.known import KnownFailure
+from harness.checks.scale import Diagnosis, diagnose
+from harness.checks.search import Search, observe, search, shrink
+from harness.checks.side_effects import check_second_load, check_unload
+from harness.checks.trial import Cell, run_trial
+from harness.checks.verdict import Verdict
+from harness.errors import UserError
+from harness.example import Example, Target
+from harness.files import FORMATS
+from harness.measure.probes import Probe
+from harness.strategies import examples as lora_examples
+
+FAMILIES = ("smoke", "coverage", "scale", "strength", "direction", "side_effects", "numerics")
+_LAW_FAMILIES = ("scale", "strength")
+_KNOWN_EXAMPLES = 25
+
+
+@dataclass(frozen=True)
+class Pins:
+    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of the bench."""
+
+    modules: tuple[Target, ...] = ()
+    rank: int = 4
+    alpha: float | None = 8.0
+    strength: float = 1.0
+    dtype: str = "float32"
+    file_dtype: str | None = None
+    key_seed: int = 0
+    value_seed: int = 0
+
+    def example(self, bench: Bench) -> Example:
+        """Return the example on `bench`.
+
+        Raises:
+            UserError: a module the bench does not have.
+        """
+        for target in self.modules:
+            if target.name not in bench.layers:
+                near = ", ".join(bench.lora_layers[:3])
+                raise UserError(f"module={target.name!r}: bench {bench.name} has no such layer (it has {near}, ...)")
+        targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in bench.lora_layers)
+        file_dtype = self.file_dtype or self.dtype
+        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail."""
+
+    max_examples: int = 200
+    seed: int = 0
+    pins: Pins | None = None
+    known: tuple[KnownFailure, ...] = ()
+    max_layers: int = 8
+    dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
+
+
+def check_cell(cell: Cell, plan: Plan) -> Iterator[Verdict]:
+    """Yield one verdict per family that holds, and one per distinct fault where it does not."""
+    known = tuple(k for k in plan.known if k.applies(cell))
+    general = tuple(k for k in known if k.trait is None)
+    result = Search()
+    result.add(*observe(cell, _smoke_example(cell)))
+    if "LH901" not in result.counts and "LH902" not in result.counts:
+        _measure(cell, plan, [k for k in known if k.trait], result)
+    verdicts = list(_verdicts(cell, plan, result))
+    codes = {verdict.code for verdict in verdicts}
+    yield from (_excused(verdict, general) for verdict in verdicts)
+    yield from (_unexpected_pass(cell, k, result.examples) for k in general if k.code not in codes)
+    if plan.pins is None:
+        yield from (_known_verdict(cell, plan, k) for k in known if k.trait)
+
+
+def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Search) -> None:
+    """Collect probes and findings: the planned examples first, then the pinned one or the random search."""
+
+    def allowed(example: Example) -> bool:
+        return not any(k.covers(cell, example) for k in avoided)
+
+    for example in filter(allowed, _planned(cell)):
+        result.add(*observe(cell, example))
+    if plan.pins is not None:
+        result.add(*observe(cell, plan.pins.example(cell.bench)))
+        return
+    strategy = _strategy(cell, plan).filter(allowed)
+    found = search(cell, strategy, max_examples=plan.max_examples, base_seed=plan.seed)
+    for code, finding in found.findings.items():
+        result.findings.setdefault(code, finding)
+    result.findings = {code: shrink(cell, strategy, f, base_seed=plan.seed) for code, f in result.findings.items()}
+    result.probes += found.probes
+    result.examples += found.examples
+    for finding in _state_findings(cell):
+        result.findings.setdefault(finding.code, finding)
+
+
+def _planned(cell: Cell) -> Iterator[Example]:
+    return design(cell.bench.lora_layers)
+
+
+def _strategy(cell: Cell, plan: Plan):  # type: ignore[no-untyped-def]  # hypothesis's type is long and private
+    missing = FORMATS[cell.format].alpha[0] != "config"
+    return lora_examples(cell.bench.lora_layers, missing_alpha=missing, max_layers=plan.max_layers, dtypes=plan.dtypes)
+
+
+def _smoke_example(cell: Cell) -> Example:
+    return Example(tuple(Target(name, 4, 8.0) for name in cell.bench.lora_layers))
+
+
+def _state_findings(cell: Cell) -> list[Finding]:
+    example = _smoke_example(cell)
+    found = check_second_load(run_trial(cell, example), run_trial(cell, example, loads=2))
+    if cell.subject.declaration.unload:
+        found += check_unload(run_trial(cell, example, unload=True))
+    return found
+
+
+def _verdicts(cell: Cell, plan: Plan, result: Search) -> Iterator[Verdict]:
+    """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
+    smoke = [f for f in result.findings.values() if f.family == "smoke"]
+    diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
+    reported: set[str] = set()
+    for finding in result.findings.values():
+        if _said_by_another(finding.code, result, diagnosis):
+            continue
+        code, family = finding.code, finding.family
+        if code == "LH209":
+            code, family = diagnosis.code or code, diagnosis.family
+        reported.add(family)
+        yield failed(cell, finding, diagnosis, code=code, family=family, examples=result.examples)
+    for family in FAMILIES:
+        if family in reported or (smoke and result.examples == 1):
+            continue
+        yield passed(cell, family, result.examples, diagnosis if family in _LAW_FAMILIES else None)
+
+
+def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
+    """Whether a finding is only a symptom of a fault that another finding names."""
+    unloaded, found = _unloaded(result.probes), result.findings
+    if code in ("LH101", "LH102") and diagnosis.law and not diagnosis.law.is_trained and not unloaded:
+        return True  # the law itself gives 0 there, for example at negative strength
+    if code == "LH101":
+        return "LH102" in found and len(unloaded) < len({p.module for p in result.probes})
+    if code != "LH209":
+        return False
+    wrong = [p for p in result.probes if not p.right]
+    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
+    unnamed = diagnosis.code is None and "LH501" in found
+    return unnamed or (silent and not found.keys().isdisjoint(("LH101", "LH102")))
+
+
+def _unloaded(probes: Sequence[Probe]) -> set[str]:
+    """Return the modules that never changed although their scale should have been visible."""
+    visible = [p for p in probes if abs(p.expected) > 4 * p.tolerance]
+    changed = {p.module for p in visible if abs(p.measured) > 4 * p.tolerance}
+    return {p.module for p in visible} - changed
+
+
+def _excused(verdict: Verdict, known: Sequence[KnownFailure]) -> Verdict:
+    for k in known:
+        if verdict.code == k.code:
+            return verdict.model_copy(update={"outcome": "xfailed", "reason": f"{k.reason} ({k.link})"})
+    return verdict
+
+
+def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
+    verdict = passed(cell, "known_failures", examples)
+    why = f"known failure {known.id} no longer fails with {known.code}: remove its line"
+    return verdict.model_copy(update={"outcome": "xpassed", "code": known.code, "title": why, "reason": known.reason})
+
+
+def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
+    """Try the inputs with a known fault on their own: they must still fail with the recorded code."""
+    strategy = _strategy(cell, plan).filter(lambda example: known.covers(cell, example))
+    cell = replace(cell, seconds=known.seconds)
+    until = known.code if known.code == "LH901" else None
+    found = search(cell, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
+    diagnosis = diagnose(found.probes)
+    for finding in found.findings.values():
+        code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
+        if code == known.code:
+            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
+            return _excused(verdict, [known])
+    return _unexpected_pass(cell, known, found.examples)

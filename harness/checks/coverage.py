@@ -1,0 +1,22 @@
+"""Coverage: every module of the file reaches its layer."""
+
+from __future__ import annotations
+
+from harness.checks.finding import Finding
+from harness.checks.trial import Observation
+
+
+def check_coverage(observation: Observation) -> list[Finding]:
+    """LH101 when no module of the file changed the model, LH102 when some did not."""
+    wanted = [name for name, fits in observation.fits.items() if _visible(observation, name)]
+    missing = tuple(name for name in wanted if observation.fits[name][0].unchanged)
+    if not missing:
+        return []
+    fact = f"{len(missing)} of {len(wanted)} modules of the file left their layer as it was"
+    return [Finding("LH101" if len(missing) == len(wanted) else "LH102", observation, missing, fact)]
+
+
+def _visible(observation: Observation, name: str) -> bool:
+    """Whether the trained delta of this module is larger than what rounding can hide."""
+    whole = observation.fits[name][0]
+    return abs(whole.expected) * whole.product > 2 * whole.tolerance.noise

@@ -1,0 +1,71 @@
+"""Direction: the change of each layer is a multiple of its own B @ A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from harness.checks.finding import Finding
+from harness.checks.trial import Observation
+from harness.measure.compare import Fit, alignment
+
+_ALIGNED = 0.9
+_ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
+
+
+def check_direction(observation: Observation) -> list[Finding]:
+    """LH104, LH301, LH302 or LH304 for layers whose change is something other than their own B @ A."""
+    by_code: dict[str, list[str]] = {}
+    for name, fits in observation.fits.items():
+        code = _fault(observation, name, fits)
+        if code:
+            by_code.setdefault(code, []).append(name)
+    return [_finding(code, observation, names) for code, names in by_code.items()]
+
+
+def wrong_direction(fit: Fit) -> bool:
+    """True when the change is not explained by any multiple of B @ A, beyond what a coarser dtype would do."""
+    return not fit.unchanged and not fit.direction_right and fit.relative_residual > _ROUNDING_LIKE
+
+
+def _finding(code: str, observation: Observation, names: list[str]) -> Finding:
+    names.sort(key=lambda name: -observation.fits[name][0].relative_residual)
+    share = observation.fits[names[0]][0].relative_residual
+    return Finding(code, observation, tuple(names), f"{share:.0%} of the change is not along B @ A")
+
+
+def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | None:
+    whole, slices = fits[0], fits[1:]
+    if not whole.finite or not wrong_direction(whole):
+        return None
+    change, product = observation.changes[name], observation.products[name]
+    if slices and not any(map(wrong_direction, slices)):
+        return "LH302"
+    if slices and any(_aligned(change, other) for other in _reordered(product, len(slices))):
+        return "LH302"
+    if product.shape[0] == product.shape[1] and _aligned(change, product.T):
+        return "LH301"
+    if any(_aligned(change, other) for other in _others(observation, name)):
+        return "LH104"
+    return "LH301" if whole.relative_residual > _ALIGNED else "LH304"
+
+
+def _aligned(change: Tensor, candidate: Tensor) -> bool:
+    return abs(alignment(change, candidate)) > _ALIGNED
+
+
+def _others(observation: Observation, name: str) -> Iterator[Tensor]:
+    shape = observation.products[name].shape
+    return (p for other, p in observation.products.items() if other != name and p.shape == shape)
+
+
+def _reordered(product: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield the product with its row blocks in every other order, and interleaved row by row."""
+    blocks = product.chunk(count)
+    for order in permutations(range(count)):
+        if order != tuple(range(count)):
+            yield torch.cat([blocks[i] for i in order])
+    yield torch.stack(blocks, dim=1).flatten(0, 1)

@@ -1,0 +1,23 @@
+"""A finding: one fault seen in one observation, before it becomes a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.checks.codes import CODES
+from harness.checks.trial import Observation
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure."""
+
+    code: str
+    observation: Observation
+    modules: tuple[str, ...] = ()
+    fact: str = ""
+
+    @property
+    def family(self) -> str:
+        """The check family this fault belongs to."""
+        return CODES[self.code].family

@@ -1,0 +1,128 @@
+"""Known failures: what a released loader is known to get wrong, with reason and link; strict in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.checks.codes import CODES
+from harness.checks.trial import Cell
+from harness.errors import UserError
+from harness.example import Example
+from harness.measure.probes import Probe
+from harness.measure.traits import TRAITS
+
+_FIELDS = ("id", "loader", "code", "formats", "benches", "trait", "versions", "seconds", "reason", "link")
+
+
+@dataclass(frozen=True)
+class KnownFailure:
+    """One line of a known-failures file.
+
+    `trait` (a name of `harness.measure.traits.TRAITS`) keeps the general search away from inputs with this known
+    fault, so that it cannot hide others; those inputs are tried on their own and must still fail with `code`.
+    `seconds` is the time limit of a call in that trial, for a fault that is a hang.
+    """
+
+    id: str
+    loader: str
+    code: str
+    reason: str
+    link: str
+    formats: tuple[str, ...] = ()
+    benches: tuple[str, ...] = ()
+    trait: str | None = None
+    versions: str | None = None
+    seconds: float | None = None
+
+    def applies(self, cell: Cell) -> bool:
+        """Whether this line speaks of the cell's loader, version, format and bench."""
+        return (
+            cell.subject.spec == self.loader
+            and (not self.formats or cell.format in self.formats)
+            and (not self.benches or cell.bench_name in self.benches)
+            and self._version_fits(cell.subject.version)
+        )
+
+    def covers(self, cell: Cell, example: Example) -> bool:
+        """Whether some module of `example` has the trait."""
+        return self.trait is not None and any(map(TRAITS[self.trait], example_probes(cell, example)))
+
+    def _version_fits(self, version: str | None) -> bool:
+        if self.versions is None or version is None:
+            return True
+        from packaging.specifiers import SpecifierSet
+
+        return version in SpecifierSet(self.versions, prereleases=True)
+
+
+def example_probes(cell: Cell, example: Example) -> list[Probe]:
+    """Return the example's modules as probes without a measurement, to ask for their traits."""
+    alphas = tuple(t.alpha for t in example.targets)
+    ranks = tuple(t.rank for t in example.targets)
+    layers, slices = cell.bench.layers, cell.bench.slices
+    return [
+        Probe(
+            t.name,
+            example.strength,
+            index,
+            alphas,
+            ranks,
+            0.0,
+            0.0,
+            dtype=example.dtype,
+            square=layers[t.name][0] == layers[t.name][1],
+            fused=len(slices(t.name)) > 1,
+            permuted=example.key_seed != 0,
+        )
+        for index, t in enumerate(example.targets)
+    ]
+
+
+def read_known_failures(path: Path) -> list[KnownFailure]:
+    """Read a TOML file of `[[failure]]` tables.
+
+    Raises:
+        UserError: unreadable file, unknown field, code or trait, or a line without reason and link.
+    """
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("failure", [])
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot read known failures: {error}") from None
+    return [_parse(path, table) for table in tables]
+
+
+def _parse(path: Path, table: dict[str, object]) -> KnownFailure:
+    where = f"{path}: failure {table.get('id', '?')!r}"
+    unknown = set(table) - set(_FIELDS)
+    missing = {"id", "loader", "code", "reason", "link"} - set(table)
+    if unknown or missing:
+        raise UserError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+    if table["code"] not in CODES:
+        raise UserError(f"{where}: code={table['code']!r} is no code; see `lora-harness explain`")
+    if table.get("trait") is not None and table["trait"] not in TRAITS:
+        raise UserError(f"{where}: trait={table['trait']!r} is none of {', '.join(TRAITS)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return KnownFailure(**values)  # type: ignore[arg-type]
+
+
+def shipped_known_failures() -> list[KnownFailure]:
+    """Return the known failures of the loaders this package tests, from `fixtures/known_failures/`."""
+    return [known for path in sorted(_shipped_folder().glob("*.toml")) for known in read_known_failures(path)]
+
+
+def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
+    """Return the lines that name one of the tested loaders and none of its cells: stale ids are errors."""
+    tested = {cell.subject.spec for cell in cells}
+    return [k for k in known if k.loader in tested and not any(k.applies(cell) for cell in cells)]
+
+
+def _shipped_folder() -> Path:
+    from harness.fixtures import fixtures_folder
+
+    return fixtures_folder() / "known_failures"

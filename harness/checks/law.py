@@ -1,0 +1,61 @@
+"""`measure_law`: the scaling law of one loader, from the planned probes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.checks.design import design
+from harness.checks.scale import Diagnosis, diagnose
+from harness.checks.search import observe
+from harness.checks.trial import Cell
+from harness.loaders.registry import resolve
+from harness.measure.probes import Probe
+
+
+@dataclass(frozen=True)
+class MeasuredLaw:
+    """What the planned probes showed: the diagnosis (law, code, trait), the probes, and why some failed."""
+
+    diagnosis: Diagnosis
+    probes: tuple[Probe, ...]
+    raised: tuple[str, ...] = ()
+
+    @property
+    def formula(self) -> str | None:
+        """The law as text, or None when no law of the grammar explains the probes."""
+        return self.diagnosis.law.formula if self.diagnosis.law else None
+
+
+def measure_law(
+    load: Callable[..., object] | str, *, format: str | None = None, bench: str | None = None, alpha: bool = True
+) -> MeasuredLaw:
+    """Load about ten planned files with ranks, alphas and strengths that tell the laws apart, and name the law.
+
+    `format` and `bench` default to the first ones the loader declares; `alpha=False` writes files without alpha. Files
+    with several ranks are left out for a loader that refuses them.
+
+    Raises:
+        LoaderSpecError: `load` names no loader.
+    """
+    subject = resolve(load)
+    form, bench_name = subject.cells[0]
+    return measure_cell_law(Cell(subject, format or form, bench or bench_name), alpha=alpha)
+
+
+def measure_cell_law(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:
+    """Measure the law of one cell."""
+    first = _measure(cell, alpha, uniform=False)
+    return first if first.probes else _measure(cell, alpha, uniform=True)
+
+
+def _measure(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
+    probes: list[Probe] = []
+    raised: list[str] = []
+    for example in design(cell.bench.lora_layers, alpha=alpha, uniform=uniform):
+        observation, seen, _ = observe(cell, example)
+        probes += seen
+        if observation.raised:
+            raised.append(observation.raised.what)
+            break
+    return MeasuredLaw(diagnose(probes), tuple(probes), tuple(raised))

@@ -1,0 +1,24 @@
+"""Numerics: nothing but the rounding of the working dtype separates the loader from the formula."""
+
+from __future__ import annotations
+
+from harness.checks.direction import wrong_direction
+from harness.checks.finding import Finding
+from harness.checks.trial import Observation
+
+
+def check_numerics(observation: Observation) -> list[Finding]:
+    """LH502 for NaN or infinite weights, LH501 for a residual larger than rounding explains."""
+    if observation.not_finite:
+        fact = f"{len(observation.not_finite)} layers hold NaN or infinity"
+        return [Finding("LH502", observation, observation.not_finite, fact)]
+    fits = {name: parts[0] for name, parts in observation.fits.items()}
+    coarse = [n for n, f in fits.items() if not (f.unchanged or f.direction_right or wrong_direction(f))]
+    if not coarse:
+        return []
+    coarse.sort(key=lambda name: -fits[name].residual / fits[name].tolerance.noise)
+    worst = fits[coarse[0]]
+    times = worst.residual / worst.tolerance.noise
+    allowed = f"{times:.0f} times what {worst.tolerance.dtype} rounding allows"
+    fact = f"residual {worst.relative_residual:.1e} of the change, {allowed}"
+    return [Finding("LH501", observation, tuple(coarse), fact)]

@@ -1,0 +1,76 @@
+"""`parametrize_with_checks`: the same checks as tests of somebody's own suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from harness.checks.cell import FAMILIES, Plan
+from harness.checks.known import KnownFailure
+from harness.checks.run import Limits, as_list, cells_of, check_cells
+from harness.checks.trial import Cell
+from harness.checks.verdict import Verdict
+from harness.loaders.registry import resolve
+
+
+class CellTest:
+    """One check family in one cell; calling it runs the cell once and raises AssertionError on a violation."""
+
+    def __init__(self, cell: Cell, family: str, run: Callable[[Cell], Sequence[Verdict]]) -> None:
+        self.cell, self.family, self._run = cell, family, run
+
+    def __repr__(self) -> str:
+        return f"{self.cell.subject.spec}-{self.cell.format}-{self.cell.bench_name}-{self.family}"
+
+    def verdicts(self) -> list[Verdict]:
+        """Return the verdicts of this family; a cell that could not run at all answers for every family."""
+        found = list(self._run(self.cell))
+        own = [v for v in found if v.check == self.family or (self.family == "smoke" and v.check not in FAMILIES)]
+        return own or [v for v in found if not v.ok]
+
+    def __call__(self) -> None:
+        """Raise AssertionError with the text of every violation."""
+        bad = [verdict for verdict in self.verdicts() if not verdict.ok]
+        if bad:
+            raise AssertionError("\n\n".join(verdict.text() for verdict in bad))
+
+
+def cell_tests(
+    load: Callable[..., object] | str,
+    *,
+    formats: Iterable[str] | None = None,
+    benches: Iterable[str] | None = None,
+    plan: Plan = Plan(),
+    limits: Limits = Limits(),
+) -> list[CellTest]:
+    """Return one test per declared cell and check family of a loader; a cell runs once for all its families."""
+    cells, _ = cells_of(resolve(load), as_list(formats), as_list(benches))
+
+    @cache
+    def run(cell: Cell) -> tuple[Verdict, ...]:
+        return tuple(check_cells([cell], plan, limits))
+
+    return [CellTest(cell, family, run) for cell in cells for family in FAMILIES]
+
+
+def parametrize_with_checks(
+    loaders: Iterable[Callable[..., object] | str],
+    *,
+    formats: Iterable[str] | None = None,
+    benches: Iterable[str] | None = None,
+    max_examples: int = 200,
+    seed: int = 0,
+    known_failures: Sequence[KnownFailure] = (),
+) -> Any:
+    """Decorate a test function with one parameter, `check`, to run every check of every loader as its own test.
+
+    >>> @parametrize_with_checks([my_load])
+    ... def test_my_loader(check):
+    ...     check()
+    """
+    import pytest
+
+    plan = Plan(max_examples=max_examples, seed=seed, known=tuple(known_failures))
+    tests = [t for load in loaders for t in cell_tests(load, formats=formats, benches=benches, plan=plan)]
+    return pytest.mark.parametrize("check", tests, ids=repr)

@@ -1,0 +1,146 @@
+"""Check whole loaders: every declared cell in its own child process, verdicts streamed as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from harness.checks.cell import Plan, check_cell
+from harness.checks.describe import cell_verdict
+from harness.checks.known import KnownFailure, unmatched
+from harness.checks.limit import GRACE_SECONDS, call_limit
+from harness.checks.trial import Cell
+from harness.checks.verdict import Verdict
+from harness.errors import UserError
+from harness.loaders.isolation import Channel, JobEnd, run_jobs
+from harness.loaders.protocol import Subject
+from harness.loaders.registry import resolve
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call of a subject may take: seconds, and bytes over what the harness uses. `workers=0`: no isolation."""
+
+    seconds: float = 20.0
+    memory: int | None = 4 * GIB
+    workers: int = 2
+
+
+def cells_of(
+    subject: Subject, formats: Sequence[str] | None = None, benches: Sequence[str] | None = None
+) -> tuple[list[Cell], list[Verdict]]:
+    """Return the cells to check, and a skipped verdict for each wanted one that the loader does not declare.
+
+    Raises:
+        UserError: an unknown format or bench.
+    """
+    _known_names(formats, benches)
+    cells, skipped = [], []
+    for form in formats or subject.formats:
+        for bench in benches or subject.benches:
+            cell, reason = Cell(subject, form, bench), subject.unsupported(form, bench)
+            if reason is None:
+                cells.append(cell)
+            else:
+                skipped.append(cell_verdict(cell, "smoke", "skipped", title="not declared", reason=reason))
+    return cells, skipped
+
+
+def check_cells(
+    cells: Sequence[Cell],
+    plan: Plan,
+    limits: Limits = Limits(),
+    *,
+    on_verdict: Callable[[Verdict], None] = lambda verdict: None,
+    on_cell: Callable[[Cell], None] = lambda cell: None,
+) -> list[Verdict]:
+    """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more."""
+    verdicts: list[Verdict] = []
+
+    def take(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        on_verdict(verdict)
+
+    def on_event(index: int, event: object) -> None:
+        if isinstance(event, Verdict):
+            take(event)
+        else:
+            on_cell(cells[index])
+
+    jobs = [_job(cell, plan, limits) for cell in cells]
+    seconds = limits.seconds + GRACE_SECONDS
+    ends = run_jobs(
+        jobs, workers=limits.workers, seconds_per_call=seconds, memory_limit=limits.memory, on_event=on_event
+    )
+    for cell, end in zip(cells, ends, strict=True):
+        if end.status != "done":
+            take(_died(cell, end))
+    for known in unmatched(plan.known, cells) if plan.pins is None else ():
+        take(_stale(known))
+    return verdicts
+
+
+def check_loader(
+    load: Callable[..., object] | str,
+    *,
+    formats: Iterable[str] | None = None,
+    benches: Iterable[str] | None = None,
+    max_examples: int = 200,
+    seed: int = 0,
+    known_failures: Sequence[KnownFailure] = (),
+    limits: Limits = Limits(),
+) -> list[Verdict]:
+    """Check a loader, given as a function or by the string that names it, and return all verdicts.
+
+    `max_examples` are drawn per format and bench, reproducibly from `seed`.
+
+    Raises:
+        LoaderSpecError: `load` names no loader.
+        UserError: an unknown format or bench.
+    """
+    cells, skipped = cells_of(resolve(load), as_list(formats), as_list(benches))
+    plan = Plan(max_examples=max_examples, seed=seed, known=tuple(known_failures))
+    return skipped + check_cells(cells, plan, limits)
+
+
+def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
+    def job(channel: Channel) -> None:
+        guarded = replace(cell, limit=call_limit(channel, limits.seconds))
+        for verdict in check_cell(guarded, plan):
+            channel.send(verdict)
+        channel.send("done")
+
+    return job
+
+
+def _died(cell: Cell, end: JobEnd) -> Verdict:
+    why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
+    what = f"{why.get(end.status, 'raised outside a call')}: {end.detail or end.status}"
+    rows = [("loader", cell.subject.spec), ("file", f"format {cell.format}, bench {cell.bench_name}")]
+    rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
+    rows += [("reproduce", end.last_label)] if end.last_label else []
+    fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}
+    return cell_verdict(cell, "smoke", "errored", title=f"loader raised: {what}", **fields)
+
+
+def _stale(known: KnownFailure) -> Verdict:
+    title = f"known failure {known.id} matches no cell of {known.loader}: remove or correct its line"
+    return Verdict(loader=known.loader, check="known_failures", outcome="errored", code=known.code, title=title)
+
+
+def _known_names(formats: Sequence[str] | None, benches: Sequence[str] | None) -> None:
+    from harness.benches import get_bench
+    from harness.files import FORMATS
+
+    for name in formats or ():
+        if name not in FORMATS:
+            raise UserError(f"format={name!r}: no such format; known are {', '.join(FORMATS)}")
+    for name in benches or ():
+        get_bench(name)
+
+
+def as_list(names: Iterable[str] | None) -> list[str] | None:
+    """Return `names` as a list; None, which stands for all, stays None."""
+    return None if names is None else list(names)

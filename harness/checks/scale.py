@@ -1,0 +1,155 @@
+"""Scale and strength: the measured factor on B @ A is strength * alpha / rank; if not, which law it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.benches import Bench
+from harness.checks.direction import wrong_direction
+from harness.checks.finding import Finding
+from harness.checks.trial import Observation
+from harness.measure.law import Law, identify
+from harness.measure.probes import Probe
+from harness.measure.traits import TRAITS, common_trait
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The law of all probes when one explains them; else the law of those that are wrong and the trait they share."""
+
+    law: Law | None
+    code: str | None
+    trait: str | None = None
+
+    @property
+    def family(self) -> str:
+        """`strength` when only the strength is mishandled, else `scale`."""
+        return "strength" if self.code == "LH207" else "scale"
+
+
+def check_scale(observation: Observation, *, zero_alpha_ambiguous: bool = False) -> list[Finding]:
+    """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one.
+
+    With `zero_alpha_ambiguous` alpha = 0 may be read as 0 or as the rank (scale 1): a split convention of the format.
+    """
+    strength, wrong = observation.example.strength, []
+    alphas = {t.name: t.alpha for t in observation.example.targets}
+    for name, fits in observation.fits.items():
+        if not fits[0].finite or wrong_direction(fits[0]) or all(f.scale_right for f in fits):
+            continue
+        if (
+            zero_alpha_ambiguous
+            and alphas[name] == 0
+            and abs(fits[0].scale - strength) <= _around(fits[0].tolerance.scale, strength)
+        ):
+            continue
+        wrong.append(name)
+    if not wrong:
+        return []
+    wrong.sort(key=lambda name: -_excess(observation, name))
+    return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong))]
+
+
+def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
+    """Turn an observation into probes, one per target whose direction is right."""
+    example, order = observation.example, observation.order
+    targets = {t.name: t for t in example.targets}
+    alphas = tuple(targets[name].alpha for name in order)
+    ranks = tuple(targets[name].rank for name in order)
+    return [
+        Probe(
+            name,
+            example.strength,
+            order.index(name),
+            alphas,
+            ranks,
+            fits[0].scale,
+            fits[0].tolerance.scale,
+            dtype=example.dtype,
+            square=bench.layers[name][0] == bench.layers[name][1],
+            fused=len(fits) > 1,
+            permuted=example.key_seed != 0,
+        )
+        for name, fits in observation.fits.items()
+        if fits[0].finite and not wrong_direction(fits[0])
+    ]
+
+
+def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagnosis:
+    """Name the law of `probes`; `unloaded` are modules that coverage reports, so no law has to explain them."""
+    skip = set(unloaded)
+    usable = [p for p in probes if p.module not in skip]
+    law = identify([p for p in usable if not p.permuted])
+    if law is not None and not (law.is_trained and any(not p.right for p in usable)):
+        return Diagnosis(law, None if law.is_trained else code_of(law))
+    wrong = [p for p in usable if not p.right]
+    if not wrong:
+        return Diagnosis(law, None)
+    return _by_part(usable, wrong)
+
+
+def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
+    """No one law explains everything: look for the part of the probes that is wrong and for that part's own law."""
+    in_order = [p for p in usable if not p.permuted]
+    if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
+        usable, wrong = in_order, [p for p in in_order if not p.right]
+    for trait, part in _parts(usable, wrong):
+        law = identify(part)
+        if law is not None and not law.is_trained:
+            return Diagnosis(law, code_of(law, fused_only=all(p.fused for p in part)), trait)
+    exact = common_trait(wrong, [p for p in usable if p.right])
+    return Diagnosis(None, "LH207" if exact and "strength" in exact else "LH209", exact)
+
+
+def _parts(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Iterator[tuple[str, Sequence[Probe]]]:
+    """Yield the parts of the probes that hold every wrong one: by trait, then by module."""
+    for name, holds in TRAITS.items():
+        part = [p for p in usable if holds(p)]
+        if len(part) < len(usable) and all(map(holds, wrong)):
+            yield name, part
+    modules = {p.module for p in wrong}
+    if len(modules) < len({p.module for p in usable}):
+        yield f"{len(modules)} of the modules", [p for p in usable if p.module in modules]
+
+
+_BY_POWERS = {
+    (1.0, 0.0): "LH201",
+    (0.0, 0.0): "LH202",
+    (0.0, -1.0): "LH202",
+    (1.0, -0.5): "LH203",
+    (2.0, -2.0): "LH206",
+    (0.5, -0.5): "LH206",
+}
+
+
+def code_of(law: Law, *, fused_only: bool = False) -> str:
+    """Return the code that names how `law` differs from strength * alpha / rank."""
+    if (law.alpha_source, law.rank_source) != ("own", "own"):
+        return "LH204"
+    if law.strength.cost and not (law.alpha.cost or law.rank.cost):
+        return "LH207"
+    if law.alpha.cost and law.alpha.exponent is None:
+        return "LH205"
+    powers = law.alpha.exponent, law.rank.exponent
+    if powers == (1.0, -1.0):
+        if fused_only and round(1 / law.constant, 6) in (2, 3, 4):
+            return "LH208"
+        return "LH206" if law.constant == 2.0 else "LH209"
+    return next((code for known, code in _BY_POWERS.items() if known == powers), "LH209")
+
+
+def _around(allowed: float, strength: float) -> float:
+    return max(allowed, 0.01 * abs(strength))
+
+
+def _excess(observation: Observation, name: str) -> float:
+    return max(abs(f.scale - f.expected) / f.tolerance.scale for f in observation.fits[name])
+
+
+def _fact(observation: Observation, wrong: Sequence[str]) -> str:
+    worst = max(observation.fits[wrong[0]], key=lambda f: abs(f.scale - f.expected))
+    where = f"{len(wrong)} of {len(observation.fits)} modules"
+    if worst.expected == 0:
+        return f"delta is {worst.scale:.3f} x B @ A in {where}, but should be 0"
+    return f"delta is {worst.scale / worst.expected:.3f}x the expected delta in {where}"

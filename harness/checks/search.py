@@ -1,0 +1,122 @@
+"""Search for violations: draw examples, judge each with every family, then shrink one counterexample per fault."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis.errors import NoSuchExample
+from hypothesis.strategies import SearchStrategy
+
+from harness.checks.coverage import check_coverage
+from harness.checks.direction import check_direction
+from harness.checks.finding import Finding
+from harness.checks.numerics import check_numerics
+from harness.checks.scale import check_scale, probes_of
+from harness.checks.side_effects import check_side_effects
+from harness.checks.smoke import check_smoke
+from harness.checks.trial import Cell, Observation, run_trial
+from harness.example import Example
+from harness.files import FORMATS
+from harness.measure.probes import Probe
+
+_SHRINK_SECONDS = 12.0
+_SHRINK_EXAMPLES = 400
+_MAX_RAISED = 3  # a subject that keeps raising, or hanging, tells nothing new
+
+
+@dataclass
+class Search:
+    """What a search found: the first observation per code, every probe, and how many examples ran."""
+
+    findings: dict[str, Finding] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    probes: list[Probe] = field(default_factory=list)
+    examples: int = 0
+
+    def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
+        """Keep what one example showed; the first finding of each code stands for it."""
+        self.examples += 1
+        self.probes.extend(probes)
+        for finding in findings:
+            self.findings.setdefault(finding.code, finding)
+            self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+
+
+def judge(cell: Cell, observation: Observation) -> list[Finding]:
+    """Apply every family to one observation."""
+    if observation.raised:
+        return check_smoke(observation)
+    return [
+        *check_coverage(observation),
+        *check_scale(observation, zero_alpha_ambiguous=zero_alpha_is_ambiguous(cell.format)),
+        *check_direction(observation),
+        *check_side_effects(observation),
+        *check_numerics(observation),
+    ]
+
+
+def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
+    """Run one example and return what it showed, as an observation, as probes and as findings."""
+    observation = run_trial(cell, example)
+    probes = [] if observation.raised else probes_of(observation, cell.bench)
+    if zero_alpha_is_ambiguous(cell.format):
+        probes = [p for p in probes if p.alpha != 0]
+    return observation, probes, judge(cell, observation)
+
+
+def search(
+    cell: Cell, examples: SearchStrategy[Example], *, max_examples: int, base_seed: int, until: str | None = None
+) -> Search:
+    """Run `max_examples` examples, collecting every kind of finding; it stops early only when `until` is found."""
+    result = Search()
+
+    def collect(example: Example) -> None:
+        if result.counts.get("LH901", 0) < _MAX_RAISED and until not in result.counts:
+            result.add(*observe(cell, example))
+
+    run: Callable[[], None] = seed(base_seed)(
+        _settings(max_examples, (Phase.generate,))(given(example=examples)(collect))
+    )
+    run()
+    return result
+
+
+def shrink(cell: Cell, examples: SearchStrategy[Example], finding: Finding, *, base_seed: int) -> Finding:
+    """Return the same fault on the simplest example found within a time limit, or `finding` itself."""
+    if finding.code == "LH901" and "time limit" in finding.fact:
+        return finding  # every attempt would cost the whole limit again
+    deadline = time.monotonic() + _SHRINK_SECONDS
+    seen: dict[Example, Finding | None] = {}
+
+    def fails(example: Example) -> bool:
+        if example not in seen and time.monotonic() < deadline:
+            found = judge(cell, run_trial(cell, example))
+            seen[example] = next((f for f in found if f.code == finding.code), None)
+        return seen.get(example) is not None
+
+    try:
+        simplest = find(examples, fails, settings=_settings(_SHRINK_EXAMPLES), random=random.Random(base_seed))
+    except NoSuchExample:
+        return finding
+    return seen[simplest] or finding
+
+
+def zero_alpha_is_ambiguous(format_name: str) -> bool:
+    """Whether readers of this format split over alpha = 0 (0, or the rank): true where alpha is a tensor of its own."""
+    return FORMATS[format_name].alpha[0] == "tensor"
+
+
+def _settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink)) -> Any:
+    return settings(
+        max_examples=max_examples,
+        phases=phases,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )

@@ -1,0 +1,74 @@
+"""Turning the strength knob on one LoRA file: how many times the trained effect it gives, and what to expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.checks.describe import cell_verdict
+from harness.checks.trial import Cell, run_trial
+from harness.checks.verdict import Verdict
+from harness.example import Example, Target
+
+# Boundaries of the words, in times the trained effect; the pictures behind them are in the image tests.
+_WORDS = (
+    (0.01, "no effect"),
+    (0.8, "weaker than trained"),
+    (0.99, "slightly weaker than trained"),
+    (1.01, "as trained"),
+    (1.25, "slightly stronger than trained"),
+    (8.0, "too strong: artifacts expected"),
+)
+
+
+@dataclass(frozen=True)
+class StrengthRow:
+    """At `strength` the loader gives `factor` times the trained effect."""
+
+    strength: float
+    factor: float
+    word: str
+
+
+def strength_table(cell: Cell, *, rank: int, alpha: float, strengths: Sequence[float]) -> Iterator[StrengthRow]:
+    """Load a LoRA of `rank` and `alpha` on every target at each strength and yield what it amounts to.
+
+    The factor is the median over the modules of measured scale / (alpha / rank).
+
+    Raises:
+        RuntimeError: the loader raised.
+    """
+    from statistics import median
+
+    targets = tuple(Target(name, rank, alpha) for name in cell.bench.lora_layers)
+    for strength in strengths:
+        observation = run_trial(cell, Example(targets, strength=strength))
+        if observation.raised:
+            raise RuntimeError(observation.raised.what)
+        factor = median(fits[0].scale for fits in observation.fits.values()) / (alpha / rank)
+        yield StrengthRow(strength, factor, word_of(factor))
+
+
+def word_of(factor: float) -> str:
+    """Say what to expect of a picture made at `factor` times the trained strength."""
+    if factor < 0:
+        return "inverted"
+    return next((word for limit, word in _WORDS if factor <= limit), "noise expected")
+
+
+def table_verdicts(cell: Cell, rank: int, alpha: float, rows: Sequence[StrengthRow]) -> list[Verdict]:
+    """Turn the rows into verdicts of a check called `strength_table`; they state facts, so all of them pass."""
+    argument = cell.subject.strength_argument
+    return [
+        cell_verdict(
+            cell,
+            "strength_table",
+            "passed",
+            title=f"rank {rank}, alpha {alpha:g}, {argument} = {row.strength:g}: {row.factor:.3g}x, {row.word}",
+            measured_scale=row.factor * alpha / rank,
+            expected_scale=alpha / rank,
+            ratio=row.factor,
+            data={"rank": rank, "alpha": alpha, "strength": row.strength, "word": row.word},
+        )
+        for row in rows
+    ]

@@ -1,0 +1,77 @@
+"""The command line: `lora-harness COMMAND`; exit 0 fine, 1 a violation was found, 2 it could not run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from harness.errors import UserError
+
+# name -> (module below harness.commands, one line of help): a command's module is imported when it is asked for
+COMMANDS = {
+    "run": "Check every installed loader, sweep its images, write the HTML report.",
+    "check": "Check loaders: does strength * alpha / rank * B @ A reach the model? Which law instead?",
+    "sweep": "Make images across strengths and judge them: as trained, wrong strength, noise.",
+    "inspect": "Say what is in a LoRA file: format, rank, alpha, hazards, the strength to pass.",
+    "report": "Write the HTML report from recorded runs.",
+    "history": "Show what changed between recorded runs.",
+    "explain": "Say what a code means and how to fix it.",
+    "loaders": "List the loaders that can be checked here.",
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands live in modules of their own, so that `--help` imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"harness.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise _Failure(str(error)) from None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise click.UsageError(f"{error.message} Commands are {', '.join(COMMANDS)}.", ctx) from None
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        from harness.files.text import printable
+
+        click.echo(f"error: {printable(self.message, 2000)}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lora-harness")
+def main() -> None:
+    """Diagnose LoRA loaders and LoRA files: which scaling law, which strength, which fix.
+
+    \b
+    Example:
+      lora-harness check peft
+      lora-harness check path/to/my_loader.py:load --format kohya
+      lora-harness inspect my_lora.safetensors
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a hub unless it is asked to
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

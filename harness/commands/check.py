@@ -1,0 +1,58 @@
+"""`lora-harness check`: conformance checks and the scaling law of one or more loaders."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from harness.commands import options as shared
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  lora-harness check peft\n"
+    "  lora-harness check examples/raw_alpha.py:load --format kohya\n"
+    "  lora-harness check mypackage.lora:load --rank 4 --alpha 8"
+)
+@click.argument("loaders", nargs=-1, required=True, metavar="LOADER...")
+@click.option("--format", "formats", multiple=True, help="Only this file format; repeat for more.")
+@click.option("--bench", "benches", multiple=True, help="Only this bench; repeat for more.")
+@shared.examples_option
+@shared.seed_option
+@click.option("--known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`.")
+@shared.pin_options
+@shared.limit_option
+@shared.workers_option
+@shared.json_option
+def command(loaders: tuple[str, ...], seed: int, max_examples: int, **options: Any) -> None:
+    """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
+
+    LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
+    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
+    """
+    from harness.checks.cell import Plan
+    from harness.checks.run import Limits, cells_of, check_cells
+    from harness.loaders.registry import resolve
+    from harness.report.environment import new_header
+    from harness.report.records import RunWriter
+    from harness.report.terminal import print_verdicts
+
+    as_json, formats, benches = options.pop("as_json"), options.pop("formats"), options.pop("benches")
+    limits = Limits(options.pop("time_limit"), workers=shared.worker_count(options.pop("workers")))
+    known = shared.known_failures(options.pop("known_failures"))
+    plan = Plan(max_examples, seed, shared.pins_of(options, seed), tuple(known))
+    cells, skipped = [], []
+    for spec in loaders:
+        found, missing = cells_of(resolve(spec), formats or None, benches or None)
+        cells += found
+        skipped += missing
+    header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
+    with RunWriter(None, header, echo=sys.stdout if as_json else None) as writer:
+        writer.write(*skipped)
+        with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
+            verdicts = skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
+    if not as_json:
+        print_verdicts(verdicts)
+    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

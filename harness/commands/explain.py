@@ -1,0 +1,24 @@
+"""`lora-harness explain`: what a code means and how to fix it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from harness.commands import options as shared
+
+
+@click.command(epilog="\b\nExample:\n  lora-harness explain LH201")
+@click.argument("code")
+@shared.json_option
+def command(code: str, as_json: bool) -> None:
+    """Say what CODE means, its likely cause and its fix."""
+    from harness.checks.codes import explain
+
+    found = explain(code)
+    if as_json:
+        click.echo(json.dumps({"kind": "code", **dataclasses.asdict(found)}))
+        return
+    click.echo(f"{found.code} {found.title}  (check: {found.family})\n  cause  {found.cause}\n  fix    {found.fix}")

@@ -1,0 +1,130 @@
+"""Options that several commands share, and how a run is printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from harness.checks.cell import Pins
+    from harness.checks.known import KnownFailure
+    from harness.checks.trial import Cell
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is drawn."
+)
+examples_option = click.option(
+    "--max-examples",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Random examples per format and bench.",
+)
+limit_option = click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=20.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Limit for one call of a loader.",
+)
+workers_option = click.option(
+    "-j",
+    "--workers",
+    type=click.IntRange(0),
+    default=None,
+    help="Child processes at once (0: in this process; default: cores).",
+)
+
+
+def worker_count(given: int | None) -> int:
+    """Return the number of child processes: as given, else one per core, at most four."""
+    import os
+
+    return given if given is not None else min(4, os.cpu_count() or 1)
+
+
+class ModulePin(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """`NAME=RANK:ALPHA`, alpha may be `none`."""
+
+    name = "NAME=RANK:ALPHA"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the target that `value` describes."""
+        from harness.example import Target
+
+        name, _, shape = str(value).rpartition("=")
+        rank, _, alpha = shape.partition(":")
+        try:
+            number = None if alpha.lower() == "none" else float(alpha)
+            if not name or int(rank) < 1:
+                raise ValueError(value)
+            return Target(name, int(rank), number)
+        except ValueError:
+            self.fail(f"{value!r}: write NAME=RANK:ALPHA, for example transformer_blocks.0.attn.to_q=4:8", param, ctx)
+
+
+def pin_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that fix one example instead of searching."""
+    dtypes = click.Choice(["float32", "bfloat16", "float16"])
+    for option in (
+        click.option(
+            "--module", "modules", type=ModulePin(), multiple=True, help="One module of the LoRA; repeat for more."
+        ),
+        click.option("--rank", type=click.IntRange(1), help="Rank of every target module."),
+        click.option("--alpha", type=float, help="Alpha of every target module."),
+        click.option("--strength", type=float, help="Strength passed to the loader.  [default: 1]"),
+        click.option("--dtype", type=dtypes, help="Dtype of the model.  [default: float32]"),
+        click.option("--file-dtype", type=dtypes, help="Dtype of the LoRA file.  [default: that of the model]"),
+        click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
+    ):
+        function = option(function)
+    return function
+
+
+def pins_of(options: dict[str, Any], seed: int) -> Pins | None:
+    """Return the pinned example that the options describe, or None when none is given."""
+    from harness.checks.cell import Pins
+
+    given = {key: value for key, value in options.items() if value not in (None, ())}
+    return Pins(**given, value_seed=seed) if given else None
+
+
+def known_failures(source: str | None) -> list[KnownFailure]:
+    """Read known failures from a file, or the shipped ones when `source` is `shipped`."""
+    from harness.checks.known import read_known_failures, shipped_known_failures
+
+    if source is None:
+        return []
+    return shipped_known_failures() if source == "shipped" else read_known_failures(Path(source))
+
+
+@contextmanager
+def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[Cell], None]]:
+    """Show on stderr how many cells are done; yields what is to be called after each one.
+
+    The bar is redrawn by hand: a refreshing thread must not run while children are forked.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), auto_refresh=False, disable=quiet, transient=True) as progress:
+        task = progress.add_task("checking", total=len(cells))
+        progress.refresh()
+
+        def advance(cell: Cell) -> None:
+            progress.update(task, advance=1, description=f"{cell.subject.spec} {cell.format} {cell.bench_name}"[:50])
+            progress.refresh()
+
+        yield advance
+
+
+def quiet_on(as_json: bool) -> bool:
+    """Whether to leave out progress: JSON was asked for, or stderr is no terminal."""
+    return as_json or not sys.stderr.isatty()

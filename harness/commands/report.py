@@ -1,0 +1,26 @@
+"""`lora-harness report`: HTML or Markdown from recorded runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="\b\nExample:\n  lora-harness report reports/out/run.jsonl --out reports/out")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN.jsonl...")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out"), show_default=True)
+@click.option("--markdown", is_flag=True, help="Print the matrix as Markdown instead of writing HTML.")
+@click.option("--history", type=click.Path(dir_okay=False, path_type=Path), help="history.jsonl to embed as a trend.")
+def command(runs: tuple[Path, ...], out: Path, markdown: bool, history: Path | None) -> None:
+    """Write OUT/index.html from one or more recorded runs: one file that opens from disk, without a network."""
+    from harness.report.history import read_history
+    from harness.report.html import write_report
+    from harness.report.markdown import matrix_markdown
+    from harness.report.records import merge_runs, read_run
+
+    read = [read_run(path) for path in runs]
+    if markdown:
+        click.echo(matrix_markdown(merge_runs(read)))
+        return
+    click.echo(write_report(read, out, history=read_history(history) if history else None))

@@ -1,0 +1,110 @@
+"""`lora-harness run`: every installed loader through every check, the founding table, images, the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.commands import options as shared
+
+if TYPE_CHECKING:
+    from harness.checks.trial import Cell
+    from harness.checks.verdict import Verdict
+    from harness.report.records import RunWriter
+
+# The report this project began with: rank = alpha = 32 on merged QKV, and its sister file with alpha = 16.
+FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
+
+
+@click.command(epilog="\b\nExample:\n  lora-harness run --out reports/out")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out"), show_default=True)
+@click.option("--loader", "only", multiple=True, help="Only this loader; repeat for more.  [default: all installed]")
+@click.option("--quick", is_flag=True, help="Fewer examples and the one-forward image probe instead of pictures.")
+@click.option(
+    "--max-examples", type=click.IntRange(1), help="Random examples per format and bench.  [default: 200, quick 30]"
+)
+@shared.seed_option
+@click.option(
+    "--known-failures", metavar="FILE", default="shipped", show_default=True, help="TOML file of known failures."
+)
+@click.option(
+    "--baseline", type=click.Path(dir_okay=False, path_type=Path), help="Earlier run.jsonl; fail on what got worse."
+)
+@click.option("--rule", "rules", multiple=True, help="Gate rule for --baseline, FIELD:DIRECTION:THRESHOLD.")
+@click.option("--images/--no-images", default=True, help="Sweep pictures with the tiny pipeline.  [default: images]")
+@click.option("--device", default="cpu", show_default=True, help="Device of the image sweep.")
+@shared.limit_option
+@shared.workers_option
+@shared.json_option
+def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
+    """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
+    from harness.commands.finish import finish
+    from harness.report.environment import new_header
+    from harness.report.records import RunWriter
+
+    loaders = list(only) or _available()
+    planned = [f"checks:{name}" for name in loaders]
+    planned += [f"sweep:{name}" for name in loaders] if options["images"] else []
+    header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
+    with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
+        verdicts = _check(writer, loaders, quick, seed, as_json, options)
+        if options["images"]:
+            verdicts += _sweep(writer, loaders, out, quick, as_json, options["device"])
+    code = finish(out, verdicts, baseline=options["baseline"], rules=options["rules"], as_json=as_json)
+    sys.exit(code)
+
+
+def _available() -> list[str]:
+    from harness.loaders.registry import installed
+
+    return [each.name for each in installed() if each.available]
+
+
+def _check(
+    writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
+) -> list[Verdict]:
+    from harness.checks.cell import Plan
+    from harness.checks.run import Limits, cells_of, check_cells
+    from harness.loaders.registry import resolve
+
+    known = tuple(shared.known_failures(options["known_failures"]))
+    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=known)
+    limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
+    cells: list[Cell] = []
+    verdicts: list[Verdict] = []
+    for name in loaders:
+        found, skipped = cells_of(resolve(name))
+        cells += found
+        verdicts += skipped
+    writer.write(*verdicts)
+    with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
+        verdicts += check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
+    founding = list(_founding(cells))
+    writer.write(*founding)
+    return verdicts + founding
+
+
+def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
+    """Yield the founding table for every loader that takes alpha from the file on the merged bench."""
+    from harness.checks.strength_table import strength_table, table_verdicts
+
+    for cell in cells:
+        if cell.subject.spec.startswith("diffsynth") and cell.bench_name == "qwen-image-fused":
+            for rank, alpha, strengths in FOUNDING:
+                rows = list(strength_table(cell, rank=rank, alpha=alpha, strengths=strengths))
+                yield from table_verdicts(cell, rank, alpha, rows)
+
+
+def _sweep(
+    writer: RunWriter, loaders: Sequence[str], out: Path, quick: bool, as_json: bool, device: str
+) -> list[Verdict]:
+    from harness.commands.sweep import sweep_into
+
+    verdicts: list[Verdict] = []
+    for name in loaders:
+        verdicts += sweep_into(writer, name, out, quick=quick, device=device, as_json=as_json)
+    return verdicts

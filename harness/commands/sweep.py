@@ -1,0 +1,102 @@
+"""`lora-harness sweep`: pictures across strengths, judged from the pictures alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from harness.commands import options as shared
+
+if TYPE_CHECKING:
+    from harness.checks.verdict import Verdict
+    from harness.report.records import RunWriter
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple of numbers from text separated by commas."""
+        try:
+            return value if isinstance(value, tuple) else tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: write numbers separated by commas, for example 0,0.5,1,2,4", param, ctx)
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  lora-harness sweep peft\n"
+    "  lora-harness sweep examples/raw_alpha.py:load --alphas 0,1,4,32\n"
+    "  lora-harness sweep diffusers --pipeline ./my-sd15 --lora my_lora.safetensors --prompt 'a red fox' --device cuda"
+)
+@click.argument("loader")
+@click.option(
+    "--alphas", type=_Numbers(), default="0,0.25,0.5,1,2,4,8,16,32", show_default=True, help="Strengths to draw."
+)
+@click.option("--pipeline", metavar="DIR", help="A saved diffusers pipeline.  [default: the tiny trained one]")
+@click.option(
+    "--lora", type=click.Path(path_type=Path), help="The LoRA file or PEFT folder.  [default: rank 8, alpha 16]"
+)
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat for more.")
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="A text file, one prompt per line.")
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="How many seeds per prompt.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the pipeline.")
+@click.option("--offload", type=click.Choice(["none", "model", "sequential"]), default="none", show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the pipeline's own]")
+@click.option("--size", type=click.IntRange(8), help="Width and height in pixels.  [default: the pipeline's own]")
+@click.option("--batch", type=click.IntRange(1), help="Pictures per batch.")
+@click.option("--quick", is_flag=True, help="One denoiser call per prompt and seed instead of pictures.")
+@click.option("--allow-download", is_flag=True, help="Let --pipeline be a hub id.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out/sweep"), show_default=True
+)
+@shared.json_option
+def command(loader: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
+    from harness.commands.finish import show
+    from harness.report.environment import new_header
+    from harness.report.records import RunWriter
+
+    header = new_header(planned=[f"sweep:{loader}"])
+    with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
+        verdicts = sweep_into(writer, loader, out, as_json=as_json, **options)
+    show(out, as_json=as_json)
+    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
+
+
+def sweep_into(
+    writer: RunWriter,
+    loader: str,
+    out: Path,
+    *,
+    as_json: bool = False,
+    prompts: tuple[str, ...] = (),
+    prompts_file: Path | None = None,
+    seeds: int = 2,
+    dtype: str | None = None,
+    **options: Any,
+) -> list[Verdict]:
+    """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
+    import torch
+
+    from harness.images import read_prompts, run_sweep
+    from harness.loaders.registry import resolve
+    from harness.report.records import SweepRecord
+
+    texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
+    result = run_sweep(
+        resolve(loader),
+        prompts=texts or None,
+        seeds=tuple(range(seeds)),
+        dtype=getattr(torch, dtype) if dtype else None,
+        out=out,
+        progress=not shared.quiet_on(as_json),
+        on_record=lambda row: writer.write(SweepRecord.model_validate(row)),
+        **options,
+    )
+    writer.write(*result.verdicts)
+    return result.verdicts

@@ -1,0 +1,98 @@
+"""One LoRA file in, everything that can be said of it out: from the header alone, energies only when asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.doctor.hazards import hazards
+from harness.doctor.metadata import shown, trainer
+from harness.doctor.prescribe import conventions, prescriptions
+from harness.doctor.record import FileRecord, Hazard
+from harness.errors import LoraFileError
+from harness.files import LoraAdapter, LoraModule, read_lora
+from harness.files.text import printable
+
+_UNUSED_SHOWN = 50
+
+
+def inspect_file(
+    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+) -> FileRecord:
+    """Return what is in a LoRA file or PEFT folder; a file that cannot be read is a record with hazard LH799.
+
+    Without `energy` only the header and the alphas are read and torch is not imported. `base` is a safetensors file or
+    a folder of them with the base weights, and implies `energy`. `lora_alpha` is the alpha of the training, for files
+    that carry none.
+
+    Raises:
+        LoraFileError: `base` cannot be read.
+    """
+    try:
+        adapter = read_lora(path, strict=False)
+    except LoraFileError as error:
+        return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=_without_path(error, Path(path))),))
+    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
+    if energy or base is not None:
+        from harness.doctor.energy import with_energy
+
+        return with_energy(record, adapter, base)
+    return record
+
+
+def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
+    """Return the record of a parsed file."""
+    modules = list(adapter.modules.values())
+    total = len(adapter.file.keys)
+    return FileRecord(
+        path=path or _text(adapter.path),
+        format=adapter.format,
+        size=adapter.file.size,
+        modules=len(modules),
+        ranks=_histogram(module.rank for module in modules),
+        alphas=_histogram("none" if module.alpha is None else f"{module.alpha:.6g}" for module in modules),
+        alpha_source=adapter.alpha_source,
+        variants=_histogram(module.variant for module in modules),
+        dtypes=_histogram(module.dtype for module in modules),
+        components=_histogram(module.component for module in modules),
+        trained=_range(module.trained_scale for module in modules if module.alpha is not None),
+        scales=_scales(modules),
+        hazards=hazards(adapter),
+        notes=tuple(_notes(modules)),
+        coverage=1 - len(adapter.unused_keys) / total if total else None,
+        unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
+        trainer=trainer(adapter.metadata),
+        metadata=shown(adapter.metadata),
+        prescription=prescriptions(adapter, lora_alpha=lora_alpha),
+    )
+
+
+def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
+    ranges = {name: _range(law.at_one(module) for module in modules) for name, law in conventions().items()}
+    return {name: found for name, found in ranges.items() if found}
+
+
+def _notes(modules: list[LoraModule]) -> Iterable[str]:
+    if any(module.rslora for module in modules):
+        root = max(module.rank for module in modules) ** 0.5
+        yield f"rank-stabilised: readers that know only alpha / rank are up to sqrt(rank) = {root:.3g} times too weak"
+
+
+def _range(values: Iterable[float]) -> tuple[float, float] | None:
+    found = list(values)
+    return (min(found), max(found)) if found else None
+
+
+def _histogram(values: Iterable[object]) -> dict[str, int]:
+    return {str(value): times for value, times in Counter(values).most_common()}
+
+
+def _text(path: Path | str) -> str:
+    """Return a path as text that JSON can hold, whatever bytes the file name has."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _without_path(error: LoraFileError, path: Path) -> str:
+    file = "" if error.path == path else printable(error.path.name, 80)
+    return ": ".join(part for part in (file, error.key, error.problem) if part)

@@ -1,0 +1,80 @@
+"""One generated LoRA and how it is loaded: what Hypothesis draws and what a reproduce line repeats."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer of the LoRA: its path in the model, rank and alpha (None: the file carries no alpha for it)."""
+
+    name: str
+    rank: int
+    alpha: float | None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or 1.0 without alpha."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Example:
+    """A LoRA over `targets`, its keys permuted by `key_seed` (0: not), loaded at `strength` into a model of `dtype`."""
+
+    targets: tuple[Target, ...]
+    strength: float = 1.0
+    dtype: str = "float32"
+    file_dtype: str = "float32"
+    key_seed: int = 0
+    value_seed: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counterexample as it stands in a verdict."""
+        modules = {t.name: {"rank": t.rank, "alpha": t.alpha} for t in self.targets}
+        rest = {"strength": self.strength, "dtype": self.dtype, "file_dtype": self.file_dtype}
+        return {"modules": modules, **rest, "key_seed": self.key_seed, "seed": self.value_seed}
+
+    def as_options(self) -> str:
+        """Return the command line options that repeat exactly this example."""
+        modules = " ".join(
+            f"--module {t.name}={t.rank}:{'none' if t.alpha is None else f'{t.alpha:g}'}" for t in self.targets
+        )
+        options = [modules, f"--strength {self.strength:g}", f"--dtype {self.dtype}"]
+        options += [f"--file-dtype {self.file_dtype}"] if self.file_dtype != self.dtype else []
+        options += [f"--key-seed {self.key_seed}"] if self.key_seed else []
+        return " ".join([*options, f"--seed {self.value_seed}"])
+
+    def key_order(self) -> random.Random | None:
+        """Return the generator that permutes the file's keys, or None for the model's own order."""
+        return random.Random(self.key_seed) if self.key_seed else None
+
+    def factors(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Draw A `[rank, in]` and B `[out, rank]` of every target in the file's dtype.
+
+        They are standard normal, then B is scaled by a power of two so that the trained delta has about 0.7 times
+        the norm of W: every law then shows, whatever rank and alpha were drawn.
+        """
+        return {t.name: self._draw(index, t, weights[t.name]) for index, t in enumerate(self.targets)}
+
+    def _draw(self, index: int, target: Target, weight: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        rows, columns = weight.shape
+        generator = torch.Generator().manual_seed(1_000_003 * self.value_seed + index)
+        a = torch.randn(target.rank, columns, generator=generator) / math.sqrt(columns)
+        b = torch.randn(rows, target.rank, generator=generator)
+        size = abs(target.scale or 1.0) * float(torch.linalg.matrix_norm(b @ a))
+        wanted = _ENERGY * float(torch.linalg.matrix_norm(weight.float()))
+        dtype = getattr(torch, self.file_dtype)
+        return a.to(dtype), (b * 2.0 ** round(math.log2(wanted / size))).to(dtype)

@@ -1,0 +1,29 @@
+"""LoRA files: a path in, a `LoraAdapter` out, and back. Imports neither torch nor numpy until tensors are asked for."""
+
+from __future__ import annotations
+
+from harness.files.adapter import LoraAdapter, LoraModule, LoraWeights, Problem
+from harness.files.detect import detect_format
+from harness.files.format import Format
+from harness.files.formats import FORMATS
+from harness.files.match import flattened_collisions, match_modules
+from harness.files.read import read_lora
+from harness.files.safetensors_file import SafetensorsFile, TensorInfo, read_header
+from harness.files.write import write_lora
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "LoraAdapter",
+    "LoraModule",
+    "LoraWeights",
+    "Problem",
+    "SafetensorsFile",
+    "TensorInfo",
+    "detect_format",
+    "flattened_collisions",
+    "match_modules",
+    "read_header",
+    "read_lora",
+    "write_lora",
+]

@@ -1,0 +1,130 @@
+"""Where alpha is: a tensor per module, adapter_config.json, the safetensors header, or nowhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from harness.errors import LoraFileError
+from harness.files import scalars
+from harness.files.adapter import LoraModule, Problem
+from harness.files.config import AdapterConfig, ConfigError
+from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
+from harness.files.patterns import PatternError
+from harness.files.text import parse_json, printable
+
+Modules = dict[tuple[str, str], LoraModule]
+
+
+@dataclass
+class Alphas:
+    """The modules with their alpha filled in, and where it came from."""
+
+    modules: Modules
+    source: str = "none"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in alpha from the first place the format knows that has one."""
+    found = Alphas(modules)
+    configs, home = _configs(source, row, modules, problems)
+    if home != "none":
+        place = CONFIG_NAME if home == "config" else HEADER_KEY
+        config = next(iter(configs.values())) if len(configs) == 1 else configs
+        found = Alphas(_from_configs(modules, configs, place, problems), home, config)
+    if "tensor" in row.alpha:
+        found = _from_tensors(source, found, problems)
+    return _refuse_non_finite(found, problems)
+
+
+def _configs(
+    source: Source, row: Format, modules: Modules, problems: list[Problem]
+) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """Return the raw configuration of each component that has one, and where it was found."""
+    if "config" in row.alpha and source.config is not None:
+        return {"": source.config}, "config"
+    if "header" not in row.alpha or not source.has_header_config:
+        return {}, "none"
+    try:
+        raw = parse_json(source.file.metadata[HEADER_KEY])
+    except ValueError as error:
+        raise LoraFileError(source.file.path, str(error), key=HEADER_KEY) from error
+    if not isinstance(raw, dict):
+        raise LoraFileError(source.file.path, "is not a JSON object", key=HEADER_KEY)
+    found = {component: _of_component(raw, component) for component in {place[0] for place in modules}}
+    return {component: part for component, part in found.items() if part}, "header"
+
+
+def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
+    if not component:
+        return dict(raw)
+    prefix = f"{component}."
+    return {key[len(prefix) :]: value for key, value in raw.items() if key.startswith(prefix)}
+
+
+def _from_configs(
+    modules: Modules, configs: Mapping[str, Mapping[str, Any]], place: str, problems: list[Problem]
+) -> Modules:
+    try:
+        parsed = {component: AdapterConfig.parse(raw) for component, raw in configs.items()}
+        return {
+            at: _configured(module, parsed[at[0]], problems) if at[0] in parsed else module
+            for at, module in modules.items()
+        }
+    except PatternError as error:
+        key = f"{place}: pattern {printable(error.pattern, 60)}"
+        problems.append(Problem("LH705", key, str(error), fatal=True))
+    except ConfigError as error:
+        problems.append(Problem("LH705", f"{place}: {error.key}", printable(error), fatal=True))
+    return modules
+
+
+def _configured(module: LoraModule, config: AdapterConfig, problems: list[Problem]) -> LoraModule:
+    rank, alpha = config.of(module.name)
+    if module.variant == "lokr":  # PEFT divides by the configured rank even where both factors are full
+        return replace(module, rank=rank, alpha=alpha, rslora=config.rslora)
+    if rank != module.rank:
+        what = f"the configuration says rank {rank}, the tensors have rank {module.rank}"
+        problems.append(Problem("LH706", printable(module.name), what, fatal=True))
+    return replace(module, alpha=alpha, rslora=config.rslora)
+
+
+def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alphas:
+    """Take alpha from tensors where no configuration gave one; where one did, the tensor is left as unused."""
+    readable = _readable(source, found.modules, problems)
+    values = source.file.numbers(readable)
+    modules = dict(found.modules)
+    for place, module in found.modules.items():
+        key = module.keys.get("alpha", "")
+        if module.alpha is None and key in values:
+            modules[place] = replace(module, alpha=values[key])
+        elif module.alpha is not None and key:
+            modules[place] = replace(module, keys={role: k for role, k in module.keys.items() if role != "alpha"})
+            if key in values and not math.isclose(module.alpha, values[key], rel_tol=1e-2):
+                what = f"the tensor says alpha {values[key]:g}, the {found.source} says {module.alpha:g}"
+                problems.append(Problem("LH711", printable(key), what))
+    home = "tensor" if found.source == "none" and values else found.source
+    return Alphas(modules, home, found.config)
+
+
+def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list[str]:
+    keys = []
+    for module in modules.values():
+        if key := module.keys.get("alpha"):
+            info = source.file.tensors[key]
+            if problem := scalars.problem(info.dtype, info.elements):
+                problems.append(Problem("LH705", printable(key), f"alpha {problem}", fatal=True))
+            else:
+                keys.append(key)
+    return keys
+
+
+def _refuse_non_finite(found: Alphas, problems: list[Problem]) -> Alphas:
+    for module in found.modules.values():
+        if module.alpha is not None and not math.isfinite(module.alpha):
+            key = module.keys.get("alpha") or module.name
+            problems.append(Problem("LH705", printable(key), f"alpha is {module.alpha}", fatal=True))
+    return found

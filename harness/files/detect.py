@@ -1,0 +1,87 @@
+"""Which format a file has, decided from all of its keys and never from the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.errors import LoraFileError
+from harness.files.format import Format, Source
+from harness.files.formats import FORMATS
+from harness.files.keys import NOT_LORA, WEIGHT_ROLES, Split
+from harness.files.source import open_source
+from harness.files.text import count, printable
+
+Place = tuple[str, str]  # component, module name
+
+
+@dataclass
+class Sorted:
+    """Every key of a file under one format: keys by module and role, and the keys that format does not know."""
+
+    modules: dict[Place, dict[str, str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+
+
+def detect_format(path: Path | str) -> str:
+    """Return the name of the format of a LoRA file or folder.
+
+    Raises:
+        LoraFileError: no format fits, the keys mix formats, or the file cannot be read.
+    """
+    return detect(open_source(path)).name
+
+
+def detect(source: Source) -> Format:
+    """Return the format that explains every low-rank weight of `source`, the most specific first.
+
+    Raises:
+        LoraFileError: no format fits, or the keys mix formats.
+    """
+    votes: dict[str, str] = {}
+    bare = {row.name: row.bare_fits(source) for row in FORMATS.values()}
+    for key, cut in source.splits:
+        if cut and (name := _claimed_by(cut, bare)):
+            votes.setdefault(name, key)
+    if len(votes) == 1:
+        return FORMATS[next(iter(votes))]
+    raise LoraFileError(source.file.path, _mixed(votes) if votes else _unknown(source))
+
+
+def sort_keys(source: Source, row: Format) -> Sorted:
+    """Assign every key of `source` to a module and a role under the format `row`."""
+    result = Sorted()
+    bare = row.bare_fits(source)
+    for key, cut in source.splits:
+        place = row.locate(cut, bare) if cut else None
+        if cut is None or place is None:
+            result.unused.append(key)
+        elif row.tails[cut.tail] in (roles := result.modules.setdefault(place, {})):
+            result.doubled.append(key)
+        else:
+            roles[row.tails[cut.tail]] = key
+    return result
+
+
+def _claimed_by(cut: Split, bare: Mapping[str, bool]) -> str | None:
+    for row in FORMATS.values():
+        if row.tails.get(cut.tail) in WEIGHT_ROLES and row.locate(cut, bare[row.name]):
+            return row.name
+    return None
+
+
+def _mixed(votes: Mapping[str, str]) -> str:
+    found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())
+    return f"mixes the key formats {found}: no loader reads both, so part of it would be ignored"
+
+
+def _unknown(source: Source) -> str:
+    keys = source.file.keys
+    if not keys:
+        return "holds no tensors"
+    known = [kind for _, cut in source.splits if cut and (kind := NOT_LORA.get(cut.tail))]
+    looked = "; ".join(f"{row.name}: {row.example}" for row in FORMATS.values())
+    seen = f"{count(len(keys), 'key')} such as {printable(keys[0], 80)}" + (f" ({known[0]})" if known else "")
+    return f"no LoRA format fits its {seen}; looked for {looked}"

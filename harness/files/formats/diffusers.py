@@ -1,0 +1,21 @@
+"""diffusers: the component's name before the module path, alpha in the header's `lora_adapter_metadata` or nowhere."""
+
+from __future__ import annotations
+
+from harness.files.format import Format
+
+COMPONENTS = (
+    "transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors",
+    "prior", "controlnet",
+)  # fmt: skip
+
+FORMAT = Format(
+    name="diffusers",
+    example="transformer.<module>.lora_A.weight, alpha in the header's lora_adapter_metadata",
+    prefixes={f"{component}.": component for component in COMPONENTS},
+    pairs=("lora_A", "lora.down", "lora_down", "lora_linear_layer.down", "lora_A.default"),
+    alpha=("header", "tensor"),
+    bare="header",
+    write_prefix="transformer.",
+    metadata={"format": "pt"},
+)

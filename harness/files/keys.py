@@ -1,0 +1,88 @@
+"""The grammar of tensor names: `<prefix><module path>.<tail>`, where the tail says what the tensor is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+PAIRS: Mapping[str, tuple[str, str]] = {
+    "lora_A": ("lora_A.weight", "lora_B.weight"),
+    "lora_A.default": ("lora_A.*.weight", "lora_B.*.weight"),
+    "lora_down": ("lora_down.weight", "lora_up.weight"),
+    "lora.down": ("lora.down.weight", "lora.up.weight"),
+    "lora_linear_layer.down": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "lora_embedding_A": ("lora_embedding_A", "lora_embedding_B"),
+}
+"""Spellings of the two halves, A: [r, in] first; `*` stands for an adapter's name."""
+
+_LYCORIS = (
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+)  # fmt: skip
+EXTRAS: Mapping[str, str] = {
+    "alpha": "alpha",
+    "lora_mid.weight": "mid",
+    "dora_scale": "magnitude",
+    "magnitude": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.*.weight": "magnitude",
+    "lora_B.bias": "bias",
+    "lora_B.*.bias": "bias",
+    **{tail: tail for tail in _LYCORIS},
+}
+"""Tails that belong to a module in any format, with their role."""
+
+NOT_LORA: Mapping[str, str] = {
+    "diff": "full weight difference",
+    "diff_b": "full bias difference",
+    "w_norm": "norm weight difference",
+    "b_norm": "norm bias difference",
+    "set_weight": "replaced weight",
+    "reshape_weight": "reshaped weight",
+    "scale": "A1111 scale, which replaces alpha / rank there",
+    "rescale": "OFT rescale",
+    "oft_blocks": "OFT / BOFT",
+    "oft_R.weight": "OFT / BOFT",
+    "on_input": "IA3",
+    "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
+    "bm.weight": "GLoRA",
+    "base_layer.weight": "a copy of the base weight",
+    "base_layer.bias": "a copy of the base bias",
+}
+"""Tails whose meaning is known but which are no low-rank pair: named when they are reported as not understood."""
+
+WEIGHT_ROLES = frozenset({"A", "B", *_LYCORIS})
+
+
+def tails(pairs: Iterable[str]) -> dict[str, str]:
+    """Return tail -> role for the given spellings of the halves and everything in `EXTRAS`."""
+    halves = {half: role for name in pairs for half, role in zip(PAIRS[name], "AB", strict=True)}
+    return {**EXTRAS, **halves}
+
+
+EVERY_TAIL: Mapping[str, str] = {**NOT_LORA, **tails(PAIRS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A key cut in two, the tail as in the tables, and the adapter name that `*` stood for."""
+
+    stem: str
+    tail: str
+    adapter: str = ""
+
+
+def split(key: str) -> Split | None:
+    """Cut `key` at the longest known tail; None when it has none."""
+    parts = key.rsplit(".", 3)
+    for count in range(len(parts) - 1, 0, -1):
+        tail = ".".join(parts[-count:])
+        if tail in EVERY_TAIL:
+            return Split(key[: -len(tail) - 1], tail)
+        if count == 3 and (named := f"{parts[1]}.*.{parts[3]}") in EVERY_TAIL:
+            return Split(parts[0], named, parts[2])
+    return None

@@ -1,0 +1,90 @@
+"""A LoRA file in, a `LoraAdapter` out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.errors import LoraFileError
+from harness.files.adapter import LoraAdapter, LoraModule, Problem
+from harness.files.alpha import find_alphas
+from harness.files.detect import Place, Sorted, detect, sort_keys
+from harness.files.format import Format, Source
+from harness.files.formats import FORMATS
+from harness.files.shapes import measure
+from harness.files.source import open_source
+from harness.files.text import count, is_printable, printable
+
+
+def read_lora(path: Path | str, *, format: str | None = None, strict: bool = True) -> LoraAdapter:
+    """Read a LoRA file or PEFT folder; only its header and its alphas are read, tensors when asked for.
+
+    With `strict=False` everything that is wrong with single keys is collected in `adapter.problems`, and the modules
+    that can be interpreted are returned.
+
+    Raises:
+        LoraFileError: the file cannot be read or its format is unknown, or (strict) a module cannot be interpreted.
+        ValueError: `format` names no format.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown, known are {', '.join(FORMATS)}")
+    source = open_source(path)
+    row = FORMATS[format] if format else detect(source)
+    adapter = interpret(source, row)
+    fatal = [problem for problem in adapter.problems if problem.fatal]
+    if strict and fatal:
+        more = f" (and {count(len(fatal) - 1, 'more problem')})" if len(fatal) > 1 else ""
+        raise LoraFileError(source.file.path, fatal[0].what + more, key=fatal[0].key or None)
+    if not adapter.modules and not fatal:
+        raise LoraFileError(source.file.path, f"holds no module in the format {row.name} ({row.example})")
+    return adapter
+
+
+def interpret(source: Source, row: Format) -> LoraAdapter:
+    """Return the adapter that `source` holds under the format `row`, with everything that is wrong with it."""
+    keys = sort_keys(source, row)
+    problems = [*_key_problems(source, keys)]
+    measured: dict[Place, LoraModule] = {}
+    for place, roles in keys.modules.items():
+        if set(roles) == {"alpha"}:
+            keys.unused.append(roles["alpha"])
+        elif module := measure(source.file, place, roles, problems):
+            measured[place] = module
+    found = find_alphas(source, row, measured, problems)
+    modules = _named(found.modules)
+    return LoraAdapter(
+        path=source.path if row.folder else source.file.path,
+        format=row.name,
+        modules=modules,
+        metadata=source.file.metadata,
+        unused_keys=tuple(_in_file_order(source, keys, modules)),
+        alpha_source=found.source,
+        flattened=row.flattened,
+        file=source.file,
+        problems=tuple(problems),
+        config=found.config,
+    )
+
+
+def _named(measured: dict[Place, LoraModule]) -> dict[str, LoraModule]:
+    """Key modules by name; every component after the first is named, so that equal paths stay apart."""
+    first = next(iter(measured), ("", ""))[0]
+    return {
+        (name if component == first else f"{component}:{name}"): module
+        for (component, name), module in measured.items()
+    }
+
+
+def _key_problems(source: Source, keys: Sorted) -> list[Problem]:
+    twice = [Problem("LH799", printable(key), "stands twice in the header", True) for key in source.file.duplicates]
+    doubled = [Problem("LH708", printable(key), "a second tensor for the same half", True) for key in keys.doubled]
+    hostile = [
+        Problem("LH708", printable(key), "a name with control or invisible characters")
+        for key in source.file.keys
+        if not is_printable(key)
+    ]
+    return twice + doubled + hostile
+
+
+def _in_file_order(source: Source, keys: Sorted, modules: dict[str, LoraModule]) -> list[str]:
+    used = {key for module in modules.values() for key in module.keys.values()}
+    return [key for key in source.file.keys if key not in used]

@@ -1,0 +1,57 @@
+"""Text that came out of a file: bounded JSON, and names and metadata that are safe to show in a terminal."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+MAX_JSON_CHARACTERS = 8_000_000
+SHOWN = 120
+
+
+def printable(text: object, limit: int = SHOWN) -> str:
+    """Return `text` on one line without control, format and bidirectional characters, cut to `limit` characters.
+
+    Escape sequences and right-to-left overrides in a tensor name or in metadata would otherwise reach the terminal.
+    """
+    raw = str(text)
+    if len(raw) <= limit and raw.isprintable():
+        return raw
+    shown = "".join(_shown(character) for character in raw[: limit + 1])
+    return shown[: limit - 1] + "…" if len(raw) > limit else shown
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 key`, `1,200 keys`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def is_printable(text: str) -> bool:
+    """Tell whether `text` can be shown as it is."""
+    return text.isprintable() or all(_shown(character) == character for character in text)
+
+
+def _shown(character: str) -> str:
+    category = unicodedata.category(character)
+    return "\N{REPLACEMENT CHARACTER}" if category[0] == "C" or category in ("Zl", "Zp") else character
+
+
+def parse_json(text: str | bytes, *, limit: int = MAX_JSON_CHARACTERS) -> Any:
+    """Parse JSON that a stranger wrote.
+
+    Raises:
+        ValueError: not JSON, longer than `limit`, nested too deeply, or with a number too long to read.
+    """
+    if len(text) > limit:
+        raise ValueError(f"{len(text):,} characters of JSON, at most {limit:,} are read")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at line {error.lineno} column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise ValueError("not valid JSON (the text is not UTF-8)") from None
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"a value in the JSON cannot be read ({printable(error, 60)})") from None

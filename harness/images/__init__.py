@@ -1,0 +1,27 @@
+"""Pictures: a loader at many strengths, drawn beside the reference, and what the pictures alone say about it."""
+
+from __future__ import annotations
+
+from harness.images.fixture import base_pipeline, lora_file, lora_for
+from harness.images.pipelines import OpenPipeline, open_pipeline, read_prompts
+from harness.images.recorder import SweepResult
+from harness.images.sheet import contact_sheet
+from harness.images.sweep import ALPHAS, run_sweep
+from harness.images.verdict import LIMITS, Limits, Observation, judge
+
+__all__ = [
+    "ALPHAS",
+    "LIMITS",
+    "Limits",
+    "Observation",
+    "OpenPipeline",
+    "SweepResult",
+    "base_pipeline",
+    "contact_sheet",
+    "judge",
+    "lora_file",
+    "lora_for",
+    "open_pipeline",
+    "read_prompts",
+    "run_sweep",
+]

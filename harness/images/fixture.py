@@ -1,0 +1,64 @@
+"""Where the tiny trained pipeline and its LoRAs lie: in the checkout, or inside the installed package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import UserError
+
+_PLACES = (Path(__file__).parents[2] / "fixtures", Path(__file__).parents[1] / "_fixtures")
+MERGED_LORA, SPLIT_LORA = "r8_a16", "r8_a16_split"  # alpha differs from rank: rank = alpha hides the two commonest bugs
+_FILES = {
+    "peft": "peft",
+    "kohya": "kohya.safetensors",
+    "diffusers": "diffusers.safetensors",
+    "diffsynth": "diffsynth.safetensors",
+}
+
+
+def base_pipeline() -> Path:
+    """Return the folder of the tiny trained Qwen-Image pipeline.
+
+    Raises:
+        UserError: it is not there (an installation without its data files).
+    """
+    return _find(Path("base") / "model_index.json").parent
+
+
+def lora_file(name: str, form: str) -> Path:
+    """Return a committed LoRA, `name` as in fixtures/loras (`r8_a16`, `r16_a4_rslora`, ...), in `form`.
+
+    Raises:
+        UserError: there is no such LoRA or format.
+    """
+    if form not in _FILES:
+        raise UserError(
+            f"form={form!r}: committed LoRAs come as {', '.join(_FILES)}; diffsynth only for rank 8, alpha 16"
+        )
+    return _find(Path("loras") / name / _FILES[form])
+
+
+def lora_for(cells: Sequence[tuple[str, str]]) -> Path:
+    """Return the default LoRA (rank 8, alpha 16) for a loader that supports these (format, bench) cells.
+
+    Merged QKV, on which the founding case was trained, comes first; then the stock layers.
+
+    Raises:
+        UserError: none of the committed formats is among them.
+    """
+    for bench, name in (("qwen-image-fused", MERGED_LORA), ("qwen-image", SPLIT_LORA)):
+        for form, supported in cells:
+            if supported == bench and form in _FILES:
+                return lora_file(name, form)
+    known = ", ".join(_FILES)
+    raise UserError(f"no committed LoRA for {list(cells)!r} (have {known}): pass a LoRA file of your own")
+
+
+def _find(relative: Path) -> Path:
+    for place in _PLACES:
+        if (place / relative).exists():
+            return place / relative
+    raise UserError(
+        f"{_PLACES[0] / relative}: not there; build it with `python fixtures/build_base.py` and build_loras.py"
+    )

@@ -1,0 +1,197 @@
+"""From pictures to observations and rows: one strength after the other, kept as soon as it is measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.checks.verdict import Verdict
+from harness.errors import UserError
+from harness.files import LoraAdapter
+from harness.images import metrics
+from harness.images.report import crashed_verdict
+from harness.images.sheet import save_image
+from harness.images.studio import Studio
+from harness.images.verdict import Judgement, Look, Observation, judge, look_of
+from harness.loaders.protocol import Subject
+
+_MEDIANS = ("total_variation_ratio", "noise_sigma_ratio", "content")
+_SHARP = 2.5  # a strength up to which pictures follow it closely
+
+
+@dataclass
+class SweepResult:
+    """What a sweep found; `records` has one JSON-able row per strength (kind "sweep"), in the order drawn."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    judgement: Judgement | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+class Recorder:
+    """Turns the pictures of one subject into observations and rows."""
+
+    def __init__(
+        self,
+        studio: Studio,
+        subject: Subject,
+        out: Path | None,
+        on_record: Callable[[dict[str, Any]], object],
+        environment: dict[str, Any],
+    ) -> None:
+        self.studio, self.subject, self.out, self.on_record = studio, subject, out, on_record
+        self.result = SweepResult(environment=environment)
+        self._own_noise = 0.0
+
+    def run(self, alphas: Sequence[float]) -> SweepResult:
+        """Draw all strengths and judge; a crash of the subject becomes an errored verdict, what was drawn is kept."""
+        try:
+            for drawn in self._drawn(alphas):
+                self._record(*drawn)
+        except _CrashError as crash:
+            self.result.verdicts.append(crashed_verdict(self.subject, self.studio, crash.error))
+        else:
+            self.result.judgement = judge(self.result.observations)
+        return self.result
+
+    def _drawn(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
+        yield from self._guarded(alphas)
+        strength = self._pin()
+        if strength is not None:
+            yield from self._guarded([strength])
+
+    def _guarded(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
+        drawn = self.studio.candidates(self.subject, alphas)
+        while True:
+            try:
+                item = next(drawn)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except Exception as error:  # a crash of the subject is data
+                raise _CrashError(error) from error
+            yield item
+
+    def _pin(self) -> float | None:
+        """Return the strength at which this loader should look as trained, when no strength was near it yet.
+
+        Far off, pictures tell only the order of magnitude; one more strength near 1 / factor tells the factor.
+        """
+        seen = [(o.strength, o.factor) for o in self.result.observations if o.strength and o.factor]
+        if not seen or any(abs(strength * factor) < _SHARP for strength, factor in seen):
+            return None
+        factor = min(seen, key=lambda pair: abs(pair[0] * pair[1]))[1]
+        return float(f"{1 / factor:.3g}")
+
+    def _record(self, strength: float, images: Tensor, seconds: float) -> None:
+        observation, values = self._observe(strength, images)
+        row = self._row(images, observation, values) | {"seconds": round(seconds, 4), "peak_memory": _peak(self.studio)}
+        self.result.observations.append(observation)
+        self.result.records.append(row)
+        self.on_record(row)
+
+    def _observe(self, strength: float, images: Tensor) -> tuple[Observation, dict[str, float]]:
+        base, reference = self.studio.reference(0.0), self.studio.reference(strength)
+        if self.studio.quick:
+            values, look = _raw_values(images, base, reference)
+        else:
+            values, look = _picture_values(images, base, reference, self.studio.reference(1.0))
+            if strength == 0:
+                self._own_noise = 1 - values["ssim_base"]
+        estimate = None if look in ("broken", "black", "one colour") else self.studio.place(images)
+        return Observation(strength, estimate, values["effect"], self._own_noise, look), values
+
+    def _row(self, images: Tensor, observation: Observation, values: dict[str, float]) -> dict[str, Any]:
+        opened, placed = self.studio.opened, observation.estimate
+        shown: dict[str, float | None] = {**values, "factor": observation.factor}
+        shown |= {"looks_like": placed.strength, "residual": placed.residual} if placed else {}
+        return {
+            "kind": "sweep",
+            "loader": self.subject.spec,
+            "lora": lora_facts(self.studio.adapter),
+            "strength": observation.strength,
+            "metrics": {name: None if value is None else round(float(value), 6) for name, value in shown.items()},
+            "images": self._save(observation.strength, images) if self.out and not self.studio.quick else [],
+            "device": str(opened.device),
+            "dtype": str(opened.dtype).removeprefix("torch."),
+            "pipeline": opened.name,
+            "label": observation.look,
+        }
+
+    def _save(self, strength: float, images: Tensor) -> list[dict[str, Any]]:
+        roles = {"candidate": images, "reference": self.studio.reference(strength)}
+        if strength == 0:
+            roles["base"] = self.studio.reference(0.0)
+        saved = []
+        for role, pictures in roles.items():
+            for number, (pair, picture) in enumerate(zip(self.studio.sampler.pairs, pictures, strict=True)):
+                name = f"images/{_slug(self.subject.spec)}/{role}_{strength:g}_{number:02d}.png"
+                save_image(picture, (self.out or Path()) / name)
+                saved.append({"path": name, "prompt": pair.prompt, "seed": pair.seed, "role": role})
+        return saved
+
+
+def lora_facts(adapter: LoraAdapter) -> dict[str, Any]:
+    """Return name, rank, alpha and format of a LoRA as they stand in a row; rank and alpha None when modules differ."""
+    ranks = {module.rank for module in adapter.modules.values()}
+    alphas = {module.alpha for module in adapter.modules.values()}
+    path = adapter.path
+    name = path.parent.name if path.name == adapter.format or path.stem == adapter.format else path.stem
+    return {
+        "name": name,
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "alpha": alphas.pop() if len(alphas) == 1 else None,
+        "format": adapter.format,
+    }
+
+
+def _picture_values(images: Tensor, base: Tensor, reference: Tensor, trained: Tensor) -> tuple[dict[str, float], Look]:
+    measured = metrics.measure(images, base, trained)
+    values = {name: _middle(name, value.double()) for name, value in measured.items()}
+    shown = metrics.finite(images)
+    values["ssim_trained"] = values.pop("ssim_reference")
+    values["ssim_reference"] = float(metrics.ssim(shown, reference).mean())
+    values["effect"] = float(1 - metrics.ssim(base, reference).mean())
+    for name, look in (("broken", "broken"), ("black", "black"), ("collapsed", "one colour")):
+        if measured[name].any() and not getattr(metrics, name)(reference).any():
+            return values, look  # type: ignore[return-value]
+    return values, look_of(values["total_variation_ratio"], values["noise_sigma_ratio"], values["content"])
+
+
+def _raw_values(output: Tensor, base: Tensor, reference: Tensor) -> tuple[dict[str, float], Look]:
+    change = float((reference - base).norm() / base.norm())
+    values = {
+        "gain": float(metrics.gain(metrics.finite(output), base, reference).mean()),
+        "effect": change,
+        "broken": float(metrics.broken(output).double().mean()),
+    }
+    return values, "broken" if values["broken"] and not metrics.broken(reference).any() else "clean"
+
+
+def _middle(name: str, values: Tensor) -> float:
+    return float(values.median() if name in _MEDIANS else values.mean())
+
+
+def _peak(studio: Studio) -> int | None:
+    return torch.cuda.max_memory_allocated() if studio.opened.device.type == "cuda" else None
+
+
+def _slug(spec: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("_.") or "loader"
+
+
+class _CrashError(Exception):
+    """The subject raised `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error

@@ -1,0 +1,125 @@
+"""Put a judgement into words: the verdict with its rows, the likely cause, and what to pass until it is fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.checks.verdict import Outcome, Verdict
+from harness.images.studio import Studio
+from harness.images.verdict import Judgement, Observation
+from harness.loaders.protocol import Subject
+
+_FIX = {
+    "LH601": "compare its scale with alpha / rank: lora-harness check says which law it follows",
+    "LH602": "compare its scale with alpha / rank: lora-harness check says which law it follows",
+    "LH603": "check that it finds the modules the file names, and that it does not divide by the rank once too often",
+    "LH502": "look for overflow: merge in float32, or use bfloat16 instead of float16",
+}
+
+
+def sweep_verdict(
+    subject: Subject, studio: Studio, observations: Sequence[Observation], judgement: Judgement, seconds: float
+) -> Verdict:
+    """Return the verdict of a whole sweep; inconclusive is `skipped`, never passed."""
+    outcome: Outcome = "failed" if judgement.code else "passed" if judgement.finding == "as trained" else "skipped"
+    factor = judgement.factor
+    usable = factor is not None and judgement.finding in ("wrong strength", "noise") and abs(factor) > 0.02
+    return Verdict(
+        loader=subject.spec,
+        loader_version=subject.version,
+        check="images",
+        outcome=outcome,
+        format=studio.adapter.format,
+        bench=studio.opened.name,
+        code=judgement.code,
+        title=_title(judgement),
+        estimated_factor=factor,
+        interval=judgement.interval,
+        ratio=factor,
+        prescription=float(f"{1 / factor:.3g}") if usable and factor else None,
+        rows=_rows(subject, studio, observations, judgement),
+        reason=judgement.reason or None,
+        reproduce=_reproduce(subject, studio, observations),
+        examples=len(studio.sampler.pairs),
+        seconds=seconds,
+        data={
+            "finding": judgement.finding,
+            "quick": studio.quick,
+            "strengths": {
+                f"{o.strength:g}": {"factor": o.factor, "look": o.look, "effect": o.effect} for o in observations
+            },
+            "unmatched_modules": len(studio.unmatched),
+        },
+    )
+
+
+def crashed_verdict(subject: Subject, studio: Studio, error: Exception) -> Verdict:
+    """Return the errored verdict of a subject that raised."""
+    first = str(error).partition("\n")[0]
+    return Verdict(
+        loader=subject.spec,
+        loader_version=subject.version,
+        check="images",
+        outcome="errored",
+        format=studio.adapter.format,
+        bench=studio.opened.name,
+        code="LH901",
+        title=f"loader raised {type(error).__name__}: {first}",
+        reproduce=_reproduce(subject, studio, ()),
+    )
+
+
+def _title(judgement: Judgement) -> str:
+    times = (
+        "" if judgement.factor is None else f"{judgement.factor:.3g} times the trained strength{_interval(judgement)}"
+    )
+    at = f" at strength {judgement.told_by.strength:g}" if judgement.told_by and judgement.told_by.strength != 1 else ""
+    return {
+        "as trained": f"pictures look as trained: {times}",
+        "wrong strength": f"pictures show {times}{f' ({judgement.reason})' if judgement.reason else at}",
+        "noise": f"noise{at}: about {times}",
+        "no visible effect": f"the LoRA has no visible effect{at}",
+        "broken": judgement.reason,
+        "inconclusive": f"inconclusive: {judgement.reason}",
+        "wrong direction": f"the pictures match the reference at no strength{at}; nearest is {times}",
+    }[judgement.finding]
+
+
+def _interval(judgement: Judgement) -> str:
+    if judgement.interval is None:
+        return ""
+    return f" [{judgement.interval[0]:.3g}, {judgement.interval[1]:.3g}]"
+
+
+def _rows(
+    subject: Subject, studio: Studio, observations: Sequence[Observation], judgement: Judgement
+) -> tuple[tuple[str, str], ...]:
+    module = next(iter(studio.adapter.modules.values()))
+    what = "one denoiser call each" if studio.quick else "full sampling"
+    rows = [
+        ("loader", f"{subject.spec} {subject.version or ''}".strip()),
+        (
+            "lora",
+            f"{studio.lora.name}, rank {module.rank}, alpha {module.alpha}, {module.dtype}, {studio.adapter.format}",
+        ),
+        ("pipeline", f"{studio.opened.name}, {studio.opened.dtype}, {studio.opened.device}"),
+        ("pictures", f"{len(studio.sampler.pairs)} per strength ({what}), same initial noise as the reference"),
+    ]
+    rows += [(f"at {o.strength:g}", _line(o)) for o in observations]
+    if judgement.code:
+        rows.append(("fix", f"{_FIX[judgement.code]}         lora-harness explain {judgement.code}"))
+    return tuple(rows)
+
+
+def _line(o: Observation) -> str:
+    if o.estimate is None:
+        return o.look
+    bound = "at least " if o.estimate.at_end else ""
+    return f"looks like {bound}{o.estimate.strength:.3g} (expected {o.strength:g}), {o.look}"
+
+
+def _reproduce(subject: Subject, studio: Studio, observations: Sequence[Observation]) -> str:
+    alphas = ",".join(f"{o.strength:g}" for o in observations) or "1"
+    quick = " --quick" if studio.quick else ""
+    where = f"--pipeline {studio.opened.folder} --lora {studio.lora}"
+    return f"lora-harness sweep {subject.spec} --alphas {alphas} {where}{quick}"

@@ -1,0 +1,139 @@
+"""The place where pictures are taken: one pipeline, one LoRA, fixed prompts and seeds, and references on demand.
+
+`pictures` are images of a full sampling run, or with `quick` the denoiser's raw output at one recorded call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness.images.factor import Estimate, estimate
+from harness.images.pipelines import OpenPipeline, quiet
+from harness.images.reference import Reference, open_lora
+from harness.images.sampling import Pair, Sampler
+from harness.images.scales import Scaling, runtime_scaling, same_branches
+from harness.loaders.protocol import Subject
+
+LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
+_SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines are kept for the next loader
+
+
+class Studio:
+    """Takes the pictures of a sweep; references are drawn once per strength and kept.
+
+    `step` is called with a short text before every strength that is drawn.
+    """
+
+    def __init__(
+        self,
+        opened: OpenPipeline,
+        lora: Path,
+        pairs: Sequence[Pair],
+        *,
+        quick: bool = False,
+        batch: int = 48,
+        step: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        self.opened, self.lora, self.quick, self.step = opened, lora, quick, step
+        self.adapter = open_lora(lora, opened)
+        self._reference = Reference(opened, self.adapter)
+        self.sampler = Sampler(opened, pairs, batch=batch)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        self._drawn = _shared(opened, lora, self.sampler.pairs, quick)
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Modules of the file that the denoiser does not have."""
+        return self._reference.unmatched
+
+    def reference(self, strength: float) -> Tensor:
+        """Return the reference's pictures `[n, ...]` at `strength`; 0 is the base."""
+        if strength not in self._drawn:
+            self.step(f"reference at {strength:g}")
+            self._drawn[strength] = self._take(self._reference.at(strength))
+        return self._drawn[strength]
+
+    def candidates(self, subject: Subject, strengths: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
+        """Yield each strength, the subject's pictures `[n, ...]` and the seconds; what it raises comes through.
+
+        Every strength is loaded into a fresh copy. When only the scalings of runtime adapters differ between the
+        copies, all strengths are drawn in shared batches, else one after the other.
+        """
+        began = time.perf_counter()
+        first = self.load(subject, strengths[0])
+        scalings = None if self.quick or len(strengths) == 1 else self._scalings(subject, strengths, first)
+        if scalings is None:
+            for number, strength in enumerate(strengths):
+                images = self._take(first if number == 0 else self.load(subject, strength))
+                yield strength, images, time.perf_counter() - began
+                began = time.perf_counter()
+            return
+        self.step(f"{subject.spec}: {len(strengths)} strengths in shared batches")
+        images = self.sampler.images_at(first, scalings)
+        seconds = (time.perf_counter() - began) / len(strengths)
+        yield from ((strength, one, seconds) for strength, one in zip(strengths, images, strict=True))
+
+    def _scalings(self, subject: Subject, strengths: Sequence[float], first: nn.Module) -> list[Scaling] | None:
+        """Return what each strength scales the adapters by, or None when a strength changes anything else."""
+        found = runtime_scaling(first)
+        if found is None:
+            return None
+        scalings = [found]
+        for strength in strengths[1:]:
+            model = self.load(subject, strength)
+            scaling = runtime_scaling(model)
+            if scaling is None or scaling.keys() != found.keys() or not same_branches(first, model):
+                return None
+            scalings.append(scaling)
+        return scalings
+
+    def load(self, subject: Subject, strength: float) -> nn.Module:
+        """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
+        self.step(f"{subject.spec} at {strength:g}")
+        model = self.opened.fresh()
+        with quiet():
+            loaded = subject.load(model, self.lora, strength=strength)
+        return model if loaded is None else loaded
+
+    def place(self, candidate: Tensor, *, refine: int = 3) -> Estimate:
+        """Read the strength of `candidate` off the ladder, adding rungs where it seems to stand."""
+        ladder = {strength: self.reference(strength) for strength in (*LADDER, -1.0)}
+        found = estimate(candidate, ladder)
+        for _ in range(refine):
+            if found.residual < 1e-4 or found.at_end or abs(found.strength) > 12:
+                return found
+            for strength in _around(found.strength, ladder):
+                ladder[strength] = self.reference(strength)
+            found = estimate(candidate, ladder)
+        return found
+
+    def _take(self, denoiser: nn.Module) -> Tensor:
+        if not self.quick:
+            return self.sampler.images(denoiser)
+        if self._calls is None:
+            self._calls = self.sampler.record(self.opened.fresh())
+        return self.sampler.replay(denoiser, self._calls)
+
+
+def _around(strength: float, ladder: Mapping[float, Tensor]) -> tuple[float, ...]:
+    """Return a rung close to the estimate unless one is there already; rounded, so that loaders share rungs."""
+    near = float(f"{strength:.2g}")
+    spacing = max(0.05, 0.1 * abs(strength))
+    wanted = (near, near - spacing, near + spacing)
+    return tuple(round(w, 4) for w in wanted if all(abs(w - rung) > 0.4 * spacing for rung in ladder))
+
+
+def _shared(opened: OpenPipeline, lora: Path, pairs: tuple[Pair, ...], quick: bool) -> dict[float, Tensor]:
+    edge = opened.call.get("height")
+    if edge is None or edge * edge * 3 * len(pairs) > _SHARE_BELOW:
+        return {}
+    key = (opened.folder, lora.resolve(), pairs, opened.device, opened.dtype, quick, tuple(sorted(opened.call.items())))
+    while len(_SHARED) > 4 and key not in _SHARED:
+        _SHARED.pop(next(iter(_SHARED)))
+    return _SHARED.setdefault(key, {})

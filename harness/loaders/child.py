@@ -1,0 +1,110 @@
+"""Inside the forked child: fence the process in, run one job, say how it ended, and leave without any clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from harness.loaders.channel import Channel, PipeChannel
+from harness.loaders.source import one_line
+
+_PR_SET_PDEATHSIG = 1
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
+
+
+def run_child(
+    job: Callable[[Channel], None], messages: int, output: int, folder: str, memory_limit: int | None
+) -> NoReturn:
+    """Run `job` in this freshly forked process, its messages to the descriptor `messages`, its prints to `output`.
+
+    Temporary files go to `folder`, which the parent removes, however this process ends.
+    Never returns: the parent's clean-up (atexit handlers, pytest, temporary folders) must not run twice.
+    """
+    owner = os.getpid()
+    try:
+        _fence(output)
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        channel = PipeChannel(messages)
+        if memory_limit is not None:
+            _limit_memory(memory_limit)
+        status, detail = _outcome(job, channel)
+        if os.getpid() == owner:
+            channel.finish(status, detail)
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
+
+
+def _outcome(job: Callable[[Channel], None], channel: Channel) -> tuple[str, str | None]:
+    try:
+        job(channel)
+    except BaseException as error:
+        _lift_memory_limit()  # or telling about it may fail for want of memory too
+        with contextlib.suppress(BaseException):
+            traceback.print_exception(error)
+        return ("memory" if is_out_of_memory(error) else "raised"), one_line(error)
+    return "done", None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` is Python's or torch's way of saying that memory ran out."""
+    if isinstance(error, RuntimeError):
+        return any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def _fence(output: int) -> None:
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    _redirect(output)
+    faulthandler.enable(sys.stderr)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:  # its thread pool did not survive the fork: using it would wait for ever
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _redirect(output: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nowhere, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1, errors="replace", closefd=False)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="replace", closefd=False)  # type: ignore[misc]
+
+
+def _limit_memory(extra: int) -> None:
+    """Let the address space grow by `extra` bytes over what the parent had."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or a system that refuses this limit
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        wanted = pages * os.sysconf("SC_PAGE_SIZE") + extra
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _lift_memory_limit() -> None:
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

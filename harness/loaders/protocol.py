@@ -1,0 +1,125 @@
+"""What a loader is: one function that puts a LoRA file into a model, and what it declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+CORE_FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
+CORE_BENCHES = ("qwen-image", "qwen-image-fused")
+_ATTRIBUTE = "__lora_harness__"
+
+
+class Load(Protocol):
+    """Put the LoRA file `lora` into `model`, in place or returning a new model.
+
+    `lora` is the folder for the `peft` format and the `.safetensors` file for every other one;
+    `strength` is the number a user passes (1.0 reproduces the training when the loader is right).
+    """
+
+    def __call__(self, model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module | None:
+        """Return the model to use, or None when `model` was changed in place."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a loader says it can do; None stands for every core format or bench.
+
+    `unsupported` takes single cells out: (format, bench) -> the reason, in one clause.
+    """
+
+    formats: frozenset[str] | None = None
+    benches: frozenset[str] | None = None
+    unload: Callable[[torch.nn.Module], object] | None = None
+    strength_argument: str = "strength"
+    unsupported: Mapping[tuple[str, str], str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loader ready to be tested: `spec` is the string that names it everywhere."""
+
+    spec: str
+    load: Load
+    version: str | None = None
+    declaration: Declaration = Declaration()
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats it declares, the core formats first and in their own order."""
+        return _ordered(self.declaration.formats, CORE_FORMATS)
+
+    @property
+    def benches(self) -> tuple[str, ...]:
+        """The benches it declares, the core benches first and in their own order."""
+        return _ordered(self.declaration.benches, CORE_BENCHES)
+
+    @property
+    def cells(self) -> tuple[tuple[str, str], ...]:
+        """The (format, bench) pairs it declares, in the order of `formats`, then `benches`."""
+        pairs = ((form, bench) for form in self.formats for bench in self.benches)
+        return tuple(pair for pair in pairs if self.unsupported(*pair) is None)
+
+    def unsupported(self, form: str, bench: str) -> str | None:
+        """Return why this loader does not claim the cell `form` x `bench`, or None when it does."""
+        if form not in self.formats:
+            return f"{self.spec} does not declare the format {form}"
+        if bench not in self.benches:
+            return f"{self.spec} does not declare the bench {bench}"
+        return self.declaration.unsupported.get((form, bench))
+
+    @property
+    def strength_argument(self) -> str:
+        """The name under which users of this loader pass the strength (`alpha`, `scale`, `weight`, ...)."""
+        return self.declaration.strength_argument
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def loader(
+    *,
+    formats: Iterable[str] | None = None,
+    benches: Iterable[str] | None = None,
+    unload: Callable[[torch.nn.Module], object] | None = None,
+    strength_argument: str = "strength",
+    unsupported: Mapping[tuple[str, str], str] | None = None,
+) -> Callable[[F], F]:
+    """Declare what a loader can do; the decorated function is returned as it is.
+
+    `unload(model)` undoes the last load. `strength_argument` is the keyword under which users of this loader pass the
+    strength; a function without a `strength` keyword is called with it. `unsupported` maps (format, bench) to a reason.
+
+    >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
+    ... def load(model, lora, *, strength=1.0): ...
+    """
+    declaration = Declaration(
+        frozenset(formats) if formats is not None else None,
+        frozenset(benches) if benches is not None else None,
+        unload,
+        strength_argument,
+        dict(unsupported or {}),
+    )
+
+    def declare(function: F) -> F:
+        setattr(function, _ATTRIBUTE, declaration)
+        return function
+
+    return declare
+
+
+def declaration_of(function: Callable[..., object]) -> Declaration:
+    """Return what `function` declared with `@loader`, or the empty declaration."""
+    found = getattr(function, _ATTRIBUTE, None)
+    return found if isinstance(found, Declaration) else Declaration()
+
+
+def _ordered(declared: frozenset[str] | None, core: tuple[str, ...]) -> tuple[str, ...]:
+    if declared is None:
+        return core
+    return tuple(name for name in core if name in declared) + tuple(sorted(declared - set(core)))

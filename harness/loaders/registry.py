@@ -1,0 +1,178 @@
+"""One string names a loader everywhere: `resolve` turns it into the subject under test, `installed` lists the names."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from harness.errors import LoaderSpecError
+from harness.loaders.protocol import Subject, declaration_of
+from harness.loaders.releases import find_releases
+from harness.loaders.signature import adapt
+from harness.loaders.source import import_callable, is_file, one_line
+
+ENTRY_POINTS = "lora_harness.loaders"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A loader that can be named; `reason` says why it cannot run here when `available` is False."""
+
+    name: str
+    version: str | None
+    available: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Builtin:
+    target: str  # module:attribute
+    needs: tuple[str, ...]  # distributions, the first gives the version
+
+
+BUILTIN = {
+    "peft": _Builtin("harness.loaders.peft:load", ("peft",)),
+    "diffusers": _Builtin("harness.loaders.diffusers:load", ("diffusers", "peft")),
+    "diffusers-fused": _Builtin("harness.loaders.diffusers:load_fused", ("diffusers", "peft")),
+}
+_DIFFSYNTH = "diffsynth"
+
+
+def resolve(spec: str | Callable[..., Any]) -> Subject:
+    """Return the loader that `spec` names, ready to be tested.
+
+    `spec` is a registered name (`peft`), `package.module:callable`, `path/to/file.py:callable`, `cmd:...`, or the
+    function itself.
+
+    Raises:
+        LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
+    """
+    if not isinstance(spec, str):
+        return _from_function(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
+    if spec.startswith("cmd:"):
+        from harness.loaders.command import command_loader
+
+        return Subject(spec, command_loader(spec))
+    if ":" in spec:
+        module = spec.rpartition(":")[0]
+        version = None if is_file(module) else _version_of(module)
+        return _from_function(import_callable(spec), spec, version)
+    return _from_name(spec)
+
+
+def installed() -> list[Installed]:
+    """Return every loader that has a name: the built-in ones, then those of other packages; imports none of them."""
+    builtin = [_installed(name, entry) for name, entry in BUILTIN.items()]
+    others = [Installed(name, _point_version(point), True) for name, point in _entry_points().items()]
+    return builtin + _installed_diffsynth() + others
+
+
+def _from_name(name: str) -> Subject:
+    if name in BUILTIN:
+        status = _installed(name, BUILTIN[name])
+        if not status.available:
+            raise LoaderSpecError(f"{name}: {status.reason}")
+        return _from_function(import_callable(BUILTIN[name].target), name, status.version)
+    if name == _DIFFSYNTH or name.startswith(f"{_DIFFSYNTH}-"):
+        return _from_diffsynth(name)
+    point = _entry_points().get(name)
+    if point is not None:
+        return _from_function(_loaded(point), name, _point_version(point))
+    raise LoaderSpecError(_unknown(name))
+
+
+def _from_diffsynth(name: str) -> Subject:
+    from harness.loaders import diffsynth
+
+    version = name.removeprefix(_DIFFSYNTH).removeprefix("-") or diffsynth.newest_release().version
+    return _from_function(diffsynth.release_loader(version), name, version)
+
+
+def _from_function(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
+    if not callable(function) or isinstance(function, type):
+        raise LoaderSpecError(f"{function!r} is no loader: give a function or a string that names one")
+    declaration = declaration_of(function)
+    return Subject(spec, adapt(function, declaration.strength_argument, spec), version, declaration)
+
+
+def _unknown(name: str) -> str:
+    names = [entry.name for entry in installed()]
+    close = difflib.get_close_matches(name, names, n=2)
+    if not close and (is_file(name) or Path(name).is_file()):
+        return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
+    guess = f"; did you mean {' or '.join(close)}?" if close else ""
+    known = f"known: {', '.join(names)}; or package.module:function, file.py:function, cmd:..."
+    return f"no loader is called {name!r}{guess} ({known})"
+
+
+def _installed(name: str, entry: _Builtin) -> Installed:
+    versions = [_distribution_version(needed) for needed in entry.needs]
+    missing = [needed for needed, version in zip(entry.needs, versions, strict=True) if version is None]
+    if missing:
+        return Installed(name, versions[0], False, f"{missing[0]} is not installed; run `pip install {missing[0]}`")
+    return Installed(name, versions[0], True)
+
+
+def _installed_diffsynth() -> list[Installed]:
+    found = find_releases(_DIFFSYNTH)
+    if not found:
+        reason = "no release is here; run `python -m harness.loaders.releases diffsynth==2.1.12 diffsynth==2.0.4`"
+        return [Installed(_DIFFSYNTH, None, False, reason)]
+    older = [Installed(f"{_DIFFSYNTH}-{release.version}", release.version, True) for release in found[:-1]]
+    return [Installed(_DIFFSYNTH, found[-1].version, True), *older]
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    """Return the loaders that other packages register, by name; a built-in name cannot be taken over."""
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in points if point.name not in {*BUILTIN, _DIFFSYNTH}}
+
+
+def _loaded(point: metadata.EntryPoint) -> Callable[..., Any]:
+    try:
+        return point.load()  # type: ignore[no-any-return]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise LoaderSpecError(f"{point.name}: importing {point.value} raises {one_line(error)}") from error
+
+
+def _point_version(point: metadata.EntryPoint) -> str | None:
+    return point.dist.version if point.dist is not None else None
+
+
+def _distribution_version(name: str) -> str | None:
+    try:
+        return metadata.version(name) if util.find_spec(name) is not None else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
+def _version_of(module: str) -> str | None:
+    owners = _distributions().get(module.partition(".")[0], [])
+    return metadata.version(owners[0]) if owners else None
+
+
+def _spec_of(function: Callable[..., Any]) -> str:
+    """Return the string that names `function` on a command line as well as one can be given."""
+    return next(_names(function))
+
+
+def _names(function: Callable[..., Any]) -> Iterator[str]:
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if module == "__main__" and file is not None:
+        yield f"{Path(file)}:{name}"
+    yield f"{module}:{name}" if module else name

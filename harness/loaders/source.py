@@ -1,0 +1,130 @@
+"""A string in, a function out: import `package.module:callable` or `path/to/file.py:callable`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness.errors import LoaderSpecError
+
+_numbers = itertools.count()
+
+
+def import_callable(spec: str) -> Callable[..., Any]:
+    """Return the function that `package.module:callable` or `path/to/file.py:callable` names.
+
+    Raises:
+        LoaderSpecError: no such file or module, it fails when imported, no such attribute, or it is not a function.
+    """
+    where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
+        raise LoaderSpecError(f"{spec!r} names no function; write {spec.strip(':')}:load when `load` is its name")
+    if is_file(where):
+        path = Path(where)
+        function = _attribute(_module_from_file(path, spec), attribute, spec)
+        return _with_folder(function, str(path.resolve().parent))
+    function = _attribute(_module_from_name(where, spec), attribute, spec)
+    folder = str(Path.cwd())
+    return function if {"", folder} & set(sys.path) else _with_folder(function, folder)
+
+
+def is_file(where: str) -> bool:
+    """Tell a path from a module name."""
+    return where.endswith(".py") or "/" in where or "\\" in where
+
+
+def _module_from_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
+        raise LoaderSpecError(f"{spec!r}: there is no file {path.absolute()}")
+    name = f"_lora_harness_file_{next(_numbers)}_{path.stem}"
+    description = importlib.util.spec_from_file_location(name, path.resolve())
+    if description is None or description.loader is None:
+        raise LoaderSpecError(f"{spec!r}: {path} is no Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(description)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    try:
+        with on_path(str(path.resolve().parent)), _import_errors(spec, str(path)):
+            description.loader.exec_module(module)
+    except LoaderSpecError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _module_from_name(name: str, spec: str) -> ModuleType:
+    importlib.invalidate_caches()  # it may be younger than the listing Python keeps of its folder
+    with on_path(str(Path.cwd())), _import_errors(spec, name):
+        return importlib.import_module(name)
+
+
+def _attribute(module: ModuleType, dotted: str, spec: str) -> Callable[..., Any]:
+    try:
+        found = functools.reduce(getattr, dotted.split("."), module)
+    except AttributeError:
+        own = [name for name, value in vars(module).items() if _is_own_function(value, module)]
+        hint = f"; it defines {', '.join(own[:8])}" if own else ""
+        raise LoaderSpecError(f"{spec!r}: {_shown(module)} has no {dotted!r}{hint}") from None
+    if isinstance(found, type):
+        raise LoaderSpecError(f"{spec!r} is a class; a loader is a function load(model, lora, *, strength=1.0)")
+    if not callable(found):
+        raise LoaderSpecError(f"{spec!r} is {type(found).__name__}, not a function load(model, lora, *, strength=1.0)")
+    return found
+
+
+def _is_own_function(value: object, module: ModuleType) -> bool:
+    return callable(value) and not isinstance(value, type) and getattr(value, "__module__", None) == module.__name__
+
+
+def _shown(module: ModuleType) -> str:
+    return module.__file__ or module.__name__ if module.__name__.startswith("_lora_harness_file_") else module.__name__
+
+
+@contextlib.contextmanager
+def on_path(folder: str) -> Iterator[None]:
+    """Put `folder` first on `sys.path` inside the block, and take this one entry away afterwards."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _import_errors(spec: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise LoaderSpecError(f"{spec!r}: cannot import {what}: {error}") from error
+    except SyntaxError as error:
+        raise LoaderSpecError(f"{spec!r}: {what} is not valid Python: {error.msg}, line {error.lineno}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a script without a main guard must not end the run
+        raise LoaderSpecError(f"{spec!r}: importing {what} raises {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return `ValueError: message` with the message cut to one line of 200 characters."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:200]}{'...' if len(text) > 200 else ''}" if text else name
+
+
+def _with_folder(function: Callable[..., Any], folder: str) -> Callable[..., Any]:
+    """Let `function` import its neighbours when it is called, not only when its file is."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with on_path(folder):
+            return function(*args, **kwargs)
+
+    return call

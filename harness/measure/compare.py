@@ -1,0 +1,95 @@
+"""Compare what a module computes after loading with W + scale * B @ A: the measured scale, and what it leaves over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.measure.tolerance import Tolerance, tolerance
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The regression of one module's change on B@A: change = scale * B@A + residual.
+
+    `residual` is |change - scale * B@A| (Frobenius), `change` is |W' - W|, `product` is |B@A|.
+    """
+
+    scale: float
+    residual: float
+    change: float
+    product: float
+    tolerance: Tolerance
+    expected: float
+
+    @property
+    def finite(self) -> bool:
+        """True when neither the scale nor the residual is NaN or infinite."""
+        return math.isfinite(self.scale) and math.isfinite(self.residual)
+
+    @property
+    def scale_right(self) -> bool:
+        """True when the measured scale is the expected one within the tolerance."""
+        return abs(self.scale - self.expected) <= self.tolerance.scale
+
+    @property
+    def direction_right(self) -> bool:
+        """True when nothing but rounding is left over."""
+        return self.residual <= self.tolerance.noise
+
+    @property
+    def unchanged(self) -> bool:
+        """True when the module computes what it did before loading."""
+        return self.change <= self.tolerance.noise
+
+    @property
+    def relative_residual(self) -> float:
+        """The residual as a share of the change (0: direction right, 1: unrelated to B@A)."""
+        return self.residual / self.change if self.change else 0.0
+
+
+def fit(before: Tensor, after: Tensor, a: Tensor, b: Tensor, *, expected: float, dtype: str) -> Fit:
+    """Fit one module; `before`, `after: [out, in]`, `a: [rank, in]`, `b: [out, rank]`, computed in float64."""
+    change = after.double() - before.double()
+    product = b.double() @ a.double()
+    energy = float((product * product).sum())
+    scale = float((change * product).sum()) / energy if energy else 0.0
+    largest = max(abs(scale), abs(expected))  # a wrong scale rounds like one of its own size
+    outer = b.double().pow(2).sum(0) @ a.double().pow(2).sum(1)
+    allowed = tolerance(
+        dtype=dtype,
+        scale=largest,
+        elements=change.numel(),
+        base=norm(before),
+        merged=norm(after),
+        product=math.sqrt(energy),
+        outer=math.sqrt(float(outer)),
+        rank=a.shape[0],
+    )
+    residual = norm(change - scale * product)
+    if residual > allowed.noise and residual < math.sqrt(energy) * abs(scale):
+        # noise of the loader's own blurs the regression; it is reported as noise, not as a wrong scale too
+        allowed = allowed.blurred(residual / (math.sqrt(change.numel()) * math.sqrt(energy)))
+    return Fit(scale, residual, norm(change), math.sqrt(energy), allowed, expected)
+
+
+def fit_slices(
+    before: Tensor, after: Tensor, a: Tensor, b: Tensor, slices: Sequence[slice], *, expected: float, dtype: str
+) -> tuple[Fit, ...]:
+    """Fit each row range on its own; a fault in one projection of a fused layer shows in its slice only."""
+    return tuple(fit(before[rows], after[rows], a, b[rows], expected=expected, dtype=dtype) for rows in slices)
+
+
+def norm(x: Tensor) -> float:
+    """Frobenius norm accumulated in float64 (float32 `x.norm()` is off by up to 0.4 % on large layers)."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def alignment(change: Tensor, candidate: Tensor) -> float:
+    """Cosine between a change and a candidate delta of the same shape, in [-1, 1]; 0 when either vanishes."""
+    size = norm(change) * norm(candidate)
+    return float((change.double() * candidate.double()).sum()) / size if size else 0.0

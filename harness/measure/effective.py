@@ -1,0 +1,68 @@
+"""Effective weights: what a module really computes, read by sending the identity through its forward.
+
+Merged weights, hooks, wrappers, parametrizations, patched forwards and returned copies are all measured alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class MissingModuleError(LookupError):
+    """The loaded model has no module at a path the base model had."""
+
+
+def effective_weights(model: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Return the effective weight `[out, in]` of each layer in its own dtype, in float64.
+
+    `layers` maps a path of the base model to (out_features, in_features); a model that came back inside a wrapper
+    is searched by the end of the path.
+
+    Raises:
+        MissingModuleError: a path is gone.
+        ValueError: a module answers with another shape than `[in, out]`.
+    """
+    modules = dict(model.named_modules())
+    return {name: effective_weight(_find(modules, name), shape) for name, shape in layers.items()}
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module, shape: tuple[int, int]) -> Tensor:
+    """Return W `[out, in]` in float64 with module(x) = x @ W^T + constant, from module(identity) - module(0)."""
+    rows, columns = shape
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    probe = torch.eye(columns, device=like.device, dtype=like.dtype)
+    with _without_bias(module):
+        answer = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
+    if not isinstance(answer, Tensor) or answer.shape != (columns + 1, rows):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"module answers {got} to {columns + 1} inputs, but should be {(columns + 1, rows)}")
+    answer = answer.double().cpu()
+    return (answer[:-1] - answer[-1]).T
+
+
+def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    if name in modules:
+        return modules[name]
+    matches = [found for found in modules if found.endswith("." + name)]
+    if len(matches) != 1:
+        raise MissingModuleError(name)
+    return modules[matches[0]]
+
+
+@contextmanager
+def _without_bias(module: nn.Module) -> Iterator[None]:
+    """Zero every bias meanwhile: adding one in half precision would round the weight that is being read."""
+    biases = [p for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias"]
+    saved = [bias.detach().clone() for bias in biases]
+    try:
+        for bias in biases:
+            bias.data.zero_()
+        yield
+    finally:
+        for bias, value in zip(biases, saved, strict=True):
+            bias.data.copy_(value)

@@ -1,0 +1,46 @@
+"""One measured point of a loader: which strength, alpha and rank went in, and which scale came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The scale measured on one module of one loaded file.
+
+    `alphas` and `ranks` are those of every module of the file in key order, `index` is this module's place in them;
+    an alpha of None means that the file carries none. `tolerance` is absolute, on the scale.
+    """
+
+    module: str
+    strength: float
+    index: int
+    alphas: tuple[float | None, ...]
+    ranks: tuple[int, ...]
+    measured: float
+    tolerance: float
+    dtype: str = "float32"
+    square: bool = False
+    fused: bool = False
+    permuted: bool = False
+
+    @property
+    def alpha(self) -> float | None:
+        """This module's alpha, None when the file carries none."""
+        return self.alphas[self.index]
+
+    @property
+    def rank(self) -> int:
+        """This module's rank."""
+        return self.ranks[self.index]
+
+    @property
+    def expected(self) -> float:
+        """strength * alpha / rank; a missing alpha means scale 1."""
+        return self.strength * (1.0 if self.alpha is None else self.alpha / self.rank)
+
+    @property
+    def right(self) -> bool:
+        """True when the measured scale is PEFT's."""
+        return abs(self.measured - self.expected) <= self.tolerance

@@ -1,0 +1,59 @@
+"""How far a right loader may be from the formula: the one place where tolerances are derived.
+
+u is the unit roundoff of the working dtype, the coarser of base and file dtype: rounding x to it moves x by at most
+u*|x|, uniformly, so with variance (u*x)^2 / 3. A right loader may round A and B, the scaled delta twice, and the
+sum twice. These errors are independent between elements, so
+
+    noise^2 = u^2/3 * (|W|^2 + |W'|^2 + s^2 * (4 + r) * sum_k |B_k|^2 |A_k|^2)        (Frobenius norm of W' - exact)
+
+where r covers the accumulation of a product of rank r, and the regression s = <dW, BA>/<BA, BA> over n elements sees
+noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank): two
+are allowed in half precision (2u = 0.8 % in bfloat16, below the 1 % that must fail), sixteen in single (1e-6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_SCALE_ROUNDINGS = {"float64": 16, "float32": 16, "float16": 2, "bfloat16": 2}
+_SIGMAS = 6.0
+_NOISE_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`scale`: allowed |measured - expected| of the scale; `noise`: allowed Frobenius norm of the unexplained part."""
+
+    scale: float
+    noise: float
+    dtype: str
+
+    def blurred(self, sigma: float) -> Tolerance:
+        """Return this tolerance with `sigma`, the standard error of the scale from a residual that was measured."""
+        return replace(self, scale=self.scale + _SIGMAS * sigma)
+
+    def why(self) -> str:
+        """Say in a few words where the numbers come from."""
+        roundings = _SCALE_ROUNDINGS[self.dtype]
+        return f"{roundings} roundings of the scale in {self.dtype} + {_SIGMAS:.0f} sigma of the regression"
+
+
+def coarser(first: str, second: str) -> str:
+    """Return the dtype name with the larger unit roundoff."""
+    return max(first, second, key=UNIT_ROUNDOFF.__getitem__)
+
+
+def tolerance(
+    *, dtype: str, scale: float, elements: int, base: float, merged: float, product: float, outer: float, rank: int
+) -> Tolerance:
+    """Derive the tolerance of one module (or one slice of its rows).
+
+    `base`, `merged`, `product` are the Frobenius norms of W, W' and B@A; `outer` is sqrt(sum_k |B_k|^2 |A_k|^2);
+    `scale` the expected factor on B@A; `elements` the number of weights.
+    """
+    u = UNIT_ROUNDOFF[dtype]
+    noise = u * math.sqrt((base**2 + merged**2 + scale**2 * (4 + rank) * outer**2) / 3)
+    regression = noise / (math.sqrt(elements) * product) if product else math.inf
+    return Tolerance(_SCALE_ROUNDINGS[dtype] * u * abs(scale) + _SIGMAS * regression, _NOISE_FACTOR * noise, dtype)

@@ -1,0 +1,83 @@
+"""What a run must say about itself to be repeated: versions, machine, device, commit, seed and command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+
+from harness.report.models import Header
+
+PACKAGES = ("lora-harness", "torch", "safetensors", "peft", "diffusers", "transformers", "diffsynth", "hypothesis")
+
+
+def new_header(
+    command: str | Sequence[str] | None = None,
+    *,
+    seed: int | None = None,
+    profile: str = "dev",
+    planned: Iterable[str] = (),
+    versions: dict[str, str] | None = None,
+    device: str | None = None,
+    run_id: str | None = None,
+) -> Header:
+    """Build the header of a run that starts now; `command` defaults to the process's own command line.
+
+    `versions` adds to the versions of the installed packages (loaders installed beside, releases under test).
+    """
+    now = datetime.now(timezone.utc)
+    return Header(
+        run_id=run_id or f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
+        created=now.isoformat(timespec="seconds"),
+        command=_command_line(command),
+        seed=seed,
+        profile=profile,
+        machine=os.environ.get("LORA_HARNESS_MACHINE") or platform.node(),
+        platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        device=device or _device(),
+        commit=_commit(),
+        versions=installed_versions() | (versions or {}),
+        planned=tuple(planned),
+    )
+
+
+def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of the installed packages, without importing them."""
+    found: dict[str, str] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _command_line(command: str | Sequence[str] | None) -> str:
+    if isinstance(command, str):
+        return command
+    return shlex.join(command if command is not None else ["lora-harness", *sys.argv[1:]])
+
+
+def _device() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda ({torch.cuda.get_device_name(0)})"
+
+
+def _commit() -> str | None:
+    if commit := os.environ.get("GITHUB_SHA"):
+        return commit[:12]
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,216 @@
+"""One line per run, kept for ever: trends and flips over nights, merged from several machines without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from harness.checks.verdict import Record
+from harness.errors import UserError
+from harness.report.plain import plain
+from harness.report.records import Run
+from harness.report.summary import WORDS, Cell, cells
+
+
+class HistoryCell(Record):
+    """The key numbers of one cell: outcome, code and law of its worst verdict, ratio measured / expected."""
+
+    loader: str
+    version: str | None = None
+    format: str
+    bench: str
+    variant: str = "lora"
+    outcome: str
+    code: str | None = None
+    law: str | None = None
+    ratio: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the cell is about; the same key in two runs is compared."""
+        return self.loader, self.format, self.bench, self.variant
+
+
+class HistoryRecord(Record):
+    """One run in the history."""
+
+    kind: Literal["history"] = "history"
+    run_id: str
+    created: str
+    status: str
+    commit: str | None = None
+    machine: str = ""
+    device: str = "cpu"
+    seed: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
+    seconds: float | None = None
+    cells: tuple[HistoryCell, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A cell, or several alike, that changed from one run to the next."""
+
+    loader: str
+    before: tuple[str | None, str, str | None]
+    after: tuple[str | None, str, str | None]
+    created: str
+    run_id: str
+    places: tuple[str, ...]
+
+    @property
+    def worse(self) -> bool:
+        """True when what was right is not any more."""
+        return self.before[1] in ("passed", "xfailed") and self.after[1] not in ("passed", "xfailed")
+
+    def text(self) -> str:
+        """Return the flip as a line, for example "acme 1.0 -> 1.1: law `strength` -> `strength * alpha` (peft)"."""
+        (old, was, old_law), (new, now, new_law) = self.before, self.after
+        versions = f" {old} -> {new}" if old and new and old != new else f" {new or old}" if new or old else ""
+        changes = [f"law `{old_law or 'none'}` -> `{new_law or 'none'}`"] if old_law != new_law else []
+        changes += [f"{WORDS.get(was, was)} -> {WORDS.get(now, now)}"] if was != now or not changes else []
+        return plain(f"{self.loader}{versions}: {', '.join(changes)} ({', '.join(self.places)})")
+
+
+def history_record(run: Run) -> HistoryRecord:
+    """Return the key numbers of a run."""
+    header = run.header
+    return HistoryRecord(
+        run_id=header.run_id,
+        created=header.created,
+        status=run.status,
+        commit=header.commit,
+        machine=header.machine,
+        device=header.device,
+        seed=header.seed,
+        versions=header.versions,
+        counts=run.counts,
+        seconds=run.footer.seconds if run.footer else None,
+        cells=tuple(_key_numbers(cell) for cell in cells(run).values()),
+    )
+
+
+def _key_numbers(cell: Cell) -> HistoryCell:
+    worst = cell.worst
+    return HistoryCell(
+        loader=cell.loader,
+        version=next((v.loader_version for v in cell.verdicts if v.loader_version), None),
+        format=cell.format,
+        bench=cell.bench,
+        variant=cell.variant,
+        outcome=cell.outcome,
+        code=worst.code if worst else None,
+        law=cell.law.formula if cell.law else None,
+        ratio=next((v.ratio for v in (worst, *cell.verdicts) if v is not None and v.ratio is not None), None),
+    )
+
+
+def append_history(path: Path | str, run: Run) -> HistoryRecord:
+    """Append the run to the history file, once: a run that is already there is not added again.
+
+    Raises:
+        UserError: the file is no history file or cannot be written.
+    """
+    path, record = Path(path), history_record(run)
+    if path.exists() and any(known.run_id == record.run_id for known in read_history(path)):
+        return record
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(record.model_dump_json() + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: the history cannot be written: {error.strerror or error}") from None
+    return record
+
+
+def read_history(*paths: Path | str) -> list[HistoryRecord]:
+    """Read and merge history files of any number of machines: one record per run id, the oldest first.
+
+    Raises:
+        UserError: a file cannot be read or a line is no history record (file and line are named).
+    """
+    return merge_history(record for path in paths for record in _read(Path(path)))
+
+
+def merge_history(records: Iterable[HistoryRecord]) -> list[HistoryRecord]:
+    """Return the union of records by run id, sorted by time; the last record of an id wins."""
+    union = {record.run_id: record for record in records}
+    return sorted(union.values(), key=lambda record: (record.created, record.run_id))
+
+
+def _read(path: Path) -> list[HistoryRecord]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the history cannot be read: {error}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            records.append(_record(path, number, line))
+    return records
+
+
+def _record(path: Path, number: int, line: str) -> HistoryRecord:
+    try:
+        return HistoryRecord.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the line"
+        raise UserError(f"{path}:{number}: not a history record: {where}: {first['msg']}") from None
+
+
+def flips(history: Sequence[HistoryRecord]) -> list[Flip]:
+    """Return what changed from one run to the next on the same kind of device, the newest first.
+
+    A cell that a run did not measure is compared with the last run that did.
+    """
+    last: dict[tuple[str, ...], HistoryCell] = {}
+    found: list[Flip] = []
+    for record in merge_history(history):
+        changed: dict[tuple[object, ...], list[tuple[HistoryCell, HistoryCell]]] = {}
+        for cell in record.cells:
+            key = (record.device.split(" ")[0], *cell.key)
+            before = last.get(key)
+            if cell.outcome == "skipped":
+                continue
+            last[key] = cell
+            if before is not None and _state(before)[1:] != _state(cell)[1:]:
+                changed.setdefault((cell.loader, _state(before), _state(cell)), []).append((before, cell))
+        found += [_flip(record, pairs) for pairs in changed.values()]
+    return found[::-1]
+
+
+def _state(cell: HistoryCell) -> tuple[str | None, str, str | None]:
+    return cell.version, cell.outcome, cell.law
+
+
+def _flip(record: HistoryRecord, pairs: list[tuple[HistoryCell, HistoryCell]]) -> Flip:
+    before, after = pairs[0]
+    places = tuple(dict.fromkeys(f"{cell.format}/{cell.bench}" if cell.bench else cell.format for _, cell in pairs))
+    return Flip(after.loader, _state(before), _state(after), record.created, record.run_id, places)
+
+
+def trend_rows(history: Sequence[HistoryRecord], last: int = 30) -> list[HistoryRecord]:
+    """Return the last runs, oldest first."""
+    return merge_history(history)[-last:]
+
+
+def history_text(history: Sequence[HistoryRecord], last: int = 30) -> str:
+    """Return the history as printed by `lora-harness history`: a line per run, then the flips."""
+    lines = [_line(record) for record in trend_rows(history, last)]
+    changed = [f"  {flip.created[:10]}  {flip.text()}" for flip in flips(history)]
+    return plain("\n".join([*lines, *(["", "changes, the newest first", *changed] if changed else [])]))
+
+
+def _line(record: HistoryRecord) -> str:
+    counted = f"{_counted(record.counts):<40}"
+    return f"{record.created[:16]}  {record.status:<10}  {counted}  {record.commit or '-':<12}  {record.machine}"
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()) if number) or "no verdict"

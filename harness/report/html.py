@@ -1,0 +1,170 @@
+"""Write a run as one self-contained `index.html`: a pure function of the run's records."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+from harness.report.plain import plain
+from harness.report.records import FileRecord, PowerRecord, Run, merge_runs
+from harness.report.summary import findings, headline, not_measured, pretty_formula, short_title
+from harness.report.view import STATUS_LOOKS, STATUS_WORDS, View, counted, share, symbol, told_lines, word
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from harness.report.gates import GateResult
+    from harness.report.history import HistoryRecord
+
+_TEMPLATES = "harness.report"
+_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; "
+    "base-uri 'none'; form-action 'none'; object-src 'none'"
+)
+
+
+def write_report(
+    runs: Sequence[Run],
+    out: Path | str,
+    *,
+    history: Sequence[HistoryRecord] | None = None,
+    gate: Sequence[GateResult] | None = None,
+) -> Path:
+    """Write `out/index.html` from one or several runs and return its path.
+
+    The machine-readable records lie beside it (`results.jsonl`, unless a run file is already in `out`), pictures that
+    lie outside `out` are copied to `out/images`. `history` is the list that `read_history` returns; `gate` what
+    `compare` returns (None: the run was not compared, empty: the gate is open).
+
+    Raises:
+        UserError: there is no run, or `out` cannot be written.
+    """
+    out, run = Path(out), merge_runs(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        page = render(run, out, history=history or (), gate=gate, data=_machine_data(run, runs, out))
+        target = out / "index.html"
+        partial = out / "index.html.part"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{out}: the report cannot be written: {error.strerror or error}") from None
+    return target
+
+
+def render(
+    run: Run,
+    out: Path,
+    *,
+    history: Sequence[HistoryRecord] = (),
+    gate: Sequence[GateResult] | None = None,
+    data: str | None = None,
+) -> str:
+    """Return the report of a run as HTML text; `out` is the folder that it will lie in, `data` a link beside it."""
+    from harness.report.strips import strips
+    from harness.report.trend import Trend
+
+    style, script = _asset("report.css"), _asset("report.js")
+    policy = _POLICY.format(script=_csp_hash(script), style=_csp_hash(style))
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            view=View(run),
+            strips=strips(run, out),
+            trend=Trend(history),
+            gate=gate,
+            files=run.of(FileRecord),
+            powers=run.of(PowerRecord),
+            unmeasured=not_measured(run),
+            headline=headline(run),
+            findings=findings(run),
+            policy=policy,
+            style=style,
+            script=script,
+            data=data,
+        )
+    )
+
+
+def _machine_data(run: Run, runs: Sequence[Run], out: Path) -> str:
+    """Return the link to the records beside the report, writing them when no run file lies there."""
+    beside = run.path if len(runs) == 1 else None
+    if beside is not None and beside.resolve().parent == out.resolve():
+        return beside.name
+    lines = [run.header, *run.records, *([run.footer] if run.footer else [])]
+    text = "".join(line.model_dump_json() + "\n" for line in lines)
+    (out / "results.jsonl").write_text(text, encoding="utf-8")
+    return "results.jsonl"
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalized,
+    )
+    environment.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
+    environment.filters |= {"counted": counted, "share": share}
+    environment.globals |= {
+        "symbol": symbol,
+        "word": word,
+        "told": told_lines,
+        "short_title": short_title,
+        "status_word": STATUS_WORDS,
+        "status_look": STATUS_LOOKS,
+    }
+    return environment
+
+
+def _finalized(value: Any) -> Any:
+    from markupsafe import Markup
+
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return plain(value)
+    return "" if value is None else value
+
+
+def _asset(name: str) -> Any:
+    from markupsafe import Markup
+
+    text = (files(_TEMPLATES) / "templates" / name).read_text(encoding="utf-8")
+    return Markup(text)
+
+
+def _csp_hash(text: str) -> str:
+    digest = hashlib.sha256(str(text).encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number with `digits` significant digits, a dash for None."""
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def when(stamp: str) -> str:
+    """Return an ISO time stamp as `23 November 2026, 20:15 UTC`, or as it is when it is none."""
+    try:
+        time = datetime.fromisoformat(stamp)
+    except ValueError:
+        return stamp
+    return f"{time.day} {time:%B %Y, %H:%M} {time.tzname() or ''}".strip()
+
+
+def sized(count: float | None) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    if count is None:
+        return "–"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

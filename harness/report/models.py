@@ -1,0 +1,169 @@
+"""Run records: what one run measured, as JSON lines between a header and a footer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from harness.checks.verdict import LawRecord, Record, Verdict
+
+SCHEMA_VERSION = 1
+
+
+class Header(Record):
+    """The first line of a run: what is needed to repeat it.
+
+    `planned` names the parts that the run set out to measure (`checks:peft`, `law:peft`, `sweep:peft@cuda`, `files`,
+    `power`); a planned part without a record is shown as not measured and keeps the run from being green.
+    """
+
+    kind: Literal["header"] = "header"
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    created: str = Field(description="ISO 8601 with time zone")
+    command: str
+    seed: int | None = None
+    profile: str = "dev"
+    machine: str = ""
+    platform: str = ""
+    device: str = "cpu"
+    commit: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    planned: tuple[str, ...] = ()
+
+
+class Footer(Record):
+    """The last line of a run: verdicts by outcome, seconds of wall time, exit code. A run without one was cut."""
+
+    kind: Literal["footer"] = "footer"
+    counts: dict[str, int]
+    seconds: float
+    exit_code: int
+
+
+class PartRecord(Record):
+    """What became of one planned part; `reason` says why it was not measured."""
+
+    kind: Literal["part"] = "part"
+    name: str
+    measured: bool
+    reason: str = ""
+
+
+class LoraFacts(Record):
+    """The LoRA file behind a measurement."""
+
+    name: str
+    rank: int | None = None
+    alpha: float | None = None
+    format: str | None = None
+
+
+class SweepImage(Record):
+    """One picture of a sweep; `path` and `thumbnail` are relative to the folder of the run file."""
+
+    path: str
+    thumbnail: str | None = None
+    prompt: str = ""
+    seed: int | None = None
+    role: Literal["candidate", "reference", "base"] = "candidate"
+
+
+class SweepRecord(Record):
+    """One loader at one strength: its pictures and what was measured on them.
+
+    `seconds` is wall time, `peak_memory` bytes on the device.
+    """
+
+    kind: Literal["sweep"] = "sweep"
+    loader: str
+    lora: LoraFacts
+    strength: float
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    images: tuple[SweepImage, ...] = ()
+    device: str = "cpu"
+    dtype: str = "float32"
+    pipeline: str | None = None
+    label: str | None = Field(default=None, description="what the pictures show: as trained, artifacts, noise, ...")
+    seconds: float | None = None
+    peak_memory: int | None = None
+
+
+class ProbePoint(Record):
+    """The scale found on B @ A of one module, beside the scale expected there."""
+
+    module: str
+    strength: float
+    alpha: float | None
+    rank: int
+    measured: float
+    expected: float
+
+
+class ProbeRecord(Record):
+    """The probes behind one fitted law, so that the fit can be drawn."""
+
+    kind: Literal["law"] = "law"
+    loader: str
+    format: str | None = None
+    bench: str | None = None
+    variant: str = "lora"
+    law: LawRecord | None = None
+    points: tuple[ProbePoint, ...] = ()
+
+
+class Hazard(Record):
+    """Something in a LoRA file that readers disagree about (codes LH7xx)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
+    code: str
+    what: str = ""
+
+
+class FileRecord(Record):
+    """What `inspect` and `audit` found in one LoRA file; further fields are kept as they are.
+
+    `energy` maps a module or block to its share ||delta W|| / ||W||, or to ||delta W|| when no base was given;
+    `prescription` maps a loader to the strength that reproduces training, None when no single value can.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
+    kind: Literal["file"] = "file"
+    path: str
+    format: str | None = None
+    modules: Any = None
+    ranks: Any = None
+    alphas: Any = None
+    hazards: tuple[Hazard, ...] = ()
+    coverage: Any = None
+    energy: Any = None
+    prescription: dict[str, float | None] = Field(default_factory=dict)
+
+
+class PowerRecord(Record):
+    """How often a fault is found: `detected` of `trials`, `named` of them with the right code.
+
+    `factor` is the true error of the scale (1.0: no fault, so `detected` counts false alarms); `images` how many
+    pictures were seen.
+    """
+
+    kind: Literal["power"] = "power"
+    subject: str
+    fault: str = ""
+    expected_code: str | None = None
+    trials: int
+    detected: int
+    named: int | None = None
+    examples: float | None = Field(default=None, description="median number of examples until it was found")
+    factor: float | None = None
+    images: int | None = None
+    dtype: str | None = None
+    source: str = "weights"
+
+
+AnyRecord = Annotated[
+    Header | Verdict | ProbeRecord | SweepRecord | FileRecord | PowerRecord | PartRecord | Footer,
+    Field(discriminator="kind"),
+]
+ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)

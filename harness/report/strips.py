@@ -1,0 +1,188 @@
+"""Sweeps as strips: one column per strength, pictures above, curves and numbers below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from harness.report.figures import Curve, sweep_figure
+from harness.report.models import LoraFacts, SweepImage, SweepRecord
+from harness.report.pictures import data_uri, difference, difference_gain, link_beside, open_picture
+from harness.report.records import Run
+from harness.report.summary import digest
+from harness.report.svg import available
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_CURVES = (
+    ("SSIM", ("ssim_reference", "ssim_base", "ssim"), False),
+    ("noise", ("noise_sigma_ratio", "sigma", "noise"), True),
+    ("variance", ("variance_ratio", "variance"), True),
+)
+_MOST_ROWS = 6
+_MOST_PICTURES = 330
+_SIDES = ((120, 192), (_MOST_PICTURES, 128), (10**9, 96))  # up to so many pictures: so many pixels
+_ROW_OF = 3  # a row is drawn as candidate, reference and difference
+_AS_TRAINED = 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many prompts of a strip are shown and how large, so that the page stays under 5 MB."""
+
+    rows: int
+    side: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a strip: its thumbnail, its full-size file, and the difference to what it is compared with."""
+
+    strength: float
+    thumbnail: str
+    link: str
+    compared: str | None = None
+    difference: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pictures of one prompt and seed, one per strength (None where there is none)."""
+
+    prompt: str
+    seed: int | None
+    tiles: tuple[Tile | None, ...]
+    against: str | None = None
+    gain: int | None = None
+
+    @property
+    def shown(self) -> Tile | None:
+        """The tile that the slider starts with: the one nearest to strength 1 that has something to compare."""
+        usable = [tile for tile in self.tiles if tile and tile.compared]
+        return min(usable, key=lambda tile: abs(tile.strength - _AS_TRAINED), default=None)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A sweep of one loader over one LoRA."""
+
+    loader: str
+    lora: LoraFacts
+    device: str
+    dtype: str
+    pipeline: str | None
+    records: tuple[SweepRecord, ...]
+    rows: tuple[Row, ...] = ()
+    figures: tuple[tuple[list[str], Markup], ...] = ()
+    metrics: tuple[str, ...] = field(default=())
+    left_out: int = 0
+
+    @property
+    def compared(self) -> Row | None:
+        """The row that the slider starts with."""
+        return next((row for row in self.rows if row.shown), None)
+
+    @property
+    def anchor(self) -> str:
+        """The strip's stable id inside a report."""
+        return "sweep-" + digest(self.loader, self.lora.name, self.device, self.dtype, self.pipeline)
+
+
+def strips(run: Run, out: Path) -> list[Strip]:
+    """Return the run's sweeps, each with its pictures read from disk (missing ones left out)."""
+    groups: dict[tuple[object, ...], list[SweepRecord]] = {}
+    for record in run.of(SweepRecord):
+        key = (record.loader, record.lora.name, record.lora.format, record.device, record.dtype, record.pipeline)
+        groups.setdefault(key, []).append(record)
+    size = _size(list(groups.values()))
+    ordered = (sorted(group, key=lambda record: record.strength) for group in groups.values())
+    return [_strip(group, size, run.folder, out) for group in ordered]
+
+
+def _size(groups: Sequence[Sequence[SweepRecord]]) -> Size:
+    columns = sum(map(len, groups)) or 1
+    rows = max(min(_MOST_PICTURES // (columns * _ROW_OF), _MOST_ROWS), 1)
+    rows = min(rows, max((len(_subjects(group)) for group in groups), default=1) or 1)
+    side = next(side for most, side in _SIDES if columns * _ROW_OF * rows <= most)
+    return Size(rows, side)
+
+
+def _strip(records: list[SweepRecord], size: Size, folder: Path, out: Path) -> Strip:
+    first, subjects = records[0], _subjects(records)
+    names = tuple(dict.fromkeys(name for record in records for name in record.metrics))
+    bare = Strip(first.loader, first.lora, first.device, first.dtype, first.pipeline, tuple(records), metrics=names)
+    rows = tuple(_row(records, prompt, seed, size.side, folder, out) for prompt, seed in subjects[: size.rows])
+    return replace(bare, rows=rows, figures=_figures(bare), left_out=max(len(subjects) - size.rows, 0))
+
+
+def _subjects(records: Sequence[SweepRecord]) -> list[tuple[str, int | None]]:
+    images = (image for record in records for image in record.images if image.role == "candidate")
+    return list(dict.fromkeys((image.prompt, image.seed) for image in images))
+
+
+def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: int, folder: Path, out: Path) -> Row:
+    pictures = [_Pictures.read(record, prompt, seed, folder) for record in records]
+    role = "reference" if any(found.reference for found in pictures) else "base"
+    fallback = next((found.base for found in pictures if found.base), None)
+    pairs = [(p.candidate, p.reference if role == "reference" else p.base or fallback) for p in pictures]
+    whole = [(a[1], b[1]) for a, b in pairs if a and b]
+    gain = difference_gain(whole) if whole else None
+    draw = _Draw(side, gain, out)
+    tiles = tuple(draw.tile(record.strength, a, b) for record, (a, b) in zip(records, pairs, strict=True))
+    return Row(prompt, seed, tiles, role if whole else None, gain)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    candidate: tuple[Path, Image] | None
+    reference: tuple[Path, Image] | None
+    base: tuple[Path, Image] | None
+
+    @classmethod
+    def read(cls, record: SweepRecord, prompt: str, seed: int | None, folder: Path) -> _Pictures:
+        images = {image.role: image for image in record.images if (image.prompt, image.seed) == (prompt, seed)}
+        return cls(*(_read(images.get(role), folder) for role in ("candidate", "reference", "base")))
+
+
+def _read(image: SweepImage | None, folder: Path) -> tuple[Path, Image] | None:
+    path = folder / image.path if image else None
+    picture = open_picture(path) if path else None
+    return (path, picture) if path and picture else None
+
+
+@dataclass(frozen=True)
+class _Draw:
+    side: int
+    gain: int | None
+    out: Path
+
+    def tile(self, strength: float, a: tuple[Path, Image] | None, b: tuple[Path, Image] | None) -> Tile | None:
+        """Return the tile of a picture `a` that is compared with `b`."""
+        if a is None:
+            return None
+        own, link = data_uri(a[1], self.side), link_beside(a[0], self.out)
+        if b is None:
+            return Tile(strength, own, link)
+        shown = data_uri(difference(a[1], b[1], self.gain), self.side) if self.gain else None
+        return Tile(strength, own, link, data_uri(b[1], self.side), shown)
+
+
+def _figures(strip: Strip) -> tuple[tuple[list[str], Markup], ...]:
+    found: list[tuple[list[str], Markup]] = []
+    for title, stems, log in _CURVES:
+        names = _matching(strip.metrics, stems)[:2]
+        curves = [Curve(name, [record.metrics.get(name) for record in strip.records]) for name in names]
+        if available() and any(value is not None for curve in curves for value in curve.values):
+            labels = [name.replace("_", " ") for name in names]
+            alt = f"{title} over strength: {' and '.join(labels)}; the numbers are in the table below"
+            found.append((labels, sweep_figure(strip.anchor + title, curves, len(strip.records), log=log, title=alt)))
+    return tuple(found)
+
+
+def _matching(names: Sequence[str], stems: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for stem in stems for name in names if stem in name.lower()))

@@ -1,0 +1,253 @@
+"""What a run means: one sentence, a matrix of cells, failures folded by cause and sorted worst first."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.checks.verdict import LawRecord, Verdict
+from harness.report.plain import plain
+from harness.report.records import FileRecord, PartRecord, ProbeRecord, Run, SweepRecord
+
+WORDS = {
+    "failed": "wrong",
+    "errored": "crashed",
+    "xpassed": "fixed?",
+    "xfailed": "known",
+    "passed": "right",
+    "skipped": "not measured",
+    "none": "not measured",
+}
+SYMBOLS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–", "none": "–"}
+OUTCOMES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped")
+_DECIDES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped", "none")
+_FOLDED_FIRST = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One loader on one format, bench and variant."""
+
+    loader: str
+    format: str
+    bench: str
+    variant: str
+    verdicts: tuple[Verdict, ...]
+    law: LawRecord | None = None
+
+    @cached_property
+    def outcome(self) -> str:
+        """The worst outcome in the cell; `none` without verdicts."""
+        return min((verdict.outcome for verdict in self.verdicts), key=_DECIDES.index, default="none")
+
+    @cached_property
+    def worst(self) -> Verdict | None:
+        """The verdict that decides the cell."""
+        return min(self.verdicts, key=badness, default=None)
+
+    @property
+    def anchor(self) -> str:
+        """The cell's stable id inside a report."""
+        return "cell-" + digest(self.loader, self.format, self.bench, self.variant)
+
+    @property
+    def formula(self) -> str | None:
+        """What was measured as printed: the law, for example `strength · alpha / rank`, or the factor from pictures."""
+        if self.law:
+            return pretty_formula(self.law.formula)
+        factor = self.worst.estimated_factor if self.worst else None
+        return None if factor is None else f"{factor:.3g} × trained"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Failures with one cause: the worst of them first, told in full, the rest named."""
+
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def worst(self) -> Verdict:
+        """The verdict whose text is shown."""
+        return self.verdicts[0]
+
+    def also(self) -> str:
+        """Return the sentence that names the other places, empty when there is none."""
+        others = list(dict.fromkeys(place(verdict) for verdict in self.verdicts[1:]))
+        others = [other for other in others if other != place(self.worst)]
+        if not others:
+            return ""
+        more = f" and {len(others) - _FOLDED_FIRST} more" if len(others) > _FOLDED_FIRST else ""
+        return "the same in " + ", ".join(others[:_FOLDED_FIRST]) + more
+
+
+def pretty_formula(formula: str) -> str:
+    """Return a law's formula with multiplication as a middle dot, made safe to print."""
+    return plain(formula.replace(" * ", " · "), 120)
+
+
+def place(verdict: Verdict) -> str:
+    """Return where a verdict was measured, as `format/bench`, with the variant unless it is a plain LoRA."""
+    parts = [verdict.format, verdict.bench, verdict.variant if verdict.variant != "lora" else None]
+    return plain("/".join(part for part in parts if part) or verdict.check)
+
+
+def digest(*parts: object) -> str:
+    """Return a short id that is the same in every run with the same parts."""
+    return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:10]
+
+
+def badness(verdict: Verdict) -> tuple[int, float, float]:
+    """Sort key, worst first: by outcome, then how far off the scale is, then the share of modules that fail."""
+    share = (verdict.modules_failed or 0) / (verdict.modules_total or 1)
+    return _DECIDES.index(verdict.outcome), -distance(verdict.ratio), -share
+
+
+def distance(ratio: float | None) -> float:
+    """Return how far a ratio is from 1 in doublings; nothing loaded and a wrong sign count as far off."""
+    if ratio is None:
+        return 0.0
+    if not math.isfinite(ratio) or ratio <= 0:
+        return 64.0
+    return abs(math.log2(ratio))
+
+
+def causes(verdicts: Iterable[Verdict]) -> list[Cause]:
+    """Fold the violations of one loader with one code and one law together.
+
+    The loader that is furthest off comes first; of each loader the cause that has a law, which explains the others,
+    then the worst.
+    """
+    folded: dict[tuple[object, ...], list[Verdict]] = {}
+    for verdict in sorted((v for v in verdicts if not v.ok), key=badness):
+        law = verdict.law.formula if verdict.law else None
+        key = (verdict.loader, verdict.loader_version, verdict.outcome, verdict.code or verdict.title, law)
+        folded.setdefault(key, []).append(verdict)
+    found = [Cause(tuple(group)) for group in folded.values()]
+    order = {loader: i for i, loader in reversed(list(enumerate(cause.worst.loader for cause in found)))}
+    return sorted(found, key=lambda cause: (order[cause.worst.loader], cause.worst.law is None))
+
+
+def cells(run: Run) -> dict[tuple[str, str, str, str], Cell]:
+    """Return the cells that were measured, by loader, format, bench and variant."""
+    found: dict[tuple[str, str, str, str], list[Verdict]] = {}
+    for verdict in run.verdicts:
+        if verdict.format is not None:
+            key = (verdict.loader, verdict.format, verdict.bench or "", verdict.variant)
+            found.setdefault(key, []).append(verdict)
+    laws = {(p.loader, p.format or "", p.bench or "", p.variant): p.law for p in run.of(ProbeRecord) if p.law}
+    return {key: Cell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
+
+
+def row_name(bench: str, variant: str, row: Iterable[Cell | None]) -> str:
+    """Return what a line of the matrix is called: the bench, the variant, `images` where only pictures spoke."""
+    seen = {verdict.check for cell in row if cell for verdict in cell.verdicts}
+    extra = [variant] if variant != "lora" else []
+    extra += ["images"] if seen == {"images"} else []
+    return " · ".join([bench, *extra])
+
+
+def matrix_lines(grid: Mapping[tuple[str, str, str, str], Cell]) -> list[tuple[str, str, str]]:
+    """Return (loader, bench, variant) of each line of the matrix, each loader's lines together."""
+    loaders = list(dict.fromkeys(key[0] for key in grid))
+    lines = dict.fromkeys((key[0], key[2], key[3]) for key in grid)
+    return sorted(lines, key=lambda line: loaders.index(line[0]))
+
+
+def _law(verdicts: Sequence[Verdict]) -> LawRecord | None:
+    return next((verdict.law for verdict in sorted(verdicts, key=badness) if verdict.law is not None), None)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one loader, in a line."""
+
+    loader: str
+    version: str | None
+    worst: Verdict
+    more: int
+
+    def text(self) -> str:
+        """Return `diffsynth-2.0.4: alpha ignored (LH202), law strength, and 2 more`."""
+        law = f", law {pretty_formula(self.worst.law.formula)}" if self.worst.law else ""
+        more = f", and {self.more} more" if self.more else ""
+        return f"{plain(self.loader)}: {short_title(self.worst)}{law}{more}"
+
+
+def sentence(run: Run) -> str:
+    """Return the verdict on the whole run: what was found, by whom, and what was not measured."""
+    told = "; ".join(finding.text() for finding in findings(run))
+    missing = f"Not measured: {listed([plain(part.name) for part in run.missing])}." if run.missing else ""
+    return " ".join(part for part in (headline(run), told and f"{told}.", missing) if part)
+
+
+def headline(run: Run) -> str:
+    """Return the first sentence of the verdict, without the loaders' names."""
+    cut = "" if run.footer and not run.cut else "This run was cut short, so nothing in it counts as a pass. "
+    wrong = {verdict.loader for verdict in run.verdicts if not verdict.ok}
+    tested = {v.loader for v in run.verdicts if v.outcome != "skipped"} | {s.loader for s in run.of(SweepRecord)}
+    if len(tested) == 1 and wrong:
+        return f"{cut}The loader does not reproduce the training."
+    if wrong:
+        return f"{cut}{len(wrong)} of {len(tested)} loaders {_verb(len(wrong))} not reproduce the training."
+    if any(verdict.outcome in ("passed", "xfailed") for verdict in run.verdicts):
+        return cut + _all_right(run, len(tested)) + _but(run)
+    return cut + (_files(run) or "Nothing was measured.")
+
+
+def _verb(count: int) -> str:
+    return "does" if count == 1 else "do"
+
+
+def _but(run: Run) -> str:
+    if not run.missing:
+        return ""
+    return f" But {len(run.missing)} planned part{'s were' if len(run.missing) > 1 else ' was'} not measured."
+
+
+def findings(run: Run) -> list[Finding]:
+    """Return one finding per loader with violations, the worst loader first."""
+    by_loader: dict[str, list[Cause]] = {}
+    for cause in causes(run.verdicts):
+        by_loader.setdefault(cause.worst.loader, []).append(cause)
+    worst = ((name, found[0].worst, len(found) - 1) for name, found in by_loader.items())
+    return [Finding(name, verdict.loader_version, verdict, more) for name, verdict, more in worst]
+
+
+def _all_right(run: Run, tested: int) -> str:
+    passed, known = run.counts.get("passed", 0), run.counts.get("xfailed", 0)
+    who = "The loader reproduces" if tested == 1 else f"All {tested} loaders reproduce"
+    tail = f" and {known} failure{'s' if known > 1 else ''} known" if known else ""
+    return f"{who} the training: {passed} checks passed{tail}."
+
+
+def _files(run: Run) -> str:
+    files = run.of(FileRecord)
+    if not files:
+        return ""
+    bad = sum(bool(record.hazards) for record in files)
+    return f"{bad} of {len(files)} LoRA files carry hazards." if bad else f"No hazard in {len(files)} LoRA files."
+
+
+def short_title(verdict: Verdict) -> str:
+    """Return a verdict's title up to the measured fact, with the code: `alpha ignored (LH202)`."""
+    title = plain((verdict.title or f"{verdict.check} {verdict.outcome}").split(":")[0], 80)
+    return f"{title} ({verdict.code})" if verdict.code else title
+
+
+def listed(words: Sequence[str], limit: int = 4) -> str:
+    """Join words by commas, the ones past `limit` counted."""
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
+
+
+def not_measured(run: Run) -> list[PartRecord]:
+    """Return every part that was planned or skipped, with the reason, each reason once per loader."""
+    skipped = {
+        f"{v.loader} {v.check}": PartRecord(name=f"{v.loader} {v.check}", measured=False, reason=v.reason or "skipped")
+        for v in run.verdicts
+        if v.outcome == "skipped"
+    }
+    return [*run.missing, *skipped.values()]

@@ -1,0 +1,95 @@
+"""Print verdicts to a terminal: failures in full and folded by cause, then the matrix, then one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.checks.verdict import Verdict
+from harness.report.models import Footer, Header
+from harness.report.plain import plain
+from harness.report.records import Run, exit_code_of
+from harness.report.summary import (
+    SYMBOLS,
+    WORDS,
+    Cause,
+    Cell,
+    causes,
+    cells,
+    matrix_lines,
+    not_measured,
+    row_name,
+    sentence,
+)
+
+STYLES = {"failed": "bold red", "errored": "bold magenta", "xpassed": "yellow", "xfailed": "cyan", "passed": "green"}
+_LABELS = 10
+_WIDEST = 40
+
+
+def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None) -> None:
+    """Print the failures, the matrix and the summary sentence of verdicts that belong to one run."""
+    print_run(_run_of(list(verdicts)), console)
+
+
+def print_run(run: Run, console: Console | None = None) -> None:
+    """Print a whole run; colours follow the console, so NO_COLOR is honoured and hostile text stays text."""
+    console = console or Console()
+    for cause in causes(run.verdicts):
+        print_cause(cause, console)
+    if any(verdict.format for verdict in run.verdicts):
+        console.print(matrix_table(run))
+    for part in not_measured(run):
+        console.print(Text(f"– {plain(part.name)} not measured: {plain(part.reason)}", style="dim"), soft_wrap=True)
+    console.print(Text(sentence(run), style="bold"), soft_wrap=True)
+
+
+def print_cause(cause: Cause, console: Console) -> None:
+    """Print one cause as its worst verdict's text, and where else it was seen."""
+    head, _, rows = plain(cause.worst.text()).partition("\n")
+    console.print(Text(head, style=STYLES.get(cause.worst.outcome, "")), soft_wrap=True)
+    if rows:
+        console.print(Text(rows), soft_wrap=True)
+    if also := cause.also():
+        width = max((len(label) for label, _ in cause.worst.rows), default=_LABELS)
+        console.print(Text(f"  {'also':<{width}}  {also}"), soft_wrap=True)
+    console.print()
+
+
+def matrix_table(run: Run) -> Table:
+    """Return the matrix loader x format as a table: a row per loader and bench, the measured law in each cell."""
+    grid = cells(run)
+    formats = list(dict.fromkeys(key[1] for key in grid))
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    lines = matrix_lines(grid)
+    table.add_column("", overflow="fold", min_width=min(max((len(line[1]) for line in lines), default=0) + 2, _WIDEST))
+    for name in formats:
+        table.add_column(Text(plain(name)), overflow="fold")
+    above = None
+    for loader, bench, variant in lines:
+        if loader != above:
+            table.add_row(Text(plain(loader), style="bold"))
+        above = loader
+        row = [grid.get((loader, fmt, bench, variant)) for fmt in formats]
+        table.add_row(Text(f"  {plain(row_name(bench, variant, row))}"), *map(_cell, row))
+    return table
+
+
+def _cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text(SYMBOLS["none"], style="dim")
+    law = f"\n{cell.formula}" if cell.formula and cell.outcome != "passed" else ""
+    return Text(f"{SYMBOLS[cell.outcome]} {WORDS[cell.outcome]}{law}", style=STYLES.get(cell.outcome, "dim"))
+
+
+def _run_of(verdicts: Sequence[Verdict]) -> Run:
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    counts: dict[str, int] = {}
+    for verdict in verdicts:
+        counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
+    footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts))
+    return Run(Header(run_id="", created=created, command=""), tuple(verdicts), footer)

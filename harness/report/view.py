@@ -1,0 +1,247 @@
+"""What the report's template shows: every decision made here, every escape made there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from markupsafe import Markup
+
+from harness.checks.verdict import Verdict
+from harness.report.figures import law_figure
+from harness.report.models import FileRecord, ProbePoint, ProbeRecord
+from harness.report.records import Run
+from harness.report.summary import (
+    OUTCOMES,
+    SYMBOLS,
+    WORDS,
+    Cause,
+    Cell,
+    causes,
+    cells,
+    digest,
+    distance,
+    listed,
+    matrix_lines,
+    row_name,
+)
+from harness.report.svg import available
+
+_MOST_FIGURES = 36
+_MOST_TOLD = 500
+_MOST_TOLD_PER_CAUSE = 25
+_MOST_POINTS = 200
+_MOST_ENERGIES = 24
+_MOST_MODULES = 5000
+_MOST_BLOCKS = 120
+STATUS_WORDS = {"passed": "passed", "failed": "failed", "incomplete": "incomplete", "cut": "cut short"}
+STATUS_LOOKS = {"passed": "passed", "failed": "failed", "incomplete": "skipped", "cut": "errored"}
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """One line of the matrix; `span` is the number of lines of its loader, 0 on all but the first of them."""
+
+    loader: str
+    version: str | None
+    bench: str
+    span: int
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A verdict with its stable id."""
+
+    anchor: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class LawPlot:
+    """A law's figure, None when there are too many of them, and its points, the worst first."""
+
+    record: ProbeRecord
+    figure: Markup | None
+    points: tuple[ProbePoint, ...]
+    left_out: int
+
+    @property
+    def anchor(self) -> str:
+        """The plot's stable id inside a report."""
+        return "law-" + digest(self.record.loader, self.record.format, self.record.bench, self.record.variant)
+
+
+class View:
+    """The parts of a report that are computed from the verdicts and probes of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.anchors = _anchors(run.verdicts)
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, str, str, str], Cell]:
+        """The measured cells by loader, format, bench and variant, the worst first."""
+        return cells(self.run)
+
+    @cached_property
+    def formats(self) -> list[str]:
+        """The formats in the order in which they were measured: the columns of the matrix."""
+        return list(dict.fromkeys(key[1] for key in self.cells))
+
+    @cached_property
+    def matrix(self) -> list[MatrixRow]:
+        """The matrix: a line per loader, bench and variant, a cell per format."""
+        lines = matrix_lines(self.cells)
+        rows, above = [], None
+        for loader, bench, variant in lines:
+            row = tuple(self.cells.get((loader, fmt, bench, variant)) for fmt in self.formats)
+            span = sum(line[0] == loader for line in lines) if loader != above else 0
+            rows.append(MatrixRow(loader, self._version(loader), row_name(bench, variant, row), span, row))
+            above = loader
+        return rows
+
+    @cached_property
+    def causes(self) -> list[Cause]:
+        """Failures folded by cause, worst first."""
+        return causes(self.run.verdicts)
+
+    @cached_property
+    def told(self) -> set[int]:
+        """The violations whose text is shown in full; the page stays under 5 MB, the records hold the rest."""
+        first = [verdict for cause in self.causes for verdict in cause.verdicts[:_MOST_TOLD_PER_CAUSE]]
+        return {id(verdict) for verdict in first[:_MOST_TOLD]}
+
+    def in_full(self, verdict: Verdict) -> bool:
+        """Return True when a violation is shown with all its rows."""
+        return id(verdict) in self.told
+
+    @cached_property
+    def counts(self) -> list[tuple[str, int]]:
+        """Outcomes that occurred with their numbers, worst first."""
+        return [(outcome, self.run.counts[outcome]) for outcome in OUTCOMES if self.run.counts.get(outcome)]
+
+    @cached_property
+    def loose(self) -> list[Verdict]:
+        """Verdicts that belong to no format (images, files, smoke checks)."""
+        return [verdict for verdict in self.run.verdicts if verdict.format is None]
+
+    @cached_property
+    def plots(self) -> list[LawPlot]:
+        """One plot per law, the cells that fail first."""
+        records = sorted(self.run.of(ProbeRecord), key=lambda record: -_spread(record))
+        return [_plot(record, drawn=i < _MOST_FIGURES) for i, record in enumerate(records)]
+
+    @cached_property
+    def energies(self) -> list[tuple[FileRecord, list[tuple[str, float]]]]:
+        """The energy of each file by block, for the first files that carry one."""
+        found = ((record, energy_by_block(record)) for record in self.run.of(FileRecord))
+        return [(record, blocks[:_MOST_BLOCKS]) for record, blocks in found if blocks][:_MOST_ENERGIES]
+
+    def line(self, verdict: Verdict) -> Line:
+        """Return the verdict with its id."""
+        return Line(self.anchors[id(verdict)], verdict)
+
+    def evidence(self, cell: Cell) -> str:
+        """Return the id that a cell of the matrix links to: its worst failure, or its checks."""
+        if cell.worst is None or cell.worst.ok:
+            return cell.anchor
+        return self.anchors[id(cell.worst)]
+
+    def _version(self, loader: str) -> str | None:
+        found = (v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version)
+        return next(found, None)
+
+
+def energy_by_block(record: FileRecord) -> list[tuple[str, float]]:
+    """Return (block, energy) pairs: ||delta W|| of the block's modules, over their ||W|| where a base was given."""
+    norms = _norms(record)
+    if any(base for _, _, base in norms):
+        norms = [entry for entry in norms if entry[2]]
+    total: dict[str, tuple[float, float]] = {}
+    for name, norm, base in norms:
+        delta, weights = total.get(_block(name), (0.0, 0.0))
+        total[_block(name)] = (delta + norm**2, weights + base**2)
+    return [(block, math.sqrt(delta / (weights or 1.0))) for block, (delta, weights) in total.items()]
+
+
+def _norms(record: FileRecord) -> list[tuple[str, float, float]]:
+    """Return (module, ||delta W||, ||W||) of a file's modules, ||W|| = 0 where it is not known."""
+    energies = (record.model_extra or {}).get("energies") or record.energy
+    entries = list(energies.items())[:_MOST_MODULES] if isinstance(energies, Mapping) else []
+    found = ((str(name), *_norm(energy)) for name, energy in entries)
+    return [(name, norm, base) for name, norm, base in found if norm is not None]
+
+
+def _norm(energy: Any) -> tuple[float | None, float]:
+    norm, relative = (energy.get("norm"), energy.get("relative")) if isinstance(energy, Mapping) else (energy, None)
+    if not isinstance(norm, int | float):
+        return None, 0.0
+    return float(norm), norm / relative if relative else 0.0
+
+
+def _block(name: str) -> str:
+    parts = name.replace("/", ".").split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[: numbered + 1]) if numbered is not None else parts[0]
+
+
+def _anchors(verdicts: Sequence[Verdict]) -> dict[int, str]:
+    """Ids that stay the same from run to run, so that a link into last night's report works in tonight's."""
+    found: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for v in verdicts:
+        name = "v-" + digest(v.loader, v.check, v.format, v.bench, v.variant, v.code)
+        seen[name] = seen.get(name, 0) + 1
+        found[id(v)] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    return found
+
+
+def _spread(record: ProbeRecord) -> float:
+    return max((_off(point) for point in record.points), default=0.0)
+
+
+def _off(point: ProbePoint) -> float:
+    if point.expected == 0:
+        return 64.0 if point.measured else 0.0
+    return distance(point.measured / point.expected)
+
+
+def _plot(record: ProbeRecord, *, drawn: bool) -> LawPlot:
+    points = tuple(sorted(record.points, key=_off, reverse=True))
+    figure = law_figure(record) if drawn and points and available() else None
+    return LawPlot(record, figure, points[:_MOST_POINTS], max(len(points) - _MOST_POINTS, 0))
+
+
+def told_lines(verdict: Verdict) -> list[tuple[str, str]]:
+    """Return the lines of `Verdict.text()` split into (label as printed, value); the first is the headline."""
+    head, *rest = verdict.text().split("\n")
+    width = max((len(label) for label, _ in verdict.rows), default=0) + 4
+    return [("", head), *((line[:width], line[width:]) for line in rest)]
+
+
+def symbol(outcome: str) -> str:
+    """Return the sign that stands for an outcome beside its word and colour."""
+    return SYMBOLS.get(outcome, "–")
+
+
+def word(outcome: str) -> str:
+    """Return the word that stands for an outcome."""
+    return WORDS.get(outcome, outcome)
+
+
+def counted(values: Any) -> str:
+    """Return the values of a file record (a mapping value -> number of modules, a list, or one value) as text."""
+    if isinstance(values, Mapping):
+        values = list(values)
+    if isinstance(values, list | tuple):
+        return listed([str(value) for value in values])
+    return "" if values is None else str(values)
+
+
+def share(value: Any) -> str:
+    """Return a share between 0 and 1 in per cent, anything else as nothing."""
+    return f"{value:.0%}" if isinstance(value, int | float) else ""

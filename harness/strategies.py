@@ -1,0 +1,91 @@
+"""Hypothesis strategies for LoRA files: ranks, alphas, strengths and whole examples, simplest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from harness.example import Example, Target
+
+_COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
+_COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
+
+
+def ranks(*, max_rank: int = 64) -> SearchStrategy[int]:
+    """Ranks 1 to `max_rank`: powers of two, odd ones, ones divisible by 3 and by 4; some up to half above it."""
+    common = st.sampled_from([rank for rank in _COMMON_RANKS if rank <= max_rank] or [1])
+    anything = st.integers(1, max_rank)
+    return st.one_of(
+        common, anything, common, st.one_of(anything, st.integers(max_rank + 1, max_rank + max_rank // 2 + 1))
+    )
+
+
+def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStrategy[float]:
+    """Alphas for `rank`: whole, fractional, below one, equal to the rank, zero and negative.
+
+    All are exact in bfloat16 (eight significant bits), so the file's dtype cannot change them.
+    """
+    options = [
+        st.sampled_from(_COMMON_ALPHAS),
+        st.integers(1, 127).map(lambda n: n / 8),
+        st.integers(1, 15).map(lambda n: n / 16),
+        st.just(float(rank)),
+    ]
+    if zero:
+        options.append(st.sampled_from((0.0, 1.0)))
+    if negative:
+        options.append(st.integers(-64, -1).map(lambda n: n / 4))
+    return st.one_of(options)
+
+
+def strengths() -> SearchStrategy[float]:
+    """Strengths from -2 to 2: one, the usual fractions, zero, negative ones, and any multiple of 1/64."""
+    return st.one_of(st.sampled_from(_STRENGTHS), st.integers(-128, 128).map(lambda n: n / 64))
+
+
+@st.composite
+def examples(
+    draw: Any,
+    layers: Sequence[str],
+    *,
+    missing_alpha: bool = True,
+    zero_alpha: bool = True,
+    negative_alpha: bool = True,
+    max_layers: int | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> Example:
+    """Draw one LoRA over a subset of `layers`, with how it is written and loaded.
+
+    `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional).
+    """
+    count = min(max_layers or len(layers), len(layers))
+    chosen = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=count, unique=True))
+    uniform = draw(st.integers(0, 3)) == 3
+    omit = draw(st.sampled_from(("none", "none", "none", "some", "all"))) if missing_alpha else "none"
+
+    def target(name: str, shape: tuple[int, float] | None) -> Target:
+        rank, alpha = shape or draw(_shapes(zero_alpha, negative_alpha))
+        gone = omit == "all" or (omit == "some" and draw(st.booleans()))
+        return Target(name, rank, None if gone else alpha)
+
+    shared = draw(_shapes(zero_alpha, negative_alpha)) if uniform else None
+    targets = tuple(target(name, shared) for name in sorted(chosen, key=list(layers).index))
+    dtype = draw(st.sampled_from(dtypes))
+    return Example(
+        targets,
+        strength=draw(strengths()),
+        dtype=dtype,
+        file_dtype=draw(st.sampled_from(("float32", dtype))),
+        key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
+        value_seed=draw(st.integers(0, 99)),
+    )
+
+
+@st.composite
+def _shapes(draw: Any, zero: bool, negative: bool) -> tuple[int, float]:
+    rank = draw(ranks())
+    return rank, draw(alphas(rank, zero=zero, negative=negative))

@@ -1,0 +1,68 @@
+"""Known failures excuse exactly what they name, and turn the run red when it no longer fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness import KnownFailure, check_loader, read_known_failures
+from harness.checks.known import shipped_known_failures
+from harness.checks.run import Limits
+from harness.errors import UserError
+
+SPEC = "tests.checks.sample_loaders:"
+QUICK = {"formats": ["kohya"], "benches": ["qwen-image"], "max_examples": 25, "limits": Limits(seconds=5, workers=1)}
+
+
+def known(name: str, code: str, **more: object) -> KnownFailure:
+    return KnownFailure("it", SPEC + name, code, "for a reason", "https://example.org/1", **more)  # type: ignore[arg-type]
+
+
+def outcomes(name: str, *failures: KnownFailure) -> set[str]:
+    return {v.outcome for v in check_loader(SPEC + name, known_failures=failures, **QUICK)}  # type: ignore[arg-type]
+
+
+def test_a_known_failure_is_excused() -> None:
+    assert outcomes("raw_alpha", known("raw_alpha", "LH201")) == {"passed", "xfailed"}
+
+
+def test_another_fault_is_not_excused() -> None:
+    assert "failed" in outcomes("raw_alpha", known("raw_alpha", "LH202"))
+
+
+def test_a_known_failure_that_no_longer_fails_is_red() -> None:
+    assert "xpassed" in outcomes("right", known("right", "LH201"))
+
+
+def test_a_fault_with_a_trait_is_tried_on_its_own_and_hides_nothing() -> None:
+    assert outcomes("only_rank_one", known("only_rank_one", "LH209", trait="rank = 1")) == {"passed", "xfailed"}
+    assert "xpassed" in outcomes("right", known("right", "LH209", trait="rank = 1"))
+
+
+def test_a_line_that_matches_no_cell_is_an_error() -> None:
+    assert "errored" in outcomes("right", known("right", "LH201", formats=("peft",)))
+
+
+def test_the_shipped_lines_have_a_reason_a_link_and_their_finding_page() -> None:
+    root = Path(__file__).parents[2]
+    for line in shipped_known_failures():
+        assert line.reason
+        assert line.link.startswith("https://") or (root / line.link).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[[failure]]\nid='x'\nloader='l'\ncode='LH201'\nreason='r'", "missing fields"),
+        ("[[failure]]\nid='x'\nloader='l'\ncode='LH999'\nreason='r'\nlink='l'", "is no code"),
+        ("[[failure]]\nid='x'\nloader='l'\ncode='LH201'\nreason='r'\nlink='l'\ntrait='nope'", "is none of"),
+        ("[[failure]]\nid='x'\nloader='l'\ncode='LH201'\nreason='r'\nlink='l'\nxx=1", "unknown fields"),
+        ("[[fail", "cannot read"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, text: str, why: str) -> None:
+    file = tmp_path / "known.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=why):
+        read_known_failures(file)

@@ -1,0 +1,99 @@
+"""The strength to pass, from a law and the modules of a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from harness.doctor import ScaleLaw, conventions, known_laws, prescribe
+from harness.files import FORMATS, LoraModule
+
+ALPHAS = st.floats(0.1, 500) | st.floats(-500, -0.1)
+POWERS = st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0])
+
+
+def module(rank: int, alpha: float | None, *, rslora: bool = False, tensor: bool = True) -> LoraModule:
+    keys = {"alpha": "x.alpha"} if tensor and alpha is not None else {}
+    return LoraModule("x", rank, 8, 8, alpha, rslora, "F32", keys)
+
+
+def law(strength: float = 1.0, alpha: float = 1.0, rank: float = -1.0, constant: float = 1.0) -> ScaleLaw:
+    return ScaleLaw("some loader", strength, alpha, rank, constant)
+
+
+@pytest.mark.parametrize(
+    ("loader_law", "modules", "strength"),
+    [
+        (law(), [module(32, 16.0)], 1.0),
+        (law(alpha=0, rank=0), [module(32, 16.0)], 0.5),
+        (law(alpha=0, rank=0), [module(32, 32.0)], 1.0),
+        (law(rank=0), [module(32, 16.0)], 1 / 32),
+        (law(rank=-0.5), [module(16, 16.0)], 0.25),
+        (law(constant=2.0), [module(32, 16.0), module(8, 1.0)], 0.5),
+        (law(alpha=0, rank=0), [module(32, 16.0), module(8, 4.0)], 0.5),
+        (law(alpha=0, rank=0), [module(32, 16.0), module(8, 8.0)], None),
+        (law(rank=0), [module(32, 16.0), module(8, 8.0)], None),
+        (law(strength=2.0, alpha=0, rank=0), [module(32, 8.0)], 0.5),
+        (law(strength=2.0, alpha=0, rank=0), [module(32, -8.0)], None),
+        (law(strength=3.0, alpha=0, rank=0), [module(8, -1.0)], -0.5),
+        (law(strength=0.0), [module(32, 16.0)], 1.0),
+        (law(strength=0.0, constant=2.0), [module(32, 16.0)], None),
+        (law(alpha=0.5, rank=0), [module(4, -4.0)], None),
+        (law(alpha=0, rank=0), [module(32, None)], None),
+        (law(), [module(32, 16.0), module(32, None)], None),
+        (law(), [module(32, 0.0)], None),
+        (law(), [module(32, 0.0, tensor=False)], 1.0),
+        (law(alpha=0, rank=0), [module(32, 0.0, tensor=False)], 0.0),
+        (law(), [], 1.0),
+    ],
+)
+def test_the_strength_is_the_one_that_gives_every_module_its_trained_scale(
+    loader_law: ScaleLaw, modules: Sequence[LoraModule], strength: float | None
+) -> None:
+    assert prescribe(loader_law, modules) == (None if strength is None else pytest.approx(strength, rel=1e-5))
+
+
+@given(
+    powers=st.tuples(st.sampled_from([1.0, 2.0, 3.0, 0.5]), POWERS, POWERS, st.floats(0.1, 10)),
+    modules=st.lists(st.tuples(st.integers(1, 128), ALPHAS), min_size=1, max_size=4),
+)
+def test_a_prescription_reproduces_training_and_none_means_that_no_strength_does(
+    powers: tuple[float, float, float, float], modules: list[tuple[int, float]]
+) -> None:
+    loader_law, adapted = law(*powers), [module(rank, alpha) for rank, alpha in modules]
+    assume(all(math.isfinite(loader_law.at_one(each)) for each in adapted))
+    strength = prescribe(loader_law, adapted)
+    needed = [each.trained_scale / loader_law.at_one(each) for each in adapted]
+    if strength is None:
+        even = powers[0] % 2 != 1
+        assert max(needed) - min(needed) > 5e-5 * abs(needed[0]) or (even and min(needed) < 0)
+    else:
+        factor = math.copysign(abs(strength) ** powers[0], strength if powers[0] % 2 == 1 else 1.0)
+        assert all(math.isclose(factor, each, rel_tol=1e-3) for each in needed)
+
+
+@given(st.lists(st.tuples(st.integers(1, 128), ALPHAS), min_size=1, max_size=4), st.booleans())
+def test_peft_needs_strength_one_for_every_file(modules: list[tuple[int, float]], rslora: bool) -> None:
+    adapted = [module(rank, alpha, rslora=rslora) for rank, alpha in modules]
+    assert prescribe(known_laws()["peft"], adapted) == 1.0
+
+
+def test_a_loader_that_knows_no_rslora_needs_more(tmp_path: object) -> None:
+    assert prescribe(known_laws()["diffsynth"], [module(16, 4.0, rslora=True)]) == 4.0
+
+
+def test_the_founding_case() -> None:
+    """rank 32, alpha 16 in DiffSynth before 2.0.5: `alpha=0.5` is right; with rank 32, alpha 32 it is `alpha=1`."""
+    old = known_laws()["diffsynth-2.0.4"]
+    assert (prescribe(old, [module(32, 16.0)]), prescribe(old, [module(32, 32.0)])) == (0.5, 1.0)
+    assert old.argument == "alpha"
+
+
+def test_the_table_of_laws_names_formats_that_exist() -> None:
+    assert {name for loader_law in known_laws().values() for name in loader_law.formats} <= set(FORMATS)
+    assert all(loader_law.formats for loader_law in known_laws().values())
+    assert list(conventions()) == ["alpha / rank", "alpha / sqrt(rank)", "alpha", "1"]

@@ -1,0 +1,96 @@
+"""rank_pattern and alpha_pattern mean what PEFT makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from harness.files.config import AdapterConfig, ConfigError, anchored, build
+from harness.files.patterns import PatternError, Patterns
+
+NAMES = st.lists(st.sampled_from(["to_q", "add_to_q", "0", "10", "a", "aXb"]), min_size=1, max_size=4).map(".".join)
+PATTERNS = st.one_of(
+    NAMES,
+    NAMES.map(anchored),
+    NAMES.map(lambda name: f"^{name}$"),
+    NAMES.map(lambda name: name.replace("o", ".")),
+    st.sampled_from([r".*to_q", r"\d+\.to_q", "to_(q|k)", "a.b", "0|10", r"a\.[a-z]+"]),
+)
+
+
+@settings(max_examples=300)
+@given(patterns=st.lists(PATTERNS, max_size=5, unique=True), name=NAMES)
+@example(patterns=["a.b"], name="aXb")
+@example(patterns=["to_q"], name="add_to_q")
+@example(patterns=[".*", "to_q"], name="to_q")
+def test_the_first_pattern_that_peft_would_match_decides(patterns: list[str], name: str) -> None:
+    expected = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+    assert Patterns({pattern: pattern for pattern in patterns}).get(name, None) == expected
+
+
+def test_a_catastrophic_pattern_is_given_up_within_one_budget_for_all_modules() -> None:
+    start = time.perf_counter()
+    patterns = Patterns({"(a|aa)+[^a]": 1})
+    for _ in range(50):
+        with pytest.raises(PatternError, match="too long to match"):
+            patterns.get("a" * 60, 0)
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+[^a]", "(.*a){20}[^a]", "(a{1,1000}){1,1000}[^a]"])
+def test_no_hostile_pattern_hangs(pattern: str) -> None:
+    start = time.perf_counter()
+    with contextlib.suppress(PatternError):
+        assert Patterns({pattern: 1}).get("a" * 60, 0) == 0
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(?P<x", "x" * 600 + "+"])
+def test_a_pattern_that_is_no_usable_expression_is_named(pattern: str) -> None:
+    with pytest.raises(PatternError) as raised:
+        Patterns({pattern: 1}).get("a", 0)
+    assert raised.value.pattern == pattern
+
+
+def test_many_plain_patterns_cost_little() -> None:
+    names = [f"transformer_blocks.{i}.attn.{part}" for i in range(60) for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    patterns = Patterns({anchored(name): place for place, name in enumerate(names)})
+    start = time.perf_counter()
+    assert [patterns.get(name, None) for name in names] == list(range(len(names)))
+    assert time.perf_counter() - start < 2
+
+
+@given(st.dictionaries(NAMES, st.tuples(st.integers(1, 64), st.floats(-100, 100)), min_size=1))
+def test_a_built_configuration_gives_each_module_its_own_rank_and_alpha(modules: dict[str, tuple[int, float]]) -> None:
+    ranks = {name: rank for name, (rank, _) in modules.items()}
+    alphas = {name: alpha for name, (_, alpha) in modules.items()}
+    config = AdapterConfig.parse(build(ranks, alphas, rslora=False))
+    assert {name: config.of(name) for name in modules} == modules
+
+
+def test_peft_defaults_apply_when_the_configuration_is_silent() -> None:
+    assert AdapterConfig.parse({}).of("x") == (8, 8.0)
+    assert AdapterConfig.parse({"peft_type": "LOKR", "alpha": 3}).of("x") == (8, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"r": True}, "r"),
+        ({"r": 2.5}, "r"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"x": "4"}}, "rank_pattern"),
+        ({"alpha_pattern": {"x": None}}, "alpha_pattern"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(raw: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        AdapterConfig.parse(raw).of("x")
+    assert raised.value.key == key

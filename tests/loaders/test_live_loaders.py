@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.benches import get_bench
+from harness.errors import LoaderSpecError
+from harness.loaders import diffsynth
+from harness.loaders.registry import resolve
+from harness.loaders.releases import Release
+
+from .conftest import effective, factors, trained, weights, written
+
+LIVE = ("peft", "diffusers", "diffusers-fused")
+CELLS = [(name, form, bench) for name in LIVE for form, bench in resolve(name).cells]
+
+
+@pytest.mark.parametrize(("name", "form", "bench_name"), CELLS)
+@pytest.mark.parametrize("strength", [1.0, -0.7, 0.0])
+def test_every_declared_cell_gives_strength_times_alpha_over_rank(name, form, bench_name, strength, tmp_path):
+    bench = get_bench(bench_name)
+    model = bench.build()
+    lora = written(bench, form, tmp_path)
+    result = resolve(name).load(model, lora, strength=strength)
+    found = factors(bench, model if result is None else result, weights(bench))
+    assert found == pytest.approx(trained(weights(bench), strength), rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_second_load_adds_to_the_first(name, bench, tmp_path):
+    subject = resolve(name)
+    lora = written(bench, subject.formats[0], tmp_path)
+    model = bench.build()
+    for strength in (1.0, -0.5):
+        result = subject.load(model, lora, strength=strength)
+        model = model if result is None else result
+    found = factors(bench, model, weights(bench))
+    assert found == pytest.approx(trained(weights(bench), 0.5), rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-fused"])
+def test_unload_undoes_the_last_load_only(name, bench, tmp_path):
+    subject = resolve(name)
+    lora = written(bench, "diffusers", tmp_path)
+    model = bench.build()
+    subject.load(model, lora, strength=1.0)
+    subject.load(model, lora, strength=3.0)
+    subject.declaration.unload(model)
+    assert factors(bench, model, weights(bench)) == pytest.approx(trained(weights(bench), 1.0), rel=2e-5, abs=2e-5)
+
+
+def test_unloading_every_diffusers_adapter_gives_the_base_back(bench, tmp_path):
+    subject = resolve("diffusers")
+    model = bench.build()
+    subject.load(model, written(bench, "kohya", tmp_path))
+    subject.declaration.unload(model)
+    for name in bench.lora_layers:
+        assert torch.equal(effective(model, name), effective(bench.base(), name))
+    assert set(model.state_dict()) == set(bench.base().state_dict())
+
+
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-fused"])
+def test_what_diffusers_is_said_not_to_support_really_fails(name, tmp_path):
+    bench = get_bench("qwen-image-fused")
+    model = bench.build()
+    resolve(name).load(model, written(bench, "kohya", tmp_path))
+    found = factors(bench, model, weights(bench))
+    assert found["transformer_blocks.0.attn.to_qkv"] == pytest.approx(0.0, abs=1e-9)
+    assert resolve(name).unsupported("kohya", "qwen-image-fused")
+
+
+def test_diffusers_finds_nothing_in_a_peft_folder(bench, tmp_path):
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        resolve("diffusers").load(bench.build(), written(bench, "peft", tmp_path))
+
+
+def test_diffusers_refuses_a_model_that_has_no_pipeline(bench, tmp_path):
+    with pytest.raises(NotImplementedError, match="no diffusers pipeline is known for Linear"):
+        resolve("diffusers").load(torch.nn.Linear(2, 2), written(bench, "diffusers", tmp_path))
+
+
+def test_peft_merges_into_any_module(tmp_path):
+    from harness.files import LoraWeights, write_lora
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+    before = model[0].weight.detach().clone()
+    a, b = torch.ones(2, 3), torch.ones(2, 2)
+    folder = write_lora(tmp_path / "adapter", "peft", {"0": LoraWeights(a, b, 1.0)})
+    merged = resolve("peft").load(model, folder, strength=-3.0)
+    assert torch.allclose(merged[0].weight - before, -3.0 * 0.5 * b @ a)
+
+
+def test_peft_names_the_file_that_its_folder_lacks(bench, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        resolve("peft").load(bench.build(), tmp_path)
+
+
+def test_the_live_loaders_print_and_warn_nothing(bench, tmp_path, capfd, recwarn):
+    for name, form in (("peft", "peft"), ("diffusers", "diffusers")):
+        resolve(name).load(bench.build(), written(bench, form, tmp_path))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err, list(recwarn)) == ("", "", [])
+
+
+@pytest.mark.parametrize("bench_name", ["qwen-image", "qwen-image-fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_current_diffsynth_divides_alpha_by_rank(bench_name, dtype, needs_diffsynth, tmp_path):
+    needs_diffsynth("2.1.12")
+    bench = get_bench(bench_name)
+    model = bench.build(dtype)
+    resolve("diffsynth-2.1.12").load(model, written(bench, "diffsynth", tmp_path), strength=0.5)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    found = factors(bench, model, weights(bench))
+    assert found == pytest.approx(trained(weights(bench), 0.5), rel=tolerance, abs=tolerance)
+
+
+def test_diffsynth_2_0_4_never_reads_alpha(bench, needs_diffsynth, tmp_path, capfd):
+    needs_diffsynth("2.0.4")
+    model = bench.build()
+    resolve("diffsynth-2.0.4").load(model, written(bench, "diffsynth", tmp_path), strength=0.5)
+    assert factors(bench, model, weights(bench)) == pytest.approx(dict.fromkeys(weights(bench), 0.5), rel=2e-5)
+    assert capfd.readouterr().out == ""
+
+
+def test_two_releases_run_side_by_side(tmp_path, monkeypatch):
+    for version, factor in (("1.0.9", 2), ("1.0.10", 3)):
+        _fake_release(tmp_path, version, factor)
+    monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path))
+    changes = {}
+    for name in ("diffsynth-1.0.9", "diffsynth"):
+        model = torch.nn.Linear(1, 1)
+        before = model.weight.item()
+        resolve(name).load(model, tmp_path / "lora.safetensors", strength=10.0)
+        changes[name] = model.weight.item() - before
+    assert changes == pytest.approx({"diffsynth-1.0.9": 20.0, "diffsynth": 30.0})
+    assert resolve("diffsynth").version == "1.0.10"
+
+
+def test_a_release_that_is_not_there_is_named_with_the_command_that_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path))
+    with pytest.raises(LoaderSpecError, match=r"python -m harness\.loaders\.releases diffsynth==9\.9\.9"):
+        resolve("diffsynth-9.9.9")
+
+
+def test_a_release_is_imported_without_its_own_package_init(tmp_path):
+    _fake_release(tmp_path, "0.0.1", 1)
+    (tmp_path / "diffsynth-0.0.1" / "diffsynth" / "__init__.py").write_text("import torchvision_is_not_here")
+    general, _ = diffsynth._shipped(Release("diffsynth", "0.0.1", tmp_path / "diffsynth-0.0.1"))
+    assert general.GeneralLoRALoader
+
+
+def _fake_release(root, version, factor):
+    package = root / f"diffsynth-{version}" / "diffsynth"
+    (package / "utils" / "lora").mkdir(parents=True)
+    (package / "core" / "loader").mkdir(parents=True)
+    (package / "core" / "loader" / "file.py").write_text("def load_state_dict(path, torch_dtype, device): return {}\n")
+    (package / "utils" / "lora" / "__init__.py").write_text("from .general import GeneralLoRALoader\n")
+    (package / "utils" / "lora" / "general.py").write_text(
+        "class GeneralLoRALoader:\n"
+        "    def __init__(self, torch_dtype, device): pass\n"
+        "    def convert_state_dict(self, weights): return weights\n"
+        "    def fuse_lora_to_base_model(self, model, weights, alpha):\n"
+        f"        model.weight.data += {factor} * alpha\n"
+    )

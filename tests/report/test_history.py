@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from report_samples import TRAINED, failed, matrix_records, passed, run_of
+
+from harness.errors import UserError
+from harness.report.history import append_history, flips, history_record, history_text, merge_history, read_history
+from harness.report.records import Run
+from harness.report.trend import Trend
+
+
+def night(day: int, version: str, *, right: bool, **changes: object) -> Run:
+    stamp = {"run_id": f"night-{day}", "created": f"2026-11-{day:02d}T02:00:00+00:00"} | changes
+    facts = {"loader_version": version, "check": "scaling law"}
+    if right:
+        return run_of(passed("diffsynth", law=TRAINED, **facts), **stamp)
+    return run_of(failed("diffsynth", **facts), **stamp)
+
+
+def test_two_nights_with_another_loader_version_show_the_flip() -> None:
+    history = [history_record(night(1, "2.0.4", right=False)), history_record(night(2, "2.0.5", right=True))]
+    (flip,) = flips(history)
+    assert flip.text() == (
+        "diffsynth 2.0.4 -> 2.0.5: law `strength` -> `strength * alpha / rank`, wrong -> right (kohya/qwen-image)"
+    )
+    assert not flip.worse
+    assert flips(history[::-1]) == [flip]
+
+
+def test_a_flip_back_is_worse_and_comes_first() -> None:
+    history = [history_record(night(d, "2.0.5", right=r)) for d, r in ((1, False), (2, True), (3, False))]
+    assert [flip.worse for flip in flips(history)] == [True, False]
+
+
+def test_an_unchanged_cell_does_not_flip_and_a_gap_is_bridged() -> None:
+    same = [history_record(night(day, "2.0.4", right=False)) for day in (1, 2, 3)]
+    assert flips(same) == []
+    gap = history_record(run_of(passed("peft"), run_id="gap", created="2026-11-02T02:00:00+00:00"))
+    changed = [same[0], gap, history_record(night(3, "2.0.5", right=True))]
+    assert len(flips(changed)) == 1
+
+
+def test_a_gpu_night_is_not_compared_with_a_cpu_night() -> None:
+    cpu = history_record(night(1, "2.0.4", right=False))
+    gpu = history_record(night(2, "2.0.4", right=True, device="cuda (sample)"))
+    assert flips([cpu, gpu]) == []
+
+
+def test_cells_that_change_alike_are_one_flip() -> None:
+    def both(day: int, make: object, **facts: object) -> Run:
+        stamp = {"run_id": str(day), "created": f"2026-11-{day:02d}T02:00:00+00:00"}
+        return run_of(*(make("x", format=fmt, **facts) for fmt in ("peft", "kohya")), **stamp)  # type: ignore[operator]
+
+    (flip,) = flips([history_record(both(1, passed)), history_record(both(2, failed))])
+    assert flip.places == ("peft/qwen-image", "kohya/qwen-image")
+    assert flip.worse
+
+
+def test_the_history_grows_by_one_line_per_run_and_only_once(tmp_path: Path) -> None:
+    path = tmp_path / "reports" / "history.jsonl"
+    run = night(1, "2.0.4", right=False)
+    assert append_history(path, run) == append_history(path, run)
+    append_history(path, night(2, "2.0.5", right=True))
+    assert [record.run_id for record in read_history(path)] == ["night-1", "night-2"]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_histories_of_several_machines_merge_by_run_id_in_time_order(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    append_history(one, night(1, "1", right=True))
+    append_history(one, night(3, "1", right=True))
+    append_history(two, night(2, "1", right=True, machine="other"))
+    append_history(two, night(3, "1", right=True))
+    assert [record.run_id for record in read_history(one, two)] == ["night-1", "night-2", "night-3"]
+    assert read_history(two, one) == read_history(one, two)
+
+
+def test_key_numbers_hold_what_a_trend_needs() -> None:
+    record = history_record(run_of(*matrix_records()))  # type: ignore[arg-type]
+    wrong = next(cell for cell in record.cells if cell.loader == "diffsynth-2.0.4" and cell.format == "kohya")
+    assert (wrong.outcome, wrong.code, wrong.law, wrong.ratio) == ("failed", "LH202", "strength", 0.5)
+    assert wrong.version == "2.0.4"
+    assert record.status == "failed"
+
+
+def test_a_bad_history_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"kind":"history"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"history\.jsonl:1: not a history record: run_id"):
+        read_history(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_history(tmp_path / "absent.jsonl")
+
+
+def test_the_history_as_text_has_runs_and_changes() -> None:
+    history = [history_record(night(1, "2.0.4", right=False)), history_record(night(2, "2.0.5", right=True))]
+    text = history_text(history)
+    assert "2026-11-01T02:00  failed      1 failed" in text
+    assert "2026-11-02  diffsynth 2.0.4 -> 2.0.5: law" in text
+
+
+def test_a_trend_needs_two_runs_and_keeps_the_last_thirty() -> None:
+    records = [history_record(night(1 + d % 28, "1", right=True, run_id=str(d))) for d in range(40)]
+    assert Trend(records[:1]).bars == []
+    assert len(Trend(records).bars) == 30
+    assert merge_history(records)[-30:] == [bar.record for bar in Trend(records).bars]
+
+
+def test_bars_stay_inside_the_drawing() -> None:
+    history = [history_record(run_of(*matrix_records(), run_id=str(n))) for n in range(2)]  # type: ignore[arg-type]
+    parts = Trend(history).bars[0].parts
+    assert parts[0].outcome == "failed"
+    assert all(part.top >= 0 and part.top + part.height <= Trend.height for part in parts)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+from report_samples import IGNORED, RAW, failed, file_records, matrix_records, passed, run_of
+
+from harness.report.plain import plain
+from harness.report.summary import badness, causes, cells, distance, findings, headline, sentence, short_title
+
+
+def test_one_law_in_many_cells_is_one_cause_and_two_laws_are_two() -> None:
+    verdicts = [failed(format=fmt, bench=bench) for fmt in ("peft", "kohya") for bench in ("a", "b")]
+    assert len(causes(verdicts)) == 1
+    assert len(causes([*verdicts, failed(law=RAW, code="LH201", ratio=32.0)])) == 2
+    assert len(causes([*verdicts, failed("other")])) == 2
+
+
+def test_also_names_the_other_places_and_not_its_own() -> None:
+    verdicts = [failed(format=fmt) for fmt in ("peft", "kohya", "diffusers", "diffsynth", "glm")]
+    also = causes(verdicts)[0].also()
+    assert also == "the same in kohya/qwen-image, diffusers/qwen-image, diffsynth/qwen-image and 1 more"
+    assert causes([failed(), failed(check="scaling law")])[0].also() == ""
+
+
+def test_the_worst_failure_comes_first() -> None:
+    slight, gross, crash = failed(ratio=1.01), failed(ratio=32.0), failed(outcome="errored", ratio=None)
+    nothing = failed(ratio=0.0)
+    assert sorted([slight, crash, gross, nothing], key=badness) == [nothing, gross, slight, crash]
+    assert distance(2.0) == distance(0.5) == 1.0
+
+
+def test_a_cell_is_as_bad_as_its_worst_verdict() -> None:
+    run = run_of(passed(), passed(check="coverage", outcome="xfailed"), failed("peft", "strength"))
+    (cell,) = cells(run).values()
+    assert cell.outcome == "failed"
+    assert cell.law == IGNORED
+    assert cell.worst is not None
+    assert cell.worst.check == "strength"
+
+
+def test_the_sentence_names_loader_cause_law_and_what_was_not_measured() -> None:
+    run = run_of(passed(), failed(), planned=("sweep@cuda",))
+    assert sentence(run) == (
+        "1 of 2 loaders does not reproduce the training. diffsynth-2.0.4: alpha ignored (LH202), law strength. "
+        "Not measured: sweep@cuda."
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        ((passed(), passed("diffusers")), "All 2 loaders reproduce the training: 2 checks passed."),
+        ((passed(),), "The loader reproduces the training: 1 checks passed."),
+        ((failed(),), "The loader does not reproduce the training."),
+        ((), "Nothing was measured."),
+        (tuple(file_records()), "1 of 2 LoRA files carry hazards."),
+    ],
+)
+def test_the_headline_says_what_was_found(records: tuple[object, ...], says: str) -> None:
+    assert headline(run_of(*records)) == says  # type: ignore[arg-type]
+
+
+def test_a_green_headline_admits_what_was_not_measured() -> None:
+    assert headline(run_of(passed(), planned=("sweep@cuda",))).endswith("But 1 planned part was not measured.")
+
+
+def test_findings_are_one_line_per_loader() -> None:
+    found = findings(run_of(*matrix_records()))  # type: ignore[arg-type]
+    assert [finding.loader for finding in found] == ["raw_alpha.py:load", "diffsynth-2.0.4", "diffsynth"]
+
+
+def test_a_title_loses_its_numbers_and_keeps_its_code() -> None:
+    assert short_title(failed()) == "alpha ignored (LH202)"
+
+
+def test_plain_text_is_left_alone_and_the_rest_is_shown() -> None:
+    assert plain("strength · alpha / rank ✓ 図\n\tx") == "strength · alpha / rank ✓ 図\n\tx"
+    assert plain("\x1b[31mred\u202e\x07") == "\\x1b[31mred\\u202e\\x07"
+    assert plain("abcdef", 4) == "abc…"
