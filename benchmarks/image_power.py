@@ -227,7 +227,8 @@ def main() -> None:
         ]
         lines += records(cells, "probe" if quick else "pictures")
     text.append(
-        f"\n{len(options.only)} LoRAs, {options.draws} draws of pictures per cell and LoRA; {time.perf_counter() - began:.0f} s"
+        f"\n{len(options.only)} LoRAs, {options.draws} draws of pictures per cell and LoRA; "
+        f"{time.perf_counter() - began:.0f} s"
     )
     print("\n".join(text))
     if options.out:

@@ -71,7 +71,7 @@ def check_cell(cell: Cell, plan: Plan) -> Iterator[Verdict]:
     known = tuple(k for k in plan.known if k.applies(cell))
     general = tuple(k for k in known if k.trait is None)
     result = Search()
-    result.add(*observe(cell, _smoke_example(cell)))
+    result.add(*observe(cell, plan.pins.example(cell.bench) if plan.pins else _smoke_example(cell)))
     if "LH901" not in result.counts and "LH902" not in result.counts:
         _measure(cell, plan, [k for k in known if k.trait], result)
     verdicts = list(_verdicts(cell, plan, result))
@@ -88,10 +88,10 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
     def allowed(example: Example) -> bool:
         return not any(k.covers(cell, example) for k in avoided)
 
-    for example in filter(allowed, _planned(cell)):
-        result.add(*observe(cell, example))
-    if plan.pins is not None:
-        result.add(*observe(cell, plan.pins.example(cell.bench)))
+    for example in filter(allowed, design(cell.bench.lora_layers)):
+        observation, probes, findings = observe(cell, example)
+        result.add(observation, probes, [] if plan.pins else findings)
+    if plan.pins:  # the planned examples only help to name the law of the pinned one
         return
     strategy = _strategy(cell, plan).filter(allowed)
     found = search(cell, strategy, max_examples=plan.max_examples, base_seed=plan.seed)
@@ -102,10 +102,6 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
     result.examples += found.examples
     for finding in _state_findings(cell):
         result.findings.setdefault(finding.code, finding)
-
-
-def _planned(cell: Cell) -> Iterator[Example]:
-    return design(cell.bench.lora_layers)
 
 
 def _strategy(cell: Cell, plan: Plan):  # type: ignore[no-untyped-def]  # hypothesis's type is long and private

@@ -56,7 +56,13 @@ def check_cells(
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Verdict]:
-    """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more."""
+    """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
+
+    Raises:
+        UserError: the pinned example names a module that a bench does not have.
+    """
+    for cell in cells:
+        _ = plan.pins and plan.pins.example(cell.bench)  # a bad pin is bad usage, not a loader that raises
     verdicts: list[Verdict] = []
 
     def take(verdict: Verdict) -> None:

@@ -18,7 +18,7 @@ from harness.files import LoraWeights, match_modules, read_lora, write_lora
 from harness.loaders.isolation import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.measure.compare import Fit, fit, fit_slices, norm
-from harness.measure.effective import MissingModuleError, effective_weights
+from harness.measure.effective import MissingModuleError, effective_weights, weights_while_running
 
 if TYPE_CHECKING:
     import torch
@@ -91,16 +91,25 @@ def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = Fa
                 model = _call(cell, model, path, example)
             if unload:
                 model = _guarded(cell, example, model, cell.subject.declaration.unload or (lambda _: None))
-            after = effective_weights(model, bench.layers)
+            with cell.limit(cell.reproduce(example), cell.seconds):  # a loader may do its work at the first forward
+                after = effective_weights(model, bench.layers)
+                if not any(_differs(before, after, t.name) for t in example.targets):
+                    after = weights_while_running(model, bench.layers, bench.forward)
         except _CallFailedError as failed:
             return Observation(example, raised=failed.raised)
         except MissingModuleError as missing:
             return Observation(example, raised=Raised("LH902", f"the loaded model has no module {missing}"))
-        except (ValueError, RuntimeError, TypeError) as error:
+        except TimeLimitExceeded as late:
+            return Observation(example, raised=Raised("LH901", f"the loaded model does not answer: {late}"))
+        except Exception as error:
             return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
         file_changed = _bytes(path) != written
     others = _other_state(bench, model, example.dtype)
     return replace(_observe(bench, example, factors, before, after, others), file_changed=file_changed, order=order)
+
+
+def _differs(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str) -> bool:
+    return not bool((before[name] == after[name]).all())
 
 
 def file_order(path: Path, bench: Bench) -> tuple[str, ...]:

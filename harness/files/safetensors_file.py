@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -96,7 +95,7 @@ class SafetensorsFile:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open file behind when sent to another process."""
-        return {**self.__dict__, "tensors": dict(self.tensors), "metadata": dict(self.metadata), "_opened": []}
+        return {**self.__dict__, "_opened": []}
 
 
 def read_header(
@@ -122,7 +121,7 @@ def _regular_size(path: Path) -> int:
     try:
         status = path.stat()
     except OSError as error:
-        raise LoraFileError(path, _os_problem(error)) from error
+        raise LoraFileError(path, os_problem(error)) from error
     except ValueError as error:
         raise LoraFileError(printable(path), f"is no usable path ({printable(error)})") from error
     if stat.S_ISDIR(status.st_mode):
@@ -132,7 +131,8 @@ def _regular_size(path: Path) -> int:
     return status.st_size
 
 
-def _os_problem(error: OSError) -> str:
+def os_problem(error: OSError) -> str:
+    """Say in one clause why the system refused to open something."""
     known = {
         errno.ENOENT: "no such file or folder",
         errno.ELOOP: "symbolic links that lead back to themselves",
@@ -153,7 +153,7 @@ def _header_bytes(path: Path, size: int, limit: int) -> bytes:
                 raise LoraFileError(path, f"a header of {length:,} bytes, at most {limit:,} are read")
             return stream.read(length)
     except OSError as error:
-        raise LoraFileError(path, _os_problem(error)) from error
+        raise LoraFileError(path, os_problem(error)) from error
 
 
 def _other_kind(path: Path, head: bytes, size: int) -> str:
@@ -193,7 +193,7 @@ def _parsed(path: Path, raw: bytes, size: int) -> SafetensorsFile:
         raise LoraFileError(path, f"the header cannot be parsed ({printable(error)})") from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = _tensors(header, _LENGTH_BYTES + len(raw))
-    return SafetensorsFile(path, MappingProxyType(tensors), MappingProxyType(metadata), size, tuple(duplicates))
+    return SafetensorsFile(path, tensors, metadata, size, tuple(duplicates))
 
 
 def _tensors(header: dict[str, Any], base: int) -> dict[str, TensorInfo]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME, Source
-from harness.files.safetensors_file import read_header
+from harness.files.safetensors_file import os_problem, read_header
 from harness.files.text import parse_json, printable
 
 _MAX_CONFIG_BYTES = 8_000_000
@@ -24,9 +24,12 @@ def open_source(path: Path | str) -> Source:
         LoraFileError: one sentence saying what is missing or malformed.
     """
     path = Path(path)
-    weights = _weights_in(path) if _is_folder(path) else path
-    file = read_header(weights)
-    config = _config(weights.parent / CONFIG_NAME) if weights.name == WEIGHTS_NAME else None
+    try:
+        weights = _weights_in(path) if _is_folder(path) else path
+        file = read_header(weights)
+        config = _config(weights.parent / CONFIG_NAME) if weights.name == WEIGHTS_NAME else None
+    except OSError as error:
+        raise LoraFileError(path, os_problem(error)) from error
     return Source(weights.parent if config is not None else weights, file, config)
 
 
@@ -54,12 +57,10 @@ def _weights_in(folder: Path) -> Path:
 def _config(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
+    if not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise LoraFileError(path, f"is not a regular file of at most {_MAX_CONFIG_BYTES:,} bytes")
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise LoraFileError(path, f"is not a regular file of at most {_MAX_CONFIG_BYTES:,} bytes")
         value = parse_json(path.read_bytes())
-    except OSError as error:
-        raise LoraFileError(path, f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise LoraFileError(path, str(error)) from error
     if not isinstance(value, dict):

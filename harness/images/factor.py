@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.images.metrics import finite
 
 BLOCKS = 16  # each picture is cut in this many parts, so that even one picture yields an interval
 DRAWS = 400
+LARGEST = 256  # pictures with longer edges are averaged down first: the ladder would not fit into memory
 FLOOR = 0.01  # what the straight line between two rungs may be off, as a share of the strength (see image_power.md)
 
 
@@ -100,6 +102,8 @@ def _place(sums: Sums, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(images: Tensor) -> Tensor:
     """Cut `[n, ...]` into `[n, BLOCKS, size]`: squares of pictures `[n, c, h, w]`, else runs of values."""
+    if images.ndim == 4 and max(images.shape[-2:]) > LARGEST:
+        images = F.avg_pool2d(images, -(-max(images.shape[-2:]) // LARGEST))
     if images.ndim == 4 and images.shape[-1] % 4 == 0 and images.shape[-2] % 4 == 0:
         n, c, h, w = images.shape
         parts = images.reshape(n, c, 4, h // 4, 4, w // 4).permute(0, 2, 4, 1, 3, 5)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.fixtures import fixtures_folder
 
-_PLACES = (Path(__file__).parents[2] / "fixtures", Path(__file__).parents[1] / "_fixtures")
 MERGED_LORA, SPLIT_LORA = "r8_a16", "r8_a16_split"  # alpha differs from rank: rank = alpha hides the two commonest bugs
 _FILES = {
     "peft": "peft",
@@ -56,9 +56,7 @@ def lora_for(cells: Sequence[tuple[str, str]]) -> Path:
 
 
 def _find(relative: Path) -> Path:
-    for place in _PLACES:
-        if (place / relative).exists():
-            return place / relative
-    raise UserError(
-        f"{_PLACES[0] / relative}: not there; build it with `python fixtures/build_base.py` and build_loras.py"
-    )
+    path = fixtures_folder() / relative
+    if not path.exists():
+        raise UserError(f"{path}: not there; build it with `python fixtures/build_base.py` and build_loras.py")
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -82,14 +83,26 @@ def _fuse(opened: OpenPipeline) -> None:
 
 
 def _matched(opened: OpenPipeline, adapter: LoraAdapter) -> tuple[dict[str, str], tuple[str, ...]]:
-    weights = [
-        name for name, module in opened.base.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
-    ]
-    names, unmatched = match_modules(adapter, weights)
+    layers = {name: m for name, m in opened.base.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    names, unmatched = match_modules(adapter, layers)
     if not names:
         example = next(iter(adapter.modules), "none")
         raise UserError(
             f"{adapter.path}: none of its {len(adapter.modules)} modules (such as {example}) is in the "
             f"{opened.denoiser} of {opened.name}; is it a LoRA for another model?"
         )
+    for file_name, name in names.items():
+        _check_fit(adapter, file_name, layers[name].weight)
     return names, unmatched
+
+
+def _check_fit(adapter: LoraAdapter, name: str, weight: Tensor) -> None:
+    module = adapter.modules[name]
+    kernel = math.prod(module.kernel) if module.kernel else 1
+    wanted = (module.out_features, module.in_features * kernel)
+    found = (weight.shape[0], weight[0].numel())
+    if not weight.is_floating_point() or wanted != found:
+        raise UserError(
+            f"{adapter.path}: {name}: its B @ A is {wanted}, but the model's weight is {found} {weight.dtype}; "
+            "the reference needs the unquantised model it was trained on"
+        )

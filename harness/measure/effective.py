@@ -5,7 +5,7 @@ Merged weights, hooks, wrappers, parametrizations, patched forwards and returned
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,15 +26,48 @@ def effective_weights(model: nn.Module, layers: Mapping[str, tuple[int, int]]) -
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than `[in, out]`.
     """
-    modules = dict(model.named_modules())
-    return {name: effective_weight(_find(modules, name), shape) for name, shape in layers.items()}
+    modules, like = dict(model.named_modules()), _numbers_of(model)
+    return {name: effective_weight(_find(modules, name), shape, like) for name, shape in layers.items()}
+
+
+def weights_while_running(
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], run: Callable[[nn.Module], object]
+) -> dict[str, Tensor]:
+    """Return the effective weights as they are inside the model's own forward, which `run` calls once.
+
+    Some loaders put the LoRA in when the model begins to run and take it out at the end (functional calls, samplers
+    that patch), others merge at the first run: a layer asked on its own then answers as if nothing were loaded.
+    """
+    modules, like = dict(model.named_modules()), _numbers_of(model)
+    found: dict[str, Tensor] = {}
+
+    def read(name: str, module: nn.Module) -> None:
+        if name not in found:
+            found[name] = torch.empty(0)  # the probe calls the module again
+            found[name] = effective_weight(module, layers[name], like)
+
+    handles = [
+        _find(modules, name).register_forward_pre_hook(lambda module, args, name=name: read(name, module))  # type: ignore[misc]
+        for name in layers
+    ]
+    try:
+        run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rest = {name: shape for name, shape in layers.items() if name not in found}
+    found |= effective_weights(model, rest)
+    return {name: found[name] for name in layers}
 
 
 @torch.no_grad()
-def effective_weight(module: nn.Module, shape: tuple[int, int]) -> Tensor:
-    """Return W `[out, in]` in float64 with module(x) = x @ W^T + constant, from module(identity) - module(0)."""
+def effective_weight(module: nn.Module, shape: tuple[int, int], like: Tensor | None = None) -> Tensor:
+    """Return W `[out, in]` in float64 with module(x) = x @ W^T + constant, from module(identity) - module(0).
+
+    The inputs have the dtype and device of the module's own numbers, or of `like` when it has none.
+    """
     rows, columns = shape
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _numbers_of(module, like)
     probe = torch.eye(columns, device=like.device, dtype=like.dtype)
     with _without_bias(module):
         answer = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
@@ -43,6 +76,11 @@ def effective_weight(module: nn.Module, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"module answers {got} to {columns + 1} inputs, but should be {(columns + 1, rows)}")
     answer = answer.double().cpu()
     return (answer[:-1] - answer[-1]).T
+
+
+def _numbers_of(module: nn.Module, default: Tensor | None = None) -> Tensor:
+    numbers = (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
+    return next(numbers, torch.empty(0) if default is None else default)
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -57,7 +95,8 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 @contextmanager
 def _without_bias(module: nn.Module) -> Iterator[None]:
     """Zero every bias meanwhile: adding one in half precision would round the weight that is being read."""
-    biases = [p for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias"]
+    named = (*module.named_parameters(), *module.named_buffers())
+    biases = [x for name, x in named if name.rpartition(".")[2] == "bias"]
     saved = [bias.detach().clone() for bias in biases]
     try:
         for bias in biases:

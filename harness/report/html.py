@@ -9,10 +9,11 @@ from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from harness.errors import UserError
 from harness.report.plain import plain
-from harness.report.records import FileRecord, PowerRecord, Run, merge_runs
+from harness.report.records import FileRecord, PowerRecord, Run, merge_runs, rebased
 from harness.report.summary import findings, headline, not_measured, pretty_formula, short_title
 from harness.report.view import STATUS_LOOKS, STATUS_WORDS, View, counted, share, symbol, told_lines, word
 
@@ -46,9 +47,11 @@ def write_report(
         UserError: there is no run, or `out` cannot be written.
     """
     out, run = Path(out), merge_runs(runs)
+    if run.path is None or run.path.resolve().parent != out.resolve():
+        run = rebased(run)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        page = render(run, out, history=history or (), gate=gate, data=_machine_data(run, runs, out))
+        page = render(run, out, history=history or (), gate=gate, data=_machine_data(run, out))
         target = out / "index.html"
         partial = out / "index.html.part"
         partial.write_text(page, encoding="utf-8")
@@ -94,11 +97,10 @@ def render(
     )
 
 
-def _machine_data(run: Run, runs: Sequence[Run], out: Path) -> str:
+def _machine_data(run: Run, out: Path) -> str:
     """Return the link to the records beside the report, writing them when no run file lies there."""
-    beside = run.path if len(runs) == 1 else None
-    if beside is not None and beside.resolve().parent == out.resolve():
-        return beside.name
+    if run.path is not None:
+        return quote(run.path.name)
     lines = [run.header, *run.records, *([run.footer] if run.footer else [])]
     text = "".join(line.model_dump_json() + "\n" for line in lines)
     (out / "results.jsonl").write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,7 @@ __all__ = [
     "exit_code_of",
     "merge_runs",
     "read_run",
+    "rebased",
 ]
 
 R = TypeVar("R", bound=Record)
@@ -276,6 +277,11 @@ def _joined_footer(runs: Sequence[Run]) -> Footer | None:
 
 def _unique(values: Iterable[str], separator: str = ", ") -> str:
     return separator.join(dict.fromkeys(value for value in values if value))
+
+
+def rebased(run: Run) -> Run:
+    """Return the run with absolute image paths, to be written or merged elsewhere."""
+    return replace(run, records=_rebased(run), folder=Path(), path=None)
 
 
 def _rebased(run: Run) -> tuple[AnyRecord, ...]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CURVES = (
-    ("SSIM", ("ssim_reference", "ssim_base", "ssim"), False),
-    ("noise", ("noise_sigma_ratio", "sigma", "noise"), True),
-    ("variance", ("variance_ratio", "variance"), True),
+    ("SSIM", ("ssim_reference", "ssim_base", "ssim"), 2, False),
+    ("noise", ("noise_sigma_ratio", "sigma", "noise"), 1, True),
+    ("variance", ("variance_ratio", "variance"), 1, True),
 )
 _MOST_ROWS = 6
 _MOST_PICTURES = 330
@@ -174,8 +174,8 @@ class _Draw:
 
 def _figures(strip: Strip) -> tuple[tuple[list[str], Markup], ...]:
     found: list[tuple[list[str], Markup]] = []
-    for title, stems, log in _CURVES:
-        names = _matching(strip.metrics, stems)[:2]
+    for title, stems, most, log in _CURVES:
+        names = _matching(strip.metrics, stems)[:most]
         curves = [Curve(name, [record.metrics.get(name) for record in strip.records]) for name in names]
         if available() and any(value is not None for curve in curves for value in curve.values):
             labels = [name.replace("_", " ") for name in names]

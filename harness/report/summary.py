@@ -49,6 +49,11 @@ class Cell:
         return min(self.verdicts, key=badness, default=None)
 
     @property
+    def ordered(self) -> list[Verdict]:
+        """The verdicts, the worst first."""
+        return sorted(self.verdicts, key=badness)
+
+    @property
     def anchor(self) -> str:
         """The cell's stable id inside a report."""
         return "cell-" + digest(self.loader, self.format, self.bench, self.variant)
@@ -244,10 +249,13 @@ def listed(words: Sequence[str], limit: int = 4) -> str:
 
 
 def not_measured(run: Run) -> list[PartRecord]:
-    """Return every part that was planned or skipped, with the reason, each reason once per loader."""
-    skipped = {
-        f"{v.loader} {v.check}": PartRecord(name=f"{v.loader} {v.check}", measured=False, reason=v.reason or "skipped")
-        for v in run.verdicts
-        if v.outcome == "skipped"
-    }
-    return [*run.missing, *skipped.values()]
+    """Return every part that was planned and did not run or was skipped, each reason once per loader."""
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for verdict in run.verdicts:
+        if verdict.outcome == "skipped":
+            skipped.setdefault((verdict.loader, verdict.reason or "skipped"), []).append(verdict.check)
+    folded = (
+        PartRecord(name=f"{loader} {listed(list(dict.fromkeys(checks)))}", measured=False, reason=reason)
+        for (loader, reason), checks in skipped.items()
+    )
+    return [*run.missing, *folded]

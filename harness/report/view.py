@@ -145,6 +145,15 @@ class View:
         """Return the verdict with its id."""
         return Line(self.anchors[id(verdict)], verdict)
 
+    @cached_property
+    def _plotted(self) -> set[str]:
+        return {plot.anchor for plot in self.plots}
+
+    def plot(self, cell: Cell) -> str | None:
+        """Return the id of the plot of the cell's law, None when there is none."""
+        anchor = "law-" + digest(cell.loader, cell.format, cell.bench, cell.variant)
+        return anchor if anchor in self._plotted else None
+
     def evidence(self, cell: Cell) -> str:
         """Return the id that a cell of the matrix links to: its worst failure, or its checks."""
         if cell.worst is None or cell.worst.ok:

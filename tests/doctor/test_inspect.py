@@ -185,6 +185,22 @@ def test_text_encoders_are_components(tmp_path: Path) -> None:
     assert inspect_file(tmp_path / "x.safetensors").components == {"transformer": 1, "text_encoder": 1}
 
 
+def test_a_file_name_of_arbitrary_bytes_is_recorded(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x", "kohya", {"x": weights(2, 1.0)})
+    record = inspect_file(path.rename(tmp_path / "\udcff\x1b[2J.safetensors"))
+    assert record.format == "kohya"
+    assert record.path.endswith("\\udcff\x1b[2J.safetensors")
+    assert json.loads(record.model_dump_json())["path"] == record.path
+
+
+def test_the_founding_file_says_which_strength_to_pass(tmp_path: Path) -> None:
+    modules = {f"blocks.{i}.to_qkv": weights(32, 16.0) for i in range(2)}
+    record = inspect_file(write_lora(tmp_path / "x", "diffsynth", modules))
+    assert record.prescription["diffsynth-2.0.4"] == 0.5
+    assert record.prescription["diffsynth"] == 1.0
+    assert record.prescription["raw alpha"] == 0.03125
+
+
 _LIGHT = """
 import sys, time
 start = time.perf_counter()

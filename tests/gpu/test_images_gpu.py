@@ -13,11 +13,7 @@ from harness.images.sampling import Pair, Sampler, determinism
 from harness.images.studio import Studio
 from harness.loaders.registry import installed, resolve
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.images,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.images, pytest.mark.usefixtures("cuda")]
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 LOADERS = [loader.name for loader in installed() if loader.available]
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -149,3 +149,10 @@ def test_a_lora_for_another_model_is_named(tiny, tmp_path: Path):
     weights = {"down_blocks.0.attentions.0.proj_in": LoraWeights(torch.ones(2, 4), torch.ones(4, 2), 1.0)}
     with pytest.raises(UserError, match="none of its 1 modules"):
         open_lora(write_lora(tmp_path / "other", "kohya", weights), tiny)
+
+
+def test_a_lora_of_another_width_is_named(tiny, tmp_path: Path):
+    name = "transformer_blocks.0.attn.to_out.0"
+    weights = {name: LoraWeights(torch.ones(2, 64), torch.ones(64, 2), 1.0)}
+    with pytest.raises(UserError, match=r"its B @ A is \(64, 64\), but the model's weight is \(96, 96\)"):
+        open_lora(write_lora(tmp_path / "wide", "kohya", weights), tiny)

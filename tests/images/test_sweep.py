@@ -45,6 +45,20 @@ def test_raw_alpha_is_flagged_with_its_factor(tiny, r8_a16):
     assert found.interval[0] < 8 < found.interval[1]
 
 
+def test_the_example_of_the_readme_is_flagged():
+    example = Path(__file__).parents[2] / "examples" / "raw_alpha.py"
+    found = run_sweep(resolve(f"{example}:load"), alphas=(1,), progress=False).verdicts[0]
+    assert found.outcome == "failed"
+    assert found.estimated_factor == pytest.approx(8, rel=0.1)
+
+
+def test_far_off_the_factor_comes_from_one_more_strength(tiny):
+    found = sweep(raw_alpha(), tiny, lora_file("r32_a32", "kohya"), alphas=(0, 1))
+    assert found.verdicts[0].code == "LH601"
+    assert found.verdicts[0].estimated_factor == pytest.approx(32, rel=0.1)
+    assert found.records[-1]["strength"] == pytest.approx(1 / 32, rel=0.5)
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.75, 1.25, 2.0])
 def test_eight_pictures_flag_a_loader_a_quarter_off_or_more(tiny, r8_a16, factor: float):
     found = sweep(times(factor), tiny, r8_a16, alphas=(1,)).verdicts[0]

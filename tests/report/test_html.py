@@ -27,7 +27,7 @@ from harness.errors import UserError
 from harness.report.gates import GateResult
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.records import FileRecord, LoraFacts, ProbePoint, Run, SweepRecord, merge_runs
+from harness.report.records import FileRecord, LoraFacts, ProbePoint, Run, SweepRecord, merge_runs, read_run
 from harness.report.view import energy_by_block
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -211,6 +211,20 @@ def test_pictures_that_lie_elsewhere_are_copied_beside_the_report(tmp_path: Path
     tiles = [str(a["href"]) for a in page.all("a") if a.get("class") == "tile"]
     assert len(tiles) == 9
     assert all((tmp_path / "out" / unquote(tile)).is_file() for tile in tiles)
+
+
+def test_records_beside_a_report_find_their_pictures(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", sweep(tmp_path / "a", "peft", 1.0, prompts=1))
+    write_report([run], tmp_path / "out")
+    again = page_of(read_run(tmp_path / "out" / "results.jsonl"), tmp_path / "again")
+    assert len([a for a in again.all("a") if a.get("class") == "tile"]) == 9
+
+
+def test_a_cell_leads_to_the_plot_of_its_law(sample_night: tuple[Run, Path, Page]) -> None:
+    page = sample_night[2]
+    links = {str(a["href"])[1:] for a in page.all("a") if str(a["href"]).startswith("#law-")}
+    assert len(links) == 9
+    assert links <= set(page.texts)
 
 
 def test_figures_have_alt_text_and_a_table(sample_night: tuple[Run, Path, Page]) -> None:

@@ -1,0 +1,130 @@
+"""How fast is a sweep? Batched strengths against diffusers' `set_adapters` loop, the probe against sampling.
+
+    python benchmarks/image_sweep.py [--device cuda --dtype bfloat16] [--repeats 3] [--out benchmarks/image_sweep.md]
+
+Each ratio compares two ways in one process, interleaved, best of `--repeats`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness.images import ALPHAS, base_pipeline, lora_file, open_pipeline
+from harness.images.recorder import Recorder
+from harness.images.sampling import Pair, determinism
+from harness.images.scales import runtime_scaling
+from harness.images.studio import Studio
+from harness.loaders.registry import resolve
+
+COUNTS = (1, 8, 24)
+
+
+def best(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the shortest time of each way in seconds, all ways taking turns."""
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return seconds
+
+
+def studio_of(count: int, device: str, dtype: torch.dtype, *, quick: bool = False) -> Studio:
+    opened = open_pipeline(base_pipeline(), device=device, dtype=dtype)
+    pairs = [Pair(opened.prompts[i % len(opened.prompts)], i) for i in range(count)]
+    studio = Studio(opened, lora_file("r8_a16", "diffusers"), pairs, quick=quick)
+    studio._drawn = {}  # references drawn by another measurement would be free
+    return studio
+
+
+def drawing(count: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """Time nine strengths drawn in shared batches and one after the other; the LoRA is loaded once for both."""
+    studio = studio_of(count, device, dtype)
+    model = studio.load(resolve("diffusers"), 1.0)
+    trained = runtime_scaling(model)
+    assert trained is not None
+    scalings = [{name: {a: s * v for a, v in layer.items()} for name, layer in trained.items()} for s in ALPHAS]
+
+    def loop() -> None:
+        for strength in ALPHAS:
+            model.set_adapters(list(next(iter(trained.values()))), [strength])
+            studio.sampler.images(model)
+
+    return best({"loop": loop, "batched": lambda: studio.sampler.images_at(model, scalings)}, repeats)
+
+
+def probing(device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """Time the pictures and the one-call answers of one loaded model, 8 pairs."""
+    studio = studio_of(8, device, dtype)
+    model = studio.load(resolve("diffusers"), 1.0)
+    calls = studio.sampler.record(studio.opened.fresh())
+    ways = {"sampling": lambda: studio.sampler.images(model), "probe": lambda: studio.sampler.replay(model, calls)}
+    return best(ways, repeats)
+
+
+def share_of_harness(device: str, dtype: torch.dtype) -> float:
+    """Return the share of a whole sweep that is neither drawing nor the loader's own time."""
+    studio = studio_of(8, device, dtype)
+    inside = 0.0
+
+    def timed(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal inside
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside += time.perf_counter() - began
+
+        return call
+
+    studio.sampler.images = timed(studio.sampler.images)  # type: ignore[method-assign,assignment]
+    studio.sampler.images_at = timed(studio.sampler.images_at)  # type: ignore[method-assign,assignment]
+    studio.load = timed(studio.load)  # type: ignore[method-assign,assignment]
+    began = time.perf_counter()
+    Recorder(studio, resolve("diffusers"), None, lambda row: None, {}).run(ALPHAS)
+    return 1 - inside / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    lines = ["| nine strengths | set_adapters loop | shared batches | ratio |", "| --- | --- | --- | --- |"]
+    with determinism():
+        for count in COUNTS:
+            seconds = drawing(count, options.device, dtype, options.repeats)
+            ratio = seconds["loop"] / seconds["batched"]
+            lines.append(f"| {count} pictures | {seconds['loop']:.2f} s | {seconds['batched']:.2f} s | {ratio:.2f} |")
+        probe = probing(options.device, dtype, options.repeats)
+        share = share_of_harness(options.device, dtype)
+    lines += [
+        "",
+        f"Probe: 8 pairs in {probe['probe']:.3f} s against {probe['sampling']:.3f} s of sampling, "
+        f"{probe['sampling'] / probe['probe']:.1f} times cheaper.",
+        f"Harness time outside drawing and loading: {100 * share:.1f} % of a sweep of nine strengths, 8 pictures each.",
+        "",
+        f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{platform.machine()}.",
+    ]
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("# How fast a sweep is\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

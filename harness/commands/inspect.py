@@ -1,0 +1,152 @@
+"""`lora-harness inspect`: what is in a LoRA file, from its header alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.commands import options as shared
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from harness.doctor.record import FileRecord
+
+# Hazards that make a file wrong for every reader; the others are conventions on which readers differ.
+VIOLATIONS = frozenset({"LH705", "LH706", "LH707", "LH711"})
+UNREADABLE = "LH799"
+_ENERGIES_SHOWN = 12
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  lora-harness inspect my_lora.safetensors\n"
+    "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LORA...")
+@click.option("--base", type=click.Path(path_type=Path), help="Base checkpoint: adds the strength relative to its weights.")
+@click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
+@click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
+@click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
+@click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
+@shared.json_option
+def command(
+    files: tuple[Path, ...],
+    base: Path | None,
+    energy: bool,
+    loaders: tuple[str, ...],
+    lora_alpha: float | None,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Say what each LORA file holds: format, rank, alpha, scale under each convention, hazards, strength to pass."""
+    from harness.doctor.inspect import inspect_file
+
+    worst = 0
+    for path in files:
+        record = inspect_file(path, energy=energy, base=base, lora_alpha=lora_alpha)
+        if loaders:
+            record = _with_loaders(record, path, loaders, lora_alpha)
+        worst = max(worst, _exit_code(record, strict))
+        if as_json:
+            click.echo(record.model_dump_json())
+        else:
+            _print(record)
+    sys.exit(worst)
+
+
+def _exit_code(record: FileRecord, strict: bool) -> int:
+    codes = {hazard.code for hazard in record.hazards}
+    if UNREADABLE in codes:
+        return 2
+    return int(bool(codes if strict else codes & VIOLATIONS))
+
+
+def _with_loaders(
+    record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None
+) -> FileRecord:
+    from harness.doctor.measured import measured_prescription
+
+    if record.format is None:
+        return record
+    found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
+    return record.model_copy(update={"prescription": found})
+
+
+def _print(record: FileRecord) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from harness.checks.codes import CODES
+    from harness.files.text import printable
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(Text(printable(record.path, 500), style="bold"))
+    if record.format is not None:
+        console.print(_facts(record))
+    for hazard in record.hazards:
+        head = f"{hazard.code} {CODES[hazard.code].title}: "
+        console.print(Text("  ").append(head, style="yellow").append(printable(hazard.what, 400)))
+    if record.advice:
+        console.print(Text(f"  {record.advice.outlook}: {printable(record.advice.reason, 400)}", style="bold"))
+        for line in record.advice.advice:
+            console.print(Text(f"    - {printable(line, 400)}"))
+    if record.prescription:
+        console.print(_prescriptions(record))
+
+
+def _facts(record: FileRecord) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from harness.files.text import printable
+
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("format", f"{record.format}; alpha from {record.alpha_source}"),
+        ("modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"),
+        ("rank", _counts(record.ranks)),
+        ("alpha", _counts(record.alphas)),
+        *((f"scale {name}", _range(*span)) for name, span in record.scales.items()),
+        ("understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"),
+        *((("trainer", record.trainer),) if record.trainer else ()),
+        *((("energy", _energies(record)),) if record.energy else ()),
+        *(("note", note) for note in record.notes),
+    ]
+    for label, value in rows:
+        table.add_row(Text(f"  {label}"), Text(printable(value, 400)))
+    return table
+
+
+def _prescriptions(record: FileRecord) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from harness.files.text import printable
+
+    table = Table.grid(padding=(0, 2))
+    for loader, strength in record.prescription.items():
+        use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
+        table.add_row(Text("  pass"), Text(printable(loader, 120)), Text(use))
+    return table
+
+
+def _energies(record: FileRecord) -> str:
+    """Return the largest energies by module, in words short enough for a terminal."""
+    found = sorted((record.energy or {}).items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in found[:_ENERGIES_SHOWN])
+    return shown + (f" and {len(found) - _ENERGIES_SHOWN} more" if len(found) > _ENERGIES_SHOWN else "")
+
+
+def _counts(values: dict[str, int]) -> str:
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ({times}x)" for value, times in list(values.items())[:8])
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

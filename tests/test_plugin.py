@@ -1,0 +1,76 @@
+"""The pytest door: options, report, xdist, and no effect on tests that are not its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.report.records import read_run
+
+ROOT = Path(__file__).parents[1]
+RAW = str(ROOT / "examples" / "raw_alpha.py") + ":load"
+
+
+def pytest_run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+
+
+def test_the_suite_runs_a_loader_and_writes_the_report(tmp_path: Path) -> None:
+    done = pytest_run(
+        tmp_path, "--pyargs", "harness.suite", f"--lora-loader={RAW}", "--lora-max-examples=5",
+        "--lora-report=out", "-n", "2", "--dist", "loadgroup", "-k", "kohya-qwen-image-",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "LH201 alpha not divided by rank" in done.stdout
+    run = read_run(tmp_path / "out" / "run.jsonl")
+    assert run.footer is not None
+    assert run.footer.exit_code == 1
+    assert {v.code for v in run.verdicts if not v.ok} == {"LH201"}
+    assert "LH201" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_an_own_suite_can_take_the_checks_over(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(
+        "from harness import parametrize_with_checks\n"
+        f"@parametrize_with_checks([{RAW!r}], formats=['kohya'], benches=['qwen-image'], max_examples=5)\n"
+        "def test_my_loader(check):\n    check()\n"
+    )
+    done = pytest_run(tmp_path, "test_mine.py")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 6 passed" in done.stdout
+    assert "AssertionError: LH201" in done.stdout
+
+
+def test_other_tests_and_their_gpu_marker_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_other():\n    pass\n")
+    done = pytest_run(tmp_path, "test_other.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_a_missing_gpu_skips_with_the_reason_and_fails_when_required(tmp_path: Path) -> None:
+    (tmp_path / "test_gpu.py").write_text("def test_gpu(cuda):\n    pass\n")
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    os.environ.update(environment)
+    assert "no CUDA device" in pytest_run(tmp_path, "-rs", "test_gpu.py").stdout
+    required = pytest_run(tmp_path, "--lora-require-gpu", "test_gpu.py")
+    assert required.returncode == 1
+    assert "1 error" in required.stdout
+
+
+def test_a_run_that_crashes_in_the_middle_is_reported_and_red(tmp_path: Path) -> None:
+    (tmp_path / "test_crash.py").write_text(
+        "import os\nfrom harness import Verdict\n"
+        "def test_first(request):\n"
+        "    request.node.lora_verdicts = [Verdict(loader='l', check='scale', outcome='passed')]\n"
+        "def test_second():\n    os._exit(9)\n"
+    )
+    done = pytest_run(tmp_path, "--lora-report=out", "test_crash.py")
+    assert done.returncode == 9
+    run = read_run(tmp_path / "out" / "run.jsonl")
+    assert [v.outcome for v in run.verdicts] == ["passed"]
+    assert run.status == "cut"
