@@ -64,10 +64,10 @@ def weights_while_running(
 def effective_weight(module: nn.Module, shape: tuple[int, int], like: Tensor | None = None) -> Tensor:
     """Return W `[out, in]` in float64 with module(x) = x @ W^T + constant, from module(identity) - module(0).
 
-    The inputs have the dtype and device of the module's own numbers, or of `like` when it has none.
+    The inputs have the dtype and device of `like`, by default those of the module's own numbers.
     """
     rows, columns = shape
-    like = _numbers_of(module, like)
+    like = _numbers_of(module) if like is None else like
     probe = torch.eye(columns, device=like.device, dtype=like.dtype)
     with _without_bias(module):
         answer = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
@@ -78,9 +78,9 @@ def effective_weight(module: nn.Module, shape: tuple[int, int], like: Tensor | N
     return (answer[:-1] - answer[-1]).T
 
 
-def _numbers_of(module: nn.Module, default: Tensor | None = None) -> Tensor:
-    numbers = (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
-    return next(numbers, torch.empty(0) if default is None else default)
+def _numbers_of(module: nn.Module) -> Tensor:
+    """Return the first floating tensor: activations have its dtype and device."""
+    return next((x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()), torch.empty(0))
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:

@@ -13,7 +13,9 @@ from harness.checks.verdict import Record
 from harness.errors import UserError
 from harness.report.plain import plain
 from harness.report.records import Run
-from harness.report.summary import WORDS, Cell, cells
+from harness.report.summary import WORDS, Cell, cells, listed
+
+_GREEN = ("passed", "xfailed")
 
 
 class HistoryCell(Record):
@@ -64,17 +66,18 @@ class Flip:
     places: tuple[str, ...]
 
     @property
-    def worse(self) -> bool:
-        """True when what was right is not any more."""
-        return self.before[1] in ("passed", "xfailed") and self.after[1] not in ("passed", "xfailed")
+    def direction(self) -> str:
+        """`worse` when what was right is not any more, `better` when it is right now, else `changed`."""
+        before, after = (state[1] in _GREEN for state in (self.before, self.after))
+        return "changed" if before == after else "better" if after else "worse"
 
     def text(self) -> str:
         """Return the flip as a line, for example "acme 1.0 -> 1.1: law `strength` -> `strength * alpha` (peft)"."""
         (old, was, old_law), (new, now, new_law) = self.before, self.after
         versions = f" {old} -> {new}" if old and new and old != new else f" {new or old}" if new or old else ""
-        changes = [f"law `{old_law or 'none'}` -> `{new_law or 'none'}`"] if old_law != new_law else []
+        changes = [f"law `{old_law}` -> `{new_law}`"] if old_law and new_law and old_law != new_law else []
         changes += [f"{WORDS.get(was, was)} -> {WORDS.get(now, now)}"] if was != now or not changes else []
-        return plain(f"{self.loader}{versions}: {', '.join(changes)} ({', '.join(self.places)})")
+        return plain(f"{self.loader}{versions}: {', '.join(changes)} ({listed(self.places)})")
 
 
 def history_record(run: Run) -> HistoryRecord:

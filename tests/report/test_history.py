@@ -25,13 +25,13 @@ def test_two_nights_with_another_loader_version_show_the_flip() -> None:
     assert flip.text() == (
         "diffsynth 2.0.4 -> 2.0.5: law `strength` -> `strength * alpha / rank`, wrong -> right (kohya/qwen-image)"
     )
-    assert not flip.worse
+    assert flip.direction == "better"
     assert flips(history[::-1]) == [flip]
 
 
 def test_a_flip_back_is_worse_and_comes_first() -> None:
     history = [history_record(night(d, "2.0.5", right=r)) for d, r in ((1, False), (2, True), (3, False))]
-    assert [flip.worse for flip in flips(history)] == [True, False]
+    assert [flip.direction for flip in flips(history)] == ["worse", "better"]
 
 
 def test_an_unchanged_cell_does_not_flip_and_a_gap_is_bridged() -> None:
@@ -55,7 +55,7 @@ def test_cells_that_change_alike_are_one_flip() -> None:
 
     (flip,) = flips([history_record(both(1, passed)), history_record(both(2, failed))])
     assert flip.places == ("peft/qwen-image", "kohya/qwen-image")
-    assert flip.worse
+    assert flip.direction == "worse"
 
 
 def test_the_history_grows_by_one_line_per_run_and_only_once(tmp_path: Path) -> None:

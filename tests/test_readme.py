@@ -1,0 +1,74 @@
+"""What the README says exists: every command and option parses, every code and file is there, its failure is what is printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from harness.checks.codes import CODES
+from harness.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "nightly.md", ROOT / "examples" / "README.md"]
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
+
+
+def commands(text: str) -> list[str]:
+    """Return every `lora-harness …` line or inline code of a page that names a command."""
+    lines = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
+    inline = re.findall(r"`(lora-harness [^`]+)`", text)
+    found = [line for line in lines + inline if line.startswith("lora-harness ")]
+    return [line.partition(" >")[0].removesuffix("\\").strip() for line in found]
+
+
+EVERY = [(page, line) for page, text in TEXT.items() for line in commands(text)]
+
+
+@pytest.mark.parametrize(("page", "line"), EVERY)
+def test_every_command_in_the_docs_exists_with_its_options(page: str, line: str) -> None:
+    name, *args = shlex.split(line)[1:]
+    assert name in COMMANDS
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    used = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+    assert used <= known
+
+
+def test_the_readme_names_every_command() -> None:
+    named = {shlex.split(line)[1] for line in commands(README)}
+    assert named >= set(COMMANDS)
+
+
+def test_the_pytest_options_in_the_docs_exist() -> None:
+    plugin = (ROOT / "harness" / "plugin.py").read_text(encoding="utf-8")
+    for text in TEXT.values():
+        for option in re.findall(r"--lora-[a-z-]+", text):
+            assert f'"{option}"' in plugin
+
+
+def test_the_two_commands_stand_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)$", README, re.M):
+        assert f"\n{target}:" in makefile
+
+
+def test_codes_and_links_in_the_docs_exist() -> None:
+    for page, text in TEXT.items():
+        assert set(re.findall(r"LH\d{3}", text)) <= set(CODES)
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_failure_in_the_readme_is_what_is_printed() -> None:
+    block = next(b for b in re.findall(r"```\n(LH201.*?)```", README, re.S))
+    command = re.search(r"reproduce +(lora-harness .*)", block)
+    assert command is not None
+    printed = CliRunner().invoke(main, [*shlex.split(command[1])[1:], "-j", "1"]).output
+    assert printed.splitlines()[: len(block.splitlines())] == block.splitlines()
