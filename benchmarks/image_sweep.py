@@ -59,7 +59,13 @@ def drawing(count: int, device: str, dtype: torch.dtype, repeats: int) -> dict[s
             model.set_adapters(list(next(iter(trained.values()))), [strength])
             studio.sampler.images(model)
 
-    return best({"loop": loop, "batched": lambda: studio.sampler.images_at(model, scalings)}, repeats)
+    def shared() -> None:
+        if studio.shares_batches:
+            studio.sampler.images_at(model, scalings)
+        else:
+            loop()
+
+    return best({"loop": loop, "batched": shared}, repeats)
 
 
 def probing(device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:

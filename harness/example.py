@@ -45,11 +45,16 @@ class Example:
         rest = {"strength": self.strength, "dtype": self.dtype, "file_dtype": self.file_dtype}
         return {"modules": modules, **rest, "key_seed": self.key_seed, "seed": self.value_seed}
 
-    def as_options(self) -> str:
-        """Return the command line options that repeat exactly this example."""
-        modules = " ".join(
-            f"--module {t.name}={t.rank}:{'none' if t.alpha is None else f'{t.alpha:g}'}" for t in self.targets
-        )
+    def as_options(self, *, everything: bool = False) -> str:
+        """Return the command line options that repeat exactly this example.
+
+        `everything`: the targets are all layers of the bench, so one rank and alpha for all can be said at once.
+        """
+        shapes = {(t.rank, t.alpha) for t in self.targets}
+        if everything and len(shapes) == 1 and None not in next(iter(shapes)):
+            modules = "--rank {} --alpha {:g}".format(*shapes.pop())
+        else:
+            modules = " ".join(f"--module {t.name}={t.rank}:{_alpha(t.alpha)}" for t in self.targets)
         options = [modules, f"--strength {self.strength:g}", f"--dtype {self.dtype}"]
         options += [f"--file-dtype {self.file_dtype}"] if self.file_dtype != self.dtype else []
         options += [f"--key-seed {self.key_seed}"] if self.key_seed else []
@@ -78,3 +83,7 @@ class Example:
         wanted = _ENERGY * float(torch.linalg.matrix_norm(weight.float()))
         dtype = getattr(torch, self.file_dtype)
         return a.to(dtype), (b * 2.0 ** round(math.log2(wanted / size))).to(dtype)
+
+
+def _alpha(alpha: float | None) -> str:
+    return "none" if alpha is None else f"{alpha:g}"

@@ -1,4 +1,4 @@
-"""What the README says exists: every command and option parses, every code and file is there, its failure is what is printed."""
+"""What the README says exists: commands, options, codes, files; and its failure is what is printed."""
 
 from __future__ import annotations
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from hypothesis.strategies import SearchStrategy
+
 from harness.benches import Bench
-from harness.checks.describe import failed, passed
+from harness.checks.describe import failed, law_record, passed
 from harness.checks.design import design
-from harness.checks.finding import Finding
 from harness.checks.known import KnownFailure
 from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.side_effects import check_second_load, check_unload
 from harness.checks.trial import Cell, run_trial
-from harness.checks.verdict import Verdict
+from harness.checks.verdict import LawRecord, Verdict
 from harness.errors import UserError
 from harness.example import Example, Target
 from harness.files import FORMATS
@@ -64,9 +65,20 @@ class Plan:
     known: tuple[KnownFailure, ...] = ()
     max_layers: int = 8
     dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
+    shrink: bool = True
 
 
-def check_cell(cell: Cell, plan: Plan) -> Iterator[Verdict]:
+@dataclass(frozen=True)
+class Measured:
+    """What a cell measured on the way to its verdicts: every probe, and the law that explains them if one does."""
+
+    law: LawRecord | None
+    probes: tuple[Probe, ...]
+
+
+def check_cell(
+    cell: Cell, plan: Plan, on_measured: Callable[[Measured], object] = lambda measured: None
+) -> Iterator[Verdict]:
     """Yield one verdict per family that holds, and one per distinct fault where it does not."""
     known = tuple(k for k in plan.known if k.applies(cell))
     general = tuple(k for k in known if k.trait is None)
@@ -74,7 +86,9 @@ def check_cell(cell: Cell, plan: Plan) -> Iterator[Verdict]:
     result.add(*observe(cell, plan.pins.example(cell.bench) if plan.pins else _smoke_example(cell)))
     if "LH901" not in result.counts and "LH902" not in result.counts:
         _measure(cell, plan, [k for k in known if k.trait], result)
-    verdicts = list(_verdicts(cell, plan, result))
+    diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
+    on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))
+    verdicts = list(_verdicts(cell, result, diagnosis))
     codes = {verdict.code for verdict in verdicts}
     yield from (_excused(verdict, general) for verdict in verdicts)
     yield from (_unexpected_pass(cell, k, result.examples) for k in general if k.code not in codes)
@@ -92,19 +106,22 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
         observation, probes, findings = observe(cell, example)
         result.add(observation, probes, [] if plan.pins else findings)
     if plan.pins:  # the planned examples only help to name the law of the pinned one
+        _add_state_findings(cell, plan.pins.example(cell.bench), result)
         return
-    strategy = _strategy(cell, plan).filter(allowed)
+    strategy = examples_for(cell, plan).filter(allowed)
     found = search(cell, strategy, max_examples=plan.max_examples, base_seed=plan.seed)
     for code, finding in found.findings.items():
         result.findings.setdefault(code, finding)
-    result.findings = {code: shrink(cell, strategy, f, base_seed=plan.seed) for code, f in result.findings.items()}
+    if plan.shrink:
+        found_first = result.findings.items()
+        result.findings = {code: shrink(cell, strategy, f, base_seed=plan.seed) for code, f in found_first}
     result.probes += found.probes
     result.examples += found.examples
-    for finding in _state_findings(cell):
-        result.findings.setdefault(finding.code, finding)
+    _add_state_findings(cell, _smoke_example(cell), result)
 
 
-def _strategy(cell: Cell, plan: Plan):  # type: ignore[no-untyped-def]  # hypothesis's type is long and private
+def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
+    """Return the random examples of the cell."""
     missing = FORMATS[cell.format].alpha[0] != "config"
     return lora_examples(cell.bench.lora_layers, missing_alpha=missing, max_layers=plan.max_layers, dtypes=plan.dtypes)
 
@@ -113,18 +130,17 @@ def _smoke_example(cell: Cell) -> Example:
     return Example(tuple(Target(name, 4, 8.0) for name in cell.bench.lora_layers))
 
 
-def _state_findings(cell: Cell) -> list[Finding]:
-    example = _smoke_example(cell)
+def _add_state_findings(cell: Cell, example: Example, result: Search) -> None:
     found = check_second_load(run_trial(cell, example), run_trial(cell, example, loads=2))
     if cell.subject.declaration.unload:
         found += check_unload(run_trial(cell, example, unload=True))
-    return found
+    for finding in found:
+        result.findings.setdefault(finding.code, finding)
 
 
-def _verdicts(cell: Cell, plan: Plan, result: Search) -> Iterator[Verdict]:
+def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verdict]:
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
-    diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
     reported: set[str] = set()
     for finding in result.findings.values():
         if _said_by_another(finding.code, result, diagnosis):
@@ -163,21 +179,19 @@ def _unloaded(probes: Sequence[Probe]) -> set[str]:
 
 
 def _excused(verdict: Verdict, known: Sequence[KnownFailure]) -> Verdict:
-    for k in known:
-        if verdict.code == k.code:
-            return verdict.model_copy(update={"outcome": "xfailed", "reason": f"{k.reason} ({k.link})"})
-    return verdict
+    return next((k.excuse(verdict) for k in known if verdict.code == k.code), verdict)
 
 
 def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
     verdict = passed(cell, "known_failures", examples)
-    why = f"known failure {known.id} no longer fails with {known.code}: remove its line"
-    return verdict.model_copy(update={"outcome": "xpassed", "code": known.code, "title": why, "reason": known.reason})
+    return verdict.model_copy(
+        update={"outcome": "xpassed", "code": known.code, "title": known.gone(), "reason": known.reason}
+    )
 
 
 def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     """Try the inputs with a known fault on their own: they must still fail with the recorded code."""
-    strategy = _strategy(cell, plan).filter(lambda example: known.covers(cell, example))
+    strategy = examples_for(cell, plan).filter(lambda example: known.covers(cell, example))
     cell = replace(cell, seconds=known.seconds)
     until = known.code if known.code == "LH901" else None
     found = search(cell, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
@@ -186,5 +200,5 @@ def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
         code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
         if code == known.code:
             verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
-            return _excused(verdict, [known])
+            return known.excuse(verdict)
     return _unexpected_pass(cell, known, found.examples)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.checks.codes import CODES
 from harness.checks.trial import Cell
+from harness.checks.verdict import Verdict
 from harness.errors import UserError
 from harness.example import Example
 from harness.measure.probes import Probe
@@ -39,15 +40,29 @@ class KnownFailure:
     def applies(self, cell: Cell) -> bool:
         """Whether this line speaks of the cell's loader, version, format and bench."""
         return (
-            cell.subject.spec == self.loader
+            not self.of_images
+            and cell.subject.spec == self.loader
             and (not self.formats or cell.format in self.formats)
             and (not self.benches or cell.bench_name in self.benches)
             and self._version_fits(cell.subject.version)
         )
 
+    @property
+    def of_images(self) -> bool:
+        """Whether this line speaks of pictures, not of weights."""
+        return CODES[self.code].family == "images"
+
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
         return self.trait is not None and any(map(TRAITS[self.trait], example_probes(cell, example)))
+
+    def excuse(self, verdict: Verdict) -> Verdict:
+        """Return `verdict` as an expected failure, with the reason and the link."""
+        return verdict.model_copy(update={"outcome": "xfailed", "reason": f"{self.reason} ({self.link})"})
+
+    def gone(self) -> str:
+        """Say that this failure is no more."""
+        return f"known failure {self.id} no longer fails with {self.code}: remove its line"
 
     def _version_fits(self, version: str | None) -> bool:
         if self.versions is None or version is None:
@@ -119,7 +134,24 @@ def shipped_known_failures() -> list[KnownFailure]:
 def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
     """Return the lines that name one of the tested loaders and none of its cells: stale ids are errors."""
     tested = {cell.subject.spec for cell in cells}
-    return [k for k in known if k.loader in tested and not any(k.applies(cell) for cell in cells)]
+    weights = [k for k in known if k.loader in tested and not k.of_images]
+    return [k for k in weights if not any(k.applies(cell) for cell in cells)]
+
+
+def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:
+    """Return the verdicts of a sweep with known failures marked; a line that excuses nothing turns red here too."""
+    lines = [k for k in known if k.of_images and any(v.loader == k.loader for v in verdicts)]
+    by_place = {(k.loader, k.code): k for k in lines}
+    excused = [_excuse(v, by_place.get((v.loader, v.code or ""))) for v in verdicts]
+    codes = {(v.loader, v.code) for v in verdicts}
+    fixed = [k for k in lines if (k.loader, k.code) not in codes]
+    return excused + [
+        Verdict(loader=k.loader, check="images", outcome="xpassed", code=k.code, title=k.gone()) for k in fixed
+    ]
+
+
+def _excuse(verdict: Verdict, known: KnownFailure | None) -> Verdict:
+    return known.excuse(verdict) if known else verdict
 
 
 def _shipped_folder() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from harness.checks.cell import Plan, check_cell
+from harness.checks.cell import Measured, Plan, check_cell
 from harness.checks.describe import cell_verdict
 from harness.checks.known import KnownFailure, unmatched
 from harness.checks.limit import GRACE_SECONDS, call_limit
@@ -55,6 +55,7 @@ def check_cells(
     *,
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
+    on_measured: Callable[[Cell, Measured], None] = lambda cell, measured: None,
 ) -> list[Verdict]:
     """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
 
@@ -72,6 +73,8 @@ def check_cells(
     def on_event(index: int, event: object) -> None:
         if isinstance(event, Verdict):
             take(event)
+        elif isinstance(event, Measured):
+            on_measured(cells[index], event)
         else:
             on_cell(cells[index])
 
@@ -82,7 +85,7 @@ def check_cells(
     )
     for cell, end in zip(cells, ends, strict=True):
         if end.status != "done":
-            take(_died(cell, end))
+            take(died(cell, end))
     for known in unmatched(plan.known, cells) if plan.pins is None else ():
         take(_stale(known))
     return verdicts
@@ -114,14 +117,15 @@ def check_loader(
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
         guarded = replace(cell, limit=call_limit(channel, limits.seconds))
-        for verdict in check_cell(guarded, plan):
+        for verdict in check_cell(guarded, plan, channel.send):
             channel.send(verdict)
         channel.send("done")
 
     return job
 
 
-def _died(cell: Cell, end: JobEnd) -> Verdict:
+def died(cell: Cell, end: JobEnd) -> Verdict:
+    """Return the verdict of a cell whose process ended in another way than by finishing."""
     why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
     what = f"{why.get(end.status, 'raised outside a call')}: {end.detail or end.status}"
     rows = [("loader", cell.subject.spec), ("file", f"format {cell.format}, bench {cell.bench_name}")]

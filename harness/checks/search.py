@@ -80,7 +80,7 @@ def search(
             result.add(*observe(cell, example))
 
     run: Callable[[], None] = seed(base_seed)(
-        _settings(max_examples, (Phase.generate,))(given(example=examples)(collect))
+        quiet_settings(max_examples, (Phase.generate,))(given(example=examples)(collect))
     )
     run()
     return result
@@ -100,7 +100,7 @@ def shrink(cell: Cell, examples: SearchStrategy[Example], finding: Finding, *, b
         return seen.get(example) is not None
 
     try:
-        simplest = find(examples, fails, settings=_settings(_SHRINK_EXAMPLES), random=random.Random(base_seed))
+        simplest = find(examples, fails, settings=quiet_settings(_SHRINK_EXAMPLES), random=random.Random(base_seed))
     except NoSuchExample:
         return finding
     return seen[simplest] or finding
@@ -111,7 +111,8 @@ def zero_alpha_is_ambiguous(format_name: str) -> bool:
     return FORMATS[format_name].alpha[0] == "tensor"
 
 
-def _settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink)) -> Any:
+def quiet_settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink)) -> Any:
+    """Return Hypothesis settings without a database, a deadline, health checks or prints."""
     return settings(
         max_examples=max_examples,
         phases=phases,

@@ -45,7 +45,8 @@ class Cell:
     def reproduce(self, example: Example) -> str:
         """Return the command that repeats `example` in this cell."""
         where = f"{shlex.quote(self.subject.spec)} --format {self.format} --bench {self.bench_name}"
-        return f"lora-harness check {where} {example.as_options()}"
+        everything = {t.name for t in example.targets} == set(self.bench.lora_layers)
+        return f"lora-harness check {where} {example.as_options(everything=everything)}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ _ENERGIES_SHOWN = 12
     "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LORA...")
-@click.option("--base", type=click.Path(path_type=Path), help="Base checkpoint: adds the strength relative to its weights.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Base checkpoint: adds the strength relative to its weights."
+)
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
 @click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
@@ -66,9 +68,7 @@ def _exit_code(record: FileRecord, strict: bool) -> int:
     return int(bool(codes if strict else codes & VIOLATIONS))
 
 
-def _with_loaders(
-    record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None
-) -> FileRecord:
+def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
     from harness.doctor.measured import measured_prescription
 
     if record.format is None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from harness.checks.cell import Pins
+    from harness.checks.cell import Measured, Pins
     from harness.checks.known import KnownFailure
     from harness.checks.trial import Cell
+    from harness.report.records import RunWriter
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
@@ -123,6 +124,18 @@ def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[C
             progress.refresh()
 
         yield advance
+
+
+def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:
+    """Return what records the probes of a cell, for the scale plots of the report."""
+    from harness.report.probes import probe_record
+
+    def write(cell: Cell, measured: Measured) -> None:
+        if measured.probes:
+            place = cell.subject.spec, cell.format, cell.bench_name
+            writer.write(probe_record(*place, measured.law, measured.probes))
+
+    return write
 
 
 def quiet_on(as_json: bool) -> bool:

@@ -51,11 +51,10 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     planned += [f"sweep:{name}" for name in loaders] if options["images"] else []
     header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
-        verdicts = _check(writer, loaders, quick, seed, as_json, options)
+        _check(writer, loaders, quick, seed, as_json, options)
         if options["images"]:
-            verdicts += _sweep(writer, loaders, out, quick, as_json, options["device"])
-    code = finish(out, verdicts, baseline=options["baseline"], rules=options["rules"], as_json=as_json)
-    sys.exit(code)
+            _sweep(writer, loaders, out, quick, as_json, options)
+    sys.exit(finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
 
 
 def _available() -> list[str]:
@@ -66,7 +65,7 @@ def _available() -> list[str]:
 
 def _check(
     writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
-) -> list[Verdict]:
+) -> None:
     from harness.checks.cell import Plan
     from harness.checks.run import Limits, cells_of, check_cells
     from harness.loaders.registry import resolve
@@ -75,17 +74,14 @@ def _check(
     plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=known)
     limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
-    verdicts: list[Verdict] = []
     for name in loaders:
         found, skipped = cells_of(resolve(name))
         cells += found
-        verdicts += skipped
-    writer.write(*verdicts)
+        writer.write(*skipped)
+    probes = shared.probe_writer(writer)
     with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
-        verdicts += check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
-    founding = list(_founding(cells))
-    writer.write(*founding)
-    return verdicts + founding
+        check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance, on_measured=probes)
+    writer.write(*_founding(cells))
 
 
 def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
@@ -100,11 +96,15 @@ def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
 
 
 def _sweep(
-    writer: RunWriter, loaders: Sequence[str], out: Path, quick: bool, as_json: bool, device: str
-) -> list[Verdict]:
+    writer: RunWriter, loaders: Sequence[str], out: Path, quick: bool, as_json: bool, options: dict[str, Any]
+) -> None:
     from harness.commands.sweep import sweep_into
+    from harness.errors import UserError
+    from harness.report.records import PartRecord
 
-    verdicts: list[Verdict] = []
+    known = shared.known_failures(options["known_failures"])
     for name in loaders:
-        verdicts += sweep_into(writer, name, out, quick=quick, device=device, as_json=as_json)
-    return verdicts
+        try:
+            sweep_into(writer, name, out, quick=quick, device=options["device"], as_json=as_json, known=known)
+        except UserError as error:  # this loader takes none of the committed LoRAs, say; the others still run
+            writer.write(PartRecord(name=f"sweep:{name}", measured=False, reason=str(error)))

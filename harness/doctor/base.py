@@ -41,7 +41,7 @@ class BaseWeights:
         }
         if not files:
             raise LoraFileError(path, "holds no weight matrix, base weights are needed")
-        return cls(path, files, _prefix(files))
+        return cls(path, files, shared_prefix(files))
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +87,8 @@ def _is_matrix(file: SafetensorsFile, key: str) -> bool:
     return key.endswith(_WEIGHT) and len(shape) >= 2 and min(shape[:2]) > 1
 
 
-def _prefix(files: Mapping[str, SafetensorsFile]) -> str:
-    """Return the known prefix that most names share."""
+def shared_prefix(files: Iterable[str]) -> str:
+    """Return the known prefix that most module names share, empty when there is none."""
+    files = list(files)
     best = max(_PREFIXES[1:], key=lambda prefix: sum(name.startswith(prefix) for name in files))
     return best if 2 * sum(name.startswith(best) for name in files) > len(files) else ""

@@ -29,16 +29,24 @@ def inspect_file(
     Raises:
         LoraFileError: `base` cannot be read.
     """
+    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha)[0]
+
+
+def read_record(
+    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+) -> tuple[FileRecord, LoraAdapter | None]:
+    """Return what `inspect_file` does, and the parsed file (None when it cannot be read)."""
     try:
         adapter = read_lora(path, strict=False)
     except LoraFileError as error:
-        return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=_without_path(error, Path(path))),))
+        hazard = Hazard(code="LH799", what=_without_path(error, Path(path)))
+        return FileRecord(path=_text(path), hazards=(hazard,)), None
     record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
     if energy or base is not None:
         from harness.doctor.energy import with_energy
 
-        return with_energy(record, adapter, base)
-    return record
+        return with_energy(record, adapter, base), adapter
+    return record, adapter
 
 
 def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:

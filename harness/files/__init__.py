@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from harness.files.adapter import LoraAdapter, LoraModule, LoraWeights, Problem
+from harness.files.adapter import LoraAdapter, LoraModule, LoraParts, LoraWeights, Problem
 from harness.files.detect import detect_format
 from harness.files.format import Format
 from harness.files.formats import FORMATS
 from harness.files.match import flattened_collisions, match_modules
 from harness.files.read import read_lora
-from harness.files.safetensors_file import SafetensorsFile, TensorInfo, read_header
+from harness.files.safetensors_file import SafetensorsFile, read_header
+from harness.files.tensor_file import TensorFile, TensorInfo
 from harness.files.write import write_lora
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "Format",
     "LoraAdapter",
     "LoraModule",
+    "LoraParts",
     "LoraWeights",
     "Problem",
     "SafetensorsFile",
+    "TensorFile",
     "TensorInfo",
     "detect_format",
     "flattened_collisions",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
-from harness.files.safetensors_file import SafetensorsFile
+from harness.files.tensor_file import TensorFile
 from harness.files.text import printable
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ class LoraModule:
     `alpha` is None when the file carries none; `rslora` says alpha is divided by sqrt(rank).
     `keys` maps a role (`A`, `B`, `alpha`, `magnitude`, ...) to the key in the file.
     `kernel` is the convolution kernel of A: [r, in, *kernel], empty for a linear layer.
+    `flipped` are the roles that the file stores transposed (mlx-lm). `rank` is 0, and the scale 1, where alpha scales
+    nothing: a LoKr of two full factors, and whole tensors (`diff`, `norm`, `set`), whose `in_features` is 0 when only
+    a vector is changed.
     """
 
     name: str
@@ -52,6 +55,7 @@ class LoraModule:
     variant: str = "lora"
     component: str = ""
     kernel: tuple[int, ...] = ()
+    flipped: tuple[str, ...] = ()
 
     @property
     def trained_scale(self) -> float:
@@ -65,10 +69,13 @@ class LoraModule:
 class LoraAdapter:
     """A parsed LoRA file.
 
-    `path` is what a loader gets: the folder for `peft`, else the file. `modules` is keyed by module name, preceded by
-    `component:` for every component but the first when the file adapts several. `alpha_source` is `tensor`, `config`
-    (adapter_config.json), `header` (lora_adapter_metadata) or `none`. `flattened` names must be matched against a
-    model with `match_modules`. `config` is the adapter configuration as far as the file has one.
+    `path` is what a loader gets: the folder for `peft` and `mlx`, else the file. `modules` is keyed by module name,
+    preceded by `component:` for every component but the first when the file adapts several. `unused_keys` are the keys
+    that no low-rank update uses: unknown ones, and whole tensors (`diff`, `norm`), which are parts of their module all
+    the same. `alpha_source` is `tensor`, `config` (adapter_config.json), `header` (lora_adapter_metadata, or GGUF's
+    key) or `none`. `flattened` names must be matched against a model with `match_modules`. `config` is the adapter
+    configuration as far as the file has one. `dialect` is a hint at the kind of model or trainer within the format
+    (`flux`, `musubi`, `bfl`, ...), empty when there is none.
     """
 
     path: Path
@@ -78,22 +85,43 @@ class LoraAdapter:
     unused_keys: tuple[str, ...]
     alpha_source: str
     flattened: bool
-    file: SafetensorsFile = field(repr=False)
+    file: TensorFile = field(repr=False)
     problems: tuple[Problem, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    dialect: str = ""
 
     def tensors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return A: [r, in] and B: [out, r] of one module, as stored (convolutions: [r, in, *kernel], [out, r, 1, 1]).
+        """Return A: [r, in] and B: [out, r] of one module in the dtype of the file, whichever way they are stored.
+
+        Convolutions have [r, in, *kernel] and [out, r, 1, 1], experts (mlx-lm) [e, r, in] and [e, out, r].
 
         Raises:
             KeyError: the file has no such module.
             LoraFileError: the module's variant has no A and B (LoHa, LoKr), or the file changed.
         """
-        keys = self.modules[name].keys
-        if "A" not in keys or "B" not in keys:
-            variant = self.modules[name].variant
-            raise LoraFileError(self.path, f"a {variant} module has no A and B", key=printable(name))
-        return self.file.tensor(keys["A"]), self.file.tensor(keys["B"])
+        module = self.modules[name]
+        if "A" not in module.keys or "B" not in module.keys:
+            raise LoraFileError(self.path, f"a {module.variant} module has no A and B", key=printable(name))
+        return self.part(name, "A"), self.part(name, "B")
+
+    def part(self, name: str, role: str) -> Tensor:
+        """Return one tensor of a module by its role (`A`, `magnitude`, `hada_w1_a`, ...), in the dtype of the file.
+
+        Raises:
+            KeyError: the file has no such module, or the module no such part.
+            LoraFileError: the file changed.
+        """
+        module = self.modules[name]
+        tensor = self.file.tensor(module.keys[role])
+        return tensor.t() if role in module.flipped else tensor
+
+
+@dataclass(frozen=True)
+class LoraParts:
+    """One module of any variant in memory, to be written: role -> tensor (see `keys.EXTRAS`), and alpha."""
+
+    parts: Mapping[str, Tensor]
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)

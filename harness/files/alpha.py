@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,10 @@ from harness.errors import LoraFileError
 from harness.files import scalars
 from harness.files.adapter import LoraModule, Problem
 from harness.files.config import AdapterConfig, ConfigError
+from harness.files.file_wide import Found, Modules, from_kv, from_scale
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.patterns import PatternError
 from harness.files.text import parse_json, printable
-
-Modules = dict[tuple[str, str], LoraModule]
 
 
 @dataclass
@@ -30,6 +29,9 @@ class Alphas:
 def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Problem]) -> Alphas:
     """Fill in alpha from the first place the format knows that has one."""
     found = Alphas(modules)
+    for wide_home, fill in _FILE_WIDE.items():
+        if wide_home in row.alpha:
+            found = Alphas(*fill(source, modules, problems))
     configs, home = _configs(source, row, modules, problems)
     if home != "none":
         place = CONFIG_NAME if home == "config" else HEADER_KEY
@@ -38,6 +40,9 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
     if "tensor" in row.alpha:
         found = _from_tensors(source, found, problems)
     return _refuse_non_finite(found, problems)
+
+
+_FILE_WIDE: Mapping[str, Callable[[Source, Modules, list[Problem]], Found]] = {"scale": from_scale, "kv": from_kv}
 
 
 def _configs(
@@ -84,6 +89,8 @@ def _from_configs(
 
 def _configured(module: LoraModule, config: AdapterConfig, problems: list[Problem]) -> LoraModule:
     rank, alpha = config.of(module.name)
+    if module.variant in ("diff", "norm", "set"):
+        return module
     if module.variant == "lokr":  # PEFT divides by the configured rank even where both factors are full
         return replace(module, rank=rank, alpha=alpha, rslora=config.rslora)
     if rank != module.rank:

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import LoraFileError
 from harness.files.format import Format, Source
 from harness.files.formats import FORMATS
-from harness.files.keys import NOT_LORA, WEIGHT_ROLES, Split
+from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, Split
 from harness.files.source import open_source
 from harness.files.text import count, printable
 
@@ -35,13 +35,15 @@ def detect_format(path: Path | str) -> str:
 
 
 def detect(source: Source) -> Format:
-    """Return the format that explains every low-rank weight of `source`, the most specific first.
+    """Return the format that explains every weight of `source`, the most specific first.
+
+    Low-rank weights count in any place, whole tensors (`.diff`) only behind a prefix that belongs to LoRA files.
 
     Raises:
         LoraFileError: no format fits, or the keys mix formats.
     """
     votes: dict[str, str] = {}
-    bare = {row.name: row.bare_fits(source) for row in FORMATS.values()}
+    bare = {row.name: row.bare_fits(source) for row in FORMATS.values() if row.fits(source)}
     for key, cut in source.splits:
         if cut and (name := _claimed_by(cut, bare)):
             votes.setdefault(name, key)
@@ -66,9 +68,12 @@ def sort_keys(source: Source, row: Format) -> Sorted:
 
 
 def _claimed_by(cut: Split, bare: Mapping[str, bool]) -> str | None:
-    for row in FORMATS.values():
-        if row.tails.get(cut.tail) in WEIGHT_ROLES and row.locate(cut, bare[row.name]):
-            return row.name
+    for name, bare_fits in bare.items():
+        role = FORMATS[name].tails.get(cut.tail)
+        if role in WEIGHT_ROLES and FORMATS[name].locate(cut, bare_fits):
+            return name
+        if role in FULL_PARTS and FORMATS[name].locate(cut, False):
+            return name
     return None
 
 
@@ -82,6 +87,6 @@ def _unknown(source: Source) -> str:
     if not keys:
         return "holds no tensors"
     known = [kind for _, cut in source.splits if cut and (kind := NOT_LORA.get(cut.tail))]
-    looked = "; ".join(f"{row.name}: {row.example}" for row in FORMATS.values())
+    looked = ", ".join(f"{row.example.split()[0]} ({row.name})" for row in FORMATS.values())
     seen = f"{count(len(keys), 'key')} such as {printable(keys[0], 80)}" + (f" ({known[0]})" if known else "")
     return f"no LoRA format fits its {seen}; looked for {looked}"

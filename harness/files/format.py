@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.files.keys import Split, split, tails
-from harness.files.safetensors_file import SafetensorsFile
+from harness.files.tensor_file import TensorFile
 
-AlphaHome = Literal["tensor", "config", "header"]
+AlphaHome = Literal["tensor", "config", "header", "scale", "kv", "none"]
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Source:
     """An opened LoRA file before its format is known; `config` is the raw adapter_config.json beside it."""
 
     path: Path
-    file: SafetensorsFile
+    file: TensorFile
     config: Mapping[str, Any] | None = None
 
     @cached_property
@@ -37,13 +39,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Naming:
+    """How a format spells module paths where it is not the model's own way; None: it has no such module.
+
+    `read` takes what stands between prefix and tail, and the tail; `write` takes a module path.
+    """
+
+    read: Callable[[str, str], str | None]
+    write: Callable[[str], str | None]
+    example: str
+
+
+@dataclass(frozen=True)
 class Format:
     """One row of the format table.
 
     A key reads `<prefix><module><separator><tail>`. `prefixes` maps what a key may start with to the component it
-    names; `pairs` are spellings of the halves (see `keys.PAIRS`), the first is written. `bare` says when a name without
-    a prefix belongs here: never, always, or only beside an adapter configuration (in the folder or in the header).
-    `alpha` lists where alpha may live, the first is where it is written.
+    names; `pairs` are spellings of the halves (see `keys.PAIRS`), the first is written; `extras` are tails that only
+    this format has, with their roles. `bare` says when a name without a prefix belongs here: never, always, or only
+    beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
+    all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
+    module, `config` and `header` (PEFT's configuration), `scale` (mlx-lm: one factor for the file, instead of alpha),
+    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles that are stored transposed. `dialects` are
+    hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
     """
 
     name: str
@@ -56,11 +74,18 @@ class Format:
     folder: bool = False
     write_prefix: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict)
+    naming: Naming | None = None
+    trait: Callable[[Source], bool] | None = None
+    flips: Callable[[str], tuple[str, ...]] | None = None
+    dialects: Mapping[str, str] = field(default_factory=dict)
+    weights_name: str = WEIGHTS_NAME
+    suffix: str = ".safetensors"
 
     @cached_property
     def tails(self) -> dict[str, str]:
         """Tail -> role of the keys that belong to this format."""
-        return tails(self.pairs)
+        return {**tails(self.pairs), **self.extras}
 
     @cached_property
     def _longest_first(self) -> list[tuple[str, str]]:
@@ -75,11 +100,29 @@ class Format:
             "header": source.has_header_config,
         }[self.bare]
 
+    def fits(self, source: Source) -> bool:
+        """Tell whether this source can have the format, before its keys are looked at one by one."""
+        return self.trait is None or self.trait(source)
+
     def locate(self, split: Split, bare: bool) -> tuple[str, str] | None:
         """Return (component, module name) when the cut key belongs to this format."""
         if split.tail not in self.tails or (self.flattened and "." in split.stem):
             return None
         for prefix, component in self._longest_first:
             if split.stem.startswith(prefix) and len(split.stem) > len(prefix):
-                return component, split.stem[len(prefix) :]
-        return ("", split.stem) if bare else None
+                return self._named(component, split.stem[len(prefix) :], split.tail)
+        return self._named("", split.stem, split.tail) if bare else None
+
+    def _named(self, component: str, stem: str, tail: str) -> tuple[str, str] | None:
+        name = self.naming.read(stem, tail) if self.naming else stem
+        return (component, name) if name else None
+
+    def flipped(self, name: str) -> tuple[str, ...]:
+        """Return the roles that this format stores transposed for the module `name`."""
+        return self.flips(name) if self.flips else ()
+
+    def dialect(self, source: Source) -> str:
+        """Return the first dialect that some key or metadata entry fits, empty when none does."""
+        texts = [*source.file.keys, *(f"#{key}={value[:200]}" for key, value in source.file.metadata.items())]
+        fits = {name: re.compile(pattern) for name, pattern in self.dialects.items()}
+        return next((name for name, pattern in fits.items() if any(map(pattern.match, texts))), "")

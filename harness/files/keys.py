@@ -12,6 +12,10 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "lora.down": ("lora.down.weight", "lora.up.weight"),
     "lora_linear_layer.down": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
     "lora_embedding_A": ("lora_embedding_A", "lora_embedding_B"),
+    "bare": ("lora_A", "lora_B"),
+    "down": ("down.weight", "up.weight"),
+    "lora_a": ("lora_a", "lora_b"),
+    "weight.lora_a": ("weight.lora_a", "weight.lora_b"),
 }
 """Spellings of the two halves, A: [r, in] first; `*` stands for an adapter's name."""
 
@@ -19,6 +23,16 @@ _LYCORIS = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
 )  # fmt: skip
+FULL_PARTS: Mapping[str, str] = {
+    "diff": "full weight difference",
+    "diff_b": "full bias difference",
+    "w_norm": "norm weight difference",
+    "b_norm": "norm bias difference",
+    "set_weight": "replaced weight",
+    "reshape_weight": "reshaped weight",
+}
+"""Roles of whole tensors, which no alpha scales; readers of low-rank pairs ignore them."""
+
 EXTRAS: Mapping[str, str] = {
     "alpha": "alpha",
     "lora_mid.weight": "mid",
@@ -30,16 +44,12 @@ EXTRAS: Mapping[str, str] = {
     "lora_B.bias": "bias",
     "lora_B.*.bias": "bias",
     **{tail: tail for tail in _LYCORIS},
+    **{tail: tail for tail in FULL_PARTS},
 }
 """Tails that belong to a module in any format, with their role."""
 
 NOT_LORA: Mapping[str, str] = {
-    "diff": "full weight difference",
-    "diff_b": "full bias difference",
-    "w_norm": "norm weight difference",
-    "b_norm": "norm bias difference",
-    "set_weight": "replaced weight",
-    "reshape_weight": "reshaped weight",
+    **FULL_PARTS,
     "scale": "A1111 scale, which replaces alpha / rank there",
     "rescale": "OFT rescale",
     "oft_blocks": "OFT / BOFT",
@@ -52,9 +62,13 @@ NOT_LORA: Mapping[str, str] = {
     "bm.weight": "GLoRA",
     "base_layer.weight": "a copy of the base weight",
     "base_layer.bias": "a copy of the base bias",
+    "m": "mlx-lm magnitude",
+    "query_norm.scale": "replaced norm scale",
+    "key_norm.scale": "replaced norm scale",
 }
 """Tails whose meaning is known but which are no low-rank pair: named when they are reported as not understood."""
 
+WHOLE_ROLES = frozenset({*FULL_PARTS, "query_norm", "key_norm"})
 WEIGHT_ROLES = frozenset({"A", "B", *_LYCORIS})
 
 

@@ -10,6 +10,7 @@ from harness.files.alpha import find_alphas
 from harness.files.detect import Place, Sorted, detect, sort_keys
 from harness.files.format import Format, Source
 from harness.files.formats import FORMATS
+from harness.files.keys import WHOLE_ROLES
 from harness.files.shapes import measure
 from harness.files.source import open_source
 from harness.files.text import count, is_printable, printable
@@ -47,7 +48,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     for place, roles in keys.modules.items():
         if set(roles) == {"alpha"}:
             keys.unused.append(roles["alpha"])
-        elif module := measure(source.file, place, roles, problems):
+        elif module := measure(source.file, place, roles, problems, row.flipped(place[1])):
             measured[place] = module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)
@@ -62,6 +63,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
         file=source.file,
         problems=tuple(problems),
         config=found.config,
+        dialect=row.dialect(source),
     )
 
 
@@ -86,5 +88,6 @@ def _key_problems(source: Source, keys: Sorted) -> list[Problem]:
 
 
 def _in_file_order(source: Source, keys: Sorted, modules: dict[str, LoraModule]) -> list[str]:
-    used = {key for module in modules.values() for key in module.keys.values()}
+    pairs = ((role, key) for module in modules.values() for role, key in module.keys.items())
+    used = {key for role, key in pairs if role not in WHOLE_ROLES}
     return [key for key in source.file.keys if key not in used]

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from harness.errors import LoraFileError
-from harness.files import scalars
+from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size
 from harness.files.text import printable
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 25_000_000  # a 47 MB header of empty tensors costs safetensors 8 to 25 s and more than 1 GB
-MAX_TENSORS = 100_000
 _LENGTH_BYTES = 8
 _MAGIC = {
     b"PK\x03\x04": "is a PyTorch pickle (zip), which can run code when opened, so it is never opened here",
     b"\x80\x02": "is a Python pickle, which can run code when opened, so it is never opened here",
-    b"GGUF": "is a GGUF file; only safetensors LoRA files are read",
+    b"GGUF": "is a GGUF file, a safetensors file is needed here",
     b"version ": "is a git-lfs pointer, not the weights: fetch them with `git lfs pull`",
     b"<!DOCTYP": "is a web page, not the weights: the download went wrong",
     b"<html": "is a web page, not the weights: the download went wrong",
@@ -37,47 +31,8 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _CONVERT = "convert it in a sandbox: safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
 
 
-class TensorInfo(NamedTuple):
-    """What the header says of one tensor; `start` and `end` are byte offsets in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def elements(self) -> int:
-        """The number of elements (1 for a scalar)."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
-
-
-@dataclass(frozen=True)
-class SafetensorsFile:
-    """The validated header of one file; tensors are read when asked for.
-
-    `tensors` keeps the order of the data in the file, which is the order in which loaders see the keys.
-    `duplicates` are names that the header has twice: safetensors takes the last, other parsers may take the first.
-    """
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    size: int
-    duplicates: tuple[str, ...] = ()
-    _opened: list[Any] = field(default_factory=list, repr=False, compare=False)
-
-    @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """The tensor names, in file order."""
-        return tuple(self.tensors)
-
-    def numbers(self, keys: Iterable[str]) -> dict[str, float]:
-        """Read tensors of one number (`scalars.problem` says which are) as Python floats, without torch."""
-        with self.path.open("rb") as stream:
-            return {key: _number(stream, self.tensors[key]) for key in keys}
+class SafetensorsFile(TensorFile):
+    """The validated header of one safetensors file."""
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return one tensor as stored (dtype, shape); needs torch.
@@ -93,10 +48,6 @@ class SafetensorsFile:
             raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
         return tensor
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open file behind when sent to another process."""
-        return {**self.__dict__, "_opened": []}
-
 
 def read_header(
     path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS
@@ -108,38 +59,13 @@ def read_header(
             header too long, or anything safetensors itself refuses.
     """
     path = Path(path)
-    size = _regular_size(path)
+    size = regular_size(path)
     raw = _header_bytes(path, size, max_header_bytes)
     count = raw.count(b'"data_offsets"')
     if count > max_tensors:
         raise LoraFileError(path, f"{count:,} tensors in the header, at most {max_tensors:,} are read")
     _validated(path, "np")
     return _parsed(path, raw, size)
-
-
-def _regular_size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise LoraFileError(path, os_problem(error)) from error
-    except ValueError as error:
-        raise LoraFileError(printable(path), f"is no usable path ({printable(error)})") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise LoraFileError(path, "is a folder, not a safetensors file")
-    if not stat.S_ISREG(status.st_mode):
-        raise LoraFileError(path, "is not a regular file")
-    return status.st_size
-
-
-def os_problem(error: OSError) -> str:
-    """Say in one clause why the system refused to open something."""
-    known = {
-        errno.ENOENT: "no such file or folder",
-        errno.ELOOP: "symbolic links that lead back to themselves",
-        errno.EACCES: "permission denied",
-        errno.ENOTDIR: "no such file: a part of the path is not a folder",
-    }
-    return known.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
 
 
 def _header_bytes(path: Path, size: int, limit: int) -> bytes:
@@ -204,8 +130,3 @@ def _tensors(header: dict[str, Any], base: int) -> dict[str, TensorInfo]:
 def _info(row: dict[str, Any], base: int) -> TensorInfo:
     start, end = row["data_offsets"]
     return TensorInfo(row["dtype"], tuple(row["shape"]), base + start, base + end)
-
-
-def _number(stream: BinaryIO, info: TensorInfo) -> float:
-    stream.seek(info.start)
-    return scalars.decode(info.dtype, stream.read(info.end - info.start))

@@ -14,6 +14,11 @@ _EIGHT_BITS = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15)}  # exponent bits, bias
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", *_EIGHT_BITS})
 
 
+def is_float(dtype: str) -> bool:
+    """Tell whether a tensor of this dtype holds weights; `Q8_0` and its like are ggml's quantised floats."""
+    return dtype in FLOATS or dtype.startswith(("Q", "IQ", "TQ"))
+
+
 def problem(dtype: str, elements: int) -> str | None:
     """Say why a tensor holds no single number, or None when it does."""
     if elements != 1:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from harness.files.adapter import LoraModule, Problem
-from harness.files.safetensors_file import SafetensorsFile, TensorInfo
-from harness.files.scalars import FLOATS
+from harness.files.keys import WHOLE_ROLES
+from harness.files.scalars import is_float
+from harness.files.tensor_file import TensorFile, TensorInfo
 from harness.files.text import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
+_NOT_WEIGHTS = ("alpha", "reshape_weight")
 
 
 class ShapeError(ValueError):
@@ -23,51 +25,84 @@ class ShapeError(ValueError):
 
 
 def measure(
-    file: SafetensorsFile, place: tuple[str, str], roles: Mapping[str, str], problems: list[Problem]
+    file: TensorFile,
+    place: tuple[str, str],
+    roles: Mapping[str, str],
+    problems: list[Problem],
+    flips: tuple[str, ...] = (),
 ) -> LoraModule | None:
-    """Return the module that the keys in `roles` make up, or None with the reason added to `problems`."""
+    """Return the module that the keys in `roles` make up, or None with the reason added to `problems`.
+
+    `flips` are roles that the format stores transposed; three-dimensional ones are experts, which it does not.
+    """
     infos = {role: file.tensors[key] for role, key in roles.items()}
+    flipped = tuple(role for role in flips if role in infos and len(infos[role].shape) == 2)
+    shapes = {role: info.shape[::-1] if role in flipped else info.shape for role, info in infos.items()}
+    experts = bool(flips) and not flipped and len(shapes.get("A", ())) == 3
     try:
-        variant = variant_of(roles, infos)
-        rank, inputs, outputs = _SIZES.get(variant, _pair)({role: info.shape for role, info in infos.items()})
+        variant = "experts" if experts else variant_of(roles, infos)
+        rank, inputs, outputs = _SIZES.get(variant, _pair)(shapes)
         _refuse_dtypes(infos)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
     main = infos.get("A") or next(iter(infos.values()))
-    kernel = main.shape[2:] if "A" in infos else ()
-    return LoraModule(place[1], rank, inputs, outputs, None, False, main.dtype, dict(roles), variant, place[0], kernel)
+    kernel = main.shape[2:] if "A" in infos and not experts else ()
+    numbers = (rank, inputs, outputs, None, False)
+    return LoraModule(place[1], *numbers, main.dtype, dict(roles), variant, place[0], kernel, flipped)
 
 
 def variant_of(roles: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
-    """Name what a module is by the roles it has: lora, conv, dora, lora_bias, embedding, tucker, loha, lokr."""
+    """Name what a module is by the roles it has.
+
+    lora, conv, embedding; dora, lora_bias, tucker, loha, lokr; lora_diff (a pair beside whole tensors); diff, norm, set
+    (whole tensors alone).
+    """
     if any(role.startswith("hada_") for role in infos):
         return "loha"
     if any(role.startswith("lokr_") for role in infos):
         return "lokr"
-    if "mid" in infos:
-        return "tucker"
-    if "magnitude" in infos:
-        return "dora"
-    if "bias" in infos:
-        return "lora_bias"
-    if roles.get("A", "").endswith("embedding_A"):
+    named = (("mid", "tucker"), ("magnitude", "dora"), ("bias", "lora_bias"))
+    if found := next((variant for role, variant in named if role in infos), None):
+        return found
+    if any(role in WHOLE_ROLES for role in infos):
+        return "lora_diff" if "A" in infos or "B" in infos else _whole(infos)
+    if roles.get("A", "").endswith("embedding_A") or roles.get("A", "").startswith("token_embd."):
         return "embedding"
     return "conv" if "A" in infos and len(infos["A"].shape) > 2 else "lora"
 
 
+def _whole(infos: Mapping[str, TensorInfo]) -> str:
+    if "diff" in infos or "diff_b" in infos:
+        return "diff"
+    return "set" if "set_weight" in infos or "reshape_weight" in infos else "norm"
+
+
 def _pair(shapes: Shapes) -> Sizes:
     """Sizes of A: [r, in, *kernel] and B: [out, r, 1, ...]."""
+    _both(shapes)
+    (rank, inputs), (outputs, other_rank) = shapes["A"][:2], shapes["B"][:2]
+    if rank != other_rank:
+        raise ShapeError("A", f"A {_shown(shapes['A'])} has rank {rank}, B {_shown(shapes['B'])} has rank {other_rank}")
+    return _positive("A", rank, inputs, outputs, shapes["A"])
+
+
+def _both(shapes: Shapes) -> None:
     for role, other in (("A", "B"), ("B", "A")):
         if role not in shapes:
             raise ShapeError(other, f"its partner, the {'down' if role == 'A' else 'up'} half ({role}), is missing")
         if not 2 <= len(shapes[role]) <= _MOST_DIMENSIONS:
             raise ShapeError(role, f"has {len(shapes[role])} dimensions {_shown(shapes[role])}, 2 to 5 are needed")
-    (rank, inputs), (outputs, other_rank) = shapes["A"][:2], shapes["B"][:2]
-    if rank != other_rank:
-        raise ShapeError("A", f"A {_shown(shapes['A'])} has rank {rank}, B {_shown(shapes['B'])} has rank {other_rank}")
-    return _positive("A", rank, inputs, outputs, shapes["A"])
+
+
+def _experts(shapes: Shapes) -> Sizes:
+    """Sizes of A: [experts, r, in] and B: [experts, out, r]."""
+    _both(shapes)
+    first, second = shapes["A"], shapes["B"]
+    if len(second) != 3 or (first[0], first[1]) != (second[0], second[2]):
+        raise ShapeError("A", f"A {_shown(first)} and B {_shown(second)} are no experts [e, r, in], [e, out, r]")
+    return _positive("A", first[1], first[2], second[1], first)
 
 
 def _tucker(shapes: Shapes) -> Sizes:
@@ -108,7 +143,18 @@ def _factor(shapes: Shapes, name: str) -> Sizes:
     return (first[1] if tucker else first[0]), second[1], second[0]
 
 
-_SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {"tucker": _tucker, "loha": _loha, "lokr": _lokr}
+def _full(shapes: Shapes) -> Sizes:
+    """Sizes of whole tensors: [out, in, ...] of a weight, or [n] of a bias or norm; nothing low-rank, so rank 0."""
+    role = next((role for role in ("diff", "set_weight", "w_norm") if role in shapes), next(iter(shapes)))
+    shape = shapes[role]
+    if not 1 <= len(shape) <= _MOST_DIMENSIONS:
+        raise ShapeError(role, f"has {len(shape)} dimensions {_shown(shape)}, 1 to 5 are needed")
+    return 0, shape[1] if len(shape) > 1 else 0, shape[0]
+
+
+_SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
+    "tucker": _tucker, "loha": _loha, "lokr": _lokr, "experts": _experts, "diff": _full, "norm": _full, "set": _full,
+}  # fmt: skip
 
 
 def _positive(role: str, rank: int, inputs: int, outputs: int, shape: tuple[int, ...]) -> Sizes:
@@ -121,7 +167,7 @@ def _positive(role: str, rank: int, inputs: int, outputs: int, shape: tuple[int,
 
 def _refuse_dtypes(infos: Mapping[str, TensorInfo]) -> None:
     for role, info in infos.items():
-        if role != "alpha" and info.dtype not in FLOATS:
+        if role not in _NOT_WEIGHTS and not is_float(info.dtype):
             raise ShapeError(role, f"has dtype {info.dtype}, a floating-point type is needed")
 
 

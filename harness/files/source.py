@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoraFileError
-from harness.files.format import CONFIG_NAME, WEIGHTS_NAME, Source
-from harness.files.safetensors_file import os_problem, read_header
+from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Source
+from harness.files.gguf_file import is_gguf, read_gguf
+from harness.files.safetensors_file import read_header
+from harness.files.tensor_file import os_problem
 from harness.files.text import parse_json, printable
 
 _MAX_CONFIG_BYTES = 8_000_000
 _PICKLED = "adapter_model.bin"
+_NAMED = (WEIGHTS_NAME, MLX_WEIGHTS_NAME)  # the names that have a configuration beside them
+_SUFFIXES = (".safetensors", ".gguf")
 
 
 def open_source(path: Path | str) -> Source:
     """Open a LoRA file, or a folder that holds one.
 
-    The configuration is read when the weights are `adapter_model.safetensors`, as PEFT names them; `Source.path` is
-    then the folder.
+    The configuration is read when the weights are `adapter_model.safetensors` (PEFT) or `adapters.safetensors`
+    (mlx-lm); `Source.path` is then the folder.
 
     Raises:
         LoraFileError: one sentence saying what is missing or malformed.
@@ -26,8 +30,8 @@ def open_source(path: Path | str) -> Source:
     path = Path(path)
     try:
         weights = _weights_in(path) if _is_folder(path) else path
-        file = read_header(weights)
-        config = _config(weights.parent / CONFIG_NAME) if weights.name == WEIGHTS_NAME else None
+        file = read_gguf(weights) if is_gguf(weights) else read_header(weights)
+        config = _config(weights.parent / CONFIG_NAME) if weights.name in _NAMED else None
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error
     return Source(weights.parent if config is not None else weights, file, config)
@@ -41,9 +45,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def _weights_in(folder: Path) -> Path:
-    if (folder / WEIGHTS_NAME).exists():
-        return folder / WEIGHTS_NAME
-    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors")
+    if named := next((folder / name for name in _NAMED if (folder / name).exists()), None):
+        return named
+    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
     if len(found) == 1:
         return folder / found[0]
     if found:

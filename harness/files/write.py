@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.files.adapter import LoraWeights
+from harness.files.adapter import LoraParts, LoraWeights
 from harness.files.config import build
-from harness.files.format import CONFIG_NAME, HEADER_KEY, WEIGHTS_NAME, Format
+from harness.files.file_wide import mlx_config, one_alpha
+from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
+from harness.files.gguf_file import write_gguf
 from harness.files.keys import PAIRS
+from harness.files.serialize import KeyOrder, ordered, replace_file, serialize
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-KeyOrder = Sequence[int] | random.Random | None
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+Modules = Mapping[str, LoraWeights | LoraParts]
+Pairs = Mapping[str, LoraWeights]
 _PEFT_FIELDS = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
     "lora_dropout": 0.0, "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False,
 }  # fmt: skip
+_PART_TAILS = {"mid": "lora_mid.weight", "bias": "lora_B.bias", "magnitude": "dora_scale"}
 
 
 def write_lora(
     path: Path | str,
     format: str,
-    modules: Mapping[str, LoraWeights],
+    modules: Modules,
     *,
     rslora: bool = False,
     key_order: KeyOrder = None,
@@ -46,31 +44,33 @@ def write_lora(
 ) -> Path:
     """Write `modules` (model names with dots -> weights) and return what a loader gets.
 
-    For `peft` that is the folder `path`; for every other format the file `path`, with `.safetensors` appended when it
-    is missing. A is [r, in], B is [out, r]; `dtype` converts both, alpha is always stored in float32 or as JSON.
-    Without alpha (None): `peft` refuses, because its configuration always has one; `diffusers` writes no metadata
-    when no module has one, and alpha = rank for those without when some have; the others write no `.alpha`.
-    Formats that have no flag for `rslora` store alpha * sqrt(rank), as LyCORIS does, so that alpha / rank is right.
-    `key_order` is a permutation of the keys or a random generator that draws one; the data is laid out in that order.
-    `prefix` replaces the format's own (such as `transformer.`), `pair` the spelling of the halves (see `keys.PAIRS`).
+    For `peft` and `mlx` that is the folder `path`; for every other format the file `path`, with `.safetensors` or
+    `.gguf` appended when it is missing. A is [r, in], B is [out, r], whichever way the format stores them; `dtype`
+    converts both, alpha is always stored in float32 or as JSON. `LoraParts` writes any variant, in the formats that
+    keep alpha in a tensor or nowhere.
+    Without alpha (None): `peft` and `mlx` refuse, because their configuration always has one; `diffusers` writes no
+    metadata when no module has one, and alpha = rank for those without when some have; the others write none. Formats
+    that have no place for alpha (`xlabs`, `attn-procs`, `bfl-control`) refuse one; `mlx` and `gguf` have one for all
+    modules. Formats that have no flag for `rslora` store alpha * sqrt(rank), as LyCORIS does, so that alpha / rank is
+    right. `key_order` is a permutation of the keys or a random generator that draws one; the data is laid out in that
+    order. `prefix` replaces the format's own (such as `transformer.`), `pair` the spelling of the halves (see
+    `keys.PAIRS`).
 
     Raises:
         ValueError: an argument that cannot be written, named with its value.
+        LoraFileError: `gguf` is not installed.
     """
     row = _row(format, modules, pair)
     prefix = row.write_prefix if prefix is None else prefix
-    home = row.alpha[0]
-    if rslora and home == "tensor":
-        modules = {name: _with_root(weights) for name, weights in modules.items()}
+    if rslora and row.alpha[0] in ("tensor", "kv"):
+        modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
-    metadata = dict(row.metadata)
-    config = _config(row, modules, rslora)
-    if config and home == "header":
-        metadata[HEADER_KEY] = json.dumps({f"{prefix}{k}": v for k, v in config.items()}, indent=2, sort_keys=True)
-    return _save(Path(path), row, _ordered(tensors, key_order), metadata, config)
+    pairs = {name: weights for name, weights in modules.items() if isinstance(weights, LoraWeights)}
+    config = _config(row, pairs, rslora)
+    return _save(Path(path), row, ordered(tensors, key_order), _metadata(row, prefix, config), config, pairs)
 
 
-def _row(format: str, modules: Mapping[str, LoraWeights], pair: str | None) -> Format:
+def _row(format: str, modules: Modules, pair: str | None) -> Format:
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown, known are {', '.join(FORMATS)}")
     row = FORMATS[format]
@@ -79,46 +79,73 @@ def _row(format: str, modules: Mapping[str, LoraWeights], pair: str | None) -> F
     if pair is not None and pair not in row.pairs:
         raise ValueError(f"pair={pair!r} is not written by {format}, it has {', '.join(row.pairs)}")
     for name, weights in modules.items():
-        _refuse(name, weights)
-    missing = [name for name, weights in modules.items() if weights.alpha is None]
-    if row.folder and missing:
-        raise ValueError(f"modules[{missing[0]!r}].alpha=None: a {format} configuration always has an alpha")
+        _refuse(row, name, weights)
     return row
 
 
-def _refuse(name: str, weights: LoraWeights) -> None:
-    a, b = tuple(weights.a.shape), tuple(weights.b.shape)
+def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
     if not name:
         raise ValueError("a module name is empty")
+    if row.alpha[0] == "none" and weights.alpha is not None:
+        what = f"a {row.name} file has no place for alpha: multiply B by alpha / rank and pass None"
+        raise ValueError(f"modules[{name!r}].alpha={weights.alpha:g}: {what}")
+    if isinstance(weights, LoraParts):
+        if row.alpha[0] not in ("tensor", "none"):
+            raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
+        return
+    if row.alpha[0] == "config" and weights.alpha is None:
+        raise ValueError(f"modules[{name!r}].alpha=None: a {row.name} configuration always has an alpha")
+    a, b = tuple(weights.a.shape), tuple(weights.b.shape)
     if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or 0 in b:
         raise ValueError(f"modules[{name!r}]: a {list(a)} and b {list(b)} are no pair [r, in], [out, r]")
 
 
-def _with_root(weights: LoraWeights) -> LoraWeights:
+def _with_root(name: str, weights: LoraWeights | LoraParts) -> LoraWeights:
+    if isinstance(weights, LoraParts):
+        raise ValueError(f"modules[{name!r}]: rslora is not written for the parts of a variant")
     return weights if weights.alpha is None else replace(weights, alpha=weights.alpha * math.sqrt(weights.rank))
 
 
-def _tensors(
-    row: Format, prefix: str, modules: Mapping[str, LoraWeights], pair: str, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     import torch
 
-    down, up = (tail.replace("*", "default") for tail in PAIRS[pair])
     tensors: dict[str, Tensor] = {}
     for name, weights in modules.items():
-        stem = prefix + (name.replace(".", "_") if row.flattened else name)
-        if f"{stem}.{down}" in tensors:
-            raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
-        tensors[f"{stem}.{down}"] = weights.a.to(dtype=dtype)
-        tensors[f"{stem}.{up}"] = weights.b.to(dtype=dtype)
+        stem = prefix + _stem(row, name)
+        for role, tensor in _parts(weights).items():
+            key = f"{stem}.{_tail(row, role, pair)}"
+            if key in tensors:
+                raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
+            tensors[key] = (tensor.t() if role in row.flipped(name) else tensor).to(dtype=dtype)
         if row.alpha[0] == "tensor" and weights.alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
     return tensors
 
 
-def _config(row: Format, modules: Mapping[str, LoraWeights], rslora: bool) -> dict[str, Any]:
+def _stem(row: Format, name: str) -> str:
+    if row.naming is None:
+        return name.replace(".", "_") if row.flattened else name
+    if stem := row.naming.write(name):
+        return stem
+    raise ValueError(f"modules[{name!r}]: a {row.name} file has no such module, only {row.naming.example}")
+
+
+def _parts(weights: LoraWeights | LoraParts) -> Mapping[str, Tensor]:
+    return weights.parts if isinstance(weights, LoraParts) else {"A": weights.a, "B": weights.b}
+
+
+def _tail(row: Format, role: str, pair: str) -> str:
+    if role in ("A", "B"):
+        return PAIRS[pair]["AB".index(role)].replace("*", "default")
+    own = {known: tail for tail, known in row.extras.items()}
+    return own.get(role) or _PART_TAILS.get(role, role)
+
+
+def _config(row: Format, modules: Pairs, rslora: bool) -> dict[str, Any]:
+    if row.alpha[0] == "scale":
+        return mlx_config(modules, rslora=rslora)
     alphas = {name: weights.alpha for name, weights in modules.items() if weights.alpha is not None}
-    if row.alpha[0] == "tensor" or not alphas:
+    if row.alpha[0] not in ("config", "header") or not alphas:
         return {}
     ranks = {name: weights.rank for name, weights in modules.items()}
     neutral = {name: math.sqrt(rank) if rslora else float(rank) for name, rank in ranks.items()}
@@ -126,74 +153,29 @@ def _config(row: Format, modules: Mapping[str, LoraWeights], rslora: bool) -> di
     return {**_PEFT_FIELDS, **config} if row.folder else config
 
 
-def _ordered(tensors: dict[str, Tensor], order: KeyOrder) -> dict[str, Tensor]:
-    if order is None:
-        return dict(sorted(tensors.items()))
-    keys = list(tensors)
-    if isinstance(order, random.Random):
-        places = list(range(len(keys)))
-        order.shuffle(places)
-    else:
-        places = list(order)
-    if sorted(places) != list(range(len(keys))):
-        raise ValueError(f"key_order={places!r} is no permutation of the {len(keys)} keys")
-    return {keys[place]: tensors[keys[place]] for place in places}
+def _metadata(row: Format, prefix: str, config: Mapping[str, Any]) -> dict[str, str]:
+    if not config or row.alpha[0] != "header":
+        return dict(row.metadata)
+    text = json.dumps({f"{prefix}{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    return {**row.metadata, HEADER_KEY: text}
 
 
-def _save(path: Path, row: Format, tensors: dict[str, Tensor], metadata: dict[str, str], config: Any) -> Path:
-    target = path / WEIGHTS_NAME if row.folder else _with_suffix(path)
+def _save(
+    path: Path, row: Format, tensors: dict[str, Tensor], metadata: dict[str, str], config: Any, pairs: Pairs
+) -> Path:
+    target = path / row.weights_name if row.folder else _with_suffix(path, row.suffix)
+    if row.alpha[0] == "kv":
+        alpha = one_alpha(row.name, pairs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(target, tensors, alpha)
+        return target
+    content = serialize(tensors, metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, serialize(tensors, metadata))
+    replace_file(target, content)
     if row.folder:
         replace_file(path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     return path if row.folder else target
 
 
-def _with_suffix(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-
-
-def replace_file(target: Path, content: bytes) -> None:
-    """Write beside `target`, then move it there, so that readers see the old file or the whole new one."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file whose data lies in the order of `tensors`; safetensors' own writer sorts by name.
-
-    Loaders see keys in the order of the data. Wider dtypes still go first, as there, because memory-mapping wants
-    every tensor at a multiple of its element size.
-
-    Raises:
-        ValueError: a dtype that LoRA files do not have.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    blocks: list[bytes] = []
-    at = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        blocks.append(_bytes(tensor))
-        end = at + len(blocks[-1])
-        header[key] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    return b"".join([len(head).to_bytes(8, "little"), head, *blocks])
-
-
-def _dtype(tensor: Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype={tensor.dtype} is not written, known are {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    import torch
-
-    raw: bytes = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return raw
+def _with_suffix(path: Path, suffix: str) -> Path:
+    return path if path.suffix == suffix else path.with_name(path.name + suffix)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from harness.checks.verdict import Verdict
 from harness.errors import UserError
-from harness.files import LoraAdapter
 from harness.images import metrics
-from harness.images.report import crashed_verdict
+from harness.images.report import crashed_verdict, lora_facts
 from harness.images.sheet import save_image
 from harness.images.studio import Studio
 from harness.images.verdict import Judgement, Look, Observation, judge, look_of
@@ -138,20 +137,6 @@ class Recorder:
                 save_image(picture, (self.out or Path()) / name)
                 saved.append({"path": name, "prompt": pair.prompt, "seed": pair.seed, "role": role})
         return saved
-
-
-def lora_facts(adapter: LoraAdapter) -> dict[str, Any]:
-    """Return name, rank, alpha and format of a LoRA as they stand in a row; rank and alpha None when modules differ."""
-    ranks = {module.rank for module in adapter.modules.values()}
-    alphas = {module.alpha for module in adapter.modules.values()}
-    path = adapter.path
-    name = path.parent.name if path.name == adapter.format or path.stem == adapter.format else path.stem
-    return {
-        "name": name,
-        "rank": ranks.pop() if len(ranks) == 1 else None,
-        "alpha": alphas.pop() if len(alphas) == 1 else None,
-        "format": adapter.format,
-    }
 
 
 def _picture_values(images: Tensor, base: Tensor, reference: Tensor, trained: Tensor) -> tuple[dict[str, float], Look]:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from harness.checks.verdict import Outcome, Verdict
+from harness.errors import UserError
+from harness.files import LoraAdapter
+from harness.fixtures import fixtures_folder
+from harness.images.fixture import lora_for
 from harness.images.studio import Studio
 from harness.images.verdict import Judgement, Observation
 from harness.loaders.protocol import Subject
@@ -23,7 +29,7 @@ def sweep_verdict(
     """Return the verdict of a whole sweep; inconclusive is `skipped`, never passed."""
     outcome: Outcome = "failed" if judgement.code else "passed" if judgement.finding == "as trained" else "skipped"
     factor = judgement.factor
-    usable = factor is not None and judgement.finding in ("wrong strength", "noise") and abs(factor) > 0.02
+    prescription = _prescription(judgement)
     return Verdict(
         loader=subject.spec,
         loader_version=subject.version,
@@ -36,8 +42,8 @@ def sweep_verdict(
         estimated_factor=factor,
         interval=judgement.interval,
         ratio=factor,
-        prescription=float(f"{1 / factor:.3g}") if usable and factor else None,
-        rows=_rows(subject, studio, observations, judgement),
+        prescription=prescription,
+        rows=_rows(subject, studio, observations, judgement, prescription),
         reason=judgement.reason or None,
         reproduce=_reproduce(subject, studio, observations),
         examples=len(studio.sampler.pairs),
@@ -69,6 +75,20 @@ def crashed_verdict(subject: Subject, studio: Studio, error: Exception) -> Verdi
     )
 
 
+def lora_facts(adapter: LoraAdapter) -> dict[str, Any]:
+    """Return name, rank, alpha and format of a LoRA as they stand in a row; rank and alpha None when modules differ."""
+    ranks = {module.rank for module in adapter.modules.values()}
+    alphas = {module.alpha for module in adapter.modules.values()}
+    path = adapter.path
+    name = path.parent.name if path.name == adapter.format or path.stem == adapter.format else path.stem
+    return {
+        "name": name,
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "alpha": alphas.pop() if len(alphas) == 1 else None,
+        "format": adapter.format,
+    }
+
+
 def _title(judgement: Judgement) -> str:
     times = (
         "" if judgement.factor is None else f"{judgement.factor:.3g} times the trained strength{_interval(judgement)}"
@@ -85,6 +105,14 @@ def _title(judgement: Judgement) -> str:
     }[judgement.finding]
 
 
+def _prescription(judgement: Judgement) -> float | None:
+    """Return the strength that reproduces training; None when none does (strength mishandled, no effect, ...)."""
+    factor = judgement.factor
+    if judgement.finding not in ("wrong strength", "noise") or judgement.reason or not factor or abs(factor) < 0.02:
+        return None
+    return float(f"{1 / factor:.3g}")
+
+
 def _interval(judgement: Judgement) -> str:
     if judgement.interval is None:
         return ""
@@ -92,7 +120,11 @@ def _interval(judgement: Judgement) -> str:
 
 
 def _rows(
-    subject: Subject, studio: Studio, observations: Sequence[Observation], judgement: Judgement
+    subject: Subject,
+    studio: Studio,
+    observations: Sequence[Observation],
+    judgement: Judgement,
+    use: float | None,
 ) -> tuple[tuple[str, str], ...]:
     module = next(iter(studio.adapter.modules.values()))
     what = "one denoiser call each" if studio.quick else "full sampling"
@@ -100,12 +132,15 @@ def _rows(
         ("loader", f"{subject.spec} {subject.version or ''}".strip()),
         (
             "lora",
-            f"{studio.lora.name}, rank {module.rank}, alpha {module.alpha}, {module.dtype}, {studio.adapter.format}",
+            f"{lora_facts(studio.adapter)['name']}, rank {module.rank}, alpha {module.alpha}, {module.dtype}, "
+            f"{studio.adapter.format}",
         ),
         ("pipeline", f"{studio.opened.name}, {studio.opened.dtype}, {studio.opened.device}"),
         ("pictures", f"{len(studio.sampler.pairs)} per strength ({what}), same initial noise as the reference"),
     ]
     rows += [(f"at {o.strength:g}", _line(o)) for o in observations]
+    if use:
+        rows.append(("use", f"strength = {use:g} until it is fixed"))
     if judgement.code:
         rows.append(("fix", f"{_FIX[judgement.code]}         lora-harness explain {judgement.code}"))
     return tuple(rows)
@@ -121,5 +156,18 @@ def _line(o: Observation) -> str:
 def _reproduce(subject: Subject, studio: Studio, observations: Sequence[Observation]) -> str:
     alphas = ",".join(f"{o.strength:g}" for o in observations) or "1"
     quick = " --quick" if studio.quick else ""
-    where = f"--pipeline {studio.opened.folder} --lora {studio.lora}"
-    return f"lora-harness sweep {subject.spec} --alphas {alphas} {where}{quick}"
+    shipped = fixtures_folder().resolve()
+    where = "" if Path(studio.opened.folder).is_relative_to(shipped) else f" --pipeline {studio.opened.folder}"
+    where += (
+        ""
+        if studio.lora.resolve().is_relative_to(shipped) and _is_default(subject, studio)
+        else f" --lora {studio.lora}"
+    )
+    return f"lora-harness sweep {subject.spec} --alphas {alphas}{where}{quick}"
+
+
+def _is_default(subject: Subject, studio: Studio) -> bool:
+    try:
+        return lora_for(subject.cells) == studio.lora
+    except UserError:
+        return False

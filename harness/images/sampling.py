@@ -33,7 +33,7 @@ class Sampler:
     `batch` is the number of pictures per pipeline call; it is halved for good when the device runs out of memory.
     """
 
-    def __init__(self, opened: OpenPipeline, pairs: Sequence[Pair], *, batch: int = 48) -> None:
+    def __init__(self, opened: OpenPipeline, pairs: Sequence[Pair], *, batch: int = 24) -> None:
         if not pairs:
             raise UserError("nothing to draw: no prompt or no seed was given")
         self.opened, self.pairs, self.batch = opened, tuple(pairs), batch

@@ -37,7 +37,7 @@ class Studio:
         pairs: Sequence[Pair],
         *,
         quick: bool = False,
-        batch: int = 48,
+        batch: int = 24,
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.opened, self.lora, self.quick, self.step = opened, lora, quick, step
@@ -59,6 +59,11 @@ class Studio:
             self._drawn[strength] = self._take(self._reference.at(strength))
         return self._drawn[strength]
 
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several strengths fit into one batch; full batches of one strength are as fast (measured)."""
+        return not self.quick and len(self.sampler.pairs) < self.sampler.batch
+
     def candidates(self, subject: Subject, strengths: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
         """Yield each strength, the subject's pictures `[n, ...]` and the seconds; what it raises comes through.
 
@@ -67,7 +72,8 @@ class Studio:
         """
         began = time.perf_counter()
         first = self.load(subject, strengths[0])
-        scalings = None if self.quick or len(strengths) == 1 else self._scalings(subject, strengths, first)
+        shared = self.shares_batches and len(strengths) > 1
+        scalings = self._scalings(subject, strengths, first) if shared else None
         if scalings is None:
             for number, strength in enumerate(strengths):
                 images = self._take(first if number == 0 else self.load(subject, strength))

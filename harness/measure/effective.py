@@ -47,7 +47,7 @@ def weights_while_running(
             found[name] = effective_weight(module, layers[name], like)
 
     handles = [
-        _find(modules, name).register_forward_pre_hook(lambda module, args, name=name: read(name, module))  # type: ignore[misc]
+        _find(modules, name).register_forward_pre_hook(lambda module, args, name=name: read(name, module))
         for name in layers
     ]
     try:

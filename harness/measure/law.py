@@ -91,9 +91,11 @@ _CONFUSED = tuple(Law(STRENGTH[0], alpha, rank) for alpha in ALPHA[:2] for rank 
 def identify(probes: Sequence[Probe]) -> Law | None:
     """Return the simplest law that explains all `probes` within their tolerances, or None when none does.
 
-    Probes of modules without alpha tell nothing of the alpha law; they are used only when no module carries one.
+    Probes of modules without alpha tell nothing of the alpha law; they are used only when no module carries one. In a
+    file where only some modules have alpha, readers disagree on what stands for the others: such files come last too.
     """
-    usable = [p for p in probes if p.alpha is not None] or list(probes)
+    whole = [p for p in probes if None not in p.alphas]
+    usable = whole or [p for p in probes if p.alpha is not None] or list(probes)
     if not usable:
         return None
     columns = _Columns(usable)

@@ -43,6 +43,11 @@ class Part:
         return self.module.alpha
 
     @property
+    def alpha_or_rank(self) -> float:
+        """Alpha, or the rank where the file carries none, so that dividing by the rank is always right."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
         """The trained scale: alpha / rank, or 1 without alpha."""
         return self.module.trained_scale

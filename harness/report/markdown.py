@@ -19,6 +19,7 @@ from harness.report.summary import (
     cells,
     findings,
     headline,
+    matrix_columns,
     matrix_lines,
     not_measured,
     row_name,
@@ -44,7 +45,7 @@ def code(text: str) -> str:
 def matrix_markdown(run: Run) -> str:
     """Return the matrix loader x format as a Markdown table, the measured law in each cell that is not right."""
     grid = cells(run)
-    formats = list(dict.fromkeys(key[1] for key in grid))
+    formats = matrix_columns(grid)
     head = ["loader", "bench", *formats]
     lines = [_row([escape(name) for name in head]), _row(["---"] * len(head))]
     for loader, bench, variant in matrix_lines(grid):

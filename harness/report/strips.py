@@ -13,7 +13,7 @@ from harness.report.figures import Curve, sweep_figure
 from harness.report.models import LoraFacts, SweepImage, SweepRecord
 from harness.report.pictures import data_uri, difference, difference_gain, link_beside, open_picture
 from harness.report.records import Run
-from harness.report.summary import digest
+from harness.report.summary import OUTCOMES, badness, digest
 from harness.report.svg import available
 
 if TYPE_CHECKING:
@@ -25,10 +25,13 @@ _CURVES = (
     ("variance", ("variance_ratio", "variance"), 1, True),
 )
 _MOST_ROWS = 6
-_MOST_PICTURES = 330
-_SIDES = ((120, 192), (_MOST_PICTURES, 128), (10**9, 96))  # up to so many pictures: so many pixels
+_WANTED_ROWS = 2
+_SIDES = (192, 128, 96, 64)
+_BUDGET = 3_000_000  # bytes of thumbnails
+_PER_PIXEL = 0.8  # bytes, measured on noise, the worst case
 _ROW_OF = 3  # a row is drawn as candidate, reference and difference
 _AS_TRAINED = 1.0
+_RIGHT = (len(OUTCOMES), 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -94,22 +97,35 @@ class Strip:
 
 
 def strips(run: Run, out: Path) -> list[Strip]:
-    """Return the run's sweeps, each with its pictures read from disk (missing ones left out)."""
+    """Return the run's sweeps, wrong loaders first, with their pictures read from disk (missing ones left out)."""
     groups: dict[tuple[object, ...], list[SweepRecord]] = {}
     for record in run.of(SweepRecord):
         key = (record.loader, record.lora.name, record.lora.format, record.device, record.dtype, record.pipeline)
         groups.setdefault(key, []).append(record)
-    size = _size(list(groups.values()))
-    ordered = (sorted(group, key=lambda record: record.strength) for group in groups.values())
+    size = _size(list(groups.values()), _natural(run))
+    wrong = {v.loader: badness(v) for v in run.verdicts if v.check == "images" and not v.ok}
+    worst_first = sorted(groups.values(), key=lambda group: wrong.get(group[0].loader, _RIGHT))
+    ordered = (sorted(group, key=lambda record: record.strength) for group in worst_first)
     return [_strip(group, size, run.folder, out) for group in ordered]
 
 
-def _size(groups: Sequence[Sequence[SweepRecord]]) -> Size:
+def _size(groups: Sequence[Sequence[SweepRecord]], natural: int) -> Size:
+    """Choose the largest thumbnails with which a few rows fit the budget, none larger than the pictures are."""
     columns = sum(map(len, groups)) or 1
-    rows = max(min(_MOST_PICTURES // (columns * _ROW_OF), _MOST_ROWS), 1)
-    rows = min(rows, max((len(_subjects(group)) for group in groups), default=1) or 1)
-    side = next(side for most, side in _SIDES if columns * _ROW_OF * rows <= most)
-    return Size(rows, side)
+    drawn = max((len(_subjects(group)) for group in groups), default=0) or 1
+    for side in _SIDES:
+        pictures = _BUDGET / (min(side, natural) ** 2 * _PER_PIXEL)
+        rows = int(pictures // (columns * _ROW_OF))
+        if rows >= min(_WANTED_ROWS, drawn):
+            return Size(min(rows, drawn, _MOST_ROWS), side)
+    return Size(1, _SIDES[-1])
+
+
+def _natural(run: Run) -> int:
+    """Return the longer side of the run's first picture that can be read."""
+    images = (image for record in run.of(SweepRecord) for image in record.images)
+    found = next((picture for image in images if (picture := open_picture(run.folder / image.path))), None)
+    return max(found.size) if found else _SIDES[0]
 
 
 def _strip(records: list[SweepRecord], size: Size, folder: Path, out: Path) -> Strip:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from harness.checks.verdict import LawRecord, Verdict
+from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.report.plain import plain
 from harness.report.records import FileRecord, PartRecord, ProbeRecord, Run, SweepRecord
 
@@ -25,6 +26,7 @@ SYMBOLS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", 
 OUTCOMES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped")
 _DECIDES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped", "none")
 _FOLDED_FIRST = 3
+CellKey = tuple[str, str, str, str]  # loader, format, bench, variant
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Cell:
         if self.law:
             return pretty_formula(self.law.formula)
         factor = self.worst.estimated_factor if self.worst else None
-        return None if factor is None else f"{factor:.3g} × trained"
+        return None if factor is None else f"{factor:.3g}× as trained"
 
 
 @dataclass(frozen=True)
@@ -135,15 +137,32 @@ def causes(verdicts: Iterable[Verdict]) -> list[Cause]:
     return sorted(found, key=lambda cause: (order[cause.worst.loader], cause.worst.law is None))
 
 
-def cells(run: Run) -> dict[tuple[str, str, str, str], Cell]:
+def cells(run: Run) -> dict[CellKey, Cell]:
     """Return the cells that were measured, by loader, format, bench and variant."""
-    found: dict[tuple[str, str, str, str], list[Verdict]] = {}
+    found: dict[CellKey, list[Verdict]] = {}
     for verdict in run.verdicts:
         if verdict.format is not None:
             key = (verdict.loader, verdict.format, verdict.bench or "", verdict.variant)
             found.setdefault(key, []).append(verdict)
     laws = {(p.loader, p.format or "", p.bench or "", p.variant): p.law for p in run.of(ProbeRecord) if p.law}
-    return {key: Cell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
+    whole = {key: Cell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
+    return dict(sorted(whole.items(), key=_order(run, list(whole))))
+
+
+def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, Cell]], tuple[int, ...]]:
+    """Sort key of cells: loaders as planned, then formats and benches, the core ones first; pictures last."""
+    planned = [part.partition(":")[2].partition("@")[0] for part in run.header.planned]
+    loaders, formats, benches = (
+        list(dict.fromkeys([*first, *(key[i] for key in keys)]))
+        for i, first in enumerate((planned, CORE_FORMATS, CORE_BENCHES))
+    )
+
+    def order(entry: tuple[CellKey, Cell]) -> tuple[int, ...]:
+        (loader, fmt, bench, _), cell = entry
+        pictures = all(verdict.check == "images" for verdict in cell.verdicts)
+        return loaders.index(loader), int(pictures), benches.index(bench), formats.index(fmt)
+
+    return order
 
 
 def row_name(bench: str, variant: str, row: Iterable[Cell | None]) -> str:
@@ -154,11 +173,15 @@ def row_name(bench: str, variant: str, row: Iterable[Cell | None]) -> str:
     return " · ".join([bench, *extra])
 
 
-def matrix_lines(grid: Mapping[tuple[str, str, str, str], Cell]) -> list[tuple[str, str, str]]:
-    """Return (loader, bench, variant) of each line of the matrix, each loader's lines together."""
-    loaders = list(dict.fromkeys(key[0] for key in grid))
-    lines = dict.fromkeys((key[0], key[2], key[3]) for key in grid)
-    return sorted(lines, key=lambda line: loaders.index(line[0]))
+def matrix_lines(grid: Mapping[CellKey, Cell]) -> list[tuple[str, str, str]]:
+    """Return (loader, bench, variant) of each line of the matrix."""
+    return list(dict.fromkeys((loader, bench, variant) for loader, _, bench, variant in grid))
+
+
+def matrix_columns(grid: Mapping[CellKey, Cell]) -> list[str]:
+    """Return the formats that were measured, the core formats first."""
+    found = dict.fromkeys(fmt for _, fmt, _, _ in grid)
+    return [*(fmt for fmt in CORE_FORMATS if fmt in found), *(fmt for fmt in found if fmt not in CORE_FORMATS)]
 
 
 def _law(verdicts: Sequence[Verdict]) -> LawRecord | None:

@@ -20,6 +20,7 @@ from harness.report.summary import (
     Cell,
     causes,
     cells,
+    matrix_columns,
     matrix_lines,
     not_measured,
     row_name,
@@ -63,7 +64,7 @@ def print_cause(cause: Cause, console: Console) -> None:
 def matrix_table(run: Run) -> Table:
     """Return the matrix loader x format as a table: a row per loader and bench, the measured law in each cell."""
     grid = cells(run)
-    formats = list(dict.fromkeys(key[1] for key in grid))
+    formats = matrix_columns(grid)
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     lines = matrix_lines(grid)
     table.add_column("", overflow="fold", min_width=min(max((len(line[1]) for line in lines), default=0) + 2, _WIDEST))

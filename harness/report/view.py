@@ -25,6 +25,7 @@ from harness.report.summary import (
     digest,
     distance,
     listed,
+    matrix_columns,
     matrix_lines,
     row_name,
 )
@@ -89,8 +90,8 @@ class View:
 
     @cached_property
     def formats(self) -> list[str]:
-        """The formats in the order in which they were measured: the columns of the matrix."""
-        return list(dict.fromkeys(key[1] for key in self.cells))
+        """The columns of the matrix."""
+        return matrix_columns(self.cells)
 
     @cached_property
     def matrix(self) -> list[MatrixRow]:

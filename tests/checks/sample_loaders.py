@@ -43,7 +43,7 @@ truncated = loader_with(lambda u, m, every: u * (1.0 if m.alpha is None else int
 strength_ignored = loader_with(lambda u, m, every: m.trained_scale)
 zero_is_one = loader_with(lambda u, m, every: (u or 1.0) * m.trained_scale)
 one_per_cent = loader_with(lambda u, m, every: 1.01 * u * m.trained_scale)
-only_rank_one = loader_with(lambda u, m, every: u * m.trained_scale * (2 if m.rank == 1 else 1))
+only_rank_one = loader_with(lambda u, m, every: u * m.trained_scale * (1.5 if m.rank == 1 else 1))
 high_rank = loader_with(lambda u, m, every: u * m.trained_scale * (0.5 if m.rank > 64 else 1))
 second_module = loader_with(lambda u, m, every: (u if every.index(m) % 2 else 1.0) * m.trained_scale)
 fused_rank = loader_with(lambda u, m, every: u * m.trained_scale / (3 if "qkv" in m.name else 1))

@@ -30,7 +30,9 @@ def test_the_table_has_the_law_that_is_measured(name: str) -> None:
 
 def founding(rank: int, alpha: float, *strengths: float) -> list[tuple[float, str]]:
     cell = Cell(resolve("diffsynth-2.0.4"), "diffsynth", "qwen-image-fused")
-    return [(round(row.factor, 4), row.word) for row in strength_table(cell, rank=rank, alpha=alpha, strengths=strengths)]
+    return [
+        (round(row.factor, 4), row.word) for row in strength_table(cell, rank=rank, alpha=alpha, strengths=strengths)
+    ]
 
 
 @pytest.mark.skipif("diffsynth-2.0.4" not in AVAILABLE, reason="diffsynth-2.0.4 is not installed here")

@@ -43,6 +43,8 @@ def test_raw_alpha_is_flagged_with_its_factor(tiny, r8_a16):
     assert found.estimated_factor == pytest.approx(8, rel=0.1)
     assert found.prescription == pytest.approx(1 / 8, rel=0.1)
     assert found.interval[0] < 8 < found.interval[1]
+    assert ("use", f"strength = {found.prescription:g} until it is fixed") in found.rows
+    assert "r8_a16, rank 8, alpha 16.0" in found.text()
 
 
 def test_the_example_of_the_readme_is_flagged():
@@ -108,6 +110,7 @@ def test_strength_squared_is_right_at_one_and_flagged_elsewhere(tiny, r8_a16):
     found = sweep(squared, tiny, r8_a16).verdicts[0]
     assert found.code == "LH602"
     assert "mishandled" in found.title
+    assert found.prescription is None
 
 
 def test_nan_weights_are_broken_pictures(tiny, r8_a16):

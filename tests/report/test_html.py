@@ -27,9 +27,11 @@ from harness.errors import UserError
 from harness.report.gates import GateResult
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.records import FileRecord, LoraFacts, ProbePoint, Run, SweepRecord, merge_runs, read_run
+from harness.report.records import FileRecord, LoraFacts, ProbePoint, Run, SweepImage, SweepRecord, merge_runs, read_run
+from harness.report.strips import Size, _size
 from harness.report.view import energy_by_block
 
+PROMPTS = tuple(SweepImage(path="x.png", prompt=str(n), seed=0) for n in range(8))
 VOID = {"meta", "link", "img", "input", "br"}
 
 
@@ -292,7 +294,7 @@ def test_a_picture_cell_shows_the_factor(tmp_path: Path) -> None:
     verdict = failed(check="images", bench="base", law=None, estimated_factor=8.0)
     text = page_of(run_of(verdict), tmp_path).texts["matrix"]
     assert "base · images" in text
-    assert "8 × trained" in text
+    assert "8× as trained" in text
 
 
 def test_hazards_and_prescriptions_are_listed(tmp_path: Path) -> None:
@@ -321,11 +323,21 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
         write_report([run_of(passed())], tmp_path / "file")
 
 
-def test_many_large_pictures_stay_small_on_the_page(tmp_path: Path) -> None:
-    records = [record for n in range(8) for record in sweep(tmp_path, f"loader-{n}", 8.0, prompts=2, side=160)]
+@pytest.mark.parametrize(("loaders", "side"), [(8, 160), (2, 160), (12, 64)])
+def test_many_pictures_stay_small_on_the_page(loaders: int, side: int, tmp_path: Path) -> None:
+    records = [
+        record for n in range(loaders) for record in sweep(tmp_path, f"loader-{n}", 8.0, prompts=3, side=side)[::2]
+    ]
     path = write_report([replace(run_of(*records), folder=tmp_path)], tmp_path)
-    assert path.stat().st_size < 5_000_000
-    assert "1 more prompts and seeds were drawn" in path.read_text(encoding="utf-8")
+    assert 200_000 < path.stat().st_size < 5_000_000
+
+
+def test_thumbnails_shrink_before_prompts_are_left_out() -> None:
+    groups = [[SweepRecord(loader="x", lora=LoraFacts(name="x"), strength=n, images=PROMPTS) for n in range(9)]] * 8
+    assert _size(groups, 512) == Size(4, 64)
+    assert _size(groups * 9, 512) == Size(1, 64)
+    assert _size(groups[:1], 512) == Size(3, 192)
+    assert _size(groups[:1], 64) == Size(6, 192)
 
 
 def test_five_thousand_different_failures_stay_small_and_none_is_lost(tmp_path: Path) -> None:
@@ -341,3 +353,18 @@ def test_five_thousand_verdicts_and_sixty_pictures_stay_small(tmp_path: Path) ->
     records = sweep(tmp_path, "peft", 4.0, prompts=3)
     path = write_report([replace(run_of(*verdicts, *records), folder=tmp_path)], tmp_path)
     assert path.stat().st_size < 5_000_000
+
+
+def test_prompts_that_are_left_out_are_told(tmp_path: Path) -> None:
+    (record,) = sweep(tmp_path, "peft", 1.0, prompts=1)[:1]
+    many = tuple(image.model_copy(update={"seed": seed}) for image in record.images for seed in range(8))
+    run = replace(run_of(record.model_copy(update={"images": many})), folder=tmp_path)
+    assert "2 more prompts and seeds were drawn" in page_of(run, tmp_path).texts["sweeps"]
+
+
+def test_the_strips_of_wrong_loaders_come_first(tmp_path: Path) -> None:
+    records = [*sweep(tmp_path, "peft", 1.0, prompts=1), *sweep(tmp_path, "raw", 16.0, prompts=1)]
+    text = page_of(replace(run_of(*records, failed("peft"), failed("raw", "images")), folder=tmp_path), tmp_path).texts[
+        "sweeps"
+    ]
+    assert text.index("raw sample-r8-a16") < text.index("peft sample-r8-a16")

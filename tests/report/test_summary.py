@@ -4,7 +4,19 @@ import pytest
 from report_samples import IGNORED, RAW, failed, file_records, matrix_records, passed, run_of
 
 from harness.report.plain import plain
-from harness.report.summary import badness, causes, cells, distance, findings, headline, sentence, short_title
+from harness.report.summary import (
+    badness,
+    causes,
+    cells,
+    distance,
+    findings,
+    headline,
+    matrix_columns,
+    matrix_lines,
+    row_name,
+    sentence,
+    short_title,
+)
 
 
 def test_one_law_in_many_cells_is_one_cause_and_two_laws_are_two() -> None:
@@ -76,3 +88,20 @@ def test_plain_text_is_left_alone_and_the_rest_is_shown() -> None:
     assert plain("strength · alpha / rank ✓ 図\n\tx") == "strength · alpha / rank ✓ 図\n\tx"
     assert plain("\x1b[31mred\u202e\x07") == "\\x1b[31mred\\u202e\\x07"
     assert plain("abcdef", 4) == "abc…"
+
+
+def test_the_matrix_is_in_a_fixed_order_whatever_was_written_first() -> None:
+    places = [("b", "kohya", "qwen-image-fused"), ("a", "odd", "zoo"), ("a", "peft", "qwen-image"), ("b", "peft", "x")]
+    verdicts = [passed(loader, format=fmt, bench=bench) for loader, fmt, bench in places]
+    pictures = passed("a", "images", format="peft", bench="base")
+    grid = cells(run_of(pictures, *verdicts, planned=("checks:a", "sweep:b@cuda")))
+    assert matrix_columns(grid) == ["peft", "kohya", "odd"]
+    assert [line[:2] for line in matrix_lines(grid)] == [
+        ("a", "qwen-image"),
+        ("a", "zoo"),
+        ("a", "base"),
+        ("b", "qwen-image-fused"),
+        ("b", "x"),
+    ]
+    row = [grid.get(("a", "peft", "base", "lora"))]
+    assert row_name("base", "dora", row) == "base · dora · images"

@@ -1,4 +1,8 @@
-"""ComfyUI's own keys: the model's names behind `diffusion_model.`, any spelling of the halves, `.alpha` or none."""
+"""ComfyUI's own keys: the model's names behind `diffusion_model.`, any spelling of the halves, `.alpha` or none.
+
+Beside the pair a module may have a whole `.diff`, `.diff_b`, `.set_weight`, `.w_norm`, `.b_norm`. ai-toolkit writes
+the same keys without alpha (alpha = rank by construction): a dialect, known by its metadata only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ FORMAT = Format(
         "diffusion_model.": "diffusion_model",
         "text_encoders.": "text_encoders",
     },
-    pairs=("lora_A", "lora_A.default", "lora_down"),
+    pairs=("lora_A", "lora_A.default", "lora_down", "lora.down", "lora_linear_layer.down", "bare"),
     alpha=("tensor",),
     write_prefix="diffusion_model.",
+    dialects={"ai-toolkit": "#software=.*ai-toolkit", "bfl": r"diffusion_model\.(double|single)_blocks\."},
 )

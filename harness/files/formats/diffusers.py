@@ -1,4 +1,8 @@
-"""diffusers: the component's name before the module path, alpha in the header's `lora_adapter_metadata` or nowhere."""
+"""diffusers: the component's name before the module path, alpha in the header's `lora_adapter_metadata` or nowhere.
+
+`transformer.….lora_down.weight` with an `.alpha` tensor (OneTrainer's and others' way) is a dialect: only the spelling
+differs, and alpha is read from either home. So is ai-toolkit's file without any alpha, known by its metadata.
+"""
 
 from __future__ import annotations
 
@@ -18,4 +22,5 @@ FORMAT = Format(
     bare="header",
     write_prefix="transformer.",
     metadata={"format": "pt"},
+    dialects={"ai-toolkit": "#software=.*ai-toolkit", "lora-down": r".*\.lora_down\.weight$"},
 )

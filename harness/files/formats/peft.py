@@ -1,4 +1,8 @@
-"""PEFT: a folder with `adapter_model.safetensors` and `adapter_config.json`, which holds rank and alpha."""
+"""PEFT: a folder with `adapter_model.safetensors` and `adapter_config.json`, which holds rank and alpha.
+
+Trainers of FLUX that name the original model's layers (`base_model.model.double_blocks.…`: fal, Kontext, FLUX.2) save
+the same file, usually without the configuration: a dialect, whose alpha is lost.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +18,5 @@ FORMAT = Format(
     folder=True,
     write_prefix="base_model.model.",
     metadata={"format": "pt"},
+    dialects={"bfl": r"base_model\.model\.(double|single)_blocks\."},
 )

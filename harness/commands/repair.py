@@ -1,0 +1,73 @@
+"""`lora-harness repair`: a new file whose scale every reader agrees on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from harness.commands import options as shared
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  lora-harness repair my_lora.safetensors --to diffsynth --out fixed.safetensors --lora-alpha 16\n"
+    "  lora-harness repair kohya.safetensors --to diffusers --out fixed.safetensors --base transformer_folder"
+)
+@click.argument("lora", type=_PATH, metavar="LORA")
+@click.option("--to", required=True, metavar="FORMAT", help="Format of the new file: peft, kohya, diffusers, ...")
+@click.option("--out", required=True, type=_PATH, metavar="NEW", help="The new file (a folder for peft).")
+@click.option("--scale", type=float, help="Trained factor on B @ A.  [default: alpha / rank of the file]")
+@click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
+@click.option("--for", "loader", metavar="LOADER", help="Measure this loader and fold the scale for it.")
+@click.option("--model-names", type=_PATH, metavar="FILE", help="The model's layers, one per line (kohya to dotted).")
+@click.option("--base", type=_PATH, metavar="CKPT", help="The same, read from a checkpoint.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the new file.")
+@click.option("--force", is_flag=True, help="Replace NEW when it exists.")
+@shared.json_option
+def command(
+    lora: Path,
+    to: str,
+    out: Path,
+    scale: float | None,
+    lora_alpha: float | None,
+    loader: str | None,
+    model_names: Path | None,
+    base: Path | None,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
+    from harness.doctor.repair import names_from, repair
+    from harness.files.text import printable
+
+    source = model_names or base
+    report = repair(
+        lora,
+        to,
+        out,
+        scale=scale,
+        lora_alpha=lora_alpha,
+        loader=loader,
+        model_names=names_from(source) if source else None,
+        dtype=dtype,
+        force=force,
+    )
+    if as_json:
+        click.echo(report.model_dump_json())
+        sys.exit(0)
+    low, high = report.scales
+    span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    click.echo(
+        f"{printable(report.path, 500)}: {report.format}, {report.modules} modules, trained scale {span} folded in"
+    )
+    if report.loader:
+        how = "measured here" if report.measured else "from the committed table"
+        click.echo(f"  law       {printable(report.loader)}: {report.law} ({how}); pass strength 1.0")
+    click.echo(f"  read back {'lossless' if report.rounded == 0 else f'off by {report.error:.1e} at most'}")
+    for note in report.notes:
+        click.echo(f"  note      {printable(note, 300)}")

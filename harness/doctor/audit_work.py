@@ -1,0 +1,171 @@
+"""The work of an audit in batches: in children of this process, or as a process of its own on any executor's worker.
+
+`python -m harness.doctor.audit_work` reads one batch as JSON from stdin and prints one line of JSON per result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.doctor.audit_row import AuditRow, audit_file, digest, failed_row
+from harness.errors import UserError
+from harness.loaders.isolation import Channel, Job, JobEnd, run_jobs
+
+BATCH = 32
+_ATTEMPTS = 3
+_START_SECONDS = 60.0  # for a worker's own process to start and to end
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do with every path of a batch: `row` (inspect it) or `digest` (hash its weights), within limits."""
+
+    what: str = "row"
+    energy: bool = False
+    seconds: float = 30.0
+    memory: int = 1 << 30
+
+
+Result = tuple[str, str]  # path, and the row as JSON or the digest
+OnResult = Callable[[str, str], None]
+
+
+def run_local(paths: Sequence[str], task: Task, *, workers: int, on_result: OnResult) -> None:
+    """Do `task` for every path in forked children; a path that hangs, crashes or eats memory gets a row saying so."""
+    waiting = list(_batches(paths))
+    while waiting:
+        left: list[list[str]] = [list(batch) for batch in waiting]
+
+        def arrived(index: int, event: Any, left: list[list[str]] = left) -> None:
+            path, result = event
+            left[index].remove(path)
+            on_result(path, result)
+
+        jobs = [_job(batch, task) for batch in waiting]
+        ends = run_jobs(
+            jobs,
+            workers=workers,
+            seconds_per_call=task.seconds,
+            memory_limit=task.memory + max(map(_size, paths), default=0),
+            on_event=arrived,
+        )
+        waiting = []
+        for batch, end in zip(left, ends, strict=True):
+            if batch:
+                on_result(batch[0], _failure(batch[0], task, _said(end, task)))
+                waiting += [batch[1:]] if batch[1:] else []
+
+
+def _job(batch: Sequence[str], task: Task) -> Job:
+    def job(channel: Channel) -> None:
+        for path in batch:
+            with channel.call(path):
+                result = do(path, task)
+            channel.send((path, result))
+
+    return job
+
+
+def do(path: str, task: Task) -> str:
+    """Do the task for one path; return the row as JSON, or the digest."""
+    if task.what == "row":
+        return audit_file(path, energy=task.energy).model_dump_json(exclude_none=True)
+    try:
+        return digest(path)
+    except UserError:
+        return ""
+
+
+def _failure(path: str, task: Task, what: str) -> str:
+    return failed_row(path, what).model_dump_json() if task.what == "row" else ""
+
+
+def _said(end: JobEnd, task: Task) -> str:
+    if end.status == "timeout":
+        return f"no answer within {task.seconds:g} s"
+    if end.status == "memory":
+        return f"needs more than {task.memory / 2**20:,.0f} MiB of memory"
+    return end.detail or f"the process that read it ended ({end.status})"
+
+
+def _size(path: str) -> int:
+    """Return the size that mapping a file adds to the address space of a process."""
+    try:
+        if os.path.isdir(path):
+            return max((entry.stat().st_size for entry in os.scandir(path)), default=0)
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _batches(paths: Sequence[str], size: int = BATCH) -> Iterator[list[str]]:
+    for start in range(0, len(paths), size):
+        yield list(paths[start : start + size])
+
+
+def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: OnResult) -> None:
+    """Do `task` on the workers of any executor; a batch whose worker dies is given to another one."""
+    waiting = [(batch, 1) for batch in _batches(paths, max(1, min(BATCH, len(paths) // 8)))]
+    while waiting:
+        futures = {executor.submit(run_batch, batch, asdict(task)): (batch, time) for batch, time in waiting}
+        waiting = []
+        for future in as_completed(futures):
+            batch, attempt = futures[future]
+            results, problem = _outcome(future)
+            for path, result in results:
+                on_result(path, result)
+            rest = [path for path in batch if path not in dict(results)]
+            if rest and attempt < _ATTEMPTS:
+                waiting.append((rest, attempt + 1))
+            else:
+                for path in rest:
+                    on_result(path, _failure(path, task, problem))
+
+
+def _outcome(future: Future[list[Result]]) -> tuple[list[Result], str]:
+    try:
+        return future.result(), ""
+    except Exception as error:
+        return [], f"the worker failed ({type(error).__name__})"
+
+
+def run_batch(paths: list[str], options: dict[str, object]) -> list[Result]:
+    """Do one batch in a process of its own: an executor's worker may run threads, which must not be forked.
+
+    Raises:
+        RuntimeError: that process died without an answer.
+    """
+    task = Task(**options)  # type: ignore[arg-type]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.doctor.audit_work"],
+        input=json.dumps({"paths": paths, "task": options}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_START_SECONDS + task.seconds * len(paths),
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"exit status {done.returncode}: {done.stderr[-500:]}")
+    return [(path, result) for path, result in map(json.loads, done.stdout.splitlines())]
+
+
+def main(lines: Iterable[str] | None = None) -> None:
+    """Do the batch on stdin."""
+    order = json.loads("".join(sys.stdin if lines is None else lines))
+    run_local(order["paths"], Task(**order["task"]), workers=1, on_result=lambda *pair: print(json.dumps(pair)))
+
+
+def row_of(text: str) -> AuditRow:
+    """Read a row back."""
+    return AuditRow.model_validate_json(text)
+
+
+if __name__ == "__main__":
+    main()

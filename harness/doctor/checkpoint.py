@@ -1,0 +1,129 @@
+"""A model's weights on disk: one safetensors file, a folder of them, or shards with an index; rows only on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from harness.doctor.base import shared_prefix
+from harness.errors import LoraFileError
+from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, match_modules, read_header
+from harness.files.text import parse_json, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX = ".safetensors.index.json"
+_WEIGHT = ".weight"
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_MODEL_FOLDERS = ("transformer", "unet")
+_MAX_INDEX_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name without the checkpoint's own prefix (`model.diffusion_model.`); nothing is loaded.
+
+    `names` maps each such name to the key in the file, `files` maps that key to the file that has it.
+    """
+
+    path: Path
+    files: Mapping[str, SafetensorsFile]
+    prefix: str = ""
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read the headers.
+
+        Raises:
+            LoraFileError: nothing readable there, a shard is missing, or two files have the same tensor.
+        """
+        path = Path(path)
+        files: dict[str, SafetensorsFile] = {}
+        for file in (read_header(found) for found in _weight_files(path)):
+            twice = next((key for key in file.keys if key in files), None)
+            if twice is not None:
+                raise LoraFileError(path, f"is in {files[twice].path.name} and {file.path.name}", key=printable(twice))
+            files.update(dict.fromkeys(file.keys, file))
+        if not files:
+            raise LoraFileError(path, "holds no tensor")
+        return cls(path, files, shared_prefix(key for key in files if key.endswith(_WEIGHT)))
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Every tensor by its name without the prefix."""
+        return {key.removeprefix(self.prefix): key for key in self.files}
+
+    def match(self, adapter: LoraAdapter) -> dict[str, str]:
+        """Return {module of the adapter: tensor name without the prefix}; names are tried with and without it."""
+        layers = {key[: -len(_WEIGHT)]: key.removeprefix(self.prefix) for key in self.files if key.endswith(_WEIGHT)}
+        layers |= {name.removeprefix(self.prefix): tensor for name, tensor in layers.items()}
+        return {module: layers[layer] for module, layer in match_modules(adapter, layers)[0].items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header says of a tensor."""
+        key = self.names[name]
+        return self.files[key].tensors[key]
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor as torch names it; unknown ones as the file does."""
+        return _DTYPES.get(self.info(name).dtype, self.info(name).dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions.
+
+        Raises:
+            LoraFileError: the file changed since its header was read, or this torch does not know its dtype.
+        """
+        key = self.names[name]
+        path = self.files[key].path
+        try:
+            if path not in self._handles:
+                self._handles[path] = safe_open(str(path), framework="pt")
+            handle = self._handles[path]
+            part: Tensor = handle.get_slice(key)[start:stop] if self.info(name).shape else handle.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
+            raise LoraFileError(path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+        return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
+
+
+def _weight_files(path: Path) -> Iterator[Path]:
+    """Yield the safetensors files that make up a checkpoint."""
+    if path.name.endswith(_INDEX):
+        return iter(_shards(path))
+    if not path.is_dir():
+        return iter([path])
+    indexes = sorted(path.glob(f"*{_INDEX}"))
+    if len(indexes) == 1:
+        return iter(_shards(indexes[0]))
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return iter(found)
+    models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
+    if not models:
+        raise LoraFileError(path, "a folder without safetensors files, a checkpoint is needed")
+    return _weight_files(models[0])
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the shards that an index names; they must lie beside it."""
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise LoraFileError(index, f"is larger than {_MAX_INDEX_BYTES:,} bytes")
+        content = parse_json(index.read_bytes(), limit=_MAX_INDEX_BYTES)
+        shards = sorted(set(content["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoraFileError(index, f"is no index of shards ({printable(error, 80)})") from error
+    outside = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise LoraFileError(index, f"names a shard outside its folder: {printable(outside[0], 80)}")
+    return [index.parent / name for name in shards]

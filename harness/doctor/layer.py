@@ -1,0 +1,158 @@
+"""One layer of a checkpoint before and after the merge, beside the product B @ A that a LoRA would add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.vote import Array, half_step, work_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.files import LoraAdapter
+
+BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
+_CHUNK_BYTES = 1 << 20  # of one chunk of rows: fits the cache with everything that is computed from it
+UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of one layer as arrays [rows, columns]; of a layer of `rows`.
+
+    `block` gives each row's block, `roundoff` is that of the delta.
+    """
+
+    base: Array
+    change: Array
+    product: Array
+    half: Array
+    changed: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
+    block: np.ndarray[tuple[int], np.dtype[np.int_]]
+    dtype: str
+    roundoff: float
+    rows: int
+
+    def rounded(self, values: Array) -> Array:
+        """Return `values` rounded to the dtype of the merge."""
+        stored = torch.from_numpy(values).to(getattr(torch, self.dtype))
+        return stored.to(torch.from_numpy(values[:0]).dtype).numpy()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """<ΔW, BA>, <BA, BA> and whether anything changed, of one chunk of rows."""
+
+    start: int
+    stop: int
+    overlap: float
+    product: float
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """W: [out, in] of `base` and of `merged`, and the halves of the product left @ right: [out, r] @ [r, in]."""
+
+    module: str
+    tensor: str
+    base: Checkpoint
+    merged: Checkpoint
+    left: Tensor
+    right: Tensor
+    lora_dtype: str
+
+    @classmethod
+    def of(cls, adapter: LoraAdapter, module: str, tensor: str, base: Checkpoint, merged: Checkpoint) -> Layer | None:
+        """Return the layer, or None when the product fits the weight in neither direction (Conv1D, embeddings)."""
+        a, b = (half.flatten(1) for half in adapter.tensors(module))
+        shape = base.info(tensor).shape
+        rows, columns = shape[0], base.info(tensor).elements // max(shape[0], 1)
+        turned = bool(adapter.config.get("fan_in_fan_out")) or adapter.modules[module].variant == "embedding"
+        fits, fits_turned = (rows, columns) == (len(b), a.shape[1]), (rows, columns) == (a.shape[1], len(b))
+        if fits_turned and (turned or not fits):
+            a, b = b.t(), a.t()
+        elif not fits:
+            return None
+        return cls(module, tensor, base, merged, b, a, _name(b.dtype))
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.left)
+
+    @property
+    def columns(self) -> int:
+        """The number of columns."""
+        return int(self.right.shape[1])
+
+    @property
+    def dtype(self) -> str:
+        """The dtype the merge was stored in."""
+        return self.merged.dtype(self.tensor)
+
+    def sample(self, elements: int) -> Sample:
+        """Return about `elements` elements: the same columns of at least one row from every block of rows."""
+        blocks = min(BLOCKS, self.rows)
+        columns = slice(0, None, max(1, blocks * self.columns // elements))
+        right = self.right[:, columns]
+        count = max(1, -(-elements // (blocks * right.shape[1])))
+        runs = [_run(self.rows, block, blocks, count) for block in range(blocks)]
+        stores = (self.base, self.merged)
+        base, merged = (torch.cat([store.rows(self.tensor, *run)[:, columns] for run in runs]) for store in stores)
+        work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
+        before, after = base.to(work), merged.to(work)
+        product = torch.cat([self.left[start:stop] for start, stop in runs]).to(work) @ right.to(work)
+        return Sample(
+            base=before.numpy(),
+            change=(after - before).numpy(),
+            product=product.numpy(),
+            half=half_step(after.numpy(), self.dtype),
+            changed=(base.to(merged.dtype).to(work) != after).numpy(),
+            block=np.repeat(np.arange(blocks), [stop - start for start, stop in runs]),
+            dtype=self.dtype,
+            roundoff=self.roundoff,
+            rows=self.rows,
+        )
+
+    @property
+    def roundoff(self) -> float:
+        """Unit roundoff of the coarsest type in which the delta may have been computed."""
+        coarse = UNIT_ROUNDOFF["bfloat16"]
+        return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
+
+    def stream(self) -> Iterator[Sums]:
+        """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed."""
+        native = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        right, gram = self.right.to(native).t().contiguous(), _gram(self.right)
+        step = max(1, _CHUNK_BYTES // (2 * self.columns))
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            before, after = (store.rows(self.tensor, start, stop) for store in (self.base, self.merged))
+            seen = (after.to(native) - before.to(native)) @ right
+            left = self.left[start:stop].float()
+            overlap = float((seen.float() * left).sum(dtype=torch.float64))
+            product = float((_gram(left.t()) * gram).sum())
+            yield Sums(start, stop, overlap, product, bool(seen.any()))
+
+
+def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
+    """Return `count` rows from the middle of a block."""
+    first, end = rows * block // blocks, rows * (block + 1) // blocks
+    start = first + max(0, (end - first - count) // 2)
+    return start, min(start + count, end)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    wide = rows.float()
+    return (wide @ wide.t()).double()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

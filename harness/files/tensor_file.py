@@ -1,0 +1,106 @@
+"""An opened file of named tensors, whatever its container: the header first, tensors when asked for."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from harness.errors import LoraFileError
+from harness.files import scalars
+from harness.files.text import printable
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_TENSORS = 100_000
+
+
+class TensorInfo(NamedTuple):
+    """What the header says of one tensor; `start` and `end` are byte offsets in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements (1 for a scalar)."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The validated header of one file; tensors are read when asked for.
+
+    `tensors` keeps the order of the data in the file, which is the order in which loaders see the keys.
+    `duplicates` are names that the header has twice: safetensors takes the last, other parsers may take the first.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    size: int
+    duplicates: tuple[str, ...] = ()
+    _opened: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The tensor names, in file order."""
+        return tuple(self.tensors)
+
+    def numbers(self, keys: Iterable[str]) -> dict[str, float]:
+        """Read tensors of one number (`scalars.problem` says which are) as Python floats, without torch."""
+        with self.path.open("rb") as stream:
+            return {key: _number(stream, self.tensors[key]) for key in keys}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Return one tensor as stored (dtype, shape); needs torch."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open file behind when sent to another process."""
+        return {**self.__dict__, "_opened": []}
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a regular file.
+
+    Raises:
+        LoraFileError: missing, a folder, a pipe or a device.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise LoraFileError(path, os_problem(error)) from error
+    except ValueError as error:
+        raise LoraFileError(printable(path), f"is no usable path ({printable(error)})") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise LoraFileError(path, "is a folder, not a file of tensors")
+    if not stat.S_ISREG(status.st_mode):
+        raise LoraFileError(path, "is not a regular file")
+    return status.st_size
+
+
+def os_problem(error: OSError) -> str:
+    """Say in one clause why the system refused to open something."""
+    known = {
+        errno.ENOENT: "no such file or folder",
+        errno.ELOOP: "symbolic links that lead back to themselves",
+        errno.EACCES: "permission denied",
+        errno.ENOTDIR: "no such file: a part of the path is not a folder",
+    }
+    return known.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
+
+
+def _number(stream: BinaryIO, info: TensorInfo) -> float:
+    stream.seek(info.start)
+    return scalars.decode(info.dtype, stream.read(info.end - info.start))
