@@ -159,16 +159,17 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
 def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
     """Whether a finding is only a symptom of a fault that another finding names."""
     unloaded, found = _unloaded(result.probes), result.findings
-    if code in ("LH101", "LH102") and diagnosis.law and not diagnosis.law.is_trained and not unloaded:
-        return True  # the law itself gives 0 there, for example at negative strength
+    wrong = [p for p in result.probes if not p.right]
+    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
+    by_law = bool(diagnosis.law and not diagnosis.law.is_trained and not unloaded)
+    if code in ("LH101", "LH102") and (by_law or ("LH209" in found and not unloaded and not silent)):
+        return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
     if code == "LH101":
         return "LH102" in found and len(unloaded) < len({p.module for p in result.probes})
     if code != "LH209":
         return False
-    wrong = [p for p in result.probes if not p.right]
-    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
     unnamed = diagnosis.code is None and "LH501" in found
-    return unnamed or (silent and not found.keys().isdisjoint(("LH101", "LH102")))
+    return unnamed or (silent and not by_law and not found.keys().isdisjoint(("LH101", "LH102")))
 
 
 def _unloaded(probes: Sequence[Probe]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from harness.benches import Bench
 from harness.checks.direction import wrong_direction
@@ -97,9 +98,38 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     for trait, part in _parts(usable, wrong):
         law = identify(part)
         if law is not None and not law.is_trained:
-            return Diagnosis(law, code_of(law, fused_only=all(p.fused for p in part)), trait)
-    exact = common_trait(wrong, [p for p in usable if p.right])
-    return Diagnosis(None, "LH207" if exact and "strength" in exact else "LH209", exact)
+            return Diagnosis(law, _code_under(trait, code_of(law, fused_only=all(p.fused for p in part))), trait)
+    telling = [p for p in usable if p.right and abs(p.expected) > 4 * p.tolerance]
+    exact = common_trait(wrong, telling)
+    if exact and "strength" in exact:
+        return Diagnosis(None, "LH207", exact)
+    clamped = _clamped(wrong)
+    if clamped:
+        return Diagnosis(None, *clamped)
+    return Diagnosis(None, "LH205" if exact in _ALPHA_VALUES else "LH209", exact)
+
+
+# Traits of alpha's value: a loader that is wrong for these values only does not take alpha as it is.
+_ALPHA_VALUES = ("negative alpha", "alpha = 0", "fractional alpha", "0 < alpha < 1", "alpha > rank", "alpha < rank")
+
+
+def _code_under(trait: str, code: str) -> str:
+    return "LH205" if code == "LH202" and trait in _ALPHA_VALUES else code
+
+
+def _clamped(wrong: Sequence[Probe]) -> tuple[str, str] | None:
+    """Return code and trait when the wrong probes all behave as if alpha, or the strength, were one same number."""
+    seen = [p for p in wrong if p.alpha and p.strength]
+    if len(seen) < len(wrong):
+        return None
+    alphas, strengths = [p.alpha or 0.0 for p in seen], [p.strength for p in seen]
+    for code, word, values, others in (("LH205", "alpha", alphas, strengths), ("LH207", "strength", strengths, alphas)):
+        units = [other / p.rank for other, p in zip(others, seen, strict=True)]
+        bound = median(p.measured / unit for p, unit in zip(seen, units, strict=True))
+        near = (abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in zip(seen, units, strict=True))
+        if len(set(values)) > 2 and all(near):
+            return code, f"{word} beyond {bound:.4g}"
+    return None
 
 
 def _parts(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Iterator[tuple[str, Sequence[Probe]]]:

@@ -56,7 +56,7 @@ def command(
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
-    from harness.doctor.audit import audit
+    from harness.doctor.audit import audit_files
     from harness.doctor.audit_out import write_rows
 
     known = _known(outs, resume)
@@ -71,7 +71,7 @@ def command(
             progress.update(task, advance=1)
             progress.refresh()
 
-        rows = audit(
+        rows = audit_files(
             expanded,
             workers=shared.worker_count(workers),
             executor=executor,

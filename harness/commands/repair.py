@@ -42,11 +42,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair import names_from, repair
+    from harness.doctor.repair import names_from, repair_file
     from harness.files.text import printable
 
     source = model_names or base
-    report = repair(
+    report = repair_file(
         lora,
         to,
         out,

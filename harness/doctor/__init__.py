@@ -1,21 +1,59 @@
-"""The doctor: what is in a LoRA file, what readers will make of it, which strength to pass. Header only, no torch."""
+"""The doctor: what is in a LoRA file, what a merge really did, a whole library in rows, a file that readers agree on.
+
+`inspect_file` needs neither torch nor numpy; the others are imported when they are asked for.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from harness.doctor.inspect import describe, inspect_file
 from harness.doctor.prescribe import ScaleLaw, conventions, known_laws, prescribe, prescriptions
 from harness.doctor.record import Advice, FileRecord, Hazard, ModuleEnergy
 
+if TYPE_CHECKING:
+    from harness.doctor.audit import audit_files
+    from harness.doctor.audit_out import read_rows, write_rows
+    from harness.doctor.audit_row import AuditRow
+    from harness.doctor.repair import RepairReport, repair_file
+    from harness.doctor.verify import MergeReport, verify_merge
+
+_LATER = {
+    "AuditRow": "audit_row",
+    "MergeReport": "verify",
+    "RepairReport": "repair",
+    "audit_files": "audit",
+    "read_rows": "audit_out",
+    "repair_file": "repair",
+    "verify_merge": "verify",
+    "write_rows": "audit_out",
+}
+
 __all__ = [
     "Advice",
+    "AuditRow",
     "FileRecord",
     "Hazard",
+    "MergeReport",
     "ModuleEnergy",
+    "RepairReport",
     "ScaleLaw",
+    "audit_files",
     "conventions",
     "describe",
     "inspect_file",
     "known_laws",
     "prescribe",
     "prescriptions",
+    "read_rows",
+    "repair_file",
+    "verify_merge",
+    "write_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"harness.doctor.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

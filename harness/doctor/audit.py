@@ -16,7 +16,7 @@ OnRow = Callable[[AuditRow], None]
 Work = Callable[[Sequence[str], Task, Callable[[str, str], None]], None]
 
 
-def audit(
+def audit_files(
     paths: Iterable[Path | str],
     *,
     energy: bool = False,

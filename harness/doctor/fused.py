@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from harness.files import LoraAdapter, LoraModule
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from harness.files import LoraAdapter, LoraModule, TensorInfo
 
 _BLOCKS = (3, 4)  # q, k, v and, in FLUX's single blocks, the MLP
 
 
-def block_diagonal(adapter: LoraAdapter, module: LoraModule) -> int | None:
-    """Return the number of blocks of B when its first and last rows say it is block-diagonal, else None.
+def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
+    """Yield (module, number of blocks) where the first and last rows of B say that it is block-diagonal.
 
-    Reads two rows from the file, as bytes: no torch. Blocks of rows may differ in height, blocks of columns may not.
+    Reads one or two rows of each module from the file, as bytes: no torch. Blocks of rows may differ in height, blocks
+    of columns may not.
     """
-    if "B" not in module.keys or module.kernel or not any(module.rank % n == 0 for n in _BLOCKS):
-        return None
-    first, last = _row(adapter, module, 0), _row(adapter, module, module.out_features - 1)
-    for blocks in _BLOCKS:
-        width = len(first) // blocks
-        if module.rank % blocks == 0 and _only(first, 0, width) and _only(last, len(last) - width, len(last)):
+    able = [name for name, module in adapter.modules.items() if _divides(module)]
+    if not able:
+        return
+    with adapter.file.path.open("rb") as stream:
+        for name in able:
+            info = adapter.file.tensors[adapter.modules[name].keys["B"]]
+            if len(info.shape) == 2 and (blocks := _blocks(stream, info)):
+                yield name, blocks
+
+
+def _divides(module: LoraModule) -> bool:
+    plain = "B" in module.keys and not module.kernel and "B" not in module.flipped
+    return plain and any(module.rank % blocks == 0 for blocks in _BLOCKS)
+
+
+def _blocks(stream: BinaryIO, info: TensorInfo) -> int | None:
+    width = (info.end - info.start) // info.shape[0]
+    first = _row(stream, info.start, width)
+    for blocks in (n for n in _BLOCKS if info.shape[1] % n == 0 and _only(first, 0, width // n)):
+        if _only(_row(stream, info.end - width, width), width - width // blocks, width):
             return blocks
     return None
 
 
-def _row(adapter: LoraAdapter, module: LoraModule, index: int) -> bytes:
-    info = adapter.file.tensors[module.keys["B"]]
-    width = (info.end - info.start) // module.out_features
-    with adapter.file.path.open("rb") as stream:
-        stream.seek(info.start + index * width)
-        return stream.read(width)
+def _row(stream: BinaryIO, start: int, width: int) -> bytes:
+    stream.seek(start)
+    return stream.read(width)
 
 
 def _only(row: bytes, start: int, end: int) -> bool:
     """Tell whether `row` is non-zero somewhere in [start, end) and zero everywhere else."""
-    return any(row[start:end]) and not any(row[:start]) and not any(row[end:])
+    return not any(row[end:]) and not any(row[:start]) and any(row[start:end])

@@ -78,7 +78,7 @@ def mixed_ratios(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 def fused_blocks(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH704: B of a merged layer is block-diagonal, so the stored rank is a multiple of the trained one."""
-    found = [(name, blocks) for name, module in adapter.modules.items() if (blocks := block_diagonal(adapter, module))]
+    found = list(block_diagonal(adapter))
     if not found:
         return
     name, blocks = found[0]

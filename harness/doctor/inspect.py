@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.doctor.hazards import hazards
 from harness.doctor.metadata import shown, trainer
-from harness.doctor.prescribe import conventions, prescriptions
+from harness.doctor.prescribe import conventions, distinct, prescriptions
 from harness.doctor.record import FileRecord, Hazard
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, read_lora
@@ -77,7 +77,8 @@ def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
-    ranges = {name: _range(law.at_one(module) for module in modules) for name, law in conventions().items()}
+    different = distinct(modules)
+    ranges = {name: _range(law.at_one(module) for module in different) for name, law in conventions().items()}
     return {name: found for name, found in ranges.items() if found}
 
 

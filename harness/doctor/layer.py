@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.files import LoraAdapter
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
-_CHUNK_BYTES = 1 << 20  # of one chunk of rows: fits the cache with everything that is computed from it
+_CHUNK_BYTES = 2 << 20  # of one chunk of rows: fits the cache with everything that is computed from it
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -130,7 +130,7 @@ class Layer:
     def stream(self) -> Iterator[Sums]:
         """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed."""
         native = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        right, gram = self.right.to(native).t().contiguous(), _gram(self.right)
+        right, gram = self.right.to(native).t(), _gram(self.right)
         step = max(1, _CHUNK_BYTES // (2 * self.columns))
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)

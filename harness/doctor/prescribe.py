@@ -93,9 +93,16 @@ def prescribe(law: ScaleLaw, modules: Iterable[LoraModule], *, lora_alpha: float
 def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:
     """Return the strength to pass for every known loader that reads the format of `adapter`."""
     laws = {name: law for name, law in known_laws().items() if adapter.format in law.formats}
+    modules = distinct(adapter.modules.values())
     if not adapter.modules or any(problem.fatal for problem in adapter.problems):
         return dict.fromkeys(laws)
-    return {name: prescribe(law, adapter.modules.values(), lora_alpha=lora_alpha) for name, law in laws.items()}
+    return {name: prescribe(law, modules, lora_alpha=lora_alpha) for name, law in laws.items()}
+
+
+def distinct(modules: Iterable[LoraModule]) -> list[LoraModule]:
+    """Return one module for every combination of numbers that a scale can depend on."""
+    found = {(module.alpha, module.rank, module.rslora, "alpha" in module.keys): module for module in modules}
+    return list(found.values())
 
 
 def _needed(law: ScaleLaw, module: LoraModule, lora_alpha: float | None) -> float | str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shutil
@@ -26,7 +27,7 @@ _PLAIN = ("lora", "conv")
 
 
 class RepairReport(Record):
-    """What `repair` wrote.
+    """What `repair_file` wrote.
 
     `error` is the largest relative error ||gain * B' A' - scale * B A|| / ||scale * B A|| over the modules, read back
     from the new file; `rounded` counts the modules whose factors changed by rounding (0: lossless). `law` is the law
@@ -57,7 +58,7 @@ class _Piece:
     new: LoraWeights
 
 
-def repair(
+def repair_file(
     lora: Path | str,
     to: str,
     out: Path | str,
@@ -224,7 +225,7 @@ def _difference(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Te
 
 def _norm(left: Tensor, right: Tensor) -> float:
     square = float(((left.t() @ left) * (right @ right.t())).sum())
-    return max(square, 0.0) ** 0.5
+    return math.sqrt(max(square, 0.0))
 
 
 def _roundoff(weights: LoraWeights) -> float:

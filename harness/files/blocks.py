@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +39,12 @@ def split_blocks(a: Tensor, b: Tensor, heights: Sequence[int]) -> tuple[Pair, ..
     if a.shape[0] % count or sum(heights) != b.shape[0]:
         return None
     rank = a.shape[0] // count
-    rows = b.split(list(heights))
-    parts = tuple((a[i * rank : (i + 1) * rank], rows[i][:, i * rank : (i + 1) * rank]) for i in range(count))
+    starts = accumulate(heights, initial=0)
+    spans = [
+        (slice(start, start + height), slice(i * rank, (i + 1) * rank))
+        for i, (start, height) in enumerate(zip(starts, heights, strict=False))
+    ]
+    parts = tuple((a[columns], b[rows, columns]) for rows, columns in spans)
     inside = sum(int(part.count_nonzero()) for _, part in parts)
     used = sum(bool(part.any()) for _, part in parts)
     return parts if inside == int(b.count_nonzero()) and used > 1 else None
@@ -49,4 +54,5 @@ def stack_blocks(parts: Sequence[Pair]) -> Pair:
     """Return the merged (A: [sum of r, in], B: [sum of out, sum of r]) of layers side by side; ranks may differ."""
     import torch
 
-    return torch.cat([a for a, _ in parts]), torch.block_diag(*(b for _, b in parts))
+    blocks: Any = torch.block_diag
+    return torch.cat([a for a, _ in parts]), blocks(*(b for _, b in parts))

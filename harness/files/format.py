@@ -91,6 +91,11 @@ class Format:
     def _longest_first(self) -> list[tuple[str, str]]:
         return sorted(self.prefixes.items(), key=lambda item: -len(item[0]))
 
+    @property
+    def general(self) -> bool:
+        """Tell whether any module name, with any rank and alpha of its own, can be written in this format."""
+        return self.naming is None and self.trait is None and self.alpha[0] in ("tensor", "config", "header")
+
     def bare_fits(self, source: Source) -> bool:
         """Tell whether names without a prefix belong to this format in this source."""
         return {
@@ -123,6 +128,8 @@ class Format:
 
     def dialect(self, source: Source) -> str:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""
+        if not self.dialects:
+            return ""
         texts = [*source.file.keys, *(f"#{key}={value[:200]}" for key, value in source.file.metadata.items())]
         fits = {name: re.compile(pattern) for name, pattern in self.dialects.items()}
         return next((name for name, pattern in fits.items() if any(map(pattern.match, texts))), "")

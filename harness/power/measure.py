@@ -104,7 +104,9 @@ def measure(
     results = [Result(case) for case in cases]
     work = [(result, cell) for result in results for cell in result.case.cells(formats, benches)]
     waiting = Counter(result.case.name for result, _ in work)
-    jobs = [_job(result.case, cell, Plan(max_examples, base_seed, shrink=False), seeds, limits) for result, cell in work]
+    jobs = [
+        _job(result.case, cell, Plan(max_examples, base_seed, shrink=False), seeds, limits) for result, cell in work
+    ]
 
     def take(index: int, event: object) -> None:
         result = work[index][0]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from harness.commands.audit import command
 from harness.doctor import audit_row, audit_work
-from harness.doctor.audit import audit
+from harness.doctor.audit import audit_files
 from harness.doctor.audit_out import read_rows, write_rows
 from harness.doctor.audit_row import AuditRow
 from harness.doctor.find import find_files
@@ -51,7 +51,7 @@ EXPECTED = ["a.safetensors", "b.safetensors", "broken.safetensors", "deep/er/c.s
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_every_file_is_one_row_in_a_stable_order(library: Path, workers: int) -> None:
     seen: list[str] = []
-    rows = audit([library], workers=workers, on_row=lambda row: seen.append(row.path))
+    rows = audit_files([library], workers=workers, on_row=lambda row: seen.append(row.path))
     assert names(rows, library) == EXPECTED
     assert sorted(seen) == sorted(row.path for row in rows)
     assert [row.format for row in rows] == ["kohya", "kohya", None, "kohya", "peft"]
@@ -60,8 +60,8 @@ def test_every_file_is_one_row_in_a_stable_order(library: Path, workers: int) ->
 
 def test_an_executor_gives_the_same_rows(library: Path) -> None:
     with ThreadPoolExecutor(2) as executor:
-        rows = audit([library], executor=executor)
-    alone = audit([library], workers=0)
+        rows = audit_files([library], executor=executor)
+    alone = audit_files([library], workers=0)
     assert [row.model_copy(update={"seconds": None}) for row in rows] == [
         row.model_copy(update={"seconds": None}) for row in alone
     ]
@@ -80,7 +80,7 @@ def test_links_out_of_the_root_are_rows_and_never_followed(library: Path, tmp_pa
     (library / "zz_in.safetensors").symlink_to(library / "a.safetensors")
     (library / "zz_folder").symlink_to(tmp_path)
     (library / "zz_loop.safetensors").symlink_to(library / "zz_loop.safetensors")
-    rows = {os.path.basename(row.path): row for row in audit([library], workers=0)}
+    rows = {os.path.basename(row.path): row for row in audit_files([library], workers=0)}
     assert "not followed" in rows["zz_out.safetensors"].hazards[0].what
     assert "leads nowhere" in rows["zz_loop.safetensors"].hazards[0].what
     assert "zz_in.safetensors" not in rows
@@ -92,7 +92,7 @@ def test_files_with_the_same_weights_are_found_whatever_their_metadata(library: 
 
     save_file(load_file(library / "a.safetensors"), library / "copy.safetensors", {"title": "another name"})
     lora(library / "other.safetensors", seed=2, alpha=4.0)
-    rows = {os.path.basename(row.path): row for row in audit([library], workers=1)}
+    rows = {os.path.basename(row.path): row for row in audit_files([library], workers=1)}
     assert rows["copy.safetensors"].duplicate_of == rows["a.safetensors"].path
     assert rows["a.safetensors"].duplicate_of is None
     assert rows["other.safetensors"].duplicate_of is None
@@ -113,7 +113,7 @@ def test_a_file_that_hangs_or_eats_memory_or_kills_is_one_row(library: Path, mon
         return real(path, energy=energy)
 
     monkeypatch.setattr(audit_work, "audit_file", hostile)
-    rows = audit([library], workers=1, seconds=1.0, memory=256 << 20)
+    rows = audit_files([library], workers=1, seconds=1.0, memory=256 << 20)
     said = {os.path.basename(row.path): row.hazards[0].what for row in rows if row.hazards}
     assert "within 1 s" in said["a.safetensors"]
     assert "SIGABRT" in said["b.safetensors"]
@@ -125,7 +125,7 @@ def test_a_file_that_hangs_or_eats_memory_or_kills_is_one_row(library: Path, mon
 def test_a_resumed_audit_reads_only_what_changed(library: Path, tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
-    out = write_rows(tmp_path / f"rows{suffix}", audit([library], workers=0))
+    out = write_rows(tmp_path / f"rows{suffix}", audit_files([library], workers=0))
     changed = lora(library / "b.safetensors", seed=11, alpha=2.0)
     os.utime(changed, ns=(1, 1))
     read: list[str] = []
@@ -138,21 +138,21 @@ def test_a_resumed_audit_reads_only_what_changed(library: Path, tmp_path: Path, 
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(audit_work, "do", counted)
-        rows = audit([library], workers=0, known=read_rows(out))
+        rows = audit_files([library], workers=0, known=read_rows(out))
     assert [os.path.basename(path) for path in read] == ["b.safetensors"]
-    assert rows == audit([library], workers=0, known=rows)
+    assert rows == audit_files([library], workers=0, known=rows)
     assert rows[1].alphas == {"2": 2}
 
 
 def test_a_cut_last_line_is_read_again(library: Path, tmp_path: Path) -> None:
-    out = write_rows(tmp_path / "rows.jsonl", audit([library], workers=0))
+    out = write_rows(tmp_path / "rows.jsonl", audit_files([library], workers=0))
     out.write_text(out.read_text()[:-20])
     assert len(read_rows(out)) == len(EXPECTED) - 1
 
 
 def test_a_hostile_name_is_harmless_in_csv_and_html(tmp_path: Path) -> None:
     lora(tmp_path / "=cmd<script>alert(1)<\x1b[2J>.safetensors")
-    rows = audit([tmp_path], workers=0)
+    rows = audit_files([tmp_path], workers=0)
     with write_rows(tmp_path / "rows.csv", rows).open(newline="") as stream:
         cell = next(csv.DictReader(stream))["path"]
     assert "\x1b" not in cell
@@ -196,9 +196,9 @@ def test_urls_need_an_allowed_scheme_and_only_the_header_is_fetched(library: Pat
         system.pipe_file(f"/shelf/peft/{name}", (library / "peft_one" / name).read_bytes())
     with pytest.raises(UserError, match="not an allowed scheme"):
         find_files(["memory://shelf"])
-    rows = audit(["memory://shelf"], schemes=("memory",), workers=0)
+    rows = audit_files(["memory://shelf"], schemes=("memory",), workers=0)
     assert [row.format for row in rows] == ["kohya", "kohya", None, "peft"]
-    local = audit([library / "a.safetensors"], workers=0)[0]
+    local = audit_files([library / "a.safetensors"], workers=0)[0]
     assert (rows[0].alphas, rows[0].ranks, rows[0].size) == (local.alphas, local.ranks, local.size)
 
 
@@ -225,7 +225,7 @@ def test_a_dask_worker_killed_half_way_loses_nothing(tmp_path: Path) -> None:
             if len(seen) == 10:
                 os.kill(victims.pop(), 9)
 
-        rows = audit([tmp_path], executor=client.get_executor(retries=3), on_row=kill_one)
+        rows = audit_files([tmp_path], executor=client.get_executor(retries=3), on_row=kill_one)
     assert len(victims) == 1
     assert len(rows) == 60
     assert all(row.format == "kohya" and not row.hazards for row in rows)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from harness.benches import get_bench
 from harness.commands.repair import command
 from harness.doctor.prescribe import known_laws
-from harness.doctor.repair import repair
+from harness.doctor.repair import repair_file
 from harness.errors import UserError
 from harness.files import LoraWeights, read_lora, write_lora
 from harness.loaders.registry import installed, resolve
@@ -42,7 +42,7 @@ def product(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 def test_the_effect_is_the_trained_one_in_every_format(tmp_path: Path, source: str, to: str) -> None:
     lora = weights()
     path = write_lora(tmp_path / "old", source, lora)
-    report = repair(path, to, tmp_path / "new", model_names=NAMES)
+    report = repair_file(path, to, tmp_path / "new", model_names=NAMES)
     new = read_lora(report.path)
     assert new.format == to
     for name, module in new.modules.items():
@@ -54,18 +54,18 @@ def test_the_effect_is_the_trained_one_in_every_format(tmp_path: Path, source: s
 
 def test_readers_that_ignore_alpha_and_readers_that_divide_agree(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "diffsynth", weights())
-    new = read_lora(repair(path, "diffsynth", tmp_path / "new").path)
+    new = read_lora(repair_file(path, "diffsynth", tmp_path / "new").path)
     for law in ("diffsynth", "diffsynth-2.0.4"):
         assert {known_laws()[law].at_one(module) for module in new.modules.values()} == {1.0}
 
 
 def test_rounding_is_measured_and_said(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "kohya", weights((3.0, 2.0), torch.bfloat16))
-    report = repair(path, "kohya", tmp_path / "new")
+    report = repair_file(path, "kohya", tmp_path / "new")
     assert report.rounded == 1
     assert 1e-4 < report.error < 2**-8
     assert "rounded to bfloat16 in 1 module" in report.notes[0]
-    exact = repair(path, "kohya", tmp_path / "exact", dtype="float32")
+    exact = repair_file(path, "kohya", tmp_path / "exact", dtype="float32")
     assert exact.error < 1e-7
 
 
@@ -75,13 +75,13 @@ def test_a_file_without_alpha_needs_the_training(
 ) -> None:
     path = write_lora(tmp_path / "old", "diffsynth", weights((None, None)))
     with pytest.raises(UserError, match="carries no alpha"):
-        repair(path, "diffsynth", tmp_path / "new")
-    assert repair(path, "diffsynth", tmp_path / "new", **options).scales == scales  # type: ignore[arg-type]
+        repair_file(path, "diffsynth", tmp_path / "new")
+    assert repair_file(path, "diffsynth", tmp_path / "new", **options).scales == scales  # type: ignore[arg-type]
 
 
 def test_rslora_becomes_plain(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "peft", weights((8.0, 8.0)), rslora=True)
-    report = repair(path, "peft", tmp_path / "new")
+    report = repair_file(path, "peft", tmp_path / "new")
     assert report.scales == (2.0, 4.0)
     assert not any(module.rslora for module in read_lora(report.path).modules.values())
 
@@ -89,37 +89,37 @@ def test_rslora_becomes_plain(tmp_path: Path) -> None:
 def test_flattened_names_need_the_model(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "kohya", weights())
     with pytest.raises(UserError, match="--model-names"):
-        repair(path, "diffusers", tmp_path / "new")
+        repair_file(path, "diffusers", tmp_path / "new")
     with pytest.raises(UserError, match="fit no single layer"):
-        repair(path, "diffusers", tmp_path / "new", model_names=NAMES[:1])
+        repair_file(path, "diffusers", tmp_path / "new", model_names=NAMES[:1])
     assert not list(tmp_path.glob("*new*"))
 
 
 @pytest.mark.parametrize("format", ["kohya", "peft"])
 def test_nothing_is_replaced_without_force_and_the_source_never(tmp_path: Path, format: str) -> None:
     path = write_lora(tmp_path / "old", format, weights())
-    new = Path(repair(path, format, tmp_path / "new").path)
+    new = Path(repair_file(path, format, tmp_path / "new").path)
     with pytest.raises(UserError, match="exists already"):
-        repair(path, format, new)
+        repair_file(path, format, new)
     before = {file.name: file.read_bytes() for file in (new.iterdir() if new.is_dir() else [new])}
-    repair(path, format, new, scale=4.0, force=True)
+    repair_file(path, format, new, scale=4.0, force=True)
     assert {file.name: file.read_bytes() for file in (new.iterdir() if new.is_dir() else [new])} != before
     for force in (False, True):
         with pytest.raises(UserError, match="is the file itself"):
-            repair(path, format, path, force=force)
+            repair_file(path, format, path, force=force)
     link = tmp_path / "link.safetensors"
     link.symlink_to(path if path.is_file() else path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="is the file itself"):
-        repair(path, "kohya", link, force=True)
+        repair_file(path, "kohya", link, force=True)
 
 
 def test_a_failed_check_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.doctor import repair as module
+    import harness.doctor.repair as module
 
     path = write_lora(tmp_path / "old", "kohya", weights())
     monkeypatch.setattr(module, "_difference", lambda *_: 0.5)
     with pytest.raises(UserError, match="not written"):
-        repair(path, "kohya", tmp_path / "new")
+        repair_file(path, "kohya", tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -133,12 +133,12 @@ def test_a_failed_check_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 def test_what_cannot_be_repaired_is_refused(tmp_path: Path, make: object, words: str) -> None:
     path = write_lora(tmp_path / "old", "kohya", make(weights()))  # type: ignore[operator]
     with pytest.raises(UserError, match=words):
-        repair(path, "kohya", tmp_path / "new", dtype="float16")
+        repair_file(path, "kohya", tmp_path / "new", dtype="float16")
 
 
 def test_a_loader_that_is_not_here_is_taken_from_the_table(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "kohya", weights())
-    report = repair(path, "kohya", tmp_path / "new", loader="raw alpha")
+    report = repair_file(path, "kohya", tmp_path / "new", loader="raw alpha")
     assert not report.measured
     law = known_laws()["raw alpha"]
     new = read_lora(report.path)
@@ -148,7 +148,7 @@ def test_a_loader_that_is_not_here_is_taken_from_the_table(tmp_path: Path) -> No
         assert torch.allclose(effect, product((old.a, old.b)) * old.alpha / old.rank, rtol=1e-6)
     assert "readers that use alpha / rank" in report.notes[0]
     with pytest.raises(UserError, match="no loader is called"):
-        repair(path, "kohya", tmp_path / "other", loader="nobody")
+        repair_file(path, "kohya", tmp_path / "other", loader="nobody")
 
 
 def test_a_real_loader_gives_the_trained_effect_at_strength_one(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_real_loader_gives_the_trained_effect_at_strength_one(tmp_path: Path) 
         pytest.skip("diffsynth 2.0.4 is not here")
     bench = get_bench("qwen-image")
     path = write_lora(tmp_path / "old", "diffusers", weights())
-    report = repair(path, "diffsynth", tmp_path / "new", loader="diffsynth-2.0.4")
+    report = repair_file(path, "diffsynth", tmp_path / "new", loader="diffsynth-2.0.4")
     assert (report.measured, report.law) == (True, "strength")
     model = bench.build()
     resolve("diffsynth-2.0.4").load(model, Path(report.path), strength=1.0)

@@ -353,6 +353,30 @@ def test_merges_of_real_mergers_pass(tmp_path: Path, loader: str, format: str, d
         assert report.overall.ratio == pytest.approx(1.0, abs=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("loader", "format", "code"),
+    [("diffsynth-2.0.4", "diffsynth", "LH202"), ("examples/raw_alpha.py:load", "peft", "LH201")],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_merges_of_real_and_example_mergers_that_are_wrong_are_named(
+    tmp_path: Path, loader: str, format: str, code: str, dtype: torch.dtype
+) -> None:
+    if loader.startswith("diffsynth") and loader not in {entry.name for entry in installed() if entry.available}:
+        pytest.skip(f"{loader} is not here")
+    bench = get_bench("qwen-image")
+    model = bench.build(dtype)
+    lora = {
+        n: weights(*bench.layers[n], 4 << i % 2, 3.0 * (i + 1), i, 0.05) for i, n in enumerate(bench.lora_layers[:4])
+    }
+    path = write_lora(tmp_path / "lora", format, lora)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
+    merged = resolve(loader).load(model, path, strength=1.0) or model
+    save_file({k: v.clone() for k, v in merged.state_dict().items()}, tmp_path / "merged.safetensors")
+    overall = verify_merge(tmp_path / "base.safetensors", tmp_path / "merged.safetensors", path).overall
+    assert overall.code == code, overall.text()
+    assert overall.modules_failed == 4
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_both_merge_modes_of_peft_pass(tmp_path: Path, safe_merge: bool, rslora: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fixtures.build_malformed import dotted, floats, tensors_file
 from harness.errors import LoraFileError
-from harness.files import LoraWeights, detect_format, read_lora, write_lora
+from harness.files import FORMATS, LoraWeights, detect_format, read_lora, write_lora
 
 Entries = dict[str, tuple[str, list[int], bytes]]
 
@@ -84,7 +84,7 @@ def test_a_folder_with_one_file_of_another_format_is_read(tmp_path: Path) -> Non
         read_lora(tmp_path)
 
 
-@pytest.mark.parametrize("format", ["peft", "kohya", "comfyui", "diffusers", "diffsynth"])
+@pytest.mark.parametrize("format", sorted(name for name, row in FORMATS.items() if row.general))
 def test_one_foreign_key_anywhere_is_noticed(tmp_path: Path, format: str) -> None:
     foreign = dotted("transformer.y") if format == "kohya" else flat("lora_unet_y")
     names = [f"blocks.{i}.x" for i in range(5)]

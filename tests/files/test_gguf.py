@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import struct
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fixtures.build_formats import SAMPLES, build
 from harness.errors import LoraFileError
@@ -125,6 +129,24 @@ def test_every_truncation_of_a_good_file_is_one_sentence(tmp_path: Path) -> None
         path.write_bytes(whole[:end])
         with pytest.raises(LoraFileError):
             read_lora(path)
+
+
+WHOLE = st.integers(4, 500), st.integers(0, 255)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(*WHOLE), min_size=1, max_size=3))
+def test_flipped_bytes_are_read_or_refused(flips: list[tuple[int, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = build(SAMPLE, Path(folder))
+        raw = bytearray(path.read_bytes())
+        for place, value in flips:
+            raw[place % len(raw)] = value
+        path.write_bytes(raw)
+        with suppress(LoraFileError):
+            adapter = read_lora(path, strict=False)
+            parts = [(module, adapter.part(n, role)) for n, module in adapter.modules.items() for role in module.keys]
+            assert all(module.rank in tensor.shape for module, tensor in parts)
 
 
 def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.files import LoraWeights, detect_format, match_modules, read_lora, write_lora
+from harness.files import FORMATS, LoraWeights, detect_format, match_modules, read_lora, write_lora
 
 ALPHAS = st.one_of(st.floats(-1000, 1000, width=32), st.integers(0, 128).map(float))
 PARTS = st.sampled_from(["blocks", "attn", "to_q", "add_to_q", "mlp", "0", "1", "10", "net", "to_q_0"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-FORMAT_NAMES = st.sampled_from(["peft", "kohya", "comfyui", "diffusers", "diffsynth"])  # any name, any alpha
+GENERAL = sorted(name for name, row in FORMATS.items() if row.general)
+FORMAT_NAMES = st.sampled_from(GENERAL)
 
 
 @st.composite
@@ -84,6 +85,10 @@ def test_the_data_lies_in_the_order_that_was_asked_for(
         assert mixed.modules == plain.modules
         again = read_lora(write_lora(Path(folder) / "again", format, modules, key_order=order))
         assert again.file.keys == mixed.file.keys
+
+
+def test_the_formats_that_hold_any_lora_are_these() -> None:
+    assert GENERAL == ["comfyui", "diffsynth", "diffusers", "kohya", "peft"]
 
 
 def test_a_key_order_that_is_no_permutation_is_refused(tmp_path: Path) -> None:

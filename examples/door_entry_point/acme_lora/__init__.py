@@ -1,0 +1,26 @@
+"""The loader of the package `acme`: every kohya file, merged into the model's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from harness import loader
+
+
+@loader(formats={"kohya"}, strength_argument="weight")
+@torch.no_grad()
+def load(model: torch.nn.Module, lora: Path, weight: float = 1.0) -> None:
+    """Add weight * alpha / rank * B @ A to every layer that the file adapts."""
+    tensors = load_file(lora)
+    layers = {"lora_unet_" + name.replace(".", "_"): layer for name, layer in model.named_modules()}
+    for key, down in tensors.items():
+        name, found, _ = key.partition(".lora_down.weight")
+        if found:
+            up, rank = tensors[f"{name}.lora_up.weight"], down.shape[0]
+            alpha = float(tensors.get(f"{name}.alpha", rank))  # a file without alpha was trained at scale 1
+            delta = weight * alpha / rank * (up.double() @ down.double())
+            merged = layers[name].weight.double() + delta  # rounded once, at the end
+            layers[name].weight.copy_(merged)
