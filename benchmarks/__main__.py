@@ -10,8 +10,8 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Every module has `main() -> list[str]`: the lines of one Markdown section.
-NAMES = [name for name in ("startup", "share", "images", "report", "doctor") if (HERE / f"{name}.py").is_file()]
+# Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
+NAMES = ("startup", "share", "image_sweep", "report", "doctor")
 
 
 def machine() -> str:
@@ -22,14 +22,14 @@ def machine() -> str:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or NAMES
+    chosen = tuple(sys.argv[1:]) or NAMES
     unknown = set(chosen) - set(NAMES)
     if unknown:
         raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; known are {', '.join(NAMES)}")
     lines = ["# Benchmarks", "", f"Measured on {machine()}.", ""]
     for name in chosen:
         print(f"{name} ...", file=sys.stderr)
-        lines += [*importlib.import_module(f"benchmarks.{name}").main(), ""]
+        lines += [*importlib.import_module(f"benchmarks.{name}").main([]), ""]
     text = "\n".join(lines)
     print(text)
     if chosen == NAMES:

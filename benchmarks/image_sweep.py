@@ -1,6 +1,6 @@
 """How fast is a sweep? Batched strengths against diffusers' `set_adapters` loop, the probe against sampling.
 
-    python benchmarks/image_sweep.py [--device cuda --dtype bfloat16] [--repeats 3] [--out benchmarks/image_sweep.md]
+    python benchmarks/image_sweep.py [--device cuda --dtype bfloat16] [--repeats 3]
 
 Each ratio compares two ways in one process, interleaved, best of `--repeats`.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -101,14 +101,13 @@ def share_of_harness(device: str, dtype: torch.dtype) -> float:
     return 1 - inside / (time.perf_counter() - began)
 
 
-def main() -> None:
-    """Run from the command line."""
+def main(argv: Sequence[str] = ()) -> list[str]:
+    """Measure and return the lines of a Markdown section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     lines = ["| nine strengths | set_adapters loop | shared batches | ratio |", "| --- | --- | --- | --- |"]
     with determinism():
@@ -127,10 +126,8 @@ def main() -> None:
         f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{platform.machine()}.",
     ]
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("# How fast a sweep is\n\n" + "\n".join(lines) + "\n")
+    return ["## How fast a sweep is", "", *lines]
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(main(sys.argv[1:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def measure(name: str) -> str:
     return f"| {name} | {form} | {timed.calls} | {timed.seconds * per_call:.1f} ms | {own * per_call:.1f} ms | {own / total:.0%} |"
 
 
-def main() -> list[str]:
+def main(argv: Sequence[str] = ()) -> list[str]:
     import torch
 
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +26,7 @@ def seconds(arguments: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> list[str]:
+def main(argv: Sequence[str] = ()) -> list[str]:
     measured = {name: median(seconds(arguments) for _ in range(5)) for name, arguments in WORK.items()}
     torch = measured["`import torch`"]
     rows = [f"| {name} | {value:.2f} s | {value / torch:.2f} |" for name, value in measured.items()]

@@ -31,6 +31,21 @@ def call_limit(channel: Channel, seconds: float) -> Limit:
 
 
 @contextmanager
+def limited(seconds: float, what: str) -> Iterator[None]:
+    """Run one call of a subject in this process: a hang or an attempt to exit becomes a RuntimeError.
+
+    Only Python code can be interrupted here; the checks run in child processes, which can be killed.
+    """
+    try:
+        with _alarm(seconds):
+            yield
+    except TimeLimitExceeded as late:
+        raise RuntimeError(f"{what}: {late}") from None
+    except (SystemExit, GeneratorExit) as leaving:
+        raise RuntimeError(f"{what}: raised {type(leaving).__name__}") from leaving
+
+
+@contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield

@@ -41,7 +41,7 @@ def command(
     """
     from harness.checks.run import Limits
     from harness.power.cases import broken_cases, correct_cases
-    from harness.power.measure import Result, measure
+    from harness.power.measure import measure
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 

@@ -52,6 +52,14 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 @click.option("--size", type=click.IntRange(8), help="Width and height in pixels.  [default: the pipeline's own]")
 @click.option("--batch", type=click.IntRange(1), help="Pictures per batch.")
 @click.option("--quick", is_flag=True, help="One denoiser call per prompt and seed instead of pictures.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Limit for one load of the LoRA.",
+)
 @click.option("--allow-download", is_flag=True, help="Let --pipeline be a hub id.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out/sweep"), show_default=True
@@ -102,6 +110,7 @@ def sweep_into(
         on_record=lambda row: writer.write(SweepRecord.model_validate(row)),
         **options,
     )
-    verdicts = excuse_images(result.verdicts, known)
+    told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
+    verdicts = excuse_images(told, known)
     writer.write(*verdicts)
     return verdicts

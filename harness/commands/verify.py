@@ -44,7 +44,7 @@ def command(
         options = {"strength": strength, "lora_alpha": lora_alpha, "full": full}
         report = verify_merge(base, merged, lora, on_module=on_module, **options)  # type: ignore[arg-type]
     _write_json(report) if as_json else _print(report)
-    sys.exit(0 if report.ok else 1)
+    sys.exit(report.exit_code)
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def _write_json(report: MergeReport) -> None:
 
     with RunWriter(None, new_header(), echo=sys.stdout) as writer:
         writer.write(*report.verdicts)
-        writer.exit_code = 0 if report.ok else 1
+        writer.exit_code = report.exit_code
 
 
 def _print(report: MergeReport) -> None:

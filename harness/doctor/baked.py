@@ -79,23 +79,29 @@ def measure(layer: Layer, expected: float) -> Baked:
 def measure_fully(layer: Layer, expected: float) -> Baked:
     """Measure one layer from all its rows: the scale from the sample, the effect and what is unmerged from everything.
 
-    A chunk of rows counts as unmerged where not one element changed and a hundred should have.
+    A run of rows counts as unmerged where not one element changed and a hundred should have.
     """
-    found = measure(layer, expected)
-    chunks = list(layer.stream())
-    likely = found.changed * layer.columns
-    still = [(c.start, c.stop) for c in chunks if not c.changed and c.product and likely * (c.stop - c.start) > 100]
-    overlap, product = math.fsum(c.overlap for c in chunks), math.fsum(c.product for c in chunks)
+    found, sums = measure(layer, expected), layer.stream()
     whole = replace(found, elements=layer.rows * layer.columns)
+    if found.state == "not merged" and sums.changed.any():
+        whole = replace(whole, state="mixed")
     if found.state not in ("merged", "partly"):
-        whole = (
-            replace(whole, state="mixed") if found.state == "not merged" and any(c.changed for c in chunks) else whole
-        )
-        return replace(whole, overlap=overlap, product=product)
-    merged = [c for c in chunks if c.changed or (c.start, c.stop) not in still]
-    overlap, product = math.fsum(c.overlap for c in merged), math.fsum(c.product for c in merged)
+        return replace(whole, overlap=float(sums.overlap.sum()), product=float(sums.product.sum()))
+    least = 100 / max(found.changed * layer.columns, 1e-9)
+    strong = sums.product > 0.25 * np.median(sums.product)  # a row of weak updates may well be rounded away as a whole
+    still = [run for run in _runs(~sums.changed & strong) if run[1] - run[0] > least]
     rows = joined([*found.unmerged, *still])
+    kept = np.ones(layer.rows, bool)
+    for start, stop in rows:
+        kept[start:stop] = False
+    overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
     return replace(whole, state="partly" if rows else "merged", overlap=overlap, product=product, unmerged=rows)
+
+
+def _runs(flags: Flags) -> list[tuple[int, int]]:
+    """Return the (start, stop) of every run of True."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def _voted(sample: Sample, window: tuple[float, float] | None = None) -> Vote:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
+_FEW_BYTES = 1 << 19
 _DTYPES = {
     "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _MODEL_FOLDERS = ("transformer", "unet")
 _MAX_INDEX_BYTES = 50_000_000
@@ -39,6 +43,7 @@ class Checkpoint:
     files: Mapping[str, SafetensorsFile]
     prefix: str = ""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+    _streams: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -81,19 +86,52 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions.
 
+        A few rows are read as bytes, because a page fault in a mapped file brings in megabytes around it.
+
         Raises:
             LoraFileError: the file changed since its header was read, or this torch does not know its dtype.
         """
         key = self.names[name]
         path = self.files[key].path
         try:
-            if path not in self._handles:
-                self._handles[path] = safe_open(str(path), framework="pt")
-            handle = self._handles[path]
-            part: Tensor = handle.get_slice(key)[start:stop] if self.info(name).shape else handle.get_tensor(key)
-        except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
+            part = self._few(name, start, stop)
+            if part is None:
+                part = self._mapped(path).get_slice(key)[start:stop]
+        except (SafetensorError, OSError, RuntimeError, AttributeError, ValueError) as error:
             raise LoraFileError(path, f"cannot be read ({printable(error)})", key=printable(key)) from error
         return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
+
+    def _mapped(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = safe_open(str(path), framework="pt")
+        return self._handles[path]
+
+    def _few(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Return rows read as bytes; None when they are many."""
+        import torch
+
+        info, kind = self.info(name), getattr(torch, self.dtype(name), None)
+        rows = info.shape[0] if info.shape else 1
+        width = (info.end - info.start) // max(rows, 1)
+        size = (min(stop, rows) - start) * width
+        if kind is None or not 0 < size <= _FEW_BYTES or not hasattr(os, "pread"):
+            return None
+        raw = os.pread(self._descriptor(name), size, info.start + start * width)
+        if len(raw) < size:
+            raise ValueError("the file is shorter than it was")
+        return torch.frombuffer(bytearray(raw), dtype=kind).reshape(-1, *info.shape[1:])
+
+    def __del__(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def _descriptor(self, name: str) -> int:
+        path = self.files[self.names[name]].path
+        if path not in self._streams:
+            self._streams[path] = path.open("rb", buffering=0)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._streams[path].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return self._streams[path].fileno()
 
 
 def _weight_files(path: Path) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,13 +46,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sums:
-    """<ΔW, BA>, <BA, BA> and whether anything changed, of one chunk of rows."""
+    """<ΔW, BA> and <BA, BA> of every row, and whether it changed."""
 
-    start: int
-    stop: int
-    overlap: float
-    product: float
-    changed: bool
+    overlap: Array
+    product: Array
+    changed: np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,8 @@ class Layer:
         shape = base.info(tensor).shape
         rows, columns = shape[0], base.info(tensor).elements // max(shape[0], 1)
         turned = bool(adapter.config.get("fan_in_fan_out")) or adapter.modules[module].variant == "embedding"
+        if adapter.format == "xlabs" and len(b) < rows:  # it adapts the first rows of FLUX's `linear1`, q, k and v
+            b = torch.nn.functional.pad(b, (0, 0, 0, rows - len(b)))
         fits, fits_turned = (rows, columns) == (len(b), a.shape[1]), (rows, columns) == (a.shape[1], len(b))
         if fits_turned and (turned or not fits):
             a, b = b.t(), a.t()
@@ -127,19 +126,21 @@ class Layer:
         coarse = UNIT_ROUNDOFF["bfloat16"]
         return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
 
-    def stream(self) -> Iterator[Sums]:
+    def stream(self) -> Sums:
         """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed."""
-        native = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        right, gram = self.right.to(native).t(), _gram(self.right)
         step = max(1, _CHUNK_BYTES // (2 * self.columns))
-        for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
-            before, after = (store.rows(self.tensor, start, stop) for store in (self.base, self.merged))
-            seen = (after.to(native) - before.to(native)) @ right
-            left = self.left[start:stop].float()
-            overlap = float((seen.float() * left).sum(dtype=torch.float64))
-            product = float((_gram(left.t()) * gram).sum())
-            yield Sums(start, stop, overlap, product, bool(seen.any()))
+        starts = range(0, self.rows, step)
+        seen = torch.cat([self._seen(start, min(start + step, self.rows)) for start in starts])
+        left, gram = self.left.float(), self.right.float() @ self.right.float().t()
+        overlap = torch.linalg.vecdot(seen, left)
+        product = torch.linalg.vecdot(left @ gram, left)
+        return Sums(overlap.double().numpy(), product.double().numpy(), seen.any(1).numpy())
+
+    def _seen(self, start: int, stop: int) -> Tensor:
+        """Return ΔW A^T: [rows, r] in float32 for some rows."""
+        native = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        before, after = (store.rows(self.tensor, start, stop).to(native) for store in (self.base, self.merged))
+        return ((after - before) @ self.right.to(native).t()).float()
 
 
 def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
@@ -147,11 +148,6 @@ def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
     first, end = rows * block // blocks, rows * (block + 1) // blocks
     start = first + max(0, (end - first - count) // 2)
     return start, min(start + count, end)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    wide = rows.float()
-    return (wide @ wide.t()).double()
 
 
 def _name(dtype: torch.dtype) -> str:

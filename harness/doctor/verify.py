@@ -35,8 +35,13 @@ class MergeReport:
 
     @property
     def ok(self) -> bool:
-        """True when the merge is base + strength * alpha / rank * B @ A and nothing else."""
-        return self.overall.ok
+        """True when the merge is base + strength * alpha / rank * B @ A and nothing else, as far as it can be seen."""
+        return self.overall.outcome == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """0 right, 1 wrong, 2 when not one module could be measured."""
+        return {"passed": 0, "failed": 1}.get(self.overall.outcome, 2)
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harness.checks.limit import limited
 from harness.images.factor import Estimate, estimate
 from harness.images.pipelines import OpenPipeline, quiet
 from harness.images.reference import Reference, open_lora
@@ -27,7 +28,7 @@ _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines a
 class Studio:
     """Takes the pictures of a sweep; references are drawn once per strength and kept.
 
-    `step` is called with a short text before every strength that is drawn.
+    `step` is called with a short text before every strength that is drawn; `seconds` limits one load of the subject.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Studio:
         *,
         quick: bool = False,
         batch: int = 24,
+        seconds: float = 300.0,
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.opened, self.lora, self.quick, self.step = opened, lora, quick, step
+        self.opened, self.lora, self.quick, self.step, self.seconds = opened, lora, quick, step, seconds
         self.adapter = open_lora(lora, opened)
         self._reference = Reference(opened, self.adapter)
         self.sampler = Sampler(opened, pairs, batch=batch)
@@ -103,7 +105,7 @@ class Studio:
         """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
         self.step(f"{subject.spec} at {strength:g}")
         model = self.opened.fresh()
-        with quiet():
+        with quiet(), limited(self.seconds, "load"):
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 

@@ -20,7 +20,7 @@ from harness.images.studio import Studio
 from harness.loaders.protocol import Subject
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-_BATCH = {True: 24, False: 1}  # pictures per call: the tiny pipeline (measured: image_sweep.md), anything else
+_BATCH = {True: 24, False: 1}  # pictures per call: the tiny pipeline (measured: benchmarks/results.md), anything else
 
 
 def run_sweep(
@@ -42,6 +42,7 @@ def run_sweep(
     size: int | None = None,
     offload: Offload = "none",
     allow_download: bool = False,
+    time_limit: float = 300.0,
 ) -> SweepResult:
     """Draw `subject` at every strength in `alphas` and judge its pictures against the reference's.
 
@@ -49,6 +50,7 @@ def run_sweep(
     rank 8, alpha 16, in a format the loader declares). Every prompt is drawn with every seed. `quick` compares one
     denoiser call instead of pictures. Pictures are saved as PNG under `out`/images. `on_record` gets each row as soon
     as it is measured, so that they survive an error later on. An open pipeline brings its own device, dtype, steps.
+    `time_limit` is in seconds, for one load of the subject, which runs in this process.
 
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
@@ -63,7 +65,8 @@ def run_sweep(
     pairs = [Pair(prompt, seed) for prompt in (opened.prompts if prompts is None else prompts) for seed in seeds]
     lora = lora or _default_lora(subject, opened)
     with determinism() as flags, _progress(progress, 2 * len(strengths) + 10) as step:
-        studio = Studio(opened, lora, pairs, quick=quick, batch=batch or _BATCH[opened.words is not None], step=step)
+        size_of_batch = batch or _BATCH[opened.words is not None]
+        studio = Studio(opened, lora, pairs, quick=quick, batch=size_of_batch, seconds=time_limit, step=step)
         environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": studio.sampler.batch}
         result = Recorder(studio, subject, out, on_record, environment).run(strengths)
     if result.judgement is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from fixtures.build_malformed import CASES, FILE_CASES, build
 from harness.commands.audit import command
 from harness.doctor import audit_row, audit_work
 from harness.doctor.audit import audit_files
@@ -119,6 +120,21 @@ def test_a_file_that_hangs_or_eats_memory_or_kills_is_one_row(library: Path, mon
     assert "SIGABRT" in said["b.safetensors"]
     assert "256 MiB" in said["c.safetensors"]
     assert rows[-1].format == "peft"
+
+
+def test_every_malformed_file_is_one_row_that_can_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    for case in CASES:
+        build(case, folder)
+    rows = audit_files([folder], workers=1, seconds=20)
+    assert len(rows) == len(CASES)
+    unread = {case.name for case in FILE_CASES if case.code == "LH799"}
+    found = {Path(row.path).relative_to(folder).parts[0] for row in rows if "LH799" in row.codes}
+    assert unread <= found
+    for suffix in (".jsonl", ".csv", ".html"):
+        text = write_rows(tmp_path / f"rows{suffix}", rows).read_text()
+        assert not any(character in text for character in "\x1b\x00\u202e")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

@@ -443,3 +443,60 @@ def test_laws_that_the_file_cannot_tell_apart_are_ambiguous() -> None:
     assert code is None
     assert law.ambiguous
     assert "strength" in law.alternatives
+
+
+DTYPE = st.sampled_from(DTYPES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=DTYPE,
+    lora_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shape=st.tuples(*[st.sampled_from([16, 48, 144, 320])] * 2),
+    rank=st.integers(1, 16),
+    alpha=st.sampled_from([0.5, 3.7, 7.0, 16.0]),
+    size=st.floats(-1.5, 0.5),
+    strength=st.sampled_from([1.0, 0.7, -0.5]),
+    error=st.sampled_from([1.0, 1.03, 0.5, 3.0]),
+    merge=st.sampled_from([rounded_once, delta_rounded_too]),
+    full=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_right_merge_passes_and_any_wrong_scale_fails(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    shape: tuple[int, int],
+    rank: int,
+    alpha: float,
+    size: float,
+    strength: float,
+    error: float,
+    merge: Merge,
+    full: bool,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    torch.manual_seed(seed)
+    base = {"layer.weight": (torch.randn(*shape) * 0.02).to(dtype)}
+    drawn = weights(*shape, rank, alpha, seed, 10**size)
+    lora = {"layer": LoraWeights(drawn.a.to(lora_dtype), drawn.b.to(lora_dtype), alpha)}
+    save_file(base, folder / "base.safetensors")
+    write_lora(folder / "lora.safetensors", "diffsynth", lora)
+    wide = {"layer": LoraWeights(lora["layer"].a.float(), lora["layer"].b.float(), alpha)}
+    merged = Case(folder, base, wide).merged(merge, lambda w: error * strength * trained(w))
+    report = Case(folder, base, lora).verify(merged, strength=strength, full=full)
+    assert report.ok == (error == 1.0), report.overall.text()
+
+
+def test_a_merge_of_which_nothing_can_be_measured_is_no_pass(tmp_path: Path) -> None:
+    save_file({"layer.weight": torch.ones(8, 8)}, tmp_path / "base.safetensors")
+    dora = {
+        "layer.lora_A.weight": torch.ones(2, 8),
+        "layer.lora_B.weight": torch.ones(8, 2),
+        "layer.dora_scale": torch.ones(8, 1),
+    }
+    save_file(dora, tmp_path / "lora.safetensors")
+    paths = [tmp_path / name for name in ("base.safetensors", "base.safetensors", "lora.safetensors")]
+    report = verify_merge(*paths)
+    assert (report.ok, report.exit_code, report.overall.outcome) == (False, 2, "skipped")
