@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.commands import options as shared
+
+if TYPE_CHECKING:
+    from harness.checks.verdict import Verdict
 
 
 @click.command(
@@ -26,7 +29,7 @@ from harness.commands import options as shared
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
-def command(loaders: tuple[str, ...], seed: int, max_examples: int, **options: Any) -> None:
+def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **options: Any) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
     LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
@@ -40,19 +43,23 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int, **options: A
     from harness.report.terminal import print_verdicts
 
     as_json, formats, benches = options.pop("as_json"), options.pop("formats"), options.pop("benches")
-    limits = Limits(options.pop("time_limit"), workers=shared.worker_count(options.pop("workers")))
-    known = shared.known_failures(options.pop("known_failures"))
-    plan = Plan(max_examples, seed, shared.pins_of(options, seed), tuple(known))
-    cells, skipped = [], []
-    for spec in loaders:
-        found, missing = cells_of(resolve(spec), formats or None, benches or None)
-        cells += found
-        skipped += missing
+    seconds, workers = options.pop("time_limit"), shared.worker_count(options.pop("workers"))
+    known = tuple(shared.known_failures(options.pop("known_failures")))
+    pins = shared.pins_of(options, seed)
+    work = [(spec, *cells_of(resolve(spec), formats or None, benches or None)) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
-    with RunWriter(None, header, echo=sys.stdout if as_json else None) as writer:
-        writer.write(*skipped)
-        with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
-            verdicts = skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
+    verdicts: list[Verdict] = []
+    with (
+        RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
+        shared.cell_progress(
+            [cell for _, cells, _ in work for cell in cells], quiet=shared.quiet_on(as_json)
+        ) as advance,
+    ):
+        for spec, cells, skipped in work:
+            plan = Plan(max_examples or shared.default_examples(spec), seed, pins, known)
+            limits = Limits(seconds or shared.default_seconds(spec), workers=workers)
+            writer.write(*skipped)
+            verdicts += skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
     if not as_json:
         print_verdicts(verdicts)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

@@ -23,17 +23,13 @@ seed_option = click.option(
 examples_option = click.option(
     "--max-examples",
     type=click.IntRange(1),
-    default=200,
-    show_default=True,
-    help="Random examples per format and bench.",
+    help="Random examples per format and bench.  [default: 200; 10 for cmd: loaders, which start a process each time]",
 )
 limit_option = click.option(
     "--time-limit",
     type=click.FloatRange(min=0.0, min_open=True),
-    default=20.0,
-    show_default=True,
     metavar="SECONDS",
-    help="Limit for one call of a loader.",
+    help="Limit for one call of a loader.  [default: 20; 120 for cmd: loaders]",
 )
 workers_option = click.option(
     "-j",
@@ -42,6 +38,16 @@ workers_option = click.option(
     default=None,
     help="Child processes at once (0: in this process; default: cores).",
 )
+
+
+def default_seconds(spec: str) -> float:
+    """Return the time limit of one call when nobody says."""
+    return 120.0 if spec.startswith("cmd:") else 20.0
+
+
+def default_examples(spec: str) -> int:
+    """Return how many random examples a loader gets per cell when nobody says."""
+    return 10 if spec.startswith("cmd:") else 200
 
 
 def worker_count(given: int | None) -> int:

@@ -72,7 +72,7 @@ def _check(
 
     known = tuple(shared.known_failures(options["known_failures"]))
     plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=known)
-    limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
+    limits = Limits(options["time_limit"] or 20.0, workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
     for name in loaders:
         found, skipped = cells_of(resolve(name))

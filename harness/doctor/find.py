@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 
 _SUFFIX = ".safetensors"
+_PICKLED = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Found]:
     is_peft = {CONFIG_NAME, WEIGHTS_NAME} <= names
     if is_peft:
         yield _checked(folder / WEIGHTS_NAME, folder, root)
+    elif _PICKLED in names:
+        yield Found(str(folder))  # never opened; its row says so
     for entry in entries:
         taken = is_peft and entry.name == WEIGHTS_NAME
         if entry.name.endswith(_SUFFIX) and not entry.is_dir(follow_symlinks=False) and not taken:

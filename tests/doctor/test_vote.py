@@ -1,0 +1,99 @@
+"""Intervals always hold the true scale, and a verdict follows from them for any shape and dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from harness.doctor.baked_law import ScaleFound, name_law
+from harness.doctor.vote import bounds, half_step, vote, vote_within
+from harness.files import LoraWeights, write_lora
+from tests.doctor.merging import (
+    DTYPES,
+    Case,
+    Merge,
+    delta_rounded_too,
+    rounded_once,
+    trained,
+    weights,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]),
+    exponent=st.floats(-3, 2),
+    scale=st.floats(0.05, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_the_true_scale_is_always_inside_every_interval(dtype: str, exponent: float, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    kind = getattr(torch, dtype)
+    base = (torch.randn(2000) * 0.05).to(kind).float()
+    product = torch.randn(2000) * 0.05 * 10**exponent
+    merged = (base.double() + scale * product.double()).float().clamp(-400, 400).to(kind).float()
+    inside = (base + scale * product).abs() < 400
+    arrays = [x[inside].numpy() for x in (base, product, merged)]
+    low, high = bounds(arrays[2] - arrays[0], arrays[1], half_step(arrays[2], dtype))
+    slack = 1e-5 * (1 + np.abs(low) + np.abs(high))
+    assert np.all((low - slack <= scale) & (scale <= high + slack))
+    window = (scale - 1.0, scale + 1.0)
+    narrow = vote_within(low.copy(), high.copy(), window)
+    assert vote(low, high).coverage > 0.999
+    assert narrow.low - 1e-4 <= scale <= narrow.high + 1e-4
+
+
+def test_laws_that_the_file_cannot_tell_apart_are_ambiguous() -> None:
+    found = [ScaleFound("a", 1.0, 1e-3, 1.0, 8.0, 8)]
+    law, code = name_law(found)
+    assert code is None
+    assert law.ambiguous
+    assert "strength" in law.alternatives
+
+
+DTYPE = st.sampled_from(DTYPES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=DTYPE,
+    lora_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shape=st.tuples(*[st.sampled_from([16, 48, 144, 320])] * 2),
+    rank=st.integers(1, 16),
+    alpha=st.sampled_from([0.5, 3.7, 7.0, 16.0]),
+    size=st.floats(-1.5, 0.5),
+    strength=st.sampled_from([1.0, 0.7, -0.5]),
+    error=st.sampled_from([1.0, 1.03, 0.5, 3.0]),
+    merge=st.sampled_from([rounded_once, delta_rounded_too]),
+    full=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_right_merge_passes_and_any_wrong_scale_fails(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    shape: tuple[int, int],
+    rank: int,
+    alpha: float,
+    size: float,
+    strength: float,
+    error: float,
+    merge: Merge,
+    full: bool,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    torch.manual_seed(seed)
+    base = {"layer.weight": (torch.randn(*shape) * 0.02).to(dtype)}
+    drawn = weights(*shape, rank, alpha, seed, 10**size)
+    lora = {"layer": LoraWeights(drawn.a.to(lora_dtype), drawn.b.to(lora_dtype), alpha)}
+    save_file(base, folder / "base.safetensors")
+    write_lora(folder / "lora.safetensors", "diffsynth", lora)
+    wide = {"layer": LoraWeights(lora["layer"].a.float(), lora["layer"].b.float(), alpha)}
+    merged = Case(folder, base, wide).merged(merge, lambda w: error * strength * trained(w))
+    report = Case(folder, base, lora).verify(merged, strength=strength, full=full)
+    assert report.ok == (error == 1.0), report.overall.text()
