@@ -216,13 +216,13 @@ def sparse(path: Path, keys: Sequence[str], shape: tuple[int, int]) -> None:
 
 
 def sections(seed: int, is_large: bool) -> Iterator[list[str]]:
+    if is_large:  # first, because the peak memory is that of the whole process
+        with tempfile.TemporaryDirectory() as name:
+            yield ["### A checkpoint of the 40 GB class", "", *large(Path(name))]
     yield ["### Energies: ||ΔW|| and every singular value of one file", "", *energies(seed)]
     yield ["### Verify", "", *verification(), *accuracy()]
     with tempfile.TemporaryDirectory() as name:
         yield ["### Headers", "", *headers(Path(name))]
-    if is_large:
-        with tempfile.TemporaryDirectory() as name:
-            yield ["### A checkpoint of the 40 GB class", "", *large(Path(name))]
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:

@@ -122,7 +122,7 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
 
 def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
     """Return the random examples of the cell."""
-    missing = FORMATS[cell.format].alpha[0] != "config"
+    missing = FORMATS[cell.format].alpha[0] in ("tensor", "header")
     return lora_examples(cell.bench.lora_layers, missing_alpha=missing, max_layers=plan.max_layers, dtypes=plan.dtypes)
 
 

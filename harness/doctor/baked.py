@@ -17,8 +17,8 @@ State = Literal[
 ]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
-_FIRST, _MOST = 16_000, 400_000  # elements sampled at first, and at most where their answer is too vague
-_VAGUE = 0.01  # relative width of the interval that calls for more rows
+# Elements sampled, and the relative width of the interval at which that is enough
+_SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
 _EXPLAINED = 0.97
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
 _MISSED = 5  # elements that should have changed and did not
@@ -64,15 +64,16 @@ def measure(layer: Layer, expected: float) -> Baked:
     `expected` is the scale it should have: with it an unchanged layer shows whether nothing was merged, and a layer
     that was merged and rounded twice can be told from one that was changed by something else.
     """
-    sample = layer.sample(_FIRST)
-    if not np.isfinite(sample.change).all():
-        return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
-    found = _voted(sample)
-    told = sample.changed.any() or found.low <= expected <= found.high
-    if told and found.width > _VAGUE * abs(found.scale) and layer.rows * layer.columns > sample.product.size:
-        window = (found.low - found.width, found.high + found.width)
-        sample = layer.sample(_MOST)
+    window = None
+    for elements, enough in _SAMPLES:
+        sample = layer.sample(elements)
+        if not np.isfinite(sample.change).all():
+            return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
         found = _voted(sample, window)
+        told = sample.changed.any() or found.low <= expected <= found.high
+        if not told or found.width <= enough * abs(found.scale) or sample.product.size >= layer.rows * layer.columns:
+            break
+        window = (found.low - found.width, found.high + found.width)
     return judge(sample, found, expected)
 
 
