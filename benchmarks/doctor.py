@@ -182,7 +182,7 @@ def opened(file: Path) -> list[object]:
         return [stream.get_slice(key).get_shape() for key in stream.keys()]  # noqa: SIM118  # no mapping
 
 
-def large(folder: Path, shards: int = 10, layers: int = 53) -> list[str]:
+def large(folder: Path, shards: int = 10, layers: int = 53, full: bool = False) -> list[str]:
     """Verify a sparse checkpoint of the 40 GB class: 530 layers of 12288 x 3072 in bf16, ten shards."""
     names = [f"blocks.{number}.up" for number in range(shards * layers)]
     for kind in ("base", "merged"):
@@ -196,7 +196,7 @@ def large(folder: Path, shards: int = 10, layers: int = 53) -> list[str]:
     pair = LoraWeights(torch.randn(4, 3072).bfloat16(), torch.randn(12288, 4).bfloat16(), 2.0)
     lora = write_lora(folder / "lora", "diffsynth", dict.fromkeys(names, pair))
     began = time.perf_counter()
-    verify_merge(folder / "base", folder / "merged", lora)
+    verify_merge(folder / "base", folder / "merged", lora, full=full)
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     row = [f"{len(names) * 12288 * 3072 * 2 / GIGA:.0f} + the same", str(len(names)), f"{seconds:.1f}", f"{peak:.0f}"]

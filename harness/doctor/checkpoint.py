@@ -101,6 +101,10 @@ class Checkpoint:
             raise LoraFileError(path, f"cannot be read ({printable(error)})", key=printable(key)) from error
         return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
 
+    def release(self) -> None:
+        """Unmap the files, so that what was read of them no longer counts as memory of this process."""
+        self._handles.clear()
+
     def _mapped(self, path: Path) -> Any:
         if path not in self._handles:
             self._handles[path] = safe_open(str(path), framework="pt")

@@ -102,6 +102,8 @@ def _module(
         shape = "x".join(map(str, stores[0].info(tensor).shape))
         return Module(wanted, tensor, None, f"B @ A does not fit the weight [{shape}]")
     baked = (measure_fully if full else measure)(layer, wanted.expected)
+    for store in stores:
+        store.release()
     return Module(_found(wanted, baked, layer), tensor, baked, dtype=layer.dtype)
 
 
