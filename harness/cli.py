@@ -17,8 +17,12 @@ COMMANDS = {
     "check": "Check loaders: does strength * alpha / rank * B @ A reach the model? Which law instead?",
     "sweep": "Make images across strengths and judge them: as trained, wrong strength, noise.",
     "inspect": "Say what is in a LoRA file: format, rank, alpha, hazards, the strength to pass.",
+    "verify": "Say which scale was really merged into a checkpoint: base, merged file and LoRA in.",
+    "audit": "Read a whole library of LoRA files: one row each.",
+    "repair": "Write a new LoRA file whose scale every reader agrees on.",
     "report": "Write the HTML report from recorded runs.",
     "history": "Show what changed between recorded runs.",
+    "selftest": "Check the checks: broken loaders must be found and named, right ones never blamed.",
     "explain": "Say what a code means and how to fix it.",
     "loaders": "List the loaders that can be checked here.",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hypothesis.strategies import SearchStrategy
@@ -164,12 +164,24 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
     by_law = bool(diagnosis.law and not diagnosis.law.is_trained and not unloaded)
     if code in ("LH101", "LH102") and (by_law or ("LH209" in found and not unloaded and not silent)):
         return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
+    if "LH104" in found and code in ("LH101", "LH102", "LH301", "LH304", "LH501"):
+        return True  # what one layer lacks, another has on top of its own
+    if code in _RESIDUAL and _rarer(code, result.counts):
+        return True
     if code == "LH101":
         return "LH102" in found and len(unloaded) < len({p.module for p in result.probes})
     if code != "LH209":
         return False
     unnamed = diagnosis.code is None and "LH501" in found
     return unnamed or (silent and not by_law and not found.keys().isdisjoint(("LH101", "LH102")))
+
+
+_RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
+
+
+def _rarer(code: str, counts: Mapping[str, int]) -> bool:
+    """Whether another size of the unexplained change is seen at least three times as often."""
+    return 3 * counts.get(code, 0) <= max(counts.get(other, 0) for other in _RESIDUAL)
 
 
 def _unloaded(probes: Sequence[Probe]) -> set[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
-from harness.measure.compare import Fit, alignment
+from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
 _ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
@@ -23,7 +23,18 @@ def check_direction(observation: Observation) -> list[Finding]:
         code = _fault(observation, name, fits)
         if code:
             by_code.setdefault(code, []).append(name)
-    return [_finding(code, observation, names) for code, names in by_code.items()]
+    found = [_finding(code, observation, names) for code, names in by_code.items()]
+    if "LH104" not in by_code and (others := misplaced(observation)):
+        fact = f"{len(others)} layers outside the file changed along a B @ A of the file, first {others[0]}"
+        found.append(Finding("LH104", observation, fact=fact))
+    return found
+
+
+def misplaced(observation: Observation) -> list[str]:
+    """Return the layers outside the file that changed along the B @ A of a module of the file."""
+    outside = [name for name in observation.changes if name not in observation.fits]
+    changes = observation.changes
+    return [n for n in outside if any(_same(changes[n], product) for product in observation.products.values())]
 
 
 def wrong_direction(fit: Fit) -> bool:
@@ -50,11 +61,24 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | 
         return "LH301"
     if any(_aligned(change, other) for other in _others(observation, name)):
         return "LH104"
+    if _rows_moved(change, product):
+        return "LH302" if slices else "LH301"
     return "LH301" if whole.relative_residual > _ALIGNED else "LH304"
+
+
+def _same(change: Tensor, product: Tensor) -> bool:
+    return change.shape == product.shape and _aligned(change, product)
 
 
 def _aligned(change: Tensor, candidate: Tensor) -> bool:
     return abs(alignment(change, candidate)) > _ALIGNED
+
+
+def _rows_moved(change: Tensor, product: Tensor) -> bool:
+    """Whether each row of the change is some row of B @ A, times one factor."""
+    scaled = change.double() * (norm(product) / norm(change))
+    nearest = min(norm(torch.cdist(sign * scaled, product.double()).amin(1)) for sign in (1, -1))
+    return nearest <= _ROUNDING_LIKE * norm(product)
 
 
 def _others(observation: Observation, name: str) -> Iterator[Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from harness.checks.direction import wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
+from harness.measure.compare import Fit
 
 
 def check_numerics(observation: Observation) -> list[Finding]:
@@ -14,6 +17,7 @@ def check_numerics(observation: Observation) -> list[Finding]:
         return [Finding("LH502", observation, observation.not_finite, fact)]
     fits = {name: parts[0] for name, parts in observation.fits.items()}
     coarse = [n for n, f in fits.items() if not (f.unchanged or f.direction_right or wrong_direction(f))]
+    coarse = [n for n in coarse if not _by_slices(observation.fits[n][1:])]
     if not coarse:
         return []
     coarse.sort(key=lambda name: -fits[name].residual / fits[name].tolerance.noise)
@@ -22,3 +26,8 @@ def check_numerics(observation: Observation) -> list[Finding]:
     allowed = f"{times:.0f} times what {worst.tolerance.dtype} rounding allows"
     fact = f"residual {worst.relative_residual:.1e} of the change, {allowed}"
     return [Finding("LH501", observation, tuple(coarse), fact)]
+
+
+def _by_slices(slices: Sequence[Fit]) -> bool:
+    """Whether a merged layer is right slice by slice, each with a scale of its own: then the scale is at fault."""
+    return len(slices) > 0 and all(f.direction_right for f in slices)

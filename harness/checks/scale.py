@@ -10,6 +10,7 @@ from harness.benches import Bench
 from harness.checks.direction import wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
+from harness.measure.compare import Fit
 from harness.measure.law import Law, identify
 from harness.measure.probes import Probe
 from harness.measure.traits import TRAITS, common_trait
@@ -37,7 +38,7 @@ def check_scale(observation: Observation, *, zero_alpha_ambiguous: bool = False)
     strength, wrong = observation.example.strength, []
     alphas = {t.name: t.alpha for t in observation.example.targets}
     for name, fits in observation.fits.items():
-        if not fits[0].finite or wrong_direction(fits[0]) or all(f.scale_right for f in fits):
+        if not fits[0].finite or wrong_direction(fits[0]) or all(f.scale_right or f.blurred for f in fits[1:] or fits):
             continue
         if (
             zero_alpha_ambiguous
@@ -66,7 +67,7 @@ def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
             alphas,
             ranks,
             fits[0].scale,
-            fits[0].tolerance.scale,
+            _allowed(fits),
             dtype=example.dtype,
             square=bench.layers[name][0] == bench.layers[name][1],
             fused=len(fits) > 1,
@@ -75,6 +76,15 @@ def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
         for name, fits in observation.fits.items()
         if fits[0].finite and not wrong_direction(fits[0])
     ]
+
+
+def _allowed(fits: Sequence[Fit]) -> float:
+    """Return the tolerance of the whole layer's scale: at least the unexplained part, unless its slices explain it."""
+    whole, slices = fits[0], fits[1:]
+    explained = whole.direction_right or (slices and all(f.direction_right for f in slices))
+    if explained or not whole.product:
+        return whole.tolerance.scale
+    return max(whole.tolerance.scale, whole.residual / whole.product)
 
 
 def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagnosis:
@@ -95,7 +105,8 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     in_order = [p for p in usable if not p.permuted]
     if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
         usable, wrong = in_order, [p for p in in_order if not p.right]
-    for trait, part in _parts(usable, wrong):
+    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)  # then coverage speaks, and zeros fit many laws
+    for trait, part in () if silent else _parts(usable, wrong):
         law = identify(part)
         if law is not None and not law.is_trained:
             return Diagnosis(law, _code_under(trait, code_of(law, fused_only=all(p.fused for p in part))), trait)
@@ -114,6 +125,8 @@ _ALPHA_VALUES = ("negative alpha", "alpha = 0", "fractional alpha", "0 < alpha <
 
 
 def _code_under(trait: str, code: str) -> str:
+    if "strength" in trait:
+        return "LH207"
     return "LH205" if code == "LH202" and trait in _ALPHA_VALUES else code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.checks.direction import misplaced
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
 from harness.measure.compare import Fit
@@ -10,7 +11,7 @@ from harness.measure.compare import Fit
 def check_side_effects(observation: Observation) -> list[Finding]:
     """LH401 when a layer outside the file changed, LH404 when the file did."""
     found = []
-    others = observation.others_changed
+    others = tuple(name for name in observation.others_changed if name not in misplaced(observation))
     if others:
         fact = f"{len(others)} layers or parameters outside the file changed, first {others[0]}"
         found.append(Finding("LH401", observation, others, fact))
@@ -21,6 +22,8 @@ def check_side_effects(observation: Observation) -> list[Finding]:
 
 def check_second_load(once: Observation, twice: Observation) -> list[Finding]:
     """LH402 when loading the same file twice gives neither the effect of one load nor double that in every module."""
+    if any(not fits[0].finite for fits in (*once.fits.values(), *twice.fits.values())):
+        return []  # LH502 says so already
     if once.raised or twice.raised:  # refusing a second load is a documented choice of several loaders
         return []
     for times in (1, 2):

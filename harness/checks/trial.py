@@ -164,7 +164,7 @@ def _observe(
     return Observation(
         example,
         fits,
-        {name: after[name] - before[name] for name in fits},
+        {name: after[name] - before[name] for name in (*fits, *changed)},
         {name: b.double() @ a.double() for name, (a, b) in factors.items()},
         changed + others,
         tuple(name for name in bench.layers if not bool(after[name].isfinite().all())),

@@ -60,7 +60,7 @@ def command(
     from harness.doctor.audit_out import write_rows
 
     known = _known(outs, resume)
-    sink = _Sink(outs, as_json)
+    sink = _Sink(outs)
     keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
     with _executor(dask) as executor, _progress(quiet=shared.quiet_on(as_json)) as progress, sink:
@@ -83,17 +83,16 @@ def command(
         )
     for out in outs:
         write_rows(out, rows)
-    if not as_json:
-        _print(rows, outs)
-    sys.exit(int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows)))
+    code = int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows))
+    _write_json(rows, code) if as_json else _print(rows, outs)
+    sys.exit(code)
 
 
 class _Sink:
-    """Rows as they come: to stdout with --json, and to a .jsonl file, so that a killed audit can be resumed."""
+    """Rows to the first .jsonl file as they come, so that a killed audit can be resumed."""
 
-    def __init__(self, outs: Sequence[Path], as_json: bool) -> None:
+    def __init__(self, outs: Sequence[Path]) -> None:
         self._path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
-        self._as_json = as_json
         self._file: Any = None
 
     def __enter__(self) -> _Sink:
@@ -103,12 +102,9 @@ class _Sink:
         return self
 
     def write(self, row: AuditRow) -> None:
-        line = row.model_dump_json() + "\n"
         if self._file:
-            self._file.write(line)
+            self._file.write(row.model_dump_json() + "\n")
             self._file.flush()
-        if self._as_json:
-            click.echo(line, nl=False)
 
     def __exit__(self, *_: object) -> None:
         if self._file:
@@ -156,6 +152,15 @@ def _progress(*, quiet: bool) -> Iterator[Progress]:
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=quiet, transient=True) as shown:
         yield shown
+
+
+def _write_json(rows: Sequence[AuditRow], code: int) -> None:
+    from harness.report.environment import new_header
+    from harness.report.records import RunWriter
+
+    with RunWriter(None, new_header(), echo=sys.stdout) as writer:
+        writer.write(*rows)
+        writer.exit_code = code
 
 
 def _print(rows: Sequence[AuditRow], outs: Sequence[Path]) -> None:

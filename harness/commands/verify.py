@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _SHOWN = 20
+_WIDTH = 180  # of what is piped into a file
 
 
 @click.command(
@@ -75,13 +76,13 @@ def _print(report: MergeReport) -> None:
 
     from harness.files.text import printable
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(Text(printable(report.overall.text().partition("\n")[0], 1000), style="bold"))
     for label, value in report.overall.rows:
         console.print(Text(f"  {label:<9}  {printable(value, 1000)}"))
     table = Table(box=None, padding=(0, 2))
     for column in ("module", "scale", "expected", "interval", "survived", "what"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     worst = sorted(report.modules, key=lambda verdict: verdict.ok)
     for verdict in worst[:_SHOWN]:
         cells = (_number(verdict.measured_scale), _number(verdict.expected_scale), _span(verdict.interval))

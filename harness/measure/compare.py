@@ -42,6 +42,11 @@ class Fit:
         return self.residual <= self.tolerance.noise
 
     @property
+    def blurred(self) -> bool:
+        """True when more is left unexplained than the scale is off by: the direction or the digits are at fault."""
+        return not self.direction_right and abs(self.scale - self.expected) * self.product <= self.residual
+
+    @property
     def unchanged(self) -> bool:
         """True when the module computes what it did before loading."""
         return self.change <= self.tolerance.noise

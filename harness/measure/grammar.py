@@ -35,6 +35,7 @@ STRENGTH = (
     Word("1", np.ones_like, 1, 0.0),
     Word("|{x}|", np.abs, 1),
     Word("max({x}, 0)", lambda u: np.maximum(u, 0.0), 1),
+    Word("(1 + {x})", lambda u: 1.0 + u, 2),
     Word("({x} or 1)", lambda u: np.where(u == 0, 1.0, u), 1),
     Word("min({x}, 1)", lambda u: np.minimum(u, 1.0), 1),
     Word("clamp({x}, 0, 1)", lambda u: np.clip(u, 0.0, 1.0), 1),

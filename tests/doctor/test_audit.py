@@ -202,7 +202,7 @@ def test_the_command_writes_every_format_and_exits_by_what_it_found(library: Pat
     assert all(out.stat().st_size for out in outs)
     again = CliRunner().invoke(command, [str(library / "a.safetensors"), "-j", "0", "--json"])
     assert again.exit_code == 0
-    assert json.loads(again.output)["kind"] == "file"
+    assert [json.loads(line)["kind"] for line in again.output.splitlines()] == ["header", "file", "footer"]
 
 
 def test_urls_need_an_allowed_scheme_and_only_the_header_is_fetched(library: Path) -> None:
@@ -244,6 +244,9 @@ def test_a_dask_worker_killed_half_way_loses_nothing(tmp_path: Path) -> None:
                 os.kill(victims.pop(), 9)
 
         rows = audit_files([tmp_path], executor=client.get_executor(retries=3), on_row=kill_one)
+        arguments = [str(tmp_path), "--dask", cluster.scheduler_address, "--json"]
+        again = CliRunner().invoke(command, arguments)
+    assert [again.exit_code, again.output.count('"kind":"file"')] == [0, 60]
     assert len(victims) == 1
     assert len(rows) == 60
     assert all(row.format == "kohya" and not row.hazards for row in rows)
