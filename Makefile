@@ -6,13 +6,16 @@ READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test lint bench clean
+.PHONY: report test test-slow lint bench clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
 
 test: $(READY)  ## all tests and the suite on the installed loaders
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## what takes longer: the power of the checks, the wheel, many workers
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -34,6 +34,7 @@ def reports() -> list[dict[str, Any]]:
     return tomllib.loads((fixtures_folder() / BROKEN / "index.toml").read_text(encoding="utf-8"))["report"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", turn(broken_cases(), 8), ids=lambda case: case.name)
 def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     (result,) = measure([case], max_examples=25, seeds=(), limits=Limits(seconds=5, workers=1))
@@ -41,6 +42,7 @@ def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     assert result.named, f"codes should be within {case.fault.codes}:\n{said}" if case.fault else said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", turn(correct_cases(), 4), ids=lambda case: case.name)
 def test_a_right_loader_is_never_blamed(case: Case) -> None:
     (result,) = measure(

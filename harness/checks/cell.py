@@ -112,6 +112,7 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
     found = search(cell, strategy, max_examples=plan.max_examples, base_seed=plan.seed)
     for code, finding in found.findings.items():
         result.findings.setdefault(code, finding)
+        result.counts[code] = result.counts.get(code, 0) + found.counts[code]
     if plan.shrink:
         found_first = result.findings.items()
         result.findings = {code: shrink(cell, strategy, f, base_seed=plan.seed) for code, f in found_first}
@@ -142,9 +143,8 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
-    for finding in result.findings.values():
-        if _said_by_another(finding.code, result, diagnosis):
-            continue
+    speaking = [f for f in result.findings.values() if not _said_by_another(f.code, result, diagnosis)]
+    for finding in speaking or result.findings.values():  # whatever is folded, a fault that was seen is reported
         code, family = finding.code, finding.family
         if code == "LH209":
             code, family = diagnosis.code or code, diagnosis.family
@@ -166,8 +166,11 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
         return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
     if "LH104" in found and code in ("LH101", "LH102", "LH301", "LH304", "LH501"):
         return True  # what one layer lacks, another has on top of its own
-    if code in _RESIDUAL and _rarer(code, result.counts):
+    if code in _RESIDUAL and _rarer(code, result.counts, 3):
         return True
+    named = code == "LH209" and (diagnosis.law or diagnosis.trait)
+    if code in ("LH101", "LH102", "LH209") and not named and not unloaded and _rarer(code, result.counts, 10):
+        return True  # a change that is wrong throughout has, now and then, some scale
     if code == "LH101":
         return "LH102" in found and len(unloaded) < len({p.module for p in result.probes})
     if code != "LH209":
@@ -179,9 +182,10 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
 _RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
 
 
-def _rarer(code: str, counts: Mapping[str, int]) -> bool:
-    """Whether another size of the unexplained change is seen at least three times as often."""
-    return 3 * counts.get(code, 0) <= max(counts.get(other, 0) for other in _RESIDUAL)
+def _rarer(code: str, counts: Mapping[str, int], times: int) -> bool:
+    """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
+    most = max(counts.get(other, 0) for other in _RESIDUAL)
+    return most > 0 and times * counts.get(code, 0) <= most
 
 
 def _unloaded(probes: Sequence[Probe]) -> set[str]:

@@ -132,10 +132,11 @@ def shipped_known_failures() -> list[KnownFailure]:
 
 
 def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
-    """Return the lines that name one of the tested loaders and none of its cells: stale ids are errors."""
-    tested = {cell.subject.spec for cell in cells}
-    weights = [k for k in known if k.loader in tested and not k.of_images]
-    return [k for k in weights if not any(k.applies(cell) for cell in cells)]
+    """Return the lines that name a loader under test and none of the cells it declares: stale lines are errors."""
+    subjects = {cell.subject.spec: cell.subject for cell in cells}
+    lines = [k for k in known if k.loader in subjects and not k.of_images]
+    declared = {spec: [Cell(subject, *cell) for cell in subject.cells] for spec, subject in subjects.items()}
+    return [k for k in lines if not any(k.applies(cell) for cell in declared[k.loader])]
 
 
 def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:

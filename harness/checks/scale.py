@@ -91,7 +91,8 @@ def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagno
     """Name the law of `probes`; `unloaded` are modules that coverage reports, so no law has to explain them."""
     skip = set(unloaded)
     usable = [p for p in probes if p.module not in skip]
-    law = identify([p for p in usable if not p.permuted])
+    heard = any(abs(p.measured) > 4 * p.tolerance for p in usable)  # zeros alone fit many laws
+    law = identify([p for p in usable if not p.permuted]) if heard else None
     if law is not None and not (law.is_trained and any(not p.right for p in usable)):
         return Diagnosis(law, None if law.is_trained else code_of(law))
     wrong = [p for p in usable if not p.right]
@@ -105,7 +106,7 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     in_order = [p for p in usable if not p.permuted]
     if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
         usable, wrong = in_order, [p for p in in_order if not p.right]
-    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)  # then coverage speaks, and zeros fit many laws
+    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
     for trait, part in () if silent else _parts(usable, wrong):
         law = identify(part)
         if law is not None and not law.is_trained:

@@ -174,7 +174,8 @@ class _Columns:
         return bool(np.all(np.abs(self.measured - law.constant * self.evaluate(law)) <= _SLACK * self.tolerance))
 
     def _constants(self, base: Vector) -> list[float]:
-        fitted = float(base @ self.measured) / float(base @ base)
+        weighted = base / self.tolerance**2  # a half-precision probe must not blur what single precision tells
+        fitted = float(weighted @ self.measured) / float(weighted @ base)
         if fitted == 0:
             return []
         snapped = min(_SNAP_TO, key=lambda f: abs(float(f) - abs(fitted)))

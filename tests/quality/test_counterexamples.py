@@ -13,6 +13,9 @@ from harness.fixtures import fixtures_folder
 from harness.power.cases import BROKEN
 
 
+pytestmark = pytest.mark.slow
+
+
 @cache
 def counterexample(name: str) -> dict[str, Any]:
     family, function = name.split(":")
