@@ -12,7 +12,6 @@ from harness.checks.run import Limits
 from harness.fixtures import fixtures_folder
 from harness.power.cases import BROKEN
 
-
 pytestmark = pytest.mark.slow
 
 
