@@ -125,3 +125,12 @@ def test_an_unreadable_file_does_not_stop_the_others(tmp_path: Path) -> None:
     assert [hazard["code"] for hazard in first["hazards"]] == ["LH799"]
     assert second["format"] == "kohya"
     assert second["ranks"] == {"8": 40}
+
+
+def test_inspect_writes_sarif_for_code_scanning(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"x")
+    run("inspect", str(bad), LORA, "--sarif", str(tmp_path / "out.sarif"))
+    log = json.loads((tmp_path / "out.sarif").read_text())
+    assert log["version"] == "2.1.0"
+    assert [result["ruleId"] for result in log["runs"][0]["results"]] == ["LH799"]

@@ -35,6 +35,9 @@ _ENERGIES_SHOWN = 12
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
 @click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
+@click.option(
+    "--sarif", "sarif_file", type=click.Path(dir_okay=False, path_type=Path), help="Write SARIF 2.1.0 here too."
+)
 @shared.json_option
 def command(
     files: tuple[Path, ...],
@@ -43,22 +46,36 @@ def command(
     loaders: tuple[str, ...],
     lora_alpha: float | None,
     strict: bool,
+    sarif_file: Path | None,
     as_json: bool,
 ) -> None:
     """Say what each LORA file holds: format, rank, alpha, scale under each convention, hazards, strength to pass."""
     from harness.doctor.inspect import inspect_file
 
-    worst = 0
+    worst, records = 0, []
     for path in files:
         record = inspect_file(path, energy=energy, base=base, lora_alpha=lora_alpha)
         if loaders:
             record = _with_loaders(record, path, loaders, lora_alpha)
         worst = max(worst, _exit_code(record, strict))
+        records.append(record)
         if as_json:
             click.echo(record.model_dump_json())
         else:
             _print(record)
+    if sarif_file:
+        _write_sarif(records, sarif_file, worst)
     sys.exit(worst)
+
+
+def _write_sarif(records: Iterable[FileRecord], path: Path, exit_code: int) -> None:
+    from harness.report.environment import new_header
+    from harness.report.records import FileRecord as Line
+    from harness.report.records import Footer, Run
+    from harness.report.sarif import write_sarif
+
+    lines = tuple(Line.model_validate(record.model_dump()) for record in records)
+    write_sarif(Run(new_header(), lines, Footer(counts={}, seconds=0.0, exit_code=exit_code)), path)
 
 
 def _exit_code(record: FileRecord, strict: bool) -> int:
