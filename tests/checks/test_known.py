@@ -41,7 +41,7 @@ def test_a_fault_with_a_trait_is_tried_on_its_own_and_hides_nothing() -> None:
 
 
 def test_a_line_that_matches_no_cell_is_an_error() -> None:
-    assert "errored" in outcomes("right", known("right", "LH201", formats=("peft",)))
+    assert "errored" in outcomes("right", known("right", "LH201", benches=("gone",)))
 
 
 def test_the_shipped_lines_have_a_reason_a_link_and_their_finding_page() -> None:

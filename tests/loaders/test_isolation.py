@@ -322,8 +322,9 @@ def test_ctrl_c_kills_the_children(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import os, time
+        import os, signal, time
         from harness.loaders.isolation import run_jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         def job(channel):
             channel.send(os.getpid())
             time.sleep(60)
