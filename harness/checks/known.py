@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.checks.codes import CODES
+from harness.checks.scale import unmeasured_probes
 from harness.checks.trial import Cell
 from harness.checks.verdict import Verdict
 from harness.errors import UserError
 from harness.example import Example
-from harness.measure.probes import Probe
 from harness.measure.traits import TRAITS
 
 _FIELDS = ("id", "loader", "code", "formats", "benches", "trait", "versions", "seconds", "reason", "link")
@@ -54,7 +54,7 @@ class KnownFailure:
 
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
-        return self.trait is not None and any(map(TRAITS[self.trait], example_probes(cell, example)))
+        return self.trait is not None and any(map(TRAITS[self.trait], unmeasured_probes(example, cell.bench)))
 
     def excuse(self, verdict: Verdict) -> Verdict:
         """Return `verdict` as an expected failure, with the reason and the link."""
@@ -70,29 +70,6 @@ class KnownFailure:
         from packaging.specifiers import SpecifierSet
 
         return version in SpecifierSet(self.versions, prereleases=True)
-
-
-def example_probes(cell: Cell, example: Example) -> list[Probe]:
-    """Return the example's modules as probes without a measurement, to ask for their traits."""
-    alphas = tuple(t.alpha for t in example.targets)
-    ranks = tuple(t.rank for t in example.targets)
-    layers, slices = cell.bench.layers, cell.bench.slices
-    return [
-        Probe(
-            t.name,
-            example.strength,
-            index,
-            alphas,
-            ranks,
-            0.0,
-            0.0,
-            dtype=example.dtype,
-            square=layers[t.name][0] == layers[t.name][1],
-            fused=len(slices(t.name)) > 1,
-            permuted=example.key_seed != 0,
-        )
-        for index, t in enumerate(example.targets)
-    ]
 
 
 def read_known_failures(path: Path) -> list[KnownFailure]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from harness.benches import Bench
 from harness.checks.direction import wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
+from harness.example import Example
 from harness.measure.compare import Fit
 from harness.measure.law import Law, identify
 from harness.measure.probes import Probe
@@ -53,10 +54,10 @@ def check_scale(observation: Observation, *, zero_alpha_ambiguous: bool = False)
     return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong))]
 
 
-def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
-    """Turn an observation into probes, one per target whose direction is right."""
-    example, order = observation.example, observation.order
+def unmeasured_probes(example: Example, bench: Bench, order: Sequence[str] | None = None) -> list[Probe]:
+    """Return a probe without a measurement per target; `order` is that of the file's keys (default: the targets')."""
     targets = {t.name: t for t in example.targets}
+    order = list(targets) if order is None else order
     alphas = tuple(targets[name].alpha for name in order)
     ranks = tuple(targets[name].rank for name in order)
     return [
@@ -66,15 +67,23 @@ def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
             order.index(name),
             alphas,
             ranks,
-            fits[0].scale,
-            _allowed(fits),
+            0.0,
+            0.0,
             dtype=example.dtype,
             square=bench.layers[name][0] == bench.layers[name][1],
-            fused=len(fits) > 1,
+            fused=len(bench.slices(name)) > 1,
             permuted=example.key_seed != 0,
         )
-        for name, fits in observation.fits.items()
-        if fits[0].finite and not wrong_direction(fits[0])
+        for name in targets
+    ]
+
+
+def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
+    """Turn an observation into probes, one per target whose direction is right."""
+    return [
+        replace(probe, measured=fits[0].scale, tolerance=_allowed(fits))
+        for probe in unmeasured_probes(observation.example, bench, observation.order)
+        if (fits := observation.fits[probe.module])[0].finite and not wrong_direction(fits[0])
     ]
 
 

@@ -11,7 +11,8 @@ from harness.measure.compare import Fit
 def check_side_effects(observation: Observation) -> list[Finding]:
     """LH401 when a layer outside the file changed, LH404 when the file did."""
     found = []
-    others = tuple(name for name in observation.others_changed if name not in misplaced(observation))
+    elsewhere = misplaced(observation)
+    others = tuple(name for name in observation.others_changed if name not in elsewhere)
     if others:
         fact = f"{len(others)} layers or parameters outside the file changed, first {others[0]}"
         found.append(Finding("LH401", observation, others, fact))

@@ -50,6 +50,7 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     planned = [f"checks:{name}" for name in loaders]
     planned += [f"sweep:{name}" for name in loaders] if options["images"] else []
     header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
+    options["known"] = tuple(shared.known_failures(options["known_failures"]))
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
         _check(writer, loaders, quick, seed, as_json, options)
         if options["images"]:
@@ -70,8 +71,7 @@ def _check(
     from harness.checks.run import Limits, cells_of, check_cells
     from harness.loaders.registry import resolve
 
-    known = tuple(shared.known_failures(options["known_failures"]))
-    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=known)
+    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"])
     limits = Limits(options["time_limit"] or 20.0, workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
     for name in loaders:
@@ -102,9 +102,10 @@ def _sweep(
     from harness.errors import UserError
     from harness.report.records import PartRecord
 
-    known = shared.known_failures(options["known_failures"])
     for name in loaders:
         try:
-            sweep_into(writer, name, out, quick=quick, device=options["device"], as_json=as_json, known=known)
+            sweep_into(
+                writer, name, out, quick=quick, device=options["device"], as_json=as_json, known=options["known"]
+            )
         except UserError as error:  # this loader takes none of the committed LoRAs, say; the others still run
             writer.write(PartRecord(name=f"sweep:{name}", measured=False, reason=str(error)))

@@ -83,7 +83,6 @@ class Law:
         return _invert(self.strength, float(needed[0])) if np.allclose(needed, needed[0], rtol=1e-6) else None
 
 
-TRAINED = Law(STRENGTH[0], ALPHA[0], RANK[0])
 # The conventions met in practice: probes that cannot tell these apart (rank = alpha, say) leave the law ambiguous.
 _CONFUSED = tuple(Law(STRENGTH[0], alpha, rank) for alpha in ALPHA[:2] for rank in RANK[:3])
 
