@@ -1,0 +1,155 @@
+"""Every page of `docs/findings` is run: its script must still print what the page shows.
+
+One process per loader imports that loader once and forks for each page, because the import is nearly all of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from harness.loaders.releases import find_releases
+
+FOLDER = Path(__file__).parents[1] / "docs" / "findings"
+PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")
+
+WARM_UP = {
+    "diffusers": "import diffusers.loaders.lora_pipeline, peft, transformers",
+    "lycoris_lora": "import lycoris",
+    "loralib": "import loralib",
+    "peft": "import peft",
+    "refiners": "import refiners.fluxion.adapters.lora",
+    # `import diffsynth` needs torchvision; its LoRA modules do not
+    "diffsynth": "import sys, types, torch; package = types.ModuleType('diffsynth'); "
+    "package.__path__ = [{folder!r}]; sys.modules['diffsynth'] = package",
+}
+FORK_SERVER = """
+import json, os, resource, runpy, sys, traceback
+exec(sys.argv[1])
+for line in sys.stdin:
+    script, out = json.loads(line)
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+        for stream, path in ((1, out), (2, out + ".err")):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
+        code = 1
+        try:
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        except SystemExit as stopped:
+            code = 1 if stopped.code else 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page says: the release, the script and the script's output."""
+
+    package: str
+    version: str
+    script: str
+    output: str
+
+
+def read_page(path: Path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    pin = re.search(r"^\*\*Version\*\* `([\w-]+)==([\w.]+)`", text, re.MULTILINE)
+    script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    output = re.search(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert pin, f"{path.name}: no line '**Version** `package==version`'"
+    assert script, f"{path.name}: no python block"
+    assert output, f"{path.name}: no text block"
+    return Page(pin[1], pin[2], script[1], output[1])
+
+
+def warm_up(page: Page) -> str:
+    """Return the statements that import the page's loader; skip where its release is not here."""
+    if page.package == "diffsynth":
+        found = [release for release in find_releases("diffsynth") if release.version == page.version]
+        if not found:
+            pytest.skip(f"diffsynth {page.version} is not unpacked (python -m harness.loaders.releases)")
+        return WARM_UP["diffsynth"].format(folder=str(found[0].folder / "diffsynth"))
+    try:
+        installed = metadata.version(page.package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{page.package} is not installed")
+    if installed != page.version:
+        pytest.skip(f"the page is about {page.package} {page.version}; installed is {installed}")
+    return WARM_UP[page.package]
+
+
+class Servers:
+    """The running fork servers, one per loader."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, subprocess.Popen[str]] = {}
+
+    def run(self, statements: str, script: Path, out: Path) -> int:
+        """Run `script` in a fork of the process that executed `statements`; return its wait status."""
+        server = self._running.get(statements) or self._start(statements)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps([str(script), str(out)]) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, "the loader could not be imported"
+        return int(answer)
+
+    def _start(self, statements: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-W", "ignore", "-c", FORK_SERVER, statements]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # fork needs one thread
+        pipe = subprocess.PIPE
+        server = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self._running[statements] = server
+        return server
+
+    def close(self) -> None:
+        for server in self._running.values():
+            server.communicate()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    running = Servers()
+    yield running
+    running.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs the pages in forked processes")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_script_of_a_finding_prints_what_its_page_shows(path: Path, servers: Servers, tmp_path: Path) -> None:
+    page = read_page(path)
+    script, out = tmp_path / "finding.py", tmp_path / "out.txt"
+    script.write_text(page.script, encoding="utf-8")
+    status = servers.run(warm_up(page), script, out)
+    assert status == 0, Path(f"{out}.err").read_text(encoding="utf-8")[-2000:]
+    assert out.read_text(encoding="utf-8") == page.output
+
+
+def test_the_index_has_every_page_and_no_other() -> None:
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"^\| \[[^]]+\]\(([\w.-]+\.md)\)", index, re.MULTILINE)
+    assert sorted(linked) == [path.name for path in PAGES]
+
+
+def test_there_are_findings_in_at_least_four_loaders() -> None:
+    packages = [read_page(path).package for path in PAGES]
+    assert len(packages) >= 14
+    assert len(set(packages)) >= 4
