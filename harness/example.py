@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,11 +14,6 @@ class Target:
     name: str
     rank: int
     alpha: float | None
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank, or 1.0 without alpha."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -63,26 +51,6 @@ class Example:
     def key_order(self) -> random.Random | None:
         """Return the generator that permutes the file's keys, or None for the model's own order."""
         return random.Random(self.key_seed) if self.key_seed else None
-
-    def factors(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Draw A `[rank, in]` and B `[out, rank]` of every target in the file's dtype.
-
-        They are standard normal, then B is scaled by a power of two so that the trained delta has about 0.7 times
-        the norm of W: every law then shows, whatever rank and alpha were drawn.
-        """
-        return {t.name: self._draw(index, t, weights[t.name]) for index, t in enumerate(self.targets)}
-
-    def _draw(self, index: int, target: Target, weight: Tensor) -> tuple[Tensor, Tensor]:
-        import torch
-
-        rows, columns = weight.shape
-        generator = torch.Generator().manual_seed(1_000_003 * self.value_seed + index)
-        a = torch.randn(target.rank, columns, generator=generator) / math.sqrt(columns)
-        b = torch.randn(rows, target.rank, generator=generator)
-        size = abs(target.scale or 1.0) * float(torch.linalg.matrix_norm(b @ a))
-        wanted = _ENERGY * float(torch.linalg.matrix_norm(weight.float()))
-        dtype = getattr(torch, self.file_dtype)
-        return a.to(dtype), (b * 2.0 ** round(math.log2(wanted / size))).to(dtype)
 
 
 def _alpha(alpha: float | None) -> str:

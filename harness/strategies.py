@@ -57,27 +57,32 @@ def examples(
     negative_alpha: bool = True,
     max_layers: int | None = None,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
+    alpha: bool = True,
+    max_rank: int = 64,
+    strength: SearchStrategy[float] | None = None,
 ) -> Example:
     """Draw one LoRA over a subset of `layers`, with how it is written and loaded.
 
-    `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional).
+    `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional); without `alpha` none do.
+    `strength` is drawn from `strengths()` unless another strategy is given.
     """
     count = min(max_layers or len(layers), len(layers))
     chosen = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=count, unique=True))
     uniform = draw(st.integers(0, 3)) == 3
     omit = draw(st.sampled_from(("none", "none", "none", "some", "all"))) if missing_alpha else "none"
+    omit = omit if alpha else "all"
 
     def target(name: str, shape: tuple[int, float] | None) -> Target:
-        rank, alpha = shape or draw(_shapes(zero_alpha, negative_alpha))
+        rank, value = shape or draw(_shapes(max_rank, zero_alpha, negative_alpha))
         gone = omit == "all" or (omit == "some" and draw(st.booleans()))
-        return Target(name, rank, None if gone else alpha)
+        return Target(name, rank, None if gone else value)
 
-    shared = draw(_shapes(zero_alpha, negative_alpha)) if uniform else None
+    shared = draw(_shapes(max_rank, zero_alpha, negative_alpha)) if uniform else None
     targets = tuple(target(name, shared) for name in sorted(chosen, key=list(layers).index))
     dtype = draw(st.sampled_from(dtypes))
     return Example(
         targets,
-        strength=draw(strengths()),
+        strength=draw(strengths() if strength is None else strength),
         dtype=dtype,
         file_dtype=draw(st.sampled_from(("float32", dtype))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
@@ -86,6 +91,6 @@ def examples(
 
 
 @st.composite
-def _shapes(draw: Any, zero: bool, negative: bool) -> tuple[int, float]:
-    rank = draw(ranks())
+def _shapes(draw: Any, max_rank: int, zero: bool, negative: bool) -> tuple[int, float]:
+    rank = draw(ranks() if max_rank >= 64 else st.integers(1, max_rank))  # `ranks` goes somewhat above its maximum
     return rank, draw(alphas(rank, zero=zero, negative=negative))

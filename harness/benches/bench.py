@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from harness.benches.layer import Layer, layer_of
+from harness.benches.view import Pieces, View, regroup
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
 class Bench:
     """A deterministic small model.
 
-    `make` builds it in float32; `targets` are the suffixes of the layers LoRA is trained on in practice;
-    `fused` names, by suffix, the layers whose rows stack several projections, with their number.
+    `make` builds it in float32; `targets` are the suffixes of the layers LoRA is trained on in practice; `component` is
+    what a pipeline calls the model. `fused` names, by suffix, the layers whose rows stack several projections, with
+    their number; `split` and `merged` say how the same layers are called where those are apart, or are one (see
+    `View`).
     """
 
     name: str
@@ -27,6 +32,9 @@ class Bench:
     targets: tuple[str, ...]
     run: Callable[[torch.nn.Module], torch.Tensor]
     fused: tuple[tuple[str, int], ...] = ()
+    component: str = "transformer"
+    split: Callable[[], Mapping[str, Pieces]] | None = None
+    merged: Callable[[], Mapping[str, Pieces]] | None = None
 
     @cached_property
     def _base(self) -> torch.nn.Module:
@@ -51,23 +59,33 @@ class Bench:
         return copy.deepcopy(self.base(dtype))
 
     @cached_property
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """Every Linear of the model by path, with its (out_features, in_features)."""
-        import torch
-
-        found = self._base.named_modules()
-        return {n: (m.out_features, m.in_features) for n, m in found if isinstance(m, torch.nn.Linear)}
+    def layers(self) -> dict[str, Layer]:
+        """Every layer of the model that a LoRA could change, by path."""
+        return {name: found for name, module in self._base.named_modules() if (found := layer_of(module))}
 
     @cached_property
+    def view(self) -> View:
+        """The model's own layers."""
+        return View(self.name, self.layers, tuple(n for n in self.layers if n.endswith(self.targets)), self.fused)
+
+    @cached_property
+    def split_view(self) -> View | None:
+        """The layers of a LoRA that was trained with q, k and v apart, on a model that has them merged."""
+        return regroup(self.view, self.split()) if self.split else None
+
+    @cached_property
+    def merged_view(self) -> View | None:
+        """The layers of a LoRA that was trained with q, k and v merged, on a model that has them apart."""
+        return regroup(self.view, self.merged()) if self.merged else None
+
+    @property
     def lora_layers(self) -> tuple[str, ...]:
         """The paths of the layers that `targets` select, in the model's order."""
-        return tuple(name for name in self.layers if name.endswith(self.targets))
+        return self.view.lora_layers
 
     def slices(self, layer: str) -> tuple[slice, ...]:
         """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
-        parts = next((count for suffix, count in self.fused if layer.endswith(suffix)), 1)
-        rows = self.layers[layer][0] // parts
-        return tuple(slice(i * rows, (i + 1) * rows) for i in range(parts))
+        return self.view.slices(layer)
 
     def forward(self, model: torch.nn.Module) -> torch.Tensor:
         """Run `model` once on this bench's fixed input, without gradients."""
@@ -77,6 +95,16 @@ class Bench:
             return self.run(model)
 
 
+_MODULES = {
+    "qwen-image": "qwen_image",
+    "qwen-image-fused": "qwen_image",
+    "sd-unet": "sd_unet",
+    "flux": "flux",
+    "clip-text": "clip_text",
+    "gpt2": "gpt2",
+}
+
+
 @cache
 def get_bench(name: str) -> Bench:
     """Return the bench called `name`.
@@ -84,14 +112,12 @@ def get_bench(name: str) -> Bench:
     Raises:
         UserError: no bench has this name.
     """
-    from harness.benches import qwen_image
-
-    for bench in qwen_image.BENCHES:
-        if bench.name == name:
-            return bench
-    raise UserError(f"bench={name!r}: no such bench; known are {', '.join(bench_names())}")
+    if name not in _MODULES:
+        raise UserError(f"bench={name!r}: no such bench; known are {', '.join(bench_names())}")
+    benches: tuple[Bench, ...] = import_module(f"harness.benches.{_MODULES[name]}").BENCHES
+    return next(bench for bench in benches if bench.name == name)
 
 
 def bench_names() -> tuple[str, ...]:
     """Return the names of all benches."""
-    return ("qwen-image", "qwen-image-fused")
+    return tuple(_MODULES)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import SearchStrategy, sampled_from
 
-from harness.benches import Bench
 from harness.checks.describe import failed, law_record, passed
-from harness.checks.design import design
+from harness.checks.design import has_alpha, planned
 from harness.checks.known import KnownFailure
 from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import Search, observe, search, shrink
@@ -19,6 +18,7 @@ from harness.checks.verdict import LawRecord, Verdict
 from harness.errors import UserError
 from harness.example import Example, Target
 from harness.files import FORMATS
+from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
 from harness.measure.probes import Probe
 from harness.strategies import examples as lora_examples
 
@@ -29,7 +29,7 @@ _KNOWN_EXAMPLES = 25
 
 @dataclass(frozen=True)
 class Pins:
-    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of the bench."""
+    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of a cell."""
 
     modules: tuple[Target, ...] = ()
     rank: int = 4
@@ -40,24 +40,29 @@ class Pins:
     key_seed: int = 0
     value_seed: int = 0
 
-    def example(self, bench: Bench) -> Example:
-        """Return the example on `bench`.
+    def example(self, cell: Cell) -> Example:
+        """Return the example in `cell`.
 
         Raises:
-            UserError: a module the bench does not have.
+            UserError: a module the cell's bench does not have.
         """
         for target in self.modules:
-            if target.name not in bench.layers:
-                near = ", ".join(bench.lora_layers[:3])
-                raise UserError(f"module={target.name!r}: bench {bench.name} has no such layer (it has {near}, ...)")
-        targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in bench.lora_layers)
+            if target.name not in cell.view.layers:
+                near = ", ".join(cell.targets[:3])
+                raise UserError(
+                    f"module={target.name!r}: bench {cell.bench_name} has no such layer (it has {near}, ...)"
+                )
+        targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in cell.targets)
         file_dtype = self.file_dtype or self.dtype
         return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail."""
+    """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail.
+
+    `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches.
+    """
 
     max_examples: int = 200
     seed: int = 0
@@ -66,6 +71,12 @@ class Plan:
     max_layers: int = 8
     dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
     shrink: bool = True
+    share: float = 1.0
+
+    def examples_in(self, cell: Cell) -> int:
+        """Return how many random examples `cell` gets."""
+        core = cell.variant_name in CORE_VARIANTS and cell.bench_name in CORE_BENCHES
+        return self.max_examples if core else max(1, round(self.share * self.max_examples))
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def check_cell(
     known = tuple(k for k in plan.known if k.applies(cell))
     general = tuple(k for k in known if k.trait is None)
     result = Search()
-    result.add(*observe(cell, plan.pins.example(cell.bench) if plan.pins else _smoke_example(cell)))
+    result.add(*observe(cell, plan.pins.example(cell) if plan.pins else _smoke_example(cell)))
     if "LH901" not in result.counts and "LH902" not in result.counts:
         _measure(cell, plan, [k for k in known if k.trait], result)
     diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
@@ -102,14 +113,14 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
     def allowed(example: Example) -> bool:
         return not any(k.covers(cell, example) for k in avoided)
 
-    for example in filter(allowed, design(cell.bench.lora_layers)):
+    for example in filter(allowed, planned(cell)):
         observation, probes, findings = observe(cell, example)
         result.add(observation, probes, [] if plan.pins else findings)
     if plan.pins:  # the planned examples only help to name the law of the pinned one
-        _add_state_findings(cell, plan.pins.example(cell.bench), result)
+        _add_state_findings(cell, plan.pins.example(cell), result)
         return
     strategy = examples_for(cell, plan).filter(allowed)
-    found = search(cell, strategy, max_examples=plan.max_examples, base_seed=plan.seed)
+    found = search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed)
     for code, finding in found.findings.items():
         result.findings.setdefault(code, finding)
         result.counts[code] = result.counts.get(code, 0) + found.counts[code]
@@ -123,16 +134,27 @@ def _measure(cell: Cell, plan: Plan, avoided: Sequence[KnownFailure], result: Se
 
 def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
     """Return the random examples of the cell."""
-    missing = FORMATS[cell.format].alpha[0] in ("tensor", "header")
-    return lora_examples(cell.bench.lora_layers, missing_alpha=missing, max_layers=plan.max_layers, dtypes=plan.dtypes)
+    variant = cell.variant
+    return lora_examples(
+        cell.targets,
+        missing_alpha=FORMATS[cell.format].alpha[0] in ("tensor", "header"),
+        alpha=has_alpha(cell),
+        max_layers=plan.max_layers,
+        dtypes=plan.dtypes,
+        max_rank=variant.rank_limit(cell.view),
+        strength=sampled_from(variant.strengths) if variant.strengths else None,
+    )
 
 
 def _smoke_example(cell: Cell) -> Example:
-    return Example(tuple(Target(name, 4, 8.0) for name in cell.bench.lora_layers))
+    rank = min(4, cell.variant.rank_limit(cell.view))
+    return Example(tuple(Target(name, rank, 8.0 if has_alpha(cell) else None) for name in cell.targets))
 
 
 def _add_state_findings(cell: Cell, example: Example, result: Search) -> None:
-    found = check_second_load(run_trial(cell, example), run_trial(cell, example, loads=2))
+    found = []
+    if cell.variant.additive:
+        found += check_second_load(run_trial(cell, example), run_trial(cell, example, loads=2))
     if cell.subject.declaration.unload:
         found += check_unload(run_trial(cell, example, unload=True))
     for finding in found:

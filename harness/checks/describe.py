@@ -14,6 +14,7 @@ from harness.measure.compare import Fit
 from harness.measure.law import Law
 
 _SHOWN_MODULES = 4
+_TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
 
 
 def law_record(law: Law) -> LawRecord:
@@ -70,10 +71,17 @@ def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, fam
     )
 
 
+def place(cell: Cell) -> str:
+    """Return where in the matrix a cell is, in words."""
+    variant = f", variant {cell.variant_name}" if cell.variant_name != "lora" else ""
+    return f"format {cell.format}, bench {cell.bench_name}{variant}"
+
+
 def cell_verdict(cell: Cell, family: str, outcome: Outcome, **fields: Any) -> Verdict:
     """Return a verdict of `family` in `cell`."""
     subject = cell.subject
-    where: dict[str, Any] = {"format": cell.format, "bench": cell.bench_name, "loader_version": subject.version}
+    where: dict[str, Any] = {"format": cell.format, "bench": cell.bench_name, "variant": cell.variant_name}
+    where["loader_version"] = subject.version
     return Verdict(loader=subject.spec, check=family, outcome=outcome, **where, **fields)
 
 
@@ -94,19 +102,19 @@ def _rows(
 ) -> list[tuple[str, str]]:
     subject, example = cell.subject, finding.observation.example
     version = f" {subject.version}" if subject.version else ""
-    rows = [("loader", f"{subject.spec}{version}"), ("file", f"format {cell.format}, bench {cell.bench_name}")]
+    rows = [("loader", f"{subject.spec}{version}"), ("file", place(cell))]
     rows += [("lora", _lora(example))]
     if worst and fit:
-        shape = "x".join(map(str, cell.bench.layers.get(worst, ())))
+        shape = "x".join(map(str, cell.view.layers[worst].shape)) if worst in cell.view.layers else ""
         rows += [
             ("worst", f"{worst} [{shape}]"),
             ("measured", _measured(fit)),
-            ("expected", _expected(example, worst, fit)),
+            ("expected", _expected(example, worst, fit, cell.variant.root)),
         ]
         rows += [("tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}")]
     if law:
         doubt = f" (ambiguous: also {', '.join(law.alternatives)})" if law.ambiguous else ""
-        rows += [("law", f"{law.formula}{doubt}; expected strength * alpha / rank")]
+        rows += [("law", f"{law.formula}{doubt}; expected {_TRAINED[law.root]}")]
         rows += [("use", _use(subject.strength_argument, use))]
     if diagnosis.trait and law is None and fit:
         rows += [("only where", diagnosis.trait)]
@@ -137,12 +145,11 @@ def _measured(fit: Fit) -> str:
     return f"scale {fit.scale:.4f}, {direction}"
 
 
-def _expected(example: Example, worst: str, fit: Fit) -> str:
+def _expected(example: Example, worst: str, fit: Fit, root: bool) -> str:
     target = next(t for t in example.targets if t.name == worst)
-    formula = (
-        f"{example.strength:g} * {_alpha(target.alpha)} / {target.rank}" if target.alpha is not None else "strength"
-    )
-    return f"scale {fit.expected:.4f} = {formula}   (PEFT: strength * alpha / rank)"
+    rank = f"sqrt({target.rank})" if root else str(target.rank)
+    formula = f"{example.strength:g} * {_alpha(target.alpha)} / {rank}" if target.alpha is not None else "strength"
+    return f"scale {fit.expected:.4f} = {formula}   (PEFT: {_TRAINED[root]})"
 
 
 def _use(argument: str, use: float | None) -> str:

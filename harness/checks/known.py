@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.checks.codes import CODES
+from harness.checks.matrix import declared_cells
 from harness.checks.scale import unmeasured_probes
 from harness.checks.trial import Cell
 from harness.checks.verdict import Verdict
@@ -14,7 +15,7 @@ from harness.errors import UserError
 from harness.example import Example
 from harness.measure.traits import TRAITS
 
-_FIELDS = ("id", "loader", "code", "formats", "benches", "trait", "versions", "seconds", "reason", "link")
+_FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "versions", "seconds", "reason", "link")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class KnownFailure:
     link: str
     formats: tuple[str, ...] = ()
     benches: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     trait: str | None = None
     versions: str | None = None
     seconds: float | None = None
@@ -44,6 +46,7 @@ class KnownFailure:
             and cell.subject.spec == self.loader
             and (not self.formats or cell.format in self.formats)
             and (not self.benches or cell.bench_name in self.benches)
+            and (not self.variants or cell.variant_name in self.variants)
             and self._version_fits(cell.subject.version)
         )
 
@@ -54,7 +57,7 @@ class KnownFailure:
 
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
-        return self.trait is not None and any(map(TRAITS[self.trait], unmeasured_probes(example, cell.bench)))
+        return self.trait is not None and any(map(TRAITS[self.trait], unmeasured_probes(example, cell.view)))
 
     def excuse(self, verdict: Verdict) -> Verdict:
         """Return `verdict` as an expected failure, with the reason and the link."""
@@ -112,7 +115,7 @@ def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[Know
     """Return the lines that name a loader under test and none of the cells it declares: stale lines are errors."""
     subjects = {cell.subject.spec: cell.subject for cell in cells}
     lines = [k for k in known if k.loader in subjects and not k.of_images]
-    declared = {spec: [Cell(subject, *cell) for cell in subject.cells] for spec, subject in subjects.items()}
+    declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
     return [k for k in lines if not any(k.applies(cell) for cell in declared[k.loader])]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.checks.design import design
+from harness.checks.design import planned
 from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import observe
 from harness.checks.trial import Cell
@@ -52,7 +52,7 @@ def measure_cell_law(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:
 def _measure(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
     probes: list[Probe] = []
     raised: list[str] = []
-    for example in design(cell.bench.lora_layers, alpha=alpha, uniform=uniform):
+    for example in planned(cell, alpha=alpha, uniform=uniform):
         observation, seen, _ = observe(cell, example)
         probes += seen
         if observation.raised:

@@ -8,7 +8,8 @@ from typing import Any
 
 from harness.checks.cell import FAMILIES, Plan
 from harness.checks.known import KnownFailure
-from harness.checks.run import Limits, as_list, cells_of, check_cells
+from harness.checks.matrix import cells_of
+from harness.checks.run import Limits, as_list, check_cells
 from harness.checks.trial import Cell
 from harness.checks.verdict import Verdict
 from harness.loaders.registry import resolve
@@ -21,7 +22,9 @@ class CellTest:
         self.cell, self.family, self._run = cell, family, run
 
     def __repr__(self) -> str:
-        return f"{self.cell.subject.spec}-{self.cell.format}-{self.cell.bench_name}-{self.family}"
+        cell = self.cell
+        variant = f"-{cell.variant_name}" if cell.variant_name != "lora" else ""
+        return f"{cell.subject.spec}-{cell.format}-{cell.bench_name}{variant}-{self.family}"
 
     def verdicts(self) -> list[Verdict]:
         """Return the verdicts of this family; a cell that could not run at all answers for every family."""
@@ -41,11 +44,12 @@ def cell_tests(
     *,
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
     plan: Plan = Plan(),
     limits: Limits = Limits(),
 ) -> list[CellTest]:
     """Return one test per declared cell and check family of a loader; a cell runs once for all its families."""
-    cells, _ = cells_of(resolve(load), as_list(formats), as_list(benches))
+    cells, _ = cells_of(resolve(load), as_list(formats), as_list(benches), as_list(variants))
 
     @cache
     def run(cell: Cell) -> tuple[Verdict, ...]:
@@ -59,6 +63,7 @@ def parametrize_with_checks(
     *,
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
     max_examples: int = 200,
     seed: int = 0,
     known_failures: Sequence[KnownFailure] = (),
@@ -72,5 +77,7 @@ def parametrize_with_checks(
     import pytest
 
     plan = Plan(max_examples=max_examples, seed=seed, known=tuple(known_failures))
-    tests = [t for load in loaders for t in cell_tests(load, formats=formats, benches=benches, plan=plan)]
+    tests = [
+        t for load in loaders for t in cell_tests(load, formats=formats, benches=benches, variants=variants, plan=plan)
+    ]
     return pytest.mark.parametrize("check", tests, ids=repr)

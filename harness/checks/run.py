@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from harness.checks.cell import Measured, Plan, check_cell
-from harness.checks.describe import cell_verdict
+from harness.checks.describe import cell_verdict, place
 from harness.checks.known import KnownFailure, unmatched
 from harness.checks.limit import GRACE_SECONDS, call_limit
+from harness.checks.matrix import cells_of
 from harness.checks.trial import Cell
 from harness.checks.verdict import Verdict
-from harness.errors import UserError
 from harness.loaders.isolation import Channel, JobEnd, run_jobs
-from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
 GIB = 2**30
@@ -26,26 +25,6 @@ class Limits:
     seconds: float = 20.0
     memory: int | None = 4 * GIB
     workers: int = 2
-
-
-def cells_of(
-    subject: Subject, formats: Sequence[str] | None = None, benches: Sequence[str] | None = None
-) -> tuple[list[Cell], list[Verdict]]:
-    """Return the cells to check, and a skipped verdict for each wanted one that the loader does not declare.
-
-    Raises:
-        UserError: an unknown format or bench.
-    """
-    _known_names(formats, benches)
-    cells, skipped = [], []
-    for form in formats or subject.formats:
-        for bench in benches or subject.benches:
-            cell, reason = Cell(subject, form, bench), subject.unsupported(form, bench)
-            if reason is None:
-                cells.append(cell)
-            else:
-                skipped.append(cell_verdict(cell, "smoke", "skipped", title="not declared", reason=reason))
-    return cells, skipped
 
 
 def check_cells(
@@ -63,7 +42,7 @@ def check_cells(
         UserError: the pinned example names a module that a bench does not have.
     """
     for cell in cells:
-        _ = plan.pins and plan.pins.example(cell.bench)  # a bad pin is bad usage, not a loader that raises
+        _ = plan.pins and plan.pins.example(cell)  # a bad pin is bad usage, not a loader that raises
     verdicts: list[Verdict] = []
 
     def take(verdict: Verdict) -> None:
@@ -96,6 +75,7 @@ def check_loader(
     *,
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
     max_examples: int = 200,
     seed: int = 0,
     known_failures: Sequence[KnownFailure] = (),
@@ -103,13 +83,13 @@ def check_loader(
 ) -> list[Verdict]:
     """Check a loader, given as a function or by the string that names it, and return all verdicts.
 
-    `max_examples` are drawn per format and bench, reproducibly from `seed`.
+    `max_examples` are drawn per format, bench and variant, reproducibly from `seed`.
 
     Raises:
         LoaderSpecError: `load` names no loader.
-        UserError: an unknown format or bench.
+        UserError: an unknown format, bench or variant.
     """
-    cells, skipped = cells_of(resolve(load), as_list(formats), as_list(benches))
+    cells, skipped = cells_of(resolve(load), as_list(formats), as_list(benches), as_list(variants))
     plan = Plan(max_examples=max_examples, seed=seed, known=tuple(known_failures))
     return skipped + check_cells(cells, plan, limits)
 
@@ -128,7 +108,7 @@ def died(cell: Cell, end: JobEnd) -> Verdict:
     """Return the verdict of a cell whose process ended in another way than by finishing."""
     why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
     what = f"{why.get(end.status, 'raised outside a call')}: {end.detail or end.status}"
-    rows = [("loader", cell.subject.spec), ("file", f"format {cell.format}, bench {cell.bench_name}")]
+    rows = [("loader", cell.subject.spec), ("file", place(cell))]
     rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
     rows += [("reproduce", end.last_label)] if end.last_label else []
     fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}
@@ -138,21 +118,6 @@ def died(cell: Cell, end: JobEnd) -> Verdict:
 def _stale(known: KnownFailure) -> Verdict:
     title = f"known failure {known.id} matches no cell of {known.loader}: remove or correct its line"
     return Verdict(loader=known.loader, check="known_failures", outcome="errored", code=known.code, title=title)
-
-
-def _known_names(formats: Sequence[str] | None, benches: Sequence[str] | None) -> None:
-    from harness.benches import get_bench
-    from harness.files import FORMATS
-
-    # a format that can say an alpha for any layer of any model; the others hold one model family or one scale
-    checkable = [f.name for f in FORMATS.values() if f.general and f.alpha[0] in ("tensor", "header", "config")]
-    for name in formats or ():
-        if name not in checkable:
-            raise UserError(
-                f"format={name!r}: not a format that loaders are checked with; those are {', '.join(checkable)}"
-            )
-    for name in benches or ():
-        get_bench(name)
 
 
 def as_list(names: Iterable[str] | None) -> list[str] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from harness.benches import Bench
+from harness.benches import View
 from harness.checks.direction import wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
@@ -54,7 +54,9 @@ def check_scale(observation: Observation, *, zero_alpha_ambiguous: bool = False)
     return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong))]
 
 
-def unmeasured_probes(example: Example, bench: Bench, order: Sequence[str] | None = None) -> list[Probe]:
+def unmeasured_probes(
+    example: Example, view: View, order: Sequence[str] | None = None, *, root: bool = False
+) -> list[Probe]:
     """Return a probe without a measurement per target; `order` is that of the file's keys (default: the targets')."""
     targets = {t.name: t for t in example.targets}
     order = list(targets) if order is None else order
@@ -70,19 +72,20 @@ def unmeasured_probes(example: Example, bench: Bench, order: Sequence[str] | Non
             0.0,
             0.0,
             dtype=example.dtype,
-            square=bench.layers[name][0] == bench.layers[name][1],
-            fused=len(bench.slices(name)) > 1,
+            square=view.layers[name].rows == view.layers[name].columns,
+            fused=len(view.slices(name)) > 1,
             permuted=example.key_seed != 0,
+            root=root,
         )
         for name in targets
     ]
 
 
-def probes_of(observation: Observation, bench: Bench) -> list[Probe]:
+def probes_of(observation: Observation, view: View, *, root: bool = False) -> list[Probe]:
     """Turn an observation into probes, one per target whose direction is right."""
     return [
         replace(probe, measured=fits[0].scale, tolerance=_allowed(fits))
-        for probe in unmeasured_probes(observation.example, bench, observation.order)
+        for probe in unmeasured_probes(observation.example, view, observation.order, root=root)
         if (fits := observation.fits[probe.module])[0].finite and not wrong_direction(fits[0])
     ]
 
@@ -185,7 +188,9 @@ def code_of(law: Law, *, fused_only: bool = False) -> str:
     if law.alpha.cost and law.alpha.exponent is None:
         return "LH205"
     powers = law.alpha.exponent, law.rank.exponent
-    if powers == (1.0, -1.0):
+    if law.root and powers == (1.0, -1.0):
+        return "LH203"
+    if powers == ((1.0, -0.5) if law.root else (1.0, -1.0)):
         if fused_only and round(1 / law.constant, 6) in (2, 3, 4):
             return "LH208"
         return "LH206" if law.constant == 2.0 else "LH209"

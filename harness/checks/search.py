@@ -64,7 +64,7 @@ def judge(cell: Cell, observation: Observation) -> list[Finding]:
 def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
     """Run one example and return what it showed, as an observation, as probes and as findings."""
     observation = run_trial(cell, example)
-    probes = [] if observation.raised else probes_of(observation, cell.bench)
+    probes = [] if observation.raised else probes_of(observation, cell.view, root=cell.variant.root)
     if zero_alpha_is_ambiguous(cell.format):
         probes = [p for p in probes if p.alpha != 0]
     return observation, probes, judge(cell, observation)

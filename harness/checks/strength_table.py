@@ -40,7 +40,7 @@ def strength_table(cell: Cell, *, rank: int, alpha: float, strengths: Sequence[f
     """
     from statistics import median
 
-    targets = tuple(Target(name, rank, alpha) for name in cell.bench.lora_layers)
+    targets = tuple(Target(name, rank, alpha) for name in cell.targets)
     for strength in strengths:
         observation = run_trial(cell, Example(targets, strength=strength))
         if observation.raised:

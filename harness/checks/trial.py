@@ -12,13 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.benches import Bench, get_bench
+from harness.benches import Bench, View, get_bench
 from harness.example import Example
-from harness.files import LoraWeights, match_modules, read_lora, write_lora
+from harness.files import FORMATS, LoraParts, LoraWeights, match_modules, read_lora, write_lora
 from harness.loaders.isolation import TimeLimitExceeded
 from harness.loaders.protocol import Subject
-from harness.measure.compare import Fit, fit, fit_slices, norm
+from harness.measure.compare import Fit, norm
 from harness.measure.effective import MissingModuleError, effective_weights, weights_while_running
+from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.variants import Update, Variant, get_variant
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,12 @@ Limit = Callable[[str, "float | None"], AbstractContextManager[None]]  # label, 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the matrix: a loader, a file format and a bench."""
+    """One place of the matrix: a loader, a file format, a bench and a variant of LoRA."""
 
     subject: Subject
     format: str
     bench_name: str
+    variant_name: str = "lora"
     limit: Limit = field(default=lambda label, seconds: nullcontext(), compare=False)
     seconds: float | None = None
 
@@ -42,10 +45,35 @@ class Cell:
         """The bench itself."""
         return get_bench(self.bench_name)
 
+    @property
+    def variant(self) -> Variant:
+        """What the modules of the file are."""
+        return get_variant(self.variant_name)
+
+    @property
+    def view(self) -> View:
+        """The bench's layers as the file names them."""
+        view = self.variant.view(self.bench)
+        assert view is not None, f"{self.bench_name} has no layers for {self.variant_name}"
+        return view
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The layers a file of this cell may change."""
+        return tuple(name for name in self.variant.targets(self.view) if _writable(self.format, name))
+
+    @property
+    def possible(self) -> bool:
+        """Whether the format can say the variant and the bench has layers for it."""
+        formats = self.variant.formats
+        fits = (formats is None or self.format in formats) and self.variant.view(self.bench) is not None
+        return fits and len(self.targets) > 0
+
     def reproduce(self, example: Example) -> str:
         """Return the command that repeats `example` in this cell."""
         where = f"{shlex.quote(self.subject.spec)} --format {self.format} --bench {self.bench_name}"
-        everything = {t.name for t in example.targets} == set(self.bench.lora_layers)
+        where += f" --variant {self.variant_name}" if self.variant_name != "lora" else ""
+        everything = {t.name for t in example.targets} == set(self.targets)
         return f"lora-harness check {where} {example.as_options(everything=everything)}"
 
 
@@ -80,22 +108,24 @@ def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = Fa
 
     With `unload` the loader's declared unload runs before measuring.
     """
-    bench = cell.bench
-    before = base_weights(bench, example.dtype)
-    factors = example.factors(before)
+    import torch
+
+    bench, bias = cell.bench, cell.variant.bias
+    before = base_weights(bench, example.dtype, bias)
+    updates = cell.variant.updates(example, cell.view, cell.view.gather(before))
     model = bench.build(_dtype(example.dtype))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
-        path = write_example(cell.format, example, factors, Path(folder))
-        written, order = _bytes(path), file_order(path, bench)
+        path = write_example(cell, example, updates, Path(folder))
+        written, order = _bytes(path), file_order(path, cell.view)
         try:
             for _ in range(loads):
                 model = _call(cell, model, path, example)
             if unload:
                 model = _guarded(cell, example, model, cell.subject.declaration.unload or (lambda _: None))
             with cell.limit(cell.reproduce(example), cell.seconds):  # a loader may do its work at the first forward
-                after = effective_weights(model, bench.layers)
-                if not any(_differs(before, after, t.name) for t in example.targets):
-                    after = weights_while_running(model, bench.layers, bench.forward)
+                after = effective_weights(model, bench.layers, bias=bias)
+                if all(torch.equal(before[name], after[name]) for name in bench.layers):
+                    after = weights_while_running(model, bench.layers, bench.forward, bias=bias)
         except _CallFailedError as failed:
             return Observation(example, raised=failed.raised)
         except MissingModuleError as missing:
@@ -105,34 +135,53 @@ def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = Fa
         except Exception as error:
             return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
         file_changed = _bytes(path) != written
-    others = _other_state(bench, model, example.dtype)
-    return replace(_observe(bench, example, factors, before, after, others), file_changed=file_changed, order=order)
+    view = cell.view
+    seen = _observe(cell, example, updates, view.gather(before), view.gather(after))
+    others = seen.others_changed + _other_state(bench, model, example.dtype, bias)
+    return replace(seen, others_changed=others, file_changed=file_changed, order=order)
 
 
-def _differs(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str) -> bool:
-    return not bool((before[name] == after[name]).all())
-
-
-def file_order(path: Path, bench: Bench) -> tuple[str, ...]:
-    """Return the targets of a written file, by their path in the model, in the order of the file's keys."""
+def file_order(path: Path, view: View) -> tuple[str, ...]:
+    """Return the targets of a written file, by their name in `view`, in the order of the file's keys."""
     adapter = read_lora(path)
-    names, _ = match_modules(adapter, bench.layers)
+    names, _ = match_modules(adapter, view.layers)
     return tuple(names[name] for name in adapter.modules)
 
 
-def write_example(
-    format_name: str, example: Example, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path
-) -> Path:
-    """Write the example's LoRA in `format_name` below `folder` and return what a loader gets."""
-    modules = {t.name: LoraWeights(*factors[t.name], t.alpha) for t in example.targets}
-    name = "adapter" if format_name == "peft" else "adapter.safetensors"
-    return write_lora(folder / name, format_name, modules, key_order=example.key_order())
+def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
+    """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
+    modules = {t.name: _weights(updates[t.name].parts, t.alpha) for t in example.targets}
+    name = "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
+    order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
+    root = cell.variant.root
+    return write_lora(folder / name, cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+
+
+def _weights(parts: Mapping[str, Tensor], alpha: float | None) -> LoraWeights | LoraParts:
+    return LoraWeights(parts["A"], parts["B"], alpha) if set(parts) == {"A", "B"} else LoraParts(parts, alpha)
+
+
+def _writable(format_name: str, layer: str) -> bool:
+    naming = FORMATS[format_name].naming
+    return naming is None or naming.write(layer) is not None
+
+
+_OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
+
+
+def _prefix(format_name: str, component: str) -> str | None:
+    """Return how keys of `component` begin where that is not the format's own way."""
+    row = FORMATS[format_name]
+    words = {component, *_OTHER_WORDS.get(component, ())}
+    if component == "transformer" or row.prefixes.get(row.write_prefix) in words:
+        return None
+    return next((prefix for prefix, part in row.prefixes.items() if part in words), None)
 
 
 @cache
-def base_weights(bench: Bench, dtype: str) -> dict[str, Tensor]:
-    """Return the effective weights of the unloaded bench, in float64."""
-    return effective_weights(bench.base(_dtype(dtype)), bench.layers)
+def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
+    """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
+    return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
 
 
 def describe(error: BaseException) -> str:
@@ -142,47 +191,41 @@ def describe(error: BaseException) -> str:
 
 
 def _observe(
-    bench: Bench,
+    cell: Cell,
     example: Example,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    updates: Mapping[str, Update],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    others: tuple[str, ...],
 ) -> Observation:
-    from harness.measure.tolerance import coarser
-
     fits: dict[str, tuple[Fit, ...]] = {}
+    dtype = coarser(example.dtype, example.file_dtype)
     for target in example.targets:
-        a, b = factors[target.name]
-        expected, dtype = example.strength * target.scale, coarser(example.dtype, example.file_dtype)
-        pair = before[target.name], after[target.name], a, b
-        slices = bench.slices(target.name)
-        parts = fit_slices(*pair, slices, expected=expected, dtype=dtype) if len(slices) > 1 else ()
-        fits[target.name] = (fit(*pair, expected=expected, dtype=dtype), *parts)
-    untouched = [name for name in bench.layers if name not in fits]
+        name, expected = target.name, example.strength * cell.variant.scale(target)
+        both = before[name], after[name], updates[name], cell.view.slices(name)
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=dtype)
+    untouched = [name for name in cell.view.layers if name not in fits]
     changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
     return Observation(
         example,
         fits,
         {name: after[name] - before[name] for name in (*fits, *changed)},
-        {name: b.double() @ a.double() for name, (a, b) in factors.items()},
-        changed + others,
-        tuple(name for name in bench.layers if not bool(after[name].isfinite().all())),
+        {name: update.direction.product for name, update in updates.items()},
+        changed,
+        tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
     )
 
 
 def _unchanged_limit(weight: Tensor, dtype: str) -> float:
     """An untouched layer may be re-cast (one rounding), nothing more."""
-    from harness.measure.tolerance import UNIT_ROUNDOFF
-
     return 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
 
 
-def _other_state(bench: Bench, model: torch.nn.Module, dtype: str) -> tuple[str, ...]:
-    """Return the parameters and buffers outside the measured layers (biases, norms) that are not what they were."""
+def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
+    """Return the parameters and buffers that are not measured (biases, norms) and not what they were."""
     import torch
 
-    weights = {f"{layer}.weight" for layer in bench.layers}
+    measured = ("weight", "bias") if bias else ("weight",)
+    weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
     expected = bench.base(_dtype(dtype)).state_dict()
     found = {_base_name(name): value for name, value in model.state_dict().items()}
     return tuple(

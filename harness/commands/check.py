@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     epilog="\b\nExamples:\n"
     "  lora-harness check peft\n"
     "  lora-harness check examples/raw_alpha.py:load --format kohya\n"
-    "  lora-harness check mypackage.lora:load --rank 4 --alpha 8"
+    "  lora-harness check mypackage.lora:load --rank 4 --alpha 8\n"
+    "  lora-harness check lycoris --variant loha --bench sd-unet"
 )
 @click.argument("loaders", nargs=-1, required=True, metavar="LOADER...")
 @click.option("--format", "formats", multiple=True, help="Only this file format; repeat for more.")
 @click.option("--bench", "benches", multiple=True, help="Only this bench; repeat for more.")
+@click.option("--variant", "variants", multiple=True, help="Only this variant of LoRA; repeat for more.")
 @shared.examples_option
 @shared.seed_option
 @click.option("--known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`.")
@@ -36,17 +38,19 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
     from harness.checks.cell import Plan
-    from harness.checks.run import Limits, cells_of, check_cells
+    from harness.checks.matrix import cells_of
+    from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
     from harness.report.terminal import print_verdicts
 
-    as_json, formats, benches = options.pop("as_json"), options.pop("formats"), options.pop("benches")
+    as_json = options.pop("as_json")
+    places = [options.pop(name) or None for name in ("formats", "benches", "variants")]
     seconds, workers = options.pop("time_limit"), shared.worker_count(options.pop("workers"))
     known = tuple(shared.known_failures(options.pop("known_failures")))
     pins = shared.pins_of(options, seed)
-    work = [(spec, *cells_of(resolve(spec), formats or None, benches or None)) for spec in loaders]
+    work = [(spec, *cells_of(resolve(spec), *places)) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
     with (

@@ -126,7 +126,11 @@ def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[C
         progress.refresh()
 
         def advance(cell: Cell) -> None:
-            progress.update(task, advance=1, description=f"{cell.subject.spec} {cell.format} {cell.bench_name}"[:50])
+            progress.update(
+                task,
+                advance=1,
+                description=f"{cell.subject.spec} {cell.format} {cell.bench_name} {cell.variant_name}"[:50],
+            )
             progress.refresh()
 
         yield advance
@@ -139,7 +143,7 @@ def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:
     def write(cell: Cell, measured: Measured) -> None:
         if measured.probes:
             place = cell.subject.spec, cell.format, cell.bench_name
-            writer.write(probe_record(*place, measured.law, measured.probes))
+            writer.write(probe_record(*place, measured.law, measured.probes, variant=cell.variant_name))
 
     return write
 

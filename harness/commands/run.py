@@ -68,10 +68,11 @@ def _check(
     writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
 ) -> None:
     from harness.checks.cell import Plan
-    from harness.checks.run import Limits, cells_of, check_cells
+    from harness.checks.matrix import cells_of
+    from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
 
-    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"])
+    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"], share=1 / 8)
     limits = Limits(options["time_limit"] or 20.0, workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
     for name in loaders:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -81,10 +81,11 @@ def digest(path: Path | str) -> str:
     return _hashed(file, names, names, None)
 
 
-def _hashed(file: TensorFile, names: Iterable[str], read: Iterable[str], limit: int | None) -> str:
+def _hashed(file: TensorFile, names: Sequence[str], read: Iterable[str], limit: int | None) -> str:
     total = hashlib.blake2b(digest_size=16)
-    shapes = "\n".join(f"{name}\0{file.tensors[name].dtype}{file.tensors[name].shape}" for name in names)
-    total.update(shapes.encode("utf-8", "surrogatepass"))
+    infos = [file.tensors[name] for name in names]
+    header = ["\n".join(names), " ".join(info.dtype for info in infos), str([info.shape for info in infos])]
+    total.update("\0".join(header).encode("utf-8", "surrogatepass"))
     for block in _blocks(file, read, limit):
         total.update(block)
     return total.hexdigest()

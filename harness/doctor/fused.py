@@ -22,7 +22,7 @@ def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
     with adapter.file.path.open("rb") as stream:
         for name in able:
             info = adapter.file.tensors[adapter.modules[name].keys["B"]]
-            if len(info.shape) == 2 and (blocks := _blocks(stream, info)):
+            if len(info.shape) == 2 and info.elements and (blocks := _blocks(stream, info)):
                 yield name, blocks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from harness.doctor.fused import block_diagonal
 from harness.doctor.metadata import declared_alphas
@@ -66,8 +66,8 @@ def _lost_alpha(adapter: LoraAdapter) -> str:
 def mixed_ratios(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH703: alpha / rank differs between modules, or alpha follows a rank that does."""
     modules = [module for _, module in _scaled(adapter) if module.alpha is not None]
-    ratios = Counter(f"{module.trained_scale:.4g}" for module in modules)
-    alphas = Counter(f"{module.alpha:.4g}" for module in modules)
+    ratios = _shown(Counter(module.trained_scale for module in modules))
+    alphas = _shown(Counter(module.alpha for module in modules if module.alpha is not None))
     if len(ratios) > 1:
         what = f"alpha / rank differs between modules ({_spread(ratios)})"
         yield Hazard(code="LH703", what=f"{what}: loaders that keep one number for the file are wrong")
@@ -90,7 +90,8 @@ def fused_blocks(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 def odd_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH705: zero, negative or huge alpha."""
-    for kind, effect, is_odd in _ODD:
+    alphas = {module.alpha for _, module in _scaled(adapter) if module.alpha is not None}
+    for kind, effect, is_odd in (row for row in _ODD if any(map(row[2], alphas))):
         names = [name for name, module in _scaled(adapter) if module.alpha is not None and is_odd(module.alpha)]
         if names:
             where = f"{count(len(names), 'module')} ({_first(names)}: {adapter.modules[names[0]].alpha:g})"
@@ -170,6 +171,14 @@ def _first(names: Sequence[str]) -> str:
 
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{key} = {value:g}" for key, value in values.items())
+
+
+def _shown(counts: Mapping[float, int]) -> Counter[str]:
+    """Count numbers that print alike as one."""
+    found: Counter[str] = Counter()
+    for value, times in counts.items():
+        found[f"{value:.4g}"] += times
+    return found
 
 
 def _spread(counts: Counter[str]) -> str:

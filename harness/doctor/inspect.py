@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from harness.doctor.hazards import hazards
 from harness.doctor.metadata import shown, trainer
@@ -52,20 +54,21 @@ def read_record(
 def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
     """Return the record of a parsed file."""
     modules = list(adapter.modules.values())
+    different = distinct(modules)
     total = len(adapter.file.keys)
     return FileRecord(
         path=path or _text(adapter.path),
         format=adapter.format,
         size=adapter.file.size,
         modules=len(modules),
-        ranks=_histogram(module.rank for module in modules),
-        alphas=_histogram("none" if module.alpha is None else f"{module.alpha:.6g}" for module in modules),
+        ranks=_histogram(modules, "rank"),
+        alphas=_histogram(modules, "alpha", lambda alpha: "none" if alpha is None else f"{alpha:.6g}"),
         alpha_source=adapter.alpha_source,
-        variants=_histogram(module.variant for module in modules),
-        dtypes=_histogram(module.dtype for module in modules),
-        components=_histogram(module.component for module in modules),
-        trained=_range(module.trained_scale for module in modules if module.alpha is not None),
-        scales=_scales(modules),
+        variants=_histogram(modules, "variant"),
+        dtypes=_histogram(modules, "dtype"),
+        components=_histogram(modules, "component"),
+        trained=_range(module.trained_scale for module in different if module.alpha is not None),
+        scales=_scales(different),
         hazards=hazards(adapter),
         notes=tuple(_notes(modules)),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
@@ -77,8 +80,7 @@ def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
-    different = distinct(modules)
-    ranges = {name: _range(law.at_one(module) for module in different) for name, law in conventions().items()}
+    ranges = {name: _range(law.at_one(module) for module in modules) for name, law in conventions().items()}
     return {name: found for name, found in ranges.items() if found}
 
 
@@ -93,8 +95,11 @@ def _range(values: Iterable[float]) -> tuple[float, float] | None:
     return (min(found), max(found)) if found else None
 
 
-def _histogram(values: Iterable[object]) -> dict[str, int]:
-    return {str(value): times for value, times in Counter(values).most_common()}
+def _histogram(modules: list[LoraModule], field: str, shown: Callable[[Any], str] = str) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for value, times in Counter(map(attrgetter(field), modules)).items():
+        found[shown(value)] += times
+    return dict(found.most_common())
 
 
 def _text(path: Path | str) -> str:

@@ -107,7 +107,7 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
     for place, module in found.modules.items():
         key = module.keys.get("alpha", "")
         if module.alpha is None and key in values:
-            modules[place] = replace(module, alpha=values[key])
+            modules[place] = _with_alpha(module, values[key])
         elif module.alpha is not None and key:
             modules[place] = replace(module, keys={role: k for role, k in module.keys.items() if role != "alpha"})
             if key in values and not math.isclose(module.alpha, values[key], rel_tol=1e-2):
@@ -115,6 +115,12 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
                 problems.append(Problem("LH711", printable(key), what))
     home = "tensor" if found.source == "none" and values else found.source
     return Alphas(modules, home, found.config)
+
+
+def _with_alpha(m: LoraModule, alpha: float) -> LoraModule:
+    """Do what `replace` does, without the detour by field names: files have hundreds of modules."""
+    rest = (m.rslora, m.dtype, m.keys, m.variant, m.component, m.kernel, m.flipped)
+    return LoraModule(m.name, m.rank, m.in_features, m.out_features, alpha, *rest)
 
 
 def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list[str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.errors import LoraFileError
-from harness.files.format import Format, Source
+from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
-from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, Split
+from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES
 from harness.files.source import open_source
 from harness.files.text import count, printable
-
-Place = tuple[str, str]  # component, module name
 
 
 @dataclass
@@ -43,10 +41,17 @@ def detect(source: Source) -> Format:
         LoraFileError: no format fits, or the keys mix formats.
     """
     votes: dict[str, str] = {}
-    bare = {row.name: row.bare_fits(source) for row in FORMATS.values() if row.fits(source)}
+    rows = [(row, row.bare_fits(source)) for row in FORMATS.values() if row.fits(source)]
+    by_tail: dict[str, list[tuple[Format, bool]]] = {}
     for key, cut in source.splits:
-        if cut and (name := _claimed_by(cut, bare)):
-            votes.setdefault(name, key)
+        if cut:
+            able = by_tail.get(cut.tail)
+            if able is None:
+                able = by_tail[cut.tail] = list(_able(cut.tail, rows))
+            for row, bare in able:
+                if source.place(row, cut, bare):
+                    votes.setdefault(row.name, key)
+                    break
     if len(votes) == 1:
         return FORMATS[next(iter(votes))]
     raise LoraFileError(source.file.path, _mixed(votes) if votes else _unknown(source))
@@ -57,24 +62,24 @@ def sort_keys(source: Source, row: Format) -> Sorted:
     result = Sorted()
     bare = row.bare_fits(source)
     for key, cut in source.splits:
-        place = row.locate(cut, bare) if cut else None
+        place = source.place(row, cut, bare) if cut and cut.tail in row.tails else None
         if cut is None or place is None:
             result.unused.append(key)
-        elif row.tails[cut.tail] in (roles := result.modules.setdefault(place, {})):
+            continue
+        role, roles = row.tails[cut.tail], result.modules.setdefault(place, {})
+        if role in roles:
             result.doubled.append(key)
         else:
-            roles[row.tails[cut.tail]] = key
+            roles[role] = key
     return result
 
 
-def _claimed_by(cut: Split, bare: Mapping[str, bool]) -> str | None:
-    for name, bare_fits in bare.items():
-        role = FORMATS[name].tails.get(cut.tail)
-        if role in WEIGHT_ROLES and FORMATS[name].locate(cut, bare_fits):
-            return name
-        if role in FULL_PARTS and FORMATS[name].locate(cut, False):
-            return name
-    return None
+def _able(tail: str, rows: Iterable[tuple[Format, bool]]) -> Iterator[tuple[Format, bool]]:
+    """Yield the formats for which a key with this tail speaks, and whether it does so without a prefix."""
+    for row, bare in rows:
+        role = row.tails.get(tail)
+        if role in WEIGHT_ROLES or role in FULL_PARTS:
+            yield row, bare and role in WEIGHT_ROLES
 
 
 def _mixed(votes: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from harness.files.keys import Split, split, tails
 from harness.files.tensor_file import TensorFile
 
+Place = tuple[str, str]  # component, module name
 AlphaHome = Literal["tensor", "config", "header", "scale", "kv", "none"]
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
@@ -31,6 +32,20 @@ class Source:
     def splits(self) -> tuple[tuple[str, Split | None], ...]:
         """Every key with its cut, in file order."""
         return tuple((key, split(key)) for key in self.file.keys)
+
+    def place(self, row: Format, cut: Split, bare: bool) -> Place | None:
+        """Return `row.locate(cut, bare)`, looked up once for all keys of a module; the tail is one of the row's."""
+        if row.naming:
+            return row.locate(cut, bare)
+        key = (row.name, bare, cut.stem)
+        try:
+            return self._places[key]
+        except KeyError:
+            return self._places.setdefault(key, row.locate(cut, bare))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, bool, str], Place | None]:
+        return {}
 
     @property
     def has_header_config(self) -> bool:
@@ -88,8 +103,14 @@ class Format:
         return {**tails(self.pairs), **self.extras}
 
     @cached_property
-    def _longest_first(self) -> list[tuple[str, str]]:
-        return sorted(self.prefixes.items(), key=lambda item: -len(item[0]))
+    def _start(self) -> re.Pattern[str]:
+        """Match the longest prefix that leaves something of a name."""
+        longest_first = sorted(self.prefixes, key=len, reverse=True)
+        return re.compile(f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?=.)", re.DOTALL)
+
+    @cached_property
+    def _dialect(self) -> re.Pattern[str]:
+        return re.compile("|".join(f"(?P<_{place}>{pattern})" for place, pattern in enumerate(self.dialects.values())))
 
     @property
     def general(self) -> bool:
@@ -113,9 +134,8 @@ class Format:
         """Return (component, module name) when the cut key belongs to this format."""
         if split.tail not in self.tails or (self.flattened and "." in split.stem):
             return None
-        for prefix, component in self._longest_first:
-            if split.stem.startswith(prefix) and len(split.stem) > len(prefix):
-                return self._named(component, split.stem[len(prefix) :], split.tail)
+        if found := self._start.match(split.stem):
+            return self._named(self.prefixes[found[0]], split.stem[found.end() :], split.tail)
         return self._named("", split.stem, split.tail) if bare else None
 
     def _named(self, component: str, stem: str, tail: str) -> tuple[str, str] | None:
@@ -131,5 +151,5 @@ class Format:
         if not self.dialects:
             return ""
         texts = [*source.file.keys, *(f"#{key}={value[:200]}" for key, value in source.file.metadata.items())]
-        fits = {name: re.compile(pattern) for name, pattern in self.dialects.items()}
-        return next((name for name, pattern in fits.items() if any(map(pattern.match, texts))), "")
+        places = {found.lastgroup for found in map(self._dialect.match, texts) if found}
+        return next((name for place, name in enumerate(self.dialects) if f"_{place}" in places), "")

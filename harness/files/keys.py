@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PAIRS: Mapping[str, tuple[str, str]] = {
     "lora_A": ("lora_A.weight", "lora_B.weight"),
@@ -81,8 +81,10 @@ def tails(pairs: Iterable[str]) -> dict[str, str]:
 EVERY_TAIL: Mapping[str, str] = {**NOT_LORA, **tails(PAIRS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+_LONGER = frozenset(tail.rpartition(".")[2] for tail in EVERY_TAIL if "." in tail)
+
+
+class Split(NamedTuple):
     """A key cut in two, the tail as in the tables, and the adapter name that `*` stood for."""
 
     stem: str
@@ -92,11 +94,19 @@ class Split:
 
 def split(key: str) -> Split | None:
     """Cut `key` at the longest known tail; None when it has none."""
-    parts = key.rsplit(".", 3)
-    for count in range(len(parts) - 1, 0, -1):
-        tail = ".".join(parts[-count:])
-        if tail in EVERY_TAIL:
-            return Split(key[: -len(tail) - 1], tail)
-        if count == 3 and (named := f"{parts[1]}.*.{parts[3]}") in EVERY_TAIL:
-            return Split(parts[0], named, parts[2])
-    return None
+    stem, dot, tail = key.rpartition(".")
+    if tail in _LONGER and (found := _longer(key)):
+        return found
+    return Split(stem, tail) if dot and tail in EVERY_TAIL else None
+
+
+def _longer(key: str) -> Split | None:
+    """Cut `key` at a tail of three components, or of two."""
+    stem, *parts = key.rsplit(".", 3)
+    if len(parts) == 3:
+        if (tail := ".".join(parts)) in EVERY_TAIL:
+            return Split(stem, tail)
+        if (tail := f"{parts[0]}.*.{parts[2]}") in EVERY_TAIL:
+            return Split(stem, tail, parts[1])
+    tail = ".".join(parts[-2:])
+    return Split(key[: -len(tail) - 1], tail) if len(parts) > 1 and tail in EVERY_TAIL else None

@@ -7,11 +7,11 @@ from pathlib import Path
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraAdapter, LoraModule, Problem
 from harness.files.alpha import find_alphas
-from harness.files.detect import Place, Sorted, detect, sort_keys
-from harness.files.format import Format, Source
+from harness.files.detect import Sorted, detect, sort_keys
+from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import WHOLE_ROLES
-from harness.files.shapes import measure
+from harness.files.shapes import Kind, Signature, measure
 from harness.files.source import open_source
 from harness.files.text import count, is_printable, printable
 
@@ -45,10 +45,11 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     keys = sort_keys(source, row)
     problems = [*_key_problems(source, keys)]
     measured: dict[Place, LoraModule] = {}
+    known: dict[Signature, Kind] = {}
     for place, roles in keys.modules.items():
         if set(roles) == {"alpha"}:
             keys.unused.append(roles["alpha"])
-        elif module := measure(source.file, place, roles, problems, row.flipped(place[1])):
+        elif module := measure(source.file, place, roles, problems, row.flipped(place[1]), known=known):
             measured[place] = module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,28 +106,41 @@ def _validated(path: Path, framework: str) -> Any:
 
 
 def _parsed(path: Path, raw: bytes, size: int) -> SafetensorsFile:
-    duplicates: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            duplicates.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        return found
-
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", None) or {}
+        duplicates = () if _plainly_unique(raw, header, metadata) else _duplicates(raw)
     except (ValueError, RecursionError) as error:  # validated before, so only when the file changes under our hands
         raise LoraFileError(path, f"the header cannot be parsed ({printable(error)})") from error
-    metadata = header.pop("__metadata__", None) or {}
-    tensors = _tensors(header, _LENGTH_BYTES + len(raw))
-    return SafetensorsFile(path, tensors, metadata, size, tuple(duplicates))
+    return SafetensorsFile(path, _tensors(header, _LENGTH_BYTES + len(raw)), metadata, size, duplicates)
 
 
-def _tensors(header: dict[str, Any], base: int) -> dict[str, TensorInfo]:
-    infos = {name: _info(row, base) for name, row in header.items()}
-    return dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
+def _plainly_unique(raw: bytes, header: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """Tell whether no name can stand twice: every colon of the header follows a name or lies in a text.
+
+    False says nothing: a colon may be written as an escape, or follow a name that nobody reads.
+    """
+    texts = "".join((*header, *metadata, *metadata.values()))
+    names = 4 * len(header) + (1 + len(metadata) if metadata else 0)
+    return raw.count(b":") == names + texts.count(":") and b"\\u003" not in raw
 
 
-def _info(row: dict[str, Any], base: int) -> TensorInfo:
-    start, end = row["data_offsets"]
-    return TensorInfo(row["dtype"], tuple(row["shape"]), base + start, base + end)
+def _duplicates(raw: bytes) -> tuple[str, ...]:
+    found: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = Counter(name for name, _ in pairs)
+        if len(names) != len(pairs):
+            found.extend(name for name, times in names.items() if times > 1)
+        return dict(pairs)
+
+    json.loads(raw, object_pairs_hook=unique)
+    return tuple(found)
+
+
+def _tensors(header: Mapping[str, Any], base: int) -> dict[str, TensorInfo]:
+    infos = {}
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = row["data_offsets"]
+        infos[name] = TensorInfo(row["dtype"], tuple(row["shape"]), base + start, base + end)
+    return infos

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from harness.files.adapter import LoraModule, Problem
 from harness.files.keys import WHOLE_ROLES
 from harness.files.scalars import is_float
-from harness.files.tensor_file import TensorFile, TensorInfo
+from harness.files.tensor_file import TensorFile
 from harness.files.text import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,59 +25,95 @@ class ShapeError(ValueError):
         super().__init__(problem)
 
 
+class Kind(NamedTuple):
+    """What modules with tensors of the same roles, dtypes and shapes have in common."""
+
+    variant: str
+    sizes: Sizes
+    dtype: str
+    kernel: tuple[int, ...]
+    flipped: tuple[str, ...]
+
+
+Signature = tuple[object, ...]
+
+
 def measure(
     file: TensorFile,
     place: tuple[str, str],
     roles: Mapping[str, str],
     problems: list[Problem],
     flips: tuple[str, ...] = (),
+    *,
+    known: dict[Signature, Kind],
 ) -> LoraModule | None:
     """Return the module that the keys in `roles` make up, or None with the reason added to `problems`.
 
-    `flips` are roles that the format stores transposed; three-dimensional ones are experts, which it does not.
+    `flips` are roles that the format stores transposed; three-dimensional ones are experts, which it does not. `known`
+    keeps what was found, because the modules of a file share few shapes.
     """
-    infos = {role: file.tensors[key] for role, key in roles.items()}
-    flipped = tuple(role for role in flips if role in infos and len(infos[role].shape) == 2)
-    shapes = {role: info.shape[::-1] if role in flipped else info.shape for role, info in infos.items()}
-    experts = bool(flips) and not flipped and len(shapes.get("A", ())) == 3
+    parts = {role: file.tensors[key][:2] for role, key in roles.items()}
+    table = _is_table(roles.get("A", ""))
+    signature = (table, flips, *parts.items())
+    kind = known.get(signature)
     try:
-        variant = "experts" if experts else variant_of(roles, infos)
-        rank, inputs, outputs = _SIZES.get(variant, _pair)(shapes)
-        _refuse_dtypes(infos)
+        if kind is None:
+            kind = known[signature] = _kind(parts, flips, table=table)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
-    main = infos.get("A") or next(iter(infos.values()))
-    kernel = main.shape[2:] if "A" in infos and not experts else ()
-    numbers = (rank, inputs, outputs, None, False)
-    return LoraModule(place[1], *numbers, main.dtype, dict(roles), variant, place[0], kernel, flipped)
+    numbers = (*kind.sizes, None, False, kind.dtype)
+    return LoraModule(place[1], *numbers, roles, kind.variant, place[0], kind.kernel, kind.flipped)
 
 
-def variant_of(roles: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
+def _is_table(key: str) -> bool:
+    """Tell whether a name of A is that of an embedding's."""
+    return key.endswith("embedding_A") or key.startswith("token_embd.")
+
+
+def _kind(parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool) -> Kind:
+    """Return what tensors of these dtypes and shapes are; `table`: A is an embedding's.
+
+    Raises:
+        ShapeError: they fit no module.
+    """
+    stored = {role: shape for role, (_, shape) in parts.items()}
+    flipped = tuple(role for role in flips if len(stored.get(role, ())) == 2)
+    shapes = {role: shape[::-1] if role in flipped else shape for role, shape in stored.items()}
+    experts = bool(flips) and not flipped and len(shapes.get("A", ())) == 3
+    variant = "experts" if experts else _variant(shapes, table=table)
+    sizes = _SIZES.get(variant, _pair)(shapes)
+    _refuse_dtypes(parts)
+    main = "A" if "A" in parts else next(iter(parts))
+    kernel = stored["A"][2:] if "A" in stored and not experts else ()
+    return Kind(variant, sizes, parts[main][0], kernel, flipped)
+
+
+def _variant(shapes: Shapes, *, table: bool) -> str:
     """Name what a module is by the roles it has.
 
     lora, conv, embedding; dora, lora_bias, tucker, loha, lokr; lora_diff (a pair beside whole tensors); diff, norm, set
     (whole tensors alone).
     """
-    if any(role.startswith("hada_") for role in infos):
+    if any(role.startswith("hada_") for role in shapes):
         return "loha"
-    if any(role.startswith("lokr_") for role in infos):
+    if any(role.startswith("lokr_") for role in shapes):
         return "lokr"
     named = (("mid", "tucker"), ("magnitude", "dora"), ("bias", "lora_bias"))
-    if found := next((variant for role, variant in named if role in infos), None):
+    if found := next((variant for role, variant in named if role in shapes), None):
         return found
-    if any(role in WHOLE_ROLES for role in infos):
-        return "lora_diff" if "A" in infos or "B" in infos else _whole(infos)
-    if roles.get("A", "").endswith("embedding_A") or roles.get("A", "").startswith("token_embd."):
+    if any(role in WHOLE_ROLES for role in shapes):
+        return "lora_diff" if "A" in shapes or "B" in shapes else _whole(shapes)
+    if table:
         return "embedding"
-    return "conv" if "A" in infos and len(infos["A"].shape) > 2 else "lora"
+    return "conv" if len(shapes.get("A", ())) > 2 else "lora"
 
 
-def _whole(infos: Mapping[str, TensorInfo]) -> str:
-    if "diff" in infos or "diff_b" in infos:
+def _whole(shapes: Shapes) -> str:
+    if "diff" in shapes or "diff_b" in shapes:
         return "diff"
-    return "set" if "set_weight" in infos or "reshape_weight" in infos else "norm"
+    return "set" if "set_weight" in shapes or "reshape_weight" in shapes else "norm"
 
 
 def _pair(shapes: Shapes) -> Sizes:
@@ -165,10 +202,10 @@ def _positive(role: str, rank: int, inputs: int, outputs: int, shape: tuple[int,
     return rank, inputs, outputs
 
 
-def _refuse_dtypes(infos: Mapping[str, TensorInfo]) -> None:
-    for role, info in infos.items():
-        if role not in _NOT_WEIGHTS and not is_float(info.dtype):
-            raise ShapeError(role, f"has dtype {info.dtype}, a floating-point type is needed")
+def _refuse_dtypes(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    for role, (dtype, _) in parts.items():
+        if role not in _NOT_WEIGHTS and not is_float(dtype):
+            raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed")
 
 
 def _shown(shape: tuple[int, ...]) -> str:

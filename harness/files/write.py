@@ -16,6 +16,7 @@ from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import write_gguf
 from harness.files.keys import PAIRS
+from harness.files.peft_variants import PEFT_TAILS, peft_config
 from harness.files.serialize import KeyOrder, ordered, replace_file, serialize
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def write_lora(
     For `peft` and `mlx` that is the folder `path`; for every other format the file `path`, with `.safetensors` or
     `.gguf` appended when it is missing. A is [r, in], B is [out, r], whichever way the format stores them; `dtype`
     converts both, alpha is always stored in float32 or as JSON. `LoraParts` writes any variant, in the formats that
-    keep alpha in a tensor or nowhere.
+    keep alpha in a tensor or nowhere, and in `peft` those that PEFT has a configuration for.
     Without alpha (None): `peft` and `mlx` refuse, because their configuration always has one; `diffusers` writes no
     metadata when no module has one, and alpha = rank for those without when some have; the others write none. Formats
     that have no place for alpha (`xlabs`, `attn-procs`, `bfl-control`) refuse one; `mlx` and `gguf` have one for all
@@ -66,8 +67,12 @@ def write_lora(
         modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
     pairs = {name: weights for name, weights in modules.items() if isinstance(weights, LoraWeights)}
-    config = _config(row, pairs, rslora)
+    config = peft_config(modules) if _is_variant(row, modules) else _config(row, pairs, rslora)
     return _save(Path(path), row, ordered(tensors, key_order), _metadata(row, prefix, config), config, pairs)
+
+
+def _is_variant(row: Format, modules: Modules) -> bool:
+    return row.alpha[0] == "config" and any(isinstance(weights, LoraParts) for weights in modules.values())
 
 
 def _row(format: str, modules: Modules, pair: str | None) -> Format:
@@ -89,12 +94,12 @@ def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
     if row.alpha[0] == "none" and weights.alpha is not None:
         what = f"a {row.name} file has no place for alpha: multiply B by alpha / rank and pass None"
         raise ValueError(f"modules[{name!r}].alpha={weights.alpha:g}: {what}")
-    if isinstance(weights, LoraParts):
-        if row.alpha[0] not in ("tensor", "none"):
-            raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
-        return
     if row.alpha[0] == "config" and weights.alpha is None:
         raise ValueError(f"modules[{name!r}].alpha=None: a {row.name} configuration always has an alpha")
+    if isinstance(weights, LoraParts):
+        if row.alpha[0] not in ("tensor", "none", "config"):
+            raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
+        return
     a, b = tuple(weights.a.shape), tuple(weights.b.shape)
     if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or 0 in b:
         raise ValueError(f"modules[{name!r}]: a {list(a)} and b {list(b)} are no pair [r, in], [out, r]")
@@ -116,7 +121,8 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
             key = f"{stem}.{_tail(row, role, pair)}"
             if key in tensors:
                 raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
-            tensors[key] = (tensor.t() if role in row.flipped(name) else tensor).to(dtype=dtype)
+            tensor = tensor.flatten() if row.folder and role == "magnitude" else tensor  # PEFT's is a vector
+            tensors[key] = (tensor.t() if role in row.flipped(name) else tensor).to(dtype=dtype).contiguous()
         if row.alpha[0] == "tensor" and weights.alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
     return tensors
@@ -137,6 +143,8 @@ def _parts(weights: LoraWeights | LoraParts) -> Mapping[str, Tensor]:
 def _tail(row: Format, role: str, pair: str) -> str:
     if role in ("A", "B"):
         return PAIRS[pair]["AB".index(role)].replace("*", "default")
+    if row.alpha[0] == "config" and role in PEFT_TAILS:
+        return PEFT_TAILS[role]
     own = {known: tail for tail, known in row.extras.items()}
     return own.get(role) or _PART_TAILS.get(role, role)
 

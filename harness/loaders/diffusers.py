@@ -21,11 +21,12 @@ PIPELINE_MIXINS = {
     "QwenImageTransformer2DModel": ("QwenImageLoraLoaderMixin", "transformer"),
     "FluxTransformer2DModel": ("FluxLoraLoaderMixin", "transformer"),
     "UNet2DConditionModel": ("StableDiffusionLoraLoaderMixin", "unet"),
+    "CLIPTextModel": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
 }
 # It knows DiffSynth files by `.default.` in a key or by an alpha, and passes over bare `.lora_A.weight` keys.
 FORMATS = ("diffusers", "kohya", "diffsynth")
 NO_MERGED_NAMES = "its kohya converter knows no merged layers (to_qkv, add_qkv_proj)"
-UNSUPPORTED = {("kohya", "qwen-image-fused"): NO_MERGED_NAMES}
+UNSUPPORTED: dict[tuple[str, ...], str] = {("kohya", "qwen-image-fused"): NO_MERGED_NAMES}
 _LOADED = "_lora_harness_loaded"
 
 

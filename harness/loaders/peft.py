@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.protocol import loader
+from harness.loaders.protocol import EVERY_BENCH, loader
 from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
 
 
-@loader(formats={"peft"}, strength_argument="scale")
+VARIANTS = ("lora", "rslora", "conv", "embedding", "dora", "loha", "lokr", "lora-bias")
+
+
+@loader(formats={"peft"}, benches=EVERY_BENCH, variants=VARIANTS, strength_argument="scale")
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
     """Merge the PEFT folder `lora` into `model` as PEFT users do: W + strength * scaling * B @ A.
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 CORE_FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
 CORE_BENCHES = ("qwen-image", "qwen-image-fused")
+CORE_VARIANTS = ("lora",)
+EVERY_BENCH = (*CORE_BENCHES, "sd-unet", "flux", "clip-text", "gpt2")
 _ATTRIBUTE = "__lora_harness__"
 
 
@@ -28,16 +30,17 @@ class Load(Protocol):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a loader says it can do; None stands for every core format or bench.
+    """What a loader says it can do; None stands for every core format and bench, and for plain LoRA.
 
-    `unsupported` takes single cells out: (format, bench) -> the reason, in one clause.
+    `unsupported` takes cells out: names of a format, a bench, a variant or several -> the reason, in one clause.
     """
 
     formats: frozenset[str] | None = None
     benches: frozenset[str] | None = None
+    variants: frozenset[str] | None = None
     unload: Callable[[torch.nn.Module], object] | None = None
     strength_argument: str = "strength"
-    unsupported: Mapping[tuple[str, str], str] = field(default_factory=dict, hash=False)
+    unsupported: Mapping[tuple[str, ...], str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,23 @@ class Subject:
         return _ordered(self.declaration.benches, CORE_BENCHES)
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants it declares, plain LoRA first."""
+        return _ordered(self.declaration.variants, CORE_VARIANTS)
+
+    @property
     def cells(self) -> tuple[tuple[str, str], ...]:
-        """The (format, bench) pairs it declares, in the order of `formats`, then `benches`."""
+        """The (format, bench) pairs it declares for plain LoRA, in the order of `formats`, then `benches`."""
         pairs = ((form, bench) for form in self.formats for bench in self.benches)
         return tuple(pair for pair in pairs if self.unsupported(*pair) is None)
 
-    def unsupported(self, form: str, bench: str) -> str | None:
-        """Return why this loader does not claim the cell `form` x `bench`, or None when it does."""
-        if form not in self.formats:
-            return f"{self.spec} does not declare the format {form}"
-        if bench not in self.benches:
-            return f"{self.spec} does not declare the bench {bench}"
-        return self.declaration.unsupported.get((form, bench))
+    def unsupported(self, form: str, bench: str, variant: str = "lora") -> str | None:
+        """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
+        said, cell = self.declaration, {"format": form, "bench": bench, "variant": variant}
+        for (kind, name), declared in zip(cell.items(), (said.formats, said.benches, said.variants), strict=True):
+            if declared is not None and name not in declared:
+                return f"{self.spec} does not declare the {kind} {name}"
+        return next((why for names, why in said.unsupported.items() if set(names) <= set(cell.values())), None)
 
     @property
     def strength_argument(self) -> str:
@@ -86,14 +94,16 @@ def loader(
     *,
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
     unload: Callable[[torch.nn.Module], object] | None = None,
     strength_argument: str = "strength",
-    unsupported: Mapping[tuple[str, str], str] | None = None,
+    unsupported: Mapping[tuple[str, ...], str] | None = None,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
     `unload(model)` undoes the last load. `strength_argument` is the keyword under which users of this loader pass the
-    strength; a function without a `strength` keyword is called with it. `unsupported` maps (format, bench) to a reason.
+    strength; a function without a `strength` keyword is called with it. `unsupported` maps names of format, bench or
+    a variant that do not go together, such as ("kohya", "flux"), to a reason.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -101,6 +111,7 @@ def loader(
     declaration = Declaration(
         frozenset(formats) if formats is not None else None,
         frozenset(benches) if benches is not None else None,
+        frozenset(variants) if variants is not None else None,
         unload,
         strength_argument,
         dict(unsupported or {}),

@@ -57,14 +57,36 @@ class Fit:
         return self.residual / self.change if self.change else 0.0
 
 
-def fit(before: Tensor, after: Tensor, a: Tensor, b: Tensor, *, expected: float, dtype: str) -> Fit:
-    """Fit one module; `before`, `after: [out, in]`, `a: [rank, in]`, `b: [out, rank]`, computed in float64."""
+@dataclass(frozen=True)
+class Direction:
+    """What a LoRA adds to one layer per unit of scale: `product: [rows, columns]` in float64.
+
+    `outer: [rows, columns]` is, element by element, the root of the summed squares of the terms that the product adds
+    up: sqrt(sum_k B_ok^2 A_ki^2). `rank` is the number of those terms.
+    """
+
+    product: Tensor
+    outer: Tensor
+    rank: int
+
+    def rows(self, rows: slice) -> Direction:
+        """Return the part of some rows."""
+        return Direction(self.product[rows], self.outer[rows], self.rank)
+
+
+def low_rank(a: Tensor, b: Tensor) -> Direction:
+    """Return the direction B @ A of `a: [rank, columns]` and `b: [rows, rank]`."""
+    a, b = a.double(), b.double()
+    return Direction(b @ a, (b.square() @ a.square()).sqrt(), a.shape[0])
+
+
+def fit(before: Tensor, after: Tensor, direction: Direction, *, expected: float, dtype: str) -> Fit:
+    """Fit one module; `before` and `after: [rows, columns]`, computed in float64."""
     change = after.double() - before.double()
-    product = b.double() @ a.double()
+    product = direction.product
     energy = float((product * product).sum())
     scale = float((change * product).sum()) / energy if energy else 0.0
     largest = max(abs(scale), abs(expected))  # a wrong scale rounds like one of its own size
-    outer = b.double().pow(2).sum(0) @ a.double().pow(2).sum(1)
     allowed = tolerance(
         dtype=dtype,
         scale=largest,
@@ -72,8 +94,8 @@ def fit(before: Tensor, after: Tensor, a: Tensor, b: Tensor, *, expected: float,
         base=norm(before),
         merged=norm(after),
         product=math.sqrt(energy),
-        outer=math.sqrt(float(outer)),
-        rank=a.shape[0],
+        outer=norm(direction.outer),
+        rank=direction.rank,
     )
     residual = norm(change - scale * product)
     if residual > allowed.noise and residual < math.sqrt(energy) * abs(scale):
@@ -83,10 +105,10 @@ def fit(before: Tensor, after: Tensor, a: Tensor, b: Tensor, *, expected: float,
 
 
 def fit_slices(
-    before: Tensor, after: Tensor, a: Tensor, b: Tensor, slices: Sequence[slice], *, expected: float, dtype: str
+    before: Tensor, after: Tensor, direction: Direction, slices: Sequence[slice], *, expected: float, dtype: str
 ) -> tuple[Fit, ...]:
     """Fit each row range on its own; a fault in one projection of a fused layer shows in its slice only."""
-    return tuple(fit(before[rows], after[rows], a, b[rows], expected=expected, dtype=dtype) for rows in slices)
+    return tuple(fit(before[r], after[r], direction.rows(r), expected=expected, dtype=dtype) for r in slices)
 
 
 def norm(x: Tensor) -> float:

@@ -6,32 +6,34 @@ Merged weights, hooks, wrappers, parametrizations, patched forwards and returned
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from harness.benches.layer import Layer
 
 
 class MissingModuleError(LookupError):
     """The loaded model has no module at a path the base model had."""
 
 
-def effective_weights(model: nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Return the effective weight `[out, in]` of each layer in its own dtype, in float64.
+def effective_weights(model: nn.Module, layers: Mapping[str, Layer], *, bias: bool = False) -> dict[str, Tensor]:
+    """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
-    `layers` maps a path of the base model to (out_features, in_features); a model that came back inside a wrapper
-    is searched by the end of the path.
+    `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
+    the end of the path. With `bias` a last column holds what each layer answers to nothing.
 
     Raises:
         MissingModuleError: a path is gone.
-        ValueError: a module answers with another shape than `[in, out]`.
+        ValueError: a module answers with another shape than its layer does.
     """
     modules, like = dict(model.named_modules()), _numbers_of(model)
-    return {name: effective_weight(_find(modules, name), shape, like) for name, shape in layers.items()}
+    return {name: effective_weight(_find(modules, name), layer, like, bias=bias) for name, layer in layers.items()}
 
 
 def weights_while_running(
-    model: nn.Module, layers: Mapping[str, tuple[int, int]], run: Callable[[nn.Module], object]
+    model: nn.Module, layers: Mapping[str, Layer], run: Callable[[nn.Module], object], *, bias: bool = False
 ) -> dict[str, Tensor]:
     """Return the effective weights as they are inside the model's own forward, which `run` calls once.
 
@@ -44,7 +46,7 @@ def weights_while_running(
     def read(name: str, module: nn.Module) -> None:
         if name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
-            found[name] = effective_weight(module, layers[name], like)
+            found[name] = effective_weight(module, layers[name], like, bias=bias)
 
     handles = [
         _find(modules, name).register_forward_pre_hook(lambda module, args, name=name: read(name, module))
@@ -55,27 +57,66 @@ def weights_while_running(
     finally:
         for handle in handles:
             handle.remove()
-    rest = {name: shape for name, shape in layers.items() if name not in found}
-    found |= effective_weights(model, rest)
+    rest = {name: layer for name, layer in layers.items() if name not in found}
+    found |= effective_weights(model, rest, bias=bias)
     return {name: found[name] for name in layers}
 
 
 @torch.no_grad()
-def effective_weight(module: nn.Module, shape: tuple[int, int], like: Tensor | None = None) -> Tensor:
-    """Return W `[out, in]` in float64 with module(x) = x @ W^T + constant, from module(identity) - module(0).
+def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None, *, bias: bool = False) -> Tensor:
+    """Return the weight `[rows, columns]` of `module` in float64, with a column for the bias when asked.
 
-    The inputs have the dtype and device of `like`, by default those of the module's own numbers.
+    A linear layer computes x @ W^T + constant, so its answers to the identity less its answer to 0 are W^T; a
+    convolution is asked with one image per input channel and kernel place, an embedding with every token. The inputs
+    have the dtype and device of `like`, by default those of the module's own numbers.
     """
-    rows, columns = shape
     like = _numbers_of(module) if like is None else like
-    probe = torch.eye(columns, device=like.device, dtype=like.dtype)
-    with _without_bias(module):
-        answer = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
-    if not isinstance(answer, Tensor) or answer.shape != (columns + 1, rows):
+    with nullcontext() if bias else _without_bias(module):
+        answer = _ASK[layer.kind](module, layer, like)
+    if not isinstance(answer, Tensor) or answer.shape != (layer.columns + 1, layer.rows):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise ValueError(f"module answers {got} to {columns + 1} inputs, but should be {(columns + 1, rows)}")
+        raise ValueError(
+            f"module answers {got} to {layer.columns + 1} inputs, but should be {(layer.columns + 1, layer.rows)}"
+        )
     answer = answer.double().cpu()
-    return (answer[:-1] - answer[-1]).T
+    columns = [(answer[:-1] - answer[-1]).T] + [answer[-1:].T] * bias
+    return torch.cat(columns, dim=1)
+
+
+def _ask_linear(module: nn.Module, layer: Layer, like: Tensor) -> object:
+    probe = torch.eye(layer.columns, device=like.device, dtype=like.dtype)
+    return module(torch.cat([probe, torch.zeros_like(probe[:1])]))
+
+
+def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
+    """Ask with single pixels, each below one place of the kernel when its window lies wholly inside the image."""
+    steps = tuple(zip(layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True))
+    at = [-(-padding // stride) for _, stride, padding, _ in steps]  # the first output whose window meets no padding
+    first = [y * stride - padding for y, (_, stride, padding, _) in zip(at, steps, strict=True)]
+    size = [start + d * (k - 1) + 1 for start, (k, _, _, d) in zip(first, steps, strict=True)]
+    images = torch.zeros(layer.columns + 1, layer.channels, *size, device=like.device, dtype=like.dtype)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in (layer.channels, *layer.kernel)))
+    rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(_spacing(first, layer), 1))
+    images[torch.arange(layer.columns), places[:, 0], rows, columns] = 1
+    answer = module(images)
+    return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
+
+
+def _spacing(first: list[int], layer: Layer) -> list[tuple[int, int]]:
+    return list(zip(first, layer.dilation, strict=True))
+
+
+def _ask_embedding(module: nn.Module, layer: Layer, like: Tensor) -> object:
+    answer = module(torch.arange(layer.columns, device=like.device))
+    return torch.cat([answer, torch.zeros_like(answer[:1])]) if isinstance(answer, Tensor) else answer
+
+
+_ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
+    "linear": _ask_linear,
+    "transposed": _ask_linear,
+    "conv": _ask_conv,
+    "embedding": _ask_embedding,
+}
 
 
 def _numbers_of(module: nn.Module) -> Tensor:

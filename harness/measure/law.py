@@ -21,7 +21,10 @@ _SNAP_TO = tuple(sorted({Fraction(n, d) for d in (1, 2, 3, 4, 6, 8) for n in ran
 
 @dataclass(frozen=True)
 class Law:
-    """s = constant * strength word * alpha word * rank word, alpha and rank taken from `*_source` modules."""
+    """s = constant * strength word * alpha word * rank word, alpha and rank taken from `*_source` modules.
+
+    `root`: the files were trained with alpha / sqrt(rank) and say so.
+    """
 
     strength: Word
     alpha: Word
@@ -31,6 +34,7 @@ class Law:
     constant: float = 1.0
     residual: float = 0.0
     alternatives: tuple[str, ...] = ()
+    root: bool = False
 
     @property
     def cost(self) -> int:
@@ -56,8 +60,8 @@ class Law:
 
     @property
     def is_trained(self) -> bool:
-        """True for strength * alpha / rank (strength alone where no file carries alpha): what training used."""
-        return self.cost == 0
+        """True for strength * alpha / rank, or sqrt(rank) (strength alone without alpha): what training used."""
+        return (self.cost, self.rank.exponent) == (1, -0.5) if self.root else self.cost == 0
 
     @property
     def exponents(self) -> dict[str, float | None]:
@@ -74,9 +78,9 @@ class Law:
         None: the modules need different strengths, or no strength reaches the trained scale.
         """
         alphas, ranks = tuple(alpha for alpha, _ in scales), tuple(rank for _, rank in scales)
-        unit = [Probe("", 1.0, i, alphas, ranks, 0.0, 0.0) for i in range(len(scales))]
+        unit = [Probe("", 1.0, i, alphas, ranks, 0.0, 0.0, root=self.root) for i in range(len(scales))]
         gains = self.predict(unit)
-        wanted = np.array([alpha / rank for alpha, rank in scales])
+        wanted = np.array([probe.expected for probe in unit])
         if not len(gains) or np.any(gains == 0) or not np.all(np.isfinite(gains)):
             return None
         needed = wanted / gains
@@ -106,7 +110,7 @@ def identify(probes: Sequence[Probe]) -> Law | None:
         law for law in _CONFUSED if law.alpha.cost + law.rank.cost and columns.alpha_seen and columns.explains(law)
     ]
     others = dict.fromkeys(law.formula for law in ties if law.formula != laws[0].formula)
-    return replace(laws[0], alternatives=tuple(others))
+    return replace(laws[0], alternatives=tuple(others), root=all(p.root for p in usable))
 
 
 def _candidates(columns: _Columns) -> list[Law]:

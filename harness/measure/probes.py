@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -10,7 +11,8 @@ class Probe:
     """The scale measured on one module of one loaded file.
 
     `alphas` and `ranks` are those of every module of the file in key order, `index` is this module's place in them;
-    an alpha of None means that the file carries none. `tolerance` is absolute, on the scale.
+    an alpha of None means that the file carries none. `tolerance` is absolute, on the scale. `root`: the file says
+    that training divided alpha by sqrt(rank).
     """
 
     module: str
@@ -24,6 +26,7 @@ class Probe:
     square: bool = False
     fused: bool = False
     permuted: bool = False
+    root: bool = False
 
     @property
     def alpha(self) -> float | None:
@@ -37,8 +40,10 @@ class Probe:
 
     @property
     def expected(self) -> float:
-        """strength * alpha / rank; a missing alpha means scale 1."""
-        return self.strength * (1.0 if self.alpha is None else self.alpha / self.rank)
+        """strength * alpha / rank (or sqrt(rank)); a missing alpha means scale 1."""
+        if self.alpha is None:
+            return self.strength
+        return self.strength * self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
     @property
     def right(self) -> bool:

@@ -28,5 +28,8 @@ def plan_of(config: pytest.Config) -> Plan:
     if source is None and not config.getoption("--lora-loader"):
         source = "shipped"
     return Plan(
-        config.getoption("--lora-max-examples"), config.getoption("--lora-seed"), known=tuple(known_failures(source))
+        config.getoption("--lora-max-examples"),
+        config.getoption("--lora-seed"),
+        known=tuple(known_failures(source)),
+        share=1.0 if config.getoption("--lora-loader") else 1 / 8,
     )

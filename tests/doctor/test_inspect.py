@@ -124,6 +124,14 @@ def test_a_dense_a_zero_or_a_shuffled_b_is_not_lh704(tmp_path: Path, b: torch.Te
     assert codes(inspect_file(write_lora(tmp_path / "x", "kohya", modules))) == []
 
 
+def test_an_empty_b_beside_another_variant_is_read_without_a_crash(tmp_path: Path) -> None:
+    loha = {f"lora_unet_x.hada_{part}_a": floats(6, 4) for part in ("w1", "w2")}
+    loha |= {f"lora_unet_x.hada_{part}_b": floats(4, 8) for part in ("w1", "w2")}
+    (tmp_path / "x.safetensors").write_bytes(tensors_file({**loha, "lora_unet_x.lora_up.weight": floats(0, 8)}))
+    record = inspect_file(tmp_path / "x.safetensors")
+    assert (record.variants, "LH704" in codes(record)) == ({"loha": 1}, False)
+
+
 def test_alpha_in_half_precision_above_its_whole_numbers_is_lh710(tmp_path: Path) -> None:
     raw = torch.tensor([300.0]).bfloat16().view(torch.uint8).numpy().tobytes()
     (tmp_path / "x.safetensors").write_bytes(tensors_file(kohya(alpha=("BF16", [], raw))))

@@ -27,7 +27,7 @@ def test_merges_of_real_mergers_pass(tmp_path: Path, loader: str, format: str, d
     bench = get_bench("qwen-image")
     model = bench.build(dtype)
     names = [name for name in bench.lora_layers if "attn" in name][:6]
-    lora = {n: weights(*bench.layers[n], 4 << i % 2, 2.0 * (i + 1), i, 0.3) for i, n in enumerate(names)}
+    lora = {n: weights(*bench.layers[n].shape, 4 << i % 2, 2.0 * (i + 1), i, 0.3) for i, n in enumerate(names)}
     path = write_lora(tmp_path / "lora", format, lora)
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
     merged = resolve(loader).load(model, path, strength=0.75) or model
@@ -54,7 +54,8 @@ def test_merges_of_real_and_example_mergers_that_are_wrong_are_named(
     bench = get_bench("qwen-image")
     model = bench.build(dtype)
     lora = {
-        n: weights(*bench.layers[n], 4 << i % 2, 3.0 * (i + 1), i, 0.05) for i, n in enumerate(bench.lora_layers[:4])
+        n: weights(*bench.layers[n].shape, 4 << i % 2, 3.0 * (i + 1), i, 0.05)
+        for i, n in enumerate(bench.lora_layers[:4])
     }
     path = write_lora(tmp_path / "lora", format, lora)
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.build_malformed import FILE_CASES, HAZARD_CASES, MODULE_CASES, Case, build
+from fixtures.build_malformed import FILE_CASES, HAZARD_CASES, MODULE_CASES, Case, build, framed
 from harness.errors import LoraFileError
-from harness.files import read_lora
+from harness.files import read_header, read_lora
 
 
 @pytest.fixture
@@ -63,11 +63,33 @@ def test_the_hostile_sizes_cost_little_memory(tmp_path: Path) -> None:
     assert int(done.stdout) < 400_000  # kilobytes
 
 
+@pytest.mark.parametrize(
+    ("again", "metadata", "twice"),
+    [
+        ('"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}', "{}", ("a",)),
+        (
+            '"\\u0061" : {"dtype" :"F32", "shape": [1], "data_offsets": [0, 4]}',
+            '{"x": "\\u003a\\u003a\\u003a\\u003A"}',
+            ("a",),
+        ),
+        ('"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}', '{"x": "1:2", "x": "3"}', ("x",)),
+        ('"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}', '{"a:b": "1:2", "y": "{\\"z\\": 1}"}', ()),
+    ],
+)
+def test_a_name_that_stands_twice_is_found_however_it_is_written(
+    tmp_path: Path, again: str, metadata: str, twice: tuple[str, ...]
+) -> None:
+    first = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f'{{"__metadata__": {metadata}, {first}, {again}}}'.encode()
+    (tmp_path / "x.safetensors").write_bytes(framed(header, bytes(4 if "[0, 4]" in again else 8)))
+    assert read_header(tmp_path / "x.safetensors").duplicates == twice
+
+
 HUNGRY = ("header_2_to_the_62", "bomb_of_tensors", "long_header", "sparse_4_terabytes", "very_many_dimensions")
 _READ_ALL = """
 import sys
 from harness.errors import LoraFileError
-from harness.files import read_lora
+from harness.files import read_header, read_lora
 for path in sys.argv[1:]:
     try:
         read_lora(path)

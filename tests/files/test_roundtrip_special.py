@@ -137,8 +137,10 @@ def test_what_a_format_cannot_hold_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_of_a_variant_are_refused_where_alpha_is_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="parts of a variant are not written to peft"):
+def test_parts_of_a_variant_are_refused_where_nothing_can_say_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parts of a variant are not written to diffusers"):
+        write_lora(tmp_path / "x", "diffusers", {"a": LoraParts({"lokr_w1": torch.ones(2, 2)}, 1.0)})
+    with pytest.raises(ValueError, match="PEFT has no configuration for parts lokr_w1"):
         write_lora(tmp_path / "x", "peft", {"a": LoraParts({"lokr_w1": torch.ones(2, 2)}, 1.0)})
 
 

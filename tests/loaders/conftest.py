@@ -19,7 +19,7 @@ def weights(bench: Bench, alphas: tuple[float | None, ...] = (1.5, 8.0, 5.0, 16.
     ranks = (3, 4, 8, 6)
     made = {}
     for index, name in enumerate(bench.lora_layers):
-        rank, (rows, columns) = ranks[index % 4], bench.layers[name]
+        rank, (rows, columns) = ranks[index % 4], bench.layers[name].shape
         a = torch.randn(rank, columns, generator=generator) * 0.2
         b = torch.randn(rows, rank, generator=generator) * 0.2
         made[name] = LoraWeights(a, b, alphas[index % len(alphas)])

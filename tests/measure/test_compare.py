@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.measure.compare import fit, fit_slices, norm
+from harness.measure.compare import fit, fit_slices, low_rank, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
 
@@ -22,7 +22,7 @@ def merged(scale: float, dtype: torch.dtype, rank: int = 8, seed: int = 0) -> tu
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_merge_rounded_once_is_right(dtype: str, rank: int, scale: float, seed: int) -> None:
     w, after, a, b = merged(scale, getattr(torch, dtype), rank, seed)
-    found = fit(w, after, a, b, expected=scale, dtype=dtype)
+    found = fit(w, after, low_rank(a, b), expected=scale, dtype=dtype)
     assert found.scale_right
     assert found.direction_right
 
@@ -31,28 +31,28 @@ def test_a_merge_rounded_once_is_right(dtype: str, rank: int, scale: float, seed
 @pytest.mark.parametrize("error", [0.99, 1.01])
 def test_a_scale_one_per_cent_off_is_wrong(dtype: str, error: float) -> None:
     w, after, a, b = merged(2.0 * error, getattr(torch, dtype))
-    assert not fit(w, after, a, b, expected=2.0, dtype=dtype).scale_right
+    assert not fit(w, after, low_rank(a, b), expected=2.0, dtype=dtype).scale_right
 
 
 def test_a_fault_in_one_slice_shows_in_that_slice_alone() -> None:
     w, after, a, b = merged(1.0, torch.float32)
     after[:16] += 0.02 * (b @ a)[:16]
     slices = (slice(0, 16), slice(16, 32), slice(32, 48))
-    parts = fit_slices(w, after, a, b, slices, expected=1.0, dtype="float32")
+    parts = fit_slices(w, after, low_rank(a, b), slices, expected=1.0, dtype="float32")
     assert [part.scale_right for part in parts] == [False, True, True]
 
 
 def test_noise_beyond_the_dtype_is_a_wrong_direction() -> None:
     w, after, a, b = merged(1.0, torch.float32)
     rounded = w + (after - w).to(torch.bfloat16).float()
-    found = fit(w, rounded, a, b, expected=1.0, dtype="float32")
+    found = fit(w, rounded, low_rank(a, b), expected=1.0, dtype="float32")
     assert found.scale_right is False or found.direction_right is False
     assert found.relative_residual < 0.01
 
 
 def test_an_unchanged_layer_is_seen_as_unchanged() -> None:
     w, _, a, b = merged(1.0, torch.bfloat16)
-    assert fit(w, w, a, b, expected=1.0, dtype="bfloat16").unchanged
+    assert fit(w, w, low_rank(a, b), expected=1.0, dtype="bfloat16").unchanged
 
 
 def test_the_norm_of_a_large_layer_is_accumulated_in_float64() -> None:

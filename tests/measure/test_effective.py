@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from harness.benches.layer import Layer
 from harness.measure.effective import MissingModuleError, effective_weight, effective_weights
 
 
@@ -63,25 +64,25 @@ def wrapped() -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("make", [patched, hooked, pre_hooked, parametrized, wrapped])
 def test_every_way_of_changing_a_layer_is_seen(make) -> None:
     module, expected = make()
-    assert torch.allclose(effective_weight(module, (3, 5)), expected.double())
+    assert torch.allclose(effective_weight(module, Layer("linear", 3, 5)), expected.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_weight_is_read_exactly_and_the_bias_left_as_it_was(dtype: torch.dtype) -> None:
     layer = linear(dtype)
     bias = layer.bias.detach().clone()
-    assert torch.equal(effective_weight(layer, (3, 5)), layer.weight.double())
+    assert torch.equal(effective_weight(layer, Layer("linear", 3, 5)), layer.weight.double())
     assert torch.equal(layer.bias, bias)
 
 
 def test_a_model_inside_a_wrapper_is_found_by_the_end_of_the_path() -> None:
     model = nn.Sequential()
     model.add_module("base_model", nn.ModuleDict({"a": linear()}))
-    assert list(effective_weights(model, {"a": (3, 5)})) == ["a"]
+    assert list(effective_weights(model, {"a": Layer("linear", 3, 5)})) == ["a"]
 
 
 def test_a_missing_layer_and_a_wrong_shape_are_named() -> None:
     with pytest.raises(MissingModuleError, match="gone"):
-        effective_weights(nn.Sequential(linear()), {"gone": (3, 5)})
+        effective_weights(nn.Sequential(linear()), {"gone": Layer("linear", 3, 5)})
     with pytest.raises(ValueError, match="should be"):
-        effective_weight(linear(), (4, 5))
+        effective_weight(linear(), Layer("linear", 4, 5))

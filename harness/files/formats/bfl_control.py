@@ -12,10 +12,12 @@ from harness.files.format import Format, Source
 
 _NORM = re.compile(r"(double|single)_blocks\.\d+\.(\w+\.)*(query|key)_norm\.scale$")
 _BIAS = re.compile(r"(double_blocks|single_blocks|\w+_in|final_layer)(\.\w+)*\.lora_B\.bias$")
+_ENDS = ("_norm.scale", ".lora_B.bias")
 
 
 def _is_control(source: Source) -> bool:
-    return any(_NORM.match(key) or _BIAS.match(key) for key in source.file.keys)
+    able = [key for key in source.file.keys if key.endswith(_ENDS)]
+    return any(_NORM.match(key) or _BIAS.match(key) for key in able)
 
 
 FORMAT = Format(

@@ -1,0 +1,125 @@
+"""A variant: which tensors a module of the file has, and what they add to the weight of its layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from harness.benches import Bench, View
+from harness.benches.layer import Kind, Layer
+from harness.example import Example, Target
+from harness.measure.compare import Direction, Fit, fit
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Parts = Mapping[str, "Tensor"]
+Topology = Literal["own", "split", "merged"]
+_ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
+
+
+@dataclass(frozen=True)
+class Update:
+    """One module of a drawn LoRA: its tensors by role, as the file stores them, and what one unit of scale adds."""
+
+    parts: Parts
+    direction: Direction
+
+
+class FitOne(Protocol):
+    """Compare one layer before and after loading with an update of the variant."""
+
+    def __call__(self, before: Tensor, after: Tensor, update: Update, *, expected: float, dtype: str) -> Fit:
+        """Return the fit; `before` and `after` are [rows, columns] in float64."""
+
+
+def fit_sum(before: Tensor, after: Tensor, update: Update, *, expected: float, dtype: str) -> Fit:
+    """Fit a variant that adds a multiple of its direction."""
+    return fit(before, after, update.direction, expected=expected, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of module.
+
+    `draw(layer, rank, generator)` gives the tensors by role in float32; `direction(parts, layer)` what they add per
+    unit of scale, where the scale is alpha / rank, alpha / sqrt(rank) with `root`, or 1 without `alpha`. `gain` are the
+    roles that carry the size. `formats` (None: all) can say it and `kinds` of layers can have it, of those the ones it
+    `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
+    can be fitted on its own. `strengths`: what a strength other than 1 means is left to the loader when there is only
+    one. Two loads of a variant that is not `additive` have no meaning that everybody shares.
+    """
+
+    name: str
+    what: str
+    draw: Callable[[Layer, int, Generator], dict[str, Tensor]]
+    direction: Callable[[Parts, Layer], Direction]
+    gain: tuple[str, ...] = ("B",)
+    kinds: frozenset[Kind] = frozenset({"linear", "transposed"})
+    formats: frozenset[str] | None = None
+    alpha: bool = True
+    root: bool = False
+    bias: bool = False
+    split: bool = True
+    additive: bool = True
+    topology: Topology = "own"
+    strengths: tuple[float, ...] = ()
+    max_rank: Callable[[Layer], int] = lambda layer: 128
+    wants: Callable[[Layer], bool] = lambda layer: True
+    fit: FitOne = fit_sum
+
+    def view(self, bench: Bench) -> View | None:
+        """Return the layers of `bench` as a file of this variant names them; None: it has no such form."""
+        return {"own": bench.view, "split": bench.split_view, "merged": bench.merged_view}[self.topology]
+
+    def targets(self, view: View) -> tuple[str, ...]:
+        """Return the layers of `view` that can have this variant."""
+        return tuple(n for n in view.lora_layers if self._holds(view.layers[n]))
+
+    def _holds(self, layer: Layer) -> bool:
+        return layer.kind in self.kinds and (layer.bias or not self.bias) and self.wants(layer)
+
+    def rank_limit(self, view: View) -> int:
+        """Return the largest rank that every target can have."""
+        return min((self.max_rank(view.layers[name]) for name in self.targets(view)), default=1)
+
+    def scale(self, target: Target) -> float:
+        """Return the trained factor on the direction."""
+        if target.alpha is None or not self.alpha:
+            return 1.0
+        return target.alpha / (math.sqrt(target.rank) if self.root else target.rank)
+
+    def updates(self, example: Example, view: View, weights: Mapping[str, Tensor]) -> dict[str, Update]:
+        """Draw the modules of `example` in the file's dtype; `weights` are the base's, [rows, columns].
+
+        The tensors are standard normal, then the `gain` is scaled by a power of two so that the trained delta has about
+        0.7 times the norm of W: every law then shows, whatever rank and alpha were drawn.
+        """
+        return {
+            t.name: self._update(example, index, t, view.layers[t.name], weights[t.name])
+            for index, t in enumerate(example.targets)
+        }
+
+    def _update(self, example: Example, index: int, target: Target, layer: Layer, weight: Tensor) -> Update:
+        import torch
+
+        generator = torch.Generator().manual_seed(1_000_003 * example.value_seed + index)
+        drawn = self.draw(layer, target.rank, generator)
+        size = abs(self.scale(target) or 1.0) * float(torch.linalg.matrix_norm(self.direction(drawn, layer).product))
+        factor = 2.0 ** round(math.log2(_ENERGY * float(torch.linalg.matrix_norm(weight)) / size))
+        dtype = getattr(torch, example.file_dtype)
+        parts = {role: (t * factor if role in self.gain else t).to(dtype) for role, t in drawn.items()}
+        return Update(parts, self.direction(parts, layer))
+
+    def fits(
+        self, before: Tensor, after: Tensor, update: Update, slices: Sequence[slice], *, expected: float, dtype: str
+    ) -> tuple[Fit, ...]:
+        """Return the fit of the whole layer, then those of its slices when it stacks several projections."""
+        whole = self.fit(before, after, update, expected=expected, dtype=dtype)
+        if len(slices) < 2 or not self.split:
+            return (whole,)
+        rows = (Update(update.parts, update.direction.rows(rows)) for rows in slices)
+        pairs = zip(slices, rows, strict=True)
+        return (whole, *(self.fit(before[r], after[r], part, expected=expected, dtype=dtype) for r, part in pairs))

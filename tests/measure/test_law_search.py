@@ -1,0 +1,201 @@
+"""The law is found by its simplicity among those that explain every probe, within tolerance and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from harness.measure.law import Law, identify
+from harness.measure.probes import Probe
+
+Alphas, Ranks = tuple[float | None, ...], tuple[int, ...]
+TOLERANCE = 1e-6
+FILES: tuple[tuple[Alphas, Ranks], ...] = (((6.0, 1.5, 10.0), (4, 12, 5)), ((0.0, 3.0, 8.0, 3.0), (16, 2, 6, 2)))
+STRENGTHS = (1.0, 0.5, -2.0, 0.0)
+
+
+def file_of(alphas: Alphas, ranks: Ranks, scale: Callable[[float, int], float]) -> list[Probe]:
+    """Probe one file: `scale(strength, index)` is measured."""
+    places = range(len(alphas))
+    return [Probe(f"m{i}", u, i, alphas, ranks, scale(u, i), TOLERANCE) for u in STRENGTHS for i in places]
+
+
+def probes(scale: Callable[[float, list[float], Ranks, int], float]) -> list[Probe]:
+    found = []
+    for alphas, ranks in FILES:
+        numbers = [a or 0.0 for a in alphas]
+        found += file_of(alphas, ranks, lambda u, i, a=numbers, r=ranks: scale(u, a, r, i))  # type: ignore[misc]
+    return found
+
+
+def once(strength: float, alpha: float | None, rank: int, measured: float, tolerance: float = TOLERANCE) -> Probe:
+    return Probe("m", strength, 0, (alpha,), (rank,), measured, tolerance)
+
+
+def of(found: Law | None) -> Law:
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scale", "formula"),
+    [
+        (lambda u, a, r, i: u * a[i] / r[i], "strength * alpha / rank"),
+        (lambda u, a, r, i: u * a[i], "strength * alpha"),
+        (lambda u, a, r, i: u / r[i], "strength / rank"),
+        (lambda u, a, r, i: u, "strength"),
+        (lambda u, a, r, i: a[i] / r[i], "alpha / rank"),
+        (lambda u, a, r, i: u * a[i] / r[0], "strength * alpha / rank(first)"),
+        (lambda u, a, r, i: u * a[-1] / r[i], "strength * alpha(last) / rank"),
+        (lambda u, a, r, i: u * min(a) / r[i], "strength * alpha(min) / rank"),
+        (lambda u, a, r, i: u * sum(a) / len(a) / r[i], "strength * alpha(mean) / rank"),
+        (lambda u, a, r, i: u * a[0] / max(r), "strength * alpha(first) / rank(max)"),
+        (lambda u, a, r, i: -0.75 * u * a[i] / r[i], "-0.75 * strength * alpha / rank"),
+        (lambda u, a, r, i: 1.37 * u * u * a[i] / r[i], "1.37 * strength^2 * alpha / rank"),
+    ],
+)
+def test_one_law_explains_separated_probes(scale: Callable[..., float], formula: str) -> None:
+    found = of(identify(probes(scale)))
+    assert found.formula == formula
+    assert found.alternatives == ()
+    assert found.is_trained is (formula == "strength * alpha / rank")
+
+
+@pytest.mark.parametrize(
+    ("probe", "first", "others"),
+    [
+        # rank = alpha hides whether either is read
+        (once(1, 16, 16, 1.0), "strength * alpha / rank", {"strength"}),
+        (once(1, 1, 16, 0.0625), "strength * alpha / rank", {"strength / rank"}),
+        (once(1, 5, 1, 5.0), "strength * alpha / rank", {"strength * alpha", "strength * alpha / sqrt(rank)"}),
+        (once(1, 4, 16, 0.25), "strength * alpha / rank", {"strength / sqrt(rank)"}),
+        # the factor 4 at strength 4, alpha 2, rank 4 may be a constant, the strength or the rank; two steps it is not
+        (once(4, 2, 4, 8.0), "4 * strength * alpha / rank", {"strength^2 * alpha / rank", "strength * alpha"}),
+    ],
+)
+def test_probes_that_fit_several_laws_leave_them_all_named(probe: Probe, first: str, others: set[str]) -> None:
+    found = of(identify([probe] * 2))
+    assert found.formula == first
+    assert set(found.alternatives) == others
+    assert len(found.alternatives) == len(others)
+    assert found.ambiguous
+
+
+def test_files_without_alpha_leave_nothing_open_about_alpha() -> None:
+    rank_one = [once(u, None, 1, u) for u in (0.5, -1.0, 2.0)]
+    assert of(identify(rank_one)).formula == "strength"
+    assert "alpha" not in "".join(of(identify(rank_one)).alternatives)
+    divided = [once(u, None, r, u / r) for u in (0.5, -1.0, 2.0) for r in (2, 5)]
+    assert of(identify(divided)).formula == "strength / rank"
+    assert not of(identify(divided)).is_trained
+
+
+def test_modules_without_alpha_are_left_out_where_others_have_one() -> None:
+    right = probes(lambda u, a, r, i: u * a[i] / r[i])
+    strange = file_of((None, 3.0), (4, 8), lambda u, i: 77.0)
+    assert of(identify(strange + right)).is_trained
+
+
+def test_a_mixed_file_is_read_by_its_modules_with_alpha_when_there_is_no_other() -> None:
+    mixed = file_of((None, 3.0, 5.0), (4, 8, 9), lambda u, i: 77.0 if i == 0 else u * (None, 3.0, 5.0)[i])  # type: ignore[operator]
+    assert of(identify(mixed)).formula == "strength * alpha"
+
+
+def test_without_probes_and_with_zeros_alone_there_is_no_law() -> None:
+    assert identify([]) is None
+    assert identify([once(u, None, r, 0.0) for u in (0.0, 0.5, 1.0) for r in (2, 3)]) is None
+
+
+def test_an_alpha_of_zero_is_a_number_like_any_other() -> None:
+    points = [once(u, alpha, 4, u * alpha / 4) for u in (1.0, 2.0, -0.5) for alpha in (0.0, 6.0, 1.5)]
+    assert of(identify(points)).formula == "strength * alpha / rank"
+    as_one = [replace(p, measured=p.strength / 4) if p.alpha == 0 else p for p in points]
+    assert of(identify(as_one)).formula != "strength * alpha / rank"
+
+
+@pytest.mark.parametrize("error", [1.4, -1.4, 0.5])
+def test_half_a_tolerance_beyond_the_edge_is_still_explained(error: float) -> None:
+    points = [once(1.0, None, 4, 1 + error * TOLERANCE), once(1.0, None, 4, 1 - error * TOLERANCE)]
+    found = of(identify(points))
+    assert (found.formula, found.constant) == ("strength", 1.0)
+    assert found.residual == pytest.approx(abs(error) * TOLERANCE, rel=1e-6)
+
+
+def test_more_than_that_is_not_explained_by_anything() -> None:
+    assert identify([once(1.0, None, 4, 1 + e * TOLERANCE) for e in (1.6, -1.6)]) is None
+
+
+def test_alternatives_may_be_as_far_off_as_laws() -> None:
+    def others(error: float) -> tuple[str, ...]:
+        return of(identify([once(1.0, 16.0, 16, 1.0), once(1.0, 16.0, 16, 1 + error * TOLERANCE)])).alternatives
+
+    assert others(1.4) == others(-1.4) == ("strength",)
+    # here alpha / rank is 1 + 1e-6, so that `strength` is off by more than the trained law
+    off = [once(1.0, 16 + 16e-6, 16, 1 + 1e-6 + e * TOLERANCE) for e in (0.4, 0.6)]
+    assert of(identify(off)).alternatives == ()
+
+
+def test_of_equally_simple_laws_the_closest_comes_first() -> None:
+    u = -1 - 4e-7
+    found = of(identify([once(u, None, 4, -u), once(1.0, None, 4, 1.0)]))
+    assert found.formula == "|strength|"
+    assert set(found.alternatives) == {"1", "strength^2"}
+    assert found.residual == 0.0
+
+
+@pytest.mark.parametrize("bottom", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("top", [1, 11, 12])
+def test_a_measured_constant_is_read_as_the_simple_fraction_it_stands_for(top: int, bottom: int) -> None:
+    simple = top / bottom
+    if simple == 1:
+        return
+    found = of(identify([once(u, None, r, -u * simple * (1 + 3e-8)) for u in (1.0, -3.0) for r in (2, 5)]))
+    assert (found.formula, found.constant) == (f"{-simple:.4g} * strength", -simple)
+
+
+@pytest.mark.parametrize("constant", [13.0, 14.0, 11 / 5, 11 / 7, 11 / 9, 13 / 8])
+def test_a_constant_that_is_no_simple_fraction_is_reported_as_measured(constant: float) -> None:
+    measured = constant * (1 + 3e-8)
+    found = of(identify([once(u, None, r, u * measured) for u in (1.0, -3.0) for r in (2, 5)]))
+    assert found.constant == pytest.approx(measured, rel=1e-12)
+
+
+def test_the_constant_is_the_weighted_least_squares_one() -> None:
+    # weights 1 / t^2: bases 1, 2 and tolerances t, 2t give (1 m1 + 2 m2 / 4) / (1 + 4 / 4)
+    t = 1e-3
+    points = [once(1.0, None, 4, 1.37 + t, t), once(2.0, None, 4, 2.74 - t, 2 * t)]
+    found = of(identify(points))
+    assert found.constant == pytest.approx(1.37 + t / 4, rel=1e-12)
+    assert found.residual == pytest.approx(1.5 * t, rel=1e-9)
+
+
+def test_a_half_precision_probe_does_not_blur_what_single_precision_tells() -> None:
+    points = [once(1.0, None, 4, 1.2345678, 1e-7), once(2.0, None, 4, 2.4691356 + 0.01, 0.02)]
+    assert of(identify(points)).constant == pytest.approx(1.2345678, rel=1e-9)
+
+
+def test_files_that_say_they_are_stabilised_are_trained_with_the_root() -> None:
+    points = [replace(p, root=True) for p in probes(lambda u, a, r, i: u * a[i] / r[i] ** 0.5)]
+    found = of(identify(points))
+    assert found.formula == "strength * alpha / sqrt(rank)"
+    assert found.is_trained
+    assert not of(identify([replace(points[0], root=False), *points[1:]])).is_trained
+
+
+FAR = (((6.0, 1.5, 10.0), (4, 12, 5)), ((2.5, 3.0, 8.0, 3.0), (16, 2, 6, 3)))
+
+
+def far(scale: Callable[[float, Alphas, Ranks, int], float]) -> list[Probe]:
+    return [
+        Probe("m", u, i, a, r, scale(u, a, r, i), 1e-9) for a, r in FAR for u in (1.0, 0.5, -2.0) for i in range(len(a))
+    ]
+
+
+@pytest.mark.slow
+def test_five_steps_from_training_are_believed_and_six_are_not() -> None:
+    five = far(lambda u, a, r, i: (1 + u) / a[i])  # type: ignore[operator]
+    assert of(identify(five)).formula == "(1 + strength) * alpha^-1"
+    six = far(lambda u, a, r, i: (1 + u) / a[0])  # type: ignore[operator]
+    assert identify(six) is None

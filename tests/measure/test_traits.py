@@ -1,0 +1,92 @@
+"""Every trait holds exactly where its name says, on both sides of each limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from harness.measure.probes import Probe
+from harness.measure.traits import TRAITS, common_trait
+
+PLAIN = Probe("m", 1.0, 0, (4.0, 2.0), (8, 4), 0.5, 1e-6)
+
+
+def one(alpha: float | None, rank: int = 8) -> dict[str, Any]:
+    return {"alphas": (alpha,), "ranks": (rank,)}
+
+
+def ranks(*values: int) -> list[dict[str, Any]]:
+    return [one(2.0, rank) for rank in values]
+
+
+def strengths(*values: float) -> list[dict[str, Any]]:
+    return [{"strength": value} for value in values]
+
+
+def places(*indices: int) -> list[dict[str, Any]]:
+    return [{"index": i, "alphas": (2.0,) * 4, "ranks": (4,) * 4} for i in indices]
+
+
+SOME = {"alphas": (None, 2.0), "ranks": (4, 4)}
+# per trait: probes that have it, probes that do not
+CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "bfloat16": ([{"dtype": "bfloat16"}], [{"dtype": d} for d in ("float16", "float32", "aaa", "zzz")]),
+    "negative alpha": ([one(-0.5), one(-9.0)], [one(0.0), one(0.5), one(2.0), one(None)]),
+    "alpha = 0": ([one(0.0)], [one(-1.0), one(1.0), one(None)]),
+    "no alpha in the file": ([one(None)], [one(2.0), SOME, SOME | {"index": 1}]),
+    "no alpha for this module while others have one": ([SOME], [SOME | {"index": 1}, one(None), one(2.0)]),
+    "fractional alpha": ([one(2.5), one(-2.5), one(0.5)], [one(2.0), one(-2.0), one(0.0), one(None)]),
+    "0 < alpha < 1": ([one(0.5), one(0.01)], [one(0.0), one(1.0), one(1.5), one(-0.5), one(None)]),
+    "alpha > rank": ([one(8.5), one(9.0), one(1.5, 1)], [one(8.0), one(7.0), one(-9.0), one(None), one(None, 1)]),
+    "alpha < rank": ([one(7.5), one(0.0), one(-9.0)], [one(8.0), one(9.0), one(None)]),
+    "rank = 1": (ranks(1), ranks(2, 3, 64)),
+    "rank > 64": (ranks(65, 66, 128), ranks(64, 63, 1)),
+    "rank > 32": (ranks(33, 34, 128), ranks(32, 31, 1)),
+    "odd rank": (ranks(1, 3, 65), ranks(2, 4, 64)),
+    "rank divisible by 3": (ranks(3, 6, 48), ranks(1, 2, 4, 5, 8)),
+    "rank divisible by 4": (ranks(4, 8, 20, 48), ranks(1, 2, 3, 5, 6, 10)),
+    "several ranks in the file": ([{}, {"ranks": (8, 4, 2), "alphas": (2.0,) * 3}], [one(2.0), *places(0)]),
+    "several alphas in the file": ([{}, {"alphas": (1.0, 2.0, 3.0), "ranks": (4,) * 3}], [one(2.0), *places(0)]),
+    "one module in the file": ([one(2.0)], [{}, *places(0, 1, 2, 3)]),
+    "first module of the file": (places(0), places(1, 2, 3)),
+    "last module of the file": ([*places(3), one(2.0), {"index": 1}], places(0, 1, 2)),
+    "every second module of the file (1st, 3rd, ...)": (places(0, 2), places(1, 3)),
+    "every second module of the file (2nd, 4th, ...)": (places(1, 3), places(0, 2)),
+    "square module": ([{"square": True}], [{"square": False}]),
+    "rectangular module": ([{"square": False}], [{"square": True}]),
+    "merged q/k/v": ([{"fused": True}], [{"fused": False}]),
+    "strength = 0": (strengths(0.0), strengths(1.0, -1.0, 0.5)),
+    "negative strength": (strengths(-0.5, -1.0), strengths(0.0, 0.5, 1.0)),
+    "strength > 1": (strengths(1.5, 2.0, 4.0), strengths(1.0, 0.5, 0.0, -2.0)),
+    "strength other than 1": (strengths(0.0, 0.5, 2.0, -1.0), strengths(1.0)),
+    "fractional strength": (strengths(0.5, -0.5, 1.75), strengths(0.0, 1.0, -2.0, 4.0)),
+    "keys permuted": ([{"permuted": True}], [{"permuted": False}]),
+}
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_a_trait_holds_where_its_name_says(name: str) -> None:
+    having, lacking = CASES[name]
+    assert [bool(TRAITS[name](replace(PLAIN, **fields))) for fields in having] == [True] * len(having)
+    assert [bool(TRAITS[name](replace(PLAIN, **fields))) for fields in lacking] == [False] * len(lacking)
+
+
+def at(*values: float) -> list[Probe]:
+    return [replace(PLAIN, strength=value, alphas=(2.0,), ranks=(4,)) for value in values]
+
+
+def test_the_common_trait_is_on_every_wrong_probe_and_on_no_right_one() -> None:
+    assert common_trait(at(-1.0, -0.5), at(0.0, 1.0, 0.5)) == "negative strength"
+    assert common_trait(at(1.5, 2.0), at(1.0, 0.5)) == "strength > 1"
+
+
+def test_a_trait_that_one_right_probe_has_or_one_wrong_probe_lacks_is_not_common() -> None:
+    assert common_trait(at(-1.0, 2.0), at(0.0, 3.0, 1.0)) is None
+    assert common_trait(at(-1.0, -2.0), at(1.0, -3.0, 0.0, 2.0)) is None
+
+
+@pytest.mark.parametrize(("wrong", "right"), [([], [1.0]), ([-1.0], []), ([], [])])
+def test_without_wrong_or_without_right_probes_nothing_sets_them_apart(wrong: list[float], right: list[float]) -> None:
+    assert common_trait(at(*wrong), at(*right)) is None
