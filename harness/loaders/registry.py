@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoaderSpecError
+from harness.loaders.checkouts import CHECKOUTS
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.releases import find_releases
 from harness.loaders.signature import adapt
@@ -33,15 +34,30 @@ class Installed:
 @dataclass(frozen=True)
 class _Builtin:
     target: str  # module:attribute
-    needs: tuple[str, ...]  # distributions, the first gives the version
+    needs: tuple[str, ...] = ()  # modules to be found; the distribution of the first gives the version
+    checkout: str | None = None  # name in CHECKOUTS
+    release: str | None = None  # package to be unpacked beside the others
 
 
 BUILTIN = {
     "peft": _Builtin("harness.loaders.peft:load", ("peft",)),
     "diffusers": _Builtin("harness.loaders.diffusers:load", ("diffusers", "peft")),
     "diffusers-fused": _Builtin("harness.loaders.diffusers:load_fused", ("diffusers", "peft")),
+    "peft-runtime": _Builtin("harness.loaders.peft_runtime:load", ("peft",)),
+    "lycoris": _Builtin("harness.loaders.lycoris:load", ("lycoris",)),
+    "lycoris-runtime": _Builtin("harness.loaders.lycoris:load_runtime", ("lycoris",)),
+    "loralib": _Builtin("harness.loaders.loralib:load", ("loralib",)),
+    "comfyui": _Builtin("harness.loaders.comfyui:load", ("einops", "scipy", "psutil"), checkout="comfyui"),
+    "sd-scripts": _Builtin("harness.loaders.sd_scripts:load", ("diffusers", "transformers"), checkout="sd-scripts"),
+    "sd-scripts-runtime": _Builtin(
+        "harness.loaders.sd_scripts:load_runtime", ("diffusers", "transformers"), checkout="sd-scripts"
+    ),
+    "invokeai": _Builtin("harness.loaders.invokeai:load", ("einops",), release="invokeai"),
+    "invokeai-sidecar": _Builtin("harness.loaders.invokeai:load_sidecar", ("einops",), release="invokeai"),
 }
 _DIFFSYNTH = "diffsynth"
+_DISTRIBUTIONS = {"lycoris": "lycoris-lora"}
+_TESTED = {"diffsynth": ("2.1.12", "2.0.4"), "invokeai": ("6.14.2",)}
 
 
 def resolve(spec: str | Callable[..., Any]) -> Subject:
@@ -112,18 +128,38 @@ def _unknown(name: str) -> str:
 
 
 def _installed(name: str, entry: _Builtin) -> Installed:
-    versions = [_distribution_version(needed) for needed in entry.needs]
-    missing = [needed for needed, version in zip(entry.needs, versions, strict=True) if version is None]
-    if missing:
-        return Installed(name, versions[0], False, f"{missing[0]} is not installed; run `pip install {missing[0]}`")
-    return Installed(name, versions[0], True)
+    versions = {needed: _distribution_version(needed) for needed in entry.needs}
+    version = next(iter(versions.values()), None)
+    missing = next((_distribution_of(needed) for needed, found in versions.items() if found is None), None)
+    reason = f"{missing} is not installed; run `pip install {missing}`" if missing else None
+    if entry.checkout:
+        checkout = CHECKOUTS[entry.checkout]
+        version, reason = checkout.version(), checkout.reason() or reason or _import_fails(entry)
+    if entry.release:
+        releases = find_releases(entry.release)
+        version = releases[-1].version if releases else None
+        reason = reason if releases else _no_release(entry.release)
+    return Installed(name, version, reason is None, reason)
+
+
+def _import_fails(entry: _Builtin) -> str | None:
+    """Import the application of a checkout, which nothing has ever installed here, and return why it cannot be."""
+    try:
+        import_callable(f"{entry.target.partition(':')[0]}:shipped")()
+    except LoaderSpecError as error:
+        return str(error)
+    return None
+
+
+def _no_release(package: str) -> str:
+    pins = " ".join(f"{package}=={version}" for version in _TESTED[package])
+    return f"no release is here; run `python -m harness.loaders.releases {pins}`"
 
 
 def _installed_diffsynth() -> list[Installed]:
     found = find_releases(_DIFFSYNTH)
     if not found:
-        reason = "no release is here; run `python -m harness.loaders.releases diffsynth==2.1.12 diffsynth==2.0.4`"
-        return [Installed(_DIFFSYNTH, None, False, reason)]
+        return [Installed(_DIFFSYNTH, None, False, _no_release(_DIFFSYNTH))]
     older = [Installed(f"{_DIFFSYNTH}-{release.version}", release.version, True) for release in found[:-1]]
     return [Installed(_DIFFSYNTH, found[-1].version, True), *older]
 
@@ -147,9 +183,13 @@ def _point_version(point: metadata.EntryPoint) -> str | None:
     return point.dist.version if point.dist is not None else None
 
 
-def _distribution_version(name: str) -> str | None:
+def _distribution_of(module: str) -> str:
+    return _DISTRIBUTIONS.get(module, module)
+
+
+def _distribution_version(module: str) -> str | None:
     try:
-        return metadata.version(name) if util.find_spec(name) is not None else None
+        return metadata.version(_distribution_of(module)) if util.find_spec(module) is not None else None
     except metadata.PackageNotFoundError:
         return None
 

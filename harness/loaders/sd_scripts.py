@@ -1,0 +1,134 @@
+"""The live loaders `sd-scripts` (merged) and `sd-scripts-runtime`: kohya's own networks and merging, from a checkout.
+
+Set `LORA_HARNESS_SD_SCRIPTS` to the folder of sd-scripts; its files run unmodified. What is written here around the
+shipped functions:
+
+- UNet and CLIP text encoder (`networks/lora.py`): the lines of `sdxl_minimal_inference.py` and `gen_img.py`, which are
+  `create_network_from_weights(..., for_inference=True)`, then `merge_to`, or `apply_to` and `load_state_dict`. The part
+  of the pipeline that is not under test is an empty module.
+- Other transformers (`library/lora_utils.py`): `load_safetensors_with_lora_and_fp8`, which merges while it reads the
+  checkpoint, as `load_hunyuan_image_model` calls it; the model's weights are saved for it to a temporary checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.loaders.checkouts import CHECKOUTS
+from harness.loaders.protocol import loader
+from harness.loaders.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKOUT = CHECKOUTS["sd-scripts"]
+FORMATS = ("kohya",)
+NETWORK_BENCHES = ("sd-unet", "clip-text")
+_NETWORKS = "_lora_harness_sd_scripts"
+
+
+def unload(model: torch.nn.Module) -> None:
+    """Switch the network loaded last off (`set_enabled(False)`), the way sd-scripts has to do without it."""
+    getattr(model, _NETWORKS).pop().set_enabled(False)
+
+
+@loader(formats=FORMATS, strength_argument="multiplier")
+def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    """Merge the kohya file `lora` into `model`: W + multiplier * alpha / rank * B @ A.
+
+    Raises:
+        LoaderSpecError: there is no checkout, or it cannot be imported.
+    """
+    shipped()
+    with quiet(""):
+        if _parts(model) is None:
+            _merge_while_reading(model, lora, strength)
+        else:
+            network, tensors = _network(model, lora, strength)
+            base = next(model.parameters())
+            network.merge_to(*_pair(model), tensors, base.dtype, base.device)
+
+
+@loader(formats=FORMATS, benches=NETWORK_BENCHES, unload=unload, strength_argument="multiplier")
+def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    """Replace the forward of the adapted layers of a UNet or CLIP text encoder; a second load wraps the first.
+
+    Raises:
+        LoaderSpecError: there is no checkout, or it cannot be imported.
+        NotImplementedError: `model` is neither a UNet nor a CLIP text encoder.
+    """
+    shipped()
+    if _parts(model) is None:
+        raise NotImplementedError(f"sd-scripts has no network for {type(model).__name__}")
+    with quiet(""):
+        network, tensors = _network(model, lora, strength)
+        network.apply_to(*_pair(model))
+        network.load_state_dict(tensors, False)
+        base = next(model.parameters())
+        network.to(base.device, dtype=base.dtype).eval()
+    if not hasattr(model, _NETWORKS):
+        setattr(model, _NETWORKS, [])  # a list, so that the network does not become a submodule of the model
+    getattr(model, _NETWORKS).append(network)
+
+
+def _parts(model: torch.nn.Module) -> str | None:
+    """Return which part of a Stable Diffusion pipeline `model` is, or None when it is no part of one."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    if "UNet2DConditionModel" in names:
+        return "unet"
+    return "text_encoder" if any(name.startswith("CLIPTextModel") for name in names) else None
+
+
+def _pair(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return (text encoder, UNet), an empty module for the one that is not under test."""
+    import torch
+
+    other = torch.nn.Module()
+    return (other, model) if _parts(model) == "unet" else (model, other)
+
+
+def _network(model: torch.nn.Module, lora: Path, multiplier: float) -> tuple[Any, dict[str, torch.Tensor]]:
+    networks, _ = shipped()
+    text_encoder, unet = _pair(model)
+    network, tensors = networks.create_network_from_weights(
+        multiplier, str(lora), None, text_encoder, unet, for_inference=True
+    )
+    return network, tensors
+
+
+def _merge_while_reading(model: torch.nn.Module, lora: Path, multiplier: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _, lora_utils = shipped()
+    base = next(model.parameters())
+    with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
+        checkpoint = f"{folder}/model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, checkpoint)
+        merged = lora_utils.load_safetensors_with_lora_and_fp8(
+            checkpoint,
+            [load_file(str(lora))],
+            [multiplier],
+            fp8_optimization=False,
+            calc_device=base.device,
+            dit_weight_dtype=base.dtype,
+        )
+    model.load_state_dict(merged, strict=True)
+
+
+@functools.cache
+def shipped() -> tuple[Any, Any]:
+    """Return the shipped modules `networks.lora` and `library.lora_utils`.
+
+    Raises:
+        LoaderSpecError: there is no checkout, or it cannot be imported.
+    """
+    # imported before anything stands in for torchvision, which both of them look for
+    from diffusers import AutoencoderKL  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    with quiet(""):
+        networks, lora_utils = CHECKOUT.modules("networks.lora", "library.lora_utils")
+    return networks, lora_utils
