@@ -72,7 +72,7 @@ def _check(
     from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
 
-    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"], share=1 / 8)
+    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"], share=1 / 20)
     limits = Limits(options["time_limit"] or 20.0, workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
     for name in loaders:

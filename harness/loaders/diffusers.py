@@ -21,12 +21,18 @@ PIPELINE_MIXINS = {
     "QwenImageTransformer2DModel": ("QwenImageLoraLoaderMixin", "transformer"),
     "FluxTransformer2DModel": ("FluxLoraLoaderMixin", "transformer"),
     "UNet2DConditionModel": ("StableDiffusionLoraLoaderMixin", "unet"),
-    "CLIPTextModel": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
 }
 # It knows DiffSynth files by `.default.` in a key or by an alpha, and passes over bare `.lora_A.weight` keys.
 FORMATS = ("diffusers", "kohya", "diffsynth")
 NO_MERGED_NAMES = "its kohya converter knows no merged layers (to_qkv, add_qkv_proj)"
-UNSUPPORTED: dict[tuple[str, ...], str] = {("kohya", "qwen-image-fused"): NO_MERGED_NAMES}
+UNSUPPORTED: dict[tuple[str, ...], str] = {
+    ("kohya", "qwen-image-fused"): NO_MERGED_NAMES,
+    ("kohya", "flux"): "its kohya converter knows FLUX by Black Forest Labs' names only",
+    ("diffsynth", "sd-unet"): "DiffSynth's names are read for transformers only",
+    ("diffsynth", "flux"): "DiffSynth's own FLUX names are not diffusers'",
+}
+BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux")
+VARIANTS = ("lora", "rslora", "conv")
 _LOADED = "_lora_harness_loaded"
 
 
@@ -51,7 +57,14 @@ def unfuse(model: torch.nn.Module) -> None:
         pipeline.unload_lora_weights()
 
 
-@loader(formats=FORMATS, unsupported=UNSUPPORTED, unload=unload, strength_argument="adapter_weights")
+@loader(
+    formats=FORMATS,
+    benches=BENCHES,
+    variants=VARIANTS,
+    unsupported=UNSUPPORTED,
+    unload=unload,
+    strength_argument="adapter_weights",
+)
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add `lora` as a runtime adapter: `load_lora_weights`, then `set_adapters` with the strength as its weight.
 
@@ -70,7 +83,14 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     loaded[name] = strength
 
 
-@loader(formats=FORMATS, unsupported=UNSUPPORTED, unload=unfuse, strength_argument="lora_scale")
+@loader(
+    formats=FORMATS,
+    benches=BENCHES,
+    variants=VARIANTS,
+    unsupported=UNSUPPORTED,
+    unload=unfuse,
+    strength_argument="lora_scale",
+)
 def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Fuse `lora` into the weights: `load_lora_weights`, then `fuse_lora(lora_scale=strength)`.
 

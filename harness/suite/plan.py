@@ -31,5 +31,5 @@ def plan_of(config: pytest.Config) -> Plan:
         config.getoption("--lora-max-examples"),
         config.getoption("--lora-seed"),
         known=tuple(known_failures(source)),
-        share=1.0 if config.getoption("--lora-loader") else 1 / 8,
+        share=1.0 if config.getoption("--lora-loader") else 1 / 20,
     )
