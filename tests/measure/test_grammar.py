@@ -113,8 +113,11 @@ def test_words_of_two_steps_cost_more_than_words_of_one() -> None:
             assert word.cost == (2 if word.text in two_steps else 1), word.text
 
 
-def test_a_word_without_a_power_says_so() -> None:
-    assert Word("x", np.abs, 1).exponent is None
+def test_a_word_has_no_power_until_one_is_given_and_cannot_be_changed() -> None:
+    word = Word("x", np.abs, 1)
+    assert word.exponent is None
+    with pytest.raises(AttributeError):
+        word.cost = 0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

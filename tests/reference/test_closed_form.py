@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,3 +63,14 @@ def test_a_half_precision_weight_keeps_a_delta_below_its_own_rounding() -> None:
     found = merged_weight(W.bfloat16(), A * 2.0**-20, B, 2.0)
     assert found.dtype == torch.float64
     assert torch.equal(found - W.double(), 2.0**-20 * BA)
+
+
+def test_strength_and_stabilisation_are_given_by_name() -> None:
+    for call in (lambda: scale(4.0, 2, True), lambda: delta(A, B, 6.0, 0.5), lambda: merged_weight(W, A, B, 6.0, 0.5)):
+        with pytest.raises(TypeError):
+            call()
+
+
+def test_torch_is_not_imported_before_there_is_a_tensor() -> None:
+    code = "import sys, harness.reference.closed_form; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

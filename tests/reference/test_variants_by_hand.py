@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -140,3 +142,15 @@ def test_half_precision_factors_are_multiplied_in_double_precision() -> None:
     assert float(variants.loha_product((x, y), (x, y))) == exact**2
     assert float(variants.lokr_product((x,), (y,))) == exact
     assert float(variants.lokr_product((x, y), (x, y))) == exact**2
+
+
+def test_strength_and_axis_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        variants.dora_weight(W, DELTA, torch.tensor([10.0, 20.0]), 1)  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        variants.full_weight(W, DELTA, 0.5)  # type: ignore[misc]
+
+
+def test_torch_is_not_imported_before_there_is_a_tensor() -> None:
+    code = "import sys, harness.reference.variants; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
