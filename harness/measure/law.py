@@ -138,19 +138,23 @@ class _Columns:
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.alpha_seen = any(p.alpha is not None for p in probes)
+        self.alpha_elsewhere = any(alpha is not None for p in probes for alpha in p.alphas)
         self.strength = np.array([p.strength for p in probes], dtype=np.float64)
         self.measured = np.array([p.measured for p in probes], dtype=np.float64)
         self.tolerance = np.array([p.tolerance for p in probes], dtype=np.float64)
         self.alpha = {"own": np.array([p.alpha or 0.0 for p in probes], dtype=np.float64)}
         self.rank = {"own": np.array([p.rank for p in probes], dtype=np.float64)}
         for name, pick in SOURCES:
-            self.alpha[name] = np.array([pick([a or 0.0 for a in p.alphas]) for p in probes], dtype=np.float64)
+            self.alpha[name] = np.array([pick(_present(p.alphas)) for p in probes], dtype=np.float64)
             self.rank[name] = np.array([pick([float(r) for r in p.ranks]) for p in probes], dtype=np.float64)
         self._cache: dict[tuple[str, str, str], Vector] = {}
 
     def alpha_words(self) -> list[tuple[Word, str]]:
-        """Pair every alpha word with every source; where no file carries alpha there is nothing to read."""
-        return _pairs(ALPHA, self.alpha) if self.alpha_seen else [(NO_ALPHA, "own")]
+        """Pair every alpha word with every source; modules without alpha can only be given that of others."""
+        if self.alpha_seen:
+            return _pairs(ALPHA, self.alpha)
+        foreign = _pairs(ALPHA, self.alpha) if self.alpha_elsewhere else []
+        return [(NO_ALPHA, "own"), *(pair for pair in foreign if pair[1] != "own")]
 
     def rank_words(self) -> list[tuple[Word, str]]:
         """Pair every rank word with every source; a file without alpha is trained at scale 1, not 1 / rank."""
@@ -195,6 +199,10 @@ class _Columns:
 def _pairs(words: Sequence[Word], columns: dict[str, Vector]) -> list[tuple[Word, str]]:
     """Pair words with sources; a word that ignores its number has no source."""
     return [(w, source) for w in words for source in columns if source == "own" or w.text != "1"]
+
+
+def _present(alphas: Sequence[float | None]) -> list[float]:
+    return [alpha for alpha in alphas if alpha is not None] or [0.0]
 
 
 def _of(word: str, source: str) -> str:
