@@ -49,8 +49,10 @@ def has_alpha(cell: Cell) -> bool:
     return cell.variant.alpha and FORMATS[cell.format].alpha[0] != "none"
 
 
-def planned(cell: Cell, *, alpha: bool = True, uniform: bool = False) -> Iterator[Example]:
-    """Yield the planned examples of one cell."""
+def planned(
+    cell: Cell, layers: Sequence[str] | None = None, *, alpha: bool = True, uniform: bool = False
+) -> Iterator[Example]:
+    """Yield the planned examples of one cell, over `layers` (default: all its targets)."""
     variant = cell.variant
     limits = {"max_rank": variant.rank_limit(cell.view), "strengths": variant.strengths or STRENGTHS}
-    yield from design(cell.targets, alpha=alpha and has_alpha(cell), uniform=uniform, **limits)  # type: ignore[arg-type]
+    yield from design(layers or cell.targets, alpha=alpha and has_alpha(cell), uniform=uniform, **limits)  # type: ignore[arg-type]

@@ -55,6 +55,11 @@ class KnownFailure:
         """Whether this line speaks of pictures, not of weights."""
         return CODES[self.code].family == "images"
 
+    @property
+    def of_scale(self) -> bool:
+        """Whether this line speaks of a law."""
+        return CODES[self.code].family in ("scale", "strength")
+
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
         return self.trait is not None and any(map(TRAITS[self.trait], unmeasured_probes(example, cell.view)))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.benches import Bench, View, get_bench
+from harness.checks.calls import CallFailedError, Raised, describe, guarded
+from harness.checks.steps import File, Step, load
+from harness.checks.written import bytes_of, copy_of, file_order, writable, write_example
 from harness.example import Example
-from harness.files import FORMATS, LoraParts, LoraWeights, match_modules, read_lora, write_lora
 from harness.loaders.isolation import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.measure.compare import Fit, norm
-from harness.measure.effective import MissingModuleError, effective_weights, weights_while_running
+from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
 from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
 from harness.variants import Update, Variant, get_variant
 
@@ -60,7 +61,7 @@ class Cell:
     @property
     def targets(self) -> tuple[str, ...]:
         """The layers a file of this cell may change."""
-        return tuple(name for name in self.variant.targets(self.view) if _writable(self.format, name))
+        return tuple(name for name in self.variant.targets(self.view) if writable(self.format, name))
 
     @property
     def possible(self) -> bool:
@@ -75,14 +76,6 @@ class Cell:
         where += f" --variant {self.variant_name}" if self.variant_name != "lora" else ""
         everything = {t.name for t in example.targets} == set(self.targets)
         return f"lora-harness check {where} {example.as_options(everything=everything)}"
-
-
-@dataclass(frozen=True)
-class Raised:
-    """The loader raised, answered with rubbish or left a model that cannot be measured: `code` is LH901 or LH902."""
-
-    code: str
-    what: str
 
 
 @dataclass(frozen=True)
@@ -103,10 +96,12 @@ class Observation:
     raised: Raised | None = None
 
 
-def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = False) -> Observation:
-    """Load `example` with the cell's loader into a fresh model, `loads` times over, and measure it.
+def run_trial(
+    cell: Cell, example: Example, steps: Sequence[Step] = (load(),), *, other: Example | None = None
+) -> Observation:
+    """Take a fresh model through `steps`, by default one load of `example`, and measure it.
 
-    With `unload` the loader's declared unload runs before measuring.
+    `other` is the second file that a step may load.
     """
     import torch
 
@@ -116,17 +111,25 @@ def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = Fa
     model = bench.build(_dtype(example.dtype))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
         path = write_example(cell, example, updates, Path(folder))
-        written, order = _bytes(path), file_order(path, cell.view)
+        written, order = bytes_of(path), file_order(path, cell.view)
+
+        def file(which: File) -> Path:
+            if which == "other" and other is not None:
+                own = cell.variant.updates(other, cell.view, cell.view.gather(before))
+                return write_example(cell, other, own, Path(folder) / "other")
+            return copy_of(path) if which == "copy" else path
+
+        left: list[str] = []
         try:
-            for _ in range(loads):
-                model = _call(cell, model, path, example)
-            if unload:
-                model = _guarded(cell, example, model, cell.subject.declaration.unload or (lambda _: None))
+            for step in steps:
+                call = step.call(cell.subject, file, example.strength)
+                model = guarded(model, call, cell.limit(cell.reproduce(example), cell.seconds), left)
             with cell.limit(cell.reproduce(example), cell.seconds):  # a loader may do its work at the first forward
                 after = effective_weights(model, bench.layers, bias=bias)
                 if all(torch.equal(before[name], after[name]) for name in bench.layers):
                     after = weights_while_running(model, bench.layers, bench.forward, bias=bias)
-        except _CallFailedError as failed:
+                shifted = () if bias else tuple(_shifted(bench, model, example.dtype))
+        except CallFailedError as failed:
             return Observation(example, raised=failed.raised)
         except MissingModuleError as missing:
             return Observation(example, raised=Raised("LH902", f"the loaded model has no module {missing}"))
@@ -134,48 +137,11 @@ def run_trial(cell: Cell, example: Example, *, loads: int = 1, unload: bool = Fa
             return Observation(example, raised=Raised("LH901", f"the loaded model does not answer: {late}"))
         except Exception as error:
             return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
-        file_changed = _bytes(path) != written
+        file_changed = bytes_of(path) != written
     view = cell.view
     seen = _observe(cell, example, updates, view.gather(before), view.gather(after))
-    others = seen.others_changed + _other_state(bench, model, example.dtype, bias)
-    return replace(seen, others_changed=others, file_changed=file_changed, order=order)
-
-
-def file_order(path: Path, view: View) -> tuple[str, ...]:
-    """Return the targets of a written file, by their name in `view`, in the order of the file's keys."""
-    adapter = read_lora(path)
-    names, _ = match_modules(adapter, view.layers)
-    return tuple(names[name] for name in adapter.modules)
-
-
-def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
-    """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
-    modules = {t.name: _weights(updates[t.name].parts, t.alpha) for t in example.targets}
-    name = "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
-    order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
-    root = cell.variant.root
-    return write_lora(folder / name, cell.format, modules, rslora=root, key_order=order, prefix=prefix)
-
-
-def _weights(parts: Mapping[str, Tensor], alpha: float | None) -> LoraWeights | LoraParts:
-    return LoraWeights(parts["A"], parts["B"], alpha) if set(parts) == {"A", "B"} else LoraParts(parts, alpha)
-
-
-def _writable(format_name: str, layer: str) -> bool:
-    naming = FORMATS[format_name].naming
-    return naming is None or naming.write(layer) is not None
-
-
-_OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
-
-
-def _prefix(format_name: str, component: str) -> str | None:
-    """Return how keys of `component` begin where that is not the format's own way."""
-    row = FORMATS[format_name]
-    words = {component, *_OTHER_WORDS.get(component, ())}
-    if component == "transformer" or row.prefixes.get(row.write_prefix) in words:
-        return None
-    return next((prefix for prefix, part in row.prefixes.items() if part in words), None)
+    others = (*seen.others_changed, *_other_state(bench, model, example.dtype, bias), *shifted, *left)
+    return replace(seen, others_changed=tuple(dict.fromkeys(others)), file_changed=file_changed, order=order)
 
 
 @cache
@@ -184,10 +150,10 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
     return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
 
 
-def describe(error: BaseException) -> str:
-    """Return `Type: first line` of an error, at most 300 characters."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:300].rstrip(": ")
+@cache
+def base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
+    """Return what the layers of the unloaded bench answer to zeros, in float64."""
+    return offsets(bench.base(_dtype(dtype)), bench.layers)
 
 
 def _observe(
@@ -235,56 +201,16 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
     )
 
 
+def _shifted(bench: Bench, model: torch.nn.Module, dtype: str) -> Iterator[str]:
+    """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
+    for name, value in offsets(model, bench.layers).items():
+        expected = base_offsets(bench, dtype)[name]
+        if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
+            yield f"{name}.bias"
+
+
 def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-class _CallFailedError(Exception):
-    def __init__(self, raised: Raised) -> None:
-        self.raised = raised
-
-
-def _call(cell: Cell, model: torch.nn.Module, path: Path, example: Example) -> torch.nn.Module:
-    return _guarded(cell, example, model, lambda m: cell.subject.load(m, path, strength=example.strength))
-
-
-def _guarded(
-    cell: Cell, example: Example, model: torch.nn.Module, call: Callable[[torch.nn.Module], object]
-) -> torch.nn.Module:
-    """Run one call of the subject under the time limit, its warnings and default dtype kept to itself."""
-    import torch
-
-    try:
-        with cell.limit(cell.reproduce(example), cell.seconds), _contained():
-            result = call(model)
-    except TimeLimitExceeded as late:
-        raise _CallFailedError(Raised("LH901", str(late))) from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a subject that raises SystemExit is data, not the end of the run
-        raise _CallFailedError(Raised("LH901", describe(error))) from error
-    if result is not None and not isinstance(result, torch.nn.Module):
-        what = f"load returned {type(result).__name__}, but should return the model or None"
-        raise _CallFailedError(Raised("LH902", what))
-    return (model if result is None else result).eval()
-
-
-@contextmanager
-def _contained() -> Iterator[None]:
-    import torch
-
-    dtype = torch.get_default_dtype()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _bytes(path: Path) -> dict[str, bytes]:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def _dtype(name: str) -> torch.dtype:

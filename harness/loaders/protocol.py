@@ -39,6 +39,7 @@ class Declaration:
     benches: frozenset[str] | None = None
     variants: frozenset[str] | None = None
     unload: Callable[[torch.nn.Module], object] | None = None
+    set_strength: Callable[[torch.nn.Module, float], object] | None = None
     strength_argument: str = "strength"
     unsupported: Mapping[tuple[str, ...], str] = field(default_factory=dict, hash=False)
 
@@ -96,12 +97,14 @@ def loader(
     benches: Iterable[str] | None = None,
     variants: Iterable[str] | None = None,
     unload: Callable[[torch.nn.Module], object] | None = None,
+    set_strength: Callable[[torch.nn.Module, float], object] | None = None,
     strength_argument: str = "strength",
     unsupported: Mapping[tuple[str, ...], str] | None = None,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
-    `unload(model)` undoes the last load. `strength_argument` is the keyword under which users of this loader pass the
+    `unload(model)` undoes the last load; `set_strength(model, strength)` changes the strength of what was loaded last
+    without loading it again. `strength_argument` is the keyword under which users of this loader pass the
     strength; a function without a `strength` keyword is called with it. `unsupported` maps names of format, bench or
     a variant that do not go together, such as ("kohya", "flux"), to a reason.
 
@@ -113,6 +116,7 @@ def loader(
         frozenset(benches) if benches is not None else None,
         frozenset(variants) if variants is not None else None,
         unload,
+        set_strength,
         strength_argument,
         dict(unsupported or {}),
     )

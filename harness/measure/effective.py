@@ -83,6 +83,23 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     return torch.cat(columns, dim=1)
 
 
+@torch.no_grad()
+def offsets(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Return what each linear layer and convolution answers to zeros, its bias: [rows] in float64.
+
+    Raises:
+        MissingModuleError: a path is gone.
+    """
+    modules, like = dict(model.named_modules()), _numbers_of(model)
+    found = {}
+    for name, layer in layers.items():
+        if layer.kind != "embedding":
+            size = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
+            zeros = torch.zeros(1, layer.channels, *size, device=like.device, dtype=like.dtype)
+            found[name] = _find(modules, name)(zeros)[0].reshape(layer.rows, -1)[:, 0].double().cpu()
+    return found
+
+
 def _ask_linear(module: nn.Module, layer: Layer, like: Tensor) -> object:
     probe = torch.eye(layer.columns, device=like.device, dtype=like.dtype)
     return module(torch.cat([probe, torch.zeros_like(probe[:1])]))

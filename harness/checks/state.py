@@ -1,0 +1,136 @@
+"""State: what is left of a load when something follows it. Another load, an unload, another strength, another file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from harness.checks.finding import Finding
+from harness.checks.steps import UNLOAD, Step, load, set_strength
+from harness.checks.trial import Cell, Observation, run_trial
+from harness.example import Example
+from harness.measure.compare import Fit
+
+_OTHER_SEED = 50
+
+
+@dataclass(frozen=True)
+class _Story:
+    """Steps, the multiples of one load's scale any of which is right after them, and the code when it is another."""
+
+    code: str
+    steps: tuple[Step, ...]
+    right: tuple[float, ...]
+    told: str
+
+
+_LOADS = (
+    _Story("LH402", (load(), load()), (1, 2), "two loads"),
+    _Story("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name"),
+)
+_UNLOADS = (
+    _Story("LH403", (load(), UNLOAD, load(0.5)), (0.5,), "loading, unloading and loading at half the strength"),
+    _Story("LH403", (load(), UNLOAD, load(0), UNLOAD, load()), (1,), "loading, unloading, strength 0 and back"),
+)
+_STRENGTHS = (
+    _Story("LH207", (load(), set_strength(0.5)), (0.5,), "setting half the strength without loading again"),
+    _Story(
+        "LH207", (load(), set_strength(0), set_strength(1.5)), (1.5,), "setting strength 0, then 1.5 times the first"
+    ),
+)
+
+
+def check_state(cell: Cell, example: Example, *, dtypes: Sequence[str] = ("float32",)) -> Iterator[Finding]:
+    """Yield what one load of `example` leaves behind that it should not; `example` has strength 1.
+
+    LH402: a second load gives neither the effect of one nor twice that. LH403: unloading does not restore. LH405: a
+    second LoRA neither adds up with the first nor takes its place. LH207: a strength set later is not honoured.
+    """
+    once = run_trial(cell, example)
+    if once.raised or not all(fits[0].finite for fits in once.fits.values()):
+        return  # said already
+    declared, told = cell.subject.declaration, set()
+    stories = [*(_LOADS if cell.variant.additive else ()), *(_STRENGTHS if declared.set_strength else ())]
+    if declared.unload:
+        restored = list(_unloaded(cell, example, dtypes))
+        yield from restored
+        stories += [] if restored else _UNLOADS
+    for story in stories:
+        for finding in () if story.code in told else _after(cell, example, once, story):
+            told.add(story.code)
+            yield finding
+    if cell.variant.additive and "LH402" not in told:
+        yield from _with_another(cell, example, once)
+
+
+def _after(cell: Cell, example: Example, once: Observation, story: _Story) -> Iterator[Finding]:
+    seen = run_trial(cell, example, story.steps)
+    if seen.raised and story.code == "LH402":
+        return  # refusing a second load is a documented choice of several loaders
+    if seen.raised:
+        yield Finding(story.code, seen, fact=f"{story.told} raised: {seen.raised.what}")
+        return
+    if not any(all(_near(f[0], times * once.fits[n][0].scale) for n, f in seen.fits.items()) for times in story.right):
+        yield Finding(story.code, seen, *_worst(once, seen, story))
+
+
+def _worst(once: Observation, seen: Observation, story: _Story) -> tuple[tuple[str, ...], str]:
+    first = {name: fits[0].scale for name, fits in once.fits.items()}
+    off = {n: min(abs(f[0].scale - t * first[n]) for t in story.right) for n, f in seen.fits.items()}
+    name = max(off, key=lambda each: off[each])
+    wanted = " or ".join(f"{times * first[name]:.4g}" for times in story.right)
+    return (name,), f"scale {seen.fits[name][0].scale:.4g} after {story.told}, but should be {wanted}"
+
+
+def _unloaded(cell: Cell, example: Example, dtypes: Sequence[str]) -> Iterator[Finding]:
+    """Yield the first dtype in which the declared unload leaves a layer other than it was before loading."""
+    for dtype in dtypes:
+        seen = run_trial(cell, replace(example, dtype=dtype), (load(), UNLOAD))
+        if seen.raised:
+            yield Finding("LH403", seen, fact=f"unload: {seen.raised.what}")
+            return
+        left = tuple(name for name, fits in seen.fits.items() if not fits[0].unchanged)
+        if left:
+            fact = f"{len(left)} of {len(seen.fits)} layers differ from the base after unloading"
+            yield Finding("LH403", seen, left, fact)
+            return
+
+
+def _with_another(cell: Cell, example: Example, once: Observation) -> Iterator[Finding]:
+    """Load a second LoRA over every second module: both effects must be there, or the second one alone."""
+    targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
+    second = replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
+    alone = run_trial(cell, second)
+    both = run_trial(cell, example, (load(), load(file="other")), other=second)
+    if alone.raised or both.raised:
+        return
+    shares = {name: _shares(name, once, alone, both) for name in both.fits}
+    adds = all(abs(a - 1) + abs(b - 1) <= slack for a, b, slack in shares.values())
+    takes_over = all(abs(a) + abs(b - 1) <= slack for a, b, slack in shares.values())
+    if adds or takes_over:
+        return
+    name = max(shares, key=lambda n: abs(shares[n][0] - 1) + abs(shares[n][1] - 1))
+    a, b, _ = shares[name]
+    kept = f"{a:.3f} of the first LoRA" + (f" and {b:.3f} of the second" if name in alone.fits else "")
+    yield Finding(
+        "LH405", both, (name,), f"{kept} is there after loading both, but should be all of both, or the second only"
+    )
+
+
+def _shares(name: str, once: Observation, alone: Observation, both: Observation) -> tuple[float, float, float]:
+    """Return how much of either LoRA's own effect is there with both, by least squares, and the slack on that."""
+    change, first = both.changes[name].flatten(), once.changes[name].flatten()
+    slack = 0.02 + 8 * once.fits[name][0].tolerance.scale
+    if name not in alone.fits:
+        return float(change @ first / (first @ first)) if float(first @ first) else 1.0, 1.0, slack
+    import torch
+
+    effects = torch.stack([first, alone.changes[name].flatten()], 1)
+    if not all(float(column @ column) for column in effects.T):
+        return 1.0, 1.0, slack
+    a, b = torch.linalg.lstsq(effects, change[:, None]).solution.flatten().tolist()
+    return a, b, slack
+
+
+def _near(fit: Fit, wanted: float) -> bool:
+    return abs(fit.scale - wanted) <= 4 * fit.tolerance.scale

@@ -1,0 +1,138 @@
+"""What a load leaves behind: a second file, a second name, an unload, a strength set later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import loader
+from harness.checks.state import check_state
+from harness.checks.trial import Cell
+from harness.example import Example, Target
+from harness.loaders.registry import resolve
+from tests.checks.sample_loaders import pairs
+
+Deltas = dict[str, list[tuple[Any, torch.Tensor]]]
+
+
+def kept(model: Any) -> Deltas:
+    """Return what was loaded so far, by file."""
+    files: Deltas = model.__dict__.setdefault("files", {})
+    return files
+
+
+def put(model: torch.nn.Module, lora: Path, strength: float, name: str) -> None:
+    kept(model)[name] = [(layer, strength * m.trained_scale * product) for layer, m, product, _ in pairs(model, lora)]
+    add(kept(model)[name])
+
+
+def add(deltas: list[tuple[Any, torch.Tensor]], times: float = 1.0) -> None:
+    for layer, delta in deltas:
+        layer.weight.data += times * delta
+
+
+def take_last(model: torch.nn.Module) -> None:
+    add(kept(model).popitem()[1], -1.0)
+
+
+def multiply_last(model: torch.nn.Module, strength: float) -> None:
+    name = list(kept(model))[-1]
+    add(kept(model)[name], strength - model.__dict__.get("strength", 1.0))
+    model.__dict__["strength"] = strength
+
+
+@loader(unload=take_last, set_strength=multiply_last)
+def adds(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, f"file {len(kept(model))}")
+
+
+def takes_the_place(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    while kept(model):
+        take_last(model)
+    put(model, lora, strength, lora.name)
+
+
+def takes_the_place_where_both_are(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    new = [id(layer) for layer, *_ in pairs(model, lora)]
+    for deltas in kept(model).values():
+        add([(layer, delta) for layer, delta in deltas if id(layer) in new], -1.0)
+    put(model, lora, strength, lora.name)
+
+
+def shares_the_strength(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    for deltas in kept(model).values():
+        add(deltas, -0.5)
+    put(model, lora, strength if not kept(model) else strength / 2, lora.name)
+
+
+def ignores_the_second(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    if not kept(model):
+        put(model, lora, strength, lora.name)
+
+
+def by_name(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength * (1 if lora.name.startswith("adapter") else 1.2), str(lora))
+
+
+@loader(unload=take_last)
+def scale_compounds(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    model.__dict__["scale"] = strength * model.__dict__.get("scale", 1.0)
+    put(model, lora, model.__dict__["scale"], f"file {len(kept(model))}")
+
+
+@loader(unload=lambda model: [take_last(model) for _ in kept(model).copy() if float(kept_strength(model))])
+def zero_stays(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    model.__dict__["zero"] = model.__dict__.get("zero", False) or strength == 0
+    put(model, lora, 0.0 if model.__dict__["zero"] else strength, f"file {len(kept(model))}")
+
+
+def kept_strength(model: Any) -> float:
+    return 1.0
+
+
+@loader(set_strength=lambda model, strength: multiply_last(model, max(strength, 0.1)))
+def never_zero(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, lora.name)
+
+
+@loader(set_strength=lambda model, strength: multiply_last(model, strength**2))
+def squares_the_strength(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, lora.name)
+
+
+@loader(set_strength=lambda model, strength: model.no_such_thing)
+def cannot_set(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, lora.name)
+
+
+def codes(load: Callable[..., object]) -> list[str]:
+    cell = Cell(resolve(load), "kohya", "qwen-image-fused")
+    example = Example(tuple(Target(name, 4, 8.0) for name in cell.targets))
+    return [finding.code for finding in check_state(cell, example, dtypes=("float32", "bfloat16"))]
+
+
+RIGHT = [adds, takes_the_place]
+WRONG = {
+    takes_the_place_where_both_are: "LH405",
+    shares_the_strength: "LH405",
+    ignores_the_second: "LH405",
+    by_name: "LH402",
+    scale_compounds: "LH403",
+    zero_stays: "LH403",
+    squares_the_strength: "LH207",
+    cannot_set: "LH207",
+}
+
+
+@pytest.mark.parametrize("load", RIGHT)
+def test_both_ways_to_take_a_second_file_are_right(load: Callable[..., object]) -> None:
+    assert codes(load) == []
+
+
+@pytest.mark.parametrize("load", WRONG)
+def test_state_that_is_left_behind_is_named(load: Callable[..., object]) -> None:
+    assert set(codes(load)) == {WRONG[load]}
