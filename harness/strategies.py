@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 from harness.example import Example, Target
 
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
-_COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
 
 
@@ -27,13 +27,15 @@ def ranks(*, max_rank: int = 64) -> SearchStrategy[int]:
 def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStrategy[float]:
     """Alphas for `rank`: whole, fractional, below one, equal to the rank, zero and negative.
 
-    All are exact in bfloat16 (eight significant bits), so the file's dtype cannot change them.
+    Most are exact in bfloat16 (eight significant bits); the last ones need up to 13, so that rounding alpha shows. A
+    file stores alpha in float32 or as text, whatever the dtype of its weights.
     """
     options = [
         st.sampled_from(_COMMON_ALPHAS),
         st.integers(1, 127).map(lambda n: n / 8),
         st.integers(1, 15).map(lambda n: n / 16),
         st.just(float(rank)),
+        st.integers(129, 8191).map(lambda n: n / 64),
     ]
     if zero:
         options.append(st.sampled_from((0.0, 1.0)))
@@ -43,8 +45,12 @@ def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStra
 
 
 def strengths() -> SearchStrategy[float]:
-    """Strengths from -2 to 2: one, the usual fractions, zero, negative ones, and any multiple of 1/64."""
-    return st.one_of(st.sampled_from(_STRENGTHS), st.integers(-128, 128).map(lambda n: n / 64))
+    """Strengths from -2 to 2: one, the usual fractions, zero, negative ones, any multiple of 1/64 and of 1/1000."""
+    return st.one_of(
+        st.sampled_from(_STRENGTHS),
+        st.integers(-128, 128).map(lambda n: n / 64),
+        st.integers(-2000, 2000).map(lambda n: n / 1000),
+    )
 
 
 @st.composite

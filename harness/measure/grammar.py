@@ -30,6 +30,12 @@ def _safe_root(x: Vector) -> Vector:
     return np.sign(x) * np.sqrt(np.abs(x))
 
 
+def _bfloat16(x: Vector) -> Vector:
+    """Round to eight significant bits, ties to even."""
+    fraction, exponent = np.frexp(x)
+    return np.asarray(np.ldexp(np.round(fraction * 256), exponent - 8))
+
+
 STRENGTH = (
     Word("{x}", lambda u: u, 0, 1.0),
     Word("1", np.ones_like, 1, 0.0),
@@ -41,6 +47,7 @@ STRENGTH = (
     Word("clamp({x}, 0, 1)", lambda u: np.clip(u, 0.0, 1.0), 1),
     Word("clamp({x}, -1, 1)", lambda u: np.clip(u, -1.0, 1.0), 1),
     Word("trunc({x})", np.trunc, 1),
+    Word("bfloat16({x})", _bfloat16, 1),
     Word("({x} > 0)", lambda u: (u > 0).astype(float), 2),
     Word("({x} != 0)", lambda u: (u != 0).astype(float), 2),
     Word("{x}^2", np.square, 1, 2.0),
@@ -60,6 +67,7 @@ ALPHA = (
     Word("max({x}, 0)", lambda a: np.maximum(a, 0.0), 1),
     Word("max({x}, 1)", lambda a: np.maximum(a, 1.0), 1),
     Word("min({x}, 1)", lambda a: np.minimum(a, 1.0), 1),
+    Word("bfloat16({x})", _bfloat16, 1),
     Word("{x}^2", np.square, 1, 2.0),
     Word("sqrt({x})", _safe_root, 1, 0.5),
     Word("{x}^-1", lambda a: 1.0 / np.where(a == 0, np.nan, a), 2, -1.0),

@@ -127,3 +127,26 @@ def dies(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
 def prints(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     print("loading " * 1000)
     right(model, lora, strength=strength)
+
+
+def loses_the_bias(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    for layer, module, product, _ in pairs(model, lora):
+        layer.weight += (strength * module.trained_scale * product).to(layer.weight.dtype)
+        layer.bias = None
+
+
+def adds_a_constant(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    right(model, lora, strength=strength)
+    for layer, *_ in pairs(model, lora):
+        layer.register_forward_hook(lambda module, args, output: output + 0.01)
+
+
+def changes_the_default_dtype(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    right(model, lora, strength=strength)
+    torch.set_default_dtype(torch.float64)
+
+
+rounded_alpha = loader_with(
+    lambda u, m, every: u * (1.0 if m.alpha is None else float(torch.tensor(m.alpha).bfloat16()) / m.rank)
+)
+rounded_strength = loader_with(lambda u, m, every: float(torch.tensor(u).bfloat16()) * m.trained_scale)

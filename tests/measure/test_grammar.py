@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from harness.measure.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word
 
@@ -22,6 +23,7 @@ OF_STRENGTH: dict[str, Sequence[float]] = {
     "clamp({x}, 0, 1)": (0, 0, 0, 0, 0.25, 1, 1, 1),
     "clamp({x}, -1, 1)": (-1, -1, -0.25, 0, 0.25, 1, 1, 1),
     "trunc({x})": (-2, -1, 0, 0, 0, 1, 1, 4),
+    "bfloat16({x})": STRENGTHS,
     "({x} > 0)": (0, 0, 0, 0, 1, 1, 1, 1),
     "({x} != 0)": (1, 1, 1, 0, 1, 1, 1, 1),
     "{x}^2": (6.25, 1, 0.0625, 0, 0.0625, 1, 3.0625, 16),
@@ -42,6 +44,7 @@ OF_ALPHA: dict[str, Sequence[float]] = {
     "max({x}, 0)": (0, 0, 0, 0.25, 0.75, 1, 2.75, 4),
     "max({x}, 1)": (1, 1, 1, 1, 1, 1, 2.75, 4),
     "min({x}, 1)": (-2.5, -1, 0, 0.25, 0.75, 1, 1, 1),
+    "bfloat16({x})": ALPHAS,
     "{x}^2": (6.25, 1, 0, 0.0625, 0.5625, 1, 7.5625, 16),
     "sqrt({x})": (-math.sqrt(2.5), -1, 0, 0.5, math.sqrt(0.75), 1, math.sqrt(2.75), 2),
     "{x}^-1": (-0.4, -1, math.nan, 4, 4 / 3, 1, 4 / 11, 0.25),
@@ -67,6 +70,12 @@ def test_a_word_does_what_its_text_says(
     found = word.apply(np.array(numbers))
     assert found.dtype == np.float64
     assert found == pytest.approx(table[word.text], rel=1e-15, abs=0, nan_ok=True)
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    numbers = torch.cat([torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100, torch.arange(513) / 512])
+    rounded = next(word for word in ALPHA if word.text == "bfloat16({x})")
+    assert rounded.apply(numbers.double().numpy()).tolist() == numbers.bfloat16().double().tolist()
 
 
 def test_the_tables_name_every_word_once() -> None:
