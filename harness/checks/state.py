@@ -49,18 +49,26 @@ def check_state(cell: Cell, example: Example, *, dtypes: Sequence[str] = ("float
     once = run_trial(cell, example)
     if once.raised or not all(fits[0].finite for fits in once.fits.values()):
         return  # said already
-    declared, told = cell.subject.declaration, set()
-    stories = [*(_LOADS if cell.variant.additive else ()), *(_STRENGTHS if declared.set_strength else ())]
-    if declared.unload:
-        restored = list(_unloaded(cell, example, dtypes))
-        yield from restored
-        stories += [] if restored else _UNLOADS
-    for story in stories:
+    told: set[str] = set()
+    for finding in _unloaded(cell, example, dtypes) if cell.subject.declaration.unload else ():
+        told.add(finding.code)
+        yield finding
+    for story in _stories(cell):
         for finding in () if story.code in told else _after(cell, example, once, story):
             told.add(story.code)
             yield finding
     if cell.variant.additive and "LH402" not in told:
         yield from _with_another(cell, example, once)
+
+
+def _stories(cell: Cell) -> list[_Story]:
+    """Return what can be told of a loader in this cell."""
+    declared = cell.subject.declaration
+    stories = [*(_LOADS if cell.variant.additive else ()), *(_STRENGTHS if declared.set_strength else ())]
+    stories += _UNLOADS if declared.unload else ()
+    if cell.variant.strengths:  # what another strength means is left to the loader
+        return [story for story in stories if all(step.times == 1 for step in story.steps)]
+    return stories
 
 
 def _after(cell: Cell, example: Example, once: Observation, story: _Story) -> Iterator[Finding]:
