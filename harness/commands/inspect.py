@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from harness.commands import options as shared
+from harness.doctor.record import VIOLATIONS as VIOLATIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from harness.doctor.record import FileRecord
+    from harness.doctor.record import FileRecord, ModuleEnergy
 
-# Hazards that make a file wrong for every reader; the others are conventions on which readers differ.
-VIOLATIONS = frozenset({"LH705", "LH706", "LH707", "LH711"})
 UNREADABLE = "LH799"
-_ENERGIES_SHOWN = 12
+_ENERGIES_SHOWN = 3
+_BLOCKS_SHOWN = 16
+_WIDTH = 180  # of what is piped into a file
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Return a number that was given as an option, unless it is NaN or infinite.
+
+    Raises:
+        BadParameter: it is.
+    """
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number", ctx, param)
+    return value
 
 
 @click.command(
     epilog="\b\nExamples:\n"
     "  lora-harness inspect my_lora.safetensors\n"
+    "  lora-harness inspect first.safetensors second.safetensors --html page.html\n"
     "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LORA...")
@@ -33,10 +48,17 @@ _ENERGIES_SHOWN = 12
 )
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
-@click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
+@click.option(
+    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
+)
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
 @click.option(
     "--sarif", "sarif_file", type=click.Path(dir_okay=False, path_type=Path), help="Write SARIF 2.1.0 here too."
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one page about all files here too, with the energies by module and block.",
 )
 @shared.json_option
 def command(
@@ -47,14 +69,19 @@ def command(
     lora_alpha: float | None,
     strict: bool,
     sarif_file: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Say what each LORA file holds: format, rank, alpha, scale under each convention, hazards, strength to pass."""
     from harness.doctor.inspect import inspect_file
 
+    if html:
+        from harness.report.lora_page import checked_target
+
+        checked_target(html)
     worst, records = 0, []
     for path in files:
-        record = inspect_file(path, energy=energy, base=base, lora_alpha=lora_alpha)
+        record = inspect_file(path, energy=energy or html is not None, base=base, lora_alpha=lora_alpha)
         if loaders:
             record = _with_loaders(record, path, loaders, lora_alpha)
         worst = max(worst, _exit_code(record, strict))
@@ -65,7 +92,17 @@ def command(
             _print(record)
     if sarif_file:
         _write_sarif(records, sarif_file, worst)
+    if html:
+        _write_page(records, html, quiet=as_json)
     sys.exit(worst)
+
+
+def _write_page(records: Sequence[FileRecord], path: Path, *, quiet: bool) -> None:
+    from harness.report.lora_page import write_lora_page
+
+    page = write_lora_page(records, path, command=shlex.join(["lora-harness", *sys.argv[1:]]))
+    if not quiet:
+        click.echo(f"page: {page}")
 
 
 def _write_sarif(records: Iterable[FileRecord], path: Path, exit_code: int) -> None:
@@ -101,7 +138,7 @@ def _print(record: FileRecord) -> None:
     from harness.checks.codes import CODES
     from harness.files.text import printable
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(Text(printable(record.path, 500), style="bold"))
     if record.format is not None:
         console.print(_facts(record))
@@ -114,6 +151,8 @@ def _print(record: FileRecord) -> None:
             console.print(Text(f"    - {printable(line, 400)}"))
     if record.prescription:
         console.print(_prescriptions(record))
+    if record.energies:
+        console.print(_blocks(record.energies))
 
 
 def _facts(record: FileRecord) -> Table:
@@ -149,6 +188,30 @@ def _prescriptions(record: FileRecord) -> Table:
     for loader, strength in record.prescription.items():
         use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
         table.add_row(Text("  pass"), Text(printable(loader, 120)), Text(use))
+    return table
+
+
+def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
+    """Return the energies by block; of many blocks those with the largest, in the order of the model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from harness.doctor.blocks import by_block
+    from harness.files.text import printable
+
+    blocks = by_block(energies)
+    strongest = sorted(blocks, key=lambda block: -(block.energy or 0.0))[:_BLOCKS_SHOWN]
+    what = "||ΔW|| / ||W||" if any(block.relative is not None for block in blocks) else "||ΔW||"
+    table = Table(box=None, pad_edge=False, padding=(0, 2), caption_justify="left")
+    table.add_column("  block", overflow="fold")
+    for column in ("modules", what, "largest σ", "effective rank"):
+        table.add_column(column, justify="right")
+    for block in (block for block in blocks if block in strongest):
+        energy = "-" if block.energy is None else f"{block.energy:.3g}"
+        cells = (f"{block.modules}", energy, f"{block.spectral:.3g}", f"{block.effective_rank:.3g}")
+        table.add_row(Text(f"  {printable(block.name, 80)}"), *cells)
+    if len(blocks) > len(strongest):
+        table.caption = f"  and {len(blocks) - len(strongest)} weaker blocks (all of them with --html)"
     return table
 
 

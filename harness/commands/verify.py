@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from harness.commands import options as shared
+from harness.commands.inspect import finite
 
 if TYPE_CHECKING:
     from harness.doctor.verify import MergeReport
@@ -28,8 +29,17 @@ _WIDTH = 180  # of what is piped into a file
 @click.option("--base", required=True, type=_PATH, help="Checkpoint before the merge: file, folder or shard index.")
 @click.option("--merged", required=True, type=_PATH, help="Checkpoint after the merge.")
 @click.option("--lora", required=True, type=_PATH, help="LoRA file or PEFT folder.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Strength that the merge was asked for.")
-@click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
+@click.option(
+    "--strength",
+    type=float,
+    callback=finite,
+    default=1.0,
+    show_default=True,
+    help="Strength that the merge was asked for.",
+)
+@click.option(
+    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
+)
 @click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
 @shared.json_option
 def command(
@@ -37,7 +47,8 @@ def command(
 ) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
-    Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged.
+    Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
+    Tucker cores, whole differences and biases are measured too; what is not read is listed.
     """
     from harness.doctor.verify import verify_merge
 

@@ -67,7 +67,7 @@ def measure(layer: Layer, expected: float) -> Baked:
     window = None
     for elements, enough in _SAMPLES:
         sample = layer.sample(elements)
-        if not np.isfinite(sample.change).all():
+        if not (np.isfinite(sample.change).all() and np.isfinite(sample.product).all()):
             return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
         found = _voted(sample, window)
         told = sample.changed.any() or found.low <= expected <= found.high

@@ -76,6 +76,8 @@ def _power(alpha: float, rank: float) -> Callable[[ScaleFound], float | None]:
     def factor(found: ScaleFound) -> float | None:
         if alpha and (not found.alpha or (found.alpha < 0 and alpha != 1)):
             return None
+        if rank and not found.rank:
+            return None
         return float(found.strength * (found.alpha or 1.0) ** alpha * float(found.rank) ** rank)
 
     return factor
@@ -144,7 +146,7 @@ def _record(law: Candidate, found: Sequence[ScaleFound], others: tuple[str, ...]
 
 def _of_one_module(found: Sequence[ScaleFound]) -> LawRecord | None:
     """Return the law in which one module's alpha or rank stands for all, if there is one."""
-    known = [one for one in found if one.alpha is not None]
+    known = [one for one in found if one.alpha is not None and one.rank]
     if len({(one.alpha, one.rank) for one in known}) < 2 or any(one.rslora for one in known):
         return None
     for alpha in (None, *dict.fromkeys(one.alpha for one in known)):

@@ -38,8 +38,11 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
+    lost = weights is not None and not weights.match(adapter)
+    note = f"no module of this LoRA is a layer of {printable(base, 200)}: is it the model that it was trained on?"
     return record.model_copy(
         update={
+            "notes": (*record.notes, note) if lost else record.notes,
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.row_products import row_products
 from harness.doctor.vote import Array, half_step, work_dtype
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from harness.files import LoraAdapter
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
-_CHUNK_BYTES = 2 << 20  # of one chunk of rows: fits the cache with everything that is computed from it
+_LOOKED_AT = 16_000  # elements
+Runs = list[tuple[int, int]]
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -96,29 +99,50 @@ class Layer:
         """The dtype the merge was stored in."""
         return self.merged.dtype(self.tensor)
 
+    @property
+    def streams(self) -> bool:
+        """True when all rows can be measured in one pass."""
+        return True
+
     def sample(self, elements: int) -> Sample:
         """Return about `elements` elements: the same columns of at least one row from every block of rows."""
-        blocks = min(BLOCKS, self.rows)
-        columns = slice(0, None, max(1, blocks * self.columns // elements))
-        right = self.right[:, columns]
-        count = max(1, -(-elements // (blocks * right.shape[1])))
-        runs = [_run(self.rows, block, blocks, count) for block in range(blocks)]
+        runs, columns = self._grid(elements)
         stores = (self.base, self.merged)
         base, merged = (torch.cat([store.rows(self.tensor, *run)[:, columns] for run in runs]) for store in stores)
         work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
         before, after = base.to(work), merged.to(work)
-        product = torch.cat([self.left[start:stop] for start, stop in runs]).to(work) @ right.to(work)
+        product = self._update(runs, columns, work)
         return Sample(
             base=before.numpy(),
             change=(after - before).numpy(),
             product=product.numpy(),
             half=half_step(after.numpy(), self.dtype),
             changed=(base.to(merged.dtype).to(work) != after).numpy(),
-            block=np.repeat(np.arange(blocks), [stop - start for start, stop in runs]),
+            block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
             dtype=self.dtype,
             roundoff=self.roundoff,
             rows=self.rows,
         )
+
+    def _grid(self, elements: int) -> tuple[Runs, slice]:
+        """Return the rows to read, a run in each block, and the columns."""
+        blocks = min(BLOCKS, self.rows)
+        columns = slice(0, None, max(1, blocks * self.columns // elements))
+        count = max(1, -(-elements // (blocks * len(range(self.columns)[columns]))))
+        return self._runs(blocks, count), columns
+
+    def _runs(self, blocks: int, count: int) -> Runs:
+        return [_run(self.rows, block, blocks, count) for block in range(blocks)]
+
+    def _update(self, runs: Runs, columns: slice, work: torch.dtype) -> Tensor:
+        """Return what one unit of scale adds there."""
+        left = torch.cat([self.left[start:stop] for start, stop in runs])
+        return left.to(work) @ self.right[:, columns].to(work)
+
+    def update_is_finite(self) -> bool:
+        """Tell whether the sampled rows of the product are free of NaN and infinity."""
+        runs, columns = self._grid(_LOOKED_AT)
+        return bool(torch.isfinite(self._update(runs, columns, torch.float64)).all())
 
     @property
     def roundoff(self) -> float:
@@ -128,19 +152,12 @@ class Layer:
 
     def stream(self) -> Sums:
         """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed."""
-        step = max(1, _CHUNK_BYTES // (2 * self.columns))
-        starts = range(0, self.rows, step)
-        seen = torch.cat([self._seen(start, min(start + step, self.rows)) for start in starts])
+        before, after = (partial(store.rows, self.tensor) for store in (self.base, self.merged))
+        seen = row_products(before, after, self.right, rows=self.rows, bfloat16=self.dtype == "bfloat16")
         left, gram = self.left.float(), self.right.float() @ self.right.float().t()
         overlap = torch.linalg.vecdot(seen, left)
         product = torch.linalg.vecdot(left @ gram, left)
         return Sums(overlap.double().numpy(), product.double().numpy(), seen.any(1).numpy())
-
-    def _seen(self, start: int, stop: int) -> Tensor:
-        """Return ΔW A^T: [rows, r] in float32 for some rows."""
-        native = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        before, after = (store.rows(self.tensor, start, stop).to(native) for store in (self.base, self.merged))
-        return ((after - before) @ self.right.to(native).t()).float()
 
 
 def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def overall_verdict(
         survived=left,
         modules_failed=sum(not verdict.ok for verdict in verdicts),
         modules_total=len(verdicts),
-        rows=tuple(_rows(frame, law[0], left, facts)),
+        rows=tuple(_rows(frame, law[0], left, facts, found)),
         data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
         **_numbers(told),
     )
@@ -50,7 +50,9 @@ def _scale_facts(
     found: Sequence[Module], untouched: Untouched, law: tuple[LawRecord | None, str | None]
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
-    if broken := _in(found, "not finite"):
+    if ill := [module for module in _in(found, "not finite") if module.fault]:
+        yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
+    if broken := [module for module in _in(found, "not finite") if not module.fault]:
         yield "LH502", f"NaN or infinite values in {_listed(broken, found)}"
     strangers = _in(found, "unexplained")
     if strangers and untouched.is_other_model:
@@ -60,6 +62,9 @@ def _scale_facts(
         yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(strangers, found)}"
     if twice := _in(found, "twice"):
         yield "LH206", f"merged twice: {_listed(twice, found)}"
+    if faulty := [module for module in found if module.fault and module.state != "not finite"]:
+        code, fault = faulty[0].fault or ("", "")
+        yield code, f"{fault} in {_listed(faulty, found)}"
     wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
     if wrong and law[0] and law[1]:
         yield law[1], f"{CODES[law[1]].title}: {_wrong_scale(wrong, law[0])} in {_listed(wrong, found)}"
@@ -84,15 +89,15 @@ def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
         yield "LH102", f"not merged: {_listed(same, found)}"
     if partly := _in(found, "partly"):
         yield "LH102", f"merged in part: {_listed(partly, found)}; nothing in {where(partly[0])}"
-    if lost := [module for module in found if module.tensor is None and not module.skipped]:
-        yield "LH103", f"no layer of this name in the base: {_listed(lost, found)}"
-    if misfits := [module for module in found if module.tensor and module.problem and not module.skipped]:
+    if lost := [module for module in found if module.lost]:
+        yield "LH103", f"{lost[0].problem}: {_listed(lost, found)}"
+    if misfits := [module for module in found if module.problem and not module.lost and not module.skipped]:
         yield "LH902", f"{misfits[0].problem}: {_listed(misfits, found)}"
 
 
 def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]:
     """Yield what changed beside the LoRA."""
-    if mixed := _in(found, "mixed"):
+    if mixed := [module for module in _in(found, "mixed") if not module.fault]:
         yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
     if untouched.changed:
         names = _names(untouched.changed)
@@ -149,7 +154,11 @@ def _numbers(told: Sequence[Module]) -> dict[str, Any]:
 
 
 def _rows(
-    frame: dict[str, Any], law: LawRecord | None, left: float | None, facts: Sequence[Fact]
+    frame: dict[str, Any],
+    law: LawRecord | None,
+    left: float | None,
+    facts: Sequence[Fact],
+    found: Sequence[Module],
 ) -> Iterator[tuple[str, str]]:
     yield "merged", printable(frame["loader"])
     if law:
@@ -159,9 +168,20 @@ def _rows(
         yield "survived", survival(left)
     for code, fact in facts[1:]:
         yield "also", f"{code} {fact}"
+    for reason, names in _not_judged(found).items():
+        yield "not judged", f"{reason.removeprefix('skipped: ')}: {count(len(names), 'module')} ({_names(names)})"
     if facts:
         yield "fix", f"{CODES[facts[0][0]].fix}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
+
+
+def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
+    """Return the modules that are not read, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for module in found:
+        if module.baked is None and module.problem and module.skipped:
+            reasons.setdefault(module.problem, []).append(module.name)
+    return dict(list(reasons.items())[:_SHOWN])
 
 
 def _untouched_data(untouched: Untouched) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from harness.doctor.baked_law import ScaleFound
 from harness.files.text import count, printable
 
 CHECK = "verify"
+BLENDED = "the strength blends W with its DoRA weight, as ComfyUI does; PEFT multiplies inside the norm"
+NO_TENSOR = "the layer has no such tensor in the base"
 _SHOWN = 4
 _WEAK = 0.95  # share of the effect below which the advice is to merge in higher precision
 _PARTS = (("qkv", ("q", "k", "v")), ("kv", ("k", "v")), ("gate_up", ("gate", "up")))
@@ -19,13 +21,19 @@ _PARTS = (("qkv", ("q", "k", "v")), ("kv", ("k", "v")), ("gate_up", ("gate", "up
 
 @dataclass(frozen=True)
 class Module:
-    """One module of the LoRA: what it should be, the tensor it belongs to, and what was measured or why not."""
+    """One tensor that a module of the LoRA changes: what it should be, and what was measured or why not.
+
+    `fault` is the code and the sentence of what is wrong beside the scale: DoRA's magnitude, NaN in the LoRA. `note`
+    says what a reader of the scale should know.
+    """
 
     found: ScaleFound
     tensor: str | None
     baked: Baked | None
     problem: str | None = None
     dtype: str = ""
+    fault: tuple[str, str] | None = None
+    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -41,6 +49,11 @@ class Module:
     def tells_scale(self) -> bool:
         """True when the scale is known."""
         return self.state in ("merged", "partly", "twice", "two roundings")
+
+    @property
+    def lost(self) -> bool:
+        """True when the base has no tensor for it."""
+        return not self.skipped and bool(self.problem) and (self.tensor is None or self.problem == NO_TENSOR)
 
     @property
     def skipped(self) -> bool:
@@ -72,10 +85,9 @@ def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     """Return the code a module deserves, None when it is right, and one sentence."""
     baked, found = module.baked, module.found
     if baked is None:
-        lost = module.tensor is None
-        return ("LH103" if lost else "LH902"), module.problem or ""
+        return ("LH103" if module.lost else "LH902"), module.problem or ""
     if baked.state == "not finite":
-        return "LH502", "NaN or infinite values in the merged or the base weight"
+        return module.fault or ("LH502", "NaN or infinite values in the merged or the base weight")
     if baked.state == "hidden":
         return None, f"the update is below half a step of {module.dtype} everywhere: merged or not cannot be told"
     if baked.state == "not merged":
@@ -87,6 +99,8 @@ def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     scale = f"scale {baked.scale:.4g}, expected {found.expected:.4g}"
     if baked.state == "partly":
         return "LH102", f"not merged in {where(module)}; elsewhere {scale}"
+    if module.fault:
+        return module.fault[0], f"{module.fault[1]}; {scale}"
     if baked.state == "mixed":
         return "LH401", f"other changes besides this LoRA; {scale}"
     return (None, scale) if found.right else (law_code or "LH209", scale)
@@ -142,6 +156,7 @@ def _rows(module: Module) -> list[tuple[str, str]]:
         ("expected", f"scale {found.expected:.5g}"),
         ("explains", f"{baked.coverage:.1%} of {count(baked.elements, 'element')} to the last bit; {_how(baked)}"),
     ]
+    rows += [("note", module.note)] if module.note else []
     return [*rows, ("survived", survival(baked.survived))] if baked.survived is not None else rows
 
 

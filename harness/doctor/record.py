@@ -8,6 +8,9 @@ from pydantic import Field
 
 from harness.checks.verdict import Record
 
+VIOLATIONS = frozenset({"LH705", "LH706", "LH707", "LH711"})
+"""Hazards that make a file wrong for every reader; the others are conventions on which readers differ."""
+
 Outlook = Literal["fine", "subtle", "too strong", "broken"]
 
 

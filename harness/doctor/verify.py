@@ -11,9 +11,12 @@ from harness.checks.verdict import LawRecord, Verdict
 from harness.doctor.baked import Baked, measure, measure_fully
 from harness.doctor.baked_law import ScaleFound, name_law, scale_slack
 from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.dora import DoraLayer
 from harness.doctor.layer import Layer
+from harness.doctor.layers import layer_of
 from harness.doctor.merge_overall import overall_verdict
-from harness.doctor.merge_verdicts import Module, module_verdict
+from harness.doctor.merge_verdicts import BLENDED, NO_TENSOR, Module, module_verdict
+from harness.doctor.pieces import Piece, pieces, strangers
 from harness.doctor.untouched import Untouched, compare_untouched
 from harness.doctor.vote import DTYPES
 from harness.errors import UserError
@@ -62,7 +65,9 @@ def verify_merge(
     """Measure the scale that was baked into `merged` for every module of `lora`; one module is in memory at a time.
 
     `base` and `merged` are safetensors files, folders of them, or `*.safetensors.index.json`. Rows are sampled from
-    every fused slice; `full` reads everything. `lora_alpha` is the alpha of the training for a file that carries none.
+    every fused slice; `full` reads everything. Pairs, convolutions, Tucker cores, LoHa, LoKr, DoRA, whole differences
+    and biases are measured; whatever else the file holds is a skipped verdict that says so. `lora_alpha` is the alpha
+    of the training for a file that carries none.
 
     Raises:
         UserError: a file cannot be read, or no module of the LoRA is in the base.
@@ -73,38 +78,74 @@ def verify_merge(
     if not matched:
         raise UserError(_no_match(adapter, before))
     found = []
-    for name in adapter.modules:
-        on_module(name)
-        found.append(_module(adapter, name, matched.get(name), (before, after), strength, full, lora_alpha))
-    untouched = compare_untouched(before, after, frozenset(matched.values()), full=full)
+    for piece in _pieces(adapter, before, matched):
+        on_module(piece.name)
+        found.append(_module(adapter, piece, (before, after), strength, full, lora_alpha))
+    touched = frozenset(module.tensor for module in found if module.tensor)
+    untouched = compare_untouched(before, after, touched, full=full)
     command = _command(base, merged, lora, strength, full)
     return _report(adapter, found, untouched, Path(merged).name, command)
 
 
+def _pieces(adapter: LoraAdapter, base: Checkpoint, matched: dict[str, str]) -> Iterator[Piece]:
+    for name in adapter.modules:
+        yield from pieces(adapter, name, matched.get(name))
+    yield from strangers(adapter, base)
+
+
 def _module(
     adapter: LoraAdapter,
-    name: str,
-    tensor: str | None,
+    piece: Piece,
     stores: tuple[Checkpoint, Checkpoint],
     strength: float,
     full: bool,
     lora_alpha: float | None,
 ) -> Module:
-    """Measure one module, or say why it cannot be."""
-    lora = adapter.modules[name]
-    alpha = lora_alpha if lora.alpha is None else lora.alpha
-    wanted = ScaleFound(name, 0.0, 0.0, strength, alpha, lora.rank, lora.rslora)
-    problem = _unreadable(adapter, name, tensor, stores)
-    if problem or tensor is None:
-        return Module(wanted, tensor, None, problem)
-    layer = Layer.of(adapter, name, tensor, *stores)
+    """Measure one tensor that a module changes, or say why it cannot be."""
+    wanted = _wanted(adapter, piece, strength, lora_alpha)
+    problem = _unreadable(piece, stores)
+    if problem or piece.tensor is None:
+        return Module(wanted, piece.tensor, None, problem)
+    layer = layer_of(adapter, piece, *stores)
     if layer is None:
-        shape = "x".join(map(str, stores[0].info(tensor).shape))
-        return Module(wanted, tensor, None, f"B @ A does not fit the weight [{shape}]")
-    baked = (measure_fully if full else measure)(layer, wanted.expected)
+        shape = "x".join(map(str, stores[0].info(piece.tensor).shape))
+        return Module(wanted, piece.tensor, None, f"the update does not fit the weight [{shape}]")
+    baked = (measure_fully if full and layer.streams else measure)(layer, wanted.expected)
+    blends = _blends(layer, wanted)
+    if blends:
+        scale = wanted.expected
+        baked = replace(baked, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
+    fault = None if blends else _fault(layer, baked)
     for store in stores:
         store.release()
-    return Module(_found(wanted, baked, layer), tensor, baked, dtype=layer.dtype)
+    note = BLENDED if blends else None
+    return Module(_found(wanted, baked, layer), piece.tensor, baked, dtype=layer.dtype, fault=fault, note=note)
+
+
+def _blends(layer: Layer, wanted: ScaleFound) -> bool:
+    """Tell whether a strength other than 1 stands outside DoRA's norm; what it means there is left to the merger."""
+    if not isinstance(layer, DoraLayer) or wanted.strength in (0.0, 1.0):
+        return False
+    return layer.blends(wanted.expected / wanted.strength, wanted.strength)
+
+
+def _fault(layer: Layer, baked: Baked) -> tuple[str, str] | None:
+    """Return the code and the sentence of what is wrong beside the scale; None when nothing is."""
+    if baked.state == "not finite":
+        return None if layer.update_is_finite() else ("LH707", "NaN or infinite weights in the LoRA")
+    if isinstance(layer, DoraLayer) and baked.state in ("merged", "partly", "two roundings", "mixed"):
+        said = layer.fault(baked.scale)
+        return ("LH304", said) if said else None
+    return None
+
+
+def _wanted(adapter: LoraAdapter, piece: Piece, strength: float, lora_alpha: float | None) -> ScaleFound:
+    """Return what the scale should come from; a whole difference has the strength alone."""
+    lora = adapter.modules.get(piece.module)
+    if lora is None or not piece.scaled:
+        return ScaleFound(piece.name, 0.0, 0.0, strength, None, 0)
+    alpha = lora_alpha if lora.alpha is None else lora.alpha
+    return ScaleFound(piece.name, 0.0, 0.0, strength, alpha, lora.rank, lora.rslora)
 
 
 def _found(wanted: ScaleFound, baked: Baked, layer: Layer) -> ScaleFound:
@@ -113,18 +154,17 @@ def _found(wanted: ScaleFound, baked: Baked, layer: Layer) -> ScaleFound:
     return replace(wanted, scale=baked.scale, slack=slack)
 
 
-def _unreadable(
-    adapter: LoraAdapter, name: str, tensor: str | None, stores: tuple[Checkpoint, Checkpoint]
-) -> str | None:
-    """Say why a module cannot be measured; None when it can."""
-    module = adapter.modules[name]
-    if tensor is None:
+def _unreadable(piece: Piece, stores: tuple[Checkpoint, Checkpoint]) -> str | None:
+    """Say why a tensor cannot be measured; None when it can."""
+    if piece.skipped:
+        return piece.skipped
+    if piece.tensor is None:
         return "no layer of this name in the base"
-    if not {"A", "B"} <= set(module.keys) or "mid" in module.keys or module.variant == "dora":
-        return f"skipped: a {module.variant} update is not a multiple of B @ A"
-    if any(tensor.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
+    if piece.tensor not in stores[0].names:
+        return NO_TENSOR
+    if any(piece.tensor.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
         return "skipped: the weight is stored with a separate quantisation scale"
-    return _misfit(tensor, *stores)
+    return _misfit(piece.tensor, *stores)
 
 
 def _misfit(tensor: str, base: Checkpoint, merged: Checkpoint) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
+Flags = NDArray[np.bool_]
 
 # dtype -> explicit mantissa bits, exponent of the smallest normal number; float64 as if it had 40 bits, because
 # nothing merges exactly enough to be tested against its own steps

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from harness.errors import UserError
-from harness.report.plain import plain
+from harness.report import shell
 from harness.report.records import FileRecord, PowerRecord, Run, merge_runs, rebased
 from harness.report.summary import findings, headline, not_measured, pretty_formula, short_title
 from harness.report.view import STATUS_LOOKS, STATUS_WORDS, View, counted, share, symbol, told_lines, word
@@ -22,12 +19,6 @@ if TYPE_CHECKING:
 
     from harness.report.gates import GateResult
     from harness.report.history import HistoryRecord
-
-_TEMPLATES = "harness.report"
-_POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; "
-    "base-uri 'none'; form-action 'none'; object-src 'none'"
-)
 
 
 def write_report(
@@ -73,8 +64,7 @@ def render(
     from harness.report.strips import strips
     from harness.report.trend import Trend
 
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = _POLICY.format(script=_csp_hash(script), style=_csp_hash(style))
+    style, script = shell.asset("report.css"), shell.asset("report.js")
     return (
         _environment()
         .get_template("report.html.j2")
@@ -89,7 +79,7 @@ def render(
             unmeasured=not_measured(run),
             headline=headline(run),
             findings=findings(run),
-            policy=policy,
+            policy=shell.policy(script, style),
             style=style,
             script=script,
             data=data,
@@ -108,16 +98,7 @@ def _machine_data(run: Run, out: Path) -> str:
 
 
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalized,
-    )
+    environment = shell.environment()
     environment.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
     environment.filters |= {"counted": counted, "share": share}
     environment.globals |= {
@@ -129,26 +110,6 @@ def _environment() -> Environment:
         "status_look": STATUS_LOOKS,
     }
     return environment
-
-
-def _finalized(value: Any) -> Any:
-    from markupsafe import Markup
-
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return plain(value)
-    return "" if value is None else value
-
-
-def _asset(name: str) -> Any:
-    from markupsafe import Markup
-
-    text = (files(_TEMPLATES) / "templates" / name).read_text(encoding="utf-8")
-    return Markup(text)
-
-
-def _csp_hash(text: str) -> str:
-    digest = hashlib.sha256(str(text).encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 def number(value: float | None, digits: int = 4) -> str:

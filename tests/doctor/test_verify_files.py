@@ -111,12 +111,9 @@ def test_the_command_exits_with_its_verdict_and_prints_json_lines(tmp_path: Path
 
 def test_a_merge_of_which_nothing_can_be_measured_is_no_pass(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(8, 8)}, tmp_path / "base.safetensors")
-    dora = {
-        "layer.lora_A.weight": torch.ones(2, 8),
-        "layer.lora_B.weight": torch.ones(8, 2),
-        "layer.dora_scale": torch.ones(8, 1),
-    }
-    save_file(dora, tmp_path / "lora.safetensors")
+    save_file({"lora_unet_layer.set_weight": torch.ones(8, 8)}, tmp_path / "lora.safetensors")
     paths = [tmp_path / name for name in ("base.safetensors", "base.safetensors", "lora.safetensors")]
     report = verify_merge(*paths)
     assert (report.ok, report.exit_code, report.overall.outcome) == (False, 2, "skipped")
+    assert "not judged" in report.overall.text()
+    assert "a replaced weight" in report.overall.text()

@@ -1,7 +1,9 @@
-"""Merges made by PEFT, diffusers, DiffSynth and the example loader are judged right."""
+"""Merges made by PEFT, diffusers, DiffSynth and the example loader are judged right, and their faults by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,36 +11,146 @@ import torch
 from safetensors.torch import save_file
 
 from harness.benches import get_bench
-from harness.doctor.verify import verify_merge
+from harness.doctor.verify import MergeReport, verify_merge
 from harness.files import write_lora
 from harness.loaders.registry import installed, resolve
-from tests.doctor.merging import (
-    weights,
-)
+from tests.doctor.merging import weights
 
-REAL = [("peft", "peft"), ("diffusers-fused", "diffusers"), ("diffusers-fused", "kohya"), ("diffsynth", "diffsynth")]
+BENCH = "qwen-image"
+RANK = 8
+KINDS = ("attn.to_q", "attn.to_k", "attn.to_v", "img_mlp.net.0.proj")
+DTYPES = {"bfloat16": 0.01, "float16": 0.01, "float8_e4m3fn": 0.05}
+# merger -> formats that it reads; those of PEFT are called as its users do, without the harness in between
+MERGERS = {
+    "peft merge_and_unload": "peft",
+    "peft merge_and_unload, safe": "peft",
+    "peft merge_adapter, safe": "peft",
+    "diffusers-fused": "diffusers",
+    "diffsynth": "diffsynth",
+}
+AVAILABLE = {entry.name: entry.available for entry in installed()}
 
 
-@pytest.mark.parametrize(("loader", "format"), REAL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_merges_of_real_mergers_pass(tmp_path: Path, loader: str, format: str, dtype: torch.dtype) -> None:
-    if not {entry.name: entry.available for entry in installed()}.get(loader):
-        pytest.skip(f"{loader} is not here")
-    bench = get_bench("qwen-image")
-    model = bench.build(dtype)
-    names = [name for name in bench.lora_layers if "attn" in name][:6]
-    lora = {n: weights(*bench.layers[n].shape, 4 << i % 2, 2.0 * (i + 1), i, 0.3) for i, n in enumerate(names)}
-    path = write_lora(tmp_path / "lora", format, lora)
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
-    merged = resolve(loader).load(model, path, strength=0.75) or model
-    state = {k.replace("base_layer.", ""): v.clone() for k, v in merged.state_dict().items() if "lora_" not in k}
-    save_file(state, tmp_path / "merged.safetensors")
-    for full in (False, True):
-        report = verify_merge(
-            tmp_path / "base.safetensors", tmp_path / "merged.safetensors", path, strength=0.75, full=full
-        )
+def peft_merged(model: torch.nn.Module, lora: Path, strength: float, how: str) -> torch.nn.Module:
+    """Merge with PEFT's own calls; the strength goes through `scale_layer`, as diffusers and PEFT's helper do it."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    wrapped = PeftModel.from_pretrained(model, str(lora))
+    for layer in (module for module in wrapped.modules() if isinstance(module, LoraLayer)):
+        layer.scale_layer(strength)
+    safe = how.endswith("safe")
+    if "unload" in how:
+        return wrapped.merge_and_unload(safe_merge=safe)  # type: ignore[no-any-return, operator]
+    wrapped.merge_adapter(safe_merge=safe)  # type: ignore[operator]
+    return wrapped.get_base_model()
+
+
+@dataclass
+class Trial:
+    """One bench model, saved before and after a merger worked on it."""
+
+    folder: Path
+    merger: str
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self.bench = get_bench(BENCH)
+        self.model = self.bench.build(torch.float16 if self.dtype == "float16" else torch.bfloat16)
+        save_file({k: v.clone() for k, v in self.model.state_dict().items()}, self.folder / "base.safetensors")
+
+    def lora(self, name: str, alphas: Mapping[str, float], *, seed: int = 0, size: float = 2.0) -> Path:
+        """Write a LoRA for the layers that `alphas` names, each with a seed of its own; the update is 0.02 * `size`."""
+        modules = {
+            layer: weights(*self.bench.layers[layer].shape, RANK, alpha, seed + names().index(layer), size)
+            for layer, alpha in alphas.items()
+        }
+        return write_lora(self.folder / name, MERGERS[self.merger], modules)
+
+    def merge(self, lora: Path, strength: float = 1.0) -> None:
+        if self.merger.startswith("peft"):
+            self.model = peft_merged(self.model, lora, strength, self.merger)
+        else:
+            if not AVAILABLE.get(self.merger):
+                pytest.skip(f"{self.merger} is not here")
+            self.model = resolve(self.merger).load(self.model, lora, strength=strength) or self.model
+
+    def verify(self, lora: Path, *, full: bool = False, strength: float = 1.0) -> MergeReport:
+        state = {k.replace("base_layer.", ""): v for k, v in self.model.state_dict().items() if "lora_" not in k}
+        dtype = getattr(torch, self.dtype)
+        save_file({k: v.to(dtype, copy=True) for k, v in state.items()}, self.folder / "merged.safetensors")
+        paths = (self.folder / f"{name}.safetensors" for name in ("base", "merged"))
+        return verify_merge(*paths, lora, full=full, strength=strength)
+
+
+def names(kinds: tuple[str, ...] = KINDS) -> list[str]:
+    return [f"transformer_blocks.{block}.{kind}" for block in range(2) for kind in kinds]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merger", MERGERS)
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_right_merges_at_any_scale_pass(tmp_path: Path, merger: str, dtype: str, scale: float) -> None:
+    trial = Trial(tmp_path, merger, dtype)
+    alphas = {name: scale * RANK * (1 + i % 2) for i, name in enumerate(names())}
+    lora = trial.lora("lora", alphas)
+    trial.merge(lora, strength=0.75)
+    for full in (False, True)[: 1 + (scale == 1)]:
+        report = trial.verify(lora, strength=0.75, full=full)
         assert report.ok, report.overall.text()
-        assert report.overall.ratio == pytest.approx(1.0, abs=5e-3)
+        assert report.overall.ratio == pytest.approx(1.0, abs=DTYPES[dtype])
+        assert report.overall.modules_total == len(alphas)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merger", MERGERS)
+def test_a_merge_at_raw_alpha_is_named(tmp_path: Path, merger: str, dtype: str) -> None:
+    """Somebody who passes the rank as strength undoes the division: the merge is at raw alpha."""
+    trial = Trial(tmp_path, merger, dtype)
+    lora = trial.lora("lora", {name: 2.0 + i % 3 for i, name in enumerate(names())}, size=0.5)
+    trial.merge(lora, strength=float(RANK))
+    overall = trial.verify(lora).overall
+    assert (overall.code, overall.law and overall.law.formula) == ("LH201", "strength * alpha"), overall.text()
+    assert overall.modules_failed == overall.modules_total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merger", MERGERS)
+def test_the_lora_of_another_file_is_named(tmp_path: Path, merger: str, dtype: str) -> None:
+    trial = Trial(tmp_path, merger, dtype)
+    alphas = dict.fromkeys(names(), 4.0)
+    trial.merge(trial.lora("other", alphas, seed=100))
+    overall = trial.verify(trial.lora("lora", alphas)).overall
+    assert overall.code == "LH101", overall.text()
+    assert "another LoRA" in overall.title
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merger", MERGERS)
+def test_a_double_merge_is_named(tmp_path: Path, merger: str, dtype: str) -> None:
+    trial = Trial(tmp_path, merger, dtype)
+    lora = trial.lora("lora", {name: 3.0 + i for i, name in enumerate(names())})
+    trial.merge(lora)
+    if merger == "peft merge_adapter, safe":  # it stays wrapped, and refuses to merge twice: saved and loaded again
+        state = {k.replace("base_layer.", ""): v for k, v in trial.model.state_dict().items() if "lora_" not in k}
+        trial.model = trial.bench.build(torch.float16 if dtype == "float16" else torch.bfloat16)
+        trial.model.load_state_dict(state)
+    trial.merge(lora)
+    overall = trial.verify(lora).overall
+    assert overall.code == "LH206", overall.text()
+    assert overall.ratio == pytest.approx(2.0, abs=4 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merger", MERGERS)
+def test_a_merge_of_q_and_k_but_not_v_is_named(tmp_path: Path, merger: str, dtype: str) -> None:
+    trial = Trial(tmp_path, merger, dtype)
+    alphas = {name: 3.0 + i for i, name in enumerate(names(KINDS[:3]))}
+    lora = trial.lora("lora", alphas)
+    trial.merge(trial.lora("part", {name: alpha for name, alpha in alphas.items() if "to_v" not in name}))
+    report = trial.verify(lora)
+    assert report.overall.code == "LH102", report.overall.text()
+    assert [v.worst_module for v in report.modules if not v.ok] == [name for name in alphas if "to_v" in name]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +161,9 @@ def test_merges_of_real_mergers_pass(tmp_path: Path, loader: str, format: str, d
 def test_merges_of_real_and_example_mergers_that_are_wrong_are_named(
     tmp_path: Path, loader: str, format: str, code: str, dtype: torch.dtype
 ) -> None:
-    if loader.startswith("diffsynth") and loader not in {entry.name for entry in installed() if entry.available}:
+    if loader.startswith("diffsynth") and not AVAILABLE.get(loader):
         pytest.skip(f"{loader} is not here")
-    bench = get_bench("qwen-image")
+    bench = get_bench(BENCH)
     model = bench.build(dtype)
     lora = {
         n: weights(*bench.layers[n].shape, 4 << i % 2, 3.0 * (i + 1), i, 0.05)
