@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import permutations
 
@@ -17,7 +18,7 @@ _ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of pr
 
 
 def check_direction(observation: Observation) -> list[Finding]:
-    """LH104, LH301, LH302 or LH304 for layers whose change is something other than their own B @ A."""
+    """LH104, LH301, LH302, LH303 or LH304 for layers whose change is something other than their own B @ A."""
     by_code: dict[str, list[str]] = {}
     for name, fits in observation.fits.items():
         code = _fault(observation, name, fits)
@@ -57,6 +58,8 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | 
         return "LH302"
     if slices and any(_aligned(change, other) for other in _reordered(product, len(slices))):
         return "LH302"
+    if any(_aligned(change, other) for other in _laid_out(product, observation.kernels.get(name, ()))):
+        return "LH303"
     if product.shape[0] == product.shape[1] and _aligned(change, product.T):
         return "LH301"
     if any(_aligned(change, other) for other in _others(observation, name)):
@@ -93,3 +96,15 @@ def _reordered(product: Tensor, count: int) -> Iterator[Tensor]:
         if order != tuple(range(count)):
             yield torch.cat([blocks[i] for i in order])
     yield torch.stack(blocks, dim=1).flatten(0, 1)
+
+
+def _laid_out(product: Tensor, kernel: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield a convolution's product with its kernel turned, before the channels, or one place of it everywhere."""
+    if math.prod(kernel) == 1:
+        return
+    own = product.reshape(len(product), -1, *kernel)
+    layouts = [own.flip(2), own.flip(3), own.flip(2, 3), own.movedim(1, -1).reshape(own.shape)]
+    layouts += [own.mT] if kernel[0] == kernel[-1] else []
+    places = torch.cartesian_prod(*(torch.arange(n) for n in kernel)).tolist()
+    layouts += [own[:, :, y : y + 1, x : x + 1].expand_as(own) for y, x in places]
+    yield from (layout.flatten(1) for layout in layouts)

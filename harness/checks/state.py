@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from harness.checks.finding import Finding
-from harness.checks.steps import UNLOAD, Step, load, set_strength
+from harness.checks.steps import UNLOAD, Step, load, rebuild, set_strength
 from harness.checks.trial import Cell, Observation, run_trial
 from harness.example import Example
 from harness.measure.compare import Fit
@@ -28,6 +29,7 @@ _LOADS = (
     _Story("LH402", (load(), load()), (1, 2), "two loads"),
     _Story("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name"),
 )
+_MODELS = (_Story("LH402", (load(), rebuild(2), load()), (1,), "loading into another model before"),)
 _UNLOADS = (
     _Story("LH403", (load(), UNLOAD, load(0.5)), (0.5,), "loading, unloading and loading at half the strength"),
     _Story("LH403", (load(), UNLOAD, load(0), UNLOAD, load()), (1,), "loading, unloading, strength 0 and back"),
@@ -64,10 +66,10 @@ def check_state(cell: Cell, example: Example, *, dtypes: Sequence[str] = ("float
 def _stories(cell: Cell) -> list[_Story]:
     """Return what can be told of a loader in this cell."""
     declared = cell.subject.declaration
-    stories = [*(_LOADS if cell.variant.additive else ()), *(_STRENGTHS if declared.set_strength else ())]
-    stories += _UNLOADS if declared.unload else ()
+    stories = [*(_LOADS if cell.variant.additive else ()), *(() if cell.variant.bias else _MODELS)]
+    stories += [*(_STRENGTHS if declared.set_strength else ()), *(_UNLOADS if declared.unload else ())]
     if cell.variant.strengths:  # what another strength means is left to the loader
-        return [story for story in stories if all(step.times == 1 for step in story.steps)]
+        return [story for story in stories if all(step.times == 1 or step == rebuild(2) for step in story.steps)]
     return stories
 
 
@@ -105,39 +107,64 @@ def _unloaded(cell: Cell, example: Example, dtypes: Sequence[str]) -> Iterator[F
 
 
 def _with_another(cell: Cell, example: Example, once: Observation) -> Iterator[Finding]:
-    """Load a second LoRA over every second module: both effects must be there, or the second one alone."""
+    """Load a second LoRA, over every second module, after or before the first: both must be there, or the last alone.
+
+    It has half the strength, so that one strength for both shows.
+    """
     targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
-    second = replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
-    alone = run_trial(cell, second)
-    both = run_trial(cell, example, (load(), load(file="other")), other=second)
-    if alone.raised or both.raised:
-        return
-    shares = {name: _shares(name, once, alone, both) for name in both.fits}
-    adds = all(abs(a - 1) + abs(b - 1) <= slack for a, b, slack in shares.values())
-    takes_over = all(abs(a) + abs(b - 1) <= slack for a, b, slack in shares.values())
-    if adds or takes_over:
-        return
-    name = max(shares, key=lambda n: abs(shares[n][0] - 1) + abs(shares[n][1] - 1))
-    a, b, _ = shares[name]
-    kept = f"{a:.3f} of the first LoRA" + (f" and {b:.3f} of the second" if name in alone.fits else "")
-    yield Finding(
-        "LH405", both, (name,), f"{kept} is there after loading both, but should be all of both, or the second only"
+    second = replace(
+        example, targets=targets, strength=example.strength / 2, value_seed=example.value_seed + _OTHER_SEED
     )
+    alone = run_trial(cell, second)
+    for steps, last in _ORDERS:
+        both = run_trial(cell, example, steps, other=second)
+        if alone.raised or both.raised:
+            return
+        shares = {name: _shares(name, once, alone, both) for name in both.fits}
+        if any(all(s.off(wanted) <= s.slack for s in shares.values()) for wanted in ((1.0, 1.0), last)):
+            continue
+        name = max(shares, key=lambda n: shares[n].off((1.0, 1.0)))
+        fact = f"{shares[name]} is there after loading both, but should be all of both, or the last one only"
+        yield Finding("LH405", both, (name,), fact)
+        return
 
 
-def _shares(name: str, once: Observation, alone: Observation, both: Observation) -> tuple[float, float, float]:
-    """Return how much of either LoRA's own effect is there with both, by least squares, and the slack on that."""
-    change, first = both.changes[name].flatten(), once.changes[name].flatten()
-    slack = 0.02 + 8 * once.fits[name][0].tolerance.scale
-    if name not in alone.fits:
-        return float(change @ first / (first @ first)) if float(first @ first) else 1.0, 1.0, slack
+_Pair = tuple[float, float]
+_ORDERS: tuple[tuple[tuple[Step, ...], _Pair], ...] = (
+    ((load(), load(0.5, "other")), (0.0, 1.0)),
+    ((load(0.5, "other"), load()), (1.0, 0.0)),
+)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The parts of either LoRA's own effect on one layer; `second` is None where it has none."""
+
+    first: float
+    second: float | None
+    slack: float
+
+    def off(self, wanted: _Pair) -> float:
+        """Return how far the shares are from `wanted`."""
+        return abs(self.first - wanted[0]) + (0.0 if self.second is None else abs(self.second - wanted[1]))
+
+    def __str__(self) -> str:
+        """Return the shares in words."""
+        first = f"{self.first:.3f} of the first LoRA"
+        return first if self.second is None else f"{first} and {self.second:.3f} of the second"
+
+
+def _shares(name: str, once: Observation, alone: Observation, both: Observation) -> _Shares:
+    """Return the parts of either LoRA's own effect that are there with both, by least squares."""
     import torch
 
-    effects = torch.stack([first, alone.changes[name].flatten()], 1)
-    if not all(float(column @ column) for column in effects.T):
-        return 1.0, 1.0, slack
-    a, b = torch.linalg.lstsq(effects, change[:, None]).solution.flatten().tolist()
-    return a, b, slack
+    slack = 0.02 + 8 * once.fits[name][0].tolerance.scale
+    effects = [seen.changes[name].flatten() for seen in (once, alone) if name in seen.changes]
+    if not all(float(effect @ effect) for effect in effects):
+        return _Shares(1.0, None, math.inf)  # a layer that does not change has no share to lose
+    change = both.changes[name].flatten()[:, None]
+    first, *second = torch.linalg.lstsq(torch.stack(effects, 1), change).solution.flatten().tolist()
+    return _Shares(first, second[0] if second else None, slack)
 
 
 def _near(fit: Fit, wanted: float) -> bool:

@@ -18,12 +18,13 @@ Call = Callable[["torch.nn.Module"], object]
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the subject: load one of the trial's files, undo the last load, or set the strength of what is there.
+    """One call of the subject: load a file of the trial, undo the last load, or set the strength of what is loaded.
 
-    `times` multiplies the strength of the example. `file`: the example's own, a copy of it, or the other example's.
+    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model.
+    `file`: the example's own, a copy of it, or the other example's.
     """
 
-    kind: Literal["load", "unload", "set_strength"]
+    kind: Literal["load", "unload", "set_strength", "rebuild"]
     times: float = 1.0
     file: File = "example"
 
@@ -48,6 +49,11 @@ def load(times: float = 1.0, file: File = "example") -> Step:
 def set_strength(times: float) -> Step:
     """Return the step that sets the strength without loading again."""
     return Step("set_strength", times)
+
+
+def rebuild(times: float) -> Step:
+    """Return the step that goes on with a new model, its layers multiplied by `times`, a power of two."""
+    return Step("rebuild", times)
 
 
 UNLOAD = Step("unload")

@@ -89,6 +89,7 @@ class Observation:
     fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
     changes: Mapping[str, Tensor] = field(default_factory=dict)
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     others_changed: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
     file_changed: bool = False
@@ -122,6 +123,9 @@ def run_trial(
         left: list[str] = []
         try:
             for step in steps:
+                if step.kind == "rebuild":
+                    model = _rebuilt(bench, example.dtype, step.times)
+                    continue
                 call = step.call(cell.subject, file, example.strength)
                 model = guarded(model, call, cell.limit(cell.reproduce(example), cell.seconds), left)
             with cell.limit(cell.reproduce(example), cell.seconds):  # a loader may do its work at the first forward
@@ -138,10 +142,18 @@ def run_trial(
         except Exception as error:
             return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
         file_changed = bytes_of(path) != written
-    view = cell.view
+    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
+    before, view = {name: times * weight for name, weight in before.items()}, cell.view
     seen = _observe(cell, example, updates, view.gather(before), view.gather(after))
     others = (*seen.others_changed, *_other_state(bench, model, example.dtype, bias), *shifted, *left)
     return replace(seen, others_changed=tuple(dict.fromkeys(others)), file_changed=file_changed, order=order)
+
+
+def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
+    model = bench.build(_dtype(dtype))
+    for weight in {id(w): w for name in bench.layers if (w := model.get_submodule(name).weight) is not None}.values():
+        weight.data.mul_(times)  # type: ignore[operator]  # nn.Module's attributes are tensors or modules
+    return model
 
 
 @cache
@@ -176,6 +188,7 @@ def _observe(
         fits,
         {name: after[name] - before[name] for name in (*fits, *changed)},
         {name: update.direction.product for name, update in updates.items()},
+        {name: cell.view.layers[name].kernel for name in fits},
         changed,
         tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
     )
