@@ -1,4 +1,4 @@
-"""Run benchmarks and write benchmarks/results.md: `python -m benchmarks [NAME...]`."""
+"""Run benchmarks and write benchmarks/results.md: `python -m benchmarks [--quick] [NAME...]`."""
 
 from __future__ import annotations
 
@@ -6,34 +6,59 @@ import importlib
 import os
 import platform
 import sys
+import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
 # Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
-NAMES = ("startup", "share", "image_sweep", "report", "doctor")
+NAMES = ("startup", "library", "energies", "merges", "share", "image_sweep", "report")
+READ_ME = (
+    "Ratios are taken within one run, the ways taking turns, on one thread. Where a limit is a time, processor time is "
+    "judged, which is the wall time of an idle processor: others used this one meanwhile. Written by `make bench`."
+)
+
+
+def processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        known = dict(line.split(":", 1) for line in lines if ":" in line)
+        name = known.get("model name\t", "").strip()
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
 
 
 def machine() -> str:
     import torch
 
-    where = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return f"{date.today()}, {where}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread"
+    where = f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {platform.system()}"
+    return f"{date.today()}, {where}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def section(name: str, argv: Sequence[str]) -> list[str]:
+    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    lines = importlib.import_module(f"benchmarks.{name}").main(list(argv))
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return [*lines, ""] if lines[-1] else lines
 
 
 def main() -> None:
-    chosen = tuple(sys.argv[1:]) or NAMES
+    options = [argument for argument in sys.argv[1:] if argument == "--quick"]
+    chosen = tuple(argument for argument in sys.argv[1:] if argument not in options) or NAMES
     unknown = set(chosen) - set(NAMES)
     if unknown:
-        raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; known are {', '.join(NAMES)}")
-    lines = ["# Benchmarks", "", f"Measured on {machine()}.", ""]
+        raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; known are --quick, {', '.join(NAMES)}")
+    lines = ["# Benchmarks", "", f"Measured on {machine()}.", "", READ_ME, ""]
     for name in chosen:
-        print(f"{name} ...", file=sys.stderr)
-        lines += [*importlib.import_module(f"benchmarks.{name}").main([]), ""]
+        lines += section(name, options)
     text = "\n".join(lines)
     print(text)
-    if chosen == NAMES:
-        (HERE / "results.md").write_text(text, encoding="utf-8")
+    if chosen == NAMES and not options:
+        (HERE / "results.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast is a sweep? Batched strengths against diffusers' `set_adapters` loop, the probe against sampling.
 
-    python benchmarks/image_sweep.py [--device cuda --dtype bfloat16] [--repeats 3]
+    python benchmarks/image_sweep.py [--device cuda --dtype bfloat16] [--repeats 2]
 
 Each ratio compares two ways in one process, interleaved, best of `--repeats`.
 """
@@ -22,7 +22,7 @@ from harness.images.scales import runtime_scaling
 from harness.images.studio import Studio
 from harness.loaders.registry import resolve
 
-COUNTS = (1, 8, 24)
+COUNTS = (1, 8)
 
 
 def best(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -106,12 +106,14 @@ def main(argv: Sequence[str] = ()) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one picture, one repeat")
     options = parser.parse_args(argv)
+    counts, options.repeats = (COUNTS[:1], 1) if options.quick else (COUNTS, options.repeats)
     dtype = getattr(torch, options.dtype)
     lines = ["| nine strengths | set_adapters loop | shared batches | ratio |", "| --- | --- | --- | --- |"]
     with determinism():
-        for count in COUNTS:
+        for count in counts:
             seconds = drawing(count, options.device, dtype, options.repeats)
             ratio = seconds["loop"] / seconds["batched"]
             lines.append(f"| {count} pictures | {seconds['loop']:.2f} s | {seconds['batched']:.2f} s | {ratio:.2f} |")

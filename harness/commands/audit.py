@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.commands import options as shared
-from harness.commands.inspect import UNREADABLE, VIOLATIONS
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from harness.doctor.audit_row import AuditRow
 
 _SHOWN = 30
+_REDRAW_SECONDS = 0.25
 
 
 @click.command(
@@ -56,29 +57,23 @@ def command(
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
+    from harness.commands.inspect import UNREADABLE
+    from harness.doctor.record import VIOLATIONS
     from harness.doctor.audit import audit_files
     from harness.doctor.audit_out import write_rows
 
     known = _known(outs, resume)
-    sink = _Sink(outs)
     keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
-    with _executor(dask) as executor, _progress(quiet=shared.quiet_on(as_json)) as progress, sink:
-        task = progress.add_task("auditing", total=None)
-
-        def on_row(row: AuditRow) -> None:
-            sink.write(row)
-            progress.update(task, advance=1)
-            progress.refresh()
-
+    with _executor(dask) as executor, _progress(quiet=shared.quiet_on(as_json)) as bar, _Sink(outs, bar) as sink:
         rows = audit_files(
             expanded,
             workers=shared.worker_count(workers),
             executor=executor,
             known=known,
             duplicates=not limits["no_duplicates"],
-            on_start=lambda total: progress.update(task, total=total),
-            on_row=on_row,
+            on_start=bar.start,
+            on_row=sink.write,
             **keep,
         )
     for out in outs:
@@ -88,10 +83,30 @@ def command(
     sys.exit(code)
 
 
-class _Sink:
-    """Rows to the first .jsonl file as they come, so that a killed audit can be resumed."""
+class _Bar:
+    """How far the audit is, redrawn by hand: a refreshing thread must not run while children are forked."""
 
-    def __init__(self, outs: Sequence[Path]) -> None:
+    def __init__(self, shown: Progress | None) -> None:
+        self._shown, self._done, self._drawn = shown, 0, 0.0
+        self._task = shown.add_task("auditing", total=None) if shown else None
+
+    def start(self, total: int) -> None:
+        if self._shown and self._task is not None:
+            self._shown.update(self._task, total=total)
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._shown and self._task is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
+            self._shown.update(self._task, completed=self._done)
+            self._shown.refresh()
+            self._drawn = time.monotonic()
+
+
+class _Sink:
+    """Rows to the first .jsonl file as they come, so that a killed audit can be resumed; each moves the bar."""
+
+    def __init__(self, outs: Sequence[Path], bar: _Bar) -> None:
+        self._bar = bar
         self._path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
         self._file: Any = None
 
@@ -102,6 +117,7 @@ class _Sink:
         return self
 
     def write(self, row: AuditRow) -> None:
+        self._bar.advance()
         if self._file:
             self._file.write(row.model_dump_json() + "\n")
             self._file.flush()
@@ -144,14 +160,17 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """Show a bar on stderr, redrawn by hand: a refreshing thread must not run while children are forked."""
+def _progress(*, quiet: bool) -> Iterator[_Bar]:
+    """Show a bar on stderr."""
+    if quiet:
+        yield _Bar(None)
+        return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=quiet, transient=True) as shown:
-        yield shown
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as shown:
+        yield _Bar(shown)
 
 
 def _write_json(rows: Sequence[AuditRow], code: int) -> None:

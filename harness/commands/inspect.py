@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import click
 
 from harness.commands import options as shared
-from harness.doctor.record import VIOLATIONS as VIOLATIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,6 +118,8 @@ def _exit_code(record: FileRecord, strict: bool) -> int:
     codes = {hazard.code for hazard in record.hazards}
     if UNREADABLE in codes:
         return 2
+    from harness.doctor.record import VIOLATIONS
+
     return int(bool(codes if strict else codes & VIOLATIONS))
 
 

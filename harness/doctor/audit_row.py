@@ -84,7 +84,10 @@ def digest(path: Path | str) -> str:
 def _hashed(file: TensorFile, names: Sequence[str], read: Iterable[str], limit: int | None) -> str:
     total = hashlib.blake2b(digest_size=16)
     infos = [file.tensors[name] for name in names]
-    header = ["\n".join(names), " ".join(info.dtype for info in infos), str([info.shape for info in infos])]
+    shapes = [info.shape for info in infos]
+    shown = {shape: str(shape) for shape in set(shapes)}
+    listed = f"[{', '.join([shown[shape] for shape in shapes])}]"
+    header = ["\n".join(names), " ".join([info.dtype for info in infos]), listed]
     total.update("\0".join(header).encode("utf-8", "surrogatepass"))
     for block in _blocks(file, read, limit):
         total.update(block)
@@ -92,7 +95,7 @@ def _hashed(file: TensorFile, names: Sequence[str], read: Iterable[str], limit: 
 
 
 def _blocks(file: TensorFile, names: Iterable[str], limit: int | None) -> Iterator[bytes]:
-    with file.path.open("rb") as stream:
+    with file.path.open("rb", buffering=0) as stream:
         for name in names:
             info = file.tensors[name]
             left = min(info.end - info.start, limit or info.end)

@@ -5,21 +5,28 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from mmap import mmap
 from typing import Any
 
 from harness.doctor.audit_row import AuditRow, audit_file, digest, failed_row
 from harness.errors import UserError
 from harness.loaders.isolation import Channel, Job, JobEnd, run_jobs
 
-BATCH = 32
+MOST_LOCAL = 128  # paths in a batch: a child costs as much as a few rows
+MOST_REMOTE = 256  # and a process with an interpreter of its own as much as a hundred
 _ATTEMPTS = 3
+_SLICE_SECONDS = 0.1
+_PLACE_BYTES = 8
 _START_SECONDS = 60.0  # for a worker's own process to start and to end
 
 
@@ -32,45 +39,79 @@ class Task:
     seconds: float = 30.0
     memory: int = 1 << 30
 
+    @property
+    def is_quick(self) -> bool:
+        """Tell whether only headers are read: batches of what takes seconds must be small to end together."""
+        return self.what == "row" and not self.energy
+
 
 Result = tuple[str, str]  # path, and the row as JSON or the digest
 OnResult = Callable[[str, str], None]
 
 
 def run_local(paths: Sequence[str], task: Task, *, workers: int, on_result: OnResult) -> None:
-    """Do `task` for every path in forked children; a path that hangs, crashes or eats memory gets a row saying so."""
-    waiting = list(_batches(paths))
-    while waiting:
-        left: list[list[str]] = [list(batch) for batch in waiting]
+    """Do `task` for every path in forked children; a path that hangs, crashes or eats memory gets a row saying so.
 
-        def arrived(index: int, event: Any, left: list[list[str]] = left) -> None:
-            path, result = event
-            left[index].remove(path)
+    Each child does a batch and hands over what it has a few times a second. When it dies, the path at which it was is
+    the one to blame; what it had not handed over yet is done again with the rest of its batch.
+    """
+    if task.energy and workers:
+        import_module("harness.doctor.energy")  # once here, not once in every child
+    room = task.memory + max(map(_size, paths), default=0)
+    most = MOST_LOCAL if task.is_quick else MOST_LOCAL // 16
+    waiting = list(_batches(paths, min(most, len(paths) // (4 * max(workers, 1)))))
+    while waiting:
+        waiting = list(_round(waiting, task, workers, room, on_result))
+
+
+def _round(batches: list[list[str]], task: Task, workers: int, room: int, on_result: OnResult) -> Iterator[list[str]]:
+    """Do every batch once; yield what is left of those that ended early, without the paths that ended them."""
+    places = memoryview(mmap(-1, _PLACE_BYTES * len(batches))).cast("q")  # shared with the children
+    done = [0] * len(batches)
+
+    def arrived(index: int, event: Any) -> None:
+        for path, result in event:
+            done[index] += 1
             on_result(path, result)
 
-        jobs = [_job(batch, task) for batch in waiting]
-        ends = run_jobs(
-            jobs,
-            workers=workers,
-            seconds_per_call=task.seconds,
-            memory_limit=task.memory + max(map(_size, paths), default=0),
-            on_event=arrived,
-        )
-        waiting = []
-        for batch, end in zip(left, ends, strict=True):
-            if batch:
-                on_result(batch[0], _failure(batch[0], task, _said(end, task)))
-                waiting += [batch[1:]] if batch[1:] else []
+    ends = run_jobs(
+        [_job(batch, task, places[index : index + 1]) for index, batch in enumerate(batches)],
+        workers=workers,
+        seconds_per_call=task.seconds + _SLICE_SECONDS,
+        memory_limit=room,
+        on_event=arrived,
+    )
+    for index, (batch, end) in enumerate(zip(batches, ends, strict=True)):
+        if done[index] < len(batch):
+            at = max(places[index], done[index])
+            on_result(batch[at], _failure(batch[at], task, _said(end, task)))
+            if rest := batch[done[index] : at] + batch[at + 1 :]:
+                yield rest
 
 
-def _job(batch: Sequence[str], task: Task) -> Job:
+def _job(batch: Sequence[str], task: Task, place: memoryview[int]) -> Job:
+    owner = os.getpid()
+
     def job(channel: Channel) -> None:
-        for path in batch:
-            with channel.call(path):
-                result = do(path, task)
-            channel.send((path, result))
+        if os.getpid() != owner:
+            gc.freeze()  # or every collection would look through all that was imported before the fork
+        while place[0] < len(batch):
+            with channel.call(batch[place[0]]):
+                results = _slice(batch, task, place)
+            channel.send(results)
 
     return job
+
+
+def _slice(batch: Sequence[str], task: Task, place: memoryview[int]) -> list[Result]:
+    """Do paths of `batch` for a moment, one at least; a limit or a message for each would cost more than its row."""
+    results: list[Result] = []
+    began = time.monotonic()
+    while place[0] < len(batch) and (not results or time.monotonic() - began < _SLICE_SECONDS):
+        path = batch[place[0]]
+        results.append((path, do(path, task)))
+        place[0] += 1
+    return results
 
 
 def do(path: str, task: Task) -> str:
@@ -105,14 +146,16 @@ def _size(path: str) -> int:
         return 0
 
 
-def _batches(paths: Sequence[str], size: int = BATCH) -> Iterator[list[str]]:
+def _batches(paths: Sequence[str], size: int) -> Iterator[list[str]]:
+    size = max(1, size)
     for start in range(0, len(paths), size):
         yield list(paths[start : start + size])
 
 
 def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: OnResult) -> None:
     """Do `task` on the workers of any executor; a batch whose worker dies is given to another one."""
-    waiting = [(batch, 1) for batch in _batches(paths, max(1, min(BATCH, len(paths) // 8)))]
+    most = MOST_REMOTE if task.is_quick else MOST_REMOTE // 8
+    waiting = [(batch, 1) for batch in _batches(paths, min(most, len(paths) // 8))]
     while waiting:
         futures = {executor.submit(run_batch, batch, asdict(task)): (batch, time) for batch, time in waiting}
         waiting = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,8 @@ class Found:
         """Return (bytes, modification time in ns) of the weights, None when they cannot be told."""
         if remote.is_url(self.path):
             return remote.stamp(self.path)
-        path = Path(self.path)
         try:
-            status = os.stat(path / WEIGHTS_NAME if path.is_dir() else path)
+            status = _weights_status(self.path)
         except (OSError, ValueError):
             return None
         return status.st_size, status.st_mtime_ns
@@ -47,12 +47,16 @@ def find_files(paths: Iterable[Path | str], *, schemes: Iterable[str] = remote.S
     return [found for path in paths for found in _under(str(path), tuple(schemes)) if _is_new(found, seen)]
 
 
+def _weights_status(path: str) -> os.stat_result:
+    status = os.stat(path)
+    return os.stat(os.path.join(path, WEIGHTS_NAME)) if stat.S_ISDIR(status.st_mode) else status
+
+
 def _is_new(found: Found, seen: set[tuple[int, int] | str]) -> bool:
     identity: tuple[int, int] | str = found.path
     if not remote.is_url(found.path) and not found.problem:
-        path = Path(found.path)
         try:
-            status = os.stat(path / WEIGHTS_NAME if path.is_dir() else path)
+            status = _weights_status(found.path)
             identity = (status.st_dev, status.st_ino)
         except (OSError, ValueError):
             pass
@@ -91,16 +95,16 @@ def _walk(folder: Path, root: Path) -> Iterator[Found]:
     except OSError as error:
         yield Found(str(folder), f"cannot be listed ({error.strerror or error})")
         return
-    names = {entry.name for entry in entries}
-    is_peft = {CONFIG_NAME, WEIGHTS_NAME} <= names
+    links = {entry.name: entry.is_symlink() for entry in entries}
+    is_peft = {CONFIG_NAME, WEIGHTS_NAME} <= links.keys()
     if is_peft:
-        yield _checked(folder / WEIGHTS_NAME, folder, root)
-    elif _PICKLED in names:
+        yield _checked(folder / WEIGHTS_NAME, folder, root) if links[WEIGHTS_NAME] else Found(str(folder))
+    elif _PICKLED in links:
         yield Found(str(folder))  # never opened; its row says so
     for entry in entries:
         taken = is_peft and entry.name == WEIGHTS_NAME
         if entry.name.endswith(_SUFFIX) and not entry.is_dir(follow_symlinks=False) and not taken:
-            yield _checked(Path(entry.path), Path(entry.path), root)
+            yield _checked(Path(entry.path), Path(entry.path), root) if links[entry.name] else Found(entry.path)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path), root)
@@ -108,8 +112,6 @@ def _walk(folder: Path, root: Path) -> Iterator[Found]:
 
 def _checked(file: Path, shown: Path, root: Path) -> Found:
     """Refuse a link that leads out of the root."""
-    if not file.is_symlink():
-        return Found(str(shown))
     try:
         inside = file.resolve(strict=True).is_relative_to(root)
     except (OSError, RuntimeError):

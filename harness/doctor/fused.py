@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from io import FileIO
 
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 
@@ -19,28 +20,31 @@ def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
     able = [name for name, module in adapter.modules.items() if _divides(module)]
     if not able:
         return
-    with adapter.file.path.open("rb") as stream:
+    with adapter.file.path.open("rb", buffering=0) as stream:
         for name in able:
             info = adapter.file.tensors[adapter.modules[name].keys["B"]]
-            if len(info.shape) == 2 and info.elements and (blocks := _blocks(stream, info)):
+            if len(info.shape) == 2 and 0 not in info.shape and (blocks := _blocks(stream, info)):
                 yield name, blocks
 
 
 def _divides(module: LoraModule) -> bool:
     plain = "B" in module.keys and not module.kernel and "B" not in module.flipped
-    return plain and any(module.rank % blocks == 0 for blocks in _BLOCKS)
+    return plain and 0 in [module.rank % blocks for blocks in _BLOCKS]
 
 
-def _blocks(stream: BinaryIO, info: TensorInfo) -> int | None:
-    width = (info.end - info.start) // info.shape[0]
-    first = _row(stream, info.start, width)
-    for blocks in (n for n in _BLOCKS if info.shape[1] % n == 0 and _only(first, 0, width // n)):
-        if _only(_row(stream, info.end - width, width), width - width // blocks, width):
+def _blocks(stream: FileIO, info: TensorInfo) -> int | None:
+    _, (rows, columns), start, end = info
+    width = (end - start) // rows
+    first = _row(stream, start, width)
+    for blocks in (n for n in _BLOCKS if columns % n == 0 and _only(first, 0, width // n)):
+        if _only(_row(stream, end - width, width), width - width // blocks, width):
             return blocks
     return None
 
 
-def _row(stream: BinaryIO, start: int, width: int) -> bytes:
+def _row(stream: FileIO, start: int, width: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(stream.fileno(), width, start)
     stream.seek(start)
     return stream.read(width)
 

@@ -66,6 +66,8 @@ def _lost_alpha(adapter: LoraAdapter) -> str:
 def mixed_ratios(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH703: alpha / rank differs between modules, or alpha follows a rank that does."""
     modules = [module for _, module in _scaled(adapter) if module.alpha is not None]
+    if len({(module.alpha, module.rank, module.rslora) for module in modules}) < 2:
+        return
     ratios = _shown(Counter(module.trained_scale for module in modules))
     alphas = _shown(Counter(module.alpha for module in modules if module.alpha is not None))
     if len(ratios) > 1:
@@ -119,7 +121,8 @@ def ambiguous_layouts(adapter: LoraAdapter) -> Iterator[Hazard]:
     if names:
         what = f"dora_scale lies on the output axis in {count(len(names), 'module')} ({_first(names)})"
         yield Hazard(code="LH709", what=f"{what}: readers differ in the axis and in which weight they normalise")
-    swapped = [name for name, module in adapter.modules.items() if _HALVES.search(module.name)]
+    able = (name for name in adapter.modules if "norm_out" in name or "final_layer" in name)
+    swapped = [name for name in able if _HALVES.search(adapter.modules[name].name)]
     if swapped:
         what = "shift and scale are stored in the opposite order by diffusers and by the original models"
         yield Hazard(code="LH709", what=f"{_first(swapped)}: {what}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
+from harness.files.formats import FORMATS
 from harness.files.tensor_file import TensorFile
 from harness.files.text import printable
 
@@ -30,7 +32,7 @@ class Problem:
         return f"{self.key}: {self.what}" if self.key else self.what
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraModule:
     """One adapted module of a file.
 
@@ -57,6 +59,14 @@ class LoraModule:
     kernel: tuple[int, ...] = ()
     flipped: tuple[str, ...] = ()
 
+    def changed(self, **fields: Any) -> LoraModule:
+        """Return what `replace` does, several times quicker: files have hundreds of modules."""
+        module = object.__new__(LoraModule)
+        values = self.__dict__.copy()
+        values.update(fields)
+        object.__setattr__(module, "__dict__", values)
+        return module
+
     @property
     def trained_scale(self) -> float:
         """The factor on B @ A in training: alpha / rank, alpha / sqrt(rank), or 1.0 when the file has no alpha."""
@@ -74,8 +84,7 @@ class LoraAdapter:
     that no low-rank update uses: unknown ones, and whole tensors (`diff`, `norm`), which are parts of their module all
     the same. `alpha_source` is `tensor`, `config` (adapter_config.json), `header` (lora_adapter_metadata, or GGUF's
     key) or `none`. `flattened` names must be matched against a model with `match_modules`. `config` is the adapter
-    configuration as far as the file has one. `dialect` is a hint at the kind of model or trainer within the format
-    (`flux`, `musubi`, `bfl`, ...), empty when there is none.
+    configuration as far as the file has one.
     """
 
     path: Path
@@ -88,7 +97,11 @@ class LoraAdapter:
     file: TensorFile = field(repr=False)
     problems: tuple[Problem, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
-    dialect: str = ""
+
+    @cached_property
+    def dialect(self) -> str:
+        """A hint at the kind of model or the trainer within the format (`flux`, `musubi`, ...), empty without one."""
+        return FORMATS[self.format].dialect(self.file)
 
     def tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A: [r, in] and B: [out, r] of one module in the dtype of the file, whichever way they are stored.

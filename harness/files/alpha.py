@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import LoraFileError
@@ -92,11 +92,11 @@ def _configured(module: LoraModule, config: AdapterConfig, problems: list[Proble
     if module.variant in ("diff", "norm", "set"):
         return module
     if module.variant == "lokr":  # PEFT divides by the configured rank even where both factors are full
-        return replace(module, rank=rank, alpha=alpha, rslora=config.rslora)
+        return module.changed(rank=rank, alpha=alpha, rslora=config.rslora)
     if rank != module.rank:
         what = f"the configuration says rank {rank}, the tensors have rank {module.rank}"
         problems.append(Problem("LH706", printable(module.name), what, fatal=True))
-    return replace(module, alpha=alpha, rslora=config.rslora)
+    return module.changed(alpha=alpha, rslora=config.rslora)
 
 
 def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alphas:
@@ -107,20 +107,14 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
     for place, module in found.modules.items():
         key = module.keys.get("alpha", "")
         if module.alpha is None and key in values:
-            modules[place] = _with_alpha(module, values[key])
+            modules[place] = module.changed(alpha=values[key])
         elif module.alpha is not None and key:
-            modules[place] = replace(module, keys={role: k for role, k in module.keys.items() if role != "alpha"})
+            modules[place] = module.changed(keys={role: k for role, k in module.keys.items() if role != "alpha"})
             if key in values and not math.isclose(module.alpha, values[key], rel_tol=1e-2):
                 what = f"the tensor says alpha {values[key]:g}, the {found.source} says {module.alpha:g}"
                 problems.append(Problem("LH711", printable(key), what))
     home = "tensor" if found.source == "none" and values else found.source
     return Alphas(modules, home, found.config)
-
-
-def _with_alpha(m: LoraModule, alpha: float) -> LoraModule:
-    """Do what `replace` does, without the detour by field names: files have hundreds of modules."""
-    rest = (m.rslora, m.dtype, m.keys, m.variant, m.component, m.kernel, m.flipped)
-    return LoraModule(m.name, m.rank, m.in_features, m.out_features, alpha, *rest)
 
 
 def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list[str]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from harness.errors import LoraFileError
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
-from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES
+from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
 from harness.files.source import open_source
 from harness.files.text import count, printable
+
+_SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
+Tails = tuple[str, ...]
+Taken = dict[str, Tails]  # what stands before the tails of keys -> those tails
 
 
 @dataclass
 class Sorted:
-    """Every key of a file under one format: keys by module and role, and the keys that format does not know."""
+    """The keys of a file under one format: by module and role, and those whose role was taken already."""
 
     modules: dict[Place, dict[str, str]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
 
 
@@ -40,49 +45,111 @@ def detect(source: Source) -> Format:
     Raises:
         LoraFileError: no format fits, or the keys mix formats.
     """
-    votes: dict[str, str] = {}
-    rows = [(row, row.bare_fits(source)) for row in FORMATS.values() if row.fits(source)]
-    by_tail: dict[str, list[tuple[Format, bool]]] = {}
-    for key, cut in source.splits:
-        if cut:
-            able = by_tail.get(cut.tail)
-            if able is None:
-                able = by_tail[cut.tail] = list(_able(cut.tail, rows))
-            for row, bare in able:
-                if source.place(row, cut, bare):
-                    votes.setdefault(row.name, key)
-                    break
-    if len(votes) == 1:
-        return FORMATS[next(iter(votes))]
-    raise LoraFileError(source.file.path, _mixed(votes) if votes else _unknown(source))
+    taken = _taken(source)
+    if len(taken) == 1:
+        return FORMATS[next(iter(taken))]
+    raise LoraFileError(source.file.path, _mixed(source, taken) if taken else _unknown(source))
 
 
 def sort_keys(source: Source, row: Format) -> Sorted:
-    """Assign every key of `source` to a module and a role under the format `row`."""
+    """Assign every key of `source` to a module and a role under the format `row`; it has no place for the others."""
+    return _sort_stems(source, row) or _sort_singly(source, row)
+
+
+def _sort_stems(source: Source, row: Format) -> Sorted | None:
+    """Sort all keys of a module at once; None when two could claim the same place, or a tail decides the place."""
+    if row.naming:
+        return None
+    bare, tails = row.bare_fits(source), row.tails
+    modules: dict[Place, dict[str, str]] = {}
+    for stem, parts in source.stems.items():
+        if place := row.locate(stem, "", bare):
+            roles = {tails.get(tail, ""): key for tail, key in parts}
+            if place in modules or "" in roles or len(roles) < len(parts):
+                return None
+            modules[place] = roles
+    return Sorted(modules)
+
+
+def _sort_singly(source: Source, row: Format) -> Sorted:
     result = Sorted()
     bare = row.bare_fits(source)
-    for key, cut in source.splits:
-        place = source.place(row, cut, bare) if cut and cut.tail in row.tails else None
-        if cut is None or place is None:
-            result.unused.append(key)
-            continue
-        role, roles = row.tails[cut.tail], result.modules.setdefault(place, {})
-        if role in roles:
-            result.doubled.append(key)
-        else:
-            roles[role] = key
+    for key in source.file.keys:
+        parts = cut(key)
+        place = row.locate(parts[0], parts[1], bare) if parts and parts[1] in row.tails else None
+        if parts and place:
+            role, roles = row.tails[parts[1]], result.modules.setdefault(place, {})
+            if role in roles:
+                result.doubled.append(key)
+            else:
+                roles[role] = key
     return result
 
 
-def _able(tail: str, rows: Iterable[tuple[Format, bool]]) -> Iterator[tuple[Format, bool]]:
-    """Yield the formats for which a key with this tail speaks, and whether it does so without a prefix."""
-    for row, bare in rows:
-        role = row.tails.get(tail)
-        if role in WEIGHT_ROLES or role in FULL_PARTS:
-            yield row, bare and role in WEIGHT_ROLES
+def _taken(source: Source) -> dict[str, Taken]:
+    """Return what speaks for each format; a key speaks for the first format that has a place for it."""
+    waiting: dict[Tails, list[str]] = {}
+    for stem, parts in source.stems.items():
+        waiting.setdefault(tuple([tail for tail, _ in parts]), []).append(stem)
+    found: dict[str, Taken] = {}
+    for row in FORMATS.values():
+        if any(map(_speaking().intersection, waiting)) and row.fits(source):
+            taken: Taken = {}
+            waiting = _left_over(row, row.bare_fits(source), waiting, taken)
+            found |= {row.name: taken} if taken else {}
+    return found
 
 
-def _mixed(votes: Mapping[str, str]) -> str:
+def _left_over(row: Format, bare: bool, waiting: dict[Tails, list[str]], taken: Taken) -> dict[Tails, list[str]]:
+    """Move the keys that speak for the format `row` from `waiting` to `taken`; return the others."""
+    left: dict[Tails, list[str]] = {}
+    for tails, stems in waiting.items():
+        for gone, some in _by_answer(row, _questions(row, bare, tails), stems).items():
+            taken |= dict.fromkeys(some, gone) if gone else {}
+            left.setdefault(tuple([tail for tail in tails if tail not in gone]), []).extend(some)
+    return left
+
+
+def _by_answer(row: Format, questions: list[tuple[Tails, str, bool]], stems: list[str]) -> dict[Tails, list[str]]:
+    """Return the stems by those of their tails that the format `row` takes."""
+    alone = any(flag for _, _, flag in questions)
+    if not questions or not (alone or any(stem.startswith(row.starts) for stem in stems)):
+        return {(): stems}
+    found: dict[Tails, list[str]] = {}
+    for stem in stems:
+        places = [some for some, asked, flag in questions if row.locate(stem, asked, flag)]
+        found.setdefault(places[0] if len(places) == 1 else tuple(chain(*places)), []).append(stem)
+    return found
+
+
+def _questions(row: Format, bare: bool, tails: Tails) -> list[tuple[Tails, str, bool]]:
+    """Return tails of `tails` that may speak for `row`, with what to ask it of all of them: `locate(…, asked, alone)`.
+
+    Whole tensors do not speak alone, that is without a prefix.
+    """
+    alone: dict[bool, Tails] = {}
+    for tail in tails:
+        if (role := row.tails.get(tail)) in _SPEAKING:
+            flag = bare and role in WEIGHT_ROLES
+            alone[flag] = (*alone.get(flag, ()), tail)
+    if row.naming:
+        return [((tail,), tail, flag) for flag, some in alone.items() for tail in some]
+    return [(some, "", flag) for flag, some in alone.items()]
+
+
+@cache
+def _speaking() -> frozenset[str]:
+    """Return the tails that speak for some format."""
+    tails = (item for row in FORMATS.values() for item in row.tails.items())
+    return frozenset(tail for tail, role in tails if role in _SPEAKING)
+
+
+def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
+    votes: dict[str, str] = {}
+    for key in source.file.keys:
+        stem, tail, _ = cut(key) or ("", "", "")
+        for name in (name for name, stems in taken.items() if tail in stems.get(stem, ())):
+            votes.setdefault(name, key)
     found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())
     return f"mixes the key formats {found}: no loader reads both, so part of it would be ignored"
 
@@ -91,7 +158,7 @@ def _unknown(source: Source) -> str:
     keys = source.file.keys
     if not keys:
         return "holds no tensors"
-    known = [kind for _, cut in source.splits if cut and (kind := NOT_LORA.get(cut.tail))]
+    known = [kind for key in keys if (parts := cut(key)) and (kind := NOT_LORA.get(parts[1]))]
     looked = ", ".join(f"{row.example.split()[0]} ({row.name})" for row in FORMATS.values())
     seen = f"{count(len(keys), 'key')} such as {printable(keys[0], 80)}" + (f" ({known[0]})" if known else "")
     return f"no LoRA format fits its {seen}; looked for {looked}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from harness.files.adapter import LoraModule, LoraWeights, Problem
@@ -37,7 +36,7 @@ def from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Fou
 
 
 def _scaled(module: LoraModule, scale: float) -> LoraModule:
-    return replace(module, alpha=scale * module.rank) if module.rank else module
+    return module.changed(alpha=scale * module.rank) if module.rank else module
 
 
 def from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Found:
@@ -50,7 +49,7 @@ def from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Found:
         return modules, "none", {}
     if alpha == 0:
         return modules, "none", {}
-    return {at: replace(module, alpha=alpha) if module.rank else module for at, module in modules.items()}, "header", {}
+    return {at: module.changed(alpha=alpha) if module.rank else module for at, module in modules.items()}, "header", {}
 
 
 def one_alpha(format: str, modules: Mapping[str, LoraWeights]) -> float | None:

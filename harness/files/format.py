@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.files.keys import Split, split, tails
+from harness.files.keys import cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
@@ -29,23 +29,13 @@ class Source:
     config: Mapping[str, Any] | None = None
 
     @cached_property
-    def splits(self) -> tuple[tuple[str, Split | None], ...]:
-        """Every key with its cut, in file order."""
-        return tuple((key, split(key)) for key in self.file.keys)
-
-    def place(self, row: Format, cut: Split, bare: bool) -> Place | None:
-        """Return `row.locate(cut, bare)`, looked up once for all keys of a module; the tail is one of the row's."""
-        if row.naming:
-            return row.locate(cut, bare)
-        key = (row.name, bare, cut.stem)
-        try:
-            return self._places[key]
-        except KeyError:
-            return self._places.setdefault(key, row.locate(cut, bare))
-
-    @cached_property
-    def _places(self) -> dict[tuple[str, bool, str], Place | None]:
-        return {}
+    def stems(self) -> dict[str, list[tuple[str, str]]]:
+        """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for key in self.file.keys:
+            if parts := cut(key):
+                found.setdefault(parts[0], []).append((parts[1], key))
+        return found
 
     @property
     def has_header_config(self) -> bool:
@@ -103,6 +93,11 @@ class Format:
         return {**tails(self.pairs), **self.extras}
 
     @cached_property
+    def starts(self) -> tuple[str, ...]:
+        """What the keys of this format may start with."""
+        return tuple(self.prefixes)
+
+    @cached_property
     def _start(self) -> re.Pattern[str]:
         """Match the longest prefix that leaves something of a name."""
         longest_first = sorted(self.prefixes, key=len, reverse=True)
@@ -130,13 +125,13 @@ class Format:
         """Tell whether this source can have the format, before its keys are looked at one by one."""
         return self.trait is None or self.trait(source)
 
-    def locate(self, split: Split, bare: bool) -> tuple[str, str] | None:
-        """Return (component, module name) when the cut key belongs to this format."""
-        if split.tail not in self.tails or (self.flattened and "." in split.stem):
+    def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
+        """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""
+        if self.flattened and "." in stem:
             return None
-        if found := self._start.match(split.stem):
-            return self._named(self.prefixes[found[0]], split.stem[found.end() :], split.tail)
-        return self._named("", split.stem, split.tail) if bare else None
+        if stem.startswith(self.starts) and (found := self._start.match(stem)):
+            return self._named(self.prefixes[found[0]], stem[found.end() :], tail)
+        return self._named("", stem, tail) if bare else None
 
     def _named(self, component: str, stem: str, tail: str) -> tuple[str, str] | None:
         name = self.naming.read(stem, tail) if self.naming else stem
@@ -146,10 +141,10 @@ class Format:
         """Return the roles that this format stores transposed for the module `name`."""
         return self.flips(name) if self.flips else ()
 
-    def dialect(self, source: Source) -> str:
+    def dialect(self, file: TensorFile) -> str:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""
         if not self.dialects:
             return ""
-        texts = [*source.file.keys, *(f"#{key}={value[:200]}" for key, value in source.file.metadata.items())]
+        texts = [*file.keys, *(f"#{key}={value[:200]}" for key, value in file.metadata.items())]
         places = {found.lastgroup for found in map(self._dialect.match, texts) if found}
         return next((name for place, name in enumerate(self.dialects) if f"_{place}" in places), "")

@@ -45,7 +45,7 @@ def is_gguf(path: Path) -> bool:
     """Tell whether `path` is a regular file that begins as GGUF does."""
     if not path.is_file():
         return False
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
         return stream.read(len(_MAGIC)) == _MAGIC
 
 

@@ -81,7 +81,9 @@ def tails(pairs: Iterable[str]) -> dict[str, str]:
 EVERY_TAIL: Mapping[str, str] = {**NOT_LORA, **tails(PAIRS)}
 
 
+Parts = tuple[str, str, str]  # stem, tail, adapter
 _LONGER = frozenset(tail.rpartition(".")[2] for tail in EVERY_TAIL if "." in tail)
+_BEFORE_TWO = tuple({f".{tail.split('.')[0]}" for tail in EVERY_TAIL if tail.count(".") == 2})
 
 
 class Split(NamedTuple):
@@ -94,19 +96,27 @@ class Split(NamedTuple):
 
 def split(key: str) -> Split | None:
     """Cut `key` at the longest known tail; None when it has none."""
+    found = cut(key)
+    return Split(*found) if found else None
+
+
+def cut(key: str) -> Parts | None:
+    """Do what `split` does, without the names: files have thousands of keys."""
     stem, dot, tail = key.rpartition(".")
-    if tail in _LONGER and (found := _longer(key)):
+    if tail in _LONGER and (found := _longer(stem, tail)):
         return found
-    return Split(stem, tail) if dot and tail in EVERY_TAIL else None
+    return (stem, tail, "") if dot and tail in EVERY_TAIL else None
 
 
-def _longer(key: str) -> Split | None:
-    """Cut `key` at a tail of three components, or of two."""
-    stem, *parts = key.rsplit(".", 3)
-    if len(parts) == 3:
-        if (tail := ".".join(parts)) in EVERY_TAIL:
-            return Split(stem, tail)
-        if (tail := f"{parts[0]}.*.{parts[2]}") in EVERY_TAIL:
-            return Split(stem, tail, parts[1])
-    tail = ".".join(parts[-2:])
-    return Split(key[: -len(tail) - 1], tail) if len(parts) > 1 and tail in EVERY_TAIL else None
+def _longer(stem: str, last: str) -> Parts | None:
+    """Cut `<stem>.<last>` at a tail of three components, or of two."""
+    stem, dot, second = stem.rpartition(".")
+    if not dot:
+        return None
+    if stem.endswith(_BEFORE_TWO):
+        start, _, first = stem.rpartition(".")
+        if (tail := f"{first}.{second}.{last}") in EVERY_TAIL:
+            return start, tail, ""
+        if (tail := f"{first}.*.{last}") in EVERY_TAIL:
+            return start, tail, second
+    return (stem, tail, "") if (tail := f"{second}.{last}") in EVERY_TAIL else None

@@ -59,6 +59,8 @@ class Patterns:
         Raises:
             PatternError: a pattern is no valid regular expression or takes too long.
         """
+        if not self._plain and not self._regexes:
+            return default
         found = min(self._plain_hits(name), key=lambda plain: plain.rank, default=None)
         for rank, pattern, value in self._regexes:
             if found and found.rank < rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.errors import LoraFileError
@@ -11,7 +12,7 @@ from harness.files.detect import Sorted, detect, sort_keys
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import WHOLE_ROLES
-from harness.files.shapes import Kind, Signature, measure
+from harness.files.shapes import Signature, measure
 from harness.files.source import open_source
 from harness.files.text import count, is_printable, printable
 
@@ -45,11 +46,11 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     keys = sort_keys(source, row)
     problems = [*_key_problems(source, keys)]
     measured: dict[Place, LoraModule] = {}
-    known: dict[Signature, Kind] = {}
+    known: dict[Signature, LoraModule] = {}
     for place, roles in keys.modules.items():
-        if set(roles) == {"alpha"}:
-            keys.unused.append(roles["alpha"])
-        elif module := measure(source.file, place, roles, problems, row.flipped(place[1]), known=known):
+        if len(roles) == 1 and "alpha" in roles:
+            continue
+        if module := measure(source.file, place, roles, problems, row.flipped(place[1]), known=known):
             measured[place] = module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)
@@ -58,13 +59,12 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
         format=row.name,
         modules=modules,
         metadata=source.file.metadata,
-        unused_keys=tuple(_in_file_order(source, keys, modules)),
+        unused_keys=tuple(_in_file_order(source, modules)),
         alpha_source=found.source,
         flattened=row.flattened,
         file=source.file,
         problems=tuple(problems),
         config=found.config,
-        dialect=row.dialect(source),
     )
 
 
@@ -80,15 +80,21 @@ def _named(measured: dict[Place, LoraModule]) -> dict[str, LoraModule]:
 def _key_problems(source: Source, keys: Sorted) -> list[Problem]:
     twice = [Problem("LH799", printable(key), "stands twice in the header", True) for key in source.file.duplicates]
     doubled = [Problem("LH708", printable(key), "a second tensor for the same half", True) for key in keys.doubled]
-    hostile = [
-        Problem("LH708", printable(key), "a name with control or invisible characters")
-        for key in source.file.keys
-        if not is_printable(key)
-    ]
-    return twice + doubled + hostile
+    return twice + doubled + list(_hostile(source.file.keys))
 
 
-def _in_file_order(source: Source, keys: Sorted, modules: dict[str, LoraModule]) -> list[str]:
-    pairs = ((role, key) for module in modules.values() for role, key in module.keys.items())
-    used = {key for role, key in pairs if role not in WHOLE_ROLES}
-    return [key for key in source.file.keys if key not in used]
+def _hostile(keys: Sequence[str]) -> Iterator[Problem]:
+    if not "".join(keys).isprintable():
+        for key in keys:
+            if not is_printable(key):
+                yield Problem("LH708", printable(key), "a name with control or invisible characters")
+
+
+def _in_file_order(source: Source, modules: Mapping[str, LoraModule]) -> Iterator[str]:
+    used: set[str] = set()
+    for module in modules.values():
+        if WHOLE_ROLES.isdisjoint(module.keys):
+            used.update(module.keys.values())
+        else:
+            used.update(key for role, key in module.keys.items() if role not in WHOLE_ROLES)
+    return (key for key in source.file.keys if key not in used)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import struct
 
-_STRUCT = {
-    "F64": "<d", "F32": "<f", "F16": "<e",
-    "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
-    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B",
+_CODES = {
+    "F64": "d", "F32": "f", "F16": "e",
+    "I64": "q", "I32": "i", "I16": "h", "I8": "b",
+    "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
 }  # fmt: skip
+_STRUCT = {dtype: struct.Struct(f"<{code}") for dtype, code in _CODES.items()}
 _EIGHT_BITS = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15)}  # exponent bits, bias
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", *_EIGHT_BITS})
 
@@ -31,7 +32,7 @@ def problem(dtype: str, elements: int) -> str | None:
 def decode(dtype: str, raw: bytes) -> float:
     """Return the little-endian number in `raw`; `problem` said that `dtype` holds one."""
     if dtype in _STRUCT:
-        return float(struct.unpack(_STRUCT[dtype], raw)[0])
+        return float(_STRUCT[dtype].unpack(raw)[0])
     if dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + raw)[0])
     return _eight_bits(raw[0], *_EIGHT_BITS[dtype])

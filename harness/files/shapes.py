@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from harness.files.adapter import LoraModule, Problem
 from harness.files.keys import WHOLE_ROLES
@@ -25,16 +24,6 @@ class ShapeError(ValueError):
         super().__init__(problem)
 
 
-class Kind(NamedTuple):
-    """What modules with tensors of the same roles, dtypes and shapes have in common."""
-
-    variant: str
-    sizes: Sizes
-    dtype: str
-    kernel: tuple[int, ...]
-    flipped: tuple[str, ...]
-
-
 Signature = tuple[object, ...]
 
 
@@ -45,35 +34,30 @@ def measure(
     problems: list[Problem],
     flips: tuple[str, ...] = (),
     *,
-    known: dict[Signature, Kind],
+    known: dict[Signature, LoraModule],
 ) -> LoraModule | None:
     """Return the module that the keys in `roles` make up, or None with the reason added to `problems`.
 
     `flips` are roles that the format stores transposed; three-dimensional ones are experts, which it does not. `known`
     keeps what was found, because the modules of a file share few shapes.
     """
-    parts = {role: file.tensors[key][:2] for role, key in roles.items()}
-    table = _is_table(roles.get("A", ""))
-    signature = (table, flips, *parts.items())
+    first = roles.get("A", "")
+    table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
+    parts = [file.tensors[key][:2] for key in roles.values()]
+    signature = (table, flips, *roles, *parts)
     kind = known.get(signature)
     try:
         if kind is None:
-            kind = known[signature] = _kind(parts, flips, table=table)
+            kind = known[signature] = _kind(dict(zip(roles, parts, strict=True)), flips, table=table)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
-    numbers = (*kind.sizes, None, False, kind.dtype)
-    return LoraModule(place[1], *numbers, roles, kind.variant, place[0], kind.kernel, kind.flipped)
+    return kind.changed(name=place[1], component=place[0], keys=roles)
 
 
-def _is_table(key: str) -> bool:
-    """Tell whether a name of A is that of an embedding's."""
-    return key.endswith("embedding_A") or key.startswith("token_embd.")
-
-
-def _kind(parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool) -> Kind:
-    """Return what tensors of these dtypes and shapes are; `table`: A is an embedding's.
+def _kind(parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool) -> LoraModule:
+    """Return the nameless module that tensors of these dtypes and shapes are; `table`: A is an embedding's.
 
     Raises:
         ShapeError: they fit no module.
@@ -87,7 +71,7 @@ def _kind(parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ..
     _refuse_dtypes(parts)
     main = "A" if "A" in parts else next(iter(parts))
     kernel = stored["A"][2:] if "A" in stored and not experts else ()
-    return Kind(variant, sizes, parts[main][0], kernel, flipped)
+    return LoraModule("", *sizes, None, False, parts[main][0], {}, variant, "", kernel, flipped)
 
 
 def _variant(shapes: Shapes, *, table: bool) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import LoraFileError
 from harness.files import scalars
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TENSORS = 100_000
+_GAP_BYTES = 1 << 12  # reading so much more costs no more than another call
+_RUN_BYTES = 1 << 20
 
 
 class TensorInfo(NamedTuple):
@@ -59,8 +62,33 @@ class TensorFile:
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """Read tensors of one number (`scalars.problem` says which are) as Python floats, without torch."""
-        with self.path.open("rb") as stream:
-            return {key: _number(stream, self.tensors[key]) for key in keys}
+        ordered = sorted((self.tensors[key].start, key) for key in keys)
+        if not ordered:
+            return {}
+        with self.path.open("rb", buffering=0) as stream:
+            return {key: value for run in self._runs(ordered) for key, value in self._numbers(stream, run)}
+
+    def _runs(self, ordered: Iterable[tuple[int, str]]) -> Iterator[list[str]]:
+        """Yield keys, given in the order of the data, in runs that are worth one read."""
+        run: list[str] = []
+        first = last = 0
+        for start, key in ordered:
+            if run and (start > last + _GAP_BYTES or start > first + _RUN_BYTES):
+                yield run
+                run = []
+            first = start if not run else first
+            last = self.tensors[key].end
+            run.append(key)
+        if run:
+            yield run
+
+    def _numbers(self, stream: FileIO, run: Sequence[str]) -> Iterator[tuple[str, float]]:
+        first = self.tensors[run[0]].start
+        stream.seek(first)
+        raw = stream.read(self.tensors[run[-1]].end - first)
+        for key in run:
+            dtype, _, start, end = self.tensors[key]
+            yield key, scalars.decode(dtype, raw[start - first : end - first])
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return one tensor as stored (dtype, shape); needs torch."""
@@ -99,8 +127,3 @@ def os_problem(error: OSError) -> str:
         errno.ENOTDIR: "no such file: a part of the path is not a folder",
     }
     return known.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
-
-
-def _number(stream: BinaryIO, info: TensorInfo) -> float:
-    stream.seek(info.start)
-    return scalars.decode(info.dtype, stream.read(info.end - info.start))

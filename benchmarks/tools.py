@@ -1,0 +1,89 @@
+"""What the benchmarks share: a stopwatch, tables, aims, and LoRA files drawn at random."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+REPEATS = 3
+GIGA = 1e9
+_PARTS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "attn.add_q_proj",
+    "attn.add_k_proj",
+)  # fmt: skip
+_CODES = {"F32": "f", "F16": "e"}
+
+
+def best(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Return the least processor time of `work` in seconds: what others do on this machine does not count."""
+    return best_of({"": work}, repeats)[""]
+
+
+def best_of(works: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
+    """Return the least processor time of each, all taking turns."""
+    least = dict.fromkeys(works, float("inf"))
+    for _ in range(repeats):
+        for name, work in works.items():
+            began = time.process_time()
+            work()
+            least[name] = min(least[name], time.process_time() - began)
+    return least
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table and an empty line."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def judged(value: str, *, met: bool) -> str:
+    """Return a measured value with whether its aim is met."""
+    return f"{value} ({'met' if met else '**missed**'})"
+
+
+def library(folder: Path, files: int, seed: int) -> Path:
+    """Write LoRA files with tiny weights: format, blocks, parts, rank, dtype and metadata are drawn at random."""
+    draw = random.Random(seed)
+    for number in range(files):
+        place = folder / f"{number // 500:02d}" / f"{number:05d}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(_drawn_file(draw))
+    return folder
+
+
+def _drawn_file(draw: random.Random) -> bytes:
+    kohya, dtype, rank = draw.random() < 0.5, draw.choice(("F16", "F32")), draw.choice((4, 8, 16, 32))
+    width, high = draw.choice((16, 32)), draw.choice((16, 48))
+    header: dict[str, object] = {"__metadata__": _metadata(draw, rank, kohya)}
+    chunks: list[bytes] = []
+    at = 0
+    for block in range(draw.randint(8, 40)):
+        for part in draw.sample(_PARTS, draw.randint(2, 4)):
+            for name, shape in _tensors(f"transformer_blocks.{block}.{part}", kohya, rank, width, high):
+                count = shape[0] * shape[1] if shape else 1
+                raw = draw.randbytes(2 * count) if shape else b""
+                chunks.append(struct.pack(f"<{_CODES[dtype]}", rank) if not shape else raw * (1 + (dtype == "F32")))
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(chunks[-1])]}
+                at += len(chunks[-1])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(chunks)
+
+
+def _tensors(name: str, kohya: bool, rank: int, width: int, high: int) -> list[tuple[str, list[int]]]:
+    stem = f"lora_unet_{name.replace('.', '_')}" if kohya else f"transformer.{name}"
+    halves = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+    alpha: list[tuple[str, list[int]]] = [(f"{stem}.alpha", [])] if kohya else []
+    return [*alpha, (f"{stem}.{halves[0]}.weight", [rank, width]), (f"{stem}.{halves[1]}.weight", [high, rank])]
+
+
+def _metadata(draw: random.Random, rank: int, kohya: bool) -> dict[str, str]:
+    if not kohya:
+        config = {"transformer.r": rank, "transformer.lora_alpha": 2 * rank}
+        return {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
+    names = ("ss_network_module", "ss_output_name", "ss_learning_rate", "ss_num_epochs", "modelspec.title")
+    chosen = {name: f"value {draw.random()}" for name in draw.sample(names, 3)}
+    return {"ss_network_dim": str(rank), "ss_network_alpha": str(rank), **chosen}

@@ -1,0 +1,85 @@
+"""A batch survives what its files do: every path has one result, and the file that ended a child is the one blamed."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from harness.commands import audit as command
+from harness.doctor import audit_work
+from harness.doctor.audit_work import Task, row_of, run_local
+
+PATHS = [f"{number:02d}" for number in range(40)]
+
+
+def results(monkeypatch: pytest.MonkeyPatch, workers: int, *, bad: tuple[str, ...]) -> dict[str, str]:
+    def do(path: str, task: Task) -> str:
+        if path in bad:
+            what = bad.index(path) % 3
+            if what == 0:
+                os.abort()
+            if what == 1:
+                time.sleep(60)
+            bytearray(1 << 31)
+        return audit_work.failed_row(path, "fine").model_dump_json()
+
+    monkeypatch.setattr(audit_work, "do", do)
+    found: dict[str, str] = {}
+
+    def keep(path: str, text: str) -> None:
+        assert path not in found
+        found[path] = row_of(text).hazards[0].what
+
+    run_local(PATHS, Task(seconds=0.5, memory=256 << 20), workers=workers, on_result=keep)
+    assert sorted(found) == PATHS
+    return found
+
+
+def test_the_file_that_ends_a_child_is_blamed_and_the_others_of_its_batch_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = ("03", "04", "05", "20", "39")
+    found = results(monkeypatch, 2, bad=bad)
+    assert sorted(path for path, what in found.items() if what != "fine") == sorted(bad)
+    assert "SIGABRT" in found["03"]
+    assert found["04"] == "no answer within 0.5 s"
+    assert "256 MiB" in found["05"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_path_has_one_result(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    assert set(results(monkeypatch, workers, bad=()).values()) == {"fine"}
+
+
+def test_a_slow_file_in_a_batch_of_slow_ones_keeps_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(path: str, task: Task) -> str:
+        time.sleep(0.2)
+        return audit_work.failed_row(path, "fine").model_dump_json()
+
+    monkeypatch.setattr(audit_work, "do", slow)
+    found: list[str] = []
+    paths = PATHS[:8]
+    run_local(
+        paths, Task(seconds=0.5), workers=2, on_result=lambda path, text: found.append(row_of(text).hazards[0].what)
+    )
+    assert found == ["fine"] * len(paths)
+
+
+def test_the_bar_is_redrawn_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    class Counted(Progress):
+        def refresh(self) -> None:
+            drawn.append(1)
+
+    bar = command._Bar(Counted(console=Console(file=io.StringIO()), auto_refresh=False))
+    bar.start(5000)
+    drawn.clear()
+    for _ in range(5000):
+        bar.advance()
+    assert 1 <= len(drawn) < 50

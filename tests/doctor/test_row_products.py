@@ -1,0 +1,70 @@
+"""Both ways of making ΔW A^T agree with float64, whatever the number of rows and the dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.doctor import row_products as module
+from harness.doctor.row_products import bfloat16_is_quicker, row_products
+
+
+def weights(rows: int, columns: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    before = (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
+    return before, (before.float() + 1e-3 * torch.randn(rows, columns, generator=generator)).to(dtype)
+
+
+def exact(before: torch.Tensor, after: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (after.double() - before.double()) @ right.double().t()
+
+
+def worst(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 700, 1537])
+def test_float32_products_are_exact_to_float32(rows: int, dtype: torch.dtype) -> None:
+    (before, after), right = weights(rows, 1024, dtype), torch.randn(8, 1024)
+    spans = [(start, min(start + 512, rows)) for start in range(0, rows, 512)]
+    rounded = dtype == torch.bfloat16
+    found = module._in_float32(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, spans, rounded=rounded)
+    assert worst(found, exact(before, after, right)) < 1e-5
+
+
+def test_bfloat16_products_agree_within_their_rounding() -> None:
+    (before, after), right = weights(700, 1024, torch.bfloat16), torch.randn(8, 1024)
+    found = module._in_bfloat16(
+        lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, [(0, 512), (512, 700)]
+    )
+    assert found.dtype == torch.float32
+    assert worst(found, exact(before, after, right)) < 1e-2
+
+
+def test_a_base_in_float32_is_rounded_as_the_merge_was() -> None:
+    base = torch.randn(300, 64) * 0.02
+    right = torch.randn(4, 64)
+    found = row_products(
+        lambda *s: base[slice(*s)], lambda *s: base.bfloat16()[slice(*s)], right, rows=300, bfloat16=True
+    )
+    assert not found.any()
+
+
+def test_rows_of_any_width_are_read_once_and_in_order() -> None:
+    columns = 1 << 18
+    (before, after), right = weights(5, columns, torch.float16), torch.randn(2, columns)
+    read: list[tuple[int, int]] = []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        read.append((start, stop))
+        return before[start:stop]
+
+    found = row_products(rows, lambda *s: after[slice(*s)], right, rows=5, bfloat16=False)
+    assert read == [(0, 2), (2, 4), (4, 5)]
+    assert worst(found, exact(before, after, right)) < 1e-4
+
+
+def test_the_choice_is_made_once() -> None:
+    assert bfloat16_is_quicker() is bfloat16_is_quicker()
+    assert bfloat16_is_quicker.cache_info().misses <= 1
