@@ -30,6 +30,7 @@ _RENAMED = {
     "double_blocks.0.txt_mod.lin": (f"{_DOUBLE}.norm1_context.linear", 6 * _WIDTH),
     "single_blocks.0.linear2": (f"{_SINGLE}.proj_out", _WIDTH),
     "single_blocks.0.modulation.lin": (f"{_SINGLE}.norm.linear", 3 * _WIDTH),
+    "final_layer.linear": ("proj_out", 8),
 }
 
 

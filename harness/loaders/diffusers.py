@@ -1,12 +1,16 @@
 """The live loaders `diffusers` (runtime adapter) and `diffusers-fused`: the pipeline's own LoRA mixin, unmodified.
 
 The mixin runs on a pipeline that has one component, the model under test, so every line between
-`pipe.load_lora_weights(file)` and the model is the shipped one, without a VAE or text encoder.
+`pipe.load_lora_weights(file)` and the model is the shipped one, without a VAE or text encoder. Beside a text encoder
+stands a UNet, which Stable Diffusion's mixin does not load without.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +25,29 @@ PIPELINE_MIXINS = {
     "QwenImageTransformer2DModel": ("QwenImageLoraLoaderMixin", "transformer"),
     "FluxTransformer2DModel": ("FluxLoraLoaderMixin", "transformer"),
     "UNet2DConditionModel": ("StableDiffusionLoraLoaderMixin", "unet"),
+    "CLIPTextModel": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
+    "CLIPTextModelWithProjection": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
 }
 # It knows DiffSynth files by `.default.` in a key or by an alpha, and passes over bare `.lora_A.weight` keys.
 FORMATS = ("diffusers", "kohya", "diffsynth")
 NO_MERGED_NAMES = "its kohya converter knows no merged layers (to_qkv, add_qkv_proj)"
 UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("kohya", "qwen-image-fused"): NO_MERGED_NAMES,
-    ("kohya", "flux"): "its kohya converter knows FLUX by Black Forest Labs' names only",
+    ("kohya", "flux", "lora"): "its kohya converter knows FLUX by Black Forest Labs' names only",
+    ("kohya", "flux", "qkv-merged"): "its kohya converter asserts that every module of a block is there",
+    ("diffusers", "qkv-merged"): "files in its own names have q, k and v apart",
+    ("qkv-merged", "qwen-image"): "a merged layer's LoRA matches no layer where q, k and v are apart",
+    ("qkv-split", "qwen-image-fused"): "the LoRA of q, k or v matches no layer where they are merged",
     ("diffsynth", "sd-unet"): "DiffSynth's names are read for transformers only",
     ("diffsynth", "flux"): "DiffSynth's own FLUX names are not diffusers'",
+    (
+        "kohya",
+        "clip-text",
+    ): "what it loads of a text encoder, and at which scale, depends on which modules the file has",
+    ("diffsynth", "clip-text"): "DiffSynth's names are read for transformers only",
 }
-BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux")
-VARIANTS = ("lora", "rslora", "conv")
+BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux", "clip-text")
+VARIANTS = ("lora", "rslora", "conv", "qkv-split", "qkv-merged")
 _LOADED = "_lora_harness_loaded"
 
 
@@ -41,7 +56,7 @@ def unload(model: torch.nn.Module) -> None:
     loaded = _loaded(model)
     name, _ = loaded.popitem()
     pipeline = _pipeline(model)
-    with quiet("diffusers", "peft"):
+    with _quiet():
         pipeline.delete_adapters(name)
         if loaded:
             pipeline.set_adapters(list(loaded), adapter_weights=list(loaded.values()))
@@ -49,10 +64,17 @@ def unload(model: torch.nn.Module) -> None:
             pipeline.unload_lora_weights()
 
 
+def set_strength(model: torch.nn.Module, strength: float) -> None:
+    """Call `set_adapters` with another weight for the adapter loaded last."""
+    loaded = _loaded(model)
+    loaded[next(reversed(loaded))] = strength
+    _pipeline(model).set_adapters(list(loaded), adapter_weights=list(loaded.values()))
+
+
 def unfuse(model: torch.nn.Module) -> None:
     """Undo the last `load_fused` with `unfuse_lora`, then remove the adapter."""
     pipeline = _pipeline(model)
-    with quiet("diffusers", "peft"):
+    with _quiet():
         pipeline.unfuse_lora(components=[_component(model)])
         pipeline.unload_lora_weights()
 
@@ -63,6 +85,7 @@ def unfuse(model: torch.nn.Module) -> None:
     variants=VARIANTS,
     unsupported=UNSUPPORTED,
     unload=unload,
+    set_strength=set_strength,
     strength_argument="adapter_weights",
 )
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
@@ -76,7 +99,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     loaded = _loaded(model)
     name = f"lora_{len(loaded)}"
     pipeline = _pipeline(model)
-    with quiet("diffusers", "peft"):
+    with _quiet():
         pipeline.load_lora_weights(str(lora), adapter_name=name)
         weights = {**loaded, name: strength}
         pipeline.set_adapters(list(weights), adapter_weights=list(weights.values()))
@@ -100,11 +123,26 @@ def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
         NotImplementedError: no pipeline mixin is known for the class of `model`.
     """
     pipeline = _pipeline(model)
-    with quiet("diffusers", "peft"):
+    with _quiet():
         pipeline.unload_lora_weights()
         pipeline.load_lora_weights(str(lora), adapter_name="lora")
         pipeline.set_adapters("lora")  # raises when nothing of the file was loaded
         pipeline.fuse_lora(components=[_component(model)], lora_scale=strength)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep logs and the progress bar, which transformers shows for every text encoder, out of the output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet("diffusers", "peft", "transformers"):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _loaded(model: torch.nn.Module) -> dict[str, float]:
@@ -132,6 +170,20 @@ def _pipeline(model: torch.nn.Module) -> Any:
 
     mixin, component = _mixin(model)
     kind: type = getattr(lora_pipeline, mixin)
-    parts = {name: model if name == component else None for name in kind._lora_loadable_modules}  # type: ignore[attr-defined]
+    parts: dict[str, object] = dict.fromkeys(kind._lora_loadable_modules)  # type: ignore[attr-defined]
+    if component == "text_encoder":
+        parts["unet"] = _bystander()
+    parts[component] = model
     # What a DiffusionPipeline adds to the mixin as far as LoRA loading asks for it.
     return type("Pipeline", (kind,), {**parts, "components": parts, "hf_device_map": None})()
+
+
+@functools.cache
+def _bystander() -> torch.nn.Module:
+    """Return a UNet that no key of a text encoder's file is meant for."""
+    from diffusers import UNet2DConditionModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    widths = {"block_out_channels": (2,), "norm_num_groups": 1, "cross_attention_dim": 2, "attention_head_dim": 1}
+    unet: torch.nn.Module = UNet2DConditionModel(sample_size=2, layers_per_block=1, **blocks, **widths)
+    return unet

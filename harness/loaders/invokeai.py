@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("kohya", "diffusers", "diffsynth")
-BENCHES = ("qwen-image", "qwen-image-fused")
+BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "clip-text")
+VARIANTS = ("lora", "rslora", "conv", "tucker", "dora", "loha", "lokr", "full")
+_KOHYA_ONLY = "it reads Stable Diffusion files with kohya's keys only"
 UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("kohya", "qwen-image-fused"): "its kohya converter knows no merged layers (to_qkv, add_qkv_proj)",
+    **{(form, bench): _KOHYA_ONLY for form in ("diffusers", "diffsynth") for bench in ("sd-unet", "clip-text")},
+    ("dora", "sd-unet"): "one magnitude per output is taken for one per input, as it is on the other benches",
 }
 PACKAGES = ("", ".app", ".backend", ".backend.util", ".backend.model_manager", ".backend.model_manager.load")
 _CACHE = "invokeai.backend.model_manager.load.model_cache"
@@ -45,7 +49,14 @@ def unload(model: torch.nn.Module) -> None:
     getattr(model, _OPEN).pop().close()
 
 
-@loader(formats=FORMATS, benches=BENCHES, unsupported=UNSUPPORTED, unload=unload, strength_argument="weight")
+@loader(
+    formats=FORMATS,
+    benches=BENCHES,
+    variants=VARIANTS,
+    unsupported=UNSUPPORTED,
+    unload=unload,
+    strength_argument="weight",
+)
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add the LoRA to the weights of `model`, as InvokeAI does for layers on a GPU.
 
@@ -56,7 +67,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     _patch(model, lora, strength, force_direct_patching=True)
 
 
-@loader(formats=FORMATS, benches=BENCHES, unsupported=UNSUPPORTED, strength_argument="weight")
+@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="weight")
 def load_sidecar(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Compute the LoRA beside the layers of `model`, as InvokeAI does for quantised layers and layers on the CPU.
 

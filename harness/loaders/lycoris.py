@@ -29,6 +29,11 @@ def unload(model: torch.nn.Module) -> None:
     getattr(model, _LOADED).pop().restore()
 
 
+def set_strength(model: torch.nn.Module, strength: float) -> None:
+    """Give the network loaded last another multiplier."""
+    getattr(model, _LOADED)[-1].set_multiplier(strength)
+
+
 @loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, strength_argument="weight")
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Merge the kohya file `lora` into `model`: `network.merge_to(weight=strength)`.
@@ -40,7 +45,14 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
         _network(model, lora, 1.0).merge_to(strength)
 
 
-@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unload=unload, strength_argument="multiplier")
+@loader(
+    formats=FORMATS,
+    benches=BENCHES,
+    variants=VARIANTS,
+    unload=unload,
+    set_strength=set_strength,
+    strength_argument="multiplier",
+)
 def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Wrap the modules of `model`: `create_lycoris_from_weights(strength, ...)`, then `network.apply_to()`.
 

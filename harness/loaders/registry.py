@@ -54,6 +54,8 @@ BUILTIN = {
     ),
     "invokeai": _Builtin("harness.loaders.invokeai:load", ("einops",), release="invokeai"),
     "invokeai-sidecar": _Builtin("harness.loaders.invokeai:load_sidecar", ("einops",), release="invokeai"),
+    "diffsynth-hot": _Builtin("harness.loaders.diffsynth:load_hot", release="diffsynth"),
+    "diffsynth-flux": _Builtin("harness.loaders.diffsynth:load_flux", release="diffsynth"),
 }
 _DIFFSYNTH = "diffsynth"
 _DISTRIBUTIONS = {"lycoris": "lycoris-lora"}

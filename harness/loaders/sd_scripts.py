@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 CHECKOUT = CHECKOUTS["sd-scripts"]
 FORMATS = ("kohya",)
 NETWORK_BENCHES = ("sd-unet", "clip-text")
+BENCHES = ("qwen-image", "qwen-image-fused", *NETWORK_BENCHES)
+_OTHER_PARTS = ("tucker", "dora", "loha", "lokr", "full")
+VARIANTS = ("lora", "conv", *_OTHER_PARTS)
+UNSUPPORTED: dict[tuple[str, ...], str] = {
+    (variant,): "its networks have lora_up and lora_down alone; LyCORIS reads its own files" for variant in _OTHER_PARTS
+}
 _NETWORKS = "_lora_harness_sd_scripts"
 
 
@@ -35,7 +41,12 @@ def unload(model: torch.nn.Module) -> None:
     getattr(model, _NETWORKS).pop().set_enabled(False)
 
 
-@loader(formats=FORMATS, strength_argument="multiplier")
+def set_strength(model: torch.nn.Module, strength: float) -> None:
+    """Give the network loaded last another multiplier."""
+    getattr(model, _NETWORKS)[-1].set_multiplier(strength)
+
+
+@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="multiplier")
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Merge the kohya file `lora` into `model`: W + multiplier * alpha / rank * B @ A.
 
@@ -52,7 +63,15 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
             network.merge_to(*_pair(model), tensors, base.dtype, base.device)
 
 
-@loader(formats=FORMATS, benches=NETWORK_BENCHES, unload=unload, strength_argument="multiplier")
+@loader(
+    formats=FORMATS,
+    benches=NETWORK_BENCHES,
+    variants=VARIANTS,
+    unsupported=UNSUPPORTED,
+    unload=unload,
+    set_strength=set_strength,
+    strength_argument="multiplier",
+)
 def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Replace the forward of the adapted layers of a UNet or CLIP text encoder; a second load wraps the first.
 

@@ -142,10 +142,11 @@ def _numbers_of(module: nn.Module) -> Tensor:
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """Return the module at `name`, below whatever wraps the model: of paths that end in it the shortest."""
     if name in modules:
         return modules[name]
-    matches = [found for found in modules if found.endswith("." + name)]
-    if len(matches) != 1:
+    matches = sorted((found for found in modules if found.endswith("." + name)), key=len)
+    if not matches or [len(match) for match in matches[:2]] == [len(matches[0])] * 2:
         raise MissingModuleError(name)
     return modules[matches[0]]
 

@@ -151,8 +151,8 @@ def test_a_release_that_is_not_there_is_named_with_the_command_that_gets_it(tmp_
 def test_a_release_is_imported_without_its_own_package_init(tmp_path):
     _fake_release(tmp_path, "0.0.1", 1)
     (tmp_path / "diffsynth-0.0.1" / "diffsynth" / "__init__.py").write_text("import torchvision_is_not_here")
-    general, _ = diffsynth._shipped(Release("diffsynth", "0.0.1", tmp_path / "diffsynth-0.0.1"))
-    assert general.GeneralLoRALoader
+    release = Release("diffsynth", "0.0.1", tmp_path / "diffsynth-0.0.1")
+    assert diffsynth._module(release, "utils.lora.general").GeneralLoRALoader
 
 
 def _fake_release(root, version, factor):

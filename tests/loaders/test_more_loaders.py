@@ -12,9 +12,10 @@ from harness.loaders.registry import installed, resolve
 
 from .conftest import effective, factors, trained, weights, written
 
+HOT = ("diffsynth-hot", "diffsynth")
 ALWAYS = (("peft-runtime", "peft"), ("lycoris", "kohya"), ("lycoris-runtime", "kohya"), ("loralib", "peft"))
 OPTIONAL = (("comfyui", "kohya"), ("comfyui", "diffsynth"), ("sd-scripts", "kohya"), ("invokeai", "kohya"))
-CELLS = [*ALWAYS, *OPTIONAL, ("invokeai-sidecar", "kohya")]
+CELLS = [*ALWAYS, *OPTIONAL, HOT, ("invokeai-sidecar", "kohya")]
 
 
 @pytest.fixture
@@ -121,3 +122,57 @@ def test_sd_scripts_merges_on_the_merged_bench(subject_of, tmp_path):
     subject_of("sd-scripts").load(model, written(fused, "kohya", tmp_path))
     assert factors(fused, model, weights(fused)) == pytest.approx(trained(weights(fused), 1.0), rel=2e-5, abs=2e-5)
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("peft-runtime", "peft"), ("lycoris-runtime", "kohya"), ("diffusers", "kohya")]
+)
+def test_a_strength_set_later_is_that_of_the_last_load(name, form, bench, subject_of, tmp_path):
+    subject, lora, model = subject_of(name), written(bench, form, tmp_path), bench.build()
+    subject.load(model, lora, strength=1.0)
+    subject.load(model, lora, strength=3.0)
+    subject.declaration.set_strength(model, -0.25)
+    assert factors(bench, model, weights(bench)) == pytest.approx(trained(weights(bench), 0.75), rel=2e-5, abs=2e-5)
+
+
+def test_hot_loaded_loras_are_cleared_together(bench, subject_of, tmp_path):
+    subject, lora, model = subject_of("diffsynth-hot"), written(bench, "diffsynth", tmp_path), bench.build()
+    for strength in (1.0, 3.0):
+        subject.load(model, lora, strength=strength)
+    subject.declaration.unload(model)
+    for layer in bench.lora_layers:
+        assert torch.equal(effective(model, layer), effective(bench.base(), layer))
+
+
+def test_loralib_has_the_kernel_of_a_peft_convolution(subject_of, tmp_path):
+    from harness.files import LoraWeights, write_lora
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(5, 4, 3, stride=2, padding=1))
+    before = model[0].weight.detach().clone()
+    a, b = torch.randn(2, 5, 3, 3), torch.randn(4, 2, 1, 1)
+    folder = write_lora(tmp_path / "adapter", "peft", {"0": LoraWeights(a, b, 6.0)})
+    subject_of("loralib").load(model, folder, strength=0.5)
+    kernel = torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+    assert torch.allclose(model[0].conv.weight - before, 0.5 * 3.0 * kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["loralib", "peft-runtime", "sd-scripts", "comfyui", "invokeai"])
+def test_every_reason_names_something_the_loader_declares(name):
+    entry = {entry.name: entry for entry in installed()}[name]
+    if not entry.available:
+        pytest.skip(f"{name}: {entry.reason}")
+    subject = resolve(name)
+    declared = {*subject.formats, *subject.benches, *subject.variants}
+    assert all(set(names) <= declared for names in subject.declaration.unsupported)
+
+
+def test_rows_of_a_merged_layer_are_views_of_it():
+    from harness.loaders.original_names import renamed
+
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in "qkv"})
+    places = {f"{name}.weight": ("both.qkv.weight", (0, 2 * i, 2)) for i, name in enumerate("qkv")}
+    merged = renamed(model, places).get_submodule("both.qkv")
+    merged.weight.data += torch.arange(6.0)[:, None]
+    stacked = torch.cat([model[name].weight for name in "qkv"])
+    assert torch.equal(stacked, merged.weight)
+    assert model["v"].weight.data_ptr() == merged.weight[4:].data_ptr()

@@ -161,12 +161,14 @@ def test_layers_are_asked_in_the_dtype_of_the_model() -> None:
     assert seen == [torch.float64]
 
 
-def test_a_wrapped_model_is_searched_by_the_end_of_the_path_when_that_is_unique() -> None:
+def test_a_wrapped_model_is_searched_by_the_end_of_the_path_and_the_shortest_one_is_it() -> None:
     wrapped = nn.ModuleDict({"base": Model()})
     found = effective_weights(wrapped, {"two": LAYERS["two"]})
     assert torch.equal(found["two"], wrapped["base"].two.weight.double())
-    with pytest.raises(MissingModuleError, match=r"^one$"):  # base.one or base.blocks.one
-        effective_weights(wrapped, {"one": LAYERS["one"]})
+    found = effective_weights(wrapped, {"one": LAYERS["one"]})  # base.one, not base.blocks.one
+    assert torch.equal(found["one"], wrapped["base"].one.weight.double())
+    with pytest.raises(MissingModuleError, match=r"^one$"):  # base.one or tail.one
+        effective_weights(nn.ModuleDict({"base": Model(), "tail": Model()}), {"one": LAYERS["one"]})
     with pytest.raises(MissingModuleError, match=r"^wo$"):  # a part of a name is no path
         effective_weights(wrapped, {"wo": LAYERS["two"]})
 
