@@ -58,9 +58,9 @@ def command(
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
     from harness.commands.inspect import UNREADABLE
-    from harness.doctor.record import VIOLATIONS
     from harness.doctor.audit import audit_files
     from harness.doctor.audit_out import write_rows
+    from harness.doctor.record import VIOLATIONS
 
     known = _known(outs, resume)
     keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
