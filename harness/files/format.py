@@ -113,11 +113,11 @@ class Format:
         return self.naming is None and self.trait is None and self.alpha[0] in ("tensor", "config", "header")
 
     def bare_fits(self, source: Source) -> bool:
-        """Tell whether names without a prefix belong to this format in this source."""
+        """Tell whether names without a prefix belong to this format in this source: in a folder all have it, or none."""
         return {
             "never": False,
             "always": True,
-            "config": source.config is not None,
+            "config": source.config is not None and not any(stem.startswith(self.starts) for stem in source.stems),
             "header": source.has_header_config,
         }[self.bare]
 
