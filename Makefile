@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test test-slow lint bench clean
+.PHONY: report test test-slow lint bench mutants clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
@@ -22,6 +22,10 @@ lint: $(READY)
 
 bench: $(READY)  ## every benchmark, as ratios within one run; writes benchmarks/results.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+mutants: $(READY)  ## mutation tests of the core (hours): every change of an operator must fail a test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,mutants]'
+	$(BIN)/python -m benchmarks.mutants $(ARGS)
 
 # torch first and exactly: a CPU build where pip has one, and nothing later may replace it
 $(READY): pyproject.toml constraints.txt Makefile
