@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from harness.checks.codes import CODES
 from harness.checks.run import Limits
+from harness.cli import main
+from harness.doctor.inspect import inspect_file
 from harness.fixtures import fixtures_folder
 from harness.power.cases import BROKEN, Case, broken_cases, correct_cases
 from harness.power.measure import measure
+from harness.power.table import power_markdown
+from harness.report.models import PowerRecord
+from harness.variants import VARIANTS
 
 # Continuous integration may count this up, so that in time every loader has its turn; the whole zoo is `selftest`.
 ROTATION = int(os.environ.get("LORA_HARNESS_ROTATION", "0"))
@@ -62,7 +69,72 @@ def test_every_reported_bug_has_a_loader_or_a_reason() -> None:
 def test_every_loader_of_the_index_exists_and_every_hazard_is_a_code() -> None:
     names = {case.name for case in broken_cases()}
     assert {report["loader"] for report in reports() if "loader" in report} <= names
-    assert {report["hazard"] for report in reports() if "hazard" in report} <= set(CODES)
+    assert {report["hazard"] for report in reports() if "hazard" in report} == set(FLAGGED) <= set(CODES)
+
+
+FLAGGED = {
+    "LH701": {"unet.a.lora_A.weight": (2, 4), "unet.a.lora_B.weight": (4, 2)},
+    "LH799": {"lora_unet_a_to_k.weight": (4,), "lora_unet_a_to_k.on_input": ()},  # IA3
+}
+
+
+@pytest.mark.parametrize("code", FLAGGED)
+def test_inspect_flags_the_files_of_the_index(code: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: torch.ones(shape) for name, shape in FLAGGED[code].items()}, tmp_path / "lora.safetensors")
+    assert code in {hazard.code for hazard in inspect_file(tmp_path / "lora.safetensors").hazards}
+
+
+def test_every_variant_has_a_broken_and_a_right_loader() -> None:
+    broken = {case.fault.variant for case in broken_cases() if case.fault}
+    assert broken == {cell.variant_name for case in correct_cases() for cell in case.cells()} == set(VARIANTS)
+
+
+def test_every_loader_is_tried_where_such_a_file_can_be() -> None:
+    cells = [cell for case in (*broken_cases(), *correct_cases()) for cell in case.cells()]
+    places = {(cell.format, cell.bench_name, cell.variant_name): cell for cell in cells}
+    assert [place for place, cell in places.items() if not cell.possible] == []
+
+
+def test_the_wanted_formats_and_benches_narrow_a_right_loader_where_it_declares_them() -> None:
+    cases = {case.name: case for case in correct_cases()}
+    places = {
+        name: {(cell.format, cell.bench_name) for cell in cases[name].cells(("kohya",), ("qwen-image-fused",))}
+        for name in ("in_place", "dora", "embedding")
+    }
+    assert places["in_place"] == places["dora"] == {("kohya", "qwen-image-fused")}
+    assert places["embedding"] == {("peft", "clip-text"), ("peft", "gpt2")}
+
+
+RECORDS = (
+    PowerRecord(subject="x:a", fault="f", trials=1, detected=1, named=1, examples=2),
+    PowerRecord(subject="x:b", fault="f", trials=1, detected=1, named=0, examples=4),
+    PowerRecord(subject="y:c", fault="f", trials=1, detected=0, named=0),
+    PowerRecord(subject="z", trials=200, detected=3, factor=1.0),
+    PowerRecord(subject="picture", fault="f", trials=9, detected=9, images=4),
+)
+
+
+def test_the_table_counts_by_family_and_keeps_right_loaders_apart() -> None:
+    rows = power_markdown(RECORDS).splitlines()[2:]
+    assert rows == [
+        "| x | 2 | 2 | 1 | 3 | |",
+        "| y | 1 | 0 | 0 | – | |",
+        "| **all that are wrong** | 3 | 2 | 1 | 3 | |",
+        "| **all that are right** | 1 | | | | 3 in 200 examples |",
+    ]
+
+
+def test_selftest_reports_what_it_measured_and_reads_it_again(tmp_path: Path) -> None:
+    options = ["--only", "subtle:five_per_cent", "--quick", "--max-examples", "3", "-j", "1", "--markdown"]
+    done = CliRunner().invoke(main, ["selftest", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "| subtle | 1 | 1 | 1 | 1 | |" in done.output
+    again = CliRunner().invoke(main, ["selftest", "--from", str(tmp_path / "run.jsonl"), "--markdown"])
+    assert again.output == done.output
+    assert "5 % too strong" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_every_fault_has_codes_and_its_own_words() -> None:

@@ -11,7 +11,7 @@ from harness.files import FORMATS
 # Whatever module a file's key order puts first or last: first, last, most common, largest, smallest and mean should all
 # differ, alphas have fractions on both sides of one half, and no rank equals its alpha.
 _MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5))
-_UNIFORM = (((16, 8.0), 1.0), ((8, 24.0), 1.0), ((3, 0.75), 1.0))
+_UNIFORM = (((16, 8.0), 1.0), ((8, 24.0), 1.0), ((3, 0.75), 1.0), ((1, 2.5), 1.0))
 STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
 
 

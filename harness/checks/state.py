@@ -10,7 +10,7 @@ from harness.checks.finding import Finding
 from harness.checks.steps import UNLOAD, Step, load, rebuild, set_strength
 from harness.checks.trial import Cell, Observation, run_trial
 from harness.example import Example
-from harness.measure.compare import Fit
+from harness.measure.compare import Fit, norm
 
 _OTHER_SEED = 50
 
@@ -158,8 +158,9 @@ def _shares(name: str, once: Observation, alone: Observation, both: Observation)
     """Return the parts of either LoRA's own effect that are there with both, by least squares."""
     import torch
 
-    slack = 0.02 + 8 * once.fits[name][0].tolerance.scale
+    slack = 0.02 + 8 * once.fits[name][0].tolerance.scale + once.fits[name][0].relative_residual
     effects = [seen.changes[name].flatten() for seen in (once, alone) if name in seen.changes]
+    effects = effects[:1] + [e for e in effects[1:] if name in alone.fits or norm(e) > 0.1 * norm(effects[0])]
     if not all(float(effect @ effect) for effect in effects):
         return _Shares(1.0, None, math.inf)  # a layer that does not change has no share to lose
     change = both.changes[name].flatten()[:, None]

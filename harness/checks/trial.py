@@ -107,8 +107,10 @@ def run_trial(
     import torch
 
     bench, bias = cell.bench, cell.variant.bias
-    before = base_weights(bench, example.dtype, bias)
-    updates = cell.variant.updates(example, cell.view, cell.view.gather(before))
+    base = base_weights(bench, example.dtype, bias)
+    updates = cell.variant.updates(example, cell.view, cell.view.gather(base))
+    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
+    before = {name: times * weight for name, weight in base.items()}
     model = bench.build(_dtype(example.dtype))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
         path = write_example(cell, example, updates, Path(folder))
@@ -116,7 +118,7 @@ def run_trial(
 
         def file(which: File) -> Path:
             if which == "other" and other is not None:
-                own = cell.variant.updates(other, cell.view, cell.view.gather(before))
+                own = cell.variant.updates(other, cell.view, cell.view.gather(base))
                 return write_example(cell, other, own, Path(folder) / "other")
             return copy_of(path) if which == "copy" else path
 
@@ -142,8 +144,7 @@ def run_trial(
         except Exception as error:
             return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
         file_changed = bytes_of(path) != written
-    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
-    before, view = {name: times * weight for name, weight in before.items()}, cell.view
+    view = cell.view
     seen = _observe(cell, example, updates, view.gather(before), view.gather(after))
     others = (*seen.others_changed, *_other_state(bench, model, example.dtype, bias), *shifted, *left)
     return replace(seen, others_changed=tuple(dict.fromkeys(others)), file_changed=file_changed, order=order)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,62 +13,99 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.power.measure import Result
+    from harness.report.models import PowerRecord
 
 _QUICK_EXAMPLES = 30
+_QUICK: dict[str, Any] = {"seeds": (1,), "formats": ("kohya",), "benches": ("qwen-image-fused",)}
+_EPILOG = """\b
+Examples:
+  lora-harness selftest --quick
+  lora-harness selftest --only subtle --max-examples 200 --out reports/out/subtle
+  lora-harness selftest --from reports/out/subtle/run.jsonl --markdown"""
 
 
-@click.command(
-    epilog="\b\nExamples:\n  lora-harness selftest --quick\n  lora-harness selftest --only subtle --max-examples 200"
-)
+@click.command(epilog=_EPILOG)
 @click.option("--quick", is_flag=True, help="Few examples, one format and one bench: some minutes.")
 @click.option("--only", metavar="TEXT", help="Only loaders whose name contains TEXT.")
 @click.option("--max-examples", type=click.IntRange(1), help="Random examples per format and bench.  [default: 200]")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write OUT/run.jsonl and the report OUT/index.html."
+)
+@click.option("--markdown", is_flag=True, help="Print a table per family of faults instead of a line per loader.")
+@click.option(
+    "--from",
+    "runs",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="RUN.jsonl",
+    help="With --markdown: the table of earlier runs, and nothing is measured; repeat for more.",
+)
 @shared.seed_option
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
 def command(
-    quick: bool,
-    only: str | None,
-    max_examples: int | None,
-    seed: int,
-    time_limit: float,
-    workers: int | None,
-    as_json: bool,
+    markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int, as_json: bool, only: str | None, **options: Any
 ) -> None:
     """Check the checks: loaders that are wrong in one known way must be found and named, right ones never blamed.
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
     """
+    from harness.commands.finish import show as write_page
+    from harness.power.table import power_markdown
+    from harness.report.environment import new_header
+    from harness.report.records import RunWriter
+
+    if runs:
+        click.echo(power_markdown(_recorded(runs)), nl=False)
+        return
+    quiet = as_json or markdown
+    path = out / "run.jsonl" if out else None
+    with RunWriter(path, new_header(seed=seed, planned=["power"]), echo=sys.stdout if as_json else None) as writer:
+
+        def show(result: Result) -> None:
+            writer.write(result.record())
+            if not quiet:
+                click.echo(_line(result))
+
+        results = _measure(only, seed, options, show)
+        writer.exit_code = 0 if all(result.right for result in results) else 1
+    if out:
+        write_page(out, as_json=True)
+    if markdown and not as_json:
+        click.echo(power_markdown([result.record() for result in results]), nl=False)
+    if not quiet:
+        click.echo(summary(results))
+    sys.exit(writer.exit_code)
+
+
+def _measure(only: str | None, seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
     from harness.checks.run import Limits
     from harness.power.cases import broken_cases, correct_cases
     from harness.power.measure import measure
-    from harness.report.environment import new_header
-    from harness.report.records import RunWriter
 
     cases = [case for case in (*broken_cases(), *correct_cases()) if only is None or only in case.name]
     if not cases:
         raise click.UsageError(f"--only {only!r}: no fixture loader has that in its name")
-    with RunWriter(None, new_header(seed=seed, planned=["power"]), echo=sys.stdout if as_json else None) as writer:
+    quick = options["quick"]
+    limits = Limits(
+        options["time_limit"] or shared.default_seconds(""), workers=shared.worker_count(options["workers"])
+    )
+    return measure(
+        cases,
+        max_examples=options["max_examples"] or (_QUICK_EXAMPLES if quick else 200),
+        base_seed=seed,
+        limits=limits,
+        on_result=show,
+        **(_QUICK if quick else {}),
+    )
 
-        def show(result: Result) -> None:
-            writer.write(result.record())
-            if not as_json:
-                click.echo(_line(result))
 
-        results = measure(
-            cases,
-            max_examples=max_examples or (_QUICK_EXAMPLES if quick else 200),
-            base_seed=seed,
-            seeds=(1,) if quick else (1, 2, 3, 4, 5),
-            formats=("kohya",) if quick else (),
-            benches=("qwen-image-fused",) if quick else (),
-            limits=Limits(time_limit, workers=shared.worker_count(workers)),
-            on_result=show,
-        )
-    if not as_json:
-        click.echo(summary(results))
-    sys.exit(0 if all(result.right for result in results) else 1)
+def _recorded(runs: Sequence[Path]) -> list[PowerRecord]:
+    from harness.report.models import PowerRecord
+    from harness.report.records import read_run
+
+    return [record for path in runs for record in read_run(path).of(PowerRecord)]
 
 
 def summary(results: Sequence[Result]) -> str:

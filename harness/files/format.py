@@ -113,7 +113,7 @@ class Format:
         return self.naming is None and self.trait is None and self.alpha[0] in ("tensor", "config", "header")
 
     def bare_fits(self, source: Source) -> bool:
-        """Tell whether names without a prefix belong to this format in this source: in a folder all have it, or none."""
+        """Tell whether names without a prefix belong to this format here; in a PEFT folder all have one, or none."""
         return {
             "never": False,
             "always": True,

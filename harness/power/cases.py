@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.checks.matrix import declared_cells
 from harness.checks.trial import Cell
 from harness.fixtures import fixtures_folder
 from harness.loaders.registry import resolve
@@ -27,11 +28,16 @@ class Case:
     fault: Fault | None = None
 
     def cells(self, formats: tuple[str, ...] = (), benches: tuple[str, ...] = ()) -> list[Cell]:
-        """Return the cells to try it in: a broken loader where its fault shows, a correct one wherever it is asked."""
-        if self.fault is not None:
-            formats, benches = (self.fault.format,), (self.fault.bench,)
+        """Return the cells to try it in: a broken loader where its fault shows, a correct one in all it declares.
+
+        `formats` and `benches` narrow those of a correct loader, where it declares any of them.
+        """
         subject = resolve(self.spec)
-        return [Cell(subject, f, b) for f in formats or subject.formats for b in benches or subject.benches]
+        if self.fault is not None:
+            return [Cell(subject, self.fault.format, self.fault.bench, self.fault.variant)]
+        cells = declared_cells(subject)
+        cells = [cell for cell in cells if cell.format in formats] or cells
+        return [cell for cell in cells if cell.bench_name in benches] or cells
 
 
 def broken_cases(folder: Path | None = None) -> list[Case]:

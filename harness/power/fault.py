@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @dataclass(frozen=True)
 class Fault:
-    """`codes`: the right names, the best first. `format`, `bench`: a cell in which the fault shows.
+    """`codes`: the right names, the best first. `format`, `bench`, `variant`: a cell in which the fault shows.
 
     `seconds` is the time limit of one call, for loaders that hang.
     """
@@ -23,6 +23,7 @@ class Fault:
     what: str
     format: str = "kohya"
     bench: str = "qwen-image-fused"
+    variant: str = "lora"
     seconds: float | None = None
 
 
