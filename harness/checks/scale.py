@@ -82,11 +82,11 @@ def unmeasured_probes(
 
 
 def probes_of(observation: Observation, view: View, *, root: bool = False) -> list[Probe]:
-    """Turn an observation into probes, one per target whose direction is right."""
+    """Turn an observation into probes, one per target whose direction is right and whose scale survived rounding."""
     return [
         replace(probe, measured=fits[0].scale, tolerance=_allowed(fits))
         for probe in unmeasured_probes(observation.example, view, observation.order, root=root)
-        if (fits := observation.fits[probe.module])[0].finite and not wrong_direction(fits[0])
+        if (fits := observation.fits[probe.module])[0].finite and not (wrong_direction(fits[0]) or fits[0].faint)
     ]
 
 

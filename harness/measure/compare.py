@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.measure.tolerance import Tolerance, tolerance
+from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, tolerance
+
+_FAINT = 0.05
 
 
 @dataclass(frozen=True)
 class Fit:
     """The regression of one module's change on B@A: change = scale * B@A + residual.
 
-    `residual` is |change - scale * B@A| (Frobenius), `change` is |W' - W|, `product` is |B@A|.
+    `residual` is |change - scale * B@A| (Frobenius), `change` is |W' - W|, `product` is |B@A|; `lost` is what rounding
+    takes away from the expected scale or the measured one, whichever loses more.
     """
 
     scale: float
@@ -25,6 +28,7 @@ class Fit:
     product: float
     tolerance: Tolerance
     expected: float
+    lost: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -45,6 +49,11 @@ class Fit:
     def blurred(self) -> bool:
         """True when more is left unexplained than the scale is off by: the direction or the digits are at fault."""
         return not self.direction_right and abs(self.scale - self.expected) * self.product <= self.residual
+
+    @property
+    def faint(self) -> bool:
+        """True when much of the update is below the step between two weights: the scale says little of the law."""
+        return self.lost > _FAINT * abs(self.scale or self.expected)
 
     @property
     def unchanged(self) -> bool:
@@ -87,6 +96,7 @@ def fit(before: Tensor, after: Tensor, direction: Direction, *, expected: float,
     energy = float((product * product).sum())
     scale = float((change * product).sum()) / energy if energy else 0.0
     largest = max(abs(scale), abs(expected))  # a wrong scale rounds like one of its own size
+    lost = rounding_loss(before, product, expected, dtype)
     allowed = tolerance(
         dtype=dtype,
         scale=largest,
@@ -96,12 +106,28 @@ def fit(before: Tensor, after: Tensor, direction: Direction, *, expected: float,
         product=math.sqrt(energy),
         outer=norm(direction.outer),
         rank=direction.rank,
+        lost=lost,
     )
     residual = norm(change - scale * product)
     if residual > allowed.noise and residual < math.sqrt(energy) * abs(scale):
         # noise of the loader's own blurs the regression; it is reported as noise, not as a wrong scale too
         allowed = allowed.blurred(residual / (math.sqrt(change.numel()) * math.sqrt(energy)))
-    return Fit(scale, residual, norm(change), math.sqrt(energy), allowed, expected)
+    lost = max(lost, rounding_loss(before, product, scale, dtype))
+    return Fit(scale, residual, norm(change), math.sqrt(energy), allowed, expected, lost)
+
+
+def rounding_loss(before: Tensor, product: Tensor, scale: float, dtype: str) -> float:
+    """Return how much of `scale` the regression cannot see once W + scale * B@A is rounded to `dtype`.
+
+    |<round(W + s*P) - (W + s*P), P>| / <P, P>, for `before` W and `product` P `[rows, columns]` in float64; 0 in single
+    precision, where it is far below the tolerance.
+    """
+    energy = float((product * product).sum())
+    if not energy or UNIT_ROUNDOFF[dtype] <= UNIT_ROUNDOFF["float32"]:
+        return 0.0
+    exact = before.double() + scale * product
+    rounded = exact.to(getattr(torch, dtype)).double()
+    return abs(float(((rounded - exact) * product).sum())) / energy
 
 
 def fit_slices(

@@ -9,6 +9,10 @@ sum twice. These errors are independent between elements, so
 where r covers the accumulation of a product of rank r, and the regression s = <dW, BA>/<BA, BA> over n elements sees
 noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank): two
 are allowed in half precision (2u = 0.8 % in bfloat16, below the 1 % that must fail), sixteen in single (1e-6).
+
+Neither does the rounding of the sum when the update is smaller than the step between two weights: W lies on that grid,
+so W + s*BA falls back to W and the regression sees less than s. That part, `lost`, is computed (`rounding_loss`), not
+bounded: a loader that merges may lose it, one that adds at runtime does not.
 """
 
 from __future__ import annotations
@@ -24,11 +28,15 @@ _NOISE_FACTOR = 4.0
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`scale`: allowed |measured - expected| of the scale; `noise`: allowed Frobenius norm of the unexplained part."""
+    """`scale`: allowed |measured - expected| of the scale; `noise`: allowed Frobenius norm of the unexplained part.
+
+    `lost` is the part of `scale` that is there for updates below the step between two weights.
+    """
 
     scale: float
     noise: float
     dtype: str
+    lost: float = 0.0
 
     def blurred(self, sigma: float) -> Tolerance:
         """Return this tolerance with `sigma`, the standard error of the scale from a residual that was measured."""
@@ -37,7 +45,8 @@ class Tolerance:
     def why(self) -> str:
         """Say in a few words where the numbers come from."""
         roundings = _SCALE_ROUNDINGS[self.dtype]
-        return f"{roundings} roundings of the scale in {self.dtype} + {_SIGMAS:.0f} sigma of the regression"
+        lost = f" + {self.lost:.1e} lost in rounding" if self.lost > 0.1 * self.scale else ""
+        return f"{roundings} roundings of the scale in {self.dtype} + {_SIGMAS:.0f} sigma of the regression{lost}"
 
 
 def coarser(first: str, second: str) -> str:
@@ -46,14 +55,25 @@ def coarser(first: str, second: str) -> str:
 
 
 def tolerance(
-    *, dtype: str, scale: float, elements: int, base: float, merged: float, product: float, outer: float, rank: int
+    *,
+    dtype: str,
+    scale: float,
+    elements: int,
+    base: float,
+    merged: float,
+    product: float,
+    outer: float,
+    rank: int,
+    lost: float = 0.0,
 ) -> Tolerance:
     """Derive the tolerance of one module (or one slice of its rows).
 
     `base`, `merged`, `product` are the Frobenius norms of W, W' and B@A; `outer` is sqrt(sum_k |B_k|^2 |A_k|^2);
-    `scale` the expected factor on B@A; `elements` the number of weights.
+    `scale` the expected factor on B@A; `elements` the number of weights; `lost` what rounding W + scale * B@A takes
+    away from the scale.
     """
     u = UNIT_ROUNDOFF[dtype]
     noise = u * math.sqrt((base**2 + merged**2 + scale**2 * (4 + rank) * outer**2) / 3)
     regression = noise / (math.sqrt(elements) * product) if product else math.inf
-    return Tolerance(_SCALE_ROUNDINGS[dtype] * u * abs(scale) + _SIGMAS * regression, _NOISE_FACTOR * noise, dtype)
+    allowed = _SCALE_ROUNDINGS[dtype] * u * abs(scale) + _SIGMAS * regression + lost
+    return Tolerance(allowed, _NOISE_FACTOR * noise, dtype, lost)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from harness.measure.compare import Direction, Fit, alignment, fit, fit_slices, low_rank, norm
+from harness.measure.compare import Direction, Fit, alignment, fit, fit_slices, low_rank, norm, rounding_loss
 from harness.measure.tolerance import Tolerance
 
 exactly = partial(pytest.approx, rel=1e-12, abs=0)
@@ -182,3 +182,34 @@ def test_alignment_is_the_cosine_of_two_changes(candidate: torch.Tensor, cosine:
 def test_alignment_with_nothing_is_zero() -> None:
     assert alignment(BA, 0 * BA) == alignment(0 * BA, BA) == 0.0
     assert alignment(BA.bfloat16(), BA.bfloat16()) == exactly(1.0)
+
+
+def in_bfloat16(update: float, seen: float = 1.0) -> Fit:
+    """Fit a merge in bfloat16 of an update that is `update` times as large as W, at `seen` times the trained scale."""
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(96, 64, generator=draw).bfloat16().double()
+    direction = low_rank(torch.randn(4, 64, generator=draw), torch.randn(96, 4, generator=draw))
+    scale = update * norm(w) / norm(direction.product)
+    merged = (w + seen * scale * direction.product).bfloat16()
+    return fit(w, merged, direction, expected=scale, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("update", [0.5, 1e-2, 3e-3, 1e-3, 3e-4, 1e-5])
+def test_a_merge_may_lose_what_is_below_the_step_between_two_weights(update: float) -> None:
+    assert in_bfloat16(update).scale_right
+
+
+def test_an_update_that_rounding_mostly_hides_says_nothing_of_the_law() -> None:
+    assert in_bfloat16(1e-3).scale < 0.7 * in_bfloat16(1e-3).expected
+    assert [in_bfloat16(update).faint for update in (0.5, 0.1, 1e-2, 1e-3)] == [False, False, False, True]
+    assert in_bfloat16(1e-5).faint
+
+
+@pytest.mark.parametrize(("update", "seen"), [(0.5, 1.01), (0.5, 0.99), (1e-2, 1.1), (1e-2, 0.9), (1e-3, 4.0)])
+def test_what_is_lost_excuses_no_wrong_scale(update: float, seen: float) -> None:
+    assert not in_bfloat16(update, seen).scale_right
+
+
+def test_single_precision_loses_nothing() -> None:
+    assert rounding_loss(W, BA, 1e-6, "float32") == 0.0
+    assert rounding_loss(W, 0 * BA, 1.0, "bfloat16") == 0.0
