@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
+# random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
+EXAMPLES ?= 60
 
 .PHONY: report test test-slow lint bench mutants clean
 
@@ -12,7 +14,7 @@ report: $(READY)  ## the main job: every installed loader through every check, t
 	$(BIN)/lora-harness run --out reports/out
 
 test: $(READY)  ## all tests and the suite on the installed loaders
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" --lora-max-examples $(EXAMPLES) $(ARGS)
 
 test-slow: $(READY)  ## what takes longer: the power of the checks, the wheel, many workers
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow $(ARGS)

@@ -53,6 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_WRITER] = RunWriter(Path(folder) / "run.jsonl", header).__enter__()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Check each cell in one worker under `--dist loadgroup`."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from harness.suite.schedule import CellScheduling
+
+    return CellScheduling(config, log)
+
+
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest) -> Any:
     """The CUDA device; without one the test skips, or fails under `--lora-require-gpu`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
 
 
+@cache  # Hypothesis looks through a strategy once, and then again for every new one
 def ranks(*, max_rank: int = 64) -> SearchStrategy[int]:
     """Ranks 1 to `max_rank`: powers of two, odd ones, ones divisible by 3 and by 4; some up to half above it."""
     common = st.sampled_from([rank for rank in _COMMON_RANKS if rank <= max_rank] or [1])
@@ -24,6 +26,7 @@ def ranks(*, max_rank: int = 64) -> SearchStrategy[int]:
     )
 
 
+@cache
 def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStrategy[float]:
     """Alphas for `rank`: whole, fractional, below one, equal to the rank, zero and negative.
 
@@ -44,6 +47,7 @@ def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStra
     return st.one_of(options)
 
 
+@cache
 def strengths() -> SearchStrategy[float]:
     """Strengths from -2 to 2: one, the usual fractions, zero, negative ones, any multiple of 1/64 and of 1/1000."""
     return st.one_of(
@@ -96,6 +100,7 @@ def examples(
     )
 
 
+@cache
 @st.composite
 def _shapes(draw: Any, max_rank: int, zero: bool, negative: bool) -> tuple[int, float]:
     rank = draw(ranks() if max_rank >= 64 else st.integers(1, max_rank))  # `ranks` goes somewhat above its maximum

@@ -16,6 +16,8 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from harness.benches.template import Template
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -44,6 +46,10 @@ class Bench:
     def _cast(self) -> dict[torch.dtype, torch.nn.Module]:
         return {}
 
+    @cached_property
+    def _templates(self) -> dict[torch.dtype, Template]:
+        return {}
+
     def base(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return the shared model in `dtype` (default float32), to be read and never changed."""
         import torch
@@ -56,7 +62,14 @@ class Bench:
 
     def build(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return a fresh copy with equal weights every time, rounded to `dtype` (default float32)."""
-        return copy.deepcopy(self.base(dtype))
+        import torch
+
+        from harness.benches.template import Template
+
+        dtype = dtype or torch.float32
+        if dtype not in self._templates:
+            self._templates[dtype] = Template(self.base(dtype))
+        return self._templates[dtype].build()
 
     @cached_property
     def layers(self) -> dict[str, Layer]:

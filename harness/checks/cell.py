@@ -24,7 +24,7 @@ from harness.strategies import examples as lora_examples
 
 FAMILIES = ("smoke", "coverage", "scale", "strength", "direction", "side_effects", "numerics")
 _LAW_FAMILIES = ("scale", "strength")
-_KNOWN_EXAMPLES = 25
+_KNOWN_EXAMPLES = 40
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,8 @@ def check_cell(
     verdicts = list(_verdicts(cell, result, diagnosis))
     codes = {verdict.code for verdict in verdicts}
     yield from (_excused(verdict, general) for verdict in verdicts)
-    yield from (_unexpected_pass(cell, k, result.examples) for k in general if k.code not in codes)
     if plan.pins is None:
-        yield from (_known_verdict(cell, plan, k) for k in known if k.trait)
+        yield from (_known_verdict(cell, plan, k) for k in known if k.trait or k.code not in codes)
 
 
 def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search) -> None:
@@ -242,15 +241,17 @@ def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
 
 
 def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
-    """Try the inputs with a known fault on their own: they must still fail with the recorded code."""
-    strategy = examples_for(cell, plan).filter(lambda example: known.covers(cell, example))
+    """Try the inputs with a known fault on their own: they must still fail with the recorded code.
+
+    A line without a trait speaks of all inputs; it is tried when the search, which may have been short, did not show it.
+    """
+    strategy = examples_for(cell, plan).filter(lambda example: known.trait is None or known.covers(cell, example))
     cell = replace(cell, seconds=known.seconds)
     until = known.code if known.code == "LH901" else None
-    examples = _KNOWN_EXAMPLES if plan.whole(cell) else min(_KNOWN_EXAMPLES, plan.examples_in(cell))
-    found = search(cell, strategy, max_examples=examples, base_seed=plan.seed, until=until)
+    found = search(cell, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
     if known.of_scale:  # a few random examples may leave the law open
         for example in planned(cell, plan.layers_in(cell)):
-            if known.covers(cell, example):
+            if known.trait is None or known.covers(cell, example):
                 found.add(*observe(cell, example))
     diagnosis = diagnose(found.probes)
     for finding in found.findings.values():

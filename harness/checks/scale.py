@@ -130,8 +130,13 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     clamped = _clamped(wrong)
     if clamped:
         return Diagnosis(None, *clamped)
+    law = identify(wrong) if len(wrong) >= _ENOUGH and exact is None else None
+    if law is not None and not law.is_trained:
+        return Diagnosis(law, code_of(law), "some modules of some files")
     return Diagnosis(None, "LH205" if exact in _ALPHA_VALUES else "LH209", exact)
 
+
+_ENOUGH = 12  # wrong probes that follow one law by chance are fewer
 
 # Traits of alpha's value: a loader that is wrong for these values only does not take alpha as it is.
 _ALPHA_VALUES = ("negative alpha", "alpha = 0", "fractional alpha", "0 < alpha < 1", "alpha > rank", "alpha < rank")

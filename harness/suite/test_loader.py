@@ -21,9 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     plan = plan_of(metafunc.config)
     loaders = loaders_under_test(metafunc.config)
     tests = [test for spec in loaders for test in cell_tests(spec, plan=plan, limits=Limits(workers=1))]
-    # one group per cell: xdist's loadgroup then runs a cell once, for all its families
-    parameters = [pytest.param(t, id=repr(t), marks=pytest.mark.xdist_group(repr(t).rpartition("-")[0])) for t in tests]
-    metafunc.parametrize("check", parameters)
+    metafunc.parametrize("check", tests, ids=repr)
 
 
 def test_loader(check: CellTest, request: pytest.FixtureRequest) -> None:
