@@ -243,7 +243,7 @@ def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
 def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     """Try the inputs with a known fault on their own: they must still fail with the recorded code.
 
-    A line without a trait speaks of all inputs; it is tried when the search, which may have been short, did not show it.
+    A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
     """
     strategy = examples_for(cell, plan).filter(lambda example: known.trait is None or known.covers(cell, example))
     cell = replace(cell, seconds=known.seconds)

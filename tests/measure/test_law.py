@@ -84,6 +84,17 @@ def test_a_fault_under_one_condition_is_reported_with_that_condition() -> None:
     assert diagnose(wrong_for_odd).trait == "odd rank"
 
 
+def test_one_law_behind_scattered_faults_is_named() -> None:
+    def scattered(u: float, a: tuple[float, ...], r: tuple[int, ...], i: int) -> float:
+        foreign = (i + int(4 * u)) % 3 == 0  # now this module, now that one
+        return u * (max(a, key=a.count) if foreign else a[i]) / r[i]
+
+    found = diagnose(probes(scattered))
+    assert (found.code, found.trait) == ("LH204", "some modules of some files")
+    assert found.law is not None
+    assert found.law.formula == "strength * alpha(most common) / rank"
+
+
 def test_the_strength_on_every_second_module_is_a_strength_fault_of_those_modules() -> None:
     found = diagnose(probes(lambda u, a, r, i: (u if i % 2 else 1) * a[i] / r[i]))
     assert found.code == "LH207"
