@@ -86,7 +86,7 @@ def test_a_fault_under_one_condition_is_reported_with_that_condition() -> None:
 
 def test_one_law_behind_scattered_faults_is_named() -> None:
     def scattered(u: float, a: tuple[float, ...], r: tuple[int, ...], i: int) -> float:
-        foreign = (i + int(4 * u)) % 3 == 0  # now this module, now that one
+        foreign = (i + int(4 * u)) % 3 != 0  # now this module, now that one
         return u * (max(a, key=a.count) if foreign else a[i]) / r[i]
 
     found = diagnose(probes(scattered))
