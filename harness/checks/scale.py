@@ -158,7 +158,8 @@ def _clamped(wrong: Sequence[Probe]) -> tuple[str, str] | None:
         units = [other / p.rank for other, p in zip(others, seen, strict=True)]
         bound = median(p.measured / unit for p, unit in zip(seen, units, strict=True))
         near = (abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in zip(seen, units, strict=True))
-        if len(set(values)) > 2 and all(near):
+        one_side = max(values) <= bound or min(values) >= bound
+        if len(set(values)) > 2 and one_side and all(near):
             return code, f"{word} beyond {bound:.4g}"
     return None
 
