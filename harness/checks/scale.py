@@ -130,7 +130,7 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     clamped = _clamped(wrong)
     if clamped:
         return Diagnosis(None, *clamped)
-    law = identify(wrong) if len(wrong) >= _ENOUGH and exact is None else None
+    law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
         return Diagnosis(law, code_of(law), "some modules of some files")
     return Diagnosis(None, "LH205" if exact in _ALPHA_VALUES else "LH209", exact)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from harness.checks.direction import wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.steps import UNLOAD, Step, load, rebuild, set_strength
 from harness.checks.trial import Cell, Observation, run_trial
@@ -80,16 +81,17 @@ def _after(cell: Cell, example: Example, once: Observation, story: _Story) -> It
     if seen.raised:
         yield Finding(story.code, seen, fact=f"{story.told} raised: {seen.raised.what}")
         return
-    if not any(all(_near(f[0], times * once.fits[n][0].scale) for n, f in seen.fits.items()) for times in story.right):
-        yield Finding(story.code, seen, *_worst(once, seen, story))
+    clear = {n: f for n, f in seen.fits.items() if not wrong_direction(once.fits[n][0])}  # the others have no scale
+    if not any(all(_near(f[0], times * once.fits[n][0].scale) for n, f in clear.items()) for times in story.right):
+        yield Finding(story.code, seen, *_worst(once, clear, story))
 
 
-def _worst(once: Observation, seen: Observation, story: _Story) -> tuple[tuple[str, ...], str]:
+def _worst(once: Observation, seen: Mapping[str, Sequence[Fit]], story: _Story) -> tuple[tuple[str, ...], str]:
     first = {name: fits[0].scale for name, fits in once.fits.items()}
-    off = {n: min(abs(f[0].scale - t * first[n]) for t in story.right) for n, f in seen.fits.items()}
+    off = {n: min(abs(f[0].scale - t * first[n]) for t in story.right) for n, f in seen.items()}
     name = max(off, key=lambda each: off[each])
     wanted = " or ".join(f"{times * first[name]:.4g}" for times in story.right)
-    return (name,), f"scale {seen.fits[name][0].scale:.4g} after {story.told}, but should be {wanted}"
+    return (name,), f"scale {seen[name][0].scale:.4g} after {story.told}, but should be {wanted}"
 
 
 def _unloaded(cell: Cell, example: Example, dtypes: Sequence[str]) -> Iterator[Finding]:
