@@ -245,18 +245,21 @@ def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
 
     A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
     """
-    strategy = examples_for(cell, plan).filter(lambda example: known.trait is None or known.covers(cell, example))
-    cell = replace(cell, seconds=known.seconds)
+
+    def tried(example: Example) -> bool:
+        return known.trait is None or known.covers(cell, example)
+
+    limited = replace(cell, seconds=known.seconds)
     until = known.code if known.code == "LH901" else None
-    found = search(cell, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
+    strategy = examples_for(cell, plan).filter(tried)
+    found = search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
     if known.of_scale:  # a few random examples may leave the law open
-        for example in planned(cell, plan.layers_in(cell)):
-            if known.trait is None or known.covers(cell, example):
-                found.add(*observe(cell, example))
+        for example in filter(tried, planned(cell, plan.layers_in(cell))):
+            found.add(*observe(limited, example))
     diagnosis = diagnose(found.probes)
     for finding in found.findings.values():
         code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
         if code == known.code:
-            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
+            verdict = failed(limited, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
             return known.excuse(verdict)
-    return _unexpected_pass(cell, known, found.examples)
+    return _unexpected_pass(limited, known, found.examples)
