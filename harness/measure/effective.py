@@ -5,6 +5,7 @@ Merged weights, hooks, wrappers, parametrizations, patched forwards and returned
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.benches.layer import Layer
+from harness.measure.plain import is_plain, offset_of, torch_is_itself, weight_of
 
 
 class MissingModuleError(LookupError):
@@ -22,14 +24,21 @@ def effective_weights(model: nn.Module, layers: Mapping[str, Layer], *, bias: bo
     """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
     `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
-    the end of the path. With `bias` a last column holds what each layer answers to nothing.
+    the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
+    and untouched is not asked, unless for its bias.
 
     Raises:
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than its layer does.
     """
     modules, like = dict(model.named_modules()), _numbers_of(model)
-    return {name: effective_weight(_find(modules, name), layer, like, bias=bias) for name, layer in layers.items()}
+    known = not bias and torch_is_itself()
+
+    def read(module: nn.Module, layer: Layer) -> Tensor:
+        plain = known and is_plain(module, layer, like)
+        return weight_of(module) if plain else effective_weight(module, layer, like, bias=bias)
+
+    return {name: read(_find(modules, name), layer) for name, layer in layers.items()}
 
 
 def weights_while_running(
@@ -90,14 +99,20 @@ def offsets(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     Raises:
         MissingModuleError: a path is gone.
     """
-    modules, like = dict(model.named_modules()), _numbers_of(model)
-    found = {}
-    for name, layer in layers.items():
-        if layer.kind != "embedding":
-            size = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
-            zeros = torch.zeros(1, layer.channels, *size, device=like.device, dtype=like.dtype)
-            found[name] = _find(modules, name)(zeros)[0].reshape(layer.rows, -1)[:, 0].double().cpu()
-    return found
+    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
+
+    def read(module: nn.Module, layer: Layer) -> Tensor:
+        plain = known and is_plain(module, layer, like)
+        return offset_of(module, layer) if plain else _ask_nothing(module, layer, like)
+
+    return {name: read(_find(modules, name), layer) for name, layer in layers.items() if layer.kind != "embedding"}
+
+
+def _ask_nothing(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
+    size = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
+    zeros = torch.zeros(1, layer.channels, *size, device=like.device, dtype=like.dtype)
+    answer: Tensor = module(zeros)
+    return answer[0].reshape(layer.rows, -1)[:, 0].double().cpu()
 
 
 def _ask_linear(module: nn.Module, layer: Layer, like: Tensor) -> object:
@@ -138,7 +153,8 @@ _ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
 
 def _numbers_of(module: nn.Module) -> Tensor:
     """Return the first floating tensor: activations have its dtype and device."""
-    return next((x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()), torch.empty(0))
+    numbers = itertools.chain(module.parameters(), module.buffers())
+    return next((x for x in numbers if x.is_floating_point()), torch.empty(0))
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.measure.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Vector, Word
 from harness.measure.probes import Probe
@@ -16,7 +15,11 @@ _CONSTANT_COST = 1
 _SOURCE_COST = 1
 _MAX_COST = 5
 _SLACK = 1.5  # a probe at the edge of its tolerance must not hide the law of all the others
-_SNAP_TO = tuple(sorted({Fraction(n, d) for d in (1, 2, 3, 4, 6, 8) for n in range(1, 13)}))
+_FEW = 48  # probes that most laws are refuted on
+_SNAP_TO = np.unique([n / d for d in (1, 2, 3, 4, 6, 8) for n in range(1, 13)])
+
+# of the strength, and of an alpha and a rank with their sources
+Words = tuple[Word, tuple[Word, str], tuple[Word, str]]
 
 
 @dataclass(frozen=True)
@@ -114,23 +117,20 @@ def identify(probes: Sequence[Probe]) -> Law | None:
 
 
 def _candidates(columns: _Columns) -> list[Law]:
-    """Return every law of the grammar that explains the probes, up to the cost of the cheapest one."""
+    """Return the laws of the grammar that explain the probes, up to the cost of the cheapest one."""
     found: list[Law] = []
-    words = itertools.product(STRENGTH, columns.alpha_words(), columns.rank_words())
-    for strength, (alpha, a_source), (rank, r_source) in sorted(words, key=_word_cost):
-        law = Law(strength, alpha, rank, a_source, r_source)
-        if law.cost > (found[0].cost if found else _MAX_COST):
+    for cost in range(_MAX_COST + 1):
+        for strength, (alpha, alpha_source), (rank, rank_source) in columns.possible(cost):
+            fitted = columns.fit(Law(strength, alpha, rank, alpha_source, rank_source))
+            if fitted is not None:
+                found.append(fitted)
+        if found and min(law.cost for law in found) <= cost:
             break
-        fitted = columns.fit(law)
-        if fitted is not None:
-            found.append(fitted)
-            found.sort(key=lambda each: each.cost)
     return found
 
 
-def _word_cost(words: tuple[Word, tuple[Word, str], tuple[Word, str]]) -> int:
-    strength, (alpha, alpha_source), (rank, rank_source) = words
-    return strength.cost + alpha.cost + rank.cost + (alpha_source != "own") + (rank_source != "own")
+def _costs(pairs: Sequence[tuple[Word, str]]) -> NDArray[np.int_]:
+    return np.array([word.cost + _SOURCE_COST * (source != "own") for word, source in pairs])
 
 
 class _Columns:
@@ -160,6 +160,31 @@ class _Columns:
         """Pair every rank word with every source; a file without alpha is trained at scale 1, not 1 / rank."""
         return _pairs(RANK if self.alpha_seen else RANK_ALONE, self.rank)
 
+    def possible(self, cost: int) -> Iterator[Words]:
+        """Yield the words of this cost that a few probes leave possible with some constant.
+
+        A constant that keeps within the slack of n probes leaves squared errors, in tolerances, of at most n slack^2 in
+        sum; least squares never leaves more.
+        """
+        strengths, alphas, ranks = [(word, "own") for word in STRENGTH], self.alpha_words(), self.rank_words()
+        costs = _costs(strengths)[:, None, None] + _costs(alphas)[:, None] + _costs(ranks)
+        which = np.argwhere(costs == cost)
+        if not len(which):
+            return
+        few = np.linspace(0, len(self.measured) - 1, min(_FEW, len(self.measured))).astype(int)
+        columns = zip(("strength", "alpha", "rank"), (strengths, alphas, ranks), which.T, strict=True)
+        values = [
+            np.stack([self._values(name, *each)[few] for each in words])[chosen] for name, words, chosen in columns
+        ]
+        wanted = (self.measured / self.tolerance)[few]
+        with np.errstate(all="ignore"):
+            base = values[0] * values[1] * values[2] / self.tolerance[few]
+            energy = np.square(base).sum(axis=1)
+            explained = np.where(energy > 0, np.square(base @ wanted) / energy, 0.0)
+            left = wanted @ wanted * (1 - 1e-12) - explained
+        for i, j, k in which[left <= len(few) * _SLACK**2]:
+            yield STRENGTH[i], alphas[j], ranks[k]
+
     def evaluate(self, law: Law) -> Vector:
         """Return the law's value for each probe, with constant 1."""
         product = self._values("strength", law.strength, "own") * self._values("alpha", law.alpha, law.alpha_source)
@@ -185,8 +210,8 @@ class _Columns:
         fitted = float(weighted @ self.measured) / float(weighted @ base)
         if fitted == 0:
             return []
-        snapped = min(_SNAP_TO, key=lambda f: abs(float(f) - abs(fitted)))
-        return [float(snapped) * float(np.sign(fitted)), fitted]
+        snapped = _SNAP_TO[np.abs(_SNAP_TO - abs(fitted)).argmin()]
+        return [float(snapped * np.sign(fitted)), fitted]
 
     def _values(self, column: str, word: Word, source: str) -> Vector:
         key = (column, word.text, source)

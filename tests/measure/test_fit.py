@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.measure.compare import Direction, Fit, alignment, fit, fit_slices, low_rank, norm, rounding_loss
-from harness.measure.tolerance import Tolerance
+from harness.measure.tolerance import Tolerance, tolerance
 
 exactly = partial(pytest.approx, rel=1e-12, abs=0)
 A = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, -1.0]])
@@ -69,10 +69,17 @@ def test_a_residual_beyond_rounding_widens_the_scale_by_its_own_standard_error()
     assert noisy.tolerance.noise == pytest.approx(clean.tolerance.noise, rel=0.01)
 
 
-@pytest.mark.parametrize(("scale", "share"), [(2.0, 1e-8), (0.01, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("scale", "share"), [(2.0, 1e-8), (2.0, 6.0), (0.01, 1.0), (0.0, 1.0)])
 def test_rounding_and_what_outweighs_the_change_itself_do_not_widen_it(scale: float, share: float) -> None:
     found = fit(W, W + scale * BA + share * ASIDE, low_rank(A, B), expected=2.0, dtype="float32").tolerance
     assert found.scale < 1e-5
+
+
+def test_a_residual_within_rounding_widens_nothing_at_all() -> None:
+    after, direction = W + 2 * BA + 1e-8 * ASIDE, low_rank(A, B)
+    sizes = {"base": norm(W), "merged": norm(after), "product": norm(BA), "outer": norm(direction.outer)}
+    want = tolerance(dtype="float32", scale=2.0, elements=6, rank=2, **sizes)
+    assert fit(W, after, direction, expected=2.0, dtype="float32").tolerance.scale == exactly(want.scale)
 
 
 @pytest.mark.parametrize(("sign", "widened"), [(1.0, True), (-1.0, True)])
@@ -203,6 +210,27 @@ def test_an_update_that_rounding_mostly_hides_says_nothing_of_the_law() -> None:
     assert in_bfloat16(1e-3).scale < 0.7 * in_bfloat16(1e-3).expected
     assert [in_bfloat16(update).faint for update in (0.5, 0.1, 1e-2, 1e-3)] == [False, False, False, True]
     assert in_bfloat16(1e-5).faint
+
+
+@pytest.mark.parametrize(("lost", "faint"), [(0.0, False), (0.1, False), (0.15, True)])
+def test_a_scale_is_faint_when_a_twentieth_of_it_is_lost(lost: float, faint: bool) -> None:
+    assert measured(lost=lost, expected=4.0).faint is faint
+    assert measured(lost=lost, scale=0.0, expected=-2.0).faint is faint
+    assert measured().lost == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss"),
+    [
+        (1.5, 1.5),  # 1 + 1.5 * 2^-9 falls back to 1: all of the scale is lost
+        (-1.5, 0.5),  # below 1 the steps are half as wide: 1 - 2^-8 is reached
+        (3.0, 1.0),  # 1 + 2^-7, a third too much
+        (4.0, 0.0),
+    ],
+)
+def test_the_loss_is_what_rounding_to_the_next_weight_takes_or_adds(scale: float, loss: float) -> None:
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert rounding_loss(one, 2.0**-9 * one, scale, "bfloat16") == loss
 
 
 @pytest.mark.parametrize(("update", "seen"), [(0.5, 1.01), (0.5, 0.99), (1e-2, 1.1), (1e-2, 0.9), (1e-3, 4.0)])

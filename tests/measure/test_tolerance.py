@@ -87,3 +87,15 @@ def test_a_tolerance_says_where_it_comes_from_and_cannot_be_widened_in_place() -
     assert Tolerance(0.5, 3.0, "float32").why().startswith("16 roundings of the scale in float32")
     with pytest.raises(AttributeError):
         half.scale = 9.0  # type: ignore[misc]
+
+
+def test_what_rounding_takes_away_is_allowed_on_top() -> None:
+    plain, wider = (tolerance(dtype="bfloat16", **EVEN | more) for more in ({}, {"lost": 0.5}))
+    assert wider == Tolerance(exactly(plain.scale + 0.5), plain.noise, "bfloat16", 0.5)
+    assert (plain.lost, Tolerance(0.5, 3.0, "float16").lost) == (0.0, 0.0)
+
+
+def test_only_a_loss_that_matters_is_said() -> None:
+    without = "2 roundings of the scale in bfloat16 + 6 sigma of the regression"
+    assert Tolerance(10.0, 3.0, "bfloat16", 1.0).why() == without
+    assert Tolerance(10.0, 3.0, "bfloat16", 2.0).why() == f"{without} + 2.0e+00 lost in rounding"
