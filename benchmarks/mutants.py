@@ -46,7 +46,7 @@ SUBJECTS = {
     "measure/tolerance": "measure/test_tolerance.py",
     "measure/law": "measure/test_law_text.py measure/test_law_search.py",
     "measure/compare": "measure/test_fit.py",
-    "measure/effective": "measure/test_reading.py",
+    "measure/effective": "measure/test_reading.py measure/test_plain.py",
     "measure/plain": "measure/test_plain.py",
     "reference/closed_form": "reference/test_closed_form.py",
     "reference/variants": "reference/test_variants_by_hand.py",

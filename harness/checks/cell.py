@@ -132,15 +132,10 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
         _add_state_findings(cell, [pinned.dtype], pinned, result)
         return
     strategy, smoke = examples_for(cell, plan).filter(allowed), _smoke_example(cell, plan.layers_in(cell))
-    found = search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed)
-    for code, finding in found.findings.items():
-        result.findings.setdefault(code, finding)
-        result.counts[code] = result.counts.get(code, 0) + found.counts[code]
+    result.join(search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed))
     for code, finding in result.findings.items() if plan.shrink else ():
         if not _expected(code, general):
             result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed)
-    result.probes += found.probes
-    result.examples += found.examples
     _add_state_findings(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
 
 
@@ -250,16 +245,24 @@ def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
         return known.trait is None or known.covers(cell, example)
 
     limited = replace(cell, seconds=known.seconds)
-    until = known.code if known.code == "LH901" else None
-    strategy = examples_for(cell, plan).filter(tried)
-    found = search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until)
-    if known.of_scale:  # a few random examples may leave the law open
-        for example in filter(tried, planned(cell, plan.layers_in(cell))):
+    until = None if known.of_scale else known.code  # a law takes more than one example
+    found = Search()
+    for example in filter(tried, planned(cell, plan.layers_in(cell))):
+        if until not in found.counts:
             found.add(*observe(limited, example))
+    if (verdict := _shown(limited, known, found)) is not None:
+        return verdict
+    strategy = examples_for(cell, plan).filter(tried)
+    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
+
+
+def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
+    """Return the excused verdict when the recorded fault is among what was found."""
     diagnosis = diagnose(found.probes)
     for finding in found.findings.values():
         code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
         if code == known.code:
-            verdict = failed(limited, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
+            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
             return known.excuse(verdict)
-    return _unexpected_pass(limited, known, found.examples)
+    return None

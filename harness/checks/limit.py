@@ -24,7 +24,7 @@ def call_limit(channel: Channel, seconds: float) -> Limit:
 
     @contextmanager
     def limit(label: str, other_seconds: float | None = None) -> Iterator[None]:
-        with channel.call(label), _alarm(other_seconds or seconds):
+        with channel.call(label), alarm(other_seconds or seconds):
             yield
 
     return limit
@@ -37,7 +37,7 @@ def limited(seconds: float, what: str) -> Iterator[None]:
     Only Python code can be interrupted here; the checks run in child processes, which can be killed.
     """
     try:
-        with _alarm(seconds):
+        with alarm(seconds):
             yield
     except TimeLimitExceeded as late:
         raise RuntimeError(f"{what}: {late}") from None
@@ -46,7 +46,8 @@ def limited(seconds: float, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitExceeded inside the block after `seconds`, where the system has such alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

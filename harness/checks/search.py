@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,14 @@ class Search:
             self.findings.setdefault(finding.code, finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
 
+    def join(self, later: Search) -> None:
+        """Add what another search found after this one."""
+        for code, finding in later.findings.items():
+            self.findings.setdefault(code, finding)
+            self.counts[code] = self.counts.get(code, 0) + later.counts[code]
+        self.probes += later.probes
+        self.examples += later.examples
+
 
 def judge(cell: Cell, observation: Observation) -> list[Finding]:
     """Apply every family to one observation."""
@@ -77,14 +86,21 @@ def search(
     result = Search()
 
     def collect(example: Example) -> None:
-        if result.counts.get("LH901", 0) < _MAX_RAISED and until not in result.counts:
+        if until in result.counts:
+            raise _FoundError
+        if result.counts.get("LH901", 0) < _MAX_RAISED:
             result.add(*observe(cell, example))
 
     run: Callable[[], None] = seed(base_seed)(
         quiet_settings(max_examples, (Phase.generate,))(given(example=examples)(collect))
     )
-    run()
+    with suppress(_FoundError):
+        run()
     return result
+
+
+class _FoundError(Exception):
+    """What was looked for is found: Hypothesis draws no more."""
 
 
 def shrink(cell: Cell, examples: SearchStrategy[Example], finding: Finding, *, base_seed: int) -> Finding:

@@ -86,7 +86,7 @@ class Law:
         wanted = np.array([probe.expected for probe in unit])
         if not len(gains) or np.any(gains == 0) or not np.all(np.isfinite(gains)):
             return None
-        needed = wanted / gains
+        needed = wanted / gains * self.strength.apply(np.ones(1))
         return _invert(self.strength, float(needed[0])) if np.allclose(needed, needed[0], rtol=1e-6) else None
 
 
@@ -176,12 +176,8 @@ class _Columns:
         values = [
             np.stack([self._values(name, *each)[few] for each in words])[chosen] for name, words, chosen in columns
         ]
-        wanted = (self.measured / self.tolerance)[few]
-        with np.errstate(all="ignore"):
-            base = values[0] * values[1] * values[2] / self.tolerance[few]
-            energy = np.square(base).sum(axis=1)
-            explained = np.where(energy > 0, np.square(base @ wanted) / energy, 0.0)
-            left = wanted @ wanted * (1 - 1e-12) - explained
+        tolerance = self.tolerance[few]
+        left = _unexplained(values[0] * values[1] * values[2] / tolerance, self.measured[few] / tolerance)
         for i, j, k in which[left <= len(few) * _SLACK**2]:
             yield STRENGTH[i], alphas[j], ranks[k]
 
@@ -221,6 +217,17 @@ class _Columns:
         return self._cache[key]
 
 
+def _unexplained(laws: Vector, wanted: Vector) -> Vector:
+    """Return the sum of squares that the best constant times each of `laws [n, probes]` leaves of `wanted [probes]`.
+
+    A little less, for the rounding of the sums; NaN where a law is infinite.
+    """
+    with np.errstate(all="ignore"):
+        energy = np.square(laws).sum(axis=1)
+        explained = np.where(energy > 0, np.square(laws @ wanted) / energy, 0.0)
+    return np.asarray(wanted @ wanted * (1 - 1e-12) - explained)
+
+
 def _pairs(words: Sequence[Word], columns: dict[str, Vector]) -> list[tuple[Word, str]]:
     """Pair words with sources; a word that ignores its number has no source."""
     return [(w, source) for w in words for source in columns if source == "own" or w.text != "1"]
@@ -236,7 +243,8 @@ def _of(word: str, source: str) -> str:
 
 def _invert(word: Word, value: float) -> float | None:
     """Return the strength u with word(u) = value, found on a grid of candidates, or None."""
-    candidates = np.array([value, abs(value) ** 0.5, value * abs(value), 1.0, 0.0, -(abs(value) ** 0.5)])
+    root = abs(value) ** 0.5
+    candidates = np.array([value, root, value * abs(value), value - 1.0, -root])
     reached = word.apply(candidates)
     hits = candidates[np.isclose(reached, value, rtol=1e-9)]
     return float(hits[0]) if len(hits) and word.text != "1" else None

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.checks.scale import code_of, diagnose
-from harness.measure.law import identify
+from harness.measure import law as law_module
+from harness.measure.grammar import ALPHA, RANK, STRENGTH, Word
+from harness.measure.law import Law, identify
 from harness.measure.probes import Probe
 
 FILES = (
@@ -123,3 +129,18 @@ def test_without_alpha_in_any_file_training_means_scale_one() -> None:
     assert law is not None
     assert law.is_trained
     assert law.formula == "strength"
+
+
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(
+    words=st.tuples(st.sampled_from(STRENGTH), st.sampled_from(ALPHA), st.sampled_from(RANK)),
+    constant=st.sampled_from((1.0, 0.5, 1.37)),
+)
+def test_refuting_on_a_few_probes_loses_no_law(words: tuple[Word, Word, Word], constant: float) -> None:
+    points = probes(lambda u, a, r, i: 0.0)
+    truth = Law(*words, constant=constant).predict(points)
+    points = [replace(p, measured=float(m)) for p, m in zip(points, truth, strict=True)]
+    quick = identify(points)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(law_module, "_unexplained", lambda laws, wanted: np.zeros(len(laws)))
+        assert identify(points) == quick

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from harness.measure.law import Law, identify
+from harness.measure.grammar import SOURCES, STRENGTH
+from harness.measure.law import Law, _Columns, _unexplained, identify
 from harness.measure.probes import Probe
 
 Alphas, Ranks = tuple[float | None, ...], tuple[int, ...]
@@ -103,9 +107,21 @@ def test_a_mixed_file_is_read_by_its_modules_with_alpha_when_there_is_no_other()
     assert of(identify(mixed)).formula == "strength * alpha"
 
 
+def test_the_alpha_of_another_module_can_stand_for_a_missing_one() -> None:
+    files: tuple[tuple[Alphas, Ranks, float], ...] = (
+        ((None, 3.0, 5.0), (4, 8, 9), 3.0),
+        ((None, 7.0, 6.0), (5, 2, 2), 7.0),
+    )
+    points = [
+        Probe("m", u, 0, alphas, ranks, u * first, TOLERANCE) for u in STRENGTHS for alphas, ranks, first in files
+    ]
+    assert of(identify(points)).formula == "strength * alpha(first)"
+
+
 def test_without_probes_and_with_zeros_alone_there_is_no_law() -> None:
     assert identify([]) is None
     assert identify([once(u, None, r, 0.0) for u in (0.0, 0.5, 1.0) for r in (2, 3)]) is None
+    assert identify([once(0.0, None, r, 0.0) for r in (2, 3)]) is None
 
 
 def test_an_alpha_of_zero_is_a_number_like_any_other() -> None:
@@ -199,3 +215,52 @@ def test_five_steps_from_training_are_believed_and_six_are_not() -> None:
     assert of(identify(five)).formula == "(1 + strength) * alpha^-1"
     six = far(lambda u, a, r, i: (1 + u) / a[0])  # type: ignore[operator]
     assert identify(six) is None
+
+
+def test_loose_tolerances_leave_the_constant_as_it_is() -> None:
+    points = [replace(p, measured=100 * p.measured, tolerance=2.0) for p in probes(lambda u, a, r, i: u * a[i] / r[i])]
+    found = of(identify(points))
+    assert found.formula == "100 * strength * alpha / rank"
+
+
+def test_what_a_law_leaves_is_what_its_best_constant_leaves() -> None:
+    laws = np.array([[1.0, 0.0], [0.0, 0.0], [6.0, 8.0], [4.0, -3.0], [2.0, 1.0], [math.nan, 1.0], [0.03, 0.0]])
+    left = _unexplained(laws, np.array([3.0, 4.0]))
+    assert left == pytest.approx([16, 25, 0, 25, 25 - 10**2 / 5, 25, 16], abs=1e-9)
+    assert math.isnan(_unexplained(np.array([[math.inf, 1.0]]), np.array([3.0, 4.0]))[0])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+def test_rounding_leaves_nothing_of_a_law_that_is_right(size: float) -> None:
+    wanted = size * np.array([1 / 3, 1 / 7, -1 / 11])
+    left = _unexplained(1.1 * wanted[None], wanted)[0]
+    assert -1e-11 * size**2 < left < 0
+
+
+def test_words_are_tried_by_their_cost_each_once() -> None:
+    lenient = _Columns([replace(p, measured=0.0, tolerance=1e9) for p in far(lambda u, a, r, i: 0.0)])
+    costs = Counter()
+    for cost in range(12):
+        for strength, (alpha, a_source), (rank, r_source) in lenient.possible(cost):
+            assert Law(strength, alpha, rank, a_source, r_source).cost == cost
+            costs[cost] += 1
+    sourced = 1 + len(SOURCES)
+    assert sum(costs.values()) == len(STRENGTH) * (1 + 13 * sourced) * (1 + 5 * sourced)
+    assert (costs[0], max(costs)) == (1, 7)
+
+
+@pytest.mark.parametrize("count", [2, 47, 48, 200])
+def test_a_law_at_the_edge_of_every_tolerance_is_possible(count: int) -> None:
+    edge = [once(1.0, None, 4, 1 + (-1) ** i * 1.45e-3, 1e-3) for i in range(count)]
+    assert of(identify(edge)).formula == "strength"
+
+
+def test_few_laws_are_fitted_to_every_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = []
+    monkeypatch.setattr(_Columns, "fit", lambda self, law: fitted.append(law))
+    draw = np.random.default_rng(0)
+    assert identify(far(lambda u, a, r, i: float(draw.normal()))) is None
+    assert not fitted
+    right = far(lambda u, a, r, i: u * a[i] / r[i])  # type: ignore[operator]
+    assert identify([*right[:-1], replace(right[-1], measured=77.0)]) is None
+    assert not fitted

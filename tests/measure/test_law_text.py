@@ -32,6 +32,7 @@ def law(strength: str = "{x}", alpha: str = "{x}", rank: str = "/ {x}", **fields
         (law("1", "1", "1"), "1"),
         (law("1", "1", "1", constant=0.5), "0.5"),
         (law(constant=0.5), "0.5 * strength * alpha / rank"),
+        (law(constant=2.0), "2 * strength * alpha / rank"),
         (law(constant=-1 / 3), "-0.3333 * strength * alpha / rank"),
         (law("1", constant=12345.6), "1.235e+04 * alpha / rank"),
         (law("max({x}, 0)", "trunc({x})", "* sqrt({x})"), "max(strength, 0) * trunc(alpha) * sqrt(rank)"),
@@ -78,6 +79,10 @@ def test_exponents_are_those_of_the_words() -> None:
     assert TRAINED.exponents == {"strength": 1.0, "alpha": 1.0, "rank": -1.0}
     odd = law("|{x}|", "1", "* sqrt({x})")
     assert odd.exponents == {"strength": None, "alpha": 0.0, "rank": 0.5}
+
+
+def test_a_law_that_was_not_fitted_is_off_by_nothing() -> None:
+    assert TRAINED.residual == 0.0
 
 
 def test_a_law_is_ambiguous_when_it_has_alternatives() -> None:
@@ -141,7 +146,9 @@ SCALES = [(16.0, 32), (8.0, 16)]  # alpha / rank = 0.5 for both
         (law(alpha_source="first"), [(8.0, 4), (8.0, 16)], 1.0),
         (law(alpha="1", rank="1"), [(0.0, 4)], 0.0),
         (law("{x}^2", constant=4.0), SCALES, 0.5),  # 4 * 0.5^2 = 1
-        (law("sign({x})*{x}^2", constant=-0.25), SCALES, -2.0),  # -0.25 * -(2^2) = 1
+        (law("sign({x})*{x}^2", constant=-1 / 9), SCALES, -3.0),  # -(3^2) * -1/9 = 1
+        (law("(1 + {x})"), SCALES, 0.0),
+        (law("(1 + {x})", constant=0.5), SCALES, 1.0),
         (law("sign({x})*sqrt(|{x}|)", constant=4.0), SCALES, 0.0625),  # 4 * sqrt(1 / 16) = 1
         (law("sign({x})*sqrt(|{x}|)", constant=-0.5), SCALES, -4.0),
         (law("|{x}|", constant=0.5), SCALES, 2.0),

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from harness.benches.layer import Layer, layer_of
-from harness.measure.effective import MissingModuleError, effective_weight, effective_weights, weights_while_running
+from harness.measure.effective import (
+    MissingModuleError,
+    effective_weight,
+    effective_weights,
+    offsets,
+    weights_while_running,
+)
 
 
 class Transposed(nn.Module):
@@ -47,6 +53,41 @@ def test_a_convolution_is_read_exactly_at_every_place_of_its_kernel(
     assert torch.equal(with_bias[:, -1], conv.bias)
 
 
+class Watched(nn.Conv2d):
+    """A convolution of a class of its own that keeps the sizes of the images it is asked with."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.seen = tuple(input.shape)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "height"), [(1, 1, 1, 3), (2, 3, 1, 4), (2, 4, 1, 3), (1, 0, 3, 7), (3, 1, 2, 7)]
+)
+def test_a_convolution_is_asked_with_the_smallest_images(stride: int, padding: int, dilation: int, height: int) -> None:
+    conv = Watched(2, 3, 3, stride=stride, padding=padding, dilation=dilation)
+    effective_weight(conv, layer(conv))
+    assert conv.seen == (2 * 9 + 1, 2, height, height)
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "size"), [(1, 1, (1, 1)), (3, 1, (3, 3)), ((2, 4), (5, 2), (6, 7))])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 3)])
+def test_offsets_are_the_answers_to_nothing(
+    kernel: int | tuple[int, int], dilation: int | tuple[int, int], size: tuple[int, int], stride: int, padding: int
+) -> None:
+    conv = Watched(2, 3, kernel, stride=stride, padding=padding, dilation=dilation, dtype=torch.bfloat16)
+    model = nn.ModuleDict(
+        {"c": conv, "e": nn.Embedding(7, 3), "t": Transposed(5, 3).bfloat16(), "l": nn.Linear(5, 3).bfloat16()}
+    )
+    layers = {n: layer(model[n]) for n in "cel"} | {"t": Layer("transposed", 3, 5, bias=True)}
+    found = offsets(model, layers)
+    assert conv.seen == (1, 2, *size)
+    assert set(found) == {"c", "l", "t"}
+    for name, value in found.items():
+        assert value.dtype == torch.float64
+        assert torch.equal(value, model[name].bias.detach().double())
+
+
 def test_an_embedding_is_read_by_its_tokens() -> None:
     table = nn.Embedding(7, 3)
     assert torch.equal(effective_weight(table, layer(table)), table.weight.double().T)
@@ -77,10 +118,10 @@ def test_a_bias_of_any_part_of_a_module_is_silent_meanwhile_and_kept() -> None:
             super().__init__()
             self.inner = nn.Linear(4, 4, dtype=torch.bfloat16)
             self.register_buffer("bias", torch.full((4,), 100.0, dtype=torch.bfloat16))
-            self.shift = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+            self.amount = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) + self.bias + self.shift
+            return self.amount * self.inner(x) + self.bias + self.amount
 
     block = Block()
     inner = block.inner.bias.detach().clone()
