@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -88,6 +89,7 @@ def watched(subject: Subject, watch: Watch) -> Subject:
 def measure(name: str, plan: Plan, most_cells: int | None) -> Spent:
     subject, loader = resolve(name), Watch()
     cells = [replace(c, subject=watched(subject, loader), limit=limit) for c in declared_cells(subject)][:most_cells]
+    gc.freeze()  # as the children do that check cells
     _check(cells[0], Plan(max_examples=1))  # imports
     loader.seconds, loader.calls, loader.hung = 0.0, 0, 0.0
     with reference() as right:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from functools import cache
@@ -41,7 +42,6 @@ def reports() -> list[dict[str, Any]]:
     return tomllib.loads((fixtures_folder() / BROKEN / "index.toml").read_text(encoding="utf-8"))["report"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", turn(broken_cases(), 8), ids=lambda case: case.name)
 def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     (result,) = measure([case], max_examples=25, seeds=(), limits=Limits(seconds=5, workers=1))
@@ -49,7 +49,6 @@ def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     assert result.named, f"codes should be within {case.fault.codes}:\n{said}" if case.fault else said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", turn(correct_cases(), 4), ids=lambda case: case.name)
 def test_a_right_loader_is_never_blamed(case: Case) -> None:
     (result,) = measure(
@@ -135,6 +134,17 @@ def test_selftest_reports_what_it_measured_and_reads_it_again(tmp_path: Path) ->
     again = CliRunner().invoke(main, ["selftest", "--from", str(tmp_path / "run.jsonl"), "--markdown"])
     assert again.output == done.output
     assert "5 % too strong" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_a_right_loader_are_shared_by_its_cells() -> None:
+    options = ["--kind", "right", "--only", "embedding", "--except", "none such", "--right-examples", "8"]
+    done = CliRunner().invoke(main, ["selftest", *options, "--max-examples", "1", "-j", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    (record,) = [json.loads(line) for line in done.output.splitlines() if '"power"' in line and '"embedding"' in line]
+    (case,) = [case for case in correct_cases() if case.name == "embedding"]
+    assert record["trials"] == measure([case], max_examples=4, seeds=(), limits=Limits(workers=1))[0].examples
+    nothing = CliRunner().invoke(main, ["selftest", "--kind", "wrong", "--only", "embedding", "--except", "e"])
+    assert nothing.exit_code == 2
 
 
 def test_every_fault_has_codes_and_its_own_words() -> None:

@@ -50,5 +50,11 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: int) -> Tensor:
         if pid not in self._copies:
-            self._copies[pid] = copy.deepcopy(self._tensors[pid])
+            self._copies[pid] = _copy(self._tensors[pid])
         return self._copies[pid]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if type(tensor) is torch.nn.Parameter:  # half of the time of a deep copy
+        return torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return copy.deepcopy(tensor)

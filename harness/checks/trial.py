@@ -110,7 +110,7 @@ def run_trial(
     base = base_weights(bench, example.dtype, bias)
     updates = cell.variant.updates(example, cell.view, cell.view.gather(base))
     times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
-    before = {name: times * weight for name, weight in base.items()}
+    before = base if times == 1 else {name: times * weight for name, weight in base.items()}
     model = bench.build(_dtype(example.dtype))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
         path = write_example(cell, example, updates, Path(folder))
@@ -206,13 +206,10 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
 
     measured = ("weight", "bias") if bias else ("weight",)
     weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
-    expected = bench.base(_dtype(dtype)).state_dict()
-    found = {_base_name(name): value for name, value in model.state_dict().items()}
-    return tuple(
-        name
-        for name, value in expected.items()
-        if name not in weights and name in found and not torch.equal(found[name].cpu().to(value.dtype), value)
-    )
+    expected = {name: value for name, value in bench.base(_dtype(dtype)).state_dict().items() if name not in weights}
+    state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found = {base: value for name, value in state if (base := _base_name(name)) in expected}
+    return tuple(n for n, value in found.items() if not torch.equal(value.cpu().to(expected[n].dtype), expected[n]))
 
 
 def _shifted(bench: Bench, model: torch.nn.Module, dtype: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
+    from harness.power.cases import Case
     from harness.power.measure import Result
     from harness.report.models import PowerRecord
 
@@ -21,13 +22,21 @@ _EPILOG = """\b
 Examples:
   lora-harness selftest --quick
   lora-harness selftest --only subtle --max-examples 200 --out reports/out/subtle
+  lora-harness selftest --kind right --right-examples 10000 --out reports/out/right
   lora-harness selftest --from reports/out/subtle/run.jsonl --markdown"""
 
 
 @click.command(epilog=_EPILOG)
 @click.option("--quick", is_flag=True, help="Few examples, one format and one bench: some minutes.")
 @click.option("--only", metavar="TEXT", help="Only loaders whose name contains TEXT.")
+@click.option("--except", "left_out", metavar="TEXT", help="Leave out loaders whose name contains TEXT.")
+@click.option("--kind", type=click.Choice(["wrong", "right"]), help="Only loaders that are wrong, or only right ones.")
 @click.option("--max-examples", type=click.IntRange(1), help="Random examples per format and bench.  [default: 200]")
+@click.option(
+    "--right-examples",
+    type=click.IntRange(1),
+    help="Random examples per right loader instead, shared by its formats and benches.",
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Write OUT/run.jsonl and the report OUT/index.html."
 )
@@ -44,9 +53,7 @@ Examples:
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
-def command(
-    markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int, as_json: bool, only: str | None, **options: Any
-) -> None:
+def command(markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int, as_json: bool, **options: Any) -> None:
     """Check the checks: loaders that are wrong in one known way must be found and named, right ones never blamed.
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
@@ -68,7 +75,7 @@ def command(
             if not quiet:
                 click.echo(_line(result))
 
-        results = _measure(only, seed, options, show)
+        results = _measure(seed, options, show)
         writer.exit_code = 0 if all(result.right for result in results) else 1
     if out:
         write_page(out, as_json=True)
@@ -79,14 +86,21 @@ def command(
     sys.exit(writer.exit_code)
 
 
-def _measure(only: str | None, seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
-    from harness.checks.run import Limits
+def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Case]:
     from harness.power.cases import broken_cases, correct_cases
+
+    every = (*(broken_cases() if kind != "right" else ()), *(correct_cases() if kind != "wrong" else ()))
+    cases = [case for case in every if (only or "") in case.name and not (left_out and left_out in case.name)]
+    if not cases:
+        raise click.UsageError(f"--only {only!r}: no fixture loader that is not left out has that in its name")
+    return cases
+
+
+def _measure(seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
+    from harness.checks.run import Limits
     from harness.power.measure import measure
 
-    cases = [case for case in (*broken_cases(), *correct_cases()) if only is None or only in case.name]
-    if not cases:
-        raise click.UsageError(f"--only {only!r}: no fixture loader has that in its name")
+    cases = _cases(options["only"], options["left_out"], options["kind"])
     quick = options["quick"]
     limits = Limits(
         options["time_limit"] or shared.default_seconds(""), workers=shared.worker_count(options["workers"])
@@ -94,6 +108,7 @@ def _measure(only: str | None, seed: int, options: dict[str, Any], show: Callabl
     return measure(
         cases,
         max_examples=options["max_examples"] or (_QUICK_EXAMPLES if quick else 200),
+        right_examples=options["right_examples"],
         base_seed=seed,
         limits=limits,
         on_result=show,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def run_child(
     owner = os.getpid()
     try:
         _fence(output)
+        gc.freeze()  # every collection of garbage would look through all that the parent has imported
         tempfile.tempdir = os.environ["TMPDIR"] = folder
         channel = PipeChannel(messages)
         if memory_limit is not None:

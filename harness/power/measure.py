@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,7 @@ def measure(
     cases: Sequence[Case],
     *,
     max_examples: int = 200,
+    right_examples: int | None = None,
     base_seed: int = 0,
     seeds: Sequence[int] = _SEEDS,
     formats: tuple[str, ...] = (),
@@ -99,14 +101,19 @@ def measure(
     """Check every case in children of this process and return what was said, in the order of `cases`.
 
     `max_examples` are drawn per cell from `base_seed`; each of `seeds` starts one more search that ends at the first
-    failure. `formats` and `benches` are those of the correct loaders; a broken one is tried where its fault shows.
+    failure. `right_examples` are for each correct loader instead, shared by its cells. `formats` and `benches` are
+    those of the correct loaders; a broken one is tried where its fault shows.
     """
     results = [Result(case) for case in cases]
     work = [(result, cell) for result in results for cell in result.case.cells(formats, benches)]
     waiting = Counter(result.case.name for result, _ in work)
-    jobs = [
-        _job(result.case, cell, Plan(max_examples, base_seed, shrink=False), seeds, limits) for result, cell in work
-    ]
+    cells = Counter(waiting)
+
+    def plan(case: Case) -> Plan:
+        shared = math.ceil(right_examples / cells[case.name]) if right_examples and case.fault is None else None
+        return Plan(shared or max_examples, base_seed, shrink=False)
+
+    jobs = [_job(result.case, cell, plan(result.case), seeds, limits) for result, cell in work]
 
     def take(index: int, event: object) -> None:
         result = work[index][0]

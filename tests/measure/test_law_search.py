@@ -209,7 +209,6 @@ def far(scale: Callable[[float, Alphas, Ranks, int], float]) -> list[Probe]:
     ]
 
 
-@pytest.mark.slow
 def test_five_steps_from_training_are_believed_and_six_are_not() -> None:
     five = far(lambda u, a, r, i: (1 + u) / a[i])  # type: ignore[operator]
     assert of(identify(five)).formula == "(1 + strength) * alpha^-1"
