@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,17 @@ def effective_weights(model: nn.Module, layers: Mapping[str, Layer], *, bias: bo
 
     `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
     the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
-    and untouched is not asked, unless for its bias.
+    and untouched is not asked.
 
     Raises:
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than its layer does.
     """
-    modules, like = dict(model.named_modules()), _numbers_of(model)
-    known = not bias and torch_is_itself()
+    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
 
     def read(module: nn.Module, layer: Layer) -> Tensor:
         plain = known and is_plain(module, layer, like)
-        return weight_of(module) if plain else effective_weight(module, layer, like, bias=bias)
+        return weight_of(module, layer, bias=bias) if plain else effective_weight(module, layer, like, bias=bias)
 
     return {name: read(_find(modules, name), layer) for name, layer in layers.items()}
 
@@ -80,7 +79,7 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     have the dtype and device of `like`, by default those of the module's own numbers.
     """
     like = _numbers_of(module) if like is None else like
-    with nullcontext() if bias else _without_bias(module):
+    with _without_bias(module):
         answer = _ASK[layer.kind](module, layer, like)
     if not isinstance(answer, Tensor) or answer.shape != (layer.columns + 1, layer.rows):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -88,8 +87,8 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
             f"module answers {got} to {layer.columns + 1} inputs, but should be {(layer.columns + 1, layer.rows)}"
         )
     answer = answer.double().cpu()
-    columns = [(answer[:-1] - answer[-1]).T] + [answer[-1:].T] * bias
-    return torch.cat(columns, dim=1)
+    weight = (answer[:-1] - answer[-1]).T
+    return torch.cat([weight, _ask_nothing(module, layer, like)[:, None]], dim=1) if bias else weight
 
 
 @torch.no_grad()
@@ -109,6 +108,8 @@ def offsets(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
 
 
 def _ask_nothing(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
+    if layer.kind == "embedding":
+        return torch.zeros(layer.rows, dtype=torch.float64)
     size = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
     zeros = torch.zeros(1, layer.channels, *size, device=like.device, dtype=like.dtype)
     answer: Tensor = module(zeros)

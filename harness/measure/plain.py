@@ -59,10 +59,11 @@ def _is_ordinary(x: Tensor, like: Tensor) -> bool:
     return ordinary and x.dtype == like.dtype and x.device == like.device
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight `[rows, columns]` of a plain layer, in float64."""
+def weight_of(module: nn.Module, layer: Layer, *, bias: bool = False) -> Tensor:
+    """Return the weight `[rows, columns]` of a plain layer in float64, with a column for the bias when asked."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.detach().double().cpu().flatten(1).clone()
+    columns = [weight.detach().double().cpu().flatten(1)] + [offset_of(module, layer)[:, None]] * bias
+    return torch.cat(columns, dim=1)
 
 
 def offset_of(module: nn.Module, layer: Layer) -> Tensor:

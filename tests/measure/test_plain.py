@@ -51,9 +51,9 @@ def test_what_is_known_of_a_plain_layer_is_what_it_answers(
     model = nn.Sequential(make(bias=bias).to(dtype))
     layers = {"0": layer(model[0])}
     assert plain(model[0])
-    known = effective_weights(model, layers)["0"], offsets(model, layers)["0"]
+    known = *(effective_weights(model, layers, bias=b)["0"] for b in (False, True)), offsets(model, layers)["0"]
     monkeypatch.setattr(effective, "torch_is_itself", lambda: False)
-    asked = effective_weights(model, layers)["0"], offsets(model, layers)["0"]
+    asked = *(effective_weights(model, layers, bias=b)["0"] for b in (False, True)), offsets(model, layers)["0"]
     for mine, answered in zip(known, asked, strict=True):
         assert mine.dtype == torch.float64
         assert not mine.requires_grad
@@ -62,7 +62,7 @@ def test_what_is_known_of_a_plain_layer_is_what_it_answers(
 
 def test_what_is_known_is_a_copy() -> None:
     module = linear(torch.float64)
-    weight, offset = weight_of(module), offsets(nn.Sequential(module), {"0": layer(module)})["0"]
+    weight, offset = weight_of(module, layer(module)), offsets(nn.Sequential(module), {"0": layer(module)})["0"]
     weight.zero_()
     offset.zero_()
     assert module.weight.abs().min() > 0
