@@ -178,12 +178,12 @@ def test_a_constant_that_is_no_simple_fraction_is_reported_as_measured(constant:
     assert found.constant == pytest.approx(measured, rel=1e-12)
 
 
-def test_the_constant_is_the_weighted_least_squares_one() -> None:
+@pytest.mark.parametrize("t", [1e-3, 0.3])
+def test_the_constant_is_the_weighted_least_squares_one(t: float) -> None:
     # weights 1 / t^2: bases 1, 2 and tolerances t, 2t give (1 m1 + 2 m2 / 4) / (1 + 4 / 4)
-    t = 1e-3
-    points = [once(1.0, None, 4, 1.37 + t, t), once(2.0, None, 4, 2.74 - t, 2 * t)]
+    points = [once(1.0, None, 4, 13.37 + t, t), once(2.0, None, 4, 26.74 - t, 2 * t)]
     found = of(identify(points))
-    assert found.constant == pytest.approx(1.37 + t / 4, rel=1e-12)
+    assert found.constant == pytest.approx(13.37 + t / 4, rel=1e-12)
     assert found.residual == pytest.approx(1.5 * t, rel=1e-9)
 
 
@@ -251,6 +251,12 @@ def test_words_are_tried_by_their_cost_each_once() -> None:
 @pytest.mark.parametrize("count", [2, 47, 48, 200])
 def test_a_law_at_the_edge_of_every_tolerance_is_possible(count: int) -> None:
     edge = [once(1.0, None, 4, 1 + (-1) ** i * 1.45e-3, 1e-3) for i in range(count)]
+    assert of(identify(edge)).formula == "strength"
+
+
+def test_so_is_one_at_the_edge_of_many_that_differ() -> None:
+    strengths = [1 + i / 7 for i in range(48)]
+    edge = [once(u, None, 4, u + (-1) ** i * 1.495e-3, 1e-3) for i, u in enumerate(strengths)]
     assert of(identify(edge)).formula == "strength"
 
 

@@ -138,7 +138,7 @@ SCALES = [(16.0, 32), (8.0, 16)]  # alpha / rank = 0.5 for both
     ("found", "scales", "use"),
     [
         (TRAINED, SCALES, 1.0),
-        (TRAINED, [(3.0, 7), (5.0, 2)], 1.0),
+        (TRAINED, [(3.0, 7), (5.0, 2), (4.0, 1)], 1.0),
         (law(constant=4.0), SCALES, 0.25),
         (law(constant=-0.5), SCALES, -2.0),
         (law(rank="1"), [(16.0, 32), (4.0, 32)], 1 / 32),

@@ -234,7 +234,7 @@ def test_numbers_on_another_device_are_not_plain() -> None:
     assert not plain(linear(), torch.empty(0, device="meta"))
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (3, 4), (5, 3)])
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4), (3, 6), (5, 3), (1, 15)])
 def test_a_weight_that_is_not_of_the_layers_shape_is_asked(shape: tuple[int, int]) -> None:
     module = linear(bias=False)
     module.weight = nn.Parameter(torch.zeros(shape))

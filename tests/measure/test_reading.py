@@ -83,7 +83,7 @@ def test_offsets_are_the_answers_to_nothing(
     assert conv.seen == (1, 2, *size)
     assert set(found) == {"c", "l", "t"}
     for name, value in found.items():
-        assert value.dtype == torch.float64
+        assert (value.dtype, value.requires_grad) == (torch.float64, False)
         assert torch.equal(value, model[name].bias.detach().double())
 
 
