@@ -174,8 +174,10 @@ def row_name(bench: str, variant: str, row: Iterable[Cell | None]) -> str:
 
 
 def matrix_lines(grid: Mapping[CellKey, Cell]) -> list[tuple[str, str, str]]:
-    """Return (loader, bench, variant) of each line of the matrix."""
-    return list(dict.fromkeys((loader, bench, variant) for loader, _, bench, variant in grid))
+    """Return (loader, bench, variant) of each line: loaders and benches as they came, plain LoRA before variants."""
+    lines = list(dict.fromkeys((loader, bench, variant) for loader, _, bench, variant in grid))
+    loaders, benches = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
+    return sorted(lines, key=lambda line: (loaders.index(line[0]), benches.index(line[1]), line[2] != "lora", line[2]))
 
 
 def matrix_columns(grid: Mapping[CellKey, Cell]) -> list[str]:

@@ -66,17 +66,21 @@ def matrix_table(run: Run) -> Table:
     grid = cells(run)
     formats = matrix_columns(grid)
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    lines = matrix_lines(grid)
-    table.add_column("", overflow="fold", min_width=min(max((len(line[1]) for line in lines), default=0) + 2, _WIDEST))
+    rows = {line: [grid.get((line[0], fmt, *line[1:])) for fmt in formats] for line in matrix_lines(grid)}
+    widest = max((len(bench) + 2 for _, bench, _ in rows), default=0)
+    table.add_column("", overflow="fold", min_width=min(widest, _WIDEST))
     for name in formats:
         table.add_column(Text(plain(name)), overflow="fold")
-    above = None
-    for loader, bench, variant in lines:
-        if loader != above:
+    above: tuple[str, str] = ("", "")
+    for (loader, bench, variant), row in rows.items():
+        if loader != above[0]:
             table.add_row(Text(plain(loader), style="bold"))
-        above = loader
-        row = [grid.get((loader, fmt, bench, variant)) for fmt in formats]
-        table.add_row(Text(f"  {plain(row_name(bench, variant, row))}"), *map(_cell, row))
+        name = row_name(bench, variant, row)
+        if variant != "lora" and (loader, bench) != above:
+            table.add_row(Text(f"  {plain(bench)}"))
+        name = f"  {name.removeprefix(f'{bench} · ')}" if variant != "lora" else name
+        table.add_row(Text(f"  {plain(name)}"), *map(_cell, row))
+        above = (loader, bench)
     return table
 
 
