@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -123,19 +123,9 @@ def _cell(value: object) -> object:
 
 
 def _html(rows: Sequence[AuditRow]) -> bytes:
-    from jinja2 import Environment, PackageLoader
+    from harness.report.audit_page import render_audit_page
 
-    environment = Environment(loader=PackageLoader("harness.doctor"), autoescape=True)
-    cells: Iterable[list[str]] = ([_shown(flat(row)[name]) for name in COLUMNS] for row in rows)
-    bad = sum(bool(row.hazards) for row in rows)
-    page = environment.get_template("audit.html.j2").render(columns=COLUMNS, rows=cells, total=len(rows), bad=bad)
-    return page.encode("utf-8", "backslashreplace")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else printable(value, 400)
+    return render_audit_page(rows).encode("utf-8", "backslashreplace")
 
 
 def _parquet_bytes(rows: Sequence[AuditRow]) -> bytes:

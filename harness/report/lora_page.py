@@ -20,7 +20,7 @@ from harness.report.plain import plain
 from harness.report.shell import asset, environment, policy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
-_SIGNS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–"}
+SIGNS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–"}
 _WORST = ("errored", "failed", "xpassed", "xfailed", "skipped", "passed")
 _MOST_MODULES = 3000
 _TITLES = 3
@@ -51,7 +51,7 @@ class Shown:
     @property
     def sign(self) -> str:
         """The sign that stands for the look beside its word and colour."""
-        return _SIGNS[self.outlook[0]]
+        return SIGNS[self.outlook[0]]
 
     @cached_property
     def blocks(self) -> list[BlockEnergy]:
@@ -135,12 +135,12 @@ def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harn
     style, script = asset("report.css") + asset("lora.css"), asset("lora.js")
     shown = [Shown(record, f"file-{index}") for index, record in enumerate(records, 1)]
     page = environment()
-    page.filters |= {"number": _number, "sized": _sized, "counted": _counted}
+    page.filters |= FILTERS
     return page.get_template("lora.html.j2").render(
         files=shown,
         headline=_headline(shown),
         look=min((one.outlook[0] for one in shown), key=_WORST.index),
-        sign=_SIGNS,
+        sign=SIGNS,
         code=_code,
         law=_law,
         command=command,
@@ -178,3 +178,7 @@ def _sized(size: int | None) -> str:
 
 def _counted(values: dict[str, int]) -> str:
     return next(iter(values)) if len(values) == 1 else ", ".join(f"{value} ({n}×)" for value, n in values.items())
+
+
+FILTERS = {"number": _number, "sized": _sized, "counted": _counted}
+"""What the templates of LoRA files write numbers, sizes and counts with."""

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from markupsafe import escape
 
 from fixtures.build_malformed import CASES, FILE_CASES, build
+from harness.checks.codes import CODES
 from harness.commands.audit import command
 from harness.doctor import audit_row, audit_work
 from harness.doctor.audit import audit_files
@@ -177,9 +179,20 @@ def test_a_hostile_name_is_harmless_in_csv_and_html(tmp_path: Path) -> None:
     formula = rows[0].model_copy(update={"path": "=cmd()"})
     assert "'=cmd()" in write_rows(tmp_path / "formula.csv", [formula]).read_text()
     page = write_rows(tmp_path / "rows.html", rows).read_text()
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
     assert "\x1b" not in page
+
+
+def test_the_page_counts_hazards_and_says_what_is_wrong_with_each_file(library: Path, tmp_path: Path) -> None:
+    rows = audit_files([library], workers=0)
+    page = write_rows(tmp_path / "rows.html", rows).read_text()
+    assert "5 LoRA files: 4 without hazards, 1 unreadable" in page
+    for row in rows:
+        assert escape(os.path.basename(row.path)) in page
+        assert all(escape(hazard.what[:200]) in page for hazard in row.hazards)
+    for code in {code for row in rows for code in row.codes}:
+        assert escape(CODES[code].fix) in page
 
 
 def test_what_cannot_be_written_or_resumed_is_said_first(library: Path, tmp_path: Path) -> None:
