@@ -48,7 +48,7 @@ def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, fam
     worst = finding.modules[0] if finding.modules else None
     fit = _worst_fit(finding, worst)
     example = finding.observation.example
-    law = diagnosis.law if family in ("scale", "strength") else None
+    law = diagnosis.law if family in ("scale", "strength") and diagnosis.law and not diagnosis.law.is_trained else None
     use = _prescription(law, example)
     outcome: Outcome = "errored" if family == "smoke" else "failed"
     numbers = {"measured_scale": fit.scale, "expected_scale": fit.expected, "ratio": _ratio(fit)} if fit else {}
@@ -124,7 +124,7 @@ def _rows(
 
 
 def _lora(example: Example) -> str:
-    shown = [f"{t.name.rpartition('.')[2]} r{t.rank} alpha {_alpha(t.alpha)}" for t in example.targets[:_SHOWN_MODULES]]
+    shown = [f"{_short(t.name)} r{t.rank} alpha {_alpha(t.alpha)}" for t in example.targets[:_SHOWN_MODULES]]
     shapes = {(t.rank, t.alpha) for t in example.targets}
     more = len(example.targets) - _SHOWN_MODULES
     if len(shapes) == 1:
@@ -136,11 +136,17 @@ def _lora(example: Example) -> str:
     )
 
 
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-2:])  # the last part alone is often a number
+
+
 def _alpha(alpha: float | None) -> str:
     return "absent" if alpha is None else f"{alpha:g}"
 
 
 def _measured(fit: Fit) -> str:
+    if fit.unchanged:
+        return "nothing changed"
     direction = "direction right" if fit.direction_right else f"{fit.relative_residual:.0%} of the change unexplained"
     return f"scale {fit.scale:.4f}, {direction}"
 
