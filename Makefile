@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
 EXAMPLES ?= 60
 
-.PHONY: report test test-slow lint bench mutants clean
+.PHONY: report test test-slow lint bench bench-gpu mutants clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
@@ -25,7 +25,10 @@ lint: $(READY)
 bench: $(READY)  ## every benchmark, as ratios within one run; writes benchmarks/results.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
-mutants: $(READY)  ## mutation tests of the core (hours): every change of an operator must fail a test
+bench-gpu: $(READY)  ## a full verify against the copy bandwidth of a GPU; writes benchmarks/gpu.md
+	$(BIN)/python -m benchmarks.gpu
+
+mutants: $(READY)  ## mutation tests of the core (half an hour): every change of an operator must fail a test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,mutants]'
 	$(BIN)/python -m benchmarks.mutants $(ARGS)
 

@@ -41,9 +41,17 @@ _WIDTH = 180  # of what is piped into a file
     "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
 )
 @click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option
 def command(
-    base: Path, merged: Path, lora: Path, strength: float, lora_alpha: float | None, full: bool, as_json: bool
+    base: Path,
+    merged: Path,
+    lora: Path,
+    strength: float,
+    lora_alpha: float | None,
+    full: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
@@ -53,7 +61,7 @@ def command(
     from harness.doctor.verify import verify_merge
 
     with _progress(quiet=shared.quiet_on(as_json)) as on_module:
-        options = {"strength": strength, "lora_alpha": lora_alpha, "full": full}
+        options = {"strength": strength, "lora_alpha": lora_alpha, "full": full, "device": device}
         report = verify_merge(base, merged, lora, on_module=on_module, **options)  # type: ignore[arg-type]
     _write_json(report) if as_json else _print(report)
     sys.exit(report.exit_code)

@@ -77,12 +77,14 @@ def measure(layer: Layer, expected: float) -> Baked:
     return judge(sample, found, expected)
 
 
-def measure_fully(layer: Layer, expected: float) -> Baked:
+def measure_fully(layer: Layer, expected: float, device: str = "cpu") -> Baked:
     """Measure one layer from all its rows: the scale from the sample, the effect and what is unmerged from everything.
+
+    `device` makes the products of the rows.
 
     A run of rows counts as unmerged where not one element changed and a hundred should have.
     """
-    found, sums = measure(layer, expected), layer.stream()
+    found, sums = measure(layer, expected), layer.stream(device)
     whole = replace(found, elements=layer.rows * layer.columns)
     if found.state == "not merged" and sums.changed.any():
         whole = replace(whole, state="mixed")

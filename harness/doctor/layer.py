@@ -150,10 +150,13 @@ class Layer:
         coarse = UNIT_ROUNDOFF["bfloat16"]
         return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
 
-    def stream(self) -> Sums:
-        """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed."""
+    def stream(self, device: str = "cpu") -> Sums:
+        """Read every row once, in chunks: <ΔW, BA> is <ΔW A^T, B>, so that B @ A is never formed.
+
+        The products of the rows are made on `device`.
+        """
         before, after = (partial(store.rows, self.tensor) for store in (self.base, self.merged))
-        seen = row_products(before, after, self.right, rows=self.rows, bfloat16=self.dtype == "bfloat16")
+        seen = row_products(before, after, self.right, rows=self.rows, bfloat16=self.dtype == "bfloat16", device=device)
         left, gram = self.left.float(), self.right.float() @ self.right.float().t()
         overlap = torch.linalg.vecdot(seen, left)
         product = torch.linalg.vecdot(left @ gram, left)

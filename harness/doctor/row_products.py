@@ -12,15 +12,18 @@ from torch import Tensor
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored
 
 _CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it
+_DEVICE_BYTES = 1 << 26  # of one chunk in 16 bits on another device, whose calls cost more than its memory
 _TRIAL = (64, 2048, 32)  # rows, columns, rank: some milliseconds
 
 
-def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat16: bool) -> Tensor:
+def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat16: bool, device: str = "cpu") -> Tensor:
     """Return (after - before) @ right^T: [rows, r] in float32; right: [r, columns].
 
     `bfloat16` says that the weights after are stored so: those before are then rounded first, and the product is made
-    in bfloat16 where that is quicker.
+    in bfloat16 where that is quicker. On another `device` than the processor it always is.
     """
+    if device != "cpu":
+        return _on_device(before, after, right, rows, torch.bfloat16 if bfloat16 else torch.float32, device)
     step = max(1, _CHUNK_BYTES // (2 * right.shape[1]))
     spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     if bfloat16 and bfloat16_is_quicker():
@@ -31,6 +34,17 @@ def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat1
 def _in_bfloat16(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     turned = right.bfloat16().t()
     return torch.cat([((after(*span) - before(*span).bfloat16()) @ turned).float() for span in spans])
+
+
+def _on_device(before: Rows, after: Rows, right: Tensor, rows: int, dtype: torch.dtype, device: str) -> Tensor:
+    turned = right.to(device, dtype).t()
+    step = max(1, _DEVICE_BYTES // (2 * right.shape[1]))
+    seen = []
+    for start in range(0, rows, step):
+        span = start, min(start + step, rows)
+        change = after(*span).to(device, dtype) - before(*span).to(device, dtype)
+        seen.append((change @ turned).float())
+    return torch.cat(seen).cpu()
 
 
 def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Tensor:

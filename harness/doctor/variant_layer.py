@@ -34,8 +34,8 @@ class ProductLayer(Layer):
         """The number of columns."""
         return self.product.shape[1]
 
-    def stream(self) -> Sums:
-        """Read every row once, in chunks in which the product is formed."""
+    def stream(self, device: str = "cpu") -> Sums:
+        """Read every row once, in chunks in which the product is formed, on the processor whatever the `device`."""
         step = max(1, _CHUNK_ELEMENTS // self.columns)
         starts = range(0, self.rows, step)
         found = [self._chunk(start, min(start + step, self.rows)) for start in starts]

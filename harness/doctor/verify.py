@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from harness.checks.verdict import LawRecord, Verdict
 from harness.doctor.baked import Baked, measure, measure_fully
 from harness.doctor.baked_law import ScaleFound, name_law, scale_slack
@@ -60,6 +62,7 @@ def verify_merge(
     strength: float = 1.0,
     full: bool = False,
     lora_alpha: float | None = None,
+    device: str = "cpu",
     on_module: OnModule = lambda name: None,
 ) -> MergeReport:
     """Measure the scale that was baked into `merged` for every module of `lora`; one module is in memory at a time.
@@ -67,11 +70,12 @@ def verify_merge(
     `base` and `merged` are safetensors files, folders of them, or `*.safetensors.index.json`. Rows are sampled from
     every fused slice; `full` reads everything. Pairs, convolutions, Tucker cores, LoHa, LoKr, DoRA, whole differences
     and biases are measured; whatever else the file holds is a skipped verdict that says so. `lora_alpha` is the alpha
-    of the training for a file that carries none.
+    of the training for a file that carries none. `device` makes the products of a full read.
 
     Raises:
-        UserError: a file cannot be read, or no module of the LoRA is in the base.
+        UserError: a file cannot be read, no module of the LoRA is in the base, or there is no such device.
     """
+    _usable(device)
     adapter = read_lora(lora)
     before, after = Checkpoint.open(base), Checkpoint.open(merged)
     matched = before.match(adapter)
@@ -80,11 +84,18 @@ def verify_merge(
     found = []
     for piece in _pieces(adapter, before, matched):
         on_module(piece.name)
-        found.append(_module(adapter, piece, (before, after), strength, full, lora_alpha))
+        found.append(_module(adapter, piece, (before, after), strength, full, lora_alpha, device))
     touched = frozenset(module.tensor for module in found if module.tensor)
     untouched = compare_untouched(before, after, touched, full=full)
     command = _command(base, merged, lora, strength, full)
     return _report(adapter, found, untouched, Path(merged).name, command)
+
+
+def _usable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r}: {printable(error, 120)}") from None
 
 
 def _pieces(adapter: LoraAdapter, base: Checkpoint, matched: dict[str, str]) -> Iterator[Piece]:
@@ -100,6 +111,7 @@ def _module(
     strength: float,
     full: bool,
     lora_alpha: float | None,
+    device: str,
 ) -> Module:
     """Measure one tensor that a module changes, or say why it cannot be."""
     wanted = _wanted(adapter, piece, strength, lora_alpha)
@@ -110,7 +122,8 @@ def _module(
     if layer is None:
         shape = "x".join(map(str, stores[0].info(piece.tensor).shape))
         return Module(wanted, piece.tensor, None, f"the update does not fit the weight [{shape}]")
-    baked = (measure_fully if full and layer.streams else measure)(layer, wanted.expected)
+    every = full and layer.streams
+    baked = measure_fully(layer, wanted.expected, device) if every else measure(layer, wanted.expected)
     blends = _blends(layer, wanted)
     if blends:
         scale = wanted.expected

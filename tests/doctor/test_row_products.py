@@ -68,3 +68,17 @@ def test_rows_of_any_width_are_read_once_and_in_order() -> None:
 def test_the_choice_is_made_once() -> None:
     assert bfloat16_is_quicker() is bfloat16_is_quicker()
     assert bfloat16_is_quicker.cache_info().misses <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk", [1 << 12, 1 << 26])
+def test_another_device_makes_the_same_products(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_DEVICE_BYTES", chunk)
+    (before, after), right = weights(700, 1024, dtype), torch.randn(8, 1024)
+    in_bfloat16 = dtype == torch.bfloat16
+    work = torch.bfloat16 if in_bfloat16 else torch.float32
+    found = module._on_device(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, 700, work, "cpu")
+    assert found.dtype == torch.float32
+    assert worst(found, exact(before, after, right)) < (0.01 if in_bfloat16 else 1e-5)

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.doctor import verify_merge
+from harness.errors import UserError
 from harness.files import LoraWeights, write_lora
 from tests.doctor.merging import (
     DTYPES,
@@ -199,3 +201,8 @@ def test_strength_is_part_of_the_expectation(tmp_path: Path) -> None:
     assert case.verify(merged, strength=0.5).ok
     ignored = case.verify(case.merged(rounded_once, trained), strength=0.5).overall
     assert (ignored.code, ignored.law and ignored.law.formula) == ("LH207", "alpha / rank")
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="device 'nonsense'"):
+        verify_merge(tmp_path / "base", tmp_path / "merged", tmp_path / "lora", device="nonsense")
