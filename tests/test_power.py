@@ -49,6 +49,13 @@ def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     assert result.named, f"codes should be within {case.fault.codes}:\n{said}" if case.fault else said
 
 
+@pytest.mark.parametrize("name", ["directions:half_the_rows", "convolutions:core_transposed"])
+def test_a_wrong_direction_that_rounding_hides_now_and_then_is_no_wrong_scale(name: str) -> None:
+    (case,) = [case for case in broken_cases() if case.name == name]
+    (result,) = measure([case], max_examples=120, seeds=(), limits=Limits(seconds=5, workers=1))
+    assert result.named, "\n".join(verdict.text() for verdict in result.violations)
+
+
 @pytest.mark.parametrize("case", turn(correct_cases(), 4), ids=lambda case: case.name)
 def test_a_right_loader_is_never_blamed(case: Case) -> None:
     (result,) = measure(

@@ -111,10 +111,11 @@ def check_cell(
     diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
     on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))
     verdicts = list(_verdicts(cell, result, diagnosis))
-    codes = {verdict.code for verdict in verdicts}
-    yield from (_excused(verdict, general) for verdict in verdicts)
+    short = not plan.whole(cell)
+    yield from (_excused(verdict, general, short=short) for verdict in verdicts)
+    shown = {k for k in general for verdict in verdicts if k.names(verdict.code, short=short)}
     if plan.pins is None:
-        yield from (_known_verdict(cell, plan, k) for k in known if k.trait or k.code not in codes)
+        yield from (_known_verdict(cell, plan, k) for k in known if k not in shown)
 
 
 def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search) -> None:
@@ -193,6 +194,8 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
     if code in _RESIDUAL and _rarer(code, result.counts, 3):
         return True
     named = code == "LH209" and (diagnosis.law or diagnosis.trait)
+    if code == "LH209" and found[code].faint and not found.keys().isdisjoint(_DIRECTIONS):
+        return True  # where the change is large enough to tell, its direction is wrong
     if code in ("LH101", "LH102", "LH209") and not named and not unloaded and _rarer(code, result.counts, 10):
         return True  # a change that is wrong throughout has, now and then, some scale
     if code == "LH101":
@@ -203,6 +206,7 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
     return unnamed or (silent and not by_law and not found.keys().isdisjoint(("LH101", "LH102")))
 
 
+_DIRECTIONS = ("LH104", "LH301", "LH302", "LH303", "LH304")
 _RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
 
 
@@ -224,8 +228,8 @@ def _expected(code: str, known: Sequence[KnownFailure]) -> bool:
     return any(code == k.code or (code == "LH209" and k.of_scale) for k in known)
 
 
-def _excused(verdict: Verdict, known: Sequence[KnownFailure]) -> Verdict:
-    return next((k.excuse(verdict) for k in known if verdict.code == k.code), verdict)
+def _excused(verdict: Verdict, known: Sequence[KnownFailure], *, short: bool) -> Verdict:
+    return next((k.excuse(verdict) for k in known if k.names(verdict.code, short=short)), verdict)
 
 
 def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:

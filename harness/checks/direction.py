@@ -14,7 +14,7 @@ from harness.checks.trial import Observation
 from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
-_ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
+ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
 
 
 def check_direction(observation: Observation) -> list[Finding]:
@@ -40,7 +40,7 @@ def misplaced(observation: Observation) -> list[str]:
 
 def wrong_direction(fit: Fit) -> bool:
     """True when the change is not explained by any multiple of B @ A, beyond what a coarser dtype would do."""
-    return not fit.unchanged and not fit.direction_right and fit.relative_residual > _ROUNDING_LIKE
+    return not fit.unchanged and not fit.direction_right and fit.relative_residual > ROUNDING_LIKE
 
 
 def _finding(code: str, observation: Observation, names: list[str]) -> Finding:
@@ -81,7 +81,7 @@ def _rows_moved(change: Tensor, product: Tensor) -> bool:
     """Whether each row of the change is some row of B @ A, times one factor."""
     scaled = change.double() * (norm(product) / norm(change))
     nearest = min(norm(torch.cdist(sign * scaled, product.double()).amin(1)) for sign in (1, -1))
-    return nearest <= _ROUNDING_LIKE * norm(product)
+    return nearest <= ROUNDING_LIKE * norm(product)
 
 
 def _others(observation: Observation, name: str) -> Iterator[Tensor]:

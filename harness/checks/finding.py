@@ -10,12 +10,16 @@ from harness.checks.trial import Observation
 
 @dataclass(frozen=True)
 class Finding:
-    """`modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure."""
+    """`modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure.
+
+    `faint`: the change is so small beside rounding that its direction, too, may be at fault.
+    """
 
     code: str
     observation: Observation
     modules: tuple[str, ...] = ()
     fact: str = ""
+    faint: bool = False
 
     @property
     def family(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from harness.benches import View
-from harness.checks.direction import wrong_direction
+from harness.checks.direction import ROUNDING_LIKE, wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
 from harness.example import Example
@@ -51,7 +51,8 @@ def check_scale(observation: Observation, *, zero_alpha_ambiguous: bool = False)
     if not wrong:
         return []
     wrong.sort(key=lambda name: -_excess(observation, name))
-    return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong))]
+    faint = all(fit.tolerance.noise > ROUNDING_LIKE * fit.change for fit in (observation.fits[n][0] for n in wrong))
+    return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong), faint)]
 
 
 def unmeasured_probes(

@@ -41,17 +41,22 @@ class Search:
     examples: int = 0
 
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
-        """Keep what one example showed; the first finding of each code stands for it."""
+        """Keep what one example showed."""
         self.examples += 1
         self.probes.extend(probes)
         for finding in findings:
-            self.findings.setdefault(finding.code, finding)
+            self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+
+    def keep(self, finding: Finding) -> None:
+        """Let the first finding of a code stand for it, or the first that is not faint."""
+        if finding.code not in self.findings or (self.findings[finding.code].faint and not finding.faint):
+            self.findings[finding.code] = finding
 
     def join(self, later: Search) -> None:
         """Add what another search found after this one."""
         for code, finding in later.findings.items():
-            self.findings.setdefault(code, finding)
+            self.keep(finding)
             self.counts[code] = self.counts.get(code, 0) + later.counts[code]
         self.probes += later.probes
         self.examples += later.examples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.images.fixture import base_pipeline, lora_file, lora_for
+from harness.images.fixture import base_pipeline, has_lora_for, lora_file, lora_for
 from harness.images.pipelines import OpenPipeline, open_pipeline, read_prompts
 from harness.images.recorder import SweepResult
 from harness.images.sheet import contact_sheet
@@ -18,6 +18,7 @@ __all__ = [
     "SweepResult",
     "base_pipeline",
     "contact_sheet",
+    "has_lora_for",
     "judge",
     "lora_file",
     "lora_for",

@@ -9,6 +9,7 @@ from harness.errors import UserError
 from harness.fixtures import fixtures_folder
 
 MERGED_LORA, SPLIT_LORA = "r8_a16", "r8_a16_split"  # alpha differs from rank: rank = alpha hides the two commonest bugs
+_LORAS = {"qwen-image-fused": MERGED_LORA, "qwen-image": SPLIT_LORA}  # by bench, the one to prefer first
 _FILES = {
     "peft": "peft",
     "kohya": "kohya.safetensors",
@@ -47,12 +48,22 @@ def lora_for(cells: Sequence[tuple[str, str]]) -> Path:
     Raises:
         UserError: none of the committed formats is among them.
     """
-    for bench, name in (("qwen-image-fused", MERGED_LORA), ("qwen-image", SPLIT_LORA)):
-        for form, supported in cells:
-            if supported == bench and form in _FILES:
-                return lora_file(name, form)
-    known = ", ".join(_FILES)
-    raise UserError(f"no committed LoRA for {list(cells)!r} (have {known}): pass a LoRA file of your own")
+    found = _choice(cells)
+    if found is None:
+        said = ", ".join(dict.fromkeys(f"{form} on {bench}" for form, bench in cells))
+        known = f"{', '.join(_FILES)} on {' and '.join(_LORAS)}"
+        raise UserError(f"this loader takes {said}, but the committed LoRAs are {known}: pass a LoRA file of your own")
+    return lora_file(*found)
+
+
+def has_lora_for(cells: Sequence[tuple[str, str]]) -> bool:
+    """Tell whether `lora_for` has a LoRA for these (format, bench) cells."""
+    return _choice(cells) is not None
+
+
+def _choice(cells: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    choices = ((name, form) for bench, name in _LORAS.items() for form, on in cells if on == bench and form in _FILES)
+    return next(choices, None)
 
 
 def _find(relative: Path) -> Path:

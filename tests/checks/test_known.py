@@ -66,3 +66,12 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, why: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=why):
         read_known_failures(file)
+
+
+def test_a_short_check_may_see_a_law_where_a_long_one_sees_none() -> None:
+    (known,) = [k for k in shipped_known_failures() if k.id == "diffsynth-flux-header-alpha"]
+    assert known.code == "LH209"
+    assert known.names("LH202", short=True)
+    assert not known.names("LH202", short=False)
+    assert known.names("LH209", short=False)
+    assert not any(known.names(code, short=True) for code in ("LH102", "LH301", None))
