@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from harness.checks.codes import CODES, Code
 from harness.doctor.audit_row import AuditRow
 from harness.files.text import count
 from harness.report.lora_page import FILTERS, SIGNS, Shown
 from harness.report.shell import asset, environment, policy
-
-
-@dataclass(frozen=True)
-class Often:
-    """A hazard and the number of files that have it."""
-
-    code: Code
-    files: int
 
 
 def render_audit_page(rows: Sequence[AuditRow]) -> str:
@@ -30,7 +21,6 @@ def render_audit_page(rows: Sequence[AuditRow]) -> str:
         files=[(row, Shown(row, "")) for row in rows],
         headline=_headline(rows),
         often=_often(rows),
-        code=lambda name: CODES[name],
         sign=SIGNS,
         policy=policy(script, style),
         style=style,
@@ -49,6 +39,7 @@ def _headline(rows: Sequence[AuditRow]) -> str:
     return f"{count(len(rows), 'LoRA file')}: {', '.join(parts)}"
 
 
-def _often(rows: Sequence[AuditRow]) -> list[Often]:
+def _often(rows: Sequence[AuditRow]) -> list[tuple[Code, int]]:
+    """Return every hazard with the number of files that have it."""
     files = Counter(code for row in rows for code in set(row.codes))
-    return [Often(CODES[code], times) for code, times in files.most_common()]
+    return [(CODES[code], times) for code, times in files.most_common()]
