@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.tools import GIGA, best, best_of, judged, table
+from benchmarks.tools import GIGA, best, best_of, judged, peak_megabytes, table
 from harness.doctor import verify_merge
 from harness.doctor.baked import measure
 from harness.doctor.checkpoint import Checkpoint
@@ -137,16 +135,6 @@ def large(folder: Path, shards: int = 10, layers: int = 53) -> list[str]:
     row = [size, str(len(names)), judged(f"{seconds:.1f}", met=seconds <= MOST_SECONDS)]
     memory = judged(f"{peak:.0f}", met=peak <= MOST_MEGABYTES)
     return table(["checkpoint, sparse, GB", "layers", "sampled, wall s", "peak memory, MB"], [[*row, memory]])
-
-
-def peak_megabytes() -> float:
-    """Return the most memory this process had; what the system keeps for `getrusage` counts its parent's too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def sparse(path: Path, keys: Sequence[str], shape: tuple[int, int]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import resource
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +45,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def judged(value: str, *, met: bool) -> str:
     """Return a measured value with whether its aim is met."""
     return f"{value} ({'met' if met else '**missed**'})"
+
+
+def peak_megabytes() -> float:
+    """Return the most memory this process had; what the system keeps for `getrusage` counts its parent's too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def library(folder: Path, files: int, seed: int) -> Path:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 4096  # columns per float32 product; longer sums are done in float64
 _LEADING = 8
+_SYMMETRIC_PAYS = 64  # columns from which half the products save more than another library's call costs
 _TRUST_GRAM = 1e-3  # a Gram matrix squares the condition number: smaller ratios of singular values need QR
 
 
@@ -100,9 +101,16 @@ def _gram(columns: Tensor) -> Tensor:
     total = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
     work = torch.float64 if columns.dtype == torch.float64 else torch.float32
     for start in range(0, columns.shape[0], _CHUNK):
-        wide = columns[start : start + _CHUNK].to(work)
-        total += wide.t() @ wide
+        total += _square(columns[start : start + _CHUNK].to(work))
     return total
+
+
+def _square(wide: Tensor) -> Tensor:
+    """Return wide.T @ wide; numpy asks BLAS for the symmetric product, half the work, which torch has not."""
+    if wide.shape[1] < _SYMMETRIC_PAYS:
+        return wide.t() @ wide
+    array = wide.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 def _from_grams(gram_a: Tensor, gram_b: Tensor) -> Tensor | None:
