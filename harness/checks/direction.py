@@ -54,34 +54,46 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | 
     if not whole.finite or not wrong_direction(whole):
         return None
     change, product = observation.changes[name], observation.products[name]
-    if slices and not any(map(wrong_direction, slices)):
+    least = max(_ALIGNED, abs(alignment(change, product)))  # what explains the change less well than B @ A is no cause
+    if slices and not any(map(wrong_direction, slices)) and _apart(whole, slices):
         return "LH302"
-    if slices and any(_aligned(change, other) for other in _reordered(product, len(slices))):
+    if slices and any(_aligned(change, other, least) for other in _reordered(product, len(slices))):
         return "LH302"
-    if any(_aligned(change, other) for other in _laid_out(product, observation.kernels.get(name, ()))):
+    if any(_aligned(change, other, least) for other in _laid_out(product, observation.kernels.get(name, ()))):
         return "LH303"
-    if product.shape[0] == product.shape[1] and _aligned(change, product.T):
+    if product.shape[0] == product.shape[1] and _aligned(change, product.T, least):
         return "LH301"
-    if any(_aligned(change, other) for other in _others(observation, name)):
+    if any(_aligned(change, other, least) for other in _others(observation, name)):
         return "LH104"
-    if _rows_moved(change, product):
+    if _rows_moved(change, product, whole.relative_residual / 2):
         return "LH302" if slices else "LH301"
-    return "LH301" if whole.relative_residual > _ALIGNED else "LH304"
+    return "LH301" if whole.relative_residual > _ALIGNED and not _in_one_column(change, product) else "LH304"
+
+
+def _apart(whole: Fit, slices: tuple[Fit, ...]) -> bool:
+    """Whether scales of their own explain most of what one scale for all slices leaves over."""
+    return math.hypot(*(fit.residual for fit in slices)) < whole.residual / 2
 
 
 def _same(change: Tensor, product: Tensor) -> bool:
     return change.shape == product.shape and _aligned(change, product)
 
 
-def _aligned(change: Tensor, candidate: Tensor) -> bool:
-    return abs(alignment(change, candidate)) > _ALIGNED
+def _aligned(change: Tensor, candidate: Tensor, least: float = _ALIGNED) -> bool:
+    return abs(alignment(change, candidate)) > least
 
 
-def _rows_moved(change: Tensor, product: Tensor) -> bool:
-    """Whether each row of the change is some row of B @ A, times one factor."""
+def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
+    """Whether each row of the change is some row of B @ A, times one factor; `most` of the change may be left over."""
     scaled = change.double() * (norm(product) / norm(change))
     nearest = min(norm(torch.cdist(sign * scaled, product.double()).amin(1)) for sign in (1, -1))
-    return nearest <= ROUNDING_LIKE * norm(product)
+    return nearest <= min(most, ROUNDING_LIKE) * norm(product)
+
+
+def _in_one_column(change: Tensor, product: Tensor) -> bool:
+    """Whether everything but one column, as a bias beside its weight is, lies along B @ A."""
+    rest = torch.arange(change.shape[1]) != int(change.square().sum(0).argmax())
+    return _aligned(change[:, rest], product[:, rest])
 
 
 def _others(observation: Observation, name: str) -> Iterator[Tensor]:

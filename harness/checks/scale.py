@@ -14,7 +14,7 @@ from harness.example import Example
 from harness.measure.compare import Fit
 from harness.measure.law import Law, identify
 from harness.measure.probes import Probe
-from harness.measure.traits import TRAITS, common_trait
+from harness.measure.traits import TRAITS, alpha_decides, common_trait
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
         return Diagnosis(law, code_of(law), "some modules of some files")
-    return Diagnosis(None, "LH205" if exact in _ALPHA_VALUES else "LH209", exact)
+    certain = None if exact else alpha_decides(wrong, telling)
+    return Diagnosis(None, "LH205" if certain or exact in _ALPHA_VALUES else "LH209", exact or certain)
 
 
 _ENOUGH = 12  # wrong probes that follow one law by chance are fewer

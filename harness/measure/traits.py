@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from harness.measure.probes import Probe
@@ -42,6 +43,9 @@ TRAITS: dict[str, Callable[[Probe], bool]] = {
     "keys permuted": lambda p: p.permuted,
 }
 
+_VALUES, _AGAIN = 3, 2  # wrong values of alpha, and how often each must have been met, before alpha is said to decide
+_FINE = 1e-3
+
 
 def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
     """Return the trait that every wrong probe has and no right one, or None."""
@@ -51,3 +55,26 @@ def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
         if all(map(holds, wrong)) and not any(map(holds, right)):
             return name
     return None
+
+
+def alpha_decides(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
+    """Return a trait when a value of alpha is either always wrong or always right, whatever else differs, or None.
+
+    It must have been met at several ranks and strengths: three wrong values, and three right ones, twice each. A scale
+    that is right only within a coarse tolerance says nothing.
+    """
+    fine = [p for p in right if p.tolerance <= _FINE * abs(p.expected)]
+    bad, good = (Counter(p.alpha for p in {_inputs(p): p for p in part}.values()) for part in (wrong, fine))
+    if bad.keys() & good.keys():
+        return None
+    often = [[value for value, count in values.most_common() if count >= _AGAIN] for values in (bad, good)]
+    if min(map(len, often)) < _VALUES:
+        return None
+    wrongly, rightly = (
+        ", ".join(f"{value:g}" if value is not None else "none" for value in v[:_VALUES]) for v in often
+    )
+    return f"alpha is one of certain values ({wrongly}, ..., not {rightly}, ...)"
+
+
+def _inputs(probe: Probe) -> tuple[float | None, int, float]:
+    return probe.alpha, probe.rank, probe.strength

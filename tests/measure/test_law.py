@@ -90,6 +90,24 @@ def test_a_fault_under_one_condition_is_reported_with_that_condition() -> None:
     assert diagnose(wrong_for_odd).trait == "odd rank"
 
 
+def test_an_alpha_that_is_always_read_wrong_is_named_whatever_it_becomes() -> None:
+    def cut_then_falsy(u: float, a: tuple[float, ...], r: tuple[int, ...], i: int) -> float:
+        return u * (int(a[i]) / r[i] if int(a[i]) else 1.0)
+
+    alphas, ranks = (0.0, 0.25, 0.5, 2.5, 3.0, 8.0, -2.0, -0.75), (2, 4, 6, 9, 16, 32, 5, 7)
+    points = [
+        replace(p, measured=cut_then_falsy(p.strength, turned, ranks, p.index), alphas=turned, ranks=ranks)
+        for u in (0.5, 1.0, 2.0)
+        for k in range(len(alphas))
+        for turned in [alphas[k:] + alphas[:k]]
+        for p in (Probe(f"m{i}", u, i, turned, ranks, 0.0, 1e-6) for i in range(len(alphas)))
+    ]
+    found = diagnose(points)
+    assert found.code == "LH205"
+    assert found.trait is not None
+    assert found.trait.startswith("alpha is one of certain values")
+
+
 def test_one_law_behind_scattered_faults_is_named() -> None:
     def scattered(u: float, a: tuple[float, ...], r: tuple[int, ...], i: int) -> float:
         foreign = (i + int(4 * u)) % 3 != 0  # now this module, now that one

@@ -1,0 +1,69 @@
+"""What is wrong with a direction is named after the cause that explains it best, not the first that explains some."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.checks.direction import check_direction
+from harness.checks.trial import Observation
+from harness.example import Example, Target
+from harness.measure.compare import fit, fit_slices, low_rank
+
+ROWS, COLUMNS = 48, 16
+SLICES = [slice(start, start + ROWS // 3) for start in range(0, ROWS, ROWS // 3)]
+
+
+def pair(rank: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(rank)
+    return torch.randn(rank, COLUMNS, generator=draw), torch.randn(ROWS, rank, generator=draw)
+
+
+def codes(change: Tensor, a: Tensor, b: Tensor, *, fused: bool = True) -> list[str]:
+    """Return the codes of one layer that changed so although its file says b @ a."""
+    base, direction = torch.zeros(ROWS, COLUMNS), low_rank(a, b)
+    fits = [fit(base, change, direction, expected=1.0, dtype="float32")]
+    fits += fit_slices(base, change, direction, SLICES, expected=1.0, dtype="float32") if fused else ()
+    example = Example((Target("x", a.shape[0], float(a.shape[0])),))
+    seen = Observation(example, {"x": tuple(fits)}, {"x": change.double()}, {"x": direction.product})
+    return [finding.code for finding in check_direction(seen)]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("share", [0.15, 0.3])
+def test_noise_in_a_merged_layer_is_no_fault_of_its_slices(rank: int, share: float) -> None:
+    a, b = pair(rank)
+    noise = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(9)) * (b @ a).std()
+    assert codes(b @ a + share * noise, a, b) == ["LH304"]
+
+
+def test_small_entries_that_are_dropped_are_no_moved_rows() -> None:
+    a, b = pair(1)
+    delta = b @ a
+    assert codes(delta * (delta.abs() > delta.abs().max() / 8), a, b) == ["LH304"]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_slices_in_another_order_are_named(rank: int) -> None:
+    a, b = pair(rank)
+    swapped = torch.cat([(b @ a)[rows] for rows in (SLICES[1], SLICES[0], SLICES[2])])
+    assert codes(swapped, a, b) == ["LH302"]
+
+
+def test_slices_with_scales_of_their_own_are_named() -> None:
+    a, b = pair(4)
+    assert codes(torch.cat([k * (b @ a)[rows] for k, rows in zip((1, 2, 3), SLICES, strict=True)]), a, b) == ["LH302"]
+
+
+def test_a_column_that_outweighs_the_rest_does_not_make_it_a_transposed_layer() -> None:
+    a, b = pair(4)
+    change = b @ a
+    change[:, -1] += 1000 * torch.randn(ROWS, generator=torch.Generator().manual_seed(9))
+    assert codes(change, a, b, fused=False) == ["LH304"]
+
+
+def test_a_change_that_has_nothing_to_do_with_the_file_is_called_so() -> None:
+    a, b = pair(4)
+    other_a, other_b = pair(5)
+    assert codes(other_b @ other_a, a, b, fused=False) == ["LH301"]
