@@ -40,7 +40,11 @@ class Bench:
 
     @cached_property
     def _base(self) -> torch.nn.Module:
-        return self.make().eval().requires_grad_(False)
+        try:
+            return self.make().eval().requires_grad_(False)
+        except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports
+            why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UserError(f"bench {self.name} cannot be built with the installed packages: {why[0]}") from error
 
     @cached_property
     def _cast(self) -> dict[torch.dtype, torch.nn.Module]:

@@ -14,7 +14,7 @@ from harness.example import Example
 from harness.measure.compare import Fit
 from harness.measure.law import Law, identify
 from harness.measure.probes import Probe
-from harness.measure.traits import TRAITS, alpha_decides, common_trait
+from harness.measure.traits import TRAITS, borrowed, common_trait, one_input_decides
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,17 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
         return Diagnosis(law, code_of(law), "some modules of some files")
-    certain = None if exact else alpha_decides(wrong, telling)
-    return Diagnosis(None, "LH205" if certain or exact in _ALPHA_VALUES else "LH209", exact or certain)
+    return Diagnosis(None, "LH205", exact) if exact in _ALPHA_VALUES else _by_input(wrong, telling, exact)
+
+
+def _by_input(wrong: Sequence[Probe], telling: Sequence[Probe], trait: str | None) -> Diagnosis:
+    """Name what follows no law by the input that it depends on, or else by the trait."""
+    if other := borrowed(wrong):
+        return Diagnosis(None, "LH204", other)
+    for name, code in () if trait else (("alpha", "LH205"), ("strength", "LH207")):
+        if certain := one_input_decides(name, wrong, telling):
+            return Diagnosis(None, code, certain)
+    return Diagnosis(None, "LH209", trait)
 
 
 _ENOUGH = 12  # wrong probes that follow one law by chance are fewer

@@ -41,9 +41,13 @@ class Probe:
     @property
     def expected(self) -> float:
         """strength * alpha / rank (or sqrt(rank)); a missing alpha means scale 1."""
-        if self.alpha is None:
+        return self.scale_of(self.alpha, self.rank)
+
+    def scale_of(self, alpha: float | None, rank: int) -> float:
+        """What `expected` would be with another alpha or rank."""
+        if alpha is None:
             return self.strength
-        return self.strength * self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
+        return self.strength * alpha / (math.sqrt(rank) if self.root else rank)
 
     @property
     def right(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from harness.measure.probes import Probe
 
@@ -43,8 +43,9 @@ TRAITS: dict[str, Callable[[Probe], bool]] = {
     "keys permuted": lambda p: p.permuted,
 }
 
-_VALUES, _AGAIN = 3, 2  # wrong values of alpha, and how often each must have been met, before alpha is said to decide
+_VALUES, _AGAIN = 3, 2  # wrong values, and how often each must have been met, before it is said to decide
 _FINE = 1e-3
+_BORROWED = 6  # wrong scales that are those of other modules by chance are fewer
 
 
 def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
@@ -57,23 +58,41 @@ def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
     return None
 
 
-def alpha_decides(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
-    """Return a trait when a value of alpha is either always wrong or always right, whatever else differs, or None.
+def one_input_decides(name: str, wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
+    """Return a trait when a value of `alpha` or `strength` is always wrong or always right, whatever else differs.
 
-    It must have been met at several ranks and strengths: three wrong values, and three right ones, twice each. A scale
-    that is right only within a coarse tolerance says nothing.
+    It must have been met with several others: three wrong values, and three right ones, twice each. A scale that is
+    right only within a coarse tolerance says nothing.
     """
     fine = [p for p in right if p.tolerance <= _FINE * abs(p.expected)]
-    bad, good = (Counter(p.alpha for p in {_inputs(p): p for p in part}.values()) for part in (wrong, fine))
+    bad, good = (Counter(getattr(p, name) for p in {_inputs(p): p for p in part}.values()) for part in (wrong, fine))
     if bad.keys() & good.keys():
         return None
     often = [[value for value, count in values.most_common() if count >= _AGAIN] for values in (bad, good)]
     if min(map(len, often)) < _VALUES:
         return None
-    wrongly, rightly = (
-        ", ".join(f"{value:g}" if value is not None else "none" for value in v[:_VALUES]) for v in often
-    )
-    return f"alpha is one of certain values ({wrongly}, ..., not {rightly}, ...)"
+    wrongly, rightly = (", ".join("none" if v is None else f"{v:g}" for v in values[:_VALUES]) for values in often)
+    return f"{name} is one of certain values ({wrongly}, ..., not {rightly}, ...)"
+
+
+def borrowed(wrong: Sequence[Probe]) -> str | None:
+    """Return a trait when every wrong scale is the one that another module's alpha, or rank, would give."""
+    if len(wrong) < _BORROWED:
+        return None
+    for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
+        if all(any(abs(p.measured - scale) <= p.tolerance for scale in scales(p)) for p in wrong):
+            return f"another module has another {name}, and that is used"
+    return None
+
+
+def _with_alphas(probe: Probe) -> Iterator[float]:
+    """Yield the scale with every alpha of the file; a module that has none counts as alpha = rank."""
+    pairs = zip(probe.alphas, probe.ranks, strict=True)
+    return (probe.scale_of(a if a is not None else float(r), probe.rank) for a, r in pairs)
+
+
+def _with_ranks(probe: Probe) -> Iterator[float]:
+    return (probe.scale_of(probe.alpha, rank) for rank in probe.ranks)
 
 
 def _inputs(probe: Probe) -> tuple[float | None, int, float]:

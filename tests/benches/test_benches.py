@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,3 +56,12 @@ def test_targets_have_square_and_rectangular_layers(name: str) -> None:
 def test_an_unknown_bench_is_named_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="qwen-image"):
         get_bench("nope")
+
+
+def test_packages_that_do_not_fit_together_are_one_sentence() -> None:
+    def make() -> torch.nn.Module:
+        raise RuntimeError("Failed to import the model because of:\ncannot import name 'HybridCache'")
+
+    bench = replace(get_bench("qwen-image"), make=make)
+    with pytest.raises(UserError, match=r"bench qwen-image cannot be built .*: cannot import name 'HybridCache'$"):
+        _ = bench.view

@@ -90,22 +90,40 @@ def test_a_fault_under_one_condition_is_reported_with_that_condition() -> None:
     assert diagnose(wrong_for_odd).trait == "odd rank"
 
 
-def test_an_alpha_that_is_always_read_wrong_is_named_whatever_it_becomes() -> None:
-    def cut_then_falsy(u: float, a: tuple[float, ...], r: tuple[int, ...], i: int) -> float:
-        return u * (int(a[i]) / r[i] if int(a[i]) else 1.0)
+ALPHAS, RANKS = (0.0, 0.25, 0.5, 2.5, 3.0, 8.0, -2.0, -0.75), (2, 4, 6, 9, 16, 32, 5, 7)
 
-    alphas, ranks = (0.0, 0.25, 0.5, 2.5, 3.0, 8.0, -2.0, -0.75), (2, 4, 6, 9, 16, 32, 5, 7)
-    points = [
-        replace(p, measured=cut_then_falsy(p.strength, turned, ranks, p.index), alphas=turned, ranks=ranks)
-        for u in (0.5, 1.0, 2.0)
-        for k in range(len(alphas))
-        for turned in [alphas[k:] + alphas[:k]]
-        for p in (Probe(f"m{i}", u, i, turned, ranks, 0.0, 1e-6) for i in range(len(alphas)))
+
+def turned_probes(scale: Scale) -> list[Probe]:
+    """Return probes of files of five modules in which alphas meet many ranks, at strengths with few and many digits."""
+    drawn = itertools.product(range(len(ALPHAS)), range(len(RANKS)), (0.5, 1.0, 2.0, 1.0625, -0.1406, 0.33))
+    files = [((2 * ALPHAS)[k : k + 5], (2 * RANKS)[m : m + 5], u) for k, m, u in drawn]
+    return [
+        Probe(f"m{i}", u, i, alphas, ranks, scale(u, alphas, ranks, i), 1e-6)
+        for alphas, ranks, u in files
+        for i in range(len(alphas))
     ]
-    found = diagnose(points)
-    assert found.code == "LH205"
-    assert found.trait is not None
-    assert found.trait.startswith("alpha is one of certain values")
+
+
+BY_INPUT: dict[str, tuple[Scale, str, str]] = {
+    "cut, and 0 is none": (
+        lambda u, a, r, i: u * (int(a[i]) / r[i] if int(a[i]) else 1.0), "LH205", "alpha is one of certain values",
+    ),
+    "one decimal": (lambda u, a, r, i: round(u, 1) * a[i] / r[i], "LH207", "strength is one of certain values"),
+    "median alpha": (lambda u, a, r, i: u * sorted(a)[len(a) // 2] / r[i], "LH204", "another module has another alpha"),
+    "second rank": (lambda u, a, r, i: u * a[i] / r[1], "LH204", "another module has another rank"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_INPUT)
+def test_what_follows_no_law_is_named_by_the_input_it_depends_on(name: str) -> None:
+    scale, code, trait = BY_INPUT[name]
+    found = diagnose(turned_probes(scale))
+    assert (found.code, (found.trait or "")[: len(trait)]) == (code, trait)
+
+
+def test_scales_that_depend_on_no_one_input_are_called_other() -> None:
+    found = diagnose(turned_probes(lambda u, a, r, i: u * a[i] / (r[i] + 1)))
+    assert (found.code, found.trait) == ("LH209", None)
 
 
 def test_one_law_behind_scattered_faults_is_named() -> None:

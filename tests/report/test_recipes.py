@@ -142,6 +142,7 @@ def test_a_red_night_opens_one_issue_and_then_comments_on_it(known: str, does: s
         "KNOWN": known,
         "TITLE": "The night is red",
         "RUN_URL": "https://x",
+        "PACKAGES": "pinned",
     }
     subprocess.run(["bash", "-eo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, check=True)
     assert (tmp_path / "gh.log").read_text(encoding="utf-8").startswith(does)
