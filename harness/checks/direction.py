@@ -45,12 +45,17 @@ def wrong_direction(fit: Fit) -> bool:
 
 def _finding(code: str, observation: Observation, names: list[str]) -> Finding:
     names.sort(key=lambda name: -observation.fits[name][0].relative_residual)
-    share = observation.fits[names[0]][0].relative_residual
-    return Finding(code, observation, tuple(names), f"{share:.0%} of the change is not along B @ A")
+    worst = observation.fits[names[0]][0]
+    fact = f"{worst.relative_residual:.0%} of the change is not along B @ A"
+    if worst.along_base:
+        fact = f"the base weight itself is multiplied by {1 + worst.along_base:.5g}"
+    return Finding(code, observation, tuple(names), fact)
 
 
 def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | None:
     whole, slices = fits[0], fits[1:]
+    if whole.finite and whole.along_base:
+        return "LH304"
     if not whole.finite or not wrong_direction(whole):
         return None
     change, product = observation.changes[name], observation.products[name]

@@ -16,7 +16,9 @@ def check_numerics(observation: Observation) -> list[Finding]:
         fact = f"{len(observation.not_finite)} layers hold NaN or infinity"
         return [Finding("LH502", observation, observation.not_finite, fact)]
     fits = {name: parts[0] for name, parts in observation.fits.items()}
-    coarse = [n for n, f in fits.items() if not (f.unchanged or f.direction_right or wrong_direction(f))]
+    coarse = [
+        n for n, f in fits.items() if not (f.unchanged or f.direction_right or f.along_base or wrong_direction(f))
+    ]
     coarse = [n for n in coarse if not _by_slices(observation.fits[n][1:])]
     if not coarse:
         return []

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, tolerance
 
 _FAINT = 0.05
+_ALONG = 0.9
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Fit:
     """The regression of one module's change on B@A: change = scale * B@A + residual.
 
     `residual` is |change - scale * B@A| (Frobenius), `change` is |W' - W|, `product` is |B@A|; `lost` is what rounding
-    takes away from the expected scale or the measured one, whichever loses more.
+    takes away from the expected scale or the measured one, whichever loses more. `along_base` is the factor on W that
+    explains the residual, 0 where none explains most of it.
     """
 
     scale: float
@@ -29,6 +31,7 @@ class Fit:
     tolerance: Tolerance
     expected: float
     lost: float = 0.0
+    along_base: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -108,12 +111,20 @@ def fit(before: Tensor, after: Tensor, direction: Direction, *, expected: float,
         rank=direction.rank,
         lost=lost,
     )
-    residual = norm(change - scale * product)
+    rest = change - scale * product
+    residual = norm(rest)
     if residual > allowed.noise and residual < math.sqrt(energy) * abs(scale):
         # noise of the loader's own blurs the regression; it is reported as noise, not as a wrong scale too
         allowed = allowed.blurred(residual / (math.sqrt(change.numel()) * math.sqrt(energy)))
     lost = max(lost, rounding_loss(before, product, scale, dtype))
-    return Fit(scale, residual, norm(change), math.sqrt(energy), allowed, expected, lost)
+    along = _along(rest, before.double()) if residual > allowed.noise else 0.0
+    return Fit(scale, residual, norm(change), math.sqrt(energy), allowed, expected, lost, along)
+
+
+def _along(rest: Tensor, base: Tensor) -> float:
+    """Return the factor on `base` that explains `rest`, 0 unless it explains most of it."""
+    near = alignment(rest, base)
+    return near * norm(rest) / norm(base) if abs(near) > _ALONG else 0.0
 
 
 def rounding_loss(before: Tensor, product: Tensor, scale: float, dtype: str) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.checks.direction import check_direction
+from harness.checks.numerics import check_numerics
 from harness.checks.trial import Observation
 from harness.example import Example, Target
 from harness.measure.compare import fit, fit_slices, low_rank
@@ -20,14 +21,17 @@ def pair(rank: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rank, COLUMNS, generator=draw), torch.randn(ROWS, rank, generator=draw)
 
 
-def codes(change: Tensor, a: Tensor, b: Tensor, *, fused: bool = True) -> list[str]:
-    """Return the codes of one layer that changed so although its file says b @ a."""
-    base, direction = torch.zeros(ROWS, COLUMNS), low_rank(a, b)
-    fits = [fit(base, change, direction, expected=1.0, dtype="float32")]
-    fits += fit_slices(base, change, direction, SLICES, expected=1.0, dtype="float32") if fused else ()
+def observed(change: Tensor, a: Tensor, b: Tensor, *, fused: bool = True, base: Tensor | None = None) -> Observation:
+    """Return what is seen of one layer that changed so although its file says b @ a."""
+    base, direction = torch.zeros(ROWS, COLUMNS) if base is None else base, low_rank(a, b)
+    fits = [fit(base, base + change, direction, expected=1.0, dtype="float32")]
+    fits += fit_slices(base, base + change, direction, SLICES, expected=1.0, dtype="float32") if fused else ()
     example = Example((Target("x", a.shape[0], float(a.shape[0])),))
-    seen = Observation(example, {"x": tuple(fits)}, {"x": change.double()}, {"x": direction.product})
-    return [finding.code for finding in check_direction(seen)]
+    return Observation(example, {"x": tuple(fits)}, {"x": change.double()}, {"x": direction.product})
+
+
+def codes(change: Tensor, a: Tensor, b: Tensor, *, fused: bool = True) -> list[str]:
+    return [finding.code for finding in check_direction(observed(change, a, b, fused=fused))]
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -67,3 +71,14 @@ def test_a_change_that_has_nothing_to_do_with_the_file_is_called_so() -> None:
     a, b = pair(4)
     other_a, other_b = pair(5)
     assert codes(other_b @ other_a, a, b, fused=False) == ["LH301"]
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.999])
+def test_a_base_weight_that_is_scaled_too_is_said_with_its_factor(factor: float) -> None:
+    a, b = pair(4)
+    base = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(9))
+    seen = observed(b @ a + (factor - 1) * base, a, b, base=base)
+    (found,) = check_direction(seen)
+    assert found.code == "LH304"
+    assert float(found.fact.rsplit(" ", 1)[1]) == pytest.approx(factor, abs=0.05 * (1 - factor))
+    assert check_numerics(seen) == []
