@@ -109,6 +109,8 @@ CANDIDATES = (
     Candidate("LH202", "alpha ignored, divided by rank", "strength / rank", (1, 0, -1), _power(0, -1)),
 )
 
+NO_LAW = LawRecord(formula="none", name="no single law for all modules")
+
 
 def name_law(found: Sequence[ScaleFound], *, twice: bool = False) -> tuple[LawRecord, str | None]:
     """Return the law behind the scales of all modules and the code it deserves (None: as trained).
@@ -172,4 +174,4 @@ def _other(found: Sequence[ScaleFound]) -> LawRecord:
         exponents = {"strength": 1.0, "alpha": 1.0, "rank": -1.0}
         formula = f"{constant:.4g} * strength * alpha / rank"
         return LawRecord(formula=formula, name="other factor", exponents=exponents, constant=constant)  # type: ignore[arg-type]
-    return LawRecord(formula="none", name="no single law for all modules")
+    return NO_LAW

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.checks.codes import CODES
 from harness.checks.verdict import LawRecord, Verdict
+from harness.doctor.baked_law import NO_LAW
 from harness.doctor.merge_verdicts import CHECK, Module, survival, where
 from harness.doctor.untouched import Untouched
 from harness.files.text import count, printable
@@ -72,8 +73,15 @@ def _scale_facts(
 
 def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
     first = wrong[0].found
+    if law == NO_LAW and (ratios := _ratios(wrong)):
+        return f"{ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
     ratio = f" ({first.scale / first.expected:.3g}x)" if first.expected else ""
     return f"scale {first.scale:.4g} = {law.formula}, expected {first.expected:.4g}{ratio},"
+
+
+def _ratios(modules: Sequence[Module]) -> list[float]:
+    """Return scale / expected of every module that should have an effect, in order."""
+    return sorted(m.found.scale / m.found.expected for m in modules if m.found.expected)
 
 
 def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
@@ -171,8 +179,16 @@ def _rows(
     for reason, names in _not_judged(found).items():
         yield "not judged", f"{reason.removeprefix('skipped: ')}: {count(len(names), 'module')} ({_names(names)})"
     if facts:
-        yield "fix", f"{CODES[facts[0][0]].fix}   (lora-harness explain {facts[0][0]})"
+        yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
+
+
+def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
+    """Return what to do; another factor in all modules may be the strength that somebody wanted."""
+    fix = CODES[code].fix
+    if code != "LH209" or law is None or law.constant is None:
+        return fix
+    return f"{fix}; if it was merged so on purpose, pass --strength {law.constant * found[0].found.strength:.4g}"
 
 
 def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:

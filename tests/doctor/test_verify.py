@@ -61,6 +61,19 @@ def test_the_law_of_a_wrong_merge_is_named(
     assert overall.law.formula.startswith(formula[:3] if code == "LH209" else formula)
 
 
+def test_another_factor_may_be_the_strength_that_somebody_wanted(tmp_path: Path) -> None:
+    case = make(tmp_path)
+    overall = case.verify(case.merged(rounded_once, lambda w: 0.7 * trained(w))).overall
+    assert "pass --strength 0.7" in overall.text()
+
+
+def test_factors_that_differ_between_modules_are_given_as_a_range(tmp_path: Path) -> None:
+    case = make(tmp_path)
+    overall = case.verify(case.merged(rounded_once, lambda w: trained(w) * (1.3 if w.alpha == 16 else 1.7))).overall
+    assert overall.code == "LH209"
+    assert "1.3 to 1.7 times the expected scale" in overall.title
+
+
 def test_a_scale_one_percent_off_fails_and_an_exact_one_is_exact(tmp_path: Path) -> None:
     case = make(tmp_path, size=0.02)
     assert case.verify(case.merged(rounded_once, lambda w: 1.012 * trained(w))).overall.outcome == "failed"
