@@ -114,6 +114,31 @@ def test_each_slice_of_rows_is_fitted_alone() -> None:
     assert {part.tolerance.dtype for part in found} == {"float32"}
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.999, -1.0, 1.25])
+def test_a_residual_along_the_base_is_the_factor_on_it(factor: float) -> None:
+    base = ASIDE  # no part of it along B @ A
+    found = fit(base, factor * base + 2 * BA, low_rank(A, B), expected=2.0, dtype="float32")
+    assert found.along_base == pytest.approx(factor - 1, rel=1e-9)
+    assert found.scale == exactly(2.0)
+
+
+@pytest.mark.parametrize(("aside", "seen"), [(0.4, True), (0.6, False)])  # cosines 0.93 and 0.86
+def test_a_residual_that_is_mostly_something_else_is_not_along_the_base(aside: float, seen: bool) -> None:
+    base = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    other = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    b, a = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    for sign in (1, -1):
+        change = b @ a + sign * base + aside * other
+        found = fit(base, base + change, low_rank(a, b), expected=1.0, dtype="float32")
+        assert found.along_base == (pytest.approx(sign) if seen else 0.0)
+
+
+def test_a_right_merge_has_nothing_along_its_base() -> None:
+    assert fit(W, W + 2 * BA, low_rank(A, B), expected=2.0, dtype="float32").along_base == 0.0
+    tiny = fit(ASIDE, (1 + 1e-9) * ASIDE + 2 * BA, low_rank(A, B), expected=2.0, dtype="float32")
+    assert tiny.along_base == 0.0
+
+
 def measured(**fields: float) -> Fit:
     """A fit that is right in every respect: scale 2 on a product of 3, allowed 0.25 in scale and 0.5 in noise."""
     return replace(Fit(2.0, 0.5, 6.0, 3.0, Tolerance(0.25, 0.5, "float32"), 2.0), **fields)  # type: ignore[arg-type]

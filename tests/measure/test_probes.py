@@ -20,6 +20,12 @@ def test_the_trained_scale_is_strength_times_alpha_over_rank() -> None:
     assert replace(SECOND, strength=-3.0, index=0).expected == -24.0  # -3 * 16 / 2
 
 
+def test_another_alpha_or_rank_would_have_given_another_scale() -> None:
+    assert SECOND.scale_of(6.0, 3) == 1.0  # 0.5 * 6 / 3
+    assert SECOND.scale_of(None, 3) == 0.5
+    assert replace(SECOND, root=True).scale_of(6.0, 9) == 1.0
+
+
 def test_a_stabilised_file_divides_alpha_by_the_root_of_the_rank() -> None:
     stabilised = replace(SECOND, root=True)
     assert stabilised.expected == 3.0  # 0.5 * 12 / sqrt(4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.measure.probes import Probe
-from harness.measure.traits import TRAITS, common_trait
+from harness.measure.traits import TRAITS, borrowed, common_trait, one_input_decides
 
 PLAIN = Probe("m", 1.0, 0, (4.0, 2.0), (8, 4), 0.5, 1e-6)
 
@@ -90,3 +90,81 @@ def test_a_trait_that_one_right_probe_has_or_one_wrong_probe_lacks_is_not_common
 @pytest.mark.parametrize(("wrong", "right"), [([], [1.0]), ([-1.0], []), ([], [])])
 def test_without_wrong_or_without_right_probes_nothing_sets_them_apart(wrong: list[float], right: list[float]) -> None:
     assert common_trait(at(*wrong), at(*right)) is None
+
+
+def met(
+    alphas: tuple[float | None, ...], *, times: int = 2, strength: float = 1.0, tolerance: float = 0.0
+) -> list[Probe]:
+    """Return probes of files of one module: every alpha at as many ranks."""
+    return [
+        replace(PLAIN, alphas=(alpha,), ranks=(rank,), strength=strength, tolerance=tolerance)
+        for alpha in alphas
+        for rank in range(2, 2 + times)
+    ]
+
+
+WRONG, RIGHT = (0.0, 0.5, None), (1.0, 2.0, 3.0)
+
+
+def test_alpha_decides_when_each_of_its_values_is_always_wrong_or_always_right() -> None:
+    found = one_input_decides("alpha", met(WRONG), met(RIGHT))
+    assert found == "alpha is one of certain values (0, 0.5, none, ..., not 1, 2, 3, ...)"
+    more = one_input_decides("alpha", met((*WRONG, 7.0)), met((*RIGHT, 8.0)))
+    assert more == found
+
+
+def test_a_value_that_is_wrong_here_and_right_there_decides_nothing() -> None:
+    assert one_input_decides("alpha", met(WRONG), [*met(RIGHT), *met((0.5,), times=1)]) is None
+
+
+def test_values_met_too_seldom_decide_nothing() -> None:
+    assert one_input_decides("alpha", met(WRONG[:2]), met(RIGHT)) is None
+    assert one_input_decides("alpha", met(WRONG), met(RIGHT[:2])) is None
+    assert one_input_decides("alpha", met(WRONG, times=1), met(RIGHT)) is None
+    assert one_input_decides("alpha", 2 * met(WRONG, times=1), met(RIGHT)) is None  # the same inputs again
+    assert one_input_decides("alpha", met(WRONG), met(RIGHT, times=1)) is None
+    assert one_input_decides("alpha", [], []) is None
+
+
+def test_a_scale_that_is_right_by_a_coarse_tolerance_says_nothing() -> None:
+    coarse = [replace(p, tolerance=0.0011 * p.expected) for p in met(WRONG[1:2])]
+    fine = [replace(p, tolerance=0.001 * abs(p.expected)) for p in met(WRONG[1:2], strength=-1.0)]
+    assert one_input_decides("alpha", met(WRONG), [*met(RIGHT), *coarse]) is not None
+    assert one_input_decides("alpha", met(WRONG), [*met(RIGHT), *fine]) is None
+
+
+def test_the_strength_decides_in_the_same_way() -> None:
+    wrong = [p for strength in (0.25, 0.35, 0.45) for p in met((2.0,), strength=strength)]
+    right = [p for strength in (0.2, -0.3, 1.0) for p in met((2.0,), strength=strength)]
+    found = one_input_decides("strength", wrong, right)
+    assert found == "strength is one of certain values (0.25, 0.35, 0.45, ..., not 0.2, -0.3, 1, ...)"
+    assert one_input_decides("alpha", wrong, right) is None
+
+
+FILE = Probe("m", 2.0, 1, (8.0, 3.0, None), (4, 2, 5), 0.0, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("measured", "word"),
+    [
+        (8.0, "alpha"),  # 2 * 8 / 2
+        (5.0, "alpha"),  # 2 * 5 / 2: without an alpha of its own a module counts as alpha = rank
+        (8.009, "alpha"),
+        (7.991, "alpha"),
+        (1.5, "rank"),  # 2 * 3 / 4
+        (1.2, "rank"),  # 2 * 3 / 5
+        (8.02, None),
+        (-8.0, None),
+        (4.0, None),
+    ],
+)
+def test_a_scale_that_another_module_would_have_is_borrowed(measured: float, word: str | None) -> None:
+    found = borrowed(6 * [replace(FILE, measured=measured)])
+    assert found == (word and f"another module has another {word}, and that is used")
+
+
+def test_six_scales_must_be_borrowed_and_all_of_them() -> None:
+    like = replace(FILE, measured=8.0)
+    assert borrowed(5 * [like]) is None
+    assert borrowed([*6 * [like], replace(FILE, measured=7.0)]) is None
+    assert borrowed([*6 * [like], replace(FILE, measured=1.5)]) is None  # now an alpha, now a rank
