@@ -150,7 +150,7 @@ def _print(record: FileRecord) -> None:
         console.print(Text(f"  {record.advice.outlook}: {printable(record.advice.reason, 400)}", style="bold"))
         for line in record.advice.advice:
             console.print(Text(f"    - {printable(line, 400)}"))
-    if record.prescription:
+    if record.prescription and record.modules:
         console.print(_prescriptions(record))
     if record.energies:
         console.print(_blocks(record.energies))
@@ -163,11 +163,14 @@ def _facts(record: FileRecord) -> Table:
     from harness.files.text import printable
 
     table = Table.grid(padding=(0, 2))
-    rows = [
-        ("format", f"{record.format}; alpha from {record.alpha_source}"),
+    numbers = [
         ("modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"),
         ("rank", _counts(record.ranks)),
         ("alpha", _counts(record.alphas)),
+    ]
+    rows = [
+        ("format", f"{record.format}; alpha from {record.alpha_source}"),
+        *(numbers if record.modules else [("modules", "none that can be read")]),
         *((f"scale {name}", _range(*span)) for name, span in record.scales.items()),
         ("understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"),
         *((("trainer", record.trainer),) if record.trainer else ()),
