@@ -11,7 +11,8 @@ from torch import Tensor
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored
 
-_CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it
+_CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it in 32
+_NARROW_BYTES = 1 << 21  # of one chunk that stays in 16 bits
 _DEVICE_BYTES = 1 << 26  # of one chunk in 16 bits on another device, whose calls cost more than its memory
 _TRIAL = (64, 2048, 32)  # rows, columns, rank: some milliseconds
 
@@ -24,11 +25,15 @@ def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat1
     """
     if device != "cpu":
         return _on_device(before, after, right, rows, torch.bfloat16 if bfloat16 else torch.float32, device)
-    step = max(1, _CHUNK_BYTES // (2 * right.shape[1]))
-    spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     if bfloat16 and bfloat16_is_quicker():
-        return _in_bfloat16(before, after, right, spans)
-    return _in_float32(before, after, right, spans, rounded=bfloat16)
+        return _in_bfloat16(before, after, right, _spans(rows, right.shape[1], _NARROW_BYTES))
+    return _in_float32(before, after, right, _spans(rows, right.shape[1], _CHUNK_BYTES), rounded=bfloat16)
+
+
+def _spans(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
+    """Return runs of rows of at most `size` bytes each in 16 bits."""
+    step = max(1, size // (2 * columns))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _in_bfloat16(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]]) -> Tensor:
