@@ -196,7 +196,7 @@ def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
     named = code == "LH209" and (diagnosis.law or diagnosis.trait)
     if code == "LH209" and found[code].faint and not found.keys().isdisjoint(_DIRECTIONS):
         return True  # where the change is large enough to tell, its direction is wrong
-    if code == "LH209" and not diagnosis.law and _lost_digits(result, wrong):
+    if code == "LH209" and _lost_digits(result, wrong):
         return True
     if code in ("LH101", "LH102", "LH209") and not named and not unloaded and _rarer(code, result.counts, 10):
         return True  # a change that is wrong throughout has, now and then, some scale
@@ -214,7 +214,7 @@ def _lost_digits(result: Search, wrong: Sequence[Probe]) -> bool:
         return False
     lost = result.findings["LH501"]
     share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
-    return all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
+    return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
 
 
 _DIRECTIONS = ("LH104", "LH301", "LH302", "LH303", "LH304")
