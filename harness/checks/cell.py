@@ -11,7 +11,8 @@ from harness.checks.describe import failed, law_record, passed
 from harness.checks.design import has_alpha, planned
 from harness.checks.known import KnownFailure
 from harness.checks.scale import Diagnosis, diagnose
-from harness.checks.search import Search, observe, search, shrink
+from harness.checks.search import Search, observe, search
+from harness.checks.shrink import shrink
 from harness.checks.state import check_state
 from harness.checks.trial import Cell
 from harness.checks.verdict import LawRecord, Verdict
@@ -136,7 +137,7 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
     result.join(search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed))
     for code, finding in result.findings.items() if plan.shrink else ():
         if not _expected(code, general):
-            result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed)
+            result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
     _add_state_findings(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import torch
@@ -14,6 +14,7 @@ from harness.checks.trial import Observation
 from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
+_NULL = 1e-6  # of the largest singular value: smaller ones are rounding
 ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
 
 
@@ -70,6 +71,8 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | 
         return "LH301"
     if any(_aligned(change, other, least) for other in _others(observation, name)):
         return "LH104"
+    if _mispaired(change, product, [p for other, p in observation.products.items() if other != name]):
+        return "LH104"
     if _rows_moved(change, product, whole.relative_residual / 2):
         return "LH302" if slices else "LH301"
     return "LH301" if whole.relative_residual > _ALIGNED and not _in_one_column(change, product) else "LH304"
@@ -93,6 +96,25 @@ def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
     scaled = change.double() * (norm(product) / norm(change))
     nearest = min(norm(torch.cdist(sign * scaled, product.double()).amin(1)) for sign in (1, -1))
     return nearest <= min(most, ROUNDING_LIKE) * norm(product)
+
+
+def _mispaired(change: Tensor, product: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the change is made of this module's B and the A of another, or the reverse."""
+    sides = ((change, product, others), (change.mT, product.mT, [other.mT for other in others]))
+    return any(
+        _spanned(mine, own) and not _spanned(mine.mT, own.mT) and any(_spanned(mine.mT, p.mT) for p in theirs)
+        for mine, own, theirs in sides
+    )
+
+
+def _spanned(change: Tensor, product: Tensor) -> bool:
+    """Whether the columns of `change` are sums of those of `product`, which do not span everything."""
+    if len(change) != len(product):
+        return False
+    columns, sizes, _ = torch.linalg.svd(product.double(), full_matrices=False)
+    basis = columns[:, sizes > _NULL * sizes[0]]
+    rest = norm(change - basis @ (basis.mT @ change.double()))
+    return basis.shape[1] < len(product) and rest <= ROUNDING_LIKE * norm(change)
 
 
 def _in_one_column(change: Tensor, product: Tensor) -> bool:

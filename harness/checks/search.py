@@ -1,16 +1,13 @@
-"""Search for violations: draw examples, judge each with every family, then shrink one counterexample per fault."""
+"""Search for violations: draw examples and judge each with every family."""
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, find, given, seed, settings
-from hypothesis.errors import NoSuchExample
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from harness.checks.coverage import check_coverage
@@ -25,9 +22,6 @@ from harness.example import Example
 from harness.files import FORMATS
 from harness.measure.probes import Probe
 
-_SHRINK_SECONDS = 60.0  # only a slow subject meets it: the number of trials keeps the result the same everywhere
-_SHRINK_TRIALS = 250
-_SHRINK_EXAMPLES = 400
 _MAX_RAISED = 3  # a subject that keeps raising, or hanging, tells nothing new
 
 
@@ -106,26 +100,6 @@ def search(
 
 class _FoundError(Exception):
     """What was looked for is found: Hypothesis draws no more."""
-
-
-def shrink(cell: Cell, examples: SearchStrategy[Example], finding: Finding, *, base_seed: int) -> Finding:
-    """Return the same fault on the simplest example found within a time limit, or `finding` itself."""
-    if finding.code == "LH901" and "time limit" in finding.fact:
-        return finding  # every attempt would cost the whole limit again
-    deadline = time.monotonic() + _SHRINK_SECONDS
-    seen: dict[Example, Finding | None] = {}
-
-    def fails(example: Example) -> bool:
-        if example not in seen and len(seen) < _SHRINK_TRIALS and time.monotonic() < deadline:
-            found = judge(cell, run_trial(cell, example))
-            seen[example] = next((f for f in found if f.code == finding.code), None)
-        return seen.get(example) is not None
-
-    try:
-        simplest = find(examples, fails, settings=quiet_settings(_SHRINK_EXAMPLES), random=random.Random(base_seed))
-    except NoSuchExample:
-        return finding
-    return seen[simplest] or finding
 
 
 def zero_alpha_is_ambiguous(format_name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,17 @@ def test_slices_in_another_order_are_named(rank: int) -> None:
 def test_slices_with_scales_of_their_own_are_named() -> None:
     a, b = pair(4)
     assert codes(torch.cat([k * (b @ a)[rows] for k, rows in zip((1, 2, 3), SLICES, strict=True)]), a, b) == ["LH302"]
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_one_half_of_another_modules_pair_is_a_wrong_module(half: str) -> None:
+    a, b = pair(4)
+    other_a, other_b = pair(5)
+    mixed = b @ other_a[:4] if half == "A" else other_b[:, :4] @ a
+    seen = observed(mixed, a, b, fused=False)
+    both = replace(seen, products={**seen.products, "y": (other_b @ other_a).double()})
+    assert [finding.code for finding in check_direction(both)] == ["LH104"]
+    assert [finding.code for finding in check_direction(seen)] == ["LH301"]
 
 
 def test_a_column_that_outweighs_the_rest_does_not_make_it_a_transposed_layer() -> None:

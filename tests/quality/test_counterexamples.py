@@ -22,7 +22,7 @@ def counterexample(name: str) -> dict[str, Any]:
     verdicts = check_loader(
         spec, formats=["kohya"], benches=["qwen-image-fused"], max_examples=60, limits=Limits(seconds=5, workers=1)
     )
-    (found,) = [verdict for verdict in verdicts if not verdict.ok]
+    found = next(verdict for verdict in verdicts if not verdict.ok)
     assert found.counterexample is not None
     return found.counterexample
 
