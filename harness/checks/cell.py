@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from hypothesis.strategies import SearchStrategy, sampled_from
@@ -14,6 +14,7 @@ from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import Search, observe, search
 from harness.checks.shrink import shrink
 from harness.checks.state import check_state
+from harness.checks.symptoms import Symptoms, unloaded
 from harness.checks.trial import Cell
 from harness.checks.verdict import LawRecord, Verdict
 from harness.errors import UserError
@@ -109,7 +110,7 @@ def check_cell(
     result.add(*observe(cell, plan.pins.example(cell) if plan.pins else _smoke_example(cell, cell.targets)))
     if "LH901" not in result.counts and "LH902" not in result.counts:
         _measure(cell, plan, known, result)
-    diagnosis = diagnose(result.probes, unloaded=_unloaded(result.probes))
+    diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
     on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))
     verdicts = list(_verdicts(cell, result, diagnosis))
     short = not plan.whole(cell)
@@ -169,7 +170,8 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
-    speaking = [f for f in result.findings.values() if not _said_by_another(f.code, result, diagnosis)]
+    symptoms = Symptoms(result, diagnosis)
+    speaking = [f for f in result.findings.values() if not symptoms.include(f.code)]
     for finding in speaking or result.findings.values():  # whatever is folded, a fault that was seen is reported
         code, family = finding.code, finding.family
         if code == "LH209":
@@ -180,59 +182,6 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
         if family in reported or (smoke and result.examples == 1):
             continue
         yield passed(cell, family, result.examples, diagnosis if family in _LAW_FAMILIES else None)
-
-
-def _said_by_another(code: str, result: Search, diagnosis: Diagnosis) -> bool:
-    """Whether a finding is only a symptom of a fault that another finding names."""
-    unloaded, found = _unloaded(result.probes), result.findings
-    wrong = [p for p in result.probes if not p.right]
-    silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
-    by_law = bool(diagnosis.law and not diagnosis.law.is_trained and not unloaded)
-    if code in ("LH101", "LH102") and (by_law or ("LH209" in found and not unloaded and not silent)):
-        return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
-    if "LH104" in found and code in ("LH101", "LH102", "LH301", "LH304", "LH501"):
-        return True  # what one layer lacks, another has on top of its own
-    if code in _RESIDUAL and _rarer(code, result.counts, 3):
-        return True
-    named = code == "LH209" and (diagnosis.law or diagnosis.trait)
-    if code == "LH209" and found[code].faint and not found.keys().isdisjoint(_DIRECTIONS):
-        return True  # where the change is large enough to tell, its direction is wrong
-    if code == "LH209" and _lost_digits(result, wrong):
-        return True
-    if code in ("LH101", "LH102", "LH209") and not named and not unloaded and _rarer(code, result.counts, 10):
-        return True  # a change that is wrong throughout has, now and then, some scale
-    if code == "LH101":
-        return "LH102" in found and len(unloaded) < len({p.module for p in result.probes})
-    if code != "LH209":
-        return False
-    unnamed = diagnosis.code is None and "LH501" in found
-    return unnamed or (silent and not by_law and not found.keys().isdisjoint(("LH101", "LH102")))
-
-
-def _lost_digits(result: Search, wrong: Sequence[Probe]) -> bool:
-    """Whether every scale that is off is off by less than the digits that LH501 saw lost."""
-    if "LH501" not in result.findings:
-        return False
-    lost = result.findings["LH501"]
-    share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
-    return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
-
-
-_DIRECTIONS = ("LH104", "LH301", "LH302", "LH303", "LH304")
-_RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
-
-
-def _rarer(code: str, counts: Mapping[str, int], times: int) -> bool:
-    """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
-    most = max(counts.get(other, 0) for other in _RESIDUAL)
-    return most > 0 and times * counts.get(code, 0) <= most
-
-
-def _unloaded(probes: Sequence[Probe]) -> set[str]:
-    """Return the modules that never changed although their scale should have been visible."""
-    visible = [p for p in probes if abs(p.expected) > 4 * p.tolerance]
-    changed = {p.module for p in visible if abs(p.measured) > 4 * p.tolerance}
-    return {p.module for p in visible} - changed
 
 
 def _expected(code: str, known: Sequence[KnownFailure]) -> bool:
