@@ -161,6 +161,13 @@ class PowerRecord(Record):
     dtype: str | None = None
     source: str = "weights"
 
+    @property
+    def fine(self) -> bool:
+        """Whether every fault was found and named, or none was seen where there is none."""
+        if self.factor == 1:
+            return self.detected == 0
+        return self.detected == self.trials and self.named in (None, self.trials)
+
 
 AnyRecord = Annotated[
     Header | Verdict | ProbeRecord | SweepRecord | FileRecord | PowerRecord | PartRecord | Footer,

@@ -11,7 +11,7 @@ from functools import cached_property
 from harness.checks.verdict import LawRecord, Verdict
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.report.plain import plain
-from harness.report.records import FileRecord, PartRecord, ProbeRecord, Run, SweepRecord
+from harness.report.records import FileRecord, PartRecord, PowerRecord, ProbeRecord, Run, SweepRecord
 
 WORDS = {
     "failed": "wrong",
@@ -224,7 +224,7 @@ def headline(run: Run) -> str:
         return f"{cut}{len(wrong)} of {len(tested)} loaders {_verb(len(wrong))} not reproduce the training."
     if any(verdict.outcome in ("passed", "xfailed") for verdict in run.verdicts):
         return cut + _all_right(run, len(tested)) + _but(run)
-    return cut + (_files(run) or "Nothing was measured.")
+    return cut + (_files(run) or _power(run) or "Nothing was measured.")
 
 
 def _verb(count: int) -> str:
@@ -263,6 +263,18 @@ def _files(run: Run) -> str:
         return ""
     bad = sum(bool(record.hazards) for record in files)
     return f"{bad} of {len(files)} LoRA files carry hazards." if bad else f"No hazard in {len(files)} LoRA files."
+
+
+def _power(run: Run) -> str:
+    """Say how many of the faults put in on purpose were found and named, and how often a right loader was blamed."""
+    right = [record for record in run.of(PowerRecord) if record.factor == 1]
+    wrong = [record for record in run.of(PowerRecord) if record.factor != 1]
+    faults, found = sum(r.trials for r in wrong), sum(r.detected for r in wrong)
+    named = sum(r.detected if r.named is None else r.named for r in wrong)
+    alarms, trials = sum(r.detected for r in right), sum(r.trials for r in right)
+    told = [f"{found:,} of {faults:,} faults found, {named:,} named right"] if wrong else []
+    told += [f"{alarms:,} false alarms in {trials:,} examples of {len(right)} right loaders"] if right else []
+    return f"{'; '.join(told)}." if told else ""
 
 
 def short_title(verdict: Verdict) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from report_samples import IGNORED, RAW, failed, file_records, matrix_records, passed, run_of
 
+from harness.report.models import PowerRecord
 from harness.report.plain import plain
 from harness.report.summary import (
     badness,
@@ -57,6 +58,10 @@ def test_the_sentence_names_loader_cause_law_and_what_was_not_measured() -> None
     )
 
 
+WRONG = PowerRecord(subject="a", fault="raw alpha", expected_code="LH201", trials=1, detected=1, named=0, examples=1)
+RIGHT = PowerRecord(subject="b", trials=7500, detected=2, factor=1.0)
+
+
 @pytest.mark.parametrize(
     ("records", "says"),
     [
@@ -65,6 +70,8 @@ def test_the_sentence_names_loader_cause_law_and_what_was_not_measured() -> None
         ((failed(),), "The loader does not reproduce the training."),
         ((), "Nothing was measured."),
         (tuple(file_records()), "1 of 2 LoRA files carry hazards."),
+        ((WRONG,), "1 of 1 faults found, 0 named right."),
+        ((WRONG, RIGHT), "1 of 1 faults found, 0 named right; 2 false alarms in 7,500 examples of 1 right loaders."),
     ],
 )
 def test_the_headline_says_what_was_found(records: tuple[object, ...], says: str) -> None:
