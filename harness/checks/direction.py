@@ -108,13 +108,13 @@ def _mispaired(change: Tensor, product: Tensor, others: Sequence[Tensor]) -> boo
 
 
 def _spanned(change: Tensor, product: Tensor) -> bool:
-    """Whether the columns of `change` are sums of those of `product`, which do not span everything."""
+    """Whether the columns of `change` are sums of those of `product`, which span at most half of all there are."""
     if len(change) != len(product):
         return False
     columns, sizes, _ = torch.linalg.svd(product.double(), full_matrices=False)
     basis = columns[:, sizes > _NULL * sizes[0]]
     rest = norm(change - basis @ (basis.mT @ change.double()))
-    return basis.shape[1] < len(product) and rest <= ROUNDING_LIKE * norm(change)
+    return 2 * basis.shape[1] <= len(product) and rest <= ROUNDING_LIKE * norm(change)
 
 
 def _in_one_column(change: Tensor, product: Tensor) -> bool:
