@@ -134,6 +134,7 @@ def test_a_residual_that_is_mostly_something_else_is_not_along_the_base(aside: f
 
 
 def test_a_right_merge_has_nothing_along_its_base() -> None:
+    assert measured().along_base == 0.0
     assert fit(W, W + 2 * BA, low_rank(A, B), expected=2.0, dtype="float32").along_base == 0.0
     tiny = fit(ASIDE, (1 + 1e-9) * ASIDE + 2 * BA, low_rank(A, B), expected=2.0, dtype="float32")
     assert tiny.along_base == 0.0

@@ -109,8 +109,8 @@ WRONG, RIGHT = (0.0, 0.5, None), (1.0, 2.0, 3.0)
 def test_alpha_decides_when_each_of_its_values_is_always_wrong_or_always_right() -> None:
     found = one_input_decides("alpha", met(WRONG), met(RIGHT))
     assert found == "alpha is one of certain values (0, 0.5, none, ..., not 1, 2, 3, ...)"
-    more = one_input_decides("alpha", met((*WRONG, 7.0)), met((*RIGHT, 8.0)))
-    assert more == found
+    assert one_input_decides("alpha", met((*WRONG, 7.0)), met((*RIGHT, 8.0))) == found
+    assert one_input_decides("alpha", met(WRONG, times=3), met(RIGHT, times=3)) == found
 
 
 def test_a_value_that_is_wrong_here_and_right_there_decides_nothing() -> None:
@@ -163,8 +163,13 @@ def test_a_scale_that_another_module_would_have_is_borrowed(measured: float, wor
     assert found == (word and f"another module has another {word}, and that is used")
 
 
+def test_the_tolerance_itself_is_near_enough() -> None:
+    assert borrowed(6 * [replace(FILE, measured=8.25, tolerance=0.25)]) is not None
+
+
 def test_six_scales_must_be_borrowed_and_all_of_them() -> None:
     like = replace(FILE, measured=8.0)
+    assert borrowed(7 * [like]) is not None
     assert borrowed(5 * [like]) is None
     assert borrowed([*6 * [like], replace(FILE, measured=7.0)]) is None
     assert borrowed([*6 * [like], replace(FILE, measured=1.5)]) is None  # now an alpha, now a rank
