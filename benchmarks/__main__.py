@@ -43,7 +43,9 @@ def section(name: str, argv: Sequence[str]) -> list[str]:
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     began = time.perf_counter()
     code = f"from benchmarks.{name} import main; print(chr(10).join(main({list(argv)!r})))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=HERE.parent, env=alone, stdout=subprocess.PIPE, text=True, check=True)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     return [*run.stdout.rstrip().splitlines(), ""]
 
