@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from benchmarks.tools import one_thread
+
 HERE = Path(__file__).parent
 # Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
 NAMES = ("startup", "library", "energies", "merges", "share", "image_sweep", "report")
@@ -43,9 +45,8 @@ def section(name: str, argv: Sequence[str]) -> list[str]:
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     began = time.perf_counter()
     code = f"from benchmarks.{name} import main; print(chr(10).join(main({list(argv)!r})))"
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=HERE.parent, env=alone, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, cwd=HERE.parent, env=one_thread(), stdout=subprocess.PIPE, text=True, check=True)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     return [*run.stdout.rstrip().splitlines(), ""]
 

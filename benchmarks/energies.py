@@ -1,6 +1,6 @@
 """||ΔW|| and every singular value of LoRA files of real size, against one pass over their bytes and the dense update.
 
-    python -m benchmarks.energies [--quick | --file NAME]
+    python -m benchmarks.energies [--quick | --file NAME PATH]
 
 A file has the modules of a real model in the order and shapes that trainers save them. Every file is measured in a
 process of its own, for its peak memory.
@@ -8,7 +8,6 @@ process of its own, for its peak memory.
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.tools import best, best_of, judged, peak_megabytes, table
+from benchmarks.tools import best, best_of, judged, one_thread, peak_megabytes, table
 from harness.doctor.energy import energies, pair_energy
 from harness.files import read_lora
 
@@ -77,7 +76,7 @@ def one_pass(path: Path) -> None:
 def file_row(name: str, path: Path) -> list[str]:
     _, rank, most = kind(name)
     before = peak_megabytes()
-    seconds = {"ours": best(lambda: energies(read_lora(path)), 1)}
+    energies(read_lora(path))
     size = path.stat().st_size / 1e6
     more = peak_megabytes() - before - size
     seconds = best_of({"pass": lambda: one_pass(path), "ours": lambda: energies(read_lora(path))}, 3)
@@ -126,8 +125,7 @@ def rows(names: Sequence[str]) -> Iterator[list[str]]:
             path = Path(folder) / "lora.safetensors"
             write(path, name)
             done = [sys.executable, "-m", "benchmarks.energies", "--file", name, str(path)]
-            alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-            run = subprocess.run(done, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+            run = subprocess.run(done, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=True)
             yield run.stdout.strip().split("\t")
 
 
@@ -141,17 +139,9 @@ def main(argv: Sequence[str] = ()) -> list[str]:
     aims = f"1.5 passes up to rank 64 and 4 at rank 128, {LEAST_DENSE} times quicker than the dense norm on the first"
     aims += f", {LEAST_SVD:,} times quicker than a dense SVD, {MOST_MEGABYTES} MB more memory than the mapped file"
     text = f"Aims: {aims}. Whole files in bfloat16; the dense way on {DENSE_LAYERS} of their layers."
-    head = [
-        "file",
-        "rank",
-        "MB",
-        "s",
-        "passes over the bytes as float32",
-        "of it products",
-        "dense norm /",
-        "MB over the file",
-    ]
-    return ["## Energies: ||ΔW|| and every singular value", "", text, "", *table(head, list(rows(names))), *svd()]
+    head = ["file", "rank", "MB", "s", "passes over the bytes as float32", "of it products", "dense norm /"]
+    found = table([*head, "MB over the file"], list(rows(names)))
+    return ["## Energies: ||ΔW|| and every singular value", "", text, "", *found, *svd()]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
@@ -45,6 +46,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def judged(value: str, *, met: bool) -> str:
     """Return a measured value with whether its aim is met."""
     return f"{value} ({'met' if met else '**missed**'})"
+
+
+def one_thread() -> dict[str, str]:
+    """Return the environment in which torch and numpy start with one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def peak_megabytes() -> float:
