@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.tools import best, best_of, judged, one_thread, peak_megabytes, table
-from harness.doctor.energy import energies, pair_energy
+from harness.doctor.inspect.energy import energies, pair_energy
 from harness.files import read_lora
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tools import GIGA, judged, table
-from harness.doctor.row_products import row_products
+from harness.doctor.verify.row_products import row_products
 
 REPORT = Path(__file__).parent / "gpu.md"
 PARAMETERS = 20e9

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from benchmarks.tools import GIGA, best, best_of, judged, peak_megabytes, table
 from harness.doctor import verify_merge
-from harness.doctor.baked import measure
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.layer import Layer
-from harness.doctor.row_products import bfloat16_is_quicker
+from harness.doctor.verify.layer import Layer
+from harness.doctor.verify.merged_layer import measure
+from harness.doctor.verify.row_products import bfloat16_is_quicker
 from harness.files import LoraWeights, read_lora, write_lora
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,11 @@ from typing import Any
 
 from benchmarks.tools import judged, table
 from harness.checks.cell import Plan, check_cell
-from harness.checks.limit import alarm
 from harness.checks.matrix import declared_cells
 from harness.checks.trial import Cell
 from harness.commands.options import known_failures
-from harness.loaders.isolation import TimeLimitExceeded
+from harness.isolation.jobs import TimeLimitExceeded
+from harness.isolation.limits import alarm
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import installed, resolve
 from harness.variants.variant import Variant

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from harness.checks.law import measure_law
     from harness.checks.parametrize import parametrize_with_checks
     from harness.checks.run import check_loader
-    from harness.checks.verdict import Verdict
     from harness.example import Example, Target
+    from harness.law.law import Law
     from harness.loaders.protocol import loader
-    from harness.measure.law import Law
+    from harness.verdict.verdict import Verdict
 
 _HOME = {
     "Example": "harness.example",
     "KnownFailure": "harness.checks.known",
-    "Law": "harness.measure.law",
+    "Law": "harness.law.law",
     "Target": "harness.example",
-    "Verdict": "harness.checks.verdict",
+    "Verdict": "harness.verdict.verdict",
     "check_loader": "harness.checks.run",
     "loader": "harness.loaders.protocol",
     "measure_law": "harness.checks.law",

@@ -61,7 +61,7 @@ class _Failure(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        from harness.files.text import printable
+        from harness.text import printable
 
         click.echo(f"error: {printable(self.message, 2000)}", err=True)
 

@@ -92,7 +92,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write the verdicts of a finished check at once, so that a crash later loses none."""
     from_worker: Iterable[dict[str, Any]] = getattr(report, "lora_verdicts", ())
     if _ACTIVE and from_worker:
-        from harness.checks.verdict import Verdict
+        from harness.verdict.verdict import Verdict
 
         _ACTIVE[-1].write(*(Verdict.model_validate(verdict) for verdict in from_worker))
 

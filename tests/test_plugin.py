@@ -64,7 +64,7 @@ def test_a_missing_gpu_skips_with_the_reason_and_fails_when_required(tmp_path: P
 
 def test_each_cell_is_checked_in_one_worker(tmp_path: Path) -> None:
     (tmp_path / "counted.py").write_text(
-        "import os\nfrom pathlib import Path\nfrom harness.loaders.peft import load as real\n"
+        "import os\nfrom pathlib import Path\nfrom harness.loaders.live.peft import load as real\n"
         f"SEEN = Path({str(tmp_path)!r}) / 'seen'\n"
         "def load(model, lora, *, strength=1.0):\n"
         "    SEEN.mkdir(exist_ok=True)\n    (SEEN / str(os.getpid())).touch()\n"

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from harness.checks.codes import CODES
 from harness.checks.run import Limits
 from harness.cli import main
-from harness.doctor.inspect import inspect_file
+from harness.doctor.inspect.describe import inspect_file
 from harness.fixtures import fixtures_folder
-from harness.power.cases import BROKEN, Case, broken_cases, correct_cases
-from harness.power.measure import measure
-from harness.power.table import power_markdown
 from harness.report.models import PowerRecord
+from harness.selftest.cases import BROKEN, Case, broken_cases, correct_cases
+from harness.selftest.measure import measure
+from harness.selftest.table import power_markdown
 from harness.variants import VARIANTS
+from harness.verdict.codes import CODES
 
 # Continuous integration may count this up, so that in time every loader has its turn; the whole zoo is `selftest`.
 ROTATION = int(os.environ.get("LORA_HARNESS_ROTATION", "0"))

@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from harness.checks.codes import CODES
 from harness.cli import COMMANDS, main
+from harness.verdict.codes import CODES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "nightly.md", ROOT / "examples" / "README.md"]

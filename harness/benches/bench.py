@@ -117,8 +117,8 @@ _MODULES = {
     "qwen-image-fused": "qwen_image",
     "sd-unet": "sd_unet",
     "flux": "flux",
-    "clip-text": "clip_text",
-    "gpt2": "gpt2",
+    "clip-text": "text_models",
+    "gpt2": "text_models",
 }
 
 

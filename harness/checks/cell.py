@@ -16,13 +16,13 @@ from harness.checks.shrink import shrink
 from harness.checks.state import check_state
 from harness.checks.symptoms import Symptoms, unloaded
 from harness.checks.trial import Cell
-from harness.checks.verdict import LawRecord, Verdict
 from harness.errors import UserError
 from harness.example import Example, Target
 from harness.files import FORMATS
+from harness.law.probe import Probe
 from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
-from harness.measure.probes import Probe
 from harness.strategies import examples as lora_examples
+from harness.verdict.verdict import LawRecord, Verdict
 
 FAMILIES = ("smoke", "coverage", "scale", "strength", "direction", "side_effects", "numerics")
 _LAW_FAMILIES = ("scale", "strength")

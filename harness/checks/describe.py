@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.checks.codes import CODES
 from harness.checks.finding import Finding
 from harness.checks.scale import Diagnosis
 from harness.checks.trial import Cell
-from harness.checks.verdict import LawRecord, Outcome, Verdict
 from harness.example import Example
+from harness.law.law import Law
 from harness.measure.compare import Fit
-from harness.measure.law import Law
+from harness.verdict.codes import CODES
+from harness.verdict.verdict import LawRecord, Outcome, Verdict
 
 _SHOWN_MODULES = 4
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}

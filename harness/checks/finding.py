@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.checks.codes import CODES
 from harness.checks.trial import Observation
+from harness.verdict.codes import CODES
 
 
 @dataclass(frozen=True)

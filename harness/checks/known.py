@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checks.codes import CODES
 from harness.checks.matrix import declared_cells
 from harness.checks.scale import unmeasured_probes
 from harness.checks.trial import Cell
-from harness.checks.verdict import Verdict
 from harness.errors import UserError
 from harness.example import Example
-from harness.measure.traits import TRAITS
+from harness.law.traits import TRAITS
+from harness.verdict.codes import CODES
+from harness.verdict.verdict import Verdict
 
 _FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "versions", "seconds", "reason", "link")
 
@@ -22,7 +22,7 @@ _FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "v
 class KnownFailure:
     """One line of a known-failures file.
 
-    `trait` (a name of `harness.measure.traits.TRAITS`) keeps the general search away from inputs with this known
+    `trait` (a name of `harness.law.traits.TRAITS`) keeps the general search away from inputs with this known
     fault, so that it cannot hide others; those inputs are tried on their own and must still fail with `code`.
     `seconds` is the time limit of a call in that trial, for a fault that is a hang.
     """

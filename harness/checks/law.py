@@ -9,8 +9,8 @@ from harness.checks.design import planned
 from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import observe
 from harness.checks.trial import Cell
+from harness.law.probe import Probe
 from harness.loaders.registry import resolve
-from harness.measure.probes import Probe
 
 
 @dataclass(frozen=True)

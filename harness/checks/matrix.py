@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from harness.benches import get_bench
 from harness.checks.describe import cell_verdict
 from harness.checks.trial import Cell
-from harness.checks.verdict import Verdict
 from harness.errors import UserError
 from harness.files import FORMATS
 from harness.loaders.protocol import Subject
 from harness.variants import get_variant
+from harness.verdict.verdict import Verdict
 
 
 def cells_of(

@@ -11,8 +11,8 @@ from harness.checks.known import KnownFailure
 from harness.checks.matrix import cells_of
 from harness.checks.run import Limits, as_list, check_cells
 from harness.checks.trial import Cell
-from harness.checks.verdict import Verdict
 from harness.loaders.registry import resolve
+from harness.verdict.verdict import Verdict
 
 
 class CellTest:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from harness.checks.cell import Measured, Plan, check_cell
 from harness.checks.describe import cell_verdict, place
 from harness.checks.known import KnownFailure, unmatched
-from harness.checks.limit import GRACE_SECONDS, call_limit
 from harness.checks.matrix import cells_of
 from harness.checks.trial import Cell
-from harness.checks.verdict import Verdict
-from harness.loaders.isolation import Channel, JobEnd, run_jobs
+from harness.isolation.jobs import Channel, JobEnd, run_jobs
+from harness.isolation.limits import GRACE_SECONDS, call_limit
 from harness.loaders.registry import resolve
+from harness.verdict.verdict import Verdict
 
 GIB = 2**30
 

@@ -11,10 +11,10 @@ from harness.checks.direction import ROUNDING_LIKE, wrong_direction
 from harness.checks.finding import Finding
 from harness.checks.trial import Observation
 from harness.example import Example
+from harness.law.law import Law, identify
+from harness.law.probe import Probe
+from harness.law.traits import TRAITS, borrowed, common_trait, one_input_decides
 from harness.measure.compare import Fit
-from harness.measure.law import Law, identify
-from harness.measure.probes import Probe
-from harness.measure.traits import TRAITS, borrowed, common_trait, one_input_decides
 
 
 @dataclass(frozen=True)

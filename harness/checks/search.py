@@ -20,7 +20,7 @@ from harness.checks.smoke import check_smoke
 from harness.checks.trial import Cell, Observation, run_trial
 from harness.example import Example
 from harness.files import FORMATS
-from harness.measure.probes import Probe
+from harness.law.probe import Probe
 
 _MAX_RAISED = 3  # a subject that keeps raising, or hanging, tells nothing new
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from harness.checks.describe import cell_verdict
 from harness.checks.trial import Cell, run_trial
-from harness.checks.verdict import Verdict
 from harness.example import Example, Target
+from harness.verdict.verdict import Verdict
 
 # Boundaries of the words, in times the trained effect; the pictures behind them are in the image tests.
 _WORDS = (

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from harness.checks.scale import Diagnosis
 from harness.checks.search import Search
-from harness.measure.probes import Probe
+from harness.law.probe import Probe
 
 _NOT_LOADED = ("LH101", "LH102")
 _DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304"})

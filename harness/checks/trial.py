@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.benches import Bench, View, get_bench
-from harness.checks.calls import CallFailedError, Raised, describe, guarded
 from harness.checks.steps import File, Step, load
 from harness.checks.written import bytes_of, copy_of, file_order, writable, write_example
 from harness.example import Example
-from harness.loaders.isolation import TimeLimitExceeded
+from harness.isolation.calls import CallFailedError, Raised, describe, guarded
+from harness.isolation.jobs import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.measure.compare import Fit, norm
 from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running

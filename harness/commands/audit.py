@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from harness.doctor.audit_row import AuditRow
+    from harness.doctor.audit.rows import AuditRow
 
 _SHOWN = 30
 _REDRAW_SECONDS = 0.25
@@ -58,9 +58,9 @@ def command(
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
     from harness.commands.inspect import UNREADABLE
-    from harness.doctor.audit import audit_files
-    from harness.doctor.audit_out import write_rows
-    from harness.doctor.record import VIOLATIONS
+    from harness.doctor.audit.audit import audit_files
+    from harness.doctor.audit.output import write_rows
+    from harness.verdict.file_record import VIOLATIONS
 
     known = _known(outs, resume)
     keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
@@ -128,7 +128,7 @@ class _Sink:
 
 
 def _known(outs: Sequence[Path], resume: bool) -> list[AuditRow]:
-    from harness.doctor.audit_out import check_target, read_rows
+    from harness.doctor.audit.output import check_target, read_rows
     from harness.errors import UserError
 
     for out in outs:
@@ -183,8 +183,8 @@ def _write_json(rows: Sequence[AuditRow], code: int) -> None:
 
 
 def _print(rows: Sequence[AuditRow], outs: Sequence[Path]) -> None:
-    from harness.checks.codes import CODES
-    from harness.files.text import count, printable
+    from harness.text import count, printable
+    from harness.verdict.codes import CODES
 
     bad = [row for row in rows if row.hazards]
     for row in bad[:_SHOWN]:

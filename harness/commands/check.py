@@ -10,7 +10,7 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from harness.checks.verdict import Verdict
+    from harness.verdict.verdict import Verdict
 
 
 @click.command(

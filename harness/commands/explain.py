@@ -15,7 +15,7 @@ from harness.commands import options as shared
 @shared.json_option
 def command(code: str, as_json: bool) -> None:
     """Say what CODE means, its likely cause and its fix."""
-    from harness.checks.codes import explain
+    from harness.verdict.codes import explain
 
     found = explain(code)
     if as_json:

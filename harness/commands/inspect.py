@@ -16,7 +16,7 @@ from harness.commands import options as shared
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from harness.doctor.record import FileRecord, ModuleEnergy
+    from harness.verdict.file_record import FileRecord, ModuleEnergy
 
 UNREADABLE = "LH799"
 _ENERGIES_SHOWN = 3
@@ -72,7 +72,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Say what each LORA file holds: format, rank, alpha, scale under each convention, hazards, strength to pass."""
-    from harness.doctor.inspect import inspect_file
+    from harness.doctor.inspect.describe import inspect_file
 
     if html:
         from harness.report.lora_page import checked_target
@@ -118,13 +118,13 @@ def _exit_code(record: FileRecord, strict: bool) -> int:
     codes = {hazard.code for hazard in record.hazards}
     if UNREADABLE in codes:
         return 2
-    from harness.doctor.record import VIOLATIONS
+    from harness.verdict.file_record import VIOLATIONS
 
     return int(bool(codes if strict else codes & VIOLATIONS))
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
-    from harness.doctor.measured import measured_prescription
+    from harness.doctor.loader_law import measured_prescription
 
     if record.format is None:
         return record
@@ -136,8 +136,8 @@ def _print(record: FileRecord) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from harness.checks.codes import CODES
-    from harness.files.text import printable
+    from harness.text import printable
+    from harness.verdict.codes import CODES
 
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(Text(printable(record.path, 500), style="bold"))
@@ -160,7 +160,7 @@ def _facts(record: FileRecord) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.files.text import printable
+    from harness.text import printable
 
     table = Table.grid(padding=(0, 2))
     numbers = [
@@ -186,7 +186,7 @@ def _prescriptions(record: FileRecord) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.files.text import printable
+    from harness.text import printable
 
     table = Table.grid(padding=(0, 2))
     for loader, strength in record.prescription.items():
@@ -200,8 +200,8 @@ def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.doctor.blocks import by_block
-    from harness.files.text import printable
+    from harness.text import printable
+    from harness.verdict.blocks import by_block
 
     blocks = by_block(energies)
     strongest = sorted(blocks, key=lambda block: -(block.energy or 0.0))[:_BLOCKS_SHOWN]

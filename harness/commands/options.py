@@ -151,3 +151,40 @@ def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:
 def quiet_on(as_json: bool) -> bool:
     """Whether to leave out progress: JSON was asked for, or stderr is no terminal."""
     return as_json or not sys.stderr.isatty()
+
+
+def finish(out: Path, *, baseline: Path | None, rules: Sequence[str], as_json: bool) -> int:
+    """Write the report of OUT/run.jsonl, add it to OUT/history.jsonl and return the exit code.
+
+    With a `baseline` only what got worse counts; without one, every violation and every planned part that was not
+    measured.
+    """
+    from harness.report.ci import github_annotations, write_step_summary
+    from harness.report.gates import compare
+    from harness.report.history import append_history, read_history
+    from harness.report.records import read_run
+
+    run = read_run(out / "run.jsonl")
+    append_history(out / "history.jsonl", run)
+    gate = compare(read_run(baseline), run, rules) if baseline else None
+    write_step_summary(run, gate or ())
+    show(out, as_json=as_json, history=read_history(out / "history.jsonl"), gate=gate)
+    if not as_json:
+        for line in [*github_annotations(run, gate or ()), *(f"gate: {result.text()}" for result in gate or ())]:
+            click.echo(line)
+    if gate is not None:
+        return 1 if gate else 0
+    return 0 if run.status == "passed" else 1
+
+
+def show(out: Path, *, as_json: bool, history: Sequence[Any] = (), gate: Sequence[Any] | None = None) -> None:
+    """Write OUT/index.html from OUT/run.jsonl and print the run."""
+    from harness.report.html import write_report
+    from harness.report.records import read_run
+    from harness.report.terminal import print_run
+
+    run = read_run(out / "run.jsonl")
+    page = write_report([run], out, history=history, gate=gate)
+    if not as_json:
+        print_run(run)
+        click.echo(f"report: {page}")

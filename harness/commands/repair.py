@@ -42,8 +42,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair import names_from, repair_file
-    from harness.files.text import printable
+    from harness.doctor.repair.repair import names_from, repair_file
+    from harness.text import printable
 
     source = model_names or base
     report = repair_file(

@@ -14,9 +14,9 @@ import click
 @click.option("--history", type=click.Path(dir_okay=False, path_type=Path), help="history.jsonl to embed as a trend.")
 def command(runs: tuple[Path, ...], out: Path, markdown: bool, history: Path | None) -> None:
     """Write OUT/index.html from one or more recorded runs: one file that opens from disk, without a network."""
+    from harness.report.ci import matrix_markdown
     from harness.report.history import read_history
     from harness.report.html import write_report
-    from harness.report.markdown import matrix_markdown
     from harness.report.records import merge_runs, read_run
 
     read = [read_run(path) for path in runs]

@@ -13,8 +13,8 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.checks.trial import Cell
-    from harness.checks.verdict import Verdict
     from harness.report.records import RunWriter
+    from harness.verdict.verdict import Verdict
 
 # The report this project began with: rank = alpha = 32 on merged QKV, and its sister file with alpha = 16.
 FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
@@ -42,7 +42,7 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 @shared.json_option
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
-    from harness.commands.finish import finish
+    from harness.commands.options import finish
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
@@ -75,7 +75,7 @@ def _drawn(loaders: Sequence[str]) -> list[str]:
 
 
 def _not_drawn(loader: str) -> Verdict:
-    from harness.checks.verdict import Verdict
+    from harness.verdict.verdict import Verdict
 
     reason = "the tiny pipeline is a Qwen-Image one, and this loader takes none of its LoRAs"
     return Verdict(loader=loader, check="images", outcome="skipped", title="no picture", reason=reason)

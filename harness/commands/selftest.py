@@ -12,9 +12,9 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from harness.power.cases import Case
-    from harness.power.measure import Result
     from harness.report.models import PowerRecord
+    from harness.selftest.cases import Case
+    from harness.selftest.measure import Result
 
 _QUICK_EXAMPLES = 30
 _QUICK: dict[str, Any] = {"seeds": (1,), "formats": ("kohya",), "benches": ("qwen-image-fused",)}
@@ -58,10 +58,10 @@ def command(markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int,
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
     """
-    from harness.commands.finish import show as write_page
-    from harness.power.table import power_markdown
+    from harness.commands.options import show as write_page
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
+    from harness.selftest.table import power_markdown
 
     if runs:
         click.echo(power_markdown(_recorded(runs)), nl=False)
@@ -87,7 +87,7 @@ def command(markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int,
 
 
 def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Case]:
-    from harness.power.cases import broken_cases, correct_cases
+    from harness.selftest.cases import broken_cases, correct_cases
 
     every = (*(broken_cases() if kind != "right" else ()), *(correct_cases() if kind != "wrong" else ()))
     cases = [case for case in every if (only or "") in case.name and not (left_out and left_out in case.name)]
@@ -98,7 +98,7 @@ def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Cas
 
 def _measure(seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
     from harness.checks.run import Limits
-    from harness.power.measure import measure
+    from harness.selftest.measure import measure
 
     cases = _cases(options["only"], options["left_out"], options["kind"])
     quick = options["quick"]

@@ -13,8 +13,8 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.checks.known import KnownFailure
-    from harness.checks.verdict import Verdict
     from harness.report.records import RunWriter
+    from harness.verdict.verdict import Verdict
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -67,7 +67,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 @shared.json_option
 def command(loader: str, out: Path, as_json: bool, **options: Any) -> None:
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
-    from harness.commands.finish import show
+    from harness.commands.options import show
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 

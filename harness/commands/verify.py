@@ -14,7 +14,7 @@ from harness.commands import options as shared
 from harness.commands.inspect import finite
 
 if TYPE_CHECKING:
-    from harness.doctor.verify import MergeReport
+    from harness.doctor.verify.verify import MergeReport
 
 _PATH = click.Path(path_type=Path)
 _SHOWN = 20
@@ -58,7 +58,7 @@ def command(
     Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
     Tucker cores, whole differences and biases are measured too; what is not read is listed.
     """
-    from harness.doctor.verify import verify_merge
+    from harness.doctor.verify.verify import verify_merge
 
     with _progress(quiet=shared.quiet_on(as_json)) as on_module:
         options = {"strength": strength, "lora_alpha": lora_alpha, "full": full, "device": device}
@@ -72,7 +72,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from harness.files.text import printable
+    from harness.text import printable
 
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         task = progress.add_task("verifying", total=None)
@@ -93,7 +93,7 @@ def _print(report: MergeReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.files.text import printable
+    from harness.text import printable
 
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(Text(printable(report.overall.text().partition("\n")[0], 1000), style="bold"))

@@ -8,26 +8,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from harness.doctor.inspect import describe, inspect_file
-from harness.doctor.prescribe import ScaleLaw, conventions, known_laws, prescribe, prescriptions
-from harness.doctor.record import Advice, FileRecord, Hazard, ModuleEnergy
+from harness.doctor.inspect.describe import describe, inspect_file
+from harness.law.known import ScaleLaw, conventions, known_laws, prescribe, prescriptions
+from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
-    from harness.doctor.audit import audit_files
-    from harness.doctor.audit_out import read_rows, write_rows
-    from harness.doctor.audit_row import AuditRow
-    from harness.doctor.repair import RepairReport, repair_file
-    from harness.doctor.verify import MergeReport, verify_merge
+    from harness.doctor.audit.audit import audit_files
+    from harness.doctor.audit.output import read_rows, write_rows
+    from harness.doctor.audit.rows import AuditRow
+    from harness.doctor.repair.repair import RepairReport, repair_file
+    from harness.doctor.verify.verify import MergeReport, verify_merge
 
 _LATER = {
-    "AuditRow": "audit_row",
-    "MergeReport": "verify",
-    "RepairReport": "repair",
-    "audit_files": "audit",
-    "read_rows": "audit_out",
-    "repair_file": "repair",
-    "verify_merge": "verify",
-    "write_rows": "audit_out",
+    "AuditRow": "audit.rows",
+    "MergeReport": "verify.verify",
+    "RepairReport": "repair.repair",
+    "audit_files": "audit.audit",
+    "read_rows": "audit.output",
+    "repair_file": "repair.repair",
+    "verify_merge": "verify.verify",
+    "write_rows": "audit.output",
 }
 
 __all__ = [

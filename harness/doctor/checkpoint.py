@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from harness.doctor.base import shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, match_modules, read_header
-from harness.files.text import parse_json, printable
+from harness.text import parse_json, printable
 
 if TYPE_CHECKING:
     from torch import Tensor

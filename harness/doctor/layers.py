@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.dora import DoraLayer
-from harness.doctor.layer import Layer
-from harness.doctor.pieces import Piece
-from harness.doctor.products import Product
-from harness.doctor.variant_layer import ProductLayer
+from harness.doctor.verify.changes import Piece
+from harness.doctor.verify.dora import DoraLayer
+from harness.doctor.verify.layer import Layer, ProductLayer
+from harness.doctor.verify.products import Product
 
 if TYPE_CHECKING:
     from harness.files import LoraAdapter

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from harness.files.adapter import LoraAdapter, LoraModule, LoraParts, LoraWeights, Problem
+from harness.files.adapter import (
+    LoraAdapter,
+    LoraModule,
+    LoraParts,
+    LoraWeights,
+    Problem,
+    flattened_collisions,
+    match_modules,
+)
 from harness.files.detect import detect_format
 from harness.files.format import Format
 from harness.files.formats import FORMATS
-from harness.files.match import flattened_collisions, match_modules
 from harness.files.read import read_lora
 from harness.files.safetensors_file import SafetensorsFile, read_header
 from harness.files.tensor_file import TensorFile, TensorInfo

@@ -13,7 +13,7 @@ from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
 from harness.files.source import open_source
-from harness.files.text import count, printable
+from harness.text import count, printable
 
 _SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
 Tails = tuple[str, ...]

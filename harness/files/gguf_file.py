@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
 from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, regular_size
-from harness.files.text import printable
+from harness.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from harness.files.formats import FORMATS
 from harness.files.keys import WHOLE_ROLES
 from harness.files.shapes import Signature, measure
 from harness.files.source import open_source
-from harness.files.text import count, is_printable, printable
+from harness.text import count, is_printable, printable
 
 
 def read_lora(path: Path | str, *, format: str | None = None, strict: bool = True) -> LoraAdapter:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from harness.errors import LoraFileError
 from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size
-from harness.files.text import printable
+from harness.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from harness.files.adapter import LoraModule, Problem
 from harness.files.keys import WHOLE_ROLES
 from harness.files.scalars import is_float
 from harness.files.tensor_file import TensorFile
-from harness.files.text import printable
+from harness.text import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out

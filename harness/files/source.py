@@ -10,7 +10,7 @@ from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, So
 from harness.files.gguf_file import is_gguf, read_gguf
 from harness.files.safetensors_file import read_header
 from harness.files.tensor_file import os_problem
-from harness.files.text import parse_json, printable
+from harness.text import parse_json, printable
 
 _MAX_CONFIG_BYTES = 8_000_000
 _PICKLED = "adapter_model.bin"

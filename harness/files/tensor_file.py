@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import LoraFileError
 from harness.files import scalars
-from harness.files.text import printable
+from harness.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -77,7 +77,7 @@ def _fuse(opened: OpenPipeline) -> None:
     names = {name.rpartition(".")[2] for name, _ in opened.base.named_modules()}
     if "to_qkv" in names or "add_q_proj" not in names or type(opened.base).__name__ != "QwenImageTransformer2DModel":
         return
-    from harness.benches.fused_qkv import fuse_qkv
+    from harness.benches.qwen_image import fuse_qkv
 
     opened.base = fuse_qkv(opened.fresh()).requires_grad_(False).eval()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.checks.verdict import Outcome, Verdict
 from harness.errors import UserError
 from harness.files import LoraAdapter
 from harness.fixtures import fixtures_folder
@@ -14,6 +13,7 @@ from harness.images.fixture import lora_for
 from harness.images.studio import Studio
 from harness.images.verdict import Judgement, Observation
 from harness.loaders.protocol import Subject
+from harness.verdict.verdict import Outcome, Verdict
 
 _FIX = {
     "LH601": "compare its scale with alpha / rank: lora-harness check says which law it follows",

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.checks.limit import limited
 from harness.images.factor import Estimate, estimate
 from harness.images.pipelines import OpenPipeline, quiet
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler
 from harness.images.scales import Scaling, runtime_scaling, same_branches
+from harness.isolation.limits import limited
 from harness.loaders.protocol import Subject
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

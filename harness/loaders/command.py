@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError
-from harness.loaders.processes import kill_group, kill_tree
+from harness.isolation.child import kill_group, kill_tree
 from harness.loaders.protocol import Load
 
 if TYPE_CHECKING:

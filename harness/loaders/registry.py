@@ -15,8 +15,7 @@ from harness.errors import LoaderSpecError
 from harness.loaders.checkouts import CHECKOUTS
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.releases import find_releases
-from harness.loaders.signature import adapt
-from harness.loaders.source import import_callable, is_file, one_line
+from harness.loaders.source import adapt, import_callable, is_file, one_line
 
 ENTRY_POINTS = "lora_harness.loaders"
 
@@ -40,22 +39,24 @@ class _Builtin:
 
 
 BUILTIN = {
-    "peft": _Builtin("harness.loaders.peft:load", ("peft",)),
-    "diffusers": _Builtin("harness.loaders.diffusers:load", ("diffusers", "peft")),
-    "diffusers-fused": _Builtin("harness.loaders.diffusers:load_fused", ("diffusers", "peft")),
-    "peft-runtime": _Builtin("harness.loaders.peft_runtime:load", ("peft",)),
-    "lycoris": _Builtin("harness.loaders.lycoris:load", ("lycoris",)),
-    "lycoris-runtime": _Builtin("harness.loaders.lycoris:load_runtime", ("lycoris",)),
-    "loralib": _Builtin("harness.loaders.loralib:load", ("loralib",)),
-    "comfyui": _Builtin("harness.loaders.comfyui:load", ("einops", "scipy", "psutil"), checkout="comfyui"),
-    "sd-scripts": _Builtin("harness.loaders.sd_scripts:load", ("diffusers", "transformers"), checkout="sd-scripts"),
-    "sd-scripts-runtime": _Builtin(
-        "harness.loaders.sd_scripts:load_runtime", ("diffusers", "transformers"), checkout="sd-scripts"
+    "peft": _Builtin("harness.loaders.live.peft:load", ("peft",)),
+    "diffusers": _Builtin("harness.loaders.live.diffusers:load", ("diffusers", "peft")),
+    "diffusers-fused": _Builtin("harness.loaders.live.diffusers:load_fused", ("diffusers", "peft")),
+    "peft-runtime": _Builtin("harness.loaders.live.peft:load_runtime", ("peft",)),
+    "lycoris": _Builtin("harness.loaders.live.lycoris:load", ("lycoris",)),
+    "lycoris-runtime": _Builtin("harness.loaders.live.lycoris:load_runtime", ("lycoris",)),
+    "loralib": _Builtin("harness.loaders.live.loralib:load", ("loralib",)),
+    "comfyui": _Builtin("harness.loaders.live.comfyui:load", ("einops", "scipy", "psutil"), checkout="comfyui"),
+    "sd-scripts": _Builtin(
+        "harness.loaders.live.sd_scripts:load", ("diffusers", "transformers"), checkout="sd-scripts"
     ),
-    "invokeai": _Builtin("harness.loaders.invokeai:load", ("einops",), release="invokeai"),
-    "invokeai-sidecar": _Builtin("harness.loaders.invokeai:load_sidecar", ("einops",), release="invokeai"),
-    "diffsynth-hot": _Builtin("harness.loaders.diffsynth:load_hot", release="diffsynth"),
-    "diffsynth-flux": _Builtin("harness.loaders.diffsynth:load_flux", release="diffsynth"),
+    "sd-scripts-runtime": _Builtin(
+        "harness.loaders.live.sd_scripts:load_runtime", ("diffusers", "transformers"), checkout="sd-scripts"
+    ),
+    "invokeai": _Builtin("harness.loaders.live.invokeai:load", ("einops",), release="invokeai"),
+    "invokeai-sidecar": _Builtin("harness.loaders.live.invokeai:load_sidecar", ("einops",), release="invokeai"),
+    "diffsynth-hot": _Builtin("harness.loaders.live.diffsynth:load_hot", release="diffsynth"),
+    "diffsynth-flux": _Builtin("harness.loaders.live.diffsynth:load_flux", release="diffsynth"),
 }
 _DIFFSYNTH = "diffsynth"
 _DISTRIBUTIONS = {"lycoris": "lycoris-lora"}
@@ -106,7 +107,7 @@ def _from_name(name: str) -> Subject:
 
 
 def _from_diffsynth(name: str) -> Subject:
-    from harness.loaders import diffsynth
+    from harness.loaders.live import diffsynth
 
     version = name.removeprefix(_DIFFSYNTH).removeprefix("-") or diffsynth.newest_release().version
     return _from_function(diffsynth.release_loader(version), name, version)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from harness.checks.codes import CODES, Code
-from harness.doctor.audit_row import AuditRow
-from harness.files.text import count
+from harness.doctor.audit.rows import AuditRow
 from harness.report.lora_page import FILTERS, SIGNS, Shown
 from harness.report.shell import asset, environment, policy
+from harness.text import count
+from harness.verdict.codes import CODES, Code
 
 
 def render_audit_page(rows: Sequence[AuditRow]) -> str:

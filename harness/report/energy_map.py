@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.doctor.blocks import OUTSIDE, block_of, in_order, place_of
-from harness.doctor.record import ModuleEnergy
+from harness.verdict.blocks import OUTSIDE, block_of, in_order, place_of
+from harness.verdict.file_record import ModuleEnergy
 
 _ROW = 15  # all sizes in pixels
 _WIDEST, _NARROWEST = 24, 5

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.checks.verdict import Verdict
 from harness.errors import UserError
-from harness.report.plain import plain
 from harness.report.records import Run, SweepRecord
 from harness.report.summary import place, short_title
+from harness.text import plain
+from harness.verdict.verdict import Verdict
 
 Direction = Literal["up", "down", "any"]
 _RULE = re.compile(

@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from harness.checks.verdict import Record
 from harness.errors import UserError
-from harness.report.plain import plain
 from harness.report.records import Run
 from harness.report.summary import WORDS, Cell, cells, listed
+from harness.text import plain
+from harness.verdict.verdict import Record
 
 _GREEN = "passed"  # a failure that is recorded as known is no better than it was
 

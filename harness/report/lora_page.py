@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness.checks.codes import CODES, Code
-from harness.doctor.blocks import BlockEnergy, by_block, in_order
-from harness.doctor.prescribe import ScaleLaw, known_laws
-from harness.doctor.record import VIOLATIONS, FileRecord, Hazard, ModuleEnergy
 from harness.errors import UserError
 from harness.files.serialize import replace_file
-from harness.files.text import count
+from harness.law.known import ScaleLaw, known_laws
 from harness.report.energy_map import EnergyMap, energy_maps
-from harness.report.plain import plain
 from harness.report.shell import asset, environment, policy
+from harness.text import count, plain
+from harness.verdict.blocks import BlockEnergy, by_block, in_order
+from harness.verdict.codes import CODES, Code
+from harness.verdict.file_record import VIOLATIONS, FileRecord, Hazard, ModuleEnergy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
 SIGNS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–"}

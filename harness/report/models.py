@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from harness.checks.verdict import LawRecord, Record, Verdict
+from harness.verdict.verdict import LawRecord, Record, Verdict
 
 SCHEMA_VERSION = 1
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.checks.verdict import LawRecord
-from harness.measure.probes import Probe
+from harness.law.probe import Probe
 from harness.report.models import ProbePoint, ProbeRecord
+from harness.verdict.verdict import LawRecord
 
 
 def probe_record(

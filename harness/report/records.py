@@ -13,7 +13,6 @@ from typing import TextIO, TypeVar
 
 from pydantic import ValidationError
 
-from harness.checks.verdict import Record, Verdict
 from harness.errors import UserError
 from harness.report.models import (
     ADAPTER,
@@ -31,6 +30,7 @@ from harness.report.models import (
     SweepImage,
     SweepRecord,
 )
+from harness.verdict.verdict import Record, Verdict
 
 __all__ = [
     "SCHEMA_VERSION",

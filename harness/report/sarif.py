@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.report.models import FileRecord, Hazard
-from harness.report.plain import plain
 from harness.report.records import Run
+from harness.text import plain
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _ERRORS = frozenset({"LH705", "LH706", "LH707", "LH799"})
@@ -54,7 +54,7 @@ def _rule(code: str) -> dict[str, Any]:
 
 
 def _explained(code: str) -> tuple[str, str]:
-    from harness.checks.codes import CODES
+    from harness.verdict.codes import CODES
 
     known = CODES.get(code)
     return (known.title, known.fix) if known else (code, "")

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from harness.report.plain import plain
+from harness.text import plain
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.checks.verdict import LawRecord, Verdict
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
-from harness.report.plain import plain
 from harness.report.records import FileRecord, PartRecord, PowerRecord, ProbeRecord, Run, SweepRecord
+from harness.text import plain
+from harness.verdict.verdict import LawRecord, Verdict
 
 WORDS = {
     "failed": "wrong",

@@ -9,9 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.checks.verdict import Verdict
 from harness.report.models import Footer, Header
-from harness.report.plain import plain
 from harness.report.records import Run, exit_code_of
 from harness.report.summary import (
     SYMBOLS,
@@ -26,6 +24,8 @@ from harness.report.summary import (
     row_name,
     sentence,
 )
+from harness.text import plain
+from harness.verdict.verdict import Verdict
 
 STYLES = {"failed": "bold red", "errored": "bold magenta", "xpassed": "yellow", "xfailed": "cyan", "passed": "green"}
 _LABELS = 10

@@ -10,8 +10,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from harness.checks.verdict import Verdict
-from harness.report.figures import law_figure
 from harness.report.models import FileRecord, ProbePoint, ProbeRecord
 from harness.report.records import Run
 from harness.report.summary import (
@@ -29,7 +27,8 @@ from harness.report.summary import (
     matrix_lines,
     row_name,
 )
-from harness.report.svg import available
+from harness.report.svg import available, law_figure
+from harness.verdict.verdict import Verdict
 
 _MOST_FIGURES = 36
 _MOST_TOLD = 500

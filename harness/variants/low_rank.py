@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from harness.benches.layer import Layer
 from harness.measure.compare import Direction, Fit, low_rank, norm
 from harness.measure.tolerance import tolerance
-from harness.reference.variants import dora_weight, tucker_product
+from harness.reference.closed_form import dora_weight, tucker_product
 from harness.variants.variant import Parts, Update
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.benches.layer import Layer
 from harness.measure.compare import Direction, low_rank
-from harness.reference.variants import loha_product, lokr_product
+from harness.reference.closed_form import loha_product, lokr_product
 from harness.variants.variant import Parts
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from harness.checks.law import measure_law
 from harness.checks.strength_table import strength_table
 from harness.checks.trial import Cell
-from harness.doctor.prescribe import known_laws
+from harness.law.known import known_laws
 from harness.loaders.registry import installed, resolve
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "raw_alpha.py") + ":load"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from harness.checks.verdict import LawRecord, Verdict
+from harness.verdict.verdict import LawRecord, Verdict
 
 
 def verdict(**fields: object) -> Verdict:

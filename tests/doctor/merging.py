@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.doctor.verify import MergeReport, verify_merge
+from harness.doctor.verify.verify import MergeReport, verify_merge
 from harness.files import LoraWeights, write_lora
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32]

@@ -14,15 +14,16 @@ from click.testing import CliRunner
 from markupsafe import escape
 
 from fixtures.build_malformed import CASES, FILE_CASES, build
-from harness.checks.codes import CODES
 from harness.commands.audit import command
-from harness.doctor import audit_row, audit_work
-from harness.doctor.audit import audit_files
-from harness.doctor.audit_out import read_rows, write_rows
-from harness.doctor.audit_row import AuditRow
-from harness.doctor.find import find_files
+from harness.doctor.audit import rows as audit_row
+from harness.doctor.audit import work as audit_work
+from harness.doctor.audit.audit import audit_files
+from harness.doctor.audit.find import find_files
+from harness.doctor.audit.output import read_rows, write_rows
+from harness.doctor.audit.rows import AuditRow
 from harness.errors import UserError
 from harness.files import LoraWeights, write_lora
+from harness.verdict.codes import CODES
 
 
 def lora(path: Path, format: str = "kohya", *, seed: int = 0, alpha: float = 8.0) -> Path:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from harness.commands import audit as command
-from harness.doctor import audit_work
-from harness.doctor.audit_work import Task, row_of, run_local
+from harness.doctor.audit import work as audit_work
+from harness.doctor.audit.work import Task, row_of, run_local
 
 PATHS = [f"{number:02d}" for number in range(40)]
 

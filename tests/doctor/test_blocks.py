@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness.doctor import inspect_file
-from harness.doctor.blocks import OUTSIDE, block_of, by_block, place_of
 from harness.files import LoraWeights, write_lora
+from harness.verdict.blocks import OUTSIDE, block_of, by_block, place_of
 
 
 def pair(size: float) -> LoraWeights:

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from harness.doctor import inspect_file
-from harness.doctor.advice import untargeted
 from harness.doctor.base import BaseWeights, family
-from harness.doctor.energy import pair_energy, singular_values
+from harness.doctor.inspect.energy import pair_energy, singular_values, untargeted
 from harness.errors import LoraFileError
 from harness.files import LoraWeights, read_lora, write_lora
 

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from fixtures.build_malformed import CASES, build
 from harness.commands.inspect import command
 from harness.doctor import inspect_file
-from harness.doctor.blocks import by_block
-from harness.doctor.record import FileRecord, ModuleEnergy
 from harness.errors import UserError
 from harness.files import LoraWeights, write_lora
 from harness.report.energy_map import energy_maps
 from harness.report.lora_page import render_lora_page, write_lora_page
+from harness.verdict.blocks import by_block
+from harness.verdict.file_record import FileRecord, ModuleEnergy
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\x1b]0;t\x07{{7*7}}\u202egnp \"' onload=x"
 

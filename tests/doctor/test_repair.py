@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from harness.benches import get_bench
 from harness.commands.repair import command
-from harness.doctor.prescribe import known_laws
-from harness.doctor.repair import repair_file
+from harness.doctor.repair.repair import repair_file
 from harness.errors import UserError
 from harness.files import LoraWeights, read_lora, write_lora
+from harness.law.known import known_laws
 from harness.loaders.registry import installed, resolve
 
 NAMES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k")
@@ -114,7 +114,7 @@ def test_nothing_is_replaced_without_force_and_the_source_never(tmp_path: Path, 
 
 
 def test_a_failed_check_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import harness.doctor.repair as module
+    import harness.doctor.repair.repair as module
 
     path = write_lora(tmp_path / "old", "kohya", weights())
     monkeypatch.setattr(module, "_difference", lambda *_: 0.5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.doctor import row_products as module
-from harness.doctor.row_products import bfloat16_is_quicker, row_products
+from harness.doctor.verify import row_products as module
+from harness.doctor.verify.row_products import bfloat16_is_quicker, row_products
 
 
 def weights(rows: int, columns: int, dtype: torch.dtype, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

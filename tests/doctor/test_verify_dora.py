@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.doctor.verify import MergeReport, verify_merge
-from harness.reference.variants import dora_weight
+from harness.doctor.verify.verify import MergeReport, verify_merge
+from harness.reference.closed_form import dora_weight
 
 RANK, ALPHAS = 4, {"blocks_0_x": 2.0, "blocks_1_x": 12.0}
 NOISE = {torch.float8_e4m3fn: 0.05, torch.bfloat16: 0.01, torch.float16: 5e-3, torch.float32: 1e-3}

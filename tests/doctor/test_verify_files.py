@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from harness.commands.verify import command
-from harness.doctor.verify import verify_merge
+from harness.doctor.verify.verify import verify_merge
 from harness.errors import LoraFileError, UserError
 from harness.files import write_lora
 from tests.doctor.merging import (

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.benches import get_bench
-from harness.doctor.verify import MergeReport, verify_merge
+from harness.doctor.verify.verify import MergeReport, verify_merge
 from harness.files import write_lora
 from harness.loaders.registry import installed, resolve
 from tests.doctor.merging import weights

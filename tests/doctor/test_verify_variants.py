@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.doctor.verify import MergeReport, verify_merge
-from harness.reference import variants as closed
+from harness.doctor.verify.verify import MergeReport, verify_merge
+from harness.reference import closed_form as closed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32]
 RANK = 6

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from harness.doctor.baked_law import ScaleFound, name_law
-from harness.doctor.vote import bounds, half_step, vote, vote_within
+from harness.doctor.verify.merge_law import ScaleFound, name_law
+from harness.doctor.verify.vote import bounds, half_step, vote, vote_within
 from harness.files import LoraWeights, write_lora
 from tests.doctor.merging import (
     DTYPES,

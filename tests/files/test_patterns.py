@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harness.files.config import AdapterConfig, ConfigError, anchored, build
-from harness.files.patterns import PatternError, Patterns
+from harness.files.config import AdapterConfig, ConfigError, PatternError, Patterns, anchored, build
 
 NAMES = st.lists(st.sampled_from(["to_q", "add_to_q", "0", "10", "a", "aXb"]), min_size=1, max_size=4).map(".".join)
 PATTERNS = st.one_of(

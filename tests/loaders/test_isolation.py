@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.loaders import isolation
-from harness.loaders.isolation import JobEnd, SubjectExitError, TimeLimitExceeded, run_jobs
+from harness.isolation import jobs as isolation
+from harness.isolation.jobs import JobEnd, SubjectExitError, TimeLimitExceeded, run_jobs
 
 MIB = 1 << 20
 
@@ -323,7 +323,7 @@ def test_ctrl_c_kills_the_children(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import os, signal, time
-        from harness.loaders.isolation import run_jobs
+        from harness.isolation.jobs import run_jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         def job(channel):
             channel.send(os.getpid())
@@ -345,7 +345,7 @@ def test_ctrl_c_kills_the_children(tmp_path):
 def test_children_die_with_a_parent_that_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, time\nfrom harness.loaders.isolation import run_jobs\n"
+        "import os, time\nfrom harness.isolation.jobs import run_jobs\n"
         "def job(channel):\n    channel.send(os.getpid())\n    time.sleep(60)\n"
         "run_jobs([job], on_event=lambda index, pid: print(pid, flush=True))\n"
     )

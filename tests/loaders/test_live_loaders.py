@@ -5,7 +5,7 @@ import torch
 
 from harness.benches import get_bench
 from harness.errors import LoaderSpecError
-from harness.loaders import diffsynth
+from harness.loaders.live import diffsynth
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.loaders.registry import resolve
 from harness.loaders.releases import Release

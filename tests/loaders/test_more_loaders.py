@@ -167,7 +167,7 @@ def test_every_reason_names_something_the_loader_declares(name):
 
 
 def test_rows_of_a_merged_layer_are_views_of_it():
-    from harness.loaders.original_names import renamed
+    from harness.loaders.live.original_names import renamed
 
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in "qkv"})
     places = {f"{name}.weight": ("both.qkv.weight", (0, 2 * i, 2)) for i, name in enumerate("qkv")}

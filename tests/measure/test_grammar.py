@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.measure.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word
+from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word
 
 STRENGTHS = (-2.5, -1.0, -0.25, 0.0, 0.25, 1.0, 1.75, 4.0)
 OF_STRENGTH: dict[str, Sequence[float]] = {

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.checks.scale import code_of, diagnose
-from harness.measure import law as law_module
-from harness.measure.grammar import ALPHA, RANK, STRENGTH, Word
-from harness.measure.law import Law, identify
-from harness.measure.probes import Probe
+from harness.law import law as law_module
+from harness.law.grammar import ALPHA, RANK, STRENGTH, Word
+from harness.law.law import Law, identify
+from harness.law.probe import Probe
 
 FILES = (
     ((10.5, 2.75, 6.0, 0.625, 6.0, 33.0, 3.5), (5, 12, 4, 6, 4, 24, 7)),

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness.measure.grammar import SOURCES, STRENGTH
-from harness.measure.law import Law, _Columns, _unexplained, identify
-from harness.measure.probes import Probe
+from harness.law.grammar import SOURCES, STRENGTH
+from harness.law.law import Law, _Columns, _unexplained, identify
+from harness.law.probe import Probe
 
 Alphas, Ranks = tuple[float | None, ...], tuple[int, ...]
 TOLERANCE = 1e-6

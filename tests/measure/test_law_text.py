@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from harness.measure.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, STRENGTH, Word
-from harness.measure.law import Law
-from harness.measure.probes import Probe
+from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, STRENGTH, Word
+from harness.law.law import Law
+from harness.law.probe import Probe
 
 S, A, R = ({word.text: word for word in words} for words in (STRENGTH, ALPHA, RANK))
 TRAINED = Law(S["{x}"], A["{x}"], R["/ {x}"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.measure.probes import Probe
+from harness.law.probe import Probe
 
 SECOND = Probe("m", 0.5, 1, (16.0, 12.0, 7.0), (2, 4, 5), 1.5, 0.25)
 

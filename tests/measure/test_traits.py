@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.measure.probes import Probe
-from harness.measure.traits import TRAITS, borrowed, common_trait, one_input_decides
+from harness.law.probe import Probe
+from harness.law.traits import TRAITS, borrowed, common_trait, one_input_decides
 
 PLAIN = Probe("m", 1.0, 0, (4.0, 2.0), (8, 4), 0.5, 1e-6)
 

@@ -10,7 +10,7 @@ import pytest
 from harness import check_loader
 from harness.checks.run import Limits
 from harness.fixtures import fixtures_folder
-from harness.power.cases import BROKEN
+from harness.selftest.cases import BROKEN
 
 pytestmark = pytest.mark.slow
 

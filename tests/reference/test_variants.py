@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.reference import variants
+from harness.reference import closed_form as variants
 from harness.reference.closed_form import product, scale
 
 RANKS = st.integers(1, 7)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from harness.reference import variants
+from harness.reference import closed_form as variants
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -152,5 +152,5 @@ def test_strength_and_axis_are_given_by_name() -> None:
 
 
 def test_torch_is_not_imported_before_there_is_a_tensor() -> None:
-    code = "import sys, harness.reference.variants; sys.exit('torch' in sys.modules)"
+    code = "import sys, harness.reference.closed_form; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.checks.verdict import LawRecord, Record, Verdict
 from harness.report.records import (
     FileRecord,
     Footer,
@@ -23,6 +22,7 @@ from harness.report.records import (
     exit_code_of,
     read_run,
 )
+from harness.verdict.verdict import LawRecord, Record, Verdict
 
 FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
 BENCHES = ("qwen-image", "qwen-image-fused")

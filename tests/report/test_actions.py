@@ -7,9 +7,16 @@ import pytest
 from markdown_it import MarkdownIt
 from report_samples import HOSTILE, failed, file_records, matrix_records, passed, run_of, skipped
 
-from harness.report.annotations import github_annotations, workflow_command
+from harness.report.ci import (
+    code,
+    escape,
+    github_annotations,
+    matrix_markdown,
+    step_summary,
+    workflow_command,
+    write_step_summary,
+)
 from harness.report.gates import GateResult
-from harness.report.markdown import code, escape, matrix_markdown, step_summary, write_step_summary
 from harness.report.records import FileRecord, Hazard
 from harness.report.sarif import sarif, write_sarif
 

@@ -239,7 +239,7 @@ def test_figures_have_alt_text_and_a_table(sample_night: tuple[Run, Path, Page])
 
 def test_without_plotting_libraries_the_tables_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.report.svg.find_spec", lambda name: None)
-    monkeypatch.setattr("harness.report.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.report.strips.find_spec", lambda name: None)
     run = night(tmp_path)
     page = page_of(run, tmp_path)
     assert not [svg for svg in page.all("svg") if svg.get("class") == "plot"]
@@ -272,7 +272,7 @@ def test_relative_energy_of_a_block_is_its_update_over_its_weights() -> None:
 
 
 def test_what_the_doctor_writes_is_read_back_and_shown(tmp_path: Path) -> None:
-    doctor = pytest.importorskip("harness.doctor.record")
+    doctor = pytest.importorskip("harness.verdict.file_record")
     energy = doctor.ModuleEnergy(norm=1.0, spectral=0.5, singular=(0.5,), effective_rank=1.0)
     hazard = doctor.Hazard(code="LH701", what="no alpha anywhere")
     facts = {"ranks": {"8": 3}, "alphas": {"none": 3}, "coverage": 0.5, "hazards": (hazard,), "modules": 3}

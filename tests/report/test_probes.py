@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from report_samples import IGNORED
 
-from harness.measure.probes import Probe
+from harness.law.probe import Probe
 from harness.report.probes import probe_record
 
 

@@ -4,7 +4,6 @@ import pytest
 from report_samples import IGNORED, RAW, failed, file_records, matrix_records, passed, run_of
 
 from harness.report.models import PowerRecord
-from harness.report.plain import plain
 from harness.report.summary import (
     badness,
     causes,
@@ -18,6 +17,7 @@ from harness.report.summary import (
     sentence,
     short_title,
 )
+from harness.text import plain
 
 
 def test_one_law_in_many_cells_is_one_cause_and_two_laws_are_two() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness.checks.run import Limits, check_loader
-from harness.checks.verdict import Verdict
 from harness.files import match_modules, read_lora
+from harness.verdict.verdict import Verdict
 
 IN_PROCESS = Limits(workers=0)
 

@@ -1,0 +1,1 @@
+"""Thousands of files, one row each."""

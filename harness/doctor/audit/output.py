@@ -1,0 +1,158 @@
+"""Rows of an audit to a file and back: .jsonl, .json, .csv, .parquet or .html by its extension."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from harness.doctor.audit.rows import AuditRow
+from harness.errors import UserError
+from harness.files.serialize import replace_file
+from harness.text import printable
+
+COLUMNS = (
+    "path", "size", "format", "modules", "ranks", "alphas", "alpha_source", "variants", "dtypes", "trained_min",
+    "trained_max", "coverage", "hazards", "what", "trainer", "duplicate_of", "outlook", "seconds",
+)  # fmt: skip
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_RESUMABLE = (".jsonl", ".json", ".parquet")
+
+
+def write_rows(path: Path | str, rows: Sequence[AuditRow]) -> Path:
+    """Write rows in the format that the extension of `path` names, replacing the file in one step.
+
+    Raises:
+        UserError: an unknown extension, a place that cannot be written, or .parquet without pyarrow.
+    """
+    path = Path(path)
+    content = _writer(path)(rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def check_target(path: Path | str) -> None:
+    """Refuse a file that `write_rows` could not write, before any work is done.
+
+    Raises:
+        UserError: an unknown extension, or .parquet without pyarrow.
+    """
+    _writer(Path(path))([])
+
+
+def read_rows(path: Path | str) -> list[AuditRow]:
+    """Read rows back to resume; a cut last line is passed over.
+
+    Raises:
+        UserError: a format that does not hold whole rows, or a file that no audit wrote.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _RESUMABLE:
+        raise UserError(f"{path}: only {', '.join(_RESUMABLE)} can be resumed: they hold whole rows")
+    if not path.exists():
+        return []
+    try:
+        return [AuditRow.model_validate_json(text) for text in _texts(path)]
+    except (ValidationError, ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no rows of an audit ({printable(error, 100)})") from None
+
+
+def _texts(path: Path) -> list[str]:
+    if path.suffix.lower() == ".parquet":
+        return [str(text) for text in _parquet().read_table(path, columns=["record"])["record"].to_pylist()]
+    if path.suffix.lower() == ".json":
+        return [json.dumps(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line for line in lines[:-1] if line.strip()]
+
+
+def flat(row: AuditRow) -> dict[str, Any]:
+    """Return one row as plain columns, lists joined."""
+    low, high = row.trained or (None, None)
+    return {
+        **{name: getattr(row, name) for name in ("path", "size", "format", "modules", "alpha_source")},
+        **{name: _counts(getattr(row, name)) for name in ("ranks", "alphas", "variants", "dtypes")},
+        "trained_min": low,
+        "trained_max": high,
+        "coverage": row.coverage,
+        "trainer": row.trainer,
+        "hazards": " ".join(row.codes),
+        "what": "; ".join(hazard.what for hazard in row.hazards),
+        "duplicate_of": row.duplicate_of,
+        "seconds": row.seconds,
+        "outlook": row.advice.outlook if row.advice else None,
+    }
+
+
+def _counts(values: Mapping[str, int]) -> str:
+    return " ".join(f"{value}x{times}" if times > 1 else value for value, times in values.items())
+
+
+def _jsonl(rows: Sequence[AuditRow]) -> bytes:
+    return "".join(row.model_dump_json() + "\n" for row in rows).encode()
+
+
+def _json(rows: Sequence[AuditRow]) -> bytes:
+    return ("[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n").encode()
+
+
+def _csv(rows: Sequence[AuditRow]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in flat(row).items()} for row in rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def _cell(value: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    safe = printable(value, 1000)
+    return f"'{safe}" if safe.startswith(_FORMULA) else safe
+
+
+def _html(rows: Sequence[AuditRow]) -> bytes:
+    from harness.report.audit_page import render_audit_page
+
+    return render_audit_page(rows).encode("utf-8", "backslashreplace")
+
+
+def _parquet_bytes(rows: Sequence[AuditRow]) -> bytes:
+    pyarrow = import_module("pyarrow")
+    lines = [{**flat(row), "record": row.model_dump_json()} for row in rows]
+    columns = {name: [line[name] for line in lines] for name in (*COLUMNS, "record")}
+    sink = io.BytesIO()
+    _parquet().write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()
+
+
+def _parquet() -> Any:
+    try:
+        return import_module("pyarrow.parquet")
+    except ImportError:
+        raise UserError(".parquet needs pyarrow: `pip install pyarrow`, or write .jsonl or .csv") from None
+
+
+_WRITERS: Mapping[str, Callable[[Sequence[AuditRow]], bytes]] = {
+    ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".html": _html, ".parquet": _parquet_bytes,
+}  # fmt: skip
+
+
+def _writer(path: Path) -> Callable[[Sequence[AuditRow]], bytes]:
+    suffix = path.suffix.lower()
+    if suffix not in _WRITERS:
+        raise UserError(f"{path}: the extension says no format; known are {', '.join(_WRITERS)}")
+    if suffix == ".parquet":
+        _parquet()
+    return _WRITERS[suffix]

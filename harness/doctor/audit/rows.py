@@ -1,0 +1,105 @@
+"""One file of an audit as one row: what `inspect` says, when it was read, and what tells it from other files."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from harness.doctor.audit import remote
+from harness.doctor.inspect.describe import read_record
+from harness.errors import UserError
+from harness.files import TensorFile
+from harness.files.source import open_source
+from harness.text import printable
+from harness.verdict.file_record import FileRecord, Hazard
+
+UNREADABLE = "LH799"
+_SAMPLE_BYTES = 4096
+_CHUNK_BYTES = 1 << 20
+
+
+class AuditRow(FileRecord):
+    """A file record with what an audit adds.
+
+    `size` and `mtime` (ns) tell whether the file is the one that was read; `fingerprint` hashes the tensors' names,
+    shapes and a few kilobytes, `digest` all of their bytes (only where fingerprints agree, metadata left out);
+    `duplicate_of` is the first path with the same digest.
+    """
+
+    mtime: int | None = None
+    seconds: float | None = None
+    fingerprint: str | None = None
+    digest: str | None = None
+    duplicate_of: str | None = Field(default=None, description="first file with the same weights")
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the hazards."""
+        return tuple(hazard.code for hazard in self.hazards)
+
+
+def audit_file(path: str, *, energy: bool = False) -> AuditRow:
+    """Return the row of one local file, PEFT folder or URL; whatever is wrong with it is in the row."""
+    began = time.perf_counter()
+    try:
+        if remote.is_url(path):
+            with remote.local_copy(path) as copy:
+                record, mark = read_record(copy)[0].model_copy(update={"path": path}), None
+        else:
+            record, adapter = read_record(path, energy=energy)
+            mark = fingerprint(adapter.file) if adapter else None
+    except UserError as error:
+        return failed_row(path, str(error))
+    return AuditRow.model_construct(**dict(record), seconds=round(time.perf_counter() - began, 4), fingerprint=mark)
+
+
+def failed_row(path: str, what: str) -> AuditRow:
+    """Return the row of a file that could not be read."""
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    return AuditRow(path=shown, hazards=(Hazard(code=UNREADABLE, what=printable(what, 400)),))
+
+
+def fingerprint(file: TensorFile) -> str:
+    """Return a hash of the names and shapes of all tensors and of the first bytes of three of them."""
+    names = sorted(file.tensors)
+    some = sorted({names[0], names[len(names) // 2], names[-1]}) if names else []
+    return _hashed(file, names, some, _SAMPLE_BYTES)
+
+
+def digest(path: Path | str) -> str:
+    """Return a hash of the names, shapes and bytes of all tensors, in the order of their names.
+
+    Raises:
+        LoraFileError: the file cannot be read.
+    """
+    file = open_source(path).file
+    names = sorted(file.tensors)
+    return _hashed(file, names, names, None)
+
+
+def _hashed(file: TensorFile, names: Sequence[str], read: Iterable[str], limit: int | None) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    infos = [file.tensors[name] for name in names]
+    shapes = [info.shape for info in infos]
+    shown = {shape: str(shape) for shape in set(shapes)}
+    listed = f"[{', '.join([shown[shape] for shape in shapes])}]"
+    header = ["\n".join(names), " ".join([info.dtype for info in infos]), listed]
+    total.update("\0".join(header).encode("utf-8", "surrogatepass"))
+    for block in _blocks(file, read, limit):
+        total.update(block)
+    return total.hexdigest()
+
+
+def _blocks(file: TensorFile, names: Iterable[str], limit: int | None) -> Iterator[bytes]:
+    with file.path.open("rb", buffering=0) as stream:
+        for name in names:
+            info = file.tensors[name]
+            left = min(info.end - info.start, limit or info.end)
+            stream.seek(info.start)
+            while left > 0 and (block := stream.read(min(left, _CHUNK_BYTES))):
+                left -= len(block)
+                yield block

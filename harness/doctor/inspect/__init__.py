@@ -1,0 +1,1 @@
+"""What is in one LoRA file."""

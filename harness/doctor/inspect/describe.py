@@ -1,0 +1,112 @@
+"""One LoRA file in, everything that can be said of it out: from the header alone, energies only when asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from harness.doctor.inspect.hazards import hazards
+from harness.doctor.inspect.metadata import shown, trainer
+from harness.errors import LoraFileError
+from harness.files import LoraAdapter, LoraModule, read_lora
+from harness.law.known import conventions, distinct, prescriptions
+from harness.text import printable
+from harness.verdict.file_record import FileRecord, Hazard
+
+_UNUSED_SHOWN = 50
+
+
+def inspect_file(
+    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+) -> FileRecord:
+    """Return what is in a LoRA file or PEFT folder; a file that cannot be read is a record with hazard LH799.
+
+    Without `energy` only the header and the alphas are read and torch is not imported. `base` is a safetensors file or
+    a folder of them with the base weights, and implies `energy`. `lora_alpha` is the alpha of the training, for files
+    that carry none.
+
+    Raises:
+        LoraFileError: `base` cannot be read.
+    """
+    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha)[0]
+
+
+def read_record(
+    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+) -> tuple[FileRecord, LoraAdapter | None]:
+    """Return what `inspect_file` does, and the parsed file (None when it cannot be read)."""
+    try:
+        adapter = read_lora(path, strict=False)
+    except LoraFileError as error:
+        hazard = Hazard(code="LH799", what=_without_path(error, Path(path)))
+        return FileRecord(path=_text(path), hazards=(hazard,)), None
+    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
+    if energy or base is not None:
+        from harness.doctor.inspect.energy import with_energy
+
+        return with_energy(record, adapter, base), adapter
+    return record, adapter
+
+
+def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
+    """Return the record of a parsed file."""
+    modules = list(adapter.modules.values())
+    different = distinct(modules)
+    total = len(adapter.file.keys)
+    return FileRecord(
+        path=path or _text(adapter.path),
+        format=adapter.format,
+        size=adapter.file.size,
+        modules=len(modules),
+        ranks=_histogram(modules, "rank"),
+        alphas=_histogram(modules, "alpha", lambda alpha: "none" if alpha is None else f"{alpha:.6g}"),
+        alpha_source=adapter.alpha_source,
+        variants=_histogram(modules, "variant"),
+        dtypes=_histogram(modules, "dtype"),
+        components=_histogram(modules, "component"),
+        trained=_range(module.trained_scale for module in different if module.alpha is not None),
+        scales=_scales(different),
+        hazards=hazards(adapter),
+        notes=tuple(_notes(modules)),
+        coverage=1 - len(adapter.unused_keys) / total if total else None,
+        unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
+        trainer=trainer(adapter.metadata),
+        metadata=shown(adapter.metadata),
+        prescription=prescriptions(adapter, lora_alpha=lora_alpha),
+    )
+
+
+def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
+    ranges = {name: _range(law.at_one(module) for module in modules) for name, law in conventions().items()}
+    return {name: found for name, found in ranges.items() if found}
+
+
+def _notes(modules: list[LoraModule]) -> Iterable[str]:
+    if any(module.rslora for module in modules):
+        root = max(module.rank for module in modules) ** 0.5
+        yield f"rank-stabilised: readers that know only alpha / rank are up to sqrt(rank) = {root:.3g} times too weak"
+
+
+def _range(values: Iterable[float]) -> tuple[float, float] | None:
+    found = list(values)
+    return (min(found), max(found)) if found else None
+
+
+def _histogram(modules: list[LoraModule], field: str, shown: Callable[[Any], str] = str) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for value, times in Counter(map(attrgetter(field), modules)).items():
+        found[shown(value)] += times
+    return dict(found.most_common())
+
+
+def _text(path: Path | str) -> str:
+    """Return a path as text that JSON can hold, whatever bytes the file name has."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _without_path(error: LoraFileError, path: Path) -> str:
+    file = "" if error.path == path else printable(error.path.name, 80)
+    return ": ".join(part for part in (file, error.key, error.problem) if part)

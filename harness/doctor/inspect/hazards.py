@@ -1,0 +1,236 @@
+"""Split layers stacked into a merged one: B: [out, n * r] whose off-diagonal blocks are exactly zero."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
+
+from harness.doctor.inspect.metadata import declared_alphas
+from harness.files import LoraAdapter, LoraModule, TensorInfo
+from harness.files.keys import NOT_LORA, split
+from harness.text import count, printable
+from harness.verdict.file_record import Hazard
+
+_BLOCKS = (3, 4)  # q, k, v and, in FLUX's single blocks, the MLP
+
+
+def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
+    """Yield (module, number of blocks) where the first and last rows of B say that it is block-diagonal.
+
+    Reads one or two rows of each module from the file, as bytes: no torch. Blocks of rows may differ in height, blocks
+    of columns may not.
+    """
+    able = [name for name, module in adapter.modules.items() if _divides(module)]
+    if not able:
+        return
+    with adapter.file.path.open("rb", buffering=0) as stream:
+        for name in able:
+            info = adapter.file.tensors[adapter.modules[name].keys["B"]]
+            if len(info.shape) == 2 and 0 not in info.shape and (blocks := _blocks(stream, info)):
+                yield name, blocks
+
+
+def _divides(module: LoraModule) -> bool:
+    plain = "B" in module.keys and not module.kernel and "B" not in module.flipped
+    return plain and 0 in [module.rank % blocks for blocks in _BLOCKS]
+
+
+def _blocks(stream: FileIO, info: TensorInfo) -> int | None:
+    _, (rows, columns), start, end = info
+    width = (end - start) // rows
+    first = _row(stream, start, width)
+    for blocks in (n for n in _BLOCKS if columns % n == 0 and _only(first, 0, width // n)):
+        if _only(_row(stream, end - width, width), width - width // blocks, width):
+            return blocks
+    return None
+
+
+def _row(stream: FileIO, start: int, width: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(stream.fileno(), width, start)
+    stream.seek(start)
+    return stream.read(width)
+
+
+def _only(row: bytes, start: int, end: int) -> bool:
+    """Tell whether `row` is non-zero somewhere in [start, end) and zero everywhere else."""
+    return not any(row[end:]) and not any(row[:start]) and any(row[start:end])
+
+
+Named = tuple[str, LoraModule]
+_WHOLE_UP_TO = {"BF16": 256, "F16": 2048, "F8_E4M3": 16, "F8_E5M2": 8}
+_KINDS = {**NOT_LORA, "alpha": "alpha that no module uses"}
+_ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("zero", "readers take it as 0, as 1 or as the rank", lambda alpha: alpha == 0),
+    ("negative", "some readers hang or fail, the others invert the LoRA", lambda alpha: alpha < 0),
+    ("enormous", "no trainer sets such a value", lambda alpha: 1e6 < alpha < math.inf),
+)
+_HALVES = re.compile(r"(final_layer[._]adaLN_modulation[._]1|norm_out[._]linear)$")
+
+
+def hazards(adapter: LoraAdapter) -> tuple[Hazard, ...]:
+    """Return everything about `adapter` that a reader may take differently, one entry per kind."""
+    found = [hazard for check in CHECKS for hazard in check(adapter)]
+    return tuple(sorted(found, key=lambda hazard: hazard.code))
+
+
+def problems(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """Fold what was wrong while reading: one hazard per code and sentence, with the first key and how many more."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in adapter.problems:
+        groups.setdefault((problem.code, problem.what), []).append(problem.key)
+    for (code, what), keys in groups.items():
+        more = f" (and {count(len(keys) - 1, 'more key')})" if len(keys) > 1 else ""
+        yield Hazard(code=code, what=(f"{keys[0]}: {what}" if keys[0] else what) + more)
+
+
+def no_alpha(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH701 and LH702: the trained scale cannot be told where alpha is missing."""
+    scaled = list(_scaled(adapter))
+    without = [name for name, module in scaled if module.alpha is None and "alpha" not in module.keys]
+    if 0 < len(without) < len(scaled):
+        what = f"{len(without)} of {count(len(scaled), 'module')} carry no alpha ({_first(without)})"
+        yield Hazard(code="LH702", what=f"{what}: readers give them scale 1, or the alpha of the others")
+    elif without and adapter.alpha_source == "none":
+        yield Hazard(code="LH701", what=_lost_alpha(adapter))
+
+
+def _lost_alpha(adapter: LoraAdapter) -> str:
+    alone = "there is no alpha: adapter_config.json, which holds it, is missing"
+    where = alone if adapter.format == "peft" else "no alpha in the file"
+    declared = _listed(declared_alphas(adapter.metadata))
+    hint = f"; the metadata say {declared}" if declared else ""
+    ranks = {module.rank for module in adapter.modules.values()}
+    mixed = "; the ranks differ, so one strength may not do" if len(ranks) > 1 else ""
+    truth = "readers take scale 1, training may have used lora_alpha / rank: look it up in the training configuration"
+    return f"{where}; {truth}{hint}{mixed}"
+
+
+def mixed_ratios(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH703: alpha / rank differs between modules, or alpha follows a rank that does."""
+    modules = [module for _, module in _scaled(adapter) if module.alpha is not None]
+    if len({(module.alpha, module.rank, module.rslora) for module in modules}) < 2:
+        return
+    ratios = _shown(Counter(module.trained_scale for module in modules))
+    alphas = _shown(Counter(module.alpha for module in modules if module.alpha is not None))
+    if len(ratios) > 1:
+        what = f"alpha / rank differs between modules ({_spread(ratios)})"
+        yield Hazard(code="LH703", what=f"{what}: loaders that keep one number for the file are wrong")
+    elif len(alphas) > 1:
+        what = f"alpha / rank is {next(iter(ratios))} everywhere, but alpha follows the rank ({_spread(alphas)})"
+        yield Hazard(code="LH703", what=f"{what}: loaders that keep one alpha for the file are wrong")
+
+
+def fused_blocks(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH704: B of a merged layer is block-diagonal, so the stored rank is a multiple of the trained one."""
+    found = list(block_diagonal(adapter))
+    if not found:
+        return
+    name, blocks = found[0]
+    rank = adapter.modules[name].rank
+    what = f"B is block-diagonal in {count(len(found), 'module')} ({printable(name, 80)}: {blocks} blocks of rank "
+    trap = f"{rank // blocks}): dividing alpha by {rank} instead of {rank // blocks} gives 1/{blocks} of the effect"
+    yield Hazard(code="LH704", what=what + trap)
+
+
+def odd_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH705: zero, negative or huge alpha."""
+    alphas = {module.alpha for _, module in _scaled(adapter) if module.alpha is not None}
+    for kind, effect, is_odd in (row for row in _ODD if any(map(row[2], alphas))):
+        names = [name for name, module in _scaled(adapter) if module.alpha is not None and is_odd(module.alpha)]
+        if names:
+            where = f"{count(len(names), 'module')} ({_first(names)}: {adapter.modules[names[0]].alpha:g})"
+            yield Hazard(code="LH705", what=f"{kind} alpha in {where}: {effect}")
+
+
+def not_understood(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH708: keys that no module took, other than those of modules that are reported as broken."""
+    broken = {cut.stem for problem in adapter.problems if problem.fatal and (cut := split(problem.key))}
+    kinds: dict[str, list[str]] = {}
+    for key in adapter.unused_keys:
+        cut = split(key)
+        if cut is None or cut.stem not in broken:
+            kinds.setdefault(_KINDS.get(cut.tail, "unknown") if cut else "unknown", []).append(key)
+    number, total = sum(map(len, kinds.values())), len(adapter.file.keys)
+    if number:
+        listed = "; ".join(f"{len(keys)} {kind} ({printable(keys[0], 80)})" for kind, keys in kinds.items())
+        share = f"{number} of {count(total, 'key')} not understood ({number / total:.0%})"
+        yield Hazard(code="LH708", what=f"{share}: {listed}")
+
+
+def ambiguous_layouts(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH709: a DoRA magnitude whose axis readers take differently, or halves that tools store in either order."""
+    names = [name for name, module in adapter.modules.items() if _odd_magnitude(adapter, module)]
+    if names:
+        what = f"dora_scale lies on the output axis in {count(len(names), 'module')} ({_first(names)})"
+        yield Hazard(code="LH709", what=f"{what}: readers differ in the axis and in which weight they normalise")
+    able = (name for name in adapter.modules if "norm_out" in name or "final_layer" in name)
+    swapped = [name for name in able if _HALVES.search(adapter.modules[name].name)]
+    if swapped:
+        what = "shift and scale are stored in the opposite order by diffusers and by the original models"
+        yield Hazard(code="LH709", what=f"{_first(swapped)}: {what}")
+
+
+def rounded_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH710: alpha in half precision, above the whole numbers that type can hold."""
+    found = [(name, dtype) for name, module in adapter.modules.items() if (dtype := _rounding_dtype(adapter, module))]
+    if found:
+        name, dtype = found[0]
+        what = f"alpha {adapter.modules[name].alpha:g} in {count(len(found), 'module')} ({printable(name, 80)})"
+        yield Hazard(code="LH710", what=f"{what} is {dtype}, which rounds whole numbers above {_WHOLE_UP_TO[dtype]}")
+
+
+def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
+    dtype = adapter.file.tensors[module.keys["alpha"]].dtype if "alpha" in module.keys else ""
+    alpha = module.alpha if module.alpha is not None and math.isfinite(module.alpha) else 0.0
+    return dtype if abs(alpha) >= _WHOLE_UP_TO.get(dtype, math.inf) else None
+
+
+def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH711: the metadata name an alpha that no module has."""
+    alphas = {module.alpha for _, module in _scaled(adapter) if module.alpha is not None}
+    for key, declared in declared_alphas(adapter.metadata).items():
+        if alphas and not any(abs(alpha - declared) <= 0.01 * abs(declared) for alpha in alphas):
+            have = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4])
+            yield Hazard(code="LH711", what=f"the metadata say {key} = {declared:g}, the modules have {have}")
+
+
+CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (
+    problems, no_alpha, mixed_ratios, fused_blocks, odd_alphas, not_understood, ambiguous_layouts, rounded_alphas,
+    disagreeing_metadata,
+)  # fmt: skip
+
+
+def _scaled(adapter: LoraAdapter) -> Iterator[Named]:
+    """Yield the modules whose scale alpha decides; a LoKr of two full factors has scale 1 whatever alpha says."""
+    return ((name, module) for name, module in adapter.modules.items() if module.rank > 0)
+
+
+def _odd_magnitude(adapter: LoraAdapter, module: LoraModule) -> bool:
+    shape = adapter.file.tensors[module.keys["magnitude"]].shape if "magnitude" in module.keys else ()
+    return len(shape) > 1 and shape[0] == module.out_features and shape[0] != 1
+
+
+def _first(names: Sequence[str]) -> str:
+    return printable(names[0], 80) + (", …" if len(names) > 1 else "")
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{key} = {value:g}" for key, value in values.items())
+
+
+def _shown(counts: Mapping[float, int]) -> Counter[str]:
+    """Count numbers that print alike as one."""
+    found: Counter[str] = Counter()
+    for value, times in counts.items():
+        found[f"{value:.4g}"] += times
+    return found
+
+
+def _spread(counts: Counter[str]) -> str:
+    listed = ", ".join(f"{value} in {times}" for value, times in counts.most_common(4))
+    return listed + (f", and {len(counts) - 4} more" if len(counts) > 4 else "")

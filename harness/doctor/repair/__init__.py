@@ -1,0 +1,1 @@
+"""A new file whose scale readers agree on."""

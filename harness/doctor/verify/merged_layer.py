@@ -1,0 +1,256 @@
+"""What was done to one layer: merged once and rounded, in part, twice, not at all, or changed by something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from harness.doctor.verify.layer import Layer, Sample
+from harness.doctor.verify.vote import Array, Vote, bounds, vote, vote_within
+
+State = Literal[
+    "merged", "partly", "twice", "two roundings", "not merged", "hidden", "mixed", "unexplained", "not finite"
+]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+
+# Elements sampled, and the relative width of the interval at which that is enough
+_SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
+_EXPLAINED = 0.97
+_OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
+_MISSED = 5  # elements that should have changed and did not
+_RESOLVED = 8.0  # half steps; larger updates are rounded without bias
+_ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
+_TWO_ROUNDINGS = 1.6  # half steps: the sum of two roundings stays below it in 96 of 100 elements
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What one layer shows.
+
+    `scale` is the factor on B @ A that was used and lies in `interval`; `coverage` is the share of elements it
+    explains to the last bit, `explained` the share it explains when the delta itself was rounded too. `overlap` and
+    `product` are <ΔW, BA> and <BA, BA> over the rows seen, `aligned` the share of ||ΔW||^2 along B @ A.
+    `unmerged` are the rows, as (start, stop), in which nothing happened although something should have.
+    """
+
+    state: State
+    scale: float
+    interval: tuple[float, float]
+    coverage: float
+    explained: float
+    changed: float
+    overlap: float
+    product: float
+    aligned: float
+    elements: int
+    rows: int
+    unmerged: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def survived(self) -> float | None:
+        """Share of the effect that rounding left: the projection over the scale; None when nothing was merged."""
+        if self.scale == 0 or self.product == 0 or self.state in ("not merged", "hidden", "unexplained"):
+            return None
+        return self.overlap / self.product / self.scale
+
+
+def measure(layer: Layer, expected: float) -> Baked:
+    """Measure one layer from a sample of its rows, larger where the answer is vague.
+
+    `expected` is the scale it should have: with it an unchanged layer shows whether nothing was merged, and a layer
+    that was merged and rounded twice can be told from one that was changed by something else.
+    """
+    window = None
+    for elements, enough in _SAMPLES:
+        sample = layer.sample(elements)
+        if not (np.isfinite(sample.change).all() and np.isfinite(sample.product).all()):
+            return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
+        found = _voted(sample, window)
+        told = sample.changed.any() or found.low <= expected <= found.high
+        if not told or found.width <= enough * abs(found.scale) or sample.product.size >= layer.rows * layer.columns:
+            break
+        window = (found.low - found.width, found.high + found.width)
+    return judge(sample, found, expected)
+
+
+def measure_fully(layer: Layer, expected: float, device: str = "cpu") -> Baked:
+    """Measure one layer from all its rows: the scale from the sample, the effect and what is unmerged from everything.
+
+    `device` makes the products of the rows.
+
+    A run of rows counts as unmerged where not one element changed and a hundred should have.
+    """
+    found, sums = measure(layer, expected), layer.stream(device)
+    whole = replace(found, elements=layer.rows * layer.columns)
+    if found.state == "not merged" and sums.changed.any():
+        whole = replace(whole, state="mixed")
+    if found.state not in ("merged", "partly"):
+        return replace(whole, overlap=float(sums.overlap.sum()), product=float(sums.product.sum()))
+    least = 100 / max(found.changed * layer.columns, 1e-9)
+    strong = sums.product > 0.25 * np.median(sums.product)  # a row of weak updates may well be rounded away as a whole
+    still = [run for run in _runs(~sums.changed & strong) if run[1] - run[0] > least]
+    rows = joined([*found.unmerged, *still])
+    kept = np.ones(layer.rows, bool)
+    for start, stop in rows:
+        kept[start:stop] = False
+    overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
+    return replace(whole, state="partly" if rows else "merged", overlap=overlap, product=product, unmerged=rows)
+
+
+def _runs(flags: Flags) -> list[tuple[int, int]]:
+    """Return the (start, stop) of every run of True."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _voted(sample: Sample, window: tuple[float, float] | None = None) -> Vote:
+    """Vote among the blocks in which anything changed: those without a merge would all vote for 0."""
+    kept = np.isin(sample.block, np.flatnonzero(_by_block(sample, sample.changed)))
+    keep = kept if kept.any() else np.ones_like(kept)
+    low, high = bounds(sample.change[keep].ravel(), sample.product[keep].ravel(), sample.half[keep].ravel())
+    if window and all(map(np.isfinite, window)):
+        return vote_within(low, high, window)
+    return vote(low, high)
+
+
+def _by_block(sample: Sample, flags: Flags) -> np.ndarray[Any, np.dtype[np.int_]]:
+    return np.bincount(sample.block, weights=flags.sum(axis=1)).astype(int)
+
+
+def judge(sample: Sample, found: Vote, expected: float) -> Baked:
+    """Say what happened to the sampled rows, given the scale most of them voted for."""
+    told = sample.product != 0
+    if not (sample.changed & told).any():
+        return _untouched(sample, found, expected)
+    scale = found.scale if found.coverage >= _EXPLAINED else _refined(sample, found.scale)
+    error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
+    wrong = error > sample.half + _slack(sample, scale)
+    missed = _by_block(sample, wrong & told & ~sample.changed)
+    unmerged = np.flatnonzero((missed >= _MISSED) & (_by_block(sample, sample.changed) == 0))
+    rest = ~np.isin(sample.block, unmerged)
+    seen = Sample(
+        **{name: getattr(sample, name)[rest] for name in ("base", "change", "product", "half", "changed", "block")},
+        dtype=sample.dtype,
+        roundoff=sample.roundoff,
+        rows=sample.rows,
+    )
+    made = Baked(
+        state="merged",
+        scale=scale,
+        interval=(min(found.low, scale), max(found.high, scale)),
+        coverage=found.coverage,
+        explained=float((~wrong[rest]).mean()),
+        changed=float(seen.changed.mean()),
+        overlap=_dot(seen.change, seen.product),
+        product=_dot(seen.product, seen.product),
+        aligned=_aligned(seen),
+        elements=sample.product.size,
+        rows=sample.rows,
+        unmerged=_rows(unmerged, sample),
+    )
+    return _classified(seen, made, error[rest], wrong[rest], expected)
+
+
+def _classified(sample: Sample, made: Baked, error: Array, wrong: Flags, expected: float) -> Baked:
+    """Return `made` with its state, and with the projection for a scale where no scale explains the elements."""
+    if made.explained >= _EXPLAINED and _mean(~wrong, sample.changed) >= _OF_CHANGED:
+        return replace(made, state="partly") if made.unmerged else made
+    for once in (expected, made.scale / 2):
+        if _merged_twice(sample, once):
+            return replace(made, state="twice", scale=2 * once, interval=(2 * once, 2 * once))
+    near = error <= _TWO_ROUNDINGS * sample.half + _slack(sample, made.scale)
+    if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
+        return replace(made, state="two roundings")
+    if made.aligned > _ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
+        return replace(made, state="mixed")
+    scale, doubt = _projected(sample, made)
+    state: State = "mixed" if made.aligned > _ALIGNED else "unexplained"
+    return replace(made, state=state, scale=scale, interval=(scale - doubt, scale + doubt))
+
+
+def _merged_twice(sample: Sample, once: float) -> bool:
+    """Tell whether merging at `once`, rounding, and doing both again gives these very elements."""
+    delta = sample.product * sample.product.dtype.type(once)
+    again = sample.rounded(sample.rounded(sample.base + delta) + delta)
+    same = again == sample.base + sample.change
+    return bool(same.mean() >= 0.7 and _mean(same, sample.changed) >= 0.7)
+
+
+def _projected(sample: Sample, made: Baked) -> tuple[float, float]:
+    """Return <ΔW, p> / <p, p> and four standard errors of it."""
+    left_over = _dot(sample.change, sample.change) * (1 - made.aligned) / max(made.product, 1e-300)
+    return made.overlap / max(made.product, 1e-300), 4 * math.sqrt(max(left_over, 0.0) / sample.product.size)
+
+
+def _aligned(sample: Sample) -> float:
+    change, product = _dot(sample.change, sample.change), _dot(sample.product, sample.product)
+    return _dot(sample.change, sample.product) ** 2 / max(change * product, 1e-300)
+
+
+def _untouched(sample: Sample, found: Vote, expected: float) -> Baked:
+    """Nothing changed where the product is not 0: not merged, or too weak to be seen in this dtype."""
+    product = _dot(sample.product, sample.product)
+    hidden = found.low <= expected <= found.high or product == 0
+    return Baked(
+        state="hidden" if hidden else "not merged",
+        scale=0.0,
+        interval=(found.low, found.high),
+        coverage=found.coverage,
+        explained=1.0,
+        changed=float(sample.changed.mean()),
+        overlap=0.0,
+        product=product,
+        aligned=0.0,
+        elements=sample.product.size,
+        rows=sample.rows,
+    )
+
+
+def _rows(blocks: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
+    count = int(sample.block.max()) + 1
+    return joined((sample.rows * int(b) // count, sample.rows * (int(b) + 1) // count) for b in blocks)
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return row ranges in order, those that touch or overlap as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def _slack(sample: Sample, scale: float) -> Array:
+    """Return what rounding A, B and the delta may add to the error of each element."""
+    typical = float(np.sqrt(np.mean(np.square(sample.product, dtype=np.float64))))
+    size = np.abs(sample.product) + sample.product.dtype.type(typical)
+    slack: Array = size * sample.product.dtype.type(2 * sample.roundoff * abs(scale))
+    return slack
+
+
+def _refined(sample: Sample, scale: float) -> float:
+    """Return the regression over the updates of many steps, which rounding does not bias; `scale` if there are few."""
+    if not np.isfinite(scale):
+        return scale
+    clear = np.abs(sample.product) * abs(scale) > _RESOLVED * sample.half
+    clear &= sample.changed
+    if clear.sum() < 500:
+        return scale
+    product = sample.product[clear]
+    found = _dot(sample.change[clear], product) / _dot(product, product)
+    return found if abs(found - scale) <= 0.05 * abs(scale) else scale
+
+
+def _mean(right: Flags, among: Flags) -> float:
+    """Return the share of `right` among the elements flagged by `among`, 1 when there are none."""
+    return float(right[among].mean()) if among.any() else 1.0
+
+
+def _dot(first: Array, second: Array) -> float:
+    return float(np.einsum("i,i->", first.ravel(), second.ravel(), dtype=np.float64))

@@ -1,0 +1,206 @@
+"""The verdict on a whole merge: what is wrong, the gravest first, and the numbers of all its layers together."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from harness.doctor.verify.merge_law import NO_LAW
+from harness.doctor.verify.modules import CHECK, Module, survival, where
+from harness.doctor.verify.untouched import Untouched
+from harness.text import count, printable
+from harness.verdict.codes import CODES
+from harness.verdict.verdict import LawRecord, Verdict
+
+Fact = tuple[str, str]  # code and sentence
+_SHOWN = 20
+
+
+def overall_verdict(
+    found: Sequence[Module],
+    verdicts: Sequence[Verdict],
+    untouched: Untouched,
+    law: tuple[LawRecord | None, str | None],
+    frame: dict[str, Any],
+) -> Verdict:
+    """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers."""
+    facts = [*_scale_facts(found, untouched, law), *_missing_facts(found), *_file_facts(found, untouched)]
+    told = [module for module in found if module.tells_scale]
+    code, title = facts[0] if facts else (None, _right(found, told))
+    left = _survived(told)
+    return Verdict(
+        **frame,
+        check=CHECK,
+        outcome="failed" if facts else "passed" if told else "skipped",
+        code=code,
+        title=title,
+        reason=None if facts or told else title,
+        law=law[0],
+        survived=left,
+        modules_failed=sum(not verdict.ok for verdict in verdicts),
+        modules_total=len(verdicts),
+        rows=tuple(_rows(frame, law[0], left, facts, found)),
+        data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
+        **_numbers(told),
+    )
+
+
+def _scale_facts(
+    found: Sequence[Module], untouched: Untouched, law: tuple[LawRecord | None, str | None]
+) -> Iterator[Fact]:
+    """Yield what is wrong with the scale, or with the merge as a whole."""
+    if ill := [module for module in _in(found, "not finite") if module.fault]:
+        yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
+    if broken := [module for module in _in(found, "not finite") if not module.fault]:
+        yield "LH502", f"NaN or infinite values in {_listed(broken, found)}"
+    strangers = _in(found, "unexplained")
+    if strangers and untouched.is_other_model:
+        changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
+        yield "LH401", f"wrong base: {changed}"
+    elif strangers:
+        yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(strangers, found)}"
+    if twice := _in(found, "twice"):
+        yield "LH206", f"merged twice: {_listed(twice, found)}"
+    if faulty := [module for module in found if module.fault and module.state != "not finite"]:
+        code, fault = faulty[0].fault or ("", "")
+        yield code, f"{fault} in {_listed(faulty, found)}"
+    wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
+    if wrong and law[0] and law[1]:
+        yield law[1], f"{CODES[law[1]].title}: {_wrong_scale(wrong, law[0])} in {_listed(wrong, found)}"
+
+
+def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
+    first = wrong[0].found
+    if law == NO_LAW and (ratios := _ratios(wrong)):
+        return f"{ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
+    ratio = f" ({first.scale / first.expected:.3g}x)" if first.expected else ""
+    return f"scale {first.scale:.4g} = {law.formula}, expected {first.expected:.4g}{ratio},"
+
+
+def _ratios(modules: Sequence[Module]) -> list[float]:
+    """Return scale / expected of every module that should have an effect, in order."""
+    return sorted(m.found.scale / m.found.expected for m in modules if m.found.expected)
+
+
+def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
+    """Yield what was not merged, in whole or in part."""
+    same, hidden = _in(found, "not merged"), _in(found, "hidden")
+    others = [module for module in found if module.baked and module.state not in ("not merged", "hidden")]
+    if same and not others:
+        yield "LH101", "byte-identical to the base: nothing was merged"
+    elif hidden and not others:
+        step = f"the update is below half a step of {hidden[0].dtype} everywhere"
+        yield "LH501", f"byte-identical to the base: {step}, so a right merge changes nothing; merge in float32"
+    elif same:
+        yield "LH102", f"not merged: {_listed(same, found)}"
+    if partly := _in(found, "partly"):
+        yield "LH102", f"merged in part: {_listed(partly, found)}; nothing in {where(partly[0])}"
+    if lost := [module for module in found if module.lost]:
+        yield "LH103", f"{lost[0].problem}: {_listed(lost, found)}"
+    if misfits := [module for module in found if module.problem and not module.lost and not module.skipped]:
+        yield "LH902", f"{misfits[0].problem}: {_listed(misfits, found)}"
+
+
+def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]:
+    """Yield what changed beside the LoRA."""
+    if mixed := [module for module in _in(found, "mixed") if not module.fault]:
+        yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
+    if untouched.changed:
+        names = _names(untouched.changed)
+        yield "LH401", f"{count(len(untouched.changed), 'tensor')} that the LoRA does not name changed: {names}"
+    for where_, odd in (("missing from", untouched.missing), ("only in", untouched.extra)):
+        if odd:
+            yield "LH902", f"{count(len(odd), 'tensor')} {where_} the merged checkpoint: {_names(odd)}"
+    if untouched.reshaped:
+        yield "LH902", f"{count(len(untouched.reshaped), 'tensor')} of another shape: {_names(untouched.reshaped)}"
+
+
+def _in(found: Sequence[Module], state: str) -> list[Module]:
+    return [module for module in found if module.state == state]
+
+
+def _listed(some: Sequence[Module], found: Sequence[Module]) -> str:
+    return (
+        f"{len(some)} of {count(len(found), 'module')} ({printable(some[0].name, 80)}{', …' if len(some) > 1 else ''})"
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    return printable(names[0], 80) + (", …" if len(names) > 1 else "")
+
+
+def _right(found: Sequence[Module], told: Sequence[Module]) -> str:
+    if not told:
+        return "nothing could be measured: every module was skipped"
+    skipped = sum(module.skipped for module in found)
+    rest = f", {count(skipped, 'module')} skipped" if skipped else ""
+    return f"base + strength * alpha / rank * B @ A in {len(told)} of {count(len(found), 'module')}{rest}"
+
+
+def _survived(told: Sequence[Module]) -> float | None:
+    """Return sum <ΔW, BA> / sum scale * <BA, BA>: the share of the whole effect that rounding left."""
+    pairs = [(m.baked.overlap, m.baked.product, m.baked.scale) for m in told if m.baked]
+    whole = math.fsum(scale**2 * product for _, product, scale in pairs)
+    return math.fsum(scale * overlap for overlap, _, scale in pairs) / whole if whole else None
+
+
+def _numbers(told: Sequence[Module]) -> dict[str, Any]:
+    """Return the median scale and its ratio; the interval is what all modules allow, or else their range."""
+    scaled = [(m.found, m.baked) for m in told if m.baked and m.found.expected]
+    if not scaled:
+        return {}
+    expected = statistics.median(found.expected for found, _ in scaled)
+    ratio = statistics.median(baked.scale / found.expected for found, baked in scaled)
+    ends = [sorted(end / found.expected for end in baked.interval) for found, baked in scaled]
+    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+    if low > high:
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    interval = tuple(sorted((low * expected, high * expected)))
+    return {"measured_scale": ratio * expected, "expected_scale": expected, "ratio": ratio, "interval": interval}
+
+
+def _rows(
+    frame: dict[str, Any],
+    law: LawRecord | None,
+    left: float | None,
+    facts: Sequence[Fact],
+    found: Sequence[Module],
+) -> Iterator[tuple[str, str]]:
+    yield "merged", printable(frame["loader"])
+    if law:
+        doubt = f" (also {', '.join(law.alternatives)})" if law.ambiguous else ""
+        yield "law", f"{law.name}: {law.formula}{doubt}"
+    if left is not None:
+        yield "survived", survival(left)
+    for code, fact in facts[1:]:
+        yield "also", f"{code} {fact}"
+    for reason, names in _not_judged(found).items():
+        yield "not judged", f"{reason.removeprefix('skipped: ')}: {count(len(names), 'module')} ({_names(names)})"
+    if facts:
+        yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
+    yield "reproduce", frame["reproduce"]
+
+
+def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
+    """Return what to do; another factor in all modules may be the strength that somebody wanted."""
+    fix = CODES[code].fix
+    if code != "LH209" or law is None or law.constant is None:
+        return fix
+    return f"{fix}; if it was merged so on purpose, pass --strength {law.constant * found[0].found.strength:.4g}"
+
+
+def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
+    """Return the modules that are not read, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for module in found:
+        if module.baked is None and module.problem and module.skipped:
+            reasons.setdefault(module.problem, []).append(module.name)
+    return dict(list(reasons.items())[:_SHOWN])
+
+
+def _untouched_data(untouched: Untouched) -> dict[str, Any]:
+    lists = {"changed": untouched.changed, "missing": untouched.missing, "extra": untouched.extra}
+    shown = {f"other_{what}": [printable(name) for name in names[:_SHOWN]] for what, names in lists.items()}
+    return {"other_tensors": untouched.compared, **{what: names for what, names in shown.items() if names}}

@@ -1,0 +1,1 @@
+"""Foreign code in a child process: channel, limits, clean-up."""

@@ -1,0 +1,1 @@
+"""Live loaders: one file each, which declares itself."""

@@ -1,0 +1,85 @@
+"""What `inspect` says of one file, as data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from harness.verdict.verdict import Record
+
+VIOLATIONS = frozenset({"LH705", "LH706", "LH707", "LH711"})
+"""Hazards that make a file wrong for every reader; the others are conventions on which readers differ."""
+
+Outlook = Literal["fine", "subtle", "too strong", "broken"]
+
+
+class Hazard(Record):
+    """Something in a file that readers disagree about, or that cannot be right (codes LH7xx)."""
+
+    code: str
+    what: str
+
+
+class ModuleEnergy(Record):
+    """Strength of one module's update ΔW = trained scale * B @ A, without ever forming it.
+
+    `norm` is its Frobenius norm, `spectral` its largest singular value, `singular` the leading ones, `effective_rank`
+    exp of the entropy of the singular values (1 to rank). `relative` is norm / ||W||, None without a base.
+    """
+
+    norm: float
+    spectral: float
+    singular: tuple[float, ...]
+    effective_rank: float
+    relative: float | None = None
+    finite: bool = True
+
+
+class Advice(Record):
+    """What the energies say: fine, subtle, too strong or broken; the reason; what to do."""
+
+    outlook: Outlook
+    reason: str
+    advice: tuple[str, ...] = ()
+
+
+class FileRecord(Record):
+    """One LoRA file.
+
+    `ranks`, `alphas`, `variants`, `dtypes` and `components` count modules by value (alpha `none`: the file has none).
+    `scales` gives, for each convention (`alpha / rank`, `alpha / sqrt(rank)`, `alpha`, `1`), the smallest and largest
+    factor on B @ A that a loader of that convention applies at strength 1. `trained` is the same for the trained scale.
+    `coverage` is the share of keys that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without
+    a base. `prescription` maps a loader that reads this format to the strength that reproduces training; null when no
+    single value can or the file does not say enough.
+    """
+
+    kind: Literal["file"] = "file"
+    path: str
+    format: str | None = None
+    size: int | None = Field(default=None, description="bytes of the weights file")
+    modules: int = 0
+    ranks: dict[str, int] = Field(default_factory=dict)
+    alphas: dict[str, int] = Field(default_factory=dict)
+    alpha_source: str = "none"
+    variants: dict[str, int] = Field(default_factory=dict)
+    dtypes: dict[str, int] = Field(default_factory=dict)
+    components: dict[str, int] = Field(default_factory=dict)
+    trained: tuple[float, float] | None = None
+    scales: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    hazards: tuple[Hazard, ...] = ()
+    notes: tuple[str, ...] = ()
+    coverage: float | None = None
+    unused: tuple[str, ...] = ()
+    trainer: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    energy: dict[str, float] | None = None
+    energies: dict[str, ModuleEnergy] | None = None
+    advice: Advice | None = None
+    prescription: dict[str, float | None] = Field(default_factory=dict)
+
+    @property
+    def readable(self) -> bool:
+        """Tell whether the file could be read at all."""
+        return self.format is not None
