@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from hypothesis.strategies import SearchStrategy, sampled_from
 
-from harness.checks.describe import failed, law_record, passed
+from harness.checks.describe import failed, passed
 from harness.checks.design import has_alpha, planned
 from harness.checks.known import KnownFailure
-from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import Search, observe, search
 from harness.checks.shrink import shrink
 from harness.checks.state import check_state
@@ -19,6 +18,7 @@ from harness.checks.trial import Cell
 from harness.errors import UserError
 from harness.example import Example, Target
 from harness.files import FORMATS
+from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe
 from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
 from harness.strategies import examples as lora_examples

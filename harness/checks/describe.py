@@ -5,36 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from harness.checks.finding import Finding
-from harness.checks.scale import Diagnosis
 from harness.checks.trial import Cell
 from harness.example import Example
+from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.measure.compare import Fit
 from harness.verdict.codes import CODES
-from harness.verdict.verdict import LawRecord, Outcome, Verdict
+from harness.verdict.verdict import Outcome, Verdict
 
 _SHOWN_MODULES = 4
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
-
-
-def law_record(law: Law) -> LawRecord:
-    """Return the law as it stands in a verdict."""
-    return LawRecord(
-        formula=law.formula,
-        name=law_name(law),
-        exponents=law.exponents,  # type: ignore[arg-type]  # the keys are the three literals
-        constant=law.constant,
-        residual=law.residual,
-        ambiguous=law.ambiguous,
-        alternatives=law.alternatives,
-    )
-
-
-def law_name(law: Law) -> str:
-    """Return the law's name in words: `as trained`, or the title of the code it deserves."""
-    from harness.checks.scale import code_of
-
-    return "as trained" if law.is_trained else CODES[code_of(law)].title
 
 
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:

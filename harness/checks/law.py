@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.checks.design import planned
-from harness.checks.scale import Diagnosis, diagnose
 from harness.checks.search import observe
 from harness.checks.trial import Cell
+from harness.law.diagnosis import Diagnosis, diagnose
 from harness.law.probe import Probe
 from harness.loaders.registry import resolve
 

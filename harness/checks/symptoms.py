@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.checks.scale import Diagnosis
 from harness.checks.search import Search
+from harness.law.diagnosis import Diagnosis
 from harness.law.probe import Probe
 
 _NOT_LOADED = ("LH101", "LH102")

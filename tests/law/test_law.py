@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checks.scale import code_of, diagnose
 from harness.law import law as law_module
+from harness.law.diagnosis import code_of, diagnose
 from harness.law.grammar import ALPHA, RANK, STRENGTH, Word
 from harness.law.law import Law, identify
 from harness.law.probe import Probe
