@@ -97,7 +97,7 @@ def _rows(
         rows += [("law", f"{law.formula}{doubt}; expected {_TRAINED[law.root]}")]
         rows += [("use", _use(subject.strength_argument, use))]
     if diagnosis.trait and law is None and fit:
-        rows += [("only where", diagnosis.trait)]
+        rows += [("only where", diagnosis.trait.text)]
     known = CODES[code]
     rows += [("cause", known.cause), ("fix", f"{known.fix}   (lora-harness explain {code})")]
     return [*rows, ("reproduce", cell.reproduce(example))]

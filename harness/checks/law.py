@@ -10,6 +10,7 @@ from harness.checks.search import observe
 from harness.checks.trial import Cell
 from harness.law.diagnosis import Diagnosis, diagnose
 from harness.law.probe import Probe
+from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
 
@@ -28,19 +29,24 @@ class MeasuredLaw:
 
 
 def measure_law(
-    load: Callable[..., object] | str, *, format: str | None = None, bench: str | None = None, alpha: bool = True
+    load: Callable[..., object] | str | Subject,
+    *,
+    format: str | None = None,
+    bench: str | None = None,
+    alpha: bool = True,
+    variant: str = "lora",
 ) -> MeasuredLaw:
     """Load about ten planned files with ranks, alphas and strengths that tell the laws apart, and name the law.
 
     `format` and `bench` default to the first ones the loader declares; `alpha=False` writes files without alpha. Files
-    with several ranks are left out for a loader that refuses them.
+    with several ranks are left out for a loader that refuses them. `variant` is what the modules of the files are.
 
     Raises:
         LoaderSpecError: `load` names no loader.
     """
-    subject = resolve(load)
+    subject = load if isinstance(load, Subject) else resolve(load)
     form, bench_name = subject.cells[0]
-    return measure_cell_law(Cell(subject, format or form, bench or bench_name), alpha=alpha)
+    return measure_cell_law(Cell(subject, format or form, bench or bench_name, variant), alpha=alpha)
 
 
 def measure_cell_law(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:

@@ -1,27 +1,29 @@
-"""The factor a loader puts on B @ A at strength 1, from its law: measured here, or from the committed table."""
+"""The factor a loader puts on B @ A, from its law: measured here, or from the committed table; the strength to pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError, UserError
 from harness.files import LoraModule, read_lora
-from harness.law.known import ScaleLaw, known_laws
+from harness.law.known import ScaleLaw, known_laws, wanted_scale
+from harness.law.law import Law
+from harness.law.probe import Probe
+from harness.law.scale import trained_scale
 
-Factor = Callable[[float | None, int], float]
-
-
-def _as_trained(alpha: float | None, rank: int) -> float:
-    return 1.0 if alpha is None else alpha / rank
+if TYPE_CHECKING:
+    from harness.loaders.protocol import Subject
 
 
 @dataclass(frozen=True)
 class Gain:
     """The factor at strength 1 for (alpha, rank); by default alpha / rank, and 1 without alpha."""
 
-    at_one: Factor = _as_trained
+    at_one: Callable[[float | None, int], float] = trained_scale
     formula: str | None = None
     measured: bool = False
     notes: tuple[str, ...] = ()
@@ -42,61 +44,102 @@ def gain_of(loader: str, format: str) -> Gain:
         if known is None:
             raise
         return _from_table(known, format)
-    if format not in subject.formats:
-        raise UserError(f"{loader} does not read {format}, it reads {', '.join(subject.formats)}")
-    return _measured(loader, format)
-
-
-def _measured(loader: str, format: str) -> Gain:
-    from harness.checks.law import measure_law
-    from harness.law.probe import Probe
-
-    found = measure_law(loader, format=format)
-    if found.raised:
-        raise UserError(f"{loader}: cannot be measured: {found.raised[0]}")
-    law = found.diagnosis.law
-    if law is None:
-        raise UserError(f"{loader}: follows no single law ({found.diagnosis.code}); no file makes it right")
-
-    def at_one(alpha: float | None, rank: int) -> float:
-        if alpha is None:
-            return 1.0
-        return float(law.predict([Probe("", 1.0, 0, (alpha,), (rank,), 0.0, 0.0)])[0])
-
-    return Gain(at_one, law.formula, True)
+    _require(loader, subject.formats, format)
+    measured = MeasuredLoader(subject, format)
+    return Gain(lambda alpha, rank: measured.gains([_module(alpha, rank)])[0], measured.law.formula, True)
 
 
 def _from_table(law: ScaleLaw, format: str) -> Gain:
-    if format not in law.formats:
-        raise UserError(f"{law.name} does not read {format}, it reads {', '.join(law.formats)}")
+    _require(law.name, law.formats, format)
+    note = f"{law.name} is not installed: its law is taken from the committed table"
+    return Gain(lambda alpha, rank: law.at_one(_module(alpha, rank)), law.law.formula, False, (note,))
 
-    def at_one(alpha: float | None, rank: int) -> float:
-        return law.at_one(LoraModule("", rank, 1, 1, alpha, False, "F32", {}))
 
-    powers = f"{law.constant:g} * alpha^{law.alpha_power:g} * rank^{law.rank_power:g}"
-    return Gain(at_one, powers, False, (f"{law.name} is not installed: its law is taken from the committed table",))
+def _require(loader: str, formats: Iterable[str], format: str) -> None:
+    if format not in formats:
+        raise UserError(f"{loader} does not read {format}, it reads {', '.join(formats)}")
+
+
+def _module(alpha: float | None, rank: int) -> LoraModule:
+    return LoraModule("", rank, 1, 1, alpha, False, "F32", {})
+
+
+@dataclass(frozen=True)
+class MeasuredLoader:
+    """A loader whose law is measured when it is asked for, on files of `format`: with alpha, without, rank-stabilised.
+
+    Raises:
+        UserError: the loader raised, or follows no law.
+    """
+
+    subject: Subject
+    format: str | None
+
+    @cached_property
+    def law(self) -> Law:
+        """The law on files whose modules carry alpha."""
+        return self._measured()
+
+    @cached_property
+    def without_alpha(self) -> Law:
+        """The law on files that carry no alpha."""
+        return self._measured(alpha=False)
+
+    @cached_property
+    def stabilised(self) -> Law:
+        """The law on files that say alpha was divided by sqrt(rank)."""
+        return self._measured(variant="rslora")
+
+    def _measured(self, *, alpha: bool = True, variant: str = "lora") -> Law:
+        from harness.checks.law import measure_law
+
+        name = self.subject.spec
+        found = measure_law(self.subject, format=self.format, alpha=alpha, variant=variant)
+        if found.raised:
+            raise UserError(f"{name}: cannot be measured: {found.raised[0]}")
+        if found.diagnosis.law is None:
+            raise UserError(f"{name}: follows no single law ({found.diagnosis.code}); no file makes it right")
+        return found.diagnosis.law
+
+    def gains(self, modules: Iterable[LoraModule]) -> list[float]:
+        """Return the factor on B @ A of every module of one file, in its order, at strength 1.
+
+        A whole difference (rank 0) has the strength alone.
+        """
+        every = list(modules)
+        scaled = [module for module in every if module.rank]
+        alphas, ranks = tuple(m.alpha for m in scaled), tuple(m.rank for m in scaled)
+        places = {id(module): index for index, module in enumerate(scaled)}
+        return [
+            self._law_of(m).scale(Probe("", 1.0, places[id(m)], alphas, ranks, 0.0, 0.0, root=m.rslora))
+            if m.rank
+            else self.law.strength.apply(1.0)
+            for m in every
+        ]
+
+    def _law_of(self, module: LoraModule) -> Law:
+        if module.alpha is None:
+            return self.without_alpha
+        return self.stabilised if module.rslora else self.law
 
 
 def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
     """Measure the law of `loader` on the file's format and return the strength that reproduces its training.
 
-    None when no single strength does, when no law explains the loader, or when the file carries no alpha and
-    `lora_alpha` is not given either.
+    None when no single strength does, when no law explains the loader, when it declares formats and this is none of
+    them, or when the file carries no alpha and `lora_alpha` is not given either.
 
     Raises:
         UserError: `loader` names no loader, or it raised while being measured.
     """
-    from harness.checks.law import measure_law
     from harness.loaders.registry import resolve
 
-    adapter = read_lora(path, strict=False)
-    formats = resolve(loader).formats
-    measured = measure_law(loader, format=adapter.format if adapter.format in formats else None)
-    if measured.raised:
-        raise UserError(f"{loader}: cannot be measured: {measured.raised[0]}")
-    modules = adapter.modules.values()
-    alphas = [lora_alpha if module.alpha is None else module.alpha for module in modules]
-    if measured.diagnosis.law is None or None in alphas:
+    adapter, subject = read_lora(path, strict=False), resolve(loader)
+    modules = list(adapter.modules.values())
+    wanted = [wanted_scale(module, lora_alpha) for module in modules]
+    known = [scale for scale in wanted if scale is not None]
+    reads = adapter.format in subject.formats
+    if len(known) < len(wanted) or not modules or not (reads or subject.declaration.formats is None):
         return None
-    pairs = [(alpha, module.rank) for alpha, module in zip(alphas, modules, strict=True) if alpha is not None]
-    return measured.diagnosis.law.prescription(pairs)
+    measured = MeasuredLoader(subject, adapter.format if reads else None)
+    return measured.law.strength_for(measured.gains(modules), known)

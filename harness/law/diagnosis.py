@@ -1,14 +1,17 @@
-"""From probes to a diagnosis: the law that a loader follows, the code that names it, or the trait that decides."""
+"""From probes to a diagnosis: the law that a loader or a merge follows, the code that names it, or what decides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from harness.law.law import Law, identify
+from harness.law.grammar import ALPHA, RANK, STRENGTH
+from harness.law.identify import identify
+from harness.law.law import Law
 from harness.law.probe import Probe
-from harness.law.traits import TRAITS, borrowed, common_trait, one_input_decides
+from harness.law.traits import TRAITS, Input, Trait, borrowed, common_trait, one_input_decides
+from harness.verdict.blocks import block_of
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord
 
@@ -19,7 +22,7 @@ class Diagnosis:
 
     law: Law | None
     code: str | None
-    trait: str | None = None
+    trait: Trait | None = None
 
     @property
     def family(self) -> str:
@@ -31,14 +34,39 @@ def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagno
     """Name the law of `probes`; `unloaded` are modules that coverage reports, so no law has to explain them."""
     skip = set(unloaded)
     usable = [p for p in probes if p.module not in skip]
-    heard = any(abs(p.measured) > 4 * p.tolerance for p in usable)  # zeros alone fit many laws
-    law = identify([p for p in usable if not p.permuted]) if heard else None
+    visible = any(abs(p.measured) > 4 * p.tolerance for p in usable)  # zeros alone fit many laws
+    law = identify([p for p in usable if not p.permuted]) if visible else None
     if law is not None and not (law.is_trained and any(not p.right for p in usable)):
-        return Diagnosis(law, None if law.is_trained else code_of(law))
+        return Diagnosis(law, None) if law.is_trained else _named(law, usable)
     wrong = [p for p in usable if not p.right]
     if not wrong:
         return Diagnosis(law, None)
     return _by_part(usable, wrong)
+
+
+def _named(law: Law, probes: Sequence[Probe], trait: Trait | None = None) -> Diagnosis:
+    """Name a wrong law, of several that explain the probes the one that is met most."""
+    fused = all(p.fused for p in probes)
+    readings = (law, *law.others)
+    likely = min(readings, key=lambda each: _rarity(each, fused_only=fused))
+    found = replace(likely, others=tuple(each for each in readings if each is not likely), residual=law.residual)
+    return Diagnosis(found, _code_under(trait, code_of(found, fused_only=fused)), trait)
+
+
+def _rarity(law: Law, *, fused_only: bool) -> int:
+    """Return the place of a law among those that explain the same probes, the one that is met most first."""
+    code, plain = code_of(law, fused_only=fused_only), law.constant == 1.0
+    factor = (law.exponents["alpha"], law.exponents["rank"]) == (1.0, -0.5 if law.root else -1.0)
+    order = (
+        plain and code in ("LH201", "LH202", "LH203"),
+        plain and code == "LH207" and law.strength.exponent is not None,
+        code == "LH208",
+        factor and code == "LH206",  # doubled
+        plain and code == "LH207",
+        factor and code == "LH209",
+        code in ("LH201", "LH202", "LH203", "LH207"),
+    )
+    return order.index(True) if True in order else len(order)
 
 
 def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
@@ -50,67 +78,89 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     for trait, part in () if silent else _parts(usable, wrong):
         law = identify(part)
         if law is not None and not law.is_trained:
-            return Diagnosis(law, _code_under(trait, code_of(law, fused_only=all(p.fused for p in part))), trait)
+            return _named(law, part, trait)
     telling = [p for p in usable if p.right and abs(p.expected) > 4 * p.tolerance]
     exact = common_trait(wrong, telling)
-    if exact and "strength" in exact:
+    if exact and exact.about == "strength":
         return Diagnosis(None, "LH207", exact)
-    clamped = _clamped(wrong)
-    if clamped:
-        return Diagnosis(None, *clamped)
+    if found := _clamped(wrong) or _per_block(usable):
+        return found
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
-        return Diagnosis(law, code_of(law), "some modules of some files")
-    return Diagnosis(None, "LH205", exact) if exact in _ALPHA_VALUES else _by_input(wrong, telling, exact)
+        return _named(law, wrong, Trait("some modules of some files", "part"))
+    return Diagnosis(None, "LH205", exact) if exact and exact.about == "alpha" else _by_input(wrong, telling, exact)
 
 
-def _by_input(wrong: Sequence[Probe], telling: Sequence[Probe], trait: str | None) -> Diagnosis:
+def _by_input(wrong: Sequence[Probe], telling: Sequence[Probe], trait: Trait | None) -> Diagnosis:
     """Name what follows no law by the input that it depends on, or else by the trait."""
     if other := borrowed(wrong):
         return Diagnosis(None, "LH204", other)
-    for name, code in () if trait else (("alpha", "LH205"), ("strength", "LH207")):
+    for name, code in () if trait else _INPUTS:
         if certain := one_input_decides(name, wrong, telling):
             return Diagnosis(None, code, certain)
     return Diagnosis(None, "LH209", trait)
 
 
+_INPUTS: tuple[tuple[Input, str], ...] = (("alpha", "LH205"), ("strength", "LH207"))
 _ENOUGH = 12  # wrong probes that follow one law by chance are fewer
 
-# Traits of alpha's value: a loader that is wrong for these values only does not take alpha as it is.
-_ALPHA_VALUES = ("negative alpha", "alpha = 0", "fractional alpha", "0 < alpha < 1", "alpha > rank", "alpha < rank")
 
-
-def _code_under(trait: str, code: str) -> str:
-    if "strength" in trait:
+def _code_under(trait: Trait | None, code: str) -> str:
+    """A loader that is wrong for some values of alpha only does not take alpha as it is; likewise the strength."""
+    if trait and trait.about == "strength":
         return "LH207"
-    return "LH205" if code == "LH202" and trait in _ALPHA_VALUES else code
+    return "LH205" if code == "LH202" and trait and trait.about == "alpha" else code
 
 
-def _clamped(wrong: Sequence[Probe]) -> tuple[str, str] | None:
-    """Return code and trait when the wrong probes all behave as if alpha, or the strength, were one same number."""
+def _clamped(wrong: Sequence[Probe]) -> Diagnosis | None:
+    """Name a bound when the wrong probes all behave as if alpha, or the strength, were one same number."""
     seen = [p for p in wrong if p.alpha and p.strength]
     if len(seen) < len(wrong):
         return None
     alphas, strengths = [p.alpha or 0.0 for p in seen], [p.strength for p in seen]
-    for code, word, values, others in (("LH205", "alpha", alphas, strengths), ("LH207", "strength", strengths, alphas)):
+    for (word, code), values, others in zip(_INPUTS, (alphas, strengths), (strengths, alphas), strict=True):
         units = [other / p.rank for other, p in zip(others, seen, strict=True)]
         bound = median(p.measured / unit for p, unit in zip(seen, units, strict=True))
         near = (abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in zip(seen, units, strict=True))
         one_side = max(values) <= bound or min(values) >= bound
         if len(set(values)) > 2 and one_side and all(near):
-            return code, f"{word} beyond {bound:.4g}"
+            return Diagnosis(None, code, Trait(f"{word} beyond {bound:.4g}", word))
     return None
 
 
-def _parts(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Iterator[tuple[str, Sequence[Probe]]]:
+def _per_block(usable: Sequence[Probe]) -> Diagnosis | None:
+    """Name a constant of its own for each block of the model, when two modules at least show each."""
+    blocks: dict[str, list[Probe]] = {}
+    for probe in usable:
+        blocks.setdefault(block_of(probe.module), []).append(probe)
+    found = {block: _factor(group) for block, group in blocks.items()}
+    factors = tuple((block, factor) for block, factor in found.items() if factor is not None)
+    if len({round(factor, 6) for _, factor in factors}) < 2 or len(factors) < len(blocks):
+        return None
+    rank = RANK[2] if all(p.root for p in usable) else RANK[0]
+    law = Law(STRENGTH[0], ALPHA[0], rank, factors=factors, root=rank is RANK[2])
+    return Diagnosis(law, "LH209", Trait("each block of the model has a factor of its own", "part"))
+
+
+def _factor(group: Sequence[Probe]) -> float | None:
+    """Return measured / expected of one block, None when one module alone shows it, or it differs."""
+    visible = [p for p in group if abs(p.expected) > 4 * p.tolerance]
+    if len({p.module for p in visible}) < 2:
+        return None
+    factor = median(p.measured / p.expected for p in visible)
+    near = all(abs(p.measured - factor * p.expected) <= 1.5 * p.tolerance for p in group)
+    return factor if near else None
+
+
+def _parts(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Iterator[tuple[Trait, Sequence[Probe]]]:
     """Yield the parts of the probes that hold every wrong one: by trait, then by module."""
-    for name, holds in TRAITS.items():
-        part = [p for p in usable if holds(p)]
-        if len(part) < len(usable) and all(map(holds, wrong)):
-            yield name, part
+    for trait in TRAITS.values():
+        part = [p for p in usable if trait(p)]
+        if len(part) < len(usable) and all(map(trait, wrong)):
+            yield trait, part
     modules = {p.module for p in wrong}
     if len(modules) < len({p.module for p in usable}):
-        yield f"{len(modules)} of the modules", [p for p in usable if p.module in modules]
+        yield Trait(f"{len(modules)} of the modules", "part"), [p for p in usable if p.module in modules]
 
 
 _BY_POWERS = {
@@ -141,13 +191,21 @@ def code_of(law: Law, *, fused_only: bool = False) -> str:
     return next((code for known, code in _BY_POWERS.items() if known == powers), "LH209")
 
 
+NO_LAW = LawRecord(formula="none", name="no single law for all modules")
+
+
+def diagnosis_record(diagnosis: Diagnosis) -> LawRecord:
+    """Return the law of a diagnosis as it stands in a verdict, NO_LAW where none was found."""
+    return law_record(diagnosis.law) if diagnosis.law else NO_LAW
+
+
 def law_record(law: Law) -> LawRecord:
-    """Return the law as it stands in a verdict."""
+    """Return the law as it stands in a verdict; where each block has a factor of its own there is no constant."""
     return LawRecord(
         formula=law.formula,
         name=law_name(law),
         exponents=law.exponents,  # type: ignore[arg-type]  # the keys are the three literals
-        constant=law.constant,
+        constant=None if law.factors else law.constant,
         residual=law.residual,
         ambiguous=law.ambiguous,
         alternatives=law.alternatives,
@@ -155,5 +213,8 @@ def law_record(law: Law) -> LawRecord:
 
 
 def law_name(law: Law) -> str:
-    """Return the law's name in words: `as trained`, or the title of the code it deserves."""
-    return "as trained" if law.is_trained else CODES[code_of(law)].title
+    """Return the law in words: `as trained`, or the titles of the codes that it and its other readings deserve."""
+    if law.is_trained:
+        return "as trained"
+    readings = dict.fromkeys(CODES[code_of(each)].title for each in (law, *law.others) if not each.is_trained)
+    return ", or ".join(readings)

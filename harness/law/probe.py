@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from harness.law.scale import trained_scale
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Probe:
 
     def scale_of(self, alpha: float | None, rank: int) -> float:
         """What `expected` would be with another alpha or rank."""
-        if alpha is None:
-            return self.strength
-        return self.strength * alpha / (math.sqrt(rank) if self.root else rank)
+        return self.strength * trained_scale(alpha, rank, rslora=self.root)
 
     @property
     def right(self) -> bool:

@@ -3,62 +3,88 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from harness.law.probe import Probe
 
-TRAITS: dict[str, Callable[[Probe], bool]] = {
-    "bfloat16": lambda p: p.dtype == "bfloat16",
-    "negative alpha": lambda p: (p.alpha or 0) < 0,
-    "alpha = 0": lambda p: p.alpha == 0,
-    "no alpha in the file": lambda p: all(alpha is None for alpha in p.alphas),
-    "no alpha for this module while others have one": lambda p: (
-        p.alpha is None and any(a is not None for a in p.alphas)
+Input = Literal["alpha", "strength"]
+About = Literal["alpha", "strength", "rank", "dtype", "file", "place", "layer", "part"]
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A condition in words, and what it is about: a value of alpha, the strength, the module's place in the file, ...
+
+    `part` is said of traits that no single probe has: a set of modules, a value that decides.
+    """
+
+    text: str
+    about: About
+    holds: Callable[[Probe], bool] = lambda probe: False
+
+    def __call__(self, probe: Probe) -> bool:
+        """Tell whether `probe` has the trait."""
+        return self.holds(probe)
+
+    def __str__(self) -> str:
+        """Return the condition in words."""
+        return self.text
+
+
+_TABLE = (
+    Trait("bfloat16", "dtype", lambda p: p.dtype == "bfloat16"),
+    Trait("negative alpha", "alpha", lambda p: (p.alpha or 0) < 0),
+    Trait("alpha = 0", "alpha", lambda p: p.alpha == 0),
+    Trait("no alpha in the file", "file", lambda p: all(alpha is None for alpha in p.alphas)),
+    Trait(
+        "no alpha for this module while others have one",
+        "file",
+        lambda p: p.alpha is None and any(a is not None for a in p.alphas),
     ),
-    "fractional alpha": lambda p: p.alpha is not None and p.alpha != int(p.alpha),
-    "0 < alpha < 1": lambda p: p.alpha is not None and 0 < p.alpha < 1,
-    "alpha > rank": lambda p: (p.alpha or 0) > p.rank,
-    "alpha < rank": lambda p: p.alpha is not None and p.alpha < p.rank,
-    "rank = 1": lambda p: p.rank == 1,
-    "rank > 64": lambda p: p.rank > 64,
-    "rank > 32": lambda p: p.rank > 32,
-    "odd rank": lambda p: p.rank % 2 == 1,
-    "rank divisible by 3": lambda p: p.rank % 3 == 0,
-    "rank divisible by 4": lambda p: p.rank % 4 == 0,
-    "several ranks in the file": lambda p: len(set(p.ranks)) > 1,
-    "several alphas in the file": lambda p: len(set(p.alphas)) > 1,
-    "one module in the file": lambda p: len(p.ranks) == 1,
-    "first module of the file": lambda p: p.index == 0,
-    "last module of the file": lambda p: p.index == len(p.ranks) - 1,
-    "every second module of the file (1st, 3rd, ...)": lambda p: p.index % 2 == 0,
-    "every second module of the file (2nd, 4th, ...)": lambda p: p.index % 2 == 1,
-    "square module": lambda p: p.square,
-    "rectangular module": lambda p: not p.square,
-    "merged q/k/v": lambda p: p.fused,
-    "strength = 0": lambda p: p.strength == 0,
-    "negative strength": lambda p: p.strength < 0,
-    "strength > 1": lambda p: p.strength > 1,
-    "strength other than 1": lambda p: p.strength != 1,
-    "fractional strength": lambda p: p.strength != int(p.strength),
-    "keys permuted": lambda p: p.permuted,
-}
+    Trait("fractional alpha", "alpha", lambda p: p.alpha is not None and p.alpha != int(p.alpha)),
+    Trait("0 < alpha < 1", "alpha", lambda p: p.alpha is not None and 0 < p.alpha < 1),
+    Trait("alpha > rank", "alpha", lambda p: (p.alpha or 0) > p.rank),
+    Trait("alpha < rank", "alpha", lambda p: p.alpha is not None and p.alpha < p.rank),
+    Trait("rank = 1", "rank", lambda p: p.rank == 1),
+    Trait("rank > 64", "rank", lambda p: p.rank > 64),
+    Trait("rank > 32", "rank", lambda p: p.rank > 32),
+    Trait("odd rank", "rank", lambda p: p.rank % 2 == 1),
+    Trait("rank divisible by 3", "rank", lambda p: p.rank % 3 == 0),
+    Trait("rank divisible by 4", "rank", lambda p: p.rank % 4 == 0),
+    Trait("several ranks in the file", "file", lambda p: len(set(p.ranks)) > 1),
+    Trait("several alphas in the file", "file", lambda p: len(set(p.alphas)) > 1),
+    Trait("one module in the file", "file", lambda p: len(p.ranks) == 1),
+    Trait("first module of the file", "place", lambda p: p.index == 0),
+    Trait("last module of the file", "place", lambda p: p.index == len(p.ranks) - 1),
+    Trait("every second module of the file (1st, 3rd, ...)", "place", lambda p: p.index % 2 == 0),
+    Trait("every second module of the file (2nd, 4th, ...)", "place", lambda p: p.index % 2 == 1),
+    Trait("square module", "layer", lambda p: p.square),
+    Trait("rectangular module", "layer", lambda p: not p.square),
+    Trait("merged q/k/v", "layer", lambda p: p.fused),
+    Trait("strength = 0", "strength", lambda p: p.strength == 0),
+    Trait("negative strength", "strength", lambda p: p.strength < 0),
+    Trait("strength > 1", "strength", lambda p: p.strength > 1),
+    Trait("strength other than 1", "strength", lambda p: p.strength != 1),
+    Trait("fractional strength", "strength", lambda p: p.strength != int(p.strength)),
+    Trait("keys permuted", "file", lambda p: p.permuted),
+)
+TRAITS: Mapping[str, Trait] = {trait.text: trait for trait in _TABLE}
 
 _VALUES, _AGAIN = 3, 2  # wrong values, and how often each must have been met, before it is said to decide
 _FINE = 1e-3
 _BORROWED = 6  # wrong scales that are those of other modules by chance are fewer
 
 
-def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
+def common_trait(wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
     """Return the trait that every wrong probe has and no right one, or None."""
     if not wrong or not right:
         return None
-    for name, holds in TRAITS.items():
-        if all(map(holds, wrong)) and not any(map(holds, right)):
-            return name
-    return None
+    return next((t for t in TRAITS.values() if all(map(t, wrong)) and not any(map(t, right))), None)
 
 
-def one_input_decides(name: str, wrong: Sequence[Probe], right: Sequence[Probe]) -> str | None:
+def one_input_decides(name: Input, wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
     """Return a trait when a value of `alpha` or `strength` is always wrong or always right, whatever else differs.
 
     It must have been met with several others: three wrong values, and three right ones, twice each. A scale that is
@@ -72,16 +98,16 @@ def one_input_decides(name: str, wrong: Sequence[Probe], right: Sequence[Probe])
     if min(map(len, often)) < _VALUES:
         return None
     wrongly, rightly = (", ".join("none" if v is None else f"{v:g}" for v in values[:_VALUES]) for values in often)
-    return f"{name} is one of certain values ({wrongly}, ..., not {rightly}, ...)"
+    return Trait(f"{name} is one of certain values ({wrongly}, ..., not {rightly}, ...)", name)
 
 
-def borrowed(wrong: Sequence[Probe]) -> str | None:
+def borrowed(wrong: Sequence[Probe]) -> Trait | None:
     """Return a trait when every wrong scale is the one that another module's alpha, or rank, would give."""
     if len(wrong) < _BORROWED:
         return None
     for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
         if all(any(abs(p.measured - scale) <= p.tolerance for scale in scales(p)) for p in wrong):
-            return f"another module has another {name}, and that is used"
+            return Trait(f"another module has another {name}, and that is used", "part")
     return None
 
 

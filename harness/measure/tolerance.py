@@ -49,6 +49,12 @@ class Tolerance:
         return f"{roundings} roundings of the scale in {self.dtype} + {_SIGMAS:.0f} sigma of the regression{lost}"
 
 
+def scale_rounding(dtype: str) -> float:
+    """Return the relative error that rounding the scale itself may make; 8-bit types have it rounded in bfloat16."""
+    known = dtype if dtype in _SCALE_ROUNDINGS else "bfloat16"
+    return _SCALE_ROUNDINGS[known] * UNIT_ROUNDOFF[known]
+
+
 def coarser(first: str, second: str) -> str:
     """Return the dtype name with the larger unit roundoff."""
     return max(first, second, key=UNIT_ROUNDOFF.__getitem__)

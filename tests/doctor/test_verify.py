@@ -47,7 +47,7 @@ def test_a_right_merge_passes_in_every_dtype(tmp_path: Path, dtype: torch.dtype,
         ("LH202", "strength", lambda w: 1.0),
         ("LH203", "strength * alpha / sqrt(rank)", lambda w: w.alpha / w.rank**0.5),
         ("LH206", "2 * strength * alpha / rank", lambda w: 2 * w.alpha / w.rank),
-        ("LH204", "strength * alpha 16 / rank", lambda w: 16 / w.rank),
+        ("LH204", "strength * alpha(first) / rank", lambda w: 16 / w.rank),
         ("LH209", "0.7 * strength * alpha / rank", lambda w: 0.7 * w.alpha / w.rank),
     ],
 )

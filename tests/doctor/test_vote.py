@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from harness.doctor.verify.merge_law import ScaleFound, name_law
 from harness.doctor.verify.vote import bounds, half_step, vote, vote_within
 from harness.files import LoraWeights, write_lora
+from harness.law.diagnosis import diagnose
+from harness.law.probe import Probe
 from tests.doctor.merging import (
     DTYPES,
     Case,
@@ -48,11 +49,10 @@ def test_the_true_scale_is_always_inside_every_interval(dtype: str, exponent: fl
 
 
 def test_laws_that_the_file_cannot_tell_apart_are_ambiguous() -> None:
-    found = [ScaleFound("a", 1.0, 1e-3, 1.0, 8.0, 8)]
-    law, code = name_law(found)
-    assert code is None
-    assert law.ambiguous
-    assert "strength" in law.alternatives
+    found = diagnose([Probe("a", 1.0, 0, (8.0,), (8,), 1.0, 1e-3)])
+    assert found.code is None
+    assert found.law is not None
+    assert "strength" in found.law.alternatives
 
 
 DTYPE = st.sampled_from(DTYPES)

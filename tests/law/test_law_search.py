@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from harness.law.grammar import SOURCES, STRENGTH
-from harness.law.law import Law, _Columns, _unexplained, identify
+from harness.law.identify import _Columns, _unexplained, identify
+from harness.law.law import Law
 from harness.law.probe import Probe
 
 Alphas, Ranks = tuple[float | None, ...], tuple[int, ...]

@@ -22,7 +22,7 @@ def module(rank: int, alpha: float | None, *, rslora: bool = False, tensor: bool
 
 
 def law(strength: float = 1.0, alpha: float = 1.0, rank: float = -1.0, constant: float = 1.0) -> ScaleLaw:
-    return ScaleLaw("some loader", strength, alpha, rank, constant)
+    return ScaleLaw.of_powers("some loader", strength, alpha, rank, constant)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def law(strength: float = 1.0, alpha: float = 1.0, rank: float = -1.0, constant:
         (law(strength=3.0, alpha=0, rank=0), [module(8, -1.0)], -0.5),
         (law(strength=0.0), [module(32, 16.0)], 1.0),
         (law(strength=0.0, constant=2.0), [module(32, 16.0)], None),
-        (law(alpha=0.5, rank=0), [module(4, -4.0)], None),
+        (law(alpha=0.5, rank=0), [module(4, -4.0)], 0.5),  # the grammar's root keeps the sign
         (law(alpha=0, rank=0), [module(32, None)], None),
         (law(), [module(32, 16.0), module(32, None)], None),
         (law(), [module(32, 0.0)], None),
@@ -69,10 +69,10 @@ def test_a_prescription_reproduces_training_and_none_means_that_no_strength_does
     strength = prescribe(loader_law, adapted)
     needed = [each.trained_scale / loader_law.at_one(each) for each in adapted]
     if strength is None:
-        even = powers[0] % 2 != 1
+        even = powers[0] == 2.0  # the root keeps the sign
         assert max(needed) - min(needed) > 5e-5 * abs(needed[0]) or (even and min(needed) < 0)
     else:
-        factor = math.copysign(abs(strength) ** powers[0], strength if powers[0] % 2 == 1 else 1.0)
+        factor = math.copysign(abs(strength) ** powers[0], strength if powers[0] != 2.0 else 1.0)
         assert all(math.isclose(factor, each, rel_tol=1e-3) for each in needed)
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from harness.doctor.verify.merge_law import ScaleFound
 from harness.doctor.verify.merged_layer import Baked
+from harness.law.probe import Probe
 from harness.text import count, printable
 from harness.verdict.verdict import Outcome, Verdict
 
@@ -27,7 +27,7 @@ class Module:
     says what a reader of the scale should know.
     """
 
-    found: ScaleFound
+    found: Probe
     tensor: str | None
     baked: Baked | None
     problem: str | None = None

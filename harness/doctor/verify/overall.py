@@ -7,26 +7,32 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.doctor.verify.merge_law import NO_LAW
 from harness.doctor.verify.modules import CHECK, Module, survival, where
 from harness.doctor.verify.untouched import Untouched
+from harness.law.diagnosis import Diagnosis, diagnosis_record
 from harness.text import count, printable
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
 
 Fact = tuple[str, str]  # code and sentence
 _SHOWN = 20
+_READINGS_SHOWN = 3
 
 
 def overall_verdict(
     found: Sequence[Module],
     verdicts: Sequence[Verdict],
     untouched: Untouched,
-    law: tuple[LawRecord | None, str | None],
+    diagnosis: Diagnosis,
     frame: dict[str, Any],
 ) -> Verdict:
     """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers."""
-    facts = [*_scale_facts(found, untouched, law), *_missing_facts(found), *_file_facts(found, untouched)]
+    law = diagnosis_record(diagnosis) if any(module.tells_scale for module in found) else None
+    facts = [
+        *_scale_facts(found, untouched, law, diagnosis.code),
+        *_missing_facts(found),
+        *_file_facts(found, untouched),
+    ]
     told = [module for module in found if module.tells_scale]
     code, title = facts[0] if facts else (None, _right(found, told))
     left = _survived(told)
@@ -37,18 +43,18 @@ def overall_verdict(
         code=code,
         title=title,
         reason=None if facts or told else title,
-        law=law[0],
+        law=law,
         survived=left,
         modules_failed=sum(not verdict.ok for verdict in verdicts),
         modules_total=len(verdicts),
-        rows=tuple(_rows(frame, law[0], left, facts, found)),
+        rows=tuple(_rows(frame, law, left, facts, found)),
         data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
         **_numbers(told),
     )
 
 
 def _scale_facts(
-    found: Sequence[Module], untouched: Untouched, law: tuple[LawRecord | None, str | None]
+    found: Sequence[Module], untouched: Untouched, law: LawRecord | None, law_code: str | None
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
     if ill := [module for module in _in(found, "not finite") if module.fault]:
@@ -67,21 +73,24 @@ def _scale_facts(
         code, fault = faulty[0].fault or ("", "")
         yield code, f"{fault} in {_listed(faulty, found)}"
     wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
-    if wrong and law[0] and law[1]:
-        yield law[1], f"{CODES[law[1]].title}: {_wrong_scale(wrong, law[0])} in {_listed(wrong, found)}"
+    if wrong and law:
+        code = law_code or "LH209"
+        name = law.name if law.ambiguous else CODES[code].title
+        yield code, f"{name}: {_wrong_scale(wrong, law)} in {_listed(wrong, found)}"
 
 
 def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
     first = wrong[0].found
-    if law == NO_LAW and (ratios := _ratios(wrong)):
+    if law.constant is None and (ratios := _ratios(wrong)):
         return f"{ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
-    ratio = f" ({first.scale / first.expected:.3g}x)" if first.expected else ""
-    return f"scale {first.scale:.4g} = {law.formula}, expected {first.expected:.4g}{ratio},"
+    ratio = f" ({first.measured / first.expected:.3g}x)" if first.expected else ""
+    readings = " or ".join((law.formula, *law.alternatives[:_READINGS_SHOWN]))
+    return f"scale {first.measured:.4g} = {readings}, expected {first.expected:.4g}{ratio},"
 
 
 def _ratios(modules: Sequence[Module]) -> list[float]:
     """Return scale / expected of every module that should have an effect, in order."""
-    return sorted(m.found.scale / m.found.expected for m in modules if m.found.expected)
+    return sorted(m.found.measured / m.found.expected for m in modules if m.found.expected)
 
 
 def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
@@ -186,7 +195,8 @@ def _rows(
 def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
     """Return what to do; another factor in all modules may be the strength that somebody wanted."""
     fix = CODES[code].fix
-    if code != "LH209" or law is None or law.constant is None:
+    factor_alone = law is not None and law.constant not in (None, 1.0) and law.exponents["strength"] == 1.0
+    if code != "LH209" or law is None or law.constant is None or not factor_alone:
         return fix
     return f"{fix}; if it was merged so on purpose, pass --strength {law.constant * found[0].found.strength:.4g}"
 

@@ -14,7 +14,6 @@ from harness.doctor.layers import layer_of
 from harness.doctor.verify.changes import Piece, pieces, strangers
 from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import Layer
-from harness.doctor.verify.merge_law import ScaleFound, name_law, scale_slack
 from harness.doctor.verify.merged_layer import Baked, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, NO_TENSOR, Module, module_verdict
 from harness.doctor.verify.overall import overall_verdict
@@ -22,10 +21,14 @@ from harness.doctor.verify.untouched import Untouched, compare_untouched
 from harness.doctor.verify.vote import DTYPES
 from harness.errors import UserError
 from harness.files import LoraAdapter, read_lora
+from harness.law.diagnosis import Diagnosis, diagnose
+from harness.law.probe import Probe
+from harness.measure.tolerance import scale_rounding
 from harness.text import count, printable
-from harness.verdict.verdict import LawRecord, Verdict
+from harness.verdict.verdict import Verdict
 
 OnModule = Callable[[str], None]
+_LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
 _SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 
 
@@ -135,7 +138,7 @@ def _module(
     return Module(_found(wanted, baked, layer), piece.tensor, baked, dtype=layer.dtype, fault=fault, note=note)
 
 
-def _blends(layer: Layer, wanted: ScaleFound) -> bool:
+def _blends(layer: Layer, wanted: Probe) -> bool:
     """Tell whether a strength other than 1 stands outside DoRA's norm; what it means there is left to the merger."""
     if not isinstance(layer, DoraLayer) or wanted.strength in (0.0, 1.0):
         return False
@@ -152,19 +155,22 @@ def _fault(layer: Layer, baked: Baked) -> tuple[str, str] | None:
     return None
 
 
-def _wanted(adapter: LoraAdapter, piece: Piece, strength: float, lora_alpha: float | None) -> ScaleFound:
+def _wanted(adapter: LoraAdapter, piece: Piece, strength: float, lora_alpha: float | None) -> Probe:
     """Return what the scale should come from; a whole difference has the strength alone."""
     lora = adapter.modules.get(piece.module)
-    if lora is None or not piece.scaled:
-        return ScaleFound(piece.name, 0.0, 0.0, strength, None, 0)
-    alpha = lora_alpha if lora.alpha is None else lora.alpha
-    return ScaleFound(piece.name, 0.0, 0.0, strength, alpha, lora.rank, lora.rslora)
+    if lora is None or not piece.scaled or not lora.rank:
+        return Probe(piece.name, strength, 0, (None,), (1,), 0.0, 0.0)
+    scaled = {name: module for name, module in adapter.modules.items() if module.rank}
+    alphas = tuple(lora_alpha if module.alpha is None else module.alpha for module in scaled.values())
+    ranks, place = tuple(module.rank for module in scaled.values()), list(scaled).index(piece.module)
+    fused = "qkv" in lora.name.rpartition(".")[2]
+    return Probe(piece.name, strength, place, alphas, ranks, 0.0, 0.0, fused=fused, root=lora.rslora)
 
 
-def _found(wanted: ScaleFound, baked: Baked, layer: Layer) -> ScaleFound:
+def _found(wanted: Probe, baked: Baked, layer: Layer) -> Probe:
     spread = max(baked.interval[1] - baked.scale, baked.scale - baked.interval[0], 0.0)
-    slack = spread + scale_slack(layer.dtype, layer.lora_dtype, baked.scale)
-    return replace(wanted, scale=baked.scale, slack=slack)
+    rounding = max(scale_rounding(layer.dtype), scale_rounding(layer.lora_dtype), _LEAST)
+    return replace(wanted, measured=baked.scale, tolerance=spread + rounding * abs(baked.scale), dtype=layer.dtype)
 
 
 def _unreadable(piece: Piece, stores: tuple[Checkpoint, Checkpoint]) -> str | None:
@@ -190,21 +196,20 @@ def _misfit(tensor: str, base: Checkpoint, merged: Checkpoint) -> str | None:
 
 
 def _report(adapter: LoraAdapter, found: list[Module], untouched: Untouched, loader: str, command: str) -> MergeReport:
-    law, code = _law(found)
+    law = _law(found)
     frame = {"loader": loader, "format": adapter.format, "reproduce": command}
-    modules = tuple(module_verdict(module, code, frame) for module in found)
-    return MergeReport(modules, overall_verdict(found, modules, untouched, (law, code), frame), tuple(found), untouched)
+    modules = tuple(module_verdict(module, law.code, frame) for module in found)
+    return MergeReport(modules, overall_verdict(found, modules, untouched, law, frame), tuple(found), untouched)
 
 
-def _law(found: list[Module]) -> tuple[LawRecord | None, str | None]:
-    """Return the law of all modules whose scale is known; where none holds for all, that of those that are wrong."""
-    twice = [module for module in found if module.state == "twice"]
-    told = [module.found for module in found if module.tells_scale and module.state != "twice"]
-    if not told:
-        return name_law([module.found for module in twice], twice=True) if twice else (None, None)
-    law, code = name_law(told)
-    wrong = [one for one in told if not one.right]
-    return name_law(wrong) if code == "LH209" and len(wrong) < len(told) else (law, code)
+def _law(found: list[Module]) -> Diagnosis:
+    """Name the law of the modules whose scale is known; rounding that shows two merges decides between its readings."""
+    twice = [module.found for module in found if module.state == "twice"]
+    once = [module.found for module in found if module.tells_scale and module.state != "twice"]
+    if once or not twice:
+        return diagnose(once)
+    law = diagnose([replace(probe, measured=probe.measured / 2) for probe in twice]).law
+    return Diagnosis(law and replace(law, constant=2 * law.constant, others=()), "LH206")
 
 
 def _no_match(adapter: LoraAdapter, base: Checkpoint) -> str:
