@@ -41,7 +41,7 @@ def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagno
     wrong = [p for p in usable if not p.right]
     if not wrong:
         return Diagnosis(law, None)
-    return _by_part(usable, wrong)
+    return _by_part(usable, wrong) if visible else Diagnosis(None, "LH101")
 
 
 def _named(law: Law, probes: Sequence[Probe], trait: Trait | None = None) -> Diagnosis:
