@@ -213,8 +213,12 @@ def law_record(law: Law) -> LawRecord:
 
 
 def law_name(law: Law) -> str:
-    """Return the law in words: `as trained`, or the titles of the codes that it and its other readings deserve."""
+    """Return the law in words: `as trained`, a factor of it, or the titles of the codes of it and its other readings."""
     if law.is_trained:
         return "as trained"
-    readings = dict.fromkeys(CODES[code_of(each)].title for each in (law, *law.others) if not each.is_trained)
-    return ", or ".join(readings)
+    return ", or ".join(dict.fromkeys(_reading(each) for each in (law, *law.others) if not each.is_trained))
+
+
+def _reading(law: Law) -> str:
+    factor = replace(law, constant=1.0).is_trained and law.constant != 1.0
+    return f"{law.constant:.4g} times the trained scale" if factor else CODES[code_of(law)].title

@@ -75,7 +75,7 @@ def _scale_facts(
     wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
     if wrong and law:
         code = law_code or "LH209"
-        name = law.name if law.ambiguous else CODES[code].title
+        name = f"one of these: {law.name}" if law.ambiguous else CODES[code].title
         yield code, f"{name}: {_wrong_scale(wrong, law)} in {_listed(wrong, found)}"
 
 
