@@ -34,7 +34,7 @@ def new_header(
     now = datetime.now(timezone.utc)
     return Header(
         run_id=run_id or f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
-        created=now.isoformat(timespec="seconds"),
+        created=now.isoformat(timespec="microseconds"),  # runs of one second stay in order
         command=_command_line(command),
         seed=seed,
         profile=profile,

@@ -134,16 +134,19 @@ def append_history(path: Path | str, run: Run) -> HistoryRecord:
 def read_history(*paths: Path | str) -> list[HistoryRecord]:
     """Read and merge history files of any number of machines: one record per run id, the oldest first.
 
+    The order of the files does not matter.
+
     Raises:
         UserError: a file cannot be read or a line is no history record (file and line are named).
     """
-    return merge_history(record for path in paths for record in _read(Path(path)))
+    files = sorted((_read(Path(path)) for path in paths), key=lambda records: [record.run_id for record in records])
+    return merge_history(record for records in files for record in records)
 
 
 def merge_history(records: Iterable[HistoryRecord]) -> list[HistoryRecord]:
-    """Return the union of records by run id, sorted by time; the last record of an id wins."""
+    """Return the union of records by run id, sorted by time, those of one time as they came; the last of an id wins."""
     union = {record.run_id: record for record in records}
-    return sorted(union.values(), key=lambda record: (record.created, record.run_id))
+    return sorted(union.values(), key=lambda record: record.created)
 
 
 def _read(path: Path) -> list[HistoryRecord]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from harness.doctor.verify.verify import MergeReport
 from harness.doctor.verify.vote import bounds, half_step, vote, vote_within
 from harness.files import LoraWeights, write_lora
 from harness.law.diagnosis import diagnose
@@ -56,6 +59,33 @@ def test_laws_that_the_file_cannot_tell_apart_are_ambiguous() -> None:
 
 
 DTYPE = st.sampled_from(DTYPES)
+VAGUE = (torch.float8_e4m3fn, torch.float32, (16, 16), 1, 16.0, -0.9375, -0.5)
+
+
+def merged_once(
+    folder: Path,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    shape: tuple[int, int],
+    rank: int,
+    alpha: float,
+    size: float,
+    strength: float,
+    error: float,
+    merge: Merge = rounded_once,
+    full: bool = False,
+    seed: int = 0,
+) -> MergeReport:
+    """Return what `verify` says of one layer of ||strength-free update|| / ||W|| = 10^size, `error` times too strong."""
+    torch.manual_seed(seed)
+    base = {"layer.weight": (torch.randn(*shape) * 0.02).to(dtype)}
+    drawn = weights(*shape, rank, alpha, seed, 10**size)
+    lora = {"layer": LoraWeights(drawn.a.to(lora_dtype), drawn.b.to(lora_dtype), alpha)}
+    save_file(base, folder / "base.safetensors")
+    write_lora(folder / "lora.safetensors", "diffsynth", lora)
+    wide = {"layer": LoraWeights(lora["layer"].a.float(), lora["layer"].b.float(), alpha)}
+    merged = Case(folder, base, wide).merged(merge, lambda w: error * strength * trained(w))
+    return Case(folder, base, lora).verify(merged, strength=strength, full=full)
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,7 +102,9 @@ DTYPE = st.sampled_from(DTYPES)
     full=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_any_right_merge_passes_and_any_wrong_scale_fails(
+@example(*VAGUE, 1.03, rounded_once, False, 0)
+@example(*VAGUE, 1.0, rounded_once, False, 0)
+def test_any_right_merge_passes_and_a_wrong_scale_fails_unless_the_merge_cannot_tell(
     tmp_path_factory: pytest.TempPathFactory,
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
@@ -87,13 +119,32 @@ def test_any_right_merge_passes_and_any_wrong_scale_fails(
     seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    torch.manual_seed(seed)
-    base = {"layer.weight": (torch.randn(*shape) * 0.02).to(dtype)}
-    drawn = weights(*shape, rank, alpha, seed, 10**size)
-    lora = {"layer": LoraWeights(drawn.a.to(lora_dtype), drawn.b.to(lora_dtype), alpha)}
-    save_file(base, folder / "base.safetensors")
-    write_lora(folder / "lora.safetensors", "diffsynth", lora)
-    wide = {"layer": LoraWeights(lora["layer"].a.float(), lora["layer"].b.float(), alpha)}
-    merged = Case(folder, base, wide).merged(merge, lambda w: error * strength * trained(w))
-    report = Case(folder, base, lora).verify(merged, strength=strength, full=full)
-    assert report.ok == (error == 1.0), report.overall.text()
+    report = merged_once(folder, dtype, lora_dtype, shape, rank, alpha, size, strength, error, merge, full, seed)
+    (module,) = report.modules
+    expected = strength * alpha / rank
+    low, high = module.data["fits"]
+    assert low <= error * expected <= high, "the scale that was used is always in the interval"
+    assert report.ok or not low <= expected <= high, report.overall.text()
+    assert report.ok or error != 1.0, report.overall.text()
+    told_apart = "cannot tell" not in module.title
+    assert told_apart == (not report.ok or high - low <= 0.02 * abs(expected))
+    assert not told_apart or report.ok == (error == 1.0), report.overall.text()
+    assert told_apart or dtype == torch.float8_e4m3fn, "only three bits of mantissa are ever too few"
+
+
+@pytest.mark.parametrize("error", [1.0, 1.03])
+def test_a_merge_that_fits_two_scales_names_both(tmp_path: Path, error: float) -> None:
+    report = merged_once(tmp_path, *VAGUE, error)
+    (module,) = report.modules
+    low, high = (f"{end:.4g}" for end in module.data["fits"])
+    said = f"{low} to {high} all fit"
+    assert module.title.startswith(f"scale {module.measured_scale:.4g}, expected -8; cannot tell -8 from ")
+    assert module.title.endswith(f" here: {said}")
+    assert said in dict(report.overall.rows)["vague"]
+
+
+def test_the_more_elements_the_nearer_scales_are_told_apart(tmp_path: Path) -> None:
+    dtype, lora_dtype, _, *rest = VAGUE
+    report = merged_once(tmp_path, dtype, lora_dtype, (144, 144), *rest, 1.03)
+    assert not report.ok
+    assert "vague" not in dict(report.overall.rows)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 from report_samples import TRAINED, failed, matrix_records, passed, run_of
 
 from harness.errors import UserError
+from harness.report.environment import new_header
 from harness.report.history import append_history, flips, history_record, history_text, merge_history, read_history
 from harness.report.records import Run
 from harness.report.trend import Trend
@@ -75,6 +77,44 @@ def test_histories_of_several_machines_merge_by_run_id_in_time_order(tmp_path: P
     append_history(two, night(3, "1", right=True))
     assert [record.run_id for record in read_history(one, two)] == ["night-1", "night-2", "night-3"]
     assert read_history(two, one) == read_history(one, two)
+
+
+SECOND = "2026-11-01T02:00:00+00:00"
+MICROSECOND = "2026-11-01T02:00:00.000001+00:00"
+
+
+@pytest.mark.parametrize("ids", list(permutations("abc")), ids="".join)
+@pytest.mark.parametrize("stamps", [(SECOND,) * 3, (SECOND, MICROSECOND, MICROSECOND)], ids=["seconds", "mixed"])
+def test_runs_of_one_second_keep_the_order_of_their_file(
+    tmp_path: Path, ids: tuple[str, ...], stamps: tuple[str, ...]
+) -> None:
+    path, rights = tmp_path / "history.jsonl", (False, True, False)
+    for name, stamp, right in zip(ids, stamps, rights, strict=True):
+        append_history(path, night(1, "1", right=right, run_id=name, created=stamp))
+    history = read_history(path)
+    assert [record.run_id for record in history] == list(ids)
+    assert [flip.run_id for flip in flips(history)] == [ids[2], ids[1]]
+    assert [flip.direction for flip in Trend(history).flips] == ["worse", "better"]
+    assert [bar.record.run_id for bar in Trend(history).bars] == list(ids)
+    assert history_text(history).count(": law `") == 2
+
+
+@pytest.mark.parametrize("ids", list(permutations("abcd")), ids="".join)
+def test_files_of_one_second_merge_whole_and_in_any_order(tmp_path: Path, ids: tuple[str, ...]) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for path, names in ((one, ids[:3]), (two, (ids[0], ids[3]))):
+        for name in names:
+            append_history(path, night(1, "1", right=True, run_id=name))
+    merged = [record.run_id for record in read_history(one, two)]
+    assert sorted(merged) == sorted(ids)
+    assert [name for name in merged if name in ids[:3]] == list(ids[:3])
+    assert merged.index(ids[0]) < merged.index(ids[3])
+    assert read_history(two, one) == read_history(one, two)
+
+
+def test_two_runs_have_two_times() -> None:
+    first, second = new_header([]).created, new_header([]).created
+    assert first < second
 
 
 def test_key_numbers_hold_what_a_trend_needs() -> None:

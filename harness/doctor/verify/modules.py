@@ -16,6 +16,7 @@ BLENDED = "the strength blends W with its DoRA weight, as ComfyUI does; PEFT mul
 NO_TENSOR = "the layer has no such tensor in the base"
 _SHOWN = 4
 _WEAK = 0.95  # share of the effect below which the advice is to merge in higher precision
+_APART = 0.01  # relative; scales that differ by more must be told apart, or the verdict says that they are not
 _PARTS = (("qkv", ("q", "k", "v")), ("kv", ("k", "v")), ("gate_up", ("gate", "up")))
 
 
@@ -49,6 +50,21 @@ class Module:
     def tells_scale(self) -> bool:
         """True when the scale is known."""
         return self.state in ("merged", "partly", "twice", "two roundings")
+
+    @property
+    def fits(self) -> tuple[float, float]:
+        """The expected scales that would pass: what the rounding of W', of the delta and of the scale leaves open."""
+        return self.found.scale - self.found.slack, self.found.scale + self.found.slack
+
+    @property
+    def vague(self) -> str:
+        """What a merge that passes cannot tell apart although it must be; empty when it can."""
+        expected, (low, high) = self.found.expected, self.fits
+        told_apart = not 0 < _APART * abs(expected) < self.found.slack
+        if told_apart or not (self.tells_scale and self.found.right):
+            return ""
+        other = max(low, high, key=lambda end: abs(end - expected))
+        return f"cannot tell {expected:.4g} from {other:.4g} here: {low:.4g} to {high:.4g} all fit"
 
     @property
     def lost(self) -> bool:
@@ -96,7 +112,7 @@ def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
         return "LH101", "changed, but not by this LoRA"
     if baked.state == "twice":
         return "LH206", f"merged twice at {baked.scale / 2:.4g}"
-    scale = f"scale {baked.scale:.4g}, expected {found.expected:.4g}"
+    scale = "; ".join(filter(None, (f"scale {baked.scale:.4g}, expected {found.expected:.4g}", module.vague)))
     if baked.state == "partly":
         return "LH102", f"not merged in {where(module)}; elsewhere {scale}"
     if module.fault:
@@ -135,6 +151,7 @@ def _numbers(module: Module) -> dict[str, Any]:
         "survived": baked.survived,
         "data": {
             "state": baked.state,
+            "fits": module.fits if module.tells_scale and math.isfinite(module.found.slack) else None,
             "tensor": module.tensor,
             "coverage": round(baked.coverage, 5),
             "explained": round(baked.explained, 5),

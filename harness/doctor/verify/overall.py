@@ -181,6 +181,8 @@ def _rows(
     if law:
         doubt = f" (also {', '.join(law.alternatives)})" if law.ambiguous else ""
         yield "law", f"{law.name}: {law.formula}{doubt}"
+    if vague := sorted((module for module in found if module.vague), key=_doubt, reverse=True):
+        yield "vague", f"{vague[0].vague} ({_listed(vague, found)})"
     if left is not None:
         yield "survived", survival(left)
     for code, fact in facts[1:]:
@@ -190,6 +192,10 @@ def _rows(
     if facts:
         yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
+
+
+def _doubt(module: Module) -> float:
+    return module.found.slack / abs(module.found.expected)
 
 
 def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
