@@ -71,9 +71,9 @@ class Format:
 
     name: str
     example: str
-    prefixes: Mapping[str, str]
     pairs: tuple[str, ...]
     alpha: tuple[AlphaHome, ...]
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     bare: Literal["never", "always", "config", "header"] = "never"
     flattened: bool = False
     folder: bool = False
