@@ -137,6 +137,18 @@ class LoraParts:
     parts: Mapping[str, Tensor]
     alpha: float | None = None
 
+    @property
+    def rank(self) -> int:
+        """The rank, from the shapes of the parts.
+
+        Raises:
+            ValueError: none of the parts has a rank.
+        """
+        for role in ("A", "embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if role in self.parts:
+                return int(self.parts[role].shape[0])
+        raise ValueError(f"PEFT has no configuration for parts {', '.join(self.parts)}")
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -150,6 +162,11 @@ class LoraWeights:
     def rank(self) -> int:
         """The rank, from the shape of `a`."""
         return int(self.a.shape[0])
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The halves by role."""
+        return {"A": self.a, "B": self.b}
 
 
 def match_modules(

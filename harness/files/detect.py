@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
-from pathlib import Path
 
 from harness.errors import LoraFileError
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
-from harness.files.source import open_source
 from harness.text import count, printable
 
 _SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
@@ -26,15 +24,6 @@ class Sorted:
 
     modules: dict[Place, dict[str, str]] = field(default_factory=dict)
     doubled: list[str] = field(default_factory=list)
-
-
-def detect_format(path: Path | str) -> str:
-    """Return the name of the format of a LoRA file or folder.
-
-    Raises:
-        LoraFileError: no format fits, the keys mix formats, or the file cannot be read.
-    """
-    return detect(open_source(path)).name
 
 
 def detect(source: Source) -> Format:
