@@ -18,6 +18,7 @@ from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import write_gguf
 from harness.files.keys import PAIRS
+from harness.law.scale import trained_scale
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,7 @@ def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
     if missing := [name for name, weights in modules.items() if weights.alpha is None]:
         raise ValueError(f"modules[{missing[0]!r}].alpha=None: a mlx configuration always has a scale")
     rank, alpha = (_one("mlx", what, modules) for what in ("rank", "alpha"))
-    parameters = {"rank": rank, "scale": alpha / (math.sqrt(rank) if rslora else rank), "dropout": 0.0}
+    parameters = {"rank": rank, "scale": trained_scale(alpha, rank, rslora=rslora), "dropout": 0.0}
     return {"fine_tune_type": "lora", "num_layers": 0, MLX: {**parameters, "keys": sorted(modules)}}
 
 

@@ -8,14 +8,14 @@ from types import MappingProxyType
 
 from harness.benches.layer import Kind
 from harness.errors import UserError
-from harness.variants import low_rank, products
+from harness.variants import parts
 from harness.variants.variant import Variant
 
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
 _WEIGHTS: frozenset[Kind] = frozenset({"linear", "conv"})
-_PAIR = low_rank.draw_pair, low_rank.pair_direction
+_PAIR = parts.draw_pair, parts.pair_direction
 
 _ROWS = (
     Variant("lora", "B @ A on linear layers", *_PAIR),
@@ -24,8 +24,8 @@ _ROWS = (
     Variant(
         "tucker",
         "convolutions with a core (LoCon with lora_mid)",
-        draw=low_rank.draw_tucker,
-        direction=low_rank.tucker_direction,
+        draw=parts.draw_tucker,
+        direction=parts.tucker_direction,
         kinds=frozenset({"conv"}),
         formats=_LYCORIS,
         max_rank=lambda layer: 16,
@@ -34,8 +34,8 @@ _ROWS = (
     Variant(
         "embedding",
         "the rows of an embedding table",
-        draw=low_rank.draw_embedding,
-        direction=low_rank.embedding_direction,
+        draw=parts.draw_embedding,
+        direction=parts.embedding_direction,
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
@@ -43,20 +43,20 @@ _ROWS = (
     Variant(
         "dora",
         "magnitude and direction",
-        draw=low_rank.draw_dora,
-        direction=low_rank.pair_direction,
+        draw=parts.draw_dora,
+        direction=parts.pair_direction,
         kinds=_LINEAR,
         formats=_PARTS,
         split=False,
         additive=False,
         strengths=(1.0,),
-        fit=low_rank.fit_dora,
+        fit=parts.fit_dora,
     ),
     Variant(
         "loha",
         "product of two low-rank matrices, element by element",
-        draw=products.draw_loha,
-        direction=products.loha_direction,
+        draw=parts.draw_loha,
+        direction=parts.loha_direction,
         gain=("hada_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
@@ -64,19 +64,19 @@ _ROWS = (
     Variant(
         "lokr",
         "Kronecker product of a full and a low-rank matrix",
-        draw=products.draw_lokr,
-        direction=products.lokr_direction,
+        draw=parts.draw_lokr,
+        direction=parts.lokr_direction,
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
-        max_rank=products.lokr_rank_limit,
-        wants=lambda layer: products.lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
+        max_rank=parts.lokr_rank_limit,
+        wants=lambda layer: parts.lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
     ),
     Variant(
         "lora-bias",
         "a bias beside B @ A",
-        draw=low_rank.draw_biased,
-        direction=low_rank.biased_direction,
+        draw=parts.draw_biased,
+        direction=parts.biased_direction,
         gain=("B", "bias"),
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
@@ -85,8 +85,8 @@ _ROWS = (
     Variant(
         "full",
         "the whole difference of a weight",
-        draw=low_rank.draw_full,
-        direction=low_rank.full_direction,
+        draw=parts.draw_full,
+        direction=parts.full_direction,
         gain=("diff",),
         kinds=_WEIGHTS,
         formats=_LYCORIS,
