@@ -134,7 +134,6 @@ class AdapterConfig:
     rslora: bool
     ranks: Patterns
     alphas: Patterns
-    raw: Mapping[str, Any]
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterConfig:
@@ -153,7 +152,6 @@ class AdapterConfig:
             rslora=bool(raw.get("use_rslora", False)),
             ranks=_patterns("rank_pattern", raw),
             alphas=_patterns("alpha_pattern", raw),
-            raw=raw,
         )
 
     def of(self, name: str) -> tuple[int, float]:

@@ -136,7 +136,7 @@ def _speaking() -> frozenset[str]:
 def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
     votes: dict[str, str] = {}
     for key in source.file.keys:
-        stem, tail, _ = cut(key) or ("", "", "")
+        stem, tail = cut(key) or ("", "")
         for name in (name for name, stems in taken.items() if tail in stems.get(stem, ())):
             votes.setdefault(name, key)
     found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())

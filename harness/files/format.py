@@ -65,8 +65,8 @@ class Format:
     beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `scale` (mlx-lm: one factor for the file, instead of alpha),
-    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles that are stored transposed. `dialects` are
-    hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
+    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles of a module that are stored transposed.
+    `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Format:
     extras: Mapping[str, str] = field(default_factory=dict)
     naming: Naming | None = None
     trait: Callable[[Source], bool] | None = None
-    flips: Callable[[str], tuple[str, ...]] | None = None
+    flips: Callable[[str], tuple[str, ...]] = lambda name: ()
     dialects: Mapping[str, str] = field(default_factory=dict)
     weights_name: str = WEIGHTS_NAME
     suffix: str = ".safetensors"
@@ -136,10 +136,6 @@ class Format:
     def _named(self, component: str, stem: str, tail: str) -> tuple[str, str] | None:
         name = self.naming.read(stem, tail) if self.naming else stem
         return (component, name) if name else None
-
-    def flipped(self, name: str) -> tuple[str, ...]:
-        """Return the roles that this format stores transposed for the module `name`."""
-        return self.flips(name) if self.flips else ()
 
     def dialect(self, file: TensorFile) -> str:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""

@@ -121,7 +121,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     for place, roles in keys.modules.items():
         if len(roles) == 1 and "alpha" in roles:
             continue
-        if module := measure(source.file, place, roles, problems, row.flipped(place[1]), known=known):
+        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known):
             measured[place] = module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)

@@ -127,7 +127,7 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
             if key in tensors:
                 raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
             tensor = tensor.flatten() if row.folder and role == "magnitude" else tensor  # PEFT's is a vector
-            tensors[key] = (tensor.t() if role in row.flipped(name) else tensor).to(dtype=dtype).contiguous()
+            tensors[key] = (tensor.t() if role in row.flips(name) else tensor).to(dtype=dtype).contiguous()
         if row.alpha[0] == "tensor" and weights.alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
     return tensors

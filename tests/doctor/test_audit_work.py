@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.commands import audit as command
+from harness.commands.screen import ProgressLine
 from harness.doctor.audit import work as audit_work
 from harness.doctor.audit.work import Task, row_of, run_local
 
@@ -77,7 +77,7 @@ def test_the_bar_is_redrawn_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch
         def refresh(self) -> None:
             drawn.append(1)
 
-    bar = command._Bar(Counted(console=Console(file=io.StringIO()), auto_refresh=False))
+    bar = ProgressLine(Counted(console=Console(file=io.StringIO()), auto_refresh=False))
     bar.start(5000)
     drawn.clear()
     for _ in range(5000):
