@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class Bench:
     component: str = "transformer"
     split: Callable[[], Mapping[str, Rows]] | None = None
     merged: Callable[[], Mapping[str, Rows]] | None = None
+    _cast: dict[torch.dtype, torch.nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _templates: dict[torch.dtype, Template] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def _base(self) -> torch.nn.Module:
@@ -53,14 +55,6 @@ class Bench:
         except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports
             why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise UserError(f"bench {self.name} cannot be built with the installed packages: {why[0]}") from error
-
-    @cached_property
-    def _cast(self) -> dict[torch.dtype, torch.nn.Module]:
-        return {}
-
-    @cached_property
-    def _templates(self) -> dict[torch.dtype, Template]:
-        return {}
 
     def base(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return the shared model in `dtype` (default float32), to be read and never changed."""
@@ -107,10 +101,6 @@ class Bench:
     def lora_layers(self) -> tuple[str, ...]:
         """The paths of the layers that `targets` select, in the model's order."""
         return self.view.lora_layers
-
-    def slices(self, layer: str) -> tuple[slice, ...]:
-        """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
-        return self.view.slices(layer)
 
     def forward(self, model: torch.nn.Module) -> torch.Tensor:
         """Run `model` once on this bench's fixed input, without gradients."""

@@ -31,7 +31,7 @@ _SHOWN = 30
 )
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
-    "--out", "outs", multiple=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--out", "outs", multiple=True, type=shared.FILE, metavar="FILE",
     help="Write the rows: .jsonl, .json, .csv, .parquet or .html; repeat for more.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Take over the rows of --out whose file has the same size and time.")

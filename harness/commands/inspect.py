@@ -30,22 +30,16 @@ _BLOCKS_SHOWN = 16
     "  lora-harness inspect first.safetensors second.safetensors --html page.html\n"
     "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LORA...")
-@click.option(
-    "--base", type=click.Path(path_type=Path), help="Base checkpoint: adds the strength relative to its weights."
-)
+@click.argument("files", nargs=-1, required=True, type=shared.PATH, metavar="LORA...")
+@click.option("--base", type=shared.PATH, help="Base checkpoint: adds the strength relative to its weights.")
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
-@click.option(
-    "--lora-alpha", type=float, callback=shared.finite, help="The alpha of the training, for a file that carries none."
-)
+@shared.lora_alpha_option
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
-@click.option(
-    "--sarif", "sarif_file", type=click.Path(dir_okay=False, path_type=Path), help="Write SARIF 2.1.0 here too."
-)
+@click.option("--sarif", "sarif_file", type=shared.FILE, help="Write SARIF 2.1.0 here too.")
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=shared.FILE,
     help="Write one page about all files here too, with the energies by module and block.",
 )
 @shared.json_option

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from harness.checks.trial import Cell
     from harness.report.records import RunWriter
 
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is drawn."
@@ -41,6 +44,22 @@ workers_option = click.option(
     type=click.IntRange(0),
     default=None,
     help="Child processes at once (0: in this process; default: cores).",
+)
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Return a number that was given as an option, unless it is NaN or infinite.
+
+    Raises:
+        BadParameter: it is.
+    """
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number", ctx, param)
+    return value
+
+
+lora_alpha_option = click.option(
+    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
 )
 
 
@@ -79,17 +98,6 @@ class ModulePin(click.ParamType):  # type: ignore[type-arg]  # generic only in n
             return Target(name, int(rank), number)
         except ValueError:
             self.fail(f"{value!r}: write NAME=RANK:ALPHA, for example transformer_blocks.0.attn.to_q=4:8", param, ctx)
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Return a number that was given as an option, unless it is NaN or infinite.
-
-    Raises:
-        BadParameter: it is.
-    """
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no finite number", ctx, param)
-    return value
 
 
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])

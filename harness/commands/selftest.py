@@ -37,15 +37,13 @@ Examples:
     type=click.IntRange(1),
     help="Random examples per right loader instead, shared by its formats and benches.",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write OUT/run.jsonl and the report OUT/index.html."
-)
+@click.option("--out", type=shared.FOLDER, help="Write OUT/run.jsonl and the report OUT/index.html.")
 @click.option("--markdown", is_flag=True, help="Print a table per family of faults instead of a line per loader.")
 @click.option(
     "--from",
     "runs",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=shared.FILE,
     metavar="RUN.jsonl",
     help="With --markdown: the table of earlier runs, and nothing is measured; repeat for more.",
 )

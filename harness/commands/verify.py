@@ -15,7 +15,6 @@ from harness.text import printable
 if TYPE_CHECKING:
     from harness.doctor.verify.verify import MergeReport
 
-_PATH = click.Path(path_type=Path)
 _SHOWN = 20
 
 
@@ -24,9 +23,9 @@ _SHOWN = 20
     "  lora-harness verify --base model.safetensors --merged merged.safetensors --lora my_lora.safetensors\n"
     "  lora-harness verify --base base_folder --merged merged_folder --lora my_peft_folder --strength 0.8 --full"
 )
-@click.option("--base", required=True, type=_PATH, help="Checkpoint before the merge: file, folder or shard index.")
-@click.option("--merged", required=True, type=_PATH, help="Checkpoint after the merge.")
-@click.option("--lora", required=True, type=_PATH, help="LoRA file or PEFT folder.")
+@click.option("--base", required=True, type=shared.PATH, help="Checkpoint before the merge: file, folder or index.")
+@click.option("--merged", required=True, type=shared.PATH, help="Checkpoint after the merge.")
+@click.option("--lora", required=True, type=shared.PATH, help="LoRA file or PEFT folder.")
 @click.option(
     "--strength",
     type=float,
@@ -35,9 +34,7 @@ _SHOWN = 20
     show_default=True,
     help="Strength that the merge was asked for.",
 )
-@click.option(
-    "--lora-alpha", type=float, callback=shared.finite, help="The alpha of the training, for a file that carries none."
-)
+@shared.lora_alpha_option
 @click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
 @click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option

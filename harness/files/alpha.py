@@ -16,49 +16,13 @@ from harness.files.tensor_file import scalar_problem
 from harness.text import parse_json, printable
 
 Modules = dict[tuple[str, str], LoraModule]
-Found = tuple[Modules, str, Mapping[str, Any]]  # modules with alpha, where it was, the configuration
 MLX = "lora_parameters"
 _LARGEST = 1e300  # a JSON integer may be longer than any float
 
 
-def from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Found:
-    """Fill in alpha = scale * rank, so that alpha / rank is the factor that mlx-lm multiplies with."""
-    if source.config is None:
-        return modules, "none", {}
-    raw = source.config.get(MLX)
-    parameters = raw if isinstance(raw, dict) else {}
-    scale, rank = parameters.get("scale"), parameters.get("rank")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        what = f"is {printable(repr(scale), 60)}, a number is needed: mlx-lm has no default when it loads"
-        problems.append(Problem("LH705", f"{CONFIG_NAME}: {MLX}.scale", what, fatal=True))
-        return modules, "none", source.config
-    for module in modules.values():
-        if module.rank not in (0, rank):
-            what = f"the configuration says rank {printable(repr(rank), 40)}, the tensors have rank {module.rank}"
-            problems.append(Problem("LH706", printable(module.name), what, fatal=True))
-    return {at: _scaled(module, float(min(scale, _LARGEST))) for at, module in modules.items()}, "config", source.config
-
-
-def _scaled(module: LoraModule, scale: float) -> LoraModule:
-    return module.changed(alpha=scale * module.rank) if module.rank else module
-
-
-def from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Found:
-    """Fill in the alpha of a GGUF header; 0 is llama.cpp's word for none."""
-    text = source.file.metadata.get(ALPHA_KEY, "0")
-    try:
-        alpha = float(text)
-    except ValueError:
-        problems.append(Problem("LH705", ALPHA_KEY, f"is {printable(text, 60)}, a number is needed", fatal=True))
-        return modules, "none", {}
-    if alpha == 0:
-        return modules, "none", {}
-    return {at: module.changed(alpha=alpha) if module.rank else module for at, module in modules.items()}, "header", {}
-
-
 @dataclass
 class Alphas:
-    """The modules with their alpha filled in, and where it came from."""
+    """The modules with their alpha filled in, where it came from, and the configuration as far as there is one."""
 
     modules: Modules
     source: str = "none"
@@ -68,12 +32,11 @@ class Alphas:
 def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Problem]) -> Alphas:
     """Fill in alpha from the first place the format knows that has one."""
     found = Alphas(modules)
-    for wide_home, fill in _FILE_WIDE.items():
-        if wide_home in row.alpha:
-            found = Alphas(*fill(source, modules, problems))
-    configs, home = _configs(source, row, modules, problems)
-    if home != "none":
-        place = CONFIG_NAME if home == "config" else HEADER_KEY
+    for home, fill in (("scale", _from_scale), ("kv", _from_kv)):
+        if home in row.alpha:
+            found = fill(source, modules, problems)
+    if configs := _configs(source, row, modules):
+        home, place = ("config", CONFIG_NAME) if "config" in row.alpha else ("header", HEADER_KEY)
         config = next(iter(configs.values())) if len(configs) == 1 else configs
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
@@ -81,17 +44,46 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
     return _refuse_non_finite(found, problems)
 
 
-_FILE_WIDE: Mapping[str, Callable[[Source, Modules, list[Problem]], Found]] = {"scale": from_scale, "kv": from_kv}
+def _from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in alpha = scale * rank, so that alpha / rank is the factor that mlx-lm multiplies with."""
+    if source.config is None:
+        return Alphas(modules)
+    raw = source.config.get(MLX)
+    parameters = raw if isinstance(raw, dict) else {}
+    scale, rank = parameters.get("scale"), parameters.get("rank")
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        what = f"is {printable(repr(scale), 60)}, a number is needed: mlx-lm has no default when it loads"
+        problems.append(Problem("LH705", f"{CONFIG_NAME}: {MLX}.scale", what, fatal=True))
+        return Alphas(modules, config=source.config)
+    for module in modules.values():
+        if module.rank not in (0, rank):
+            what = f"the configuration says rank {printable(repr(rank), 40)}, the tensors have rank {module.rank}"
+            problems.append(Problem("LH706", printable(module.name), what, fatal=True))
+    factor = float(min(scale, _LARGEST))
+    return Alphas(_each(modules, lambda module: factor * module.rank), "config", source.config)
 
 
-def _configs(
-    source: Source, row: Format, modules: Modules, problems: list[Problem]
-) -> tuple[dict[str, Mapping[str, Any]], str]:
-    """Return the raw configuration of each component that has one, and where it was found."""
-    if "config" in row.alpha and source.config is not None:
-        return {"": source.config}, "config"
-    if "header" not in row.alpha or not source.has_header_config:
-        return {}, "none"
+def _from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in the alpha of a GGUF header; 0 is llama.cpp's word for none."""
+    text = source.file.metadata.get(ALPHA_KEY, "0")
+    try:
+        alpha = float(text)
+    except ValueError:
+        problems.append(Problem("LH705", ALPHA_KEY, f"is {printable(text, 60)}, a number is needed", fatal=True))
+        return Alphas(modules)
+    return Alphas(_each(modules, lambda module: alpha), "header") if alpha else Alphas(modules)
+
+
+def _each(modules: Modules, alpha: Callable[[LoraModule], float]) -> Modules:
+    return {at: module.changed(alpha=alpha(module)) if module.rank else module for at, module in modules.items()}
+
+
+def _configs(source: Source, row: Format, modules: Modules) -> dict[str, Mapping[str, Any]]:
+    """Return the raw configuration of each component that has one, from the place where the format keeps it."""
+    if "config" in row.alpha:
+        return {} if source.config is None else {"": source.config}
+    if "header" not in row.alpha or HEADER_KEY not in source.file.metadata:
+        return {}
     try:
         raw = parse_json(source.file.metadata[HEADER_KEY])
     except ValueError as error:
@@ -99,7 +91,7 @@ def _configs(
     if not isinstance(raw, dict):
         raise LoraFileError(source.file.path, "is not a JSON object", key=HEADER_KEY)
     found = {component: _of_component(raw, component) for component in {place[0] for place in modules}}
-    return {component: part for component, part in found.items() if part}, "header"
+    return {component: part for component, part in found.items() if part}
 
 
 def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _taken(source: Source) -> dict[str, Taken]:
         waiting.setdefault(tuple([tail for tail, _ in parts]), []).append(stem)
     found: dict[str, Taken] = {}
     for row in FORMATS.values():
-        if any(map(_speaking().intersection, waiting)) and row.fits(source):
+        if any(map(_speaking().intersection, waiting)) and (row.trait is None or row.trait(source)):
             taken: Taken = {}
             waiting = _left_over(row, row.bare_fits(source), waiting, taken)
             found |= {row.name: taken} if taken else {}

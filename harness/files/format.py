@@ -37,11 +37,6 @@ class Source:
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found
 
-    @property
-    def has_header_config(self) -> bool:
-        """Tell whether the safetensors header carries an adapter configuration."""
-        return HEADER_KEY in self.file.metadata
-
 
 @dataclass(frozen=True)
 class Naming:
@@ -118,12 +113,8 @@ class Format:
             "never": False,
             "always": True,
             "config": source.config is not None and not any(stem.startswith(self.starts) for stem in source.stems),
-            "header": source.has_header_config,
+            "header": HEADER_KEY in source.file.metadata,
         }[self.bare]
-
-    def fits(self, source: Source) -> bool:
-        """Tell whether this source can have the format, before its keys are looked at one by one."""
-        return self.trait is None or self.trait(source)
 
     def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
         """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""

@@ -24,8 +24,7 @@ _ROWS = (
     Variant(
         "tucker",
         "convolutions with a core (LoCon with lora_mid)",
-        draw=parts.draw_tucker,
-        direction=parts.tucker_direction,
+        *(parts.draw_tucker, parts.tucker_direction),
         kinds=frozenset({"conv"}),
         formats=_LYCORIS,
         max_rank=lambda layer: 16,
@@ -34,8 +33,7 @@ _ROWS = (
     Variant(
         "embedding",
         "the rows of an embedding table",
-        draw=parts.draw_embedding,
-        direction=parts.embedding_direction,
+        *(parts.draw_embedding, parts.embedding_direction),
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
@@ -43,8 +41,7 @@ _ROWS = (
     Variant(
         "dora",
         "magnitude and direction",
-        draw=parts.draw_dora,
-        direction=parts.pair_direction,
+        *(parts.draw_dora, parts.pair_direction),
         kinds=_LINEAR,
         formats=_PARTS,
         split=False,
@@ -55,8 +52,7 @@ _ROWS = (
     Variant(
         "loha",
         "product of two low-rank matrices, element by element",
-        draw=parts.draw_loha,
-        direction=parts.loha_direction,
+        *(parts.draw_loha, parts.loha_direction),
         gain=("hada_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
@@ -64,8 +60,7 @@ _ROWS = (
     Variant(
         "lokr",
         "Kronecker product of a full and a low-rank matrix",
-        draw=parts.draw_lokr,
-        direction=parts.lokr_direction,
+        *(parts.draw_lokr, parts.lokr_direction),
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
@@ -75,8 +70,7 @@ _ROWS = (
     Variant(
         "lora-bias",
         "a bias beside B @ A",
-        draw=parts.draw_biased,
-        direction=parts.biased_direction,
+        *(parts.draw_biased, parts.biased_direction),
         gain=("B", "bias"),
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
@@ -85,8 +79,7 @@ _ROWS = (
     Variant(
         "full",
         "the whole difference of a weight",
-        draw=parts.draw_full,
-        direction=parts.full_direction,
+        *(parts.draw_full, parts.full_direction),
         gain=("diff",),
         kinds=_WEIGHTS,
         formats=_LYCORIS,
