@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import AdapterConfig, ConfigError, PatternError
+from harness.files.config import AdapterConfig, ConfigError
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
 from harness.files.tensor_file import scalar_problem
@@ -110,9 +110,6 @@ def _from_configs(
             at: _configured(module, parsed[at[0]], problems) if at[0] in parsed else module
             for at, module in modules.items()
         }
-    except PatternError as error:
-        key = f"{place}: pattern {printable(error.pattern, 60)}"
-        problems.append(Problem("LH705", key, str(error), fatal=True))
     except ConfigError as error:
         problems.append(Problem("LH705", f"{place}: {error.key}", printable(error), fatal=True))
     return modules

@@ -36,19 +36,12 @@ def open_source(path: Path | str) -> Source:
     """
     path = Path(path)
     try:
-        weights = _weights_in(path) if _is_folder(path) else path
+        weights = _weights_in(path) if path.is_dir() else path
         file = read_gguf(weights) if is_gguf(weights) else read_header(weights)
         config = _config(weights.parent / CONFIG_NAME) if weights.name in _NAMED else None
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error
     return Source(weights.parent if config is not None else weights, file, config)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def _weights_in(folder: Path) -> Path:

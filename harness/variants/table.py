@@ -18,13 +18,13 @@ _WEIGHTS: frozenset[Kind] = frozenset({"linear", "conv"})
 _PAIR = parts.draw_pair, parts.pair_direction
 
 _ROWS = (
-    Variant("lora", "B @ A on linear layers", *_PAIR),
-    Variant("rslora", "alpha / sqrt(rank)", *_PAIR, formats=frozenset({"peft", "diffusers"}), root=True),
-    Variant("conv", "B @ A on convolutions, 1x1 and 3x3 (LoCon)", *_PAIR, kinds=frozenset({"conv"})),
+    Variant("lora", *_PAIR),
+    Variant("rslora", *_PAIR, formats=frozenset({"peft", "diffusers"}), root=True),
+    Variant("conv", *_PAIR, kinds=frozenset({"conv"})),  # LoCon
     Variant(
         "tucker",
-        "convolutions with a core (LoCon with lora_mid)",
-        *(parts.draw_tucker, parts.tucker_direction),
+        parts.draw_tucker,
+        parts.tucker_direction,
         kinds=frozenset({"conv"}),
         formats=_LYCORIS,
         max_rank=lambda layer: 16,
@@ -32,16 +32,16 @@ _ROWS = (
     ),
     Variant(
         "embedding",
-        "the rows of an embedding table",
-        *(parts.draw_embedding, parts.embedding_direction),
+        parts.draw_embedding,
+        parts.embedding_direction,
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
     ),
     Variant(
         "dora",
-        "magnitude and direction",
-        *(parts.draw_dora, parts.pair_direction),
+        parts.draw_dora,
+        parts.pair_direction,
         kinds=_LINEAR,
         formats=_PARTS,
         split=False,
@@ -49,18 +49,11 @@ _ROWS = (
         strengths=(1.0,),
         fit=parts.fit_dora,
     ),
-    Variant(
-        "loha",
-        "product of two low-rank matrices, element by element",
-        *(parts.draw_loha, parts.loha_direction),
-        gain=("hada_w2_a",),
-        kinds=_LINEAR,
-        formats=_PARTS,
-    ),
+    Variant("loha", parts.draw_loha, parts.loha_direction, gain=("hada_w2_a",), kinds=_LINEAR, formats=_PARTS),
     Variant(
         "lokr",
-        "Kronecker product of a full and a low-rank matrix",
-        *(parts.draw_lokr, parts.lokr_direction),
+        parts.draw_lokr,
+        parts.lokr_direction,
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
@@ -69,8 +62,8 @@ _ROWS = (
     ),
     Variant(
         "lora-bias",
-        "a bias beside B @ A",
-        *(parts.draw_biased, parts.biased_direction),
+        parts.draw_biased,
+        parts.biased_direction,
         gain=("B", "bias"),
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
@@ -78,16 +71,16 @@ _ROWS = (
     ),
     Variant(
         "full",
-        "the whole difference of a weight",
-        *(parts.draw_full, parts.full_direction),
+        parts.draw_full,
+        parts.full_direction,
         gain=("diff",),
         kinds=_WEIGHTS,
         formats=_LYCORIS,
         alpha=False,
         max_rank=lambda layer: 1,
     ),
-    Variant("qkv-split", "trained on q, k and v apart, loaded where they are merged", *_PAIR, topology="split"),
-    Variant("qkv-merged", "trained on merged q, k and v, loaded where they are apart", *_PAIR, topology="merged"),
+    Variant("qkv-split", *_PAIR, topology="split"),  # trained on q, k and v apart, loaded where they are merged
+    Variant("qkv-merged", *_PAIR, topology="merged"),  # the reverse
 )
 VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -55,7 +55,6 @@ class Variant:
     """
 
     name: str
-    what: str
     draw: Callable[[Layer, int, Generator], dict[str, Tensor]]
     direction: Callable[[Parts, Layer], Direction]
     gain: tuple[str, ...] = ("B",)
