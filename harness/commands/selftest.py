@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from harness.selftest.cases import Case
     from harness.selftest.measure import Result
 
-_QUICK_EXAMPLES = 30
 _QUICK: dict[str, Any] = {"seeds": (1,), "formats": ("kohya",), "benches": ("qwen-image-fused",)}
 _EPILOG = """\b
 Examples:
@@ -91,7 +90,7 @@ def command(
 
         results = measure(
             cases,
-            max_examples=max_examples or (_QUICK_EXAMPLES if quick else 200),
+            max_examples=max_examples or (30 if quick else 200),
             right_examples=right_examples,
             base_seed=seed,
             limits=limits,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 
 from harness.errors import LoraFileError
@@ -14,6 +13,7 @@ from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
 from harness.text import count, printable
 
 _SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
+_SPEAKING_TAILS = frozenset(t for row in FORMATS.values() for t, role in row.tails.items() if role in _SPEAKING)
 Tails = tuple[str, ...]
 Taken = dict[str, Tails]  # what stands before the tails of keys -> those tails
 
@@ -82,7 +82,7 @@ def _taken(source: Source) -> dict[str, Taken]:
         waiting.setdefault(tuple([tail for tail, _ in parts]), []).append(stem)
     found: dict[str, Taken] = {}
     for row in FORMATS.values():
-        if any(map(_speaking().intersection, waiting)) and (row.trait is None or row.trait(source)):
+        if any(map(_SPEAKING_TAILS.intersection, waiting)) and (row.trait is None or row.trait(source)):
             taken: Taken = {}
             waiting = _left_over(row, row.bare_fits(source), waiting, taken)
             found |= {row.name: taken} if taken else {}
@@ -124,13 +124,6 @@ def _questions(row: Format, bare: bool, tails: Tails) -> list[tuple[Tails, str, 
     if row.naming:
         return [((tail,), tail, flag) for flag, some in alone.items() for tail in some]
     return [(some, "", flag) for flag, some in alone.items()]
-
-
-@cache
-def _speaking() -> frozenset[str]:
-    """Return the tails that speak for some format."""
-    tails = (item for row in FORMATS.values() for item in row.tails.items())
-    return frozenset(tail for tail, role in tails if role in _SPEAKING)
 
 
 def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
