@@ -61,10 +61,8 @@ def fuse_qkv(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _stack(layers: list[torch.nn.Linear]) -> torch.nn.Linear:
-    first = layers[0]
-    rows = sum(layer.out_features for layer in layers)
-    stacked = torch.nn.Linear(first.in_features, rows, bias=first.bias is not None)
-    stacked = stacked.to(device=first.weight.device, dtype=first.weight.dtype)
+    first, rows = layers[0], sum(layer.out_features for layer in layers)
+    stacked = torch.nn.Linear(first.in_features, rows, first.bias is not None).to(first.weight)
     stacked.weight.copy_(torch.cat([layer.weight for layer in layers]))
     if first.bias is not None:
         stacked.bias.copy_(torch.cat([layer.bias for layer in layers]))

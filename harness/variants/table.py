@@ -14,7 +14,6 @@ from harness.variants.variant import Variant
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
-_WEIGHTS: frozenset[Kind] = frozenset({"linear", "conv"})
 _PAIR = parts.draw_pair, parts.pair_direction
 
 _ROWS = (
@@ -74,7 +73,7 @@ _ROWS = (
         parts.draw_full,
         parts.full_direction,
         gain=("diff",),
-        kinds=_WEIGHTS,
+        kinds=frozenset({"linear", "conv"}),
         formats=_LYCORIS,
         alpha=False,
         max_rank=lambda layer: 1,
