@@ -18,7 +18,7 @@ def printable(text: object, limit: int = SHOWN) -> str:
     raw = str(text)
     if len(raw) <= limit and raw.isprintable():
         return raw
-    shown = "".join(_shown(character) for character in raw[: limit + 1])
+    shown = "".join("\N{REPLACEMENT CHARACTER}" if _is_hidden(char) else char for char in raw[: limit + 1])
     return shown[: limit - 1] + "…" if len(raw) > limit else shown
 
 
@@ -29,12 +29,13 @@ def count(number: int, noun: str) -> str:
 
 def is_printable(text: str) -> bool:
     """Tell whether `text` can be shown as it is."""
-    return text.isprintable() or all(_shown(character) == character for character in text)
+    return text.isprintable() or not any(map(_is_hidden, text))
 
 
-def _shown(character: str) -> str:
-    category = unicodedata.category(character)
-    return "\N{REPLACEMENT CHARACTER}" if category[0] == "C" or category in ("Zl", "Zp") else character
+def _is_hidden(char: str) -> bool:
+    """Tell whether `char` is a control, format or bidi character, or separates lines or paragraphs."""
+    category = unicodedata.category(char)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 def parse_json(text: str | bytes, *, limit: int = MAX_JSON_CHARACTERS) -> Any:
@@ -57,9 +58,6 @@ def parse_json(text: str | bytes, *, limit: int = MAX_JSON_CHARACTERS) -> Any:
         raise ValueError(f"a value in the JSON cannot be read ({printable(error, 60)})") from None
 
 
-_KEEP = frozenset("\n\t")
-
-
 def plain(text: str, limit: int | None = None) -> str:
     """Return `text` with control, format and bidi characters shown as escapes, cut to `limit` characters.
 
@@ -69,12 +67,7 @@ def plain(text: str, limit: int | None = None) -> str:
         text = text[: limit - 1] + "…"
     if text.isprintable():
         return text
-    return "".join(char if char in _KEEP or not _is_control(char) else _escaped(char) for char in text)
-
-
-def _is_control(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    return "".join(
+        char.encode("unicode_escape").decode("ascii") if char not in "\n\t" and _is_hidden(char) else char
+        for char in text
+    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harness.benches.layer import Layer, layer_of
-from harness.benches.view import Pieces, View, regroup
+from harness.benches.layer import Layer, Rows, View, layer_of, regroup
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,41 +17,44 @@ if TYPE_CHECKING:
 
     from harness.benches.template import Template
 
+Noise = Callable[..., "torch.Tensor"]
+
 
 @dataclass(frozen=True)
 class Bench:
     """A deterministic small model.
 
-    `make` builds it in float32; `targets` are the suffixes of the layers LoRA is trained on in practice; `component` is
-    what a pipeline calls the model. `fused` names, by suffix, the layers whose rows stack several projections, with
-    their number; `split` and `merged` say how the same layers are called where those are apart, or are one (see
-    `View`).
+    `make` builds it in float32, with torch's generator at `seed`; `run(model, noise)` calls it once, where
+    `noise(*shape)` draws an input of the model's dtype. `targets` are the suffixes of the layers LoRA is trained on in
+    practice; `component` is what a pipeline calls the model. `fused` names, by suffix, the layers whose rows stack
+    several projections, with their number; `split` and `merged` say how the same layers are called where those are
+    apart, or are one (see `View`).
     """
 
     name: str
-    make: Callable[[], torch.nn.Module]
+    seed: int
+    make: Callable[[], Any]
     targets: tuple[str, ...]
-    run: Callable[[torch.nn.Module], torch.Tensor]
+    run: Callable[[Any, Noise], Any]
     fused: tuple[tuple[str, int], ...] = ()
     component: str = "transformer"
-    split: Callable[[], Mapping[str, Pieces]] | None = None
-    merged: Callable[[], Mapping[str, Pieces]] | None = None
+    split: Callable[[], Mapping[str, Rows]] | None = None
+    merged: Callable[[], Mapping[str, Rows]] | None = None
+    _cast: dict[torch.dtype, torch.nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _templates: dict[torch.dtype, Template] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def _base(self) -> torch.nn.Module:
+        import torch
+
         try:
-            return self.make().eval().requires_grad_(False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                model: torch.nn.Module = self.make().eval().requires_grad_(False)
+            return model
         except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports
             why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise UserError(f"bench {self.name} cannot be built with the installed packages: {why[0]}") from error
-
-    @cached_property
-    def _cast(self) -> dict[torch.dtype, torch.nn.Module]:
-        return {}
-
-    @cached_property
-    def _templates(self) -> dict[torch.dtype, Template]:
-        return {}
 
     def base(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return the shared model in `dtype` (default float32), to be read and never changed."""
@@ -100,16 +102,15 @@ class Bench:
         """The paths of the layers that `targets` select, in the model's order."""
         return self.view.lora_layers
 
-    def slices(self, layer: str) -> tuple[slice, ...]:
-        """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
-        return self.view.slices(layer)
-
     def forward(self, model: torch.nn.Module) -> torch.Tensor:
         """Run `model` once on this bench's fixed input, without gradients."""
         import torch
 
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            return self.run(model)
+            output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(weight))
+        return output
 
 
 _MODULES = {

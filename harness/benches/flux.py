@@ -7,17 +7,17 @@ Black Forest Labs' model, for which most LoRAs are trained, has q, k and v (in s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from harness.benches.bench import Bench
-from harness.benches.view import Pieces
+from harness.benches.bench import Bench, Noise
+from harness.benches.layer import Rows
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 _NORMS = ("norm1.linear", "norm1_context.linear", "norm.linear")
 _WIDTH, _MLP_WIDTH = 32, 128
-_WEIGHT_SEED = 22
 _DOUBLE, _SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 _RENAMED = {
     "double_blocks.0.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0", _WIDTH),
@@ -34,46 +34,37 @@ _RENAMED = {
 }
 
 
-def make() -> torch.nn.Module:
+def make() -> Any:
     """Build the transformer: width 32, 2 heads of 16, no guidance."""
     from diffusers import FluxTransformer2DModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_WEIGHT_SEED)
-        model: torch.nn.Module = FluxTransformer2DModel(
-            in_channels=8,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=24,
-            pooled_projection_dim=12,
-            axes_dims_rope=(4, 6, 6),
-        )
-    return model
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )
 
 
-def run(model: torch.nn.Module) -> torch.Tensor:
+def run(model: Any, noise: Noise) -> Any:
     """Denoise a fixed latent of 2x2 patches with 3 text tokens; returns [1, 4, 8]."""
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(7)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(weight)
-
-    output: torch.Tensor = model(
-        hidden_states=noise(1, 4, 8),
+    latent = noise(1, 4, 8)
+    return model(
+        hidden_states=latent,
         encoder_hidden_states=noise(1, 3, 24),
         pooled_projections=noise(1, 12),
-        timestep=torch.tensor([0.5]).to(weight),
-        img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(2.0)).to(weight),
-        txt_ids=torch.zeros(3, 3).to(weight),
+        timestep=torch.tensor([0.5]).to(latent),
+        img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(2.0)).to(latent),
+        txt_ids=torch.zeros(3, 3).to(latent),
         return_dict=False,
     )[0]
-    return output
 
 
-def merged() -> Mapping[str, Pieces]:
+def merged() -> Mapping[str, Rows]:
     """Return where the rows of Black Forest Labs' layers are."""
     attention, single = f"{_DOUBLE}.attn", _SINGLE
     heads = [(f"{single}.attn.{name}", _WIDTH) for name in ("to_q", "to_k", "to_v")]
@@ -86,4 +77,4 @@ def merged() -> Mapping[str, Pieces]:
     return {name: tuple((layer, slice(0, rows)) for layer, rows in parts) for name, parts in stacked.items()}
 
 
-BENCHES = (Bench("flux", make, (*_ATTENTION, *_MLP, *_NORMS), run, merged=merged),)
+BENCHES = (Bench("flux", 22, make, (*_ATTENTION, *_MLP, *_NORMS), run, merged=merged),)

@@ -1,15 +1,20 @@
-"""One layer that a LoRA may change, and its weight seen as a matrix."""
+"""The layers that a LoRA may change: each weight seen as a matrix, under the names that the file has for it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 Kind = Literal["linear", "transposed", "conv", "embedding"]
+Rows = tuple[tuple[str, slice], ...]
+"""Rows of the model's layers, stacked in this order."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,56 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
         columns, rows = module.weight.shape  # type: ignore[misc]  # [in, out]
         return Layer("transposed", rows, columns, bias)
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The layers of a model as a LoRA file names them: its own, or q, k and v taken apart or put together.
+
+    A LoRA trained on one topology can be right on the other: what it adds to `to_q` belongs in the first rows of
+    `to_qkv`. A view gathers the rows of the model's layers under the names of the file, so everything is measured
+    there. Those a LoRA may target are `lora_layers`, and `fused` says which stack several projections. `made_of` says
+    where the rows of a layer are in the model, for the layers that are not the model's own.
+    """
+
+    name: str
+    layers: Mapping[str, Layer]
+    lora_layers: tuple[str, ...]
+    fused: tuple[tuple[str, int], ...] = ()
+    made_of: Mapping[str, Rows] = field(default_factory=dict)
+
+    def slices(self, layer: str) -> tuple[slice, ...]:
+        """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
+        if layer in self.made_of:
+            return _stacked([_length(rows) for _, rows in self.made_of[layer]])
+        parts = next((count for suffix, count in self.fused if layer.endswith(suffix)), 1)
+        return _stacked([self.layers[layer].rows // parts] * parts)
+
+    def gather(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of this view from those of the model's layers."""
+        import torch
+
+        own = {name: torch.cat([weights[layer][rows] for layer, rows in p]) for name, p in self.made_of.items()}
+        return {name: own[name] if name in own else weights[name] for name in self.layers}
+
+
+def regroup(view: View, made_of: Mapping[str, Rows]) -> View:
+    """Return `view` with the layers of `made_of` in the place of those they are made of."""
+    gone = {layer for parts in made_of.values() for layer, _ in parts}
+    made = {name: _joined(view, parts) for name, parts in made_of.items()}
+    kept = {name: layer for name, layer in view.layers.items() if name not in gone}
+    targets = tuple(name for name in view.lora_layers if name not in gone)
+    return replace(view, layers={**made, **kept}, lora_layers=(*made, *targets), made_of=dict(made_of))
+
+
+def _joined(view: View, parts: Rows) -> Layer:
+    return replace(view.layers[parts[0][0]], rows=sum(_length(rows) for _, rows in parts))
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
+
+
+def _stacked(lengths: Sequence[int]) -> tuple[slice, ...]:
+    ends = list(accumulate(lengths))
+    return tuple(slice(end - length, end) for length, end in zip(lengths, ends, strict=True))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from harness.benches.bench import Bench
-from harness.benches.view import Pieces
+from harness.benches.bench import Bench, Noise
+from harness.benches.layer import Rows
 
 MERGED = {"to_qkv": ("to_q", "to_k", "to_v"), "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
@@ -61,10 +61,8 @@ def fuse_qkv(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _stack(layers: list[torch.nn.Linear]) -> torch.nn.Linear:
-    first = layers[0]
-    rows = sum(layer.out_features for layer in layers)
-    stacked = torch.nn.Linear(first.in_features, rows, bias=first.bias is not None)
-    stacked = stacked.to(device=first.weight.device, dtype=first.weight.dtype)
+    first, rows = layers[0], sum(layer.out_features for layer in layers)
+    stacked = torch.nn.Linear(first.in_features, rows, first.bias is not None).to(first.weight)
     stacked.weight.copy_(torch.cat([layer.weight for layer in layers]))
     if first.bias is not None:
         stacked.bias.copy_(torch.cat([layer.bias for layer in layers]))
@@ -73,89 +71,65 @@ def _stack(layers: list[torch.nn.Linear]) -> torch.nn.Linear:
 
 _MLP_AND_MODULATION = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1")
 _COMMON = ("to_out.0", "to_add_out", *_MLP_AND_MODULATION, "txt_mod.1")
-_SPLIT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_MERGED = ("to_qkv", "add_qkv_proj")
-_BLOCKS, _WIDTH = 2, 48
-_WEIGHT_SEED = 20
+_SPLIT = tuple(part for parts in MERGED.values() for part in parts)
+_ATTENTIONS, _WIDTH = [f"transformer_blocks.{block}.attn" for block in range(2)], 48
 
 
-def make_split() -> torch.nn.Module:
+def make_split() -> Any:
     """Build the stock transformer: 2 blocks, width 48, 3 heads."""
     from diffusers import QwenImageTransformer2DModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_WEIGHT_SEED)
-        model: torch.nn.Module = QwenImageTransformer2DModel(
-            patch_size=2,
-            in_channels=16,
-            out_channels=4,
-            num_layers=_BLOCKS,
-            attention_head_dim=16,
-            num_attention_heads=3,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
-        )
-    return model
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=len(_ATTENTIONS),
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
 
 
-def make_fused() -> torch.nn.Module:
+def make_fused() -> Any:
     """Build the same transformer with merged QKV; its forward equals the split form's."""
-    from harness.benches.qwen_image import fuse_qkv
-
     return fuse_qkv(make_split())
 
 
-def run(model: torch.nn.Module) -> torch.Tensor:
+def run(model: Any, noise: Noise) -> Any:
     """Denoise one fixed 4x4 latent with 5 text tokens; returns [1, 16, 16]."""
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(7)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(weight)
-
-    output: torch.Tensor = model(
-        hidden_states=noise(1, 16, 16),
+    latent = noise(1, 16, 16)
+    return model(
+        hidden_states=latent,
         encoder_hidden_states=noise(1, 5, 32),
         encoder_hidden_states_mask=None,
-        timestep=torch.tensor([0.5]).to(weight),
+        timestep=torch.tensor([0.5]).to(latent),
         img_shapes=[(1, 4, 4)],
         return_dict=False,
     )[0]
-    return output
 
 
-def split_names() -> Mapping[str, Pieces]:
+def split_names() -> Mapping[str, Rows]:
     """Return where the rows of the stock model's q, k and v are in the merged layers."""
     return {
-        f"transformer_blocks.{block}.attn.{part}": (
-            (f"transformer_blocks.{block}.attn.{merged}", slice(i * _WIDTH, (i + 1) * _WIDTH)),
-        )
-        for merged, parts in zip(_MERGED, (_SPLIT[:3], _SPLIT[3:]), strict=True)
-        for block in range(_BLOCKS)
+        f"{attention}.{part}": ((f"{attention}.{merged}", slice(i * _WIDTH, (i + 1) * _WIDTH)),)
+        for merged, parts in MERGED.items()
+        for attention in _ATTENTIONS
         for i, part in enumerate(parts)
     }
 
 
-def merged_names() -> Mapping[str, Pieces]:
+def merged_names() -> Mapping[str, Rows]:
     """Return where the rows of the merged layers are in the stock model."""
-    whole = slice(0, _WIDTH)
     return {
-        f"transformer_blocks.{block}.attn.{merged}": tuple(
-            (f"transformer_blocks.{block}.attn.{part}", whole) for part in parts
-        )
-        for merged, parts in zip(_MERGED, (_SPLIT[:3], _SPLIT[3:]), strict=True)
-        for block in range(_BLOCKS)
+        f"{attention}.{merged}": tuple((f"{attention}.{part}", slice(0, _WIDTH)) for part in parts)
+        for merged, parts in MERGED.items()
+        for attention in _ATTENTIONS
     }
 
 
+_THIRDS = tuple((name, 3) for name in MERGED)
 BENCHES = (
-    Bench("qwen-image", make_split, (*_SPLIT, *_COMMON), run, merged=merged_names),
-    Bench(
-        "qwen-image-fused",
-        make_fused,
-        (*_MERGED, *_COMMON),
-        run,
-        tuple((name, 3) for name in _MERGED),
-        split=split_names,
-    ),
+    Bench("qwen-image", 20, make_split, (*_SPLIT, *_COMMON), run, merged=merged_names),
+    Bench("qwen-image-fused", 20, make_fused, (*MERGED, *_COMMON), run, _THIRDS, split=split_names),
 )

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.commands import options as shared
+from harness.commands.screen import print_json, progress
+from harness.text import count, printable
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from rich.progress import Progress
-
     from harness.doctor.audit.rows import AuditRow
 
 _SHOWN = 30
-_REDRAW_SECONDS = 0.25
 
 
 @click.command(
@@ -33,7 +31,7 @@ _REDRAW_SECONDS = 0.25
 )
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
-    "--out", "outs", multiple=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--out", "outs", multiple=True, type=shared.FILE, metavar="FILE",
     help="Write the rows: .jsonl, .json, .csv, .parquet or .html; repeat for more.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Take over the rows of --out whose file has the same size and time.")
@@ -48,10 +46,13 @@ def command(
     paths: tuple[str, ...],
     outs: tuple[Path, ...],
     resume: bool,
+    energy: bool,
+    no_duplicates: bool,
+    seconds: float,
+    memory: int,
     dask: str | None,
     workers: int | None,
     as_json: bool,
-    **limits: Any,
 ) -> None:
     """Inspect every safetensors file and PEFT folder under each PATH: a file, folder, glob or fsspec URL.
 
@@ -63,68 +64,47 @@ def command(
     from harness.verdict.file_record import VIOLATIONS
 
     known = _known(outs, resume)
-    keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
-    with _executor(dask) as executor, _progress(quiet=shared.quiet_on(as_json)) as bar, _Sink(outs, bar) as sink:
+    with _executor(dask) as executor, progress("auditing", quiet=shared.quiet_on(as_json)) as line, _kept(outs) as keep:
+
+        def on_row(row: AuditRow) -> None:
+            keep(row)
+            line.advance()
+
         rows = audit_files(
             expanded,
+            energy=energy,
             workers=shared.worker_count(workers),
             executor=executor,
+            seconds=seconds,
+            memory=memory << 20,
             known=known,
-            duplicates=not limits["no_duplicates"],
-            on_start=bar.start,
-            on_row=sink.write,
-            **keep,
+            duplicates=not no_duplicates,
+            on_start=line.start,
+            on_row=on_row,
         )
     for out in outs:
         write_rows(out, rows)
     code = int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows))
-    _write_json(rows, code) if as_json else _print(rows, outs)
+    print_json(rows, code) if as_json else _print(rows, outs)
     sys.exit(code)
 
 
-class _Bar:
-    """How far the audit is, redrawn by hand: a refreshing thread must not run while children are forked."""
+@contextmanager
+def _kept(outs: Sequence[Path]) -> Iterator[Callable[[AuditRow], None]]:
+    """Write rows to the first .jsonl file as they come, so that a killed audit can be resumed."""
+    path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
+    if path is None:
+        yield lambda row: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
 
-    def __init__(self, shown: Progress | None) -> None:
-        self._shown, self._done, self._drawn = shown, 0, 0.0
-        self._task = shown.add_task("auditing", total=None) if shown else None
+        def keep(row: AuditRow) -> None:
+            file.write(row.model_dump_json() + "\n")
+            file.flush()
 
-    def start(self, total: int) -> None:
-        if self._shown and self._task is not None:
-            self._shown.update(self._task, total=total)
-
-    def advance(self) -> None:
-        self._done += 1
-        if self._shown and self._task is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
-            self._shown.update(self._task, completed=self._done)
-            self._shown.refresh()
-            self._drawn = time.monotonic()
-
-
-class _Sink:
-    """Rows to the first .jsonl file as they come, so that a killed audit can be resumed; each moves the bar."""
-
-    def __init__(self, outs: Sequence[Path], bar: _Bar) -> None:
-        self._bar = bar
-        self._path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
-        self._file: Any = None
-
-    def __enter__(self) -> _Sink:
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8", newline="\n")
-        return self
-
-    def write(self, row: AuditRow) -> None:
-        self._bar.advance()
-        if self._file:
-            self._file.write(row.model_dump_json() + "\n")
-            self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        yield keep
 
 
 def _known(outs: Sequence[Path], resume: bool) -> list[AuditRow]:
@@ -159,31 +139,7 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
         yield client.get_executor(retries=3)
 
 
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[_Bar]:
-    """Show a bar on stderr."""
-    if quiet:
-        yield _Bar(None)
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as shown:
-        yield _Bar(shown)
-
-
-def _write_json(rows: Sequence[AuditRow], code: int) -> None:
-    from harness.report.environment import new_header
-    from harness.report.records import RunWriter
-
-    with RunWriter(None, new_header(), echo=sys.stdout) as writer:
-        writer.write(*rows)
-        writer.exit_code = code
-
-
 def _print(rows: Sequence[AuditRow], outs: Sequence[Path]) -> None:
-    from harness.text import count, printable
     from harness.verdict.codes import CODES
 
     bad = [row for row in rows if row.hazards]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
+    from harness.checks.cell import Pins
     from harness.verdict.verdict import Verdict
 
 
@@ -31,7 +32,19 @@ if TYPE_CHECKING:
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
-def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **options: Any) -> None:
+def command(
+    loaders: tuple[str, ...],
+    formats: tuple[str, ...],
+    benches: tuple[str, ...],
+    variants: tuple[str, ...],
+    max_examples: int | None,
+    seed: int,
+    known_failures: str | None,
+    pins: Pins | None,
+    time_limit: float | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
     LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
@@ -45,25 +58,21 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
     from harness.report.records import RunWriter
     from harness.report.terminal import print_verdicts
 
-    as_json = options.pop("as_json")
-    places = [options.pop(name) or None for name in ("formats", "benches", "variants")]
-    seconds, workers = options.pop("time_limit"), shared.worker_count(options.pop("workers"))
-    known = tuple(shared.known_failures(options.pop("known_failures")))
-    pins = shared.pins_of(options, seed)
+    known = tuple(shared.known_failures(known_failures))
+    places = [names or None for names in (formats, benches, variants)]
     work = [(spec, *cells_of(resolve(spec), *places)) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
+    cells = [cell for _, found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
-        shared.cell_progress(
-            [cell for _, cells, _ in work for cell in cells], quiet=shared.quiet_on(as_json)
-        ) as advance,
+        shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance,
     ):
-        for spec, cells, skipped in work:
+        for spec, found, skipped in work:
             plan = Plan(max_examples or shared.default_examples(spec), seed, pins, known)
-            limits = Limits(seconds or shared.default_seconds(spec), workers=workers)
+            limits = Limits(time_limit or shared.default_seconds(spec), workers=shared.worker_count(workers))
             writer.write(*skipped)
-            verdicts += skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
+            verdicts += skipped + check_cells(found, plan, limits, on_verdict=writer.write, on_cell=advance)
     if not as_json:
         print_verdicts(verdicts)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

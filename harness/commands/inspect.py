@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from harness.commands import options as shared
+from harness.commands.screen import grid, stdout_console
+from harness.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
 UNREADABLE = "LH799"
 _ENERGIES_SHOWN = 3
 _BLOCKS_SHOWN = 16
-_WIDTH = 180  # of what is piped into a file
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Return a number that was given as an option, unless it is NaN or infinite.
-
-    Raises:
-        BadParameter: it is.
-    """
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no finite number", ctx, param)
-    return value
 
 
 @click.command(
@@ -41,22 +30,16 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
     "  lora-harness inspect first.safetensors second.safetensors --html page.html\n"
     "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LORA...")
-@click.option(
-    "--base", type=click.Path(path_type=Path), help="Base checkpoint: adds the strength relative to its weights."
-)
+@click.argument("files", nargs=-1, required=True, type=shared.PATH, metavar="LORA...")
+@click.option("--base", type=shared.PATH, help="Base checkpoint: adds the strength relative to its weights.")
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
-@click.option(
-    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
-)
+@shared.lora_alpha_option
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
-@click.option(
-    "--sarif", "sarif_file", type=click.Path(dir_okay=False, path_type=Path), help="Write SARIF 2.1.0 here too."
-)
+@click.option("--sarif", "sarif_file", type=shared.FILE, help="Write SARIF 2.1.0 here too.")
 @click.option(
     "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=shared.FILE,
     help="Write one page about all files here too, with the energies by module and block.",
 )
 @shared.json_option
@@ -133,16 +116,14 @@ def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_a
 
 
 def _print(record: FileRecord) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    from harness.text import printable
     from harness.verdict.codes import CODES
 
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    console = stdout_console()
     console.print(Text(printable(record.path, 500), style="bold"))
     if record.format is not None:
-        console.print(_facts(record))
+        console.print(grid((f"  {label}", value) for label, value in _facts(record)))
     for hazard in record.hazards:
         head = f"{hazard.code} {CODES[hazard.code].title}: "
         console.print(Text("  ").append(head, style="yellow").append(printable(hazard.what, 400)))
@@ -151,48 +132,34 @@ def _print(record: FileRecord) -> None:
         for line in record.advice.advice:
             console.print(Text(f"    - {printable(line, 400)}"))
     if record.prescription and record.modules:
-        console.print(_prescriptions(record))
+        console.print(grid(_prescriptions(record)))
     if record.energies:
         console.print(_blocks(record.energies))
 
 
-def _facts(record: FileRecord) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness.text import printable
-
-    table = Table.grid(padding=(0, 2))
-    numbers = [
-        ("modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"),
-        ("rank", _counts(record.ranks)),
-        ("alpha", _counts(record.alphas)),
-    ]
-    rows = [
-        ("format", f"{record.format}; alpha from {record.alpha_source}"),
-        *(numbers if record.modules else [("modules", "none that can be read")]),
-        *((f"scale {name}", _range(*span)) for name, span in record.scales.items()),
-        ("understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"),
-        *((("trainer", record.trainer),) if record.trainer else ()),
-        *((("energy", _energies(record)),) if record.energy else ()),
-        *(("note", note) for note in record.notes),
-    ]
-    for label, value in rows:
-        table.add_row(Text(f"  {label}"), Text(printable(value, 400)))
-    return table
+def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
+    yield "format", f"{record.format}; alpha from {record.alpha_source}"
+    if record.modules:
+        yield "modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"
+        yield "rank", _counts(record.ranks)
+        yield "alpha", _counts(record.alphas)
+    else:
+        yield "modules", "none that can be read"
+    for name, (low, high) in record.scales.items():
+        yield f"scale {name}", f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    yield "understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"
+    if record.trainer:
+        yield "trainer", record.trainer
+    if record.energy:
+        yield "energy", _energies(record.energy)
+    for note in record.notes:
+        yield "note", note
 
 
-def _prescriptions(record: FileRecord) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness.text import printable
-
-    table = Table.grid(padding=(0, 2))
+def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     for loader, strength in record.prescription.items():
         use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
-        table.add_row(Text("  pass"), Text(printable(loader, 120)), Text(use))
-    return table
+        yield "  pass", printable(loader, 120), use
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
@@ -200,7 +167,6 @@ def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from harness.text import printable
     from harness.verdict.blocks import by_block
 
     blocks = by_block(energies)
@@ -219,9 +185,9 @@ def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
     return table
 
 
-def _energies(record: FileRecord) -> str:
+def _energies(energy: Mapping[str, float]) -> str:
     """Return the largest energies by module, in words short enough for a terminal."""
-    found = sorted((record.energy or {}).items(), key=lambda item: -item[1])
+    found = sorted(energy.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {value:.3g}" for name, value in found[:_ENERGIES_SHOWN])
     return shown + (f" and {len(found) - _ENERGIES_SHOWN} more" if len(found) > _ENERGIES_SHOWN else "")
 
@@ -230,7 +196,3 @@ def _counts(values: dict[str, int]) -> str:
     if len(values) == 1:
         return next(iter(values))
     return ", ".join(f"{value} ({times}x)" for value, times in list(values.items())[:8])
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.commands.screen import progress
+
 if TYPE_CHECKING:
-    from harness.checks.cell import Measured, Pins
+    from harness.checks.cell import Measured
     from harness.checks.known import KnownFailure
     from harness.checks.trial import Cell
     from harness.report.records import RunWriter
 
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is drawn."
@@ -37,6 +44,22 @@ workers_option = click.option(
     type=click.IntRange(0),
     default=None,
     help="Child processes at once (0: in this process; default: cores).",
+)
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Return a number that was given as an option, unless it is NaN or infinite.
+
+    Raises:
+        BadParameter: it is.
+    """
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number", ctx, param)
+    return value
+
+
+lora_alpha_option = click.option(
+    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
 )
 
 
@@ -77,30 +100,34 @@ class ModulePin(click.ParamType):  # type: ignore[type-arg]  # generic only in n
             self.fail(f"{value!r}: write NAME=RANK:ALPHA, for example transformer_blocks.0.attn.to_q=4:8", param, ctx)
 
 
-def pin_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that fix one example instead of searching."""
-    dtypes = click.Choice(["float32", "bfloat16", "float16"])
-    for option in (
-        click.option(
-            "--module", "modules", type=ModulePin(), multiple=True, help="One module of the LoRA; repeat for more."
-        ),
-        click.option("--rank", type=click.IntRange(1), help="Rank of every target module."),
-        click.option("--alpha", type=float, help="Alpha of every target module."),
-        click.option("--strength", type=float, help="Strength passed to the loader.  [default: 1]"),
-        click.option("--dtype", type=dtypes, help="Dtype of the model.  [default: float32]"),
-        click.option("--file-dtype", type=dtypes, help="Dtype of the LoRA file.  [default: that of the model]"),
-        click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
-    ):
-        function = option(function)
-    return function
+_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+_PINS = (
+    click.option(
+        "--module", "modules", type=ModulePin(), multiple=True, help="One module of the LoRA; repeat for more."
+    ),
+    click.option("--rank", type=click.IntRange(1), help="Rank of every target module."),
+    click.option("--alpha", type=float, help="Alpha of every target module."),
+    click.option("--strength", type=float, help="Strength passed to the loader.  [default: 1]"),
+    click.option("--dtype", type=_DTYPES, help="Dtype of the model.  [default: float32]"),
+    click.option("--file-dtype", type=_DTYPES, help="Dtype of the LoRA file.  [default: that of the model]"),
+    click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
+)
+_PINNED = ("modules", "rank", "alpha", "strength", "dtype", "file_dtype", "key_seed")
 
 
-def pins_of(options: dict[str, Any], seed: int) -> Pins | None:
-    """Return the pinned example that the options describe, or None when none is given."""
-    from harness.checks.cell import Pins
+def pin_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that fix one example instead of searching; `command` gets `pins`, None when none is given."""
 
-    given = {key: value for key, value in options.items() if value not in (None, ())}
-    return Pins(**given, value_seed=seed) if given else None
+    @functools.wraps(command)
+    def folded(**options: Any) -> None:
+        from harness.checks.cell import Pins
+
+        given = {name: value for name in _PINNED if (value := options.pop(name)) not in (None, ())}
+        command(**options, pins=Pins(**given, value_seed=options["seed"]) if given else None)
+
+    for option in _PINS:
+        folded = option(folded)
+    return folded
 
 
 def known_failures(source: str | None) -> list[KnownFailure]:
@@ -114,26 +141,9 @@ def known_failures(source: str | None) -> list[KnownFailure]:
 
 @contextmanager
 def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[Cell], None]]:
-    """Show on stderr how many cells are done; yields what is to be called after each one.
-
-    The bar is redrawn by hand: a refreshing thread must not run while children are forked.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), auto_refresh=False, disable=quiet, transient=True) as progress:
-        task = progress.add_task("checking", total=len(cells))
-        progress.refresh()
-
-        def advance(cell: Cell) -> None:
-            progress.update(
-                task,
-                advance=1,
-                description=f"{cell.subject.spec} {cell.format} {cell.bench_name} {cell.variant_name}"[:50],
-            )
-            progress.refresh()
-
-        yield advance
+    """Show on stderr how many cells are done; yields what is to be called after each one."""
+    with progress("checking", len(cells), quiet=quiet) as line:
+        yield lambda cell: line.advance(f"{cell.subject.spec} {cell.format} {cell.bench_name} {cell.variant_name}"[:50])
 
 
 def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:

@@ -9,22 +9,20 @@ import click
 
 from harness.commands import options as shared
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command(
     epilog="\b\nExamples:\n"
     "  lora-harness repair my_lora.safetensors --to diffsynth --out fixed.safetensors --lora-alpha 16\n"
     "  lora-harness repair kohya.safetensors --to diffusers --out fixed.safetensors --base transformer_folder"
 )
-@click.argument("lora", type=_PATH, metavar="LORA")
+@click.argument("lora", type=shared.PATH, metavar="LORA")
 @click.option("--to", required=True, metavar="FORMAT", help="Format of the new file: peft, kohya, diffusers, ...")
-@click.option("--out", required=True, type=_PATH, metavar="NEW", help="The new file (a folder for peft).")
-@click.option("--scale", type=float, help="Trained factor on B @ A.  [default: alpha / rank of the file]")
-@click.option("--lora-alpha", type=float, help="The alpha of the training, for a file that carries none.")
+@click.option("--out", required=True, type=shared.PATH, metavar="NEW", help="The new file (a folder for peft).")
+@click.option("--scale", type=float, callback=shared.finite, help="Trained factor on B @ A.  [default: the file's]")
+@shared.lora_alpha_option
 @click.option("--for", "loader", metavar="LOADER", help="Measure this loader and fold the scale for it.")
-@click.option("--model-names", type=_PATH, metavar="FILE", help="The model's layers, one per line (kohya to dotted).")
-@click.option("--base", type=_PATH, metavar="CKPT", help="The same, read from a checkpoint.")
+@click.option("--model-names", type=shared.PATH, metavar="FILE", help="The model's layers, a line each (for kohya).")
+@click.option("--base", type=shared.PATH, metavar="CKPT", help="The same, read from a checkpoint.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the new file.")
 @click.option("--force", is_flag=True, help="Replace NEW when it exists.")
 @shared.json_option

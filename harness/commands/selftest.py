@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from harness.selftest.cases import Case
     from harness.selftest.measure import Result
 
-_QUICK_EXAMPLES = 30
 _QUICK: dict[str, Any] = {"seeds": (1,), "formats": ("kohya",), "benches": ("qwen-image-fused",)}
 _EPILOG = """\b
 Examples:
@@ -37,15 +36,13 @@ Examples:
     type=click.IntRange(1),
     help="Random examples per right loader instead, shared by its formats and benches.",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Write OUT/run.jsonl and the report OUT/index.html."
-)
+@click.option("--out", type=shared.FOLDER, help="Write OUT/run.jsonl and the report OUT/index.html.")
 @click.option("--markdown", is_flag=True, help="Print a table per family of faults instead of a line per loader.")
 @click.option(
     "--from",
     "runs",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=shared.FILE,
     metavar="RUN.jsonl",
     help="With --markdown: the table of earlier runs, and nothing is measured; repeat for more.",
 )
@@ -53,20 +50,36 @@ Examples:
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
-def command(markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int, as_json: bool, **options: Any) -> None:
+def command(
+    quick: bool,
+    only: str | None,
+    left_out: str | None,
+    kind: str | None,
+    max_examples: int | None,
+    right_examples: int | None,
+    out: Path | None,
+    markdown: bool,
+    runs: tuple[Path, ...],
+    seed: int,
+    time_limit: float | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Check the checks: loaders that are wrong in one known way must be found and named, right ones never blamed.
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
     """
-    from harness.commands.options import show as write_page
+    from harness.checks.run import Limits
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
+    from harness.selftest.measure import measure
     from harness.selftest.table import power_markdown
 
     if runs:
         click.echo(power_markdown(_recorded(runs)), nl=False)
         return
-    quiet = as_json or markdown
+    cases, quiet = _cases(only, left_out, kind), as_json or markdown
+    limits = Limits(time_limit or shared.default_seconds(""), workers=shared.worker_count(workers))
     path = out / "run.jsonl" if out else None
     with RunWriter(path, new_header(seed=seed, planned=["power"]), echo=sys.stdout if as_json else None) as writer:
 
@@ -75,10 +88,18 @@ def command(markdown: bool, runs: tuple[Path, ...], out: Path | None, seed: int,
             if not quiet:
                 click.echo(_line(result))
 
-        results = _measure(seed, options, show)
+        results = measure(
+            cases,
+            max_examples=max_examples or (30 if quick else 200),
+            right_examples=right_examples,
+            base_seed=seed,
+            limits=limits,
+            on_result=show,
+            **(_QUICK if quick else {}),
+        )
         writer.exit_code = 0 if all(result.right for result in results) else 1
     if out:
-        write_page(out, as_json=True)
+        shared.show(out, as_json=True)
     if markdown and not as_json:
         click.echo(power_markdown([result.record() for result in results]), nl=False)
     if not quiet:
@@ -94,26 +115,6 @@ def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Cas
     if not cases:
         raise click.UsageError(f"--only {only!r}: no fixture loader that is not left out has that in its name")
     return cases
-
-
-def _measure(seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
-    from harness.checks.run import Limits
-    from harness.selftest.measure import measure
-
-    cases = _cases(options["only"], options["left_out"], options["kind"])
-    quick = options["quick"]
-    limits = Limits(
-        options["time_limit"] or shared.default_seconds(""), workers=shared.worker_count(options["workers"])
-    )
-    return measure(
-        cases,
-        max_examples=options["max_examples"] or (_QUICK_EXAMPLES if quick else 200),
-        right_examples=options["right_examples"],
-        base_seed=seed,
-        limits=limits,
-        on_result=show,
-        **(_QUICK if quick else {}),
-    )
 
 
 def _recorded(runs: Sequence[Path]) -> list[PowerRecord]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from harness.commands import options as shared
-from harness.commands.inspect import finite
+from harness.commands.screen import print_json, progress, stdout_console
+from harness.text import printable
 
 if TYPE_CHECKING:
     from harness.doctor.verify.verify import MergeReport
 
-_PATH = click.Path(path_type=Path)
 _SHOWN = 20
-_WIDTH = 180  # of what is piped into a file
 
 
 @click.command(
@@ -26,20 +23,18 @@ _WIDTH = 180  # of what is piped into a file
     "  lora-harness verify --base model.safetensors --merged merged.safetensors --lora my_lora.safetensors\n"
     "  lora-harness verify --base base_folder --merged merged_folder --lora my_peft_folder --strength 0.8 --full"
 )
-@click.option("--base", required=True, type=_PATH, help="Checkpoint before the merge: file, folder or shard index.")
-@click.option("--merged", required=True, type=_PATH, help="Checkpoint after the merge.")
-@click.option("--lora", required=True, type=_PATH, help="LoRA file or PEFT folder.")
+@click.option("--base", required=True, type=shared.PATH, help="Checkpoint before the merge: file, folder or index.")
+@click.option("--merged", required=True, type=shared.PATH, help="Checkpoint after the merge.")
+@click.option("--lora", required=True, type=shared.PATH, help="LoRA file or PEFT folder.")
 @click.option(
     "--strength",
     type=float,
-    callback=finite,
+    callback=shared.finite,
     default=1.0,
     show_default=True,
     help="Strength that the merge was asked for.",
 )
-@click.option(
-    "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
-)
+@shared.lora_alpha_option
 @click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
 @click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option
@@ -60,42 +55,26 @@ def command(
     """
     from harness.doctor.verify.verify import verify_merge
 
-    with _progress(quiet=shared.quiet_on(as_json)) as on_module:
-        options = {"strength": strength, "lora_alpha": lora_alpha, "full": full, "device": device}
-        report = verify_merge(base, merged, lora, on_module=on_module, **options)  # type: ignore[arg-type]
-    _write_json(report) if as_json else _print(report)
+    with progress("verifying", quiet=shared.quiet_on(as_json)) as line:
+        report = verify_merge(
+            base,
+            merged,
+            lora,
+            strength=strength,
+            lora_alpha=lora_alpha,
+            full=full,
+            device=device,
+            on_module=lambda name: line.advance(printable(name, 60)),
+        )
+    print_json(report.verdicts, report.exit_code) if as_json else _print(report)
     sys.exit(report.exit_code)
 
 
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from harness.text import printable
-
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        task = progress.add_task("verifying", total=None)
-        yield lambda name: progress.update(task, advance=1, description=printable(name, 60))
-
-
-def _write_json(report: MergeReport) -> None:
-    from harness.report.environment import new_header
-    from harness.report.records import RunWriter
-
-    with RunWriter(None, new_header(), echo=sys.stdout) as writer:
-        writer.write(*report.verdicts)
-        writer.exit_code = report.exit_code
-
-
 def _print(report: MergeReport) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from harness.text import printable
-
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    console = stdout_console()
     console.print(Text(printable(report.overall.text().partition("\n")[0], 1000), style="bold"))
     for label, value in report.overall.rows:
         console.print(Text(f"  {label:<9}  {printable(value, 1000)}"))

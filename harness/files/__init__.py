@@ -11,10 +11,9 @@ from harness.files.adapter import (
     flattened_collisions,
     match_modules,
 )
-from harness.files.detect import detect_format
 from harness.files.format import Format
 from harness.files.formats import FORMATS
-from harness.files.read import read_lora
+from harness.files.read import detect_format, read_lora
 from harness.files.safetensors_file import SafetensorsFile, read_header
 from harness.files.tensor_file import TensorFile, TensorInfo
 from harness.files.write import write_lora

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import LoraFileError
 from harness.files.formats import FORMATS
 from harness.files.tensor_file import TensorFile
+from harness.law.scale import trained_scale
 from harness.text import printable
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class LoraModule:
     @property
     def trained_scale(self) -> float:
         """The factor on B @ A in training: alpha / rank, alpha / sqrt(rank), or 1.0 when the file has no alpha."""
-        if self.alpha is None or self.rank == 0:
-            return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return trained_scale(self.alpha, self.rank, rslora=self.rslora)
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,18 @@ class LoraParts:
     parts: Mapping[str, Tensor]
     alpha: float | None = None
 
+    @property
+    def rank(self) -> int:
+        """The rank, from the shapes of the parts.
+
+        Raises:
+            ValueError: none of the parts has a rank.
+        """
+        for role in ("A", "embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if role in self.parts:
+                return int(self.parts[role].shape[0])
+        raise ValueError(f"PEFT has no configuration for parts {', '.join(self.parts)}")
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -150,6 +160,11 @@ class LoraWeights:
     def rank(self) -> int:
         """The rank, from the shape of `a`."""
         return int(self.a.shape[0])
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The halves by role."""
+        return {"A": self.a, "B": self.b}
 
 
 def match_modules(

@@ -3,94 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import LoraFileError
-from harness.files import scalars
-from harness.files.adapter import LoraModule, LoraWeights, Problem
-from harness.files.config import AdapterConfig, ConfigError, PatternError
+from harness.files.adapter import LoraModule, Problem
+from harness.files.config import AdapterConfig, ConfigError
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
+from harness.files.tensor_file import scalar_problem
 from harness.text import parse_json, printable
 
 Modules = dict[tuple[str, str], LoraModule]
-Found = tuple[Modules, str, Mapping[str, Any]]  # modules with alpha, where it was, the configuration
-_MLX = "lora_parameters"
+MLX = "lora_parameters"
 _LARGEST = 1e300  # a JSON integer may be longer than any float
-
-
-def from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Found:
-    """Fill in alpha = scale * rank, so that alpha / rank is the factor that mlx-lm multiplies with."""
-    if source.config is None:
-        return modules, "none", {}
-    raw = source.config.get(_MLX)
-    parameters = raw if isinstance(raw, dict) else {}
-    scale, rank = parameters.get("scale"), parameters.get("rank")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        what = f"is {printable(repr(scale), 60)}, a number is needed: mlx-lm has no default when it loads"
-        problems.append(Problem("LH705", f"{CONFIG_NAME}: {_MLX}.scale", what, fatal=True))
-        return modules, "none", source.config
-    for module in modules.values():
-        if module.rank not in (0, rank):
-            what = f"the configuration says rank {printable(repr(rank), 40)}, the tensors have rank {module.rank}"
-            problems.append(Problem("LH706", printable(module.name), what, fatal=True))
-    return {at: _scaled(module, float(min(scale, _LARGEST))) for at, module in modules.items()}, "config", source.config
-
-
-def _scaled(module: LoraModule, scale: float) -> LoraModule:
-    return module.changed(alpha=scale * module.rank) if module.rank else module
-
-
-def from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Found:
-    """Fill in the alpha of a GGUF header; 0 is llama.cpp's word for none."""
-    text = source.file.metadata.get(ALPHA_KEY, "0")
-    try:
-        alpha = float(text)
-    except ValueError:
-        problems.append(Problem("LH705", ALPHA_KEY, f"is {printable(text, 60)}, a number is needed", fatal=True))
-        return modules, "none", {}
-    if alpha == 0:
-        return modules, "none", {}
-    return {at: module.changed(alpha=alpha) if module.rank else module for at, module in modules.items()}, "header", {}
-
-
-def one_alpha(format: str, modules: Mapping[str, LoraWeights]) -> float | None:
-    """Return the alpha that all of `modules` share, for a format that stores one.
-
-    Raises:
-        ValueError: they differ.
-    """
-    alpha: float | None = _one(format, "alpha", (weights.alpha for weights in modules.values()))
-    return alpha
-
-
-def mlx_config(modules: Mapping[str, LoraWeights], *, rslora: bool = False) -> dict[str, Any]:
-    """Return mlx-lm's adapter_config.json; with `num_layers` 0 only the modules named in `keys` are adapted.
-
-    Raises:
-        ValueError: ranks or scales differ, or a module has no alpha.
-    """
-    if missing := [name for name, weights in modules.items() if weights.alpha is None]:
-        raise ValueError(f"modules[{missing[0]!r}].alpha=None: a mlx configuration always has a scale")
-    rank = _one("mlx", "rank", (weights.rank for weights in modules.values()))
-    root = math.sqrt(rank) if rslora else rank
-    scale = _one("mlx", "alpha", (weights.alpha for weights in modules.values())) / root
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(modules)}
-    return {"fine_tune_type": "lora", "num_layers": 0, _MLX: parameters}
-
-
-def _one(format: str, what: str, values: Iterable[Any]) -> Any:
-    found = list(dict.fromkeys(values))
-    if len(found) > 1:
-        raise ValueError(f"{what} is {found[0]} and {found[1]}: a {format} file has one {what} for all modules")
-    return found[0]
 
 
 @dataclass
 class Alphas:
-    """The modules with their alpha filled in, and where it came from."""
+    """The modules with their alpha filled in, where it came from, and the configuration as far as there is one."""
 
     modules: Modules
     source: str = "none"
@@ -100,12 +32,11 @@ class Alphas:
 def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Problem]) -> Alphas:
     """Fill in alpha from the first place the format knows that has one."""
     found = Alphas(modules)
-    for wide_home, fill in _FILE_WIDE.items():
-        if wide_home in row.alpha:
-            found = Alphas(*fill(source, modules, problems))
-    configs, home = _configs(source, row, modules, problems)
-    if home != "none":
-        place = CONFIG_NAME if home == "config" else HEADER_KEY
+    for home, fill in (("scale", _from_scale), ("kv", _from_kv)):
+        if home in row.alpha:
+            found = fill(source, modules, problems)
+    if configs := _configs(source, row, modules):
+        home, place = ("config", CONFIG_NAME) if "config" in row.alpha else ("header", HEADER_KEY)
         config = next(iter(configs.values())) if len(configs) == 1 else configs
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
@@ -113,17 +44,46 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
     return _refuse_non_finite(found, problems)
 
 
-_FILE_WIDE: Mapping[str, Callable[[Source, Modules, list[Problem]], Found]] = {"scale": from_scale, "kv": from_kv}
+def _from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in alpha = scale * rank, so that alpha / rank is the factor that mlx-lm multiplies with."""
+    if source.config is None:
+        return Alphas(modules)
+    raw = source.config.get(MLX)
+    parameters = raw if isinstance(raw, dict) else {}
+    scale, rank = parameters.get("scale"), parameters.get("rank")
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        what = f"is {printable(repr(scale), 60)}, a number is needed: mlx-lm has no default when it loads"
+        problems.append(Problem("LH705", f"{CONFIG_NAME}: {MLX}.scale", what, fatal=True))
+        return Alphas(modules, config=source.config)
+    for module in modules.values():
+        if module.rank not in (0, rank):
+            what = f"the configuration says rank {printable(repr(rank), 40)}, the tensors have rank {module.rank}"
+            problems.append(Problem("LH706", printable(module.name), what, fatal=True))
+    factor = float(min(scale, _LARGEST))
+    return Alphas(_each(modules, lambda module: factor * module.rank), "config", source.config)
 
 
-def _configs(
-    source: Source, row: Format, modules: Modules, problems: list[Problem]
-) -> tuple[dict[str, Mapping[str, Any]], str]:
-    """Return the raw configuration of each component that has one, and where it was found."""
-    if "config" in row.alpha and source.config is not None:
-        return {"": source.config}, "config"
-    if "header" not in row.alpha or not source.has_header_config:
-        return {}, "none"
+def _from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in the alpha of a GGUF header; 0 is llama.cpp's word for none."""
+    text = source.file.metadata.get(ALPHA_KEY, "0")
+    try:
+        alpha = float(text)
+    except ValueError:
+        problems.append(Problem("LH705", ALPHA_KEY, f"is {printable(text, 60)}, a number is needed", fatal=True))
+        return Alphas(modules)
+    return Alphas(_each(modules, lambda module: alpha), "header") if alpha else Alphas(modules)
+
+
+def _each(modules: Modules, alpha: Callable[[LoraModule], float]) -> Modules:
+    return {at: module.changed(alpha=alpha(module)) if module.rank else module for at, module in modules.items()}
+
+
+def _configs(source: Source, row: Format, modules: Modules) -> dict[str, Mapping[str, Any]]:
+    """Return the raw configuration of each component that has one, from the place where the format keeps it."""
+    if "config" in row.alpha:
+        return {} if source.config is None else {"": source.config}
+    if "header" not in row.alpha or HEADER_KEY not in source.file.metadata:
+        return {}
     try:
         raw = parse_json(source.file.metadata[HEADER_KEY])
     except ValueError as error:
@@ -131,7 +91,7 @@ def _configs(
     if not isinstance(raw, dict):
         raise LoraFileError(source.file.path, "is not a JSON object", key=HEADER_KEY)
     found = {component: _of_component(raw, component) for component in {place[0] for place in modules}}
-    return {component: part for component, part in found.items() if part}, "header"
+    return {component: part for component, part in found.items() if part}
 
 
 def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -150,9 +110,6 @@ def _from_configs(
             at: _configured(module, parsed[at[0]], problems) if at[0] in parsed else module
             for at, module in modules.items()
         }
-    except PatternError as error:
-        key = f"{place}: pattern {printable(error.pattern, 60)}"
-        problems.append(Problem("LH705", key, str(error), fatal=True))
     except ConfigError as error:
         problems.append(Problem("LH705", f"{place}: {error.key}", printable(error), fatal=True))
     return modules
@@ -193,7 +150,7 @@ def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list
     for module in modules.values():
         if key := module.keys.get("alpha"):
             info = source.file.tensors[key]
-            if problem := scalars.problem(info.dtype, info.elements):
+            if problem := scalar_problem(info.dtype, info.elements):
                 problems.append(Problem("LH705", printable(key), f"alpha {problem}", fatal=True))
             else:
                 keys.append(key)

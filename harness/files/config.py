@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from harness.text import printable
+
 _META = frozenset("\\^$*+?{}[]|()")
 _BUDGET_SECONDS = 0.5
 _LONGEST_REGEX = 500
 
 
-class PatternError(ValueError):
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; `key` names it."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key = key
+        super().__init__(problem)
+
+
+class PatternError(ConfigError):
     """A pattern that cannot be matched in bounded time; `pattern` is the offender."""
 
     def __init__(self, pattern: str, problem: str) -> None:
         self.pattern = pattern
-        super().__init__(problem)
+        super().__init__(f"pattern {printable(pattern, 60)}", problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +127,6 @@ def _plain(rank: int, pattern: str, value: Any) -> _Plain | None:
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft.LoraConfig
 
 
-class ConfigError(ValueError):
-    """A configuration value that cannot be used; `key` names it."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        self.key = key
-        super().__init__(problem)
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """Rank and alpha per module, with PEFT's defaults and pattern semantics."""
@@ -134,7 +136,6 @@ class AdapterConfig:
     rslora: bool
     ranks: Patterns
     alphas: Patterns
-    raw: Mapping[str, Any]
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterConfig:
@@ -153,14 +154,13 @@ class AdapterConfig:
             rslora=bool(raw.get("use_rslora", False)),
             ranks=_patterns("rank_pattern", raw),
             alphas=_patterns("alpha_pattern", raw),
-            raw=raw,
         )
 
     def of(self, name: str) -> tuple[int, float]:
         """Return (rank, alpha) that PEFT uses for the module `name` (without `base_model.model.`).
 
         Raises:
-            PatternError, ConfigError: a pattern or its value cannot be used.
+            ConfigError: a pattern or its value cannot be used.
         """
         rank = self.ranks.get(name, self.rank)
         if not _is_whole(rank):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
-from pathlib import Path
 
 from harness.errors import LoraFileError
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
-from harness.files.source import open_source
 from harness.text import count, printable
 
 _SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
+_SPEAKING_TAILS = frozenset(t for row in FORMATS.values() for t, role in row.tails.items() if role in _SPEAKING)
 Tails = tuple[str, ...]
 Taken = dict[str, Tails]  # what stands before the tails of keys -> those tails
 
@@ -26,15 +24,6 @@ class Sorted:
 
     modules: dict[Place, dict[str, str]] = field(default_factory=dict)
     doubled: list[str] = field(default_factory=list)
-
-
-def detect_format(path: Path | str) -> str:
-    """Return the name of the format of a LoRA file or folder.
-
-    Raises:
-        LoraFileError: no format fits, the keys mix formats, or the file cannot be read.
-    """
-    return detect(open_source(path)).name
 
 
 def detect(source: Source) -> Format:
@@ -93,7 +82,7 @@ def _taken(source: Source) -> dict[str, Taken]:
         waiting.setdefault(tuple([tail for tail, _ in parts]), []).append(stem)
     found: dict[str, Taken] = {}
     for row in FORMATS.values():
-        if any(map(_speaking().intersection, waiting)) and row.fits(source):
+        if any(map(_SPEAKING_TAILS.intersection, waiting)) and (row.trait is None or row.trait(source)):
             taken: Taken = {}
             waiting = _left_over(row, row.bare_fits(source), waiting, taken)
             found |= {row.name: taken} if taken else {}
@@ -137,17 +126,10 @@ def _questions(row: Format, bare: bool, tails: Tails) -> list[tuple[Tails, str, 
     return [(some, "", flag) for flag, some in alone.items()]
 
 
-@cache
-def _speaking() -> frozenset[str]:
-    """Return the tails that speak for some format."""
-    tails = (item for row in FORMATS.values() for item in row.tails.items())
-    return frozenset(tail for tail, role in tails if role in _SPEAKING)
-
-
 def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
     votes: dict[str, str] = {}
     for key in source.file.keys:
-        stem, tail, _ = cut(key) or ("", "", "")
+        stem, tail = cut(key) or ("", "")
         for name in (name for name, stems in taken.items() if tail in stems.get(stem, ())):
             votes.setdefault(name, key)
     found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())

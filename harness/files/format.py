@@ -37,11 +37,6 @@ class Source:
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found
 
-    @property
-    def has_header_config(self) -> bool:
-        """Tell whether the safetensors header carries an adapter configuration."""
-        return HEADER_KEY in self.file.metadata
-
 
 @dataclass(frozen=True)
 class Naming:
@@ -65,15 +60,15 @@ class Format:
     beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `scale` (mlx-lm: one factor for the file, instead of alpha),
-    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles that are stored transposed. `dialects` are
-    hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
+    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles of a module that are stored transposed.
+    `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
     """
 
     name: str
     example: str
-    prefixes: Mapping[str, str]
     pairs: tuple[str, ...]
     alpha: tuple[AlphaHome, ...]
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     bare: Literal["never", "always", "config", "header"] = "never"
     flattened: bool = False
     folder: bool = False
@@ -82,7 +77,7 @@ class Format:
     extras: Mapping[str, str] = field(default_factory=dict)
     naming: Naming | None = None
     trait: Callable[[Source], bool] | None = None
-    flips: Callable[[str], tuple[str, ...]] | None = None
+    flips: Callable[[str], tuple[str, ...]] = lambda name: ()
     dialects: Mapping[str, str] = field(default_factory=dict)
     weights_name: str = WEIGHTS_NAME
     suffix: str = ".safetensors"
@@ -118,12 +113,8 @@ class Format:
             "never": False,
             "always": True,
             "config": source.config is not None and not any(stem.startswith(self.starts) for stem in source.stems),
-            "header": source.has_header_config,
+            "header": HEADER_KEY in source.file.metadata,
         }[self.bare]
-
-    def fits(self, source: Source) -> bool:
-        """Tell whether this source can have the format, before its keys are looked at one by one."""
-        return self.trait is None or self.trait(source)
 
     def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
         """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""
@@ -136,10 +127,6 @@ class Format:
     def _named(self, component: str, stem: str, tail: str) -> tuple[str, str] | None:
         name = self.naming.read(stem, tail) if self.naming else stem
         return (component, name) if name else None
-
-    def flipped(self, name: str) -> tuple[str, ...]:
-        """Return the roles that this format stores transposed for the module `name`."""
-        return self.flips(name) if self.flips else ()
 
     def dialect(self, file: TensorFile) -> str:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""

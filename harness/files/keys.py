@@ -81,17 +81,16 @@ def tails(pairs: Iterable[str]) -> dict[str, str]:
 EVERY_TAIL: Mapping[str, str] = {**NOT_LORA, **tails(PAIRS)}
 
 
-Parts = tuple[str, str, str]  # stem, tail, adapter
+Parts = tuple[str, str]  # stem, tail
 _LONGER = frozenset(tail.rpartition(".")[2] for tail in EVERY_TAIL if "." in tail)
 _BEFORE_TWO = tuple({f".{tail.split('.')[0]}" for tail in EVERY_TAIL if tail.count(".") == 2})
 
 
 class Split(NamedTuple):
-    """A key cut in two, the tail as in the tables, and the adapter name that `*` stood for."""
+    """A key cut in two, the tail as in the tables, where `*` stands for an adapter's name."""
 
     stem: str
     tail: str
-    adapter: str = ""
 
 
 def split(key: str) -> Split | None:
@@ -105,7 +104,7 @@ def cut(key: str) -> Parts | None:
     stem, dot, tail = key.rpartition(".")
     if tail in _LONGER and (found := _longer(stem, tail)):
         return found
-    return (stem, tail, "") if dot and tail in EVERY_TAIL else None
+    return (stem, tail) if dot and tail in EVERY_TAIL else None
 
 
 def _longer(stem: str, last: str) -> Parts | None:
@@ -115,8 +114,7 @@ def _longer(stem: str, last: str) -> Parts | None:
         return None
     if stem.endswith(_BEFORE_TWO):
         start, _, first = stem.rpartition(".")
-        if (tail := f"{first}.{second}.{last}") in EVERY_TAIL:
-            return start, tail, ""
-        if (tail := f"{first}.*.{last}") in EVERY_TAIL:
-            return start, tail, second
-    return (stem, tail, "") if (tail := f"{second}.{last}") in EVERY_TAIL else None
+        for tail in (f"{first}.{second}.{last}", f"{first}.*.{last}"):
+            if tail in EVERY_TAIL:
+                return start, tail
+    return (stem, tail) if (tail := f"{second}.{last}") in EVERY_TAIL else None

@@ -1,20 +1,84 @@
-"""A LoRA file in, a `LoraAdapter` out."""
+"""A path in, a `LoraAdapter` out: the folder or file, its validated header, and the configuration beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraAdapter, LoraModule, Problem
 from harness.files.alpha import find_alphas
 from harness.files.detect import Sorted, detect, sort_keys
-from harness.files.format import Format, Place, Source
+from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Format, Place, Source
 from harness.files.formats import FORMATS
+from harness.files.gguf_file import is_gguf, read_gguf
 from harness.files.keys import WHOLE_ROLES
+from harness.files.safetensors_file import read_header
 from harness.files.shapes import Signature, measure
-from harness.files.source import open_source
-from harness.text import count, is_printable, printable
+from harness.files.tensor_file import os_problem
+from harness.text import count, is_printable, parse_json, printable
+
+_MAX_CONFIG_BYTES = 8_000_000
+_PICKLED = "adapter_model.bin"
+_NAMED = (WEIGHTS_NAME, MLX_WEIGHTS_NAME)  # the names that have a configuration beside them
+_SUFFIXES = (".safetensors", ".gguf")
+
+
+def open_source(path: Path | str) -> Source:
+    """Open a LoRA file, or a folder that holds one.
+
+    The configuration is read when the weights are `adapter_model.safetensors` (PEFT) or `adapters.safetensors`
+    (mlx-lm); `Source.path` is then the folder.
+
+    Raises:
+        LoraFileError: one sentence saying what is missing or malformed.
+    """
+    path = Path(path)
+    try:
+        weights = _weights_in(path) if path.is_dir() else path
+        file = read_gguf(weights) if is_gguf(weights) else read_header(weights)
+        config = _config(weights.parent / CONFIG_NAME) if weights.name in _NAMED else None
+    except OSError as error:
+        raise LoraFileError(path, os_problem(error)) from error
+    return Source(weights.parent if config is not None else weights, file, config)
+
+
+def _weights_in(folder: Path) -> Path:
+    if named := next((folder / name for name in _NAMED if (folder / name).exists()), None):
+        return named
+    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        shown = ", ".join(printable(name, 60) for name in found[:4])
+        raise LoraFileError(folder, f"a folder with {len(found)} safetensors files ({shown}, …): name one of them")
+    if (folder / _PICKLED).exists():
+        raise LoraFileError(folder / _PICKLED, "is a pickle, which can run code when opened: save it as safetensors")
+    raise LoraFileError(folder, f"a folder without {WEIGHTS_NAME} or any other safetensors file")
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    if not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise LoraFileError(path, f"is not a regular file of at most {_MAX_CONFIG_BYTES:,} bytes")
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise LoraFileError(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise LoraFileError(path, f"holds a JSON {type(value).__name__}, an object is needed")
+    return value
+
+
+def detect_format(path: Path | str) -> str:
+    """Return the name of the format of a LoRA file or folder.
+
+    Raises:
+        LoraFileError: no format fits, the keys mix formats, or the file cannot be read.
+    """
+    return detect(open_source(path)).name
 
 
 def read_lora(path: Path | str, *, format: str | None = None, strict: bool = True) -> LoraAdapter:
@@ -50,7 +114,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     for place, roles in keys.modules.items():
         if len(roles) == 1 and "alpha" in roles:
             continue
-        if module := measure(source.file, place, roles, problems, row.flipped(place[1]), known=known):
+        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known):
             measured[place] = module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)

@@ -58,9 +58,7 @@ class SafetensorsFile(TensorFile):
         return tensor
 
 
-def read_header(
-    path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS
-) -> SafetensorsFile:
+def read_header(path: Path | str) -> SafetensorsFile:
     """Read and validate the header of a safetensors file; no tensor is read and torch is not imported.
 
     Raises:
@@ -69,23 +67,23 @@ def read_header(
     """
     path = Path(path)
     size = regular_size(path)
-    raw = _header_bytes(path, size, max_header_bytes)
+    raw = _header_bytes(path, size)
     count = raw.count(b'"data_offsets"')
-    if count > max_tensors:
-        raise LoraFileError(path, f"{count:,} tensors in the header, at most {max_tensors:,} are read")
+    if count > MAX_TENSORS:
+        raise LoraFileError(path, f"{count:,} tensors in the header, at most {MAX_TENSORS:,} are read")
     handle = _validated(path, "np")
     return _listed(path, raw, size, handle) or _parsed(path, raw, size)
 
 
-def _header_bytes(path: Path, size: int, limit: int) -> bytes:
+def _header_bytes(path: Path, size: int) -> bytes:
     try:
         with path.open("rb", buffering=0) as stream:
             head = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(head, "little")
             if length > size - _LENGTH_BYTES:
                 raise LoraFileError(path, _other_kind(path, head, size))
-            if length > limit:
-                raise LoraFileError(path, f"a header of {length:,} bytes, at most {limit:,} are read")
+            if length > MAX_HEADER_BYTES:
+                raise LoraFileError(path, f"a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
             return stream.read(length)
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error

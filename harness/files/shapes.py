@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 
 from harness.files.adapter import LoraModule, Problem
 from harness.files.keys import WHOLE_ROLES
-from harness.files.scalars import is_float
-from harness.files.tensor_file import TensorFile
+from harness.files.tensor_file import TensorFile, is_float
 from harness.text import printable
 
 Shapes = Mapping[str, tuple[int, ...]]

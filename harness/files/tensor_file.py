@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import stat
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import LoraFileError
-from harness.files import scalars
 from harness.text import printable
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 MAX_TENSORS = 100_000
 _GAP_BYTES = 1 << 12  # reading so much more costs no more than another call
 _RUN_BYTES = 1 << 20
+_CODES = {
+    "F64": "d", "F32": "f", "F16": "e",
+    "I64": "q", "I32": "i", "I16": "h", "I8": "b",
+    "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
+}  # fmt: skip
+_STRUCT = {dtype: struct.Struct(f"<{code}") for dtype, code in _CODES.items()}
+_EIGHT_BITS = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15)}  # exponent bits, bias
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", *_EIGHT_BITS})
 
 
 class TensorInfo(NamedTuple):
@@ -34,10 +43,7 @@ class TensorInfo(NamedTuple):
     @property
     def elements(self) -> int:
         """The number of elements (1 for a scalar)."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class TensorFile:
         return tuple(self.tensors)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
-        """Read tensors of one number (`scalars.problem` says which are) as Python floats, without torch."""
+        """Read tensors of one number (`scalar_problem` says which are) as Python floats, without torch."""
         ordered = sorted((self.tensors[key].start, key) for key in keys)
         if not ordered:
             return {}
@@ -88,7 +94,7 @@ class TensorFile:
         raw = stream.read(self.tensors[run[-1]].end - first)
         for key in run:
             dtype, _, start, end = self.tensors[key]
-            yield key, scalars.decode(dtype, raw[start - first : end - first])
+            yield key, decoded(dtype, raw[start - first : end - first])
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return one tensor as stored (dtype, shape); needs torch."""
@@ -127,3 +133,39 @@ def os_problem(error: OSError) -> str:
         errno.ENOTDIR: "no such file: a part of the path is not a folder",
     }
     return known.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
+
+
+def is_float(dtype: str) -> bool:
+    """Tell whether a tensor of this dtype holds weights; `Q8_0` and its like are ggml's quantised floats."""
+    return dtype in _FLOATS or dtype.startswith(("Q", "IQ", "TQ"))
+
+
+def scalar_problem(dtype: str, elements: int) -> str | None:
+    """Say why a tensor holds no single number, or None when it does."""
+    if elements != 1:
+        return f"has {elements} elements, one number is needed"
+    if dtype not in _FLOATS and dtype not in _STRUCT:
+        return f"has dtype {dtype}, a number is needed"
+    return None
+
+
+def decoded(dtype: str, raw: bytes) -> float:
+    """Return the little-endian number in `raw`; `scalar_problem` said that `dtype` holds one."""
+    if dtype in _STRUCT:
+        return float(_STRUCT[dtype].unpack(raw)[0])
+    if dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return _eight_bits(raw[0], *_EIGHT_BITS[dtype])
+
+
+def _eight_bits(byte: int, exponent_bits: int, bias: int) -> float:
+    mantissa_bits = 7 - exponent_bits
+    sign = -1.0 if byte & 0x80 else 1.0
+    exponent = (byte & 0x7F) >> mantissa_bits
+    mantissa = byte & ((1 << mantissa_bits) - 1)
+    if byte & 0x7F == 0x7F or (exponent_bits == 5 and exponent == 31 and mantissa):
+        return math.nan
+    if exponent_bits == 5 and exponent == 31:
+        return sign * math.inf
+    fraction = mantissa / (1 << mantissa_bits)
+    return sign * ((1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias))

@@ -4,76 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import random
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.files.adapter import LoraParts, LoraWeights
-from harness.files.alpha import mlx_config, one_alpha
+from harness.files.alpha import MLX
 from harness.files.config import build
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import write_gguf
 from harness.files.keys import PAIRS
-from harness.files.serialize import KeyOrder, ordered, replace_file, serialize
+from harness.law.scale import trained_scale
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PEFT_TAILS: Mapping[str, str] = {
+Modules = Mapping[str, LoraWeights | LoraParts]
+KeyOrder = Sequence[int] | random.Random | None
+_PEFT_TAILS: Mapping[str, str] = {
     "embedding_A": "lora_embedding_A",
     "embedding_B": "lora_embedding_B",
     "magnitude": "lora_magnitude_vector",
     "bias": "lora_B.bias",
 }
-"""Role -> how its key ends where PEFT does not write the role itself."""
-
-_COMMON = {"task_type": None, "base_model_name_or_path": None, "inference_mode": True, "modules_to_save": None}
-_LORA = {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
-_OTHERS = {"hada_": "LOHA", "lokr_": "LOKR"}
-
-
-def peft_config(modules: Mapping[str, LoraWeights | LoraParts]) -> dict[str, Any]:
-    """Return the adapter configuration of modules that all have the same variant.
-
-    Raises:
-        ValueError: a module without alpha, or PEFT has no configuration for the parts.
-    """
-    ranks = {name: rank_of(weights) for name, weights in modules.items()}
-    config = build(ranks, {name: float(weights.alpha or 0.0) for name, weights in modules.items()}, rslora=False)
-    roles = {role for weights in modules.values() if isinstance(weights, LoraParts) for role in weights.parts}
-    other = next((kind for start, kind in _OTHERS.items() if any(role.startswith(start) for role in roles)), None)
-    if other is None:
-        flags = {"use_dora": "magnitude" in roles, "lora_bias": "bias" in roles}
-        return {**_COMMON, **_LORA, **config, **flags, "peft_type": "LORA"}
-    alphas = {"alpha": config.pop("lora_alpha"), "module_dropout": 0.0, "rank_dropout": 0.0}
-    del config["use_rslora"]
-    return {**_COMMON, **config, **alphas, "peft_type": other}
-
-
-def rank_of(weights: LoraWeights | LoraParts) -> int:
-    """Return the rank of one module from the shapes of its parts.
-
-    Raises:
-        ValueError: none of the parts has a rank.
-    """
-    if isinstance(weights, LoraWeights):
-        return weights.rank
-    for role, axis in (("A", 0), ("embedding_A", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
-        if role in weights.parts:
-            return int(weights.parts[role].shape[axis])
-    raise ValueError(f"PEFT has no configuration for parts {', '.join(weights.parts)}")
-
-
-Modules = Mapping[str, LoraWeights | LoraParts]
-Pairs = Mapping[str, LoraWeights]
-_PEFT_FIELDS = {
-    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-    "lora_dropout": 0.0, "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False,
-}  # fmt: skip
 _PART_TAILS = {"mid": "lora_mid.weight", "bias": "lora_B.bias", "magnitude": "dora_scale"}
+_PEFT_COMMON = {"task_type": None, "base_model_name_or_path": None, "inference_mode": True, "modules_to_save": None}
+_PEFT_LORA = {"peft_type": "LORA", "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+_PEFT_OTHERS = {"hada_": "LOHA", "lokr_": "LOKR"}
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 
 def write_lora(
@@ -110,13 +76,8 @@ def write_lora(
     if rslora and row.alpha[0] in ("tensor", "kv"):
         modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
-    pairs = {name: weights for name, weights in modules.items() if isinstance(weights, LoraWeights)}
-    config = peft_config(modules) if _is_variant(row, modules) else _config(row, pairs, rslora)
-    return _save(Path(path), row, ordered(tensors, key_order), _metadata(row, prefix, config), config, pairs)
-
-
-def _is_variant(row: Format, modules: Modules) -> bool:
-    return row.alpha[0] == "config" and any(isinstance(weights, LoraParts) for weights in modules.values())
+    config = _config(row, modules, rslora)
+    return _save(Path(path), row, _ordered(tensors, key_order), _metadata(row, prefix, config), config, modules)
 
 
 def _row(format: str, modules: Modules, pair: str | None) -> Format:
@@ -161,12 +122,12 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
     tensors: dict[str, Tensor] = {}
     for name, weights in modules.items():
         stem = prefix + _stem(row, name)
-        for role, tensor in _parts(weights).items():
+        for role, tensor in weights.parts.items():
             key = f"{stem}.{_tail(row, role, pair)}"
             if key in tensors:
                 raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
             tensor = tensor.flatten() if row.folder and role == "magnitude" else tensor  # PEFT's is a vector
-            tensors[key] = (tensor.t() if role in row.flipped(name) else tensor).to(dtype=dtype).contiguous()
+            tensors[key] = (tensor.t() if role in row.flips(name) else tensor).to(dtype=dtype).contiguous()
         if row.alpha[0] == "tensor" and weights.alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
     return tensors
@@ -180,29 +141,55 @@ def _stem(row: Format, name: str) -> str:
     raise ValueError(f"modules[{name!r}]: a {row.name} file has no such module, only {row.naming.example}")
 
 
-def _parts(weights: LoraWeights | LoraParts) -> Mapping[str, Tensor]:
-    return weights.parts if isinstance(weights, LoraParts) else {"A": weights.a, "B": weights.b}
-
-
 def _tail(row: Format, role: str, pair: str) -> str:
     if role in ("A", "B"):
         return PAIRS[pair]["AB".index(role)].replace("*", "default")
-    if row.alpha[0] == "config" and role in PEFT_TAILS:
-        return PEFT_TAILS[role]
+    if row.alpha[0] == "config" and role in _PEFT_TAILS:
+        return _PEFT_TAILS[role]
     own = {known: tail for tail, known in row.extras.items()}
     return own.get(role) or _PART_TAILS.get(role, role)
 
 
-def _config(row: Format, modules: Pairs, rslora: bool) -> dict[str, Any]:
+def _config(row: Format, modules: Modules, rslora: bool) -> dict[str, Any]:
     if row.alpha[0] == "scale":
-        return mlx_config(modules, rslora=rslora)
+        return _mlx_config(modules, rslora)
     alphas = {name: weights.alpha for name, weights in modules.items() if weights.alpha is not None}
     if row.alpha[0] not in ("config", "header") or not alphas:
         return {}
     ranks = {name: weights.rank for name, weights in modules.items()}
     neutral = {name: math.sqrt(rank) if rslora else float(rank) for name, rank in ranks.items()}
     config = build(ranks, {**neutral, **alphas}, rslora=rslora)
-    return {**_PEFT_FIELDS, **config} if row.folder else config
+    roles = {role for weights in modules.values() for role in weights.parts}
+    return _peft_config(config, roles) if row.folder else config
+
+
+def _peft_config(scales: dict[str, Any], roles: set[str]) -> dict[str, Any]:
+    """Return adapter_config.json of modules with these parts, given the fields that decide the scale."""
+    for start, kind in _PEFT_OTHERS.items():
+        if any(role.startswith(start) for role in roles):
+            if scales.pop("use_rslora"):
+                raise ValueError(f"rslora=True is not written for {kind}, whose configuration has no such field")
+            alpha = {"alpha": scales.pop("lora_alpha"), "module_dropout": 0.0, "rank_dropout": 0.0}
+            return {**_PEFT_COMMON, **scales, **alpha, "peft_type": kind}
+    bias = {"lora_bias": True} if "bias" in roles else {}
+    return {**_PEFT_COMMON, **_PEFT_LORA, **scales, **bias, "use_dora": "magnitude" in roles}
+
+
+def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
+    """Return mlx-lm's adapter_config.json; with `num_layers` 0 only the modules named in `keys` are adapted."""
+    if missing := [name for name, weights in modules.items() if weights.alpha is None]:
+        raise ValueError(f"modules[{missing[0]!r}].alpha=None: a mlx configuration always has a scale")
+    rank, alpha = (_one("mlx", what, modules) for what in ("rank", "alpha"))
+    parameters = {"rank": rank, "scale": trained_scale(alpha, rank, rslora=rslora), "dropout": 0.0}
+    return {"fine_tune_type": "lora", "num_layers": 0, MLX: {**parameters, "keys": sorted(modules)}}
+
+
+def _one(format: str, what: str, modules: Modules) -> Any:
+    """Return the rank or alpha that all of `modules` share, for a format that stores one."""
+    found = list(dict.fromkeys(getattr(weights, what) for weights in modules.values()))
+    if len(found) > 1:
+        raise ValueError(f"{what} is {found[0]} and {found[1]}: a {format} file has one {what} for all modules")
+    return found[0]
 
 
 def _metadata(row: Format, prefix: str, config: Mapping[str, Any]) -> dict[str, str]:
@@ -213,15 +200,15 @@ def _metadata(row: Format, prefix: str, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _save(
-    path: Path, row: Format, tensors: dict[str, Tensor], metadata: dict[str, str], config: Any, pairs: Pairs
+    path: Path, row: Format, tensors: dict[str, Tensor], metadata: dict[str, str], config: Any, modules: Modules
 ) -> Path:
     target = path / row.weights_name if row.folder else _with_suffix(path, row.suffix)
     if row.alpha[0] == "kv":
-        alpha = one_alpha(row.name, pairs)
+        alpha = _one(row.name, "alpha", modules)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(target, tensors, alpha)
         return target
-    content = serialize(tensors, metadata)
+    content = _serialized(tensors, metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, content)
     if row.folder:
@@ -231,3 +218,68 @@ def _save(
 
 def _with_suffix(path: Path, suffix: str) -> Path:
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
+
+
+def _ordered(tensors: dict[str, Tensor], order: KeyOrder) -> dict[str, Tensor]:
+    """Return the tensors sorted by name, or in the permutation `order`, or in one drawn from a random generator.
+
+    Raises:
+        ValueError: `order` is no permutation of the keys.
+    """
+    if order is None:
+        return dict(sorted(tensors.items()))
+    keys = list(tensors)
+    if isinstance(order, random.Random):
+        places = list(range(len(keys)))
+        order.shuffle(places)
+    else:
+        places = list(order)
+    if sorted(places) != list(range(len(keys))):
+        raise ValueError(f"key_order={places!r} is no permutation of the {len(keys)} keys")
+    return {keys[place]: tensors[keys[place]] for place in places}
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Write beside `target`, then move it there, so that readers see the old file or the whole new one."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file whose data lies in the order of `tensors`; safetensors' own writer sorts by name.
+
+    Loaders see keys in the order of the data. Wider dtypes still go first, as there, because memory-mapping wants
+    every tensor at a multiple of its element size.
+
+    Raises:
+        ValueError: a dtype that LoRA files do not have.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    blocks: list[bytes] = []
+    at = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        blocks.append(_bytes(tensor))
+        end = at + len(blocks[-1])
+        header[key] = {"dtype": _dtype(tensor), "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, *blocks])
+
+
+def _dtype(tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={tensor.dtype} is not written, known are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    import torch
+
+    raw: bytes = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return raw

@@ -189,14 +189,11 @@ def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
     size = [start + d * (k - 1) + 1 for start, (k, _, _, d) in zip(first, steps, strict=True)]
     images = torch.zeros(layer.columns + 1, layer.channels, *size, device=like.device, dtype=like.dtype)
     places = torch.cartesian_prod(*(torch.arange(n) for n in (layer.channels, *layer.kernel)))
-    rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(_spacing(first, layer), 1))
+    spacing = zip(first, layer.dilation, strict=True)
+    rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
     images[torch.arange(layer.columns), places[:, 0], rows, columns] = 1
     answer = module(images)
     return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
-
-
-def _spacing(first: list[int], layer: Layer) -> list[tuple[int, int]]:
-    return list(zip(first, layer.dilation, strict=True))
 
 
 def _ask_embedding(module: nn.Module, layer: Layer, like: Tensor) -> object:

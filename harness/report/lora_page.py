@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files.serialize import replace_file
+from harness.files.write import replace_file
 from harness.law.known import ScaleLaw, known_laws
 from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.shell import asset, environment, policy

@@ -8,24 +8,22 @@ from types import MappingProxyType
 
 from harness.benches.layer import Kind
 from harness.errors import UserError
-from harness.variants import low_rank, products
+from harness.variants import parts
 from harness.variants.variant import Variant
 
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
-_WEIGHTS: frozenset[Kind] = frozenset({"linear", "conv"})
-_PAIR = low_rank.draw_pair, low_rank.pair_direction
+_PAIR = parts.draw_pair, parts.pair_direction
 
 _ROWS = (
-    Variant("lora", "B @ A on linear layers", *_PAIR),
-    Variant("rslora", "alpha / sqrt(rank)", *_PAIR, formats=frozenset({"peft", "diffusers"}), root=True),
-    Variant("conv", "B @ A on convolutions, 1x1 and 3x3 (LoCon)", *_PAIR, kinds=frozenset({"conv"})),
+    Variant("lora", *_PAIR),
+    Variant("rslora", *_PAIR, formats=frozenset({"peft", "diffusers"}), root=True),
+    Variant("conv", *_PAIR, kinds=frozenset({"conv"})),  # LoCon
     Variant(
         "tucker",
-        "convolutions with a core (LoCon with lora_mid)",
-        draw=low_rank.draw_tucker,
-        direction=low_rank.tucker_direction,
+        parts.draw_tucker,
+        parts.tucker_direction,
         kinds=frozenset({"conv"}),
         formats=_LYCORIS,
         max_rank=lambda layer: 16,
@@ -33,50 +31,38 @@ _ROWS = (
     ),
     Variant(
         "embedding",
-        "the rows of an embedding table",
-        draw=low_rank.draw_embedding,
-        direction=low_rank.embedding_direction,
+        parts.draw_embedding,
+        parts.embedding_direction,
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
     ),
     Variant(
         "dora",
-        "magnitude and direction",
-        draw=low_rank.draw_dora,
-        direction=low_rank.pair_direction,
+        parts.draw_dora,
+        parts.pair_direction,
         kinds=_LINEAR,
         formats=_PARTS,
         split=False,
         additive=False,
         strengths=(1.0,),
-        fit=low_rank.fit_dora,
+        fit=parts.fit_dora,
     ),
-    Variant(
-        "loha",
-        "product of two low-rank matrices, element by element",
-        draw=products.draw_loha,
-        direction=products.loha_direction,
-        gain=("hada_w2_a",),
-        kinds=_LINEAR,
-        formats=_PARTS,
-    ),
+    Variant("loha", parts.draw_loha, parts.loha_direction, gain=("hada_w2_a",), kinds=_LINEAR, formats=_PARTS),
     Variant(
         "lokr",
-        "Kronecker product of a full and a low-rank matrix",
-        draw=products.draw_lokr,
-        direction=products.lokr_direction,
+        parts.draw_lokr,
+        parts.lokr_direction,
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
-        max_rank=products.lokr_rank_limit,
-        wants=lambda layer: products.lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
+        max_rank=parts.lokr_rank_limit,
+        wants=lambda layer: parts.lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
     ),
     Variant(
         "lora-bias",
-        "a bias beside B @ A",
-        draw=low_rank.draw_biased,
-        direction=low_rank.biased_direction,
+        parts.draw_biased,
+        parts.biased_direction,
         gain=("B", "bias"),
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
@@ -84,17 +70,16 @@ _ROWS = (
     ),
     Variant(
         "full",
-        "the whole difference of a weight",
-        draw=low_rank.draw_full,
-        direction=low_rank.full_direction,
+        parts.draw_full,
+        parts.full_direction,
         gain=("diff",),
-        kinds=_WEIGHTS,
+        kinds=frozenset({"linear", "conv"}),
         formats=_LYCORIS,
         alpha=False,
         max_rank=lambda layer: 1,
     ),
-    Variant("qkv-split", "trained on q, k and v apart, loaded where they are merged", *_PAIR, topology="split"),
-    Variant("qkv-merged", "trained on merged q, k and v, loaded where they are apart", *_PAIR, topology="merged"),
+    Variant("qkv-split", *_PAIR, topology="split"),  # trained on q, k and v apart, loaded where they are merged
+    Variant("qkv-merged", *_PAIR, topology="merged"),  # the reverse
 )
 VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _ROWS})
 

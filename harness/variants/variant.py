@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from harness.benches import Bench, View
 from harness.benches.layer import Kind, Layer
 from harness.example import Example, Target
-from harness.measure.compare import Direction, Fit, fit
+from harness.law.scale import trained_scale
+from harness.measure.compare import Direction, Fit, fit, fit_slices
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -48,12 +49,12 @@ class Variant:
     unit of scale, where the scale is alpha / rank, alpha / sqrt(rank) with `root`, or 1 without `alpha`. `gain` are the
     roles that carry the size. `formats` (None: all) can say it and `kinds` of layers can have it, of those the ones it
     `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
-    can be fitted on its own. `strengths`: what a strength other than 1 means is left to the loader when there is only
-    one. Two loads of a variant that is not `additive` have no meaning that everybody shares.
+    can be fitted on its own, as a multiple of its direction. `strengths`: what a strength other than 1 means is left to
+    the loader when there is only one. Two loads of a variant that is not `additive` have no meaning that everybody
+    shares.
     """
 
     name: str
-    what: str
     draw: Callable[[Layer, int, Generator], dict[str, Tensor]]
     direction: Callable[[Parts, Layer], Direction]
     gain: tuple[str, ...] = ("B",)
@@ -87,9 +88,7 @@ class Variant:
 
     def scale(self, target: Target) -> float:
         """Return the trained factor on the direction."""
-        if target.alpha is None or not self.alpha:
-            return 1.0
-        return target.alpha / (math.sqrt(target.rank) if self.root else target.rank)
+        return trained_scale(target.alpha if self.alpha else None, target.rank, rslora=self.root)
 
     def updates(self, example: Example, view: View, weights: Mapping[str, Tensor]) -> dict[str, Update]:
         """Draw the modules of `example` in the file's dtype; `weights` are the base's, [rows, columns].
@@ -120,6 +119,4 @@ class Variant:
         whole = self.fit(before, after, update, expected=expected, dtype=dtype)
         if len(slices) < 2 or not self.split:
             return (whole,)
-        rows = (Update(update.parts, update.direction.rows(rows)) for rows in slices)
-        pairs = zip(slices, rows, strict=True)
-        return (whole, *(self.fit(before[r], after[r], part, expected=expected, dtype=dtype) for r, part in pairs))
+        return (whole, *fit_slices(before, after, update.direction, slices, expected=expected, dtype=dtype))

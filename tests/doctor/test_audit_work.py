@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 
-from harness.commands import audit as command
 from harness.doctor.audit import work as audit_work
 from harness.doctor.audit.work import Task, row_of, run_local
 
@@ -68,18 +64,3 @@ def test_a_slow_file_in_a_batch_of_slow_ones_keeps_its_own_limit(monkeypatch: py
         paths, Task(seconds=0.5), workers=2, on_result=lambda path, text: found.append(row_of(text).hazards[0].what)
     )
     assert found == ["fine"] * len(paths)
-
-
-def test_the_bar_is_redrawn_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-
-    class Counted(Progress):
-        def refresh(self) -> None:
-            drawn.append(1)
-
-    bar = command._Bar(Counted(console=Console(file=io.StringIO()), auto_refresh=False))
-    bar.start(5000)
-    drawn.clear()
-    for _ in range(5000):
-        bar.advance()
-    assert 1 <= len(drawn) < 50

@@ -81,6 +81,14 @@ def test_no_alpha_anywhere_is_lh701_and_prescribes_nothing(tmp_path: Path, forma
     assert set(record.prescription.values()) == {None}
 
 
+@pytest.mark.parametrize("said", [{}, {"unet.r": 4, "unet.lora_alpha": 8}])
+def test_a_header_that_says_nothing_of_the_modules_leaves_them_without_alpha(tmp_path: Path, said: object) -> None:
+    entries = {"transformer.a.lora_A.weight": floats(4, 2), "transformer.a.lora_B.weight": floats(3, 4)}
+    (tmp_path / "x.safetensors").write_bytes(tensors_file(entries, {"lora_adapter_metadata": json.dumps(said)}))
+    record = inspect_file(tmp_path / "x.safetensors")
+    assert (record.format, record.alpha_source, codes(record)) == ("diffusers", "none", ["LH701"])
+
+
 def test_the_alpha_of_the_training_turns_a_file_without_alpha_into_a_prescription(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "x", "diffsynth", {"a.b": weights(32, None), "a.c": weights(32, None)})
     assert inspect_file(path, lora_alpha=16).prescription == {

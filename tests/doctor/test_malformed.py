@@ -167,6 +167,11 @@ def test_options_that_are_no_number_are_refused(model: Model, value: str) -> Non
     done = run("inspect", lora, "--lora-alpha", value)
     assert done.exit_code == 2
     assert "is no finite number" in done.stderr
+    new = model.folder / "new.safetensors"
+    for option in ("--scale", "--lora-alpha"):
+        done = run("repair", lora, "--to", "comfyui", "--out", str(new), option, value)
+        assert (done.exit_code, new.exists()) == (2, False)
+        assert "is no finite number" in done.stderr
     paths = ("--base", lora, "--merged", lora, "--lora", lora)
     assert run("verify", *paths, "--strength", value).exit_code == 2
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.files.stacked import fused_heights, split_blocks, stack_blocks
+from tests.files.stacked import fused_heights, split_blocks, stack_blocks
 
 
 def parts(heights: list[int], ranks: list[int], inputs: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:

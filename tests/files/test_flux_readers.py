@@ -16,7 +16,7 @@ from diffusers.loaders import lora_conversion_utils as converters
 from safetensors.torch import load_file
 
 from harness.files import LoraParts, LoraWeights, read_lora, write_lora
-from harness.files.stacked import fused_heights, split_blocks, stack_blocks
+from tests.files.stacked import fused_heights, split_blocks, stack_blocks
 
 Tensors = dict[str, torch.Tensor]
 WIDTH = 6

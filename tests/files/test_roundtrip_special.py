@@ -144,6 +144,17 @@ def test_parts_of_a_variant_are_refused_where_nothing_can_say_them(tmp_path: Pat
         write_lora(tmp_path / "x", "peft", {"a": LoraParts({"lokr_w1": torch.ones(2, 2)}, 1.0)})
 
 
+@pytest.mark.parametrize("variant", ["dora", "loha", "lokr"])
+def test_rslora_of_a_variant_is_written_or_refused_and_never_dropped(tmp_path: Path, variant: str) -> None:
+    modules = {"a": LoraParts({role: torch.ones(shape) for role, shape in PARTS[variant].items()}, 6.0)}
+    if variant == "dora":
+        module = read_lora(write_lora(tmp_path / "x", "peft", modules, rslora=True)).modules["a"]
+        assert (module.rslora, module.trained_scale) == (True, 6.0 / math.sqrt(2))
+        return
+    with pytest.raises(ValueError, match=f"rslora=True is not written for {variant.upper()}"):
+        write_lora(tmp_path / "x", "peft", modules, rslora=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

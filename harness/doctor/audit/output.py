@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from harness.doctor.audit.rows import AuditRow
 from harness.errors import UserError
-from harness.files.serialize import replace_file
+from harness.files.write import replace_file
 from harness.text import printable
 
 COLUMNS = (

@@ -13,7 +13,7 @@ from harness.doctor.audit import remote
 from harness.doctor.inspect.describe import read_record
 from harness.errors import UserError
 from harness.files import TensorFile
-from harness.files.source import open_source
+from harness.files.read import open_source
 from harness.text import printable
 from harness.verdict.file_record import FileRecord, Hazard
 

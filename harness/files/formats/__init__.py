@@ -1,28 +1,153 @@
-"""The format table: one module per format, in the order in which they are recognised (most specific first).
+"""The format table: one row per format, in the order in which they are recognised (most specific first).
 
 A row is what differs in the grammar of prefixes, in the spelling of the halves or in the home of alpha. What differs
-only in the words of a module path, or in the tool that wrote it, is a dialect of a row: see the docstrings of `kohya`
-(FLUX, SDXL, musubi-tuner, OneTrainer, LyCORIS), `peft` (fal, Kontext), `comfyui` and `diffusers` (ai-toolkit).
+only in the words of a module path, or in the tool that wrote it, is a dialect of a row. A format that spells module
+paths in a way of its own has a module here, with its row and the functions that read and write such paths.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from harness.files.format import Format
-from harness.files.formats import (
-    attn_procs,
-    bfl_control,
-    comfyui,
-    diffsynth,
-    diffusers,
-    gguf,
-    kohya,
-    mlx,
-    peft,
-    xlabs,
-)
+from harness.files.format import MLX_WEIGHTS_NAME, Format, Source
+from harness.files.formats import attn_procs, xlabs
+from harness.files.gguf_file import GgufFile
 
-_MODULES = (peft, kohya, xlabs, attn_procs, comfyui, diffusers, mlx, gguf, bfl_control, diffsynth)
-FORMATS: Mapping[str, Format] = MappingProxyType({module.FORMAT.name: module.FORMAT for module in _MODULES})
+_COMPONENTS = (
+    "transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors",
+    "prior", "controlnet",
+)  # fmt: skip
+_NORM = re.compile(r"(double|single)_blocks\.\d+\.(\w+\.)*(query|key)_norm\.scale$")
+_BIAS = re.compile(r"(double_blocks|single_blocks|\w+_in|final_layer)(\.\w+)*\.lora_B\.bias$")
+
+
+def _is_gguf(source: Source) -> bool:
+    return isinstance(source.file, GgufFile)
+
+
+def _is_control(source: Source) -> bool:
+    able = [key for key in source.file.keys if key.endswith(("_norm.scale", ".lora_B.bias"))]
+    return any(_NORM.match(key) or _BIAS.match(key) for key in able)
+
+
+_ROWS = (
+    # PEFT: a folder with `adapter_model.safetensors` and `adapter_config.json`, which holds rank and alpha. Trainers of
+    # FLUX that name the original model's layers (`base_model.model.double_blocks.…`: fal, Kontext, FLUX.2) save the
+    # same file, usually without the configuration: a dialect, whose alpha is lost.
+    Format(
+        name="peft",
+        example="base_model.model.<module>.lora_A.weight beside adapter_config.json",
+        prefixes={"base_model.model.": ""},
+        pairs=("lora_A", "lora_A.default", "lora_embedding_A"),
+        alpha=("config", "tensor"),
+        bare="config",
+        folder=True,
+        write_prefix="base_model.model.",
+        metadata={"format": "pt"},
+        dialects={"bfl": r"base_model\.model\.(double|single)_blocks\."},
+    ),
+    # kohya sd-scripts and the many tools that write its keys: dots flattened to `_`, one `.alpha` tensor per module.
+    # Dialects, which differ only in the words of the module path and are read alike: FLUX (fused q, k, v; with
+    # `split_qkv` the halves are block-diagonal, rank 3r or 4r, and alpha still belongs to r), SDXL, musubi-tuner, the
+    # doubled underscore, OneTrainer, and LyCORIS as SimpleTuner saves it.
+    Format(
+        name="kohya",
+        example="lora_unet_<module_path>.lora_down.weight with lora_unet_<module_path>.alpha",
+        prefixes={
+            "lora_unet__": "unet",
+            **{f"lora_{component}_": component for component in ("unet", "te", "te1", "te2", "te3", "transformer")},
+            "lycoris_": "lycoris",
+        },
+        pairs=("lora_down", "lora_A"),
+        alpha=("tensor",),
+        flattened=True,
+        write_prefix="lora_unet_",
+        dialects={
+            "onetrainer": "lora_transformer_",
+            "lycoris": "lycoris_",
+            "double-underscore": "lora_unet__",
+            "flux": r"lora_unet_(double|single)_blocks_",
+            "sdxl": r"lora_unet_(input|output)_blocks_|lora_unet_middle_block_",
+            "sd": r"lora_unet_((down|up)_blocks|mid_block)_",
+            "musubi": r"lora_unet_(transformer_)?blocks_\d+_",
+        },
+    ),
+    xlabs.FORMAT,
+    attn_procs.FORMAT,
+    # ComfyUI's own keys: the model's names behind `diffusion_model.`, any spelling of the halves, `.alpha` or none.
+    # Beside the pair a module may have a whole `.diff`, `.diff_b`, `.set_weight`, `.w_norm`, `.b_norm`. ai-toolkit
+    # writes the same keys without alpha (alpha = rank by construction): a dialect, known by its metadata only.
+    Format(
+        name="comfyui",
+        example="diffusion_model.<module>.lora_A.weight with diffusion_model.<module>.alpha",
+        prefixes={"diffusion_model.": "diffusion_model", "text_encoders.": "text_encoders"},
+        pairs=("lora_A", "lora_A.default", "lora_down", "lora.down", "lora_linear_layer.down", "bare"),
+        alpha=("tensor",),
+        write_prefix="diffusion_model.",
+        dialects={"ai-toolkit": "#software=.*ai-toolkit", "bfl": r"diffusion_model\.(double|single)_blocks\."},
+    ),
+    # diffusers: the component's name before the module path, alpha in the header's `lora_adapter_metadata` or nowhere.
+    # `transformer.….lora_down.weight` with an `.alpha` tensor (OneTrainer's and others' way) is a dialect: only the
+    # spelling differs, and alpha is read from either home. So is ai-toolkit's file, known by its metadata.
+    Format(
+        name="diffusers",
+        example="transformer.<module>.lora_A.weight, alpha in the header's lora_adapter_metadata",
+        prefixes={f"{component}.": component for component in _COMPONENTS},
+        pairs=("lora_A", "lora.down", "lora_down", "lora_linear_layer.down", "lora_A.default"),
+        alpha=("header", "tensor"),
+        bare="header",
+        write_prefix="transformer.",
+        metadata={"format": "pt"},
+        dialects={"ai-toolkit": "#software=.*ai-toolkit", "lora-down": r".*\.lora_down\.weight$"},
+    ),
+    # mlx-lm: a folder with `adapters.safetensors` and `adapter_config.json`, which holds one factor for all modules.
+    # The halves are stored transposed: lora_a [in, r], lora_b [r, out] (experts, [e, r, in] and [e, out, r], are not).
+    # There is no alpha; `lora_parameters.scale` is the whole factor on B @ A, read here as alpha = scale * rank.
+    Format(
+        name="mlx",
+        example="<module>.lora_a beside adapter_config.json with lora_parameters",
+        pairs=("lora_a",),
+        alpha=("scale",),
+        bare="always",
+        folder=True,
+        metadata={"format": "mlx"},
+        extras={"m": "magnitude"},
+        flips=lambda name: ("A", "B"),
+        weights_name=MLX_WEIGHTS_NAME,
+    ),
+    # llama.cpp's GGUF adapter: one alpha for the file under `adapter.lora.alpha`; without it, or with 0, llama.cpp
+    # takes scale 1. The token embedding's A is stored transposed, [tokens, r].
+    Format(
+        name="gguf",
+        example="<tensor>.weight.lora_a in a GGUF file with adapter.lora.alpha",
+        pairs=("weight.lora_a",),
+        alpha=("kv",),
+        bare="always",
+        trait=_is_gguf,
+        flips=lambda name: ("A",) if name == "token_embd" else (),
+        suffix=".gguf",
+    ),
+    # Black Forest Labs' control LoRAs (FLUX tools): bare names of the original model, never an alpha. Unlike other bare
+    # files they train biases and replace whole tensors, the scales of the q and k norms. `img_in` is wider than the
+    # base's, which a reader has to pad with zeros.
+    Format(
+        name="bfl-control",
+        example="double_blocks.<n>.img_attn.qkv.lora_A.weight with ….lora_B.bias and ….query_norm.scale",
+        pairs=("lora_A",),
+        alpha=("none", "tensor"),
+        bare="always",
+        extras={"query_norm.scale": "query_norm", "key_norm.scale": "key_norm"},
+        trait=_is_control,
+    ),
+    # DiffSynth-Studio: the model's own names, usually with PEFT's adapter name left in, alpha absent or a tensor.
+    Format(
+        name="diffsynth",
+        example="<module>.lora_A.default.weight or <module>.lora_A.weight, sometimes with <module>.alpha",
+        pairs=("lora_A.default", "lora_A", "lora_down"),
+        alpha=("tensor",),
+        bare="always",
+    ),
+)
+FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS})
