@@ -213,7 +213,7 @@ def law_record(law: Law) -> LawRecord:
 
 
 def law_name(law: Law) -> str:
-    """Return the law in words: `as trained`, a factor of it, or the titles of the codes of it and its other readings."""
+    """Return the law in words: `as trained`, a factor of it, or the titles of the codes of its readings."""
     if law.is_trained:
         return "as trained"
     return ", or ".join(dict.fromkeys(_reading(each) for each in (law, *law.others) if not each.is_trained))

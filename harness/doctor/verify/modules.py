@@ -54,13 +54,13 @@ class Module:
     @property
     def fits(self) -> tuple[float, float]:
         """The expected scales that would pass: what the rounding of W', of the delta and of the scale leaves open."""
-        return self.found.scale - self.found.slack, self.found.scale + self.found.slack
+        return self.found.measured - self.found.tolerance, self.found.measured + self.found.tolerance
 
     @property
     def vague(self) -> str:
         """What a merge that passes cannot tell apart although it must be; empty when it can."""
         expected, (low, high) = self.found.expected, self.fits
-        told_apart = not 0 < _APART * abs(expected) < self.found.slack
+        told_apart = not 0 < _APART * abs(expected) < self.found.tolerance
         if told_apart or not (self.tells_scale and self.found.right):
             return ""
         other = max(low, high, key=lambda end: abs(end - expected))
@@ -151,7 +151,7 @@ def _numbers(module: Module) -> dict[str, Any]:
         "survived": baked.survived,
         "data": {
             "state": baked.state,
-            "fits": module.fits if module.tells_scale and math.isfinite(module.found.slack) else None,
+            "fits": module.fits if module.tells_scale and math.isfinite(module.found.tolerance) else None,
             "tensor": module.tensor,
             "coverage": round(baked.coverage, 5),
             "explained": round(baked.explained, 5),

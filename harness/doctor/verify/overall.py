@@ -195,7 +195,7 @@ def _rows(
 
 
 def _doubt(module: Module) -> float:
-    return module.found.slack / abs(module.found.expected)
+    return module.found.tolerance / abs(module.found.expected)
 
 
 def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
