@@ -122,6 +122,9 @@ def test_any_right_merge_passes_and_a_wrong_scale_fails_unless_the_merge_cannot_
     report = merged_once(folder, dtype, lora_dtype, shape, rank, alpha, size, strength, error, merge, full, seed)
     (module,) = report.modules
     expected = strength * alpha / rank
+    if module.data["fits"] is None:
+        assert not report.ok, "what rounding hides is no pass"
+        return
     low, high = module.data["fits"]
     assert low <= error * expected <= high, "the scale that was used is always in the interval"
     assert report.ok or not low <= expected <= high, report.overall.text()
@@ -129,7 +132,8 @@ def test_any_right_merge_passes_and_a_wrong_scale_fails_unless_the_merge_cannot_
     told_apart = "cannot tell" not in module.title
     assert told_apart == (not report.ok or high - low <= 0.02 * abs(expected))
     assert not told_apart or report.ok == (error == 1.0), report.overall.text()
-    assert told_apart or dtype == torch.float8_e4m3fn, "only three bits of mantissa are ever too few"
+    few = dtype == torch.float8_e4m3fn or (dtype == torch.bfloat16 and shape[0] * shape[1] <= 16 * 48)
+    assert told_apart or few, "only bits of mantissa or elements can be too few"
 
 
 @pytest.mark.parametrize("error", [1.0, 1.03])
