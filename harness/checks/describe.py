@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from harness.checks.finding import Finding
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell
+from harness.checks.family import LAW_FAMILIES, Finding
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
@@ -20,7 +18,7 @@ _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(ran
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:
     """Return the verdict of a family in which nothing was found."""
     law = law_record(diagnosis.law) if diagnosis and diagnosis.law else None
-    return cell_verdict(cell, family, "passed", title=f"{family} right", examples=examples, law=law)
+    return cell.verdict(family, "passed", title=f"{family} right", examples=examples, law=law)
 
 
 def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, family: str, examples: int) -> Verdict:
@@ -28,12 +26,11 @@ def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, fam
     worst = finding.modules[0] if finding.modules else None
     fit = _worst_fit(finding, worst)
     example = finding.observation.example
-    law = diagnosis.law if family in ("scale", "strength") and diagnosis.law and not diagnosis.law.is_trained else None
+    law = diagnosis.law if family in LAW_FAMILIES and diagnosis.law and not diagnosis.law.is_trained else None
     use = _prescription(law, example)
     outcome: Outcome = "errored" if family == "smoke" else "failed"
     numbers = {"measured_scale": fit.scale, "expected_scale": fit.expected, "ratio": _ratio(fit)} if fit else {}
-    return cell_verdict(
-        cell,
+    return cell.verdict(
         family,
         outcome,
         code=code,
@@ -51,22 +48,8 @@ def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, fam
     )
 
 
-def place(cell: Cell) -> str:
-    """Return where in the matrix a cell is, in words."""
-    variant = f", variant {cell.variant_name}" if cell.variant_name != "lora" else ""
-    return f"format {cell.format}, bench {cell.bench_name}{variant}"
-
-
-def cell_verdict(cell: Cell, family: str, outcome: Outcome, **fields: Any) -> Verdict:
-    """Return a verdict of `family` in `cell`."""
-    subject = cell.subject
-    where: dict[str, Any] = {"format": cell.format, "bench": cell.bench_name, "variant": cell.variant_name}
-    where["loader_version"] = subject.version
-    return Verdict(loader=subject.spec, check=family, outcome=outcome, **where, **fields)
-
-
 def _title(code: str, finding: Finding, diagnosis: Diagnosis, family: str) -> str:
-    when = f" only where: {diagnosis.trait}" if diagnosis.trait and family in ("scale", "strength") else ""
+    when = f" only where: {diagnosis.trait}" if diagnosis.trait and family in LAW_FAMILIES else ""
     return f"{CODES[code].title}{when}: {finding.fact}" if finding.fact else f"{CODES[code].title}{when}"
 
 
@@ -82,7 +65,7 @@ def _rows(
 ) -> list[tuple[str, str]]:
     subject, example = cell.subject, finding.observation.example
     version = f" {subject.version}" if subject.version else ""
-    rows = [("loader", f"{subject.spec}{version}"), ("file", place(cell))]
+    rows = [("loader", f"{subject.spec}{version}"), ("file", cell.place)]
     rows += [("lora", _lora(example))]
     if worst and fit:
         shape = "x".join(map(str, cell.view.layers[worst].shape)) if worst in cell.view.layers else ""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checks.matrix import declared_cells
-from harness.checks.scale import unmeasured_probes
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell, declared_cells
+from harness.checks.family import LAW_FAMILIES
+from harness.checks.observation import unmeasured_probes
 from harness.errors import UserError
 from harness.example import Example
 from harness.law.traits import TRAITS
@@ -58,7 +58,7 @@ class KnownFailure:
     @property
     def of_scale(self) -> bool:
         """Whether this line speaks of a law."""
-        return CODES[self.code].family in ("scale", "strength")
+        return CODES[self.code].family in LAW_FAMILIES
 
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
@@ -66,7 +66,7 @@ class KnownFailure:
 
     def names(self, code: str | None, *, short: bool) -> bool:
         """Whether a fault with `code` is this one; a `short` check may find a law where there is none (LH209)."""
-        scale = code is not None and CODES[code].family in ("scale", "strength")
+        scale = code is not None and CODES[code].family in LAW_FAMILIES
         return code == self.code or (short and scale and self.code == "LH209")
 
     def excuse(self, verdict: Verdict) -> Verdict:

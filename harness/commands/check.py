@@ -37,8 +37,8 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
     LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
-    from harness.checks.cell import Plan
-    from harness.checks.matrix import cells_of
+    from harness.checks.cell import cells_of
+    from harness.checks.plan import Plan
     from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header

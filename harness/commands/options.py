@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from harness.checks.cell import Measured, Pins
+    from harness.checks.cell import Cell
     from harness.checks.known import KnownFailure
-    from harness.checks.trial import Cell
+    from harness.checks.plan import Pins
+    from harness.checks.run_cell import Measured
     from harness.report.records import RunWriter
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
@@ -97,7 +98,7 @@ def pin_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def pins_of(options: dict[str, Any], seed: int) -> Pins | None:
     """Return the pinned example that the options describe, or None when none is given."""
-    from harness.checks.cell import Pins
+    from harness.checks.plan import Pins
 
     given = {key: value for key, value in options.items() if value not in (None, ())}
     return Pins(**given, value_seed=seed) if given else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from harness.checks.shrink import simplified
+from harness.checks.search import simplified
 from harness.example import Example, Target
 
 
