@@ -64,6 +64,7 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
             limits = Limits(seconds or shared.default_seconds(spec), workers=workers)
             writer.write(*skipped)
             verdicts += skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
+        verdicts += shared.ask_reference(writer, [cell for _, cells, _ in work for cell in cells], workers)
     if not as_json:
-        print_verdicts(verdicts)
+        print_verdicts(verdicts, reference=writer.reference)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

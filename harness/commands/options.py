@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness.checks.plan import Pins
     from harness.checks.run_cell import Measured
     from harness.report.records import RunWriter
+    from harness.verdict.verdict import Verdict
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
@@ -135,6 +136,16 @@ def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[C
             progress.refresh()
 
         yield advance
+
+
+def ask_reference(writer: RunWriter, cells: Sequence[Cell], workers: int) -> list[Verdict]:
+    """Hold PEFT's own merge against the closed form wherever `cells` are, note it, and return what disagrees."""
+    from harness.checks.reference import ask_peft
+
+    reference = ask_peft(cells, workers=workers)
+    writer.reference = str(reference)
+    writer.write(*reference.verdicts)
+    return reference.verdicts
 
 
 def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:

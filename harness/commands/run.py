@@ -99,6 +99,7 @@ def _check(
     probes = shared.probe_writer(writer)
     with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
         check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance, on_measured=probes)
+    shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
 
 

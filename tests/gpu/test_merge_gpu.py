@@ -14,7 +14,7 @@ from harness.loaders.protocol import CORE_BENCHES
 from harness.loaders.registry import installed, resolve
 from harness.measure.compare import fit
 from harness.measure.effective import effective_weights
-from harness.reference import peft_merged_weights
+from tests.peft_factors import peft_merged_weights
 
 pytestmark = pytest.mark.gpu
 
