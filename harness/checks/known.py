@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.checks.cell import Cell, declared_cells
+from harness.checks.describe import failed, passed
 from harness.checks.family import LAW_FAMILIES
 from harness.checks.observation import unmeasured_probes
+from harness.checks.plan import Plan, examples_for, planned
+from harness.checks.search import Search, observe, search
 from harness.errors import UserError
 from harness.example import Example
+from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
 _FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "versions", "seconds", "reason", "link")
+_KNOWN_EXAMPLES = 40
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,46 @@ def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[Know
     lines = [k for k in known if k.loader in subjects and not k.of_images]
     declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
     return [k for k in lines if not any(k.applies(cell) for cell in declared[k.loader])]
+
+
+def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
+    """Try the inputs with a known fault on their own: they must still fail with the recorded code.
+
+    A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
+    """
+
+    def tried(example: Example) -> bool:
+        return known.trait is None or known.covers(cell, example)
+
+    limited = replace(cell, seconds=known.seconds)
+    until = None if known.of_scale else known.code  # a law takes more than one example
+    found = Search()
+    for example in filter(tried, planned(cell, plan.layers_in(cell))):
+        if until not in found.counts:
+            found.add(*observe(limited, example))
+    if (verdict := _shown(limited, known, found)) is not None:
+        return verdict
+    strategy = examples_for(cell, plan).filter(tried)
+    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
+
+
+def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
+    """Return the excused verdict when the recorded fault is among what was found."""
+    diagnosis = diagnose(found.probes)
+    for finding in found.findings.values():
+        code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
+        if code == known.code:
+            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
+            return known.excuse(verdict)
+    return None
+
+
+def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
+    verdict = passed(cell, "known_failures", examples)
+    return verdict.model_copy(
+        update={"outcome": "xpassed", "code": known.code, "title": known.gone(), "reason": known.reason}
+    )
 
 
 def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from harness.checks.cell import Cell
 from harness.checks.describe import failed, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
-from harness.checks.known import KnownFailure
+from harness.checks.known import KnownFailure, tried_alone
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
-from harness.checks.symptoms import Symptoms, unloaded
 from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe
 from harness.verdict.verdict import LawRecord, Verdict
 
-_KNOWN_EXAMPLES = 40
+_NOT_LOADED = ("LH101", "LH102")
+_DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304"})
+_RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def check_cell(
     yield from (_excused(verdict, general, short=short) for verdict in verdicts)
     shown = {k for k in general for verdict in verdicts if k.names(verdict.code, short=short)}
     if plan.pins is None:
-        yield from (_known_verdict(cell, plan, k) for k in known if k not in shown)
+        yield from (tried_alone(cell, plan, k) for k in known if k not in shown)
 
 
 def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search) -> None:
@@ -103,41 +105,82 @@ def _excused(verdict: Verdict, known: Sequence[KnownFailure], *, short: bool) ->
     return next((k.excuse(verdict) for k in known if k.names(verdict.code, short=short)), verdict)
 
 
-def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
-    verdict = passed(cell, "known_failures", examples)
-    return verdict.model_copy(
-        update={"outcome": "xpassed", "code": known.code, "title": known.gone(), "reason": known.reason}
-    )
+@dataclass(frozen=True)
+class Symptoms:
+    """What else was found beside a finding, and the law behind the scales."""
+
+    result: Search
+    diagnosis: Diagnosis
+
+    def include(self, code: str) -> bool:
+        """Tell whether findings of `code` only follow from what another finding says."""
+        if "LH104" in self.result.findings and code in (*_NOT_LOADED, *_RESIDUAL):
+            return True  # what one layer lacks, another has on top of its own
+        if code in _RESIDUAL:
+            return self._rarer(code, 3)
+        if code in _NOT_LOADED:
+            return self._of_coverage(code)
+        return code == "LH209" and self._of_scale()
+
+    def _of_coverage(self, code: str) -> bool:
+        if self._by_law or ("LH209" in self.result.findings and not self._unloaded and not self._silent):
+            return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
+        if self._chance(code):
+            return True
+        modules = {p.module for p in self.result.probes}
+        return code == "LH101" and "LH102" in self.result.findings and len(self._unloaded) < len(modules)
+
+    def _of_scale(self) -> bool:
+        found = self.result.findings
+        if found["LH209"].faint and not _DIRECTIONS.isdisjoint(found):
+            return True  # where the change is large enough to tell, its direction is wrong
+        if self._lost_digits or (self.diagnosis.code is None and "LH501" in found):
+            return True
+        named = self.diagnosis.law or self.diagnosis.trait
+        if not named and self._chance("LH209"):
+            return True
+        return self._silent and not self._by_law and any(code in found for code in _NOT_LOADED)
+
+    def _chance(self, code: str) -> bool:
+        """Whether a change that is wrong throughout has, now and then, some scale or none."""
+        return not self._unloaded and self._rarer(code, 10)
+
+    def _rarer(self, code: str, times: int) -> bool:
+        """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
+        counts = self.result.counts
+        most = max(counts.get(other, 0) for other in _RESIDUAL)
+        return most > 0 and times * counts.get(code, 0) <= most
+
+    @cached_property
+    def _wrong(self) -> list[Probe]:
+        return [p for p in self.result.probes if not p.right]
+
+    @cached_property
+    def _unloaded(self) -> set[str]:
+        return unloaded(self.result.probes)
+
+    @property
+    def _silent(self) -> bool:
+        return all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+
+    @property
+    def _by_law(self) -> bool:
+        law = self.diagnosis.law
+        return bool(law and not law.is_trained and not self._unloaded)
+
+    @property
+    def _lost_digits(self) -> bool:
+        """Whether every scale that is off is off by less than the digits that LH501 saw lost."""
+        if "LH501" not in self.result.findings:
+            return False
+        lost = self.result.findings["LH501"]
+        share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
+        wrong = self._wrong
+        return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
 
 
-def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
-    """Try the inputs with a known fault on their own: they must still fail with the recorded code.
-
-    A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
-    """
-
-    def tried(example: Example) -> bool:
-        return known.trait is None or known.covers(cell, example)
-
-    limited = replace(cell, seconds=known.seconds)
-    until = None if known.of_scale else known.code  # a law takes more than one example
-    found = Search()
-    for example in filter(tried, planned(cell, plan.layers_in(cell))):
-        if until not in found.counts:
-            found.add(*observe(limited, example))
-    if (verdict := _shown(limited, known, found)) is not None:
-        return verdict
-    strategy = examples_for(cell, plan).filter(tried)
-    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
-    return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
-
-
-def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
-    """Return the excused verdict when the recorded fault is among what was found."""
-    diagnosis = diagnose(found.probes)
-    for finding in found.findings.values():
-        code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
-        if code == known.code:
-            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
-            return known.excuse(verdict)
-    return None
+def unloaded(probes: Sequence[Probe]) -> set[str]:
+    """Return the modules that never changed although their scale should have been visible."""
+    visible = [p for p in probes if abs(p.expected) > 4 * p.tolerance]
+    changed = {p.module for p in visible if abs(p.measured) > 4 * p.tolerance}
+    return {p.module for p in visible} - changed

@@ -14,17 +14,13 @@ from harness.measure.compare import Fit
 
 @dataclass(frozen=True)
 class Scenario:
-    """`steps` on a fresh model, `what` they are in words, the `right` multiples after them, the `code` of others.
-
-    `may_raise`: refusing these steps is a documented choice of several loaders.
-    """
+    """`steps` on a fresh model, `what` they are in words, the `right` multiples after them, the `code` of others."""
 
     code: str
     steps: tuple[Step, ...]
     right: tuple[float, ...]
     what: str
     requires: Need | None = None
-    may_raise: bool = False
 
     def possible(self, cell: Cell) -> bool:
         """Whether a loader can be asked for this in `cell`."""
@@ -32,19 +28,24 @@ class Scenario:
         return has(cell, self.requires) and (plain or has(cell, "any strength"))
 
 
-def first_wrong(cell: Cell, once: Observation, scenarios: Iterable[Scenario]) -> Iterator[Finding]:
-    """Yield the finding of the first possible scenario that goes wrong; `once` is what one load showed."""
+def first_wrong(
+    cell: Cell, once: Observation, scenarios: Iterable[Scenario], *, may_raise: bool = False
+) -> Iterator[Finding]:
+    """Yield the finding of the first possible scenario that goes wrong; `once` is what one load showed.
+
+    `may_raise`: refusing these steps is a documented choice of several loaders.
+    """
     for scenario in scenarios:
-        if scenario.possible(cell) and (found := _finding(cell, once, scenario)):
+        if scenario.possible(cell) and (found := _finding(cell, once, scenario, may_raise)):
             yield found
             return
 
 
-def _finding(cell: Cell, once: Observation, scenario: Scenario) -> Finding | None:
+def _finding(cell: Cell, once: Observation, scenario: Scenario, may_raise: bool) -> Finding | None:
     seen = run_trial(cell, once.example, scenario.steps)
     if seen.raised:
         what = f"{scenario.what} raised: {seen.raised.what}"
-        return None if scenario.may_raise else Finding(scenario.code, seen, fact=what)
+        return None if may_raise else Finding(scenario.code, seen, fact=what)
     clear = {n: f[0] for n, f in seen.fits.items() if not wrong_direction(once.fits[n][0])}  # the others have no scale
     first = {name: once.fits[name][0].scale for name in clear}
     if any(all(_near(fit, times * first[name]) for name, fit in clear.items()) for times in scenario.right):
