@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from harness.checks.cell import Cell, declared_cells
-from harness.checks.describe import failed, passed
+from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES
 from harness.checks.observation import unmeasured_probes
 from harness.checks.plan import Plan, examples_for, planned
@@ -19,7 +19,6 @@ from harness.law.traits import TRAITS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
-_FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "versions", "seconds", "reason", "link")
 _KNOWN_EXAMPLES = 40
 
 
@@ -109,7 +108,7 @@ def read_known_failures(path: Path) -> list[KnownFailure]:
 
 def _parse(path: Path, table: dict[str, object]) -> KnownFailure:
     where = f"{path}: failure {table.get('id', '?')!r}"
-    unknown = set(table) - set(_FIELDS)
+    unknown = set(table) - {field.name for field in fields(KnownFailure)}
     missing = {"id", "loader", "code", "reason", "link"} - set(table)
     if unknown or missing:
         raise UserError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
@@ -143,7 +142,7 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     def tried(example: Example) -> bool:
         return known.trait is None or known.covers(cell, example)
 
-    limited = replace(cell, seconds=known.seconds)
+    limited = replace(cell, seconds=known.seconds or cell.seconds)
     until = None if known.of_scale else known.code  # a law takes more than one example
     found = Search()
     for example in filter(tried, planned(cell, plan.layers_in(cell))):
@@ -159,12 +158,8 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
 def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
     """Return the excused verdict when the recorded fault is among what was found."""
     diagnosis = diagnose(found.probes)
-    for finding in found.findings.values():
-        code = (diagnosis.code or finding.code) if finding.code == "LH209" else finding.code
-        if code == known.code:
-            verdict = failed(cell, finding, diagnosis, code=code, family=finding.family, examples=found.examples)
-            return known.excuse(verdict)
-    return None
+    faults = (NamedFinding(cell, finding, diagnosis) for finding in found.findings.values())
+    return next((known.excuse(fault.verdict(found.examples)) for fault in faults if fault.code == known.code), None)
 
 
 def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:

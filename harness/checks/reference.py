@@ -36,7 +36,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Reference:
+class SelfCheck:
     """What PEFT said wherever it was asked; `without` are the variants it has no form for, `reason` why it was not."""
 
     version: str | None = None
@@ -70,7 +70,7 @@ def _count(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
-def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> Reference:
+def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     """Merge a small LoRA with PEFT on every bench and variant of `cells`, in a child process unless `workers` is 0.
 
     What is held against the closed form is the loader `peft`, whichever loaders the cells are of.
@@ -78,11 +78,11 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> Reference:
     try:
         subject = resolve("peft")
     except LoaderSpecError as error:
-        return Reference(reason=str(error))
+        return SelfCheck(reason=str(error))
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
     known = [c for c in places if c.possible and not subject.unsupported("peft", c.bench_name, c.variant_name)]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
-    return Reference(subject.version, tuple(_asked(known, min(workers, 1))), tuple(without))
+    return SelfCheck(subject.version, tuple(_asked(known, min(workers, 1))), tuple(without))
 
 
 def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from harness.checks.cell import Cell
-from harness.checks.describe import failed, passed
+from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
 from harness.checks.known import KnownFailure, tried_alone
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
@@ -85,11 +85,9 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     symptoms = Symptoms(result, diagnosis)
     faults = [f for f in result.findings.values() if not symptoms.include(f.code)]
     for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
-        code, family = finding.code, finding.family
-        if code == "LH209":
-            code, family = diagnosis.code or code, diagnosis.family
-        reported.add(family)
-        yield failed(cell, finding, diagnosis, code=code, family=family, examples=result.examples)
+        fault = NamedFinding(cell, finding, diagnosis)
+        reported.add(fault.family)
+        yield fault.verdict(result.examples)
     for family in family_names():
         if family in reported or (smoke and result.examples == 1):
             continue

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +36,8 @@ _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and Comfy
 class Step:
     """One call of the subject: load a file of the trial, undo the last load, or set the strength of what is loaded.
 
-    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model.
+    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model (a
+    power of two).
     `file`: the example's own, a copy of it, or the other example's.
     """
 
@@ -57,21 +58,9 @@ class Step:
         return (lambda model: set_strength(model, wanted)) if set_strength else _nothing
 
 
-def load(times: float = 1.0, file: File = "example") -> Step:
-    """Return the step that loads a file."""
-    return Step("load", times, file)
-
-
-def set_strength(times: float) -> Step:
-    """Return the step that sets the strength without loading again."""
-    return Step("set_strength", times)
-
-
-def rebuild(times: float) -> Step:
-    """Return the step that goes on with a new model, its layers multiplied by `times`, a power of two."""
-    return Step("rebuild", times)
-
-
+load: Callable[..., Step] = partial(Step, "load")
+set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
+rebuild: Callable[[float], Step] = partial(Step, "rebuild")
 UNLOAD = Step("unload")
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from harness.checks import reference
 from harness.checks.cell import Cell, cells_of
-from harness.checks.reference import Reference, ask_peft
+from harness.checks.reference import SelfCheck, ask_peft
 from harness.cli import main
 from harness.errors import LoaderSpecError
 from harness.loaders.registry import resolve
@@ -30,7 +30,7 @@ def cells(*variants: str, bench: str = "qwen-image", form: str = "peft") -> list
     return [Cell(resolve(loaders.right), form, bench, variant) for variant in variants]
 
 
-def asked(*variants: str, bench: str = "qwen-image", form: str = "peft") -> Reference:
+def asked(*variants: str, bench: str = "qwen-image", form: str = "peft") -> SelfCheck:
     return ask_peft(cells(*variants, bench=bench, form=form), workers=0)
 
 
