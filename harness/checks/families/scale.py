@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from harness.checks.cell import Cell
-from harness.checks.family import Finding, follows, judges
+from harness.checks.family import Finding, Scenario, first_wrong, follows, judges
 from harness.checks.observation import Observation, wrong_direction
-from harness.checks.scenario import Scenario, first_wrong
 from harness.checks.trial import load, set_strength
 
 _SET_LATER = (

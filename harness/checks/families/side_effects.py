@@ -10,9 +10,8 @@ import torch
 
 from harness.checks.cell import Cell
 from harness.checks.families.direction import misplaced
-from harness.checks.family import Finding, follows, has, judges
+from harness.checks.family import Finding, Scenario, first_wrong, follows, has, judges
 from harness.checks.observation import Observation
-from harness.checks.scenario import Scenario, first_wrong
 from harness.checks.trial import UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
 from harness.measure.compare import norm
