@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import judged, table
-from harness.checks.cell import Plan, check_cell
-from harness.checks.matrix import declared_cells
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell, declared_cells
+from harness.checks.plan import Plan
+from harness.checks.run_cell import check_cell
 from harness.commands.options import known_failures
 from harness.isolation.jobs import TimeLimitExceeded
 from harness.isolation.limits import alarm

@@ -1,1 +1,1 @@
-"""Checks: one module per family of properties, each a plain function from an observation to findings."""
+"""Checks: what a load must do and leave alone, one file of `families/` per family of properties."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
-from harness.checks.finding import Finding
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell
+from harness.checks.family import LAW_FAMILIES, Finding
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.measure.compare import Fit
 from harness.verdict.codes import CODES
-from harness.verdict.verdict import Outcome, Verdict
+from harness.verdict.verdict import Verdict
 
 _SHOWN_MODULES = 4
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
@@ -20,87 +22,106 @@ _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(ran
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:
     """Return the verdict of a family in which nothing was found."""
     law = law_record(diagnosis.law) if diagnosis and diagnosis.law else None
-    return cell_verdict(cell, family, "passed", title=f"{family} right", examples=examples, law=law)
+    return cell.verdict(family, "passed", title=f"{family} right", examples=examples, law=law)
 
 
-def failed(cell: Cell, finding: Finding, diagnosis: Diagnosis, *, code: str, family: str, examples: int) -> Verdict:
-    """Return the verdict of one fault, with the rows a person reads."""
-    worst = finding.modules[0] if finding.modules else None
-    fit = _worst_fit(finding, worst)
-    example = finding.observation.example
-    law = diagnosis.law if family in ("scale", "strength") and diagnosis.law and not diagnosis.law.is_trained else None
-    use = _prescription(law, example)
-    outcome: Outcome = "errored" if family == "smoke" else "failed"
-    numbers = {"measured_scale": fit.scale, "expected_scale": fit.expected, "ratio": _ratio(fit)} if fit else {}
-    return cell_verdict(
-        cell,
-        family,
-        outcome,
-        code=code,
-        title=_title(code, finding, diagnosis, family),
-        worst_module=worst,
-        modules_failed=len(finding.modules) or None,
-        modules_total=len(finding.observation.fits) or None,
-        law=law_record(law) if law else None,
-        prescription=use,
-        counterexample=example.as_json(),
-        reproduce=cell.reproduce(example),
-        rows=tuple(_rows(cell, finding, fit, worst, law, diagnosis, use, code)),
-        examples=examples,
-        **numbers,
-    )
+@dataclass(frozen=True)
+class NamedFinding:
+    """A finding under the name that the law behind all scales of its cell gives it."""
 
+    cell: Cell
+    finding: Finding
+    diagnosis: Diagnosis
 
-def place(cell: Cell) -> str:
-    """Return where in the matrix a cell is, in words."""
-    variant = f", variant {cell.variant_name}" if cell.variant_name != "lora" else ""
-    return f"format {cell.format}, bench {cell.bench_name}{variant}"
+    @property
+    def code(self) -> str:
+        """The code of the law where the finding is that some law must be wrong (LH209), else its own."""
+        own = self.finding.code
+        return self.diagnosis.code or own if own == "LH209" else own
 
+    @property
+    def family(self) -> str:
+        """The family of `code`."""
+        return self.diagnosis.family if self.finding.code == "LH209" else self.finding.family
 
-def cell_verdict(cell: Cell, family: str, outcome: Outcome, **fields: Any) -> Verdict:
-    """Return a verdict of `family` in `cell`."""
-    subject = cell.subject
-    where: dict[str, Any] = {"format": cell.format, "bench": cell.bench_name, "variant": cell.variant_name}
-    where["loader_version"] = subject.version
-    return Verdict(loader=subject.spec, check=family, outcome=outcome, **where, **fields)
+    @cached_property
+    def law(self) -> Law | None:
+        """The wrong law, where one is at fault."""
+        law = self.diagnosis.law if self.family in LAW_FAMILIES else None
+        return law if law and not law.is_trained else None
 
+    @property
+    def example(self) -> Example:
+        """The counterexample."""
+        return self.finding.observation.example
 
-def _title(code: str, finding: Finding, diagnosis: Diagnosis, family: str) -> str:
-    when = f" only where: {diagnosis.trait}" if diagnosis.trait and family in ("scale", "strength") else ""
-    return f"{CODES[code].title}{when}: {finding.fact}" if finding.fact else f"{CODES[code].title}{when}"
+    @property
+    def worst(self) -> str | None:
+        """The module that fails most."""
+        return next(iter(self.finding.modules), None)
 
+    @cached_property
+    def fit(self) -> Fit | None:
+        """What was measured of the worst module, or of the slice of it that is furthest off."""
+        fits = self.finding.observation.fits.get(self.worst or "", ())
+        return max(fits, key=lambda f: abs(f.scale - f.expected) + f.residual / (f.product or 1.0), default=None)
 
-def _rows(
-    cell: Cell,
-    finding: Finding,
-    fit: Fit | None,
-    worst: str | None,
-    law: Law | None,
-    diagnosis: Diagnosis,
-    use: float | None,
-    code: str,
-) -> list[tuple[str, str]]:
-    subject, example = cell.subject, finding.observation.example
-    version = f" {subject.version}" if subject.version else ""
-    rows = [("loader", f"{subject.spec}{version}"), ("file", place(cell))]
-    rows += [("lora", _lora(example))]
-    if worst and fit:
-        shape = "x".join(map(str, cell.view.layers[worst].shape)) if worst in cell.view.layers else ""
-        rows += [
-            ("worst", f"{worst} [{shape}]"),
-            ("measured", _measured(fit)),
-            ("expected", _expected(example, worst, fit, cell.variant.root)),
-        ]
-        rows += [("tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}")]
-    if law:
-        doubt = f" (ambiguous: also {', '.join(law.alternatives)})" if law.ambiguous else ""
-        rows += [("law", f"{law.formula}{doubt}; expected {_TRAINED[law.root]}")]
-        rows += [("use", _use(subject.strength_argument, use))]
-    if diagnosis.trait and law is None and fit:
-        rows += [("only where", diagnosis.trait.text)]
-    known = CODES[code]
-    rows += [("cause", known.cause), ("fix", f"{known.fix}   (lora-harness explain {code})")]
-    return [*rows, ("reproduce", cell.reproduce(example))]
+    @cached_property
+    def use(self) -> float | None:
+        """The strength that makes up for the law, where one value does."""
+        pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in self.example.targets]
+        return self.law.prescription(pairs) if self.law else None
+
+    def verdict(self, examples: int) -> Verdict:
+        """Return the verdict, with the rows a person reads; it took `examples` to find it."""
+        finding, fit = self.finding, self.fit
+        return self.cell.verdict(
+            self.family,
+            "errored" if self.family == "smoke" else "failed",
+            code=self.code,
+            title=self._title(),
+            worst_module=self.worst,
+            modules_failed=len(finding.modules) or None,
+            modules_total=len(finding.observation.fits) or None,
+            law=law_record(self.law) if self.law else None,
+            prescription=self.use,
+            counterexample=self.example.as_json(),
+            reproduce=self.cell.reproduce(self.example),
+            rows=tuple(self._rows()),
+            examples=examples,
+            measured_scale=fit.scale if fit else None,
+            expected_scale=fit.expected if fit else None,
+            ratio=fit.scale / fit.expected if fit and fit.expected else None,
+        )
+
+    def _title(self) -> str:
+        trait = self.diagnosis.trait if self.family in LAW_FAMILIES else None
+        when = f" only where: {trait}" if trait else ""
+        return f"{CODES[self.code].title}{when}: {self.finding.fact}".removesuffix(": ")
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        subject, code = self.cell.subject, CODES[self.code]
+        yield "loader", f"{subject.spec} {subject.version or ''}".rstrip()
+        yield "file", self.cell.place
+        yield "lora", _lora(self.example)
+        if self.worst and self.fit:
+            yield from self._measured(self.worst, self.fit)
+        if self.law:
+            doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
+            yield "law", f"{self.law.formula}{doubt}; expected {_TRAINED[self.law.root]}"
+            yield "use", _use(subject.strength_argument, self.use)
+        if self.diagnosis.trait and self.law is None and self.fit:
+            yield "only where", self.diagnosis.trait.text
+        yield "cause", code.cause
+        yield "fix", f"{code.fix}   (lora-harness explain {self.code})"
+        yield "reproduce", self.cell.reproduce(self.example)
+
+    def _measured(self, worst: str, fit: Fit) -> Iterator[tuple[str, str]]:
+        layers = self.cell.view.layers
+        yield "worst", f"{worst} [{'x'.join(map(str, layers[worst].shape)) if worst in layers else ''}]"
+        yield "measured", _measured(fit)
+        yield "expected", _expected(self.example, worst, fit, self.cell.variant.root)
+        yield "tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}"
 
 
 def _lora(example: Example) -> str:
@@ -142,17 +163,3 @@ def _use(argument: str, use: float | None) -> str:
     if use is None:
         return f"no single {argument} makes this file right; the loader must be fixed"
     return f"{argument} = {use:g} for this file until it is fixed"
-
-
-def _prescription(law: Law | None, example: Example) -> float | None:
-    pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in example.targets]
-    return law.prescription(pairs) if law else None
-
-
-def _worst_fit(finding: Finding, worst: str | None) -> Fit | None:
-    fits = finding.observation.fits.get(worst or "")
-    return max(fits, key=lambda f: abs(f.scale - f.expected) + f.residual / (f.product or 1.0)) if fits else None
-
-
-def _ratio(fit: Fit) -> float | None:
-    return fit.scale / fit.expected if fit.expected else None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from harness.checks.matrix import declared_cells
-from harness.checks.scale import unmeasured_probes
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell, declared_cells
+from harness.checks.describe import NamedFinding, passed
+from harness.checks.family import LAW_FAMILIES
+from harness.checks.observation import unmeasured_probes
+from harness.checks.plan import Plan, examples_for, planned
+from harness.checks.search import Search, observe, search
 from harness.errors import UserError
 from harness.example import Example
+from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
-_FIELDS = ("id", "loader", "code", "formats", "benches", "variants", "trait", "versions", "seconds", "reason", "link")
+_KNOWN_EXAMPLES = 40
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class KnownFailure:
     @property
     def of_scale(self) -> bool:
         """Whether this line speaks of a law."""
-        return CODES[self.code].family in ("scale", "strength")
+        return CODES[self.code].family in LAW_FAMILIES
 
     def covers(self, cell: Cell, example: Example) -> bool:
         """Whether some module of `example` has the trait."""
@@ -66,7 +70,7 @@ class KnownFailure:
 
     def names(self, code: str | None, *, short: bool) -> bool:
         """Whether a fault with `code` is this one; a `short` check may find a law where there is none (LH209)."""
-        scale = code is not None and CODES[code].family in ("scale", "strength")
+        scale = code is not None and CODES[code].family in LAW_FAMILIES
         return code == self.code or (short and scale and self.code == "LH209")
 
     def excuse(self, verdict: Verdict) -> Verdict:
@@ -104,7 +108,7 @@ def read_known_failures(path: Path) -> list[KnownFailure]:
 
 def _parse(path: Path, table: dict[str, object]) -> KnownFailure:
     where = f"{path}: failure {table.get('id', '?')!r}"
-    unknown = set(table) - set(_FIELDS)
+    unknown = set(table) - {field.name for field in fields(KnownFailure)}
     missing = {"id", "loader", "code", "reason", "link"} - set(table)
     if unknown or missing:
         raise UserError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
@@ -127,6 +131,42 @@ def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[Know
     lines = [k for k in known if k.loader in subjects and not k.of_images]
     declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
     return [k for k in lines if not any(k.applies(cell) for cell in declared[k.loader])]
+
+
+def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
+    """Try the inputs with a known fault on their own: they must still fail with the recorded code.
+
+    A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
+    """
+
+    def tried(example: Example) -> bool:
+        return known.trait is None or known.covers(cell, example)
+
+    limited = replace(cell, seconds=known.seconds or cell.seconds)
+    until = None if known.of_scale else known.code  # a law takes more than one example
+    found = Search()
+    for example in filter(tried, planned(cell, plan.layers_in(cell))):
+        if until not in found.counts:
+            found.add(*observe(limited, example))
+    if (verdict := _shown(limited, known, found)) is not None:
+        return verdict
+    strategy = examples_for(cell, plan).filter(tried)
+    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
+
+
+def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
+    """Return the excused verdict when the recorded fault is among what was found."""
+    diagnosis = diagnose(found.probes)
+    faults = (NamedFinding(cell, finding, diagnosis) for finding in found.findings.values())
+    return next((known.excuse(fault.verdict(found.examples)) for fault in faults if fault.code == known.code), None)
+
+
+def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
+    verdict = passed(cell, "known_failures", examples)
+    return verdict.model_copy(
+        update={"outcome": "xpassed", "code": known.code, "title": known.gone(), "reason": known.reason}
+    )
 
 
 def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:

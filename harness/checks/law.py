@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.checks.design import planned
+from harness.checks.cell import Cell
+from harness.checks.plan import planned
 from harness.checks.search import observe
-from harness.checks.trial import Cell
 from harness.law.diagnosis import Diagnosis, diagnose
 from harness.law.probe import Probe
 from harness.loaders.protocol import Subject

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from harness.checks.cell import FAMILIES, Plan
+from harness.checks.cell import Cell, cells_of
+from harness.checks.family import family_names
 from harness.checks.known import KnownFailure
-from harness.checks.matrix import cells_of
+from harness.checks.plan import Plan
 from harness.checks.run import Limits, as_list, check_cells
-from harness.checks.trial import Cell
 from harness.loaders.registry import resolve
 from harness.verdict.verdict import Verdict
 
@@ -29,7 +29,7 @@ class CellTest:
     def verdicts(self) -> list[Verdict]:
         """Return the verdicts of this family; a cell that could not run at all answers for every family."""
         found = list(self._run(self.cell))
-        own = [v for v in found if v.check == self.family or (self.family == "smoke" and v.check not in FAMILIES)]
+        own = [v for v in found if v.check == self.family or (self.family == "smoke" and v.check not in family_names())]
         return own or [v for v in found if not v.ok]
 
     def __call__(self) -> None:
@@ -55,7 +55,7 @@ def cell_tests(
     def run(cell: Cell) -> tuple[Verdict, ...]:
         return tuple(check_cells([cell], plan, limits))
 
-    return [CellTest(cell, family, run) for cell in cells for family in FAMILIES]
+    return [CellTest(cell, family, run) for cell in cells for family in family_names()]
 
 
 def parametrize_with_checks(

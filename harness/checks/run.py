@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from harness.checks.cell import Measured, Plan, check_cell
-from harness.checks.describe import cell_verdict, place
+from harness.checks.cell import Cell, cells_of
 from harness.checks.known import KnownFailure, unmatched
-from harness.checks.matrix import cells_of
-from harness.checks.trial import Cell
+from harness.checks.plan import Plan
+from harness.checks.run_cell import Measured, check_cell
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import GRACE_SECONDS, call_limit
 from harness.loaders.registry import resolve
@@ -108,11 +107,11 @@ def died(cell: Cell, end: JobEnd) -> Verdict:
     """Return the verdict of a cell whose process ended in another way than by finishing."""
     why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
     what = f"{why.get(end.status, 'raised outside a call')}: {end.detail or end.status}"
-    rows = [("loader", cell.subject.spec), ("file", place(cell))]
+    rows = [("loader", cell.subject.spec), ("file", cell.place)]
     rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
     rows += [("reproduce", end.last_label)] if end.last_label else []
     fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}
-    return cell_verdict(cell, "smoke", "errored", title=f"loader raised: {what}", **fields)
+    return cell.verdict("smoke", "errored", title=f"loader raised: {what}", **fields)
 
 
 def _stale(known: KnownFailure) -> Verdict:

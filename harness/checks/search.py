@@ -1,28 +1,35 @@
-"""Search for violations: draw examples and judge each with every family."""
+"""Search for violations: draw examples, judge each with every family, make the counterexamples plain.
+
+A counterexample is plain with one module, the smallest rank and the roundest alpha that still show the same fault.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis.errors import NoSuchExample
 from hypothesis.strategies import SearchStrategy
 
-from harness.checks.coverage import check_coverage
-from harness.checks.direction import check_direction
-from harness.checks.finding import Finding
-from harness.checks.numerics import check_numerics
-from harness.checks.scale import check_scale, probes_of
-from harness.checks.side_effects import check_side_effects
-from harness.checks.smoke import check_smoke
-from harness.checks.trial import Cell, Observation, run_trial
-from harness.example import Example
-from harness.files import FORMATS
+from harness.checks.cell import Cell
+from harness.checks.family import Finding, judge
+from harness.checks.observation import Observation, probes_of
+from harness.checks.trial import run_trial
+from harness.example import Example, Target
 from harness.law.probe import Probe
 
+_Number = TypeVar("_Number", int, float)
 _MAX_RAISED = 3  # a subject that keeps raising, or hanging, tells nothing new
+_SECONDS = 60.0  # only a slow subject meets it: the number of trials keeps the result the same everywhere
+_TRIALS, _TRIALS_BY_HAND = 250, 100
+_EXAMPLES = 400
+_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64)  # plainest first
+_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 
 
 @dataclass
@@ -56,26 +63,10 @@ class Search:
         self.examples += later.examples
 
 
-def judge(cell: Cell, observation: Observation) -> list[Finding]:
-    """Apply every family to one observation."""
-    if observation.raised:
-        return check_smoke(observation)
-    return [
-        *check_coverage(observation),
-        *check_scale(observation, zero_alpha_ambiguous=zero_alpha_is_ambiguous(cell.format)),
-        *check_direction(observation),
-        *check_side_effects(observation),
-        *check_numerics(observation),
-    ]
-
-
 def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
     """Run one example and return what it showed, as an observation, as probes and as findings."""
     observation = run_trial(cell, example)
-    probes = [] if observation.raised else probes_of(observation, cell.view, root=cell.variant.root)
-    if zero_alpha_is_ambiguous(cell.format):
-        probes = [p for p in probes if p.alpha != 0]
-    return observation, probes, judge(cell, observation)
+    return observation, list(probes_of(observation, cell)), judge(observation)
 
 
 def search(
@@ -102,11 +93,6 @@ class _FoundError(Exception):
     """What was looked for is found: Hypothesis draws no more."""
 
 
-def zero_alpha_is_ambiguous(format_name: str) -> bool:
-    """Whether readers of this format split over alpha = 0 (0, or the rank): true where alpha is a tensor of its own."""
-    return FORMATS[format_name].alpha[0] == "tensor"
-
-
 def quiet_settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink)) -> Any:
     """Return Hypothesis settings without a database, a deadline, health checks or prints."""
     return settings(
@@ -117,3 +103,77 @@ def quiet_settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate,
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
+
+
+@dataclass
+class _Trials:
+    """Which examples show the fault of `finding`; `left` more may be run until `deadline`."""
+
+    cell: Cell
+    finding: Finding
+    left: int = _TRIALS
+    deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
+    seen: dict[Example, Finding | None] = field(default_factory=dict)
+
+    def fails(self, example: Example) -> bool:
+        """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
+        if example not in self.seen and self.left > 0 and time.monotonic() < self.deadline:
+            self.left -= 1
+            found = judge(run_trial(self.cell, example))
+            self.seen[example] = next((f for f in found if f.code == self.finding.code), None)
+        return self.seen.get(example) is not None
+
+
+def shrink(
+    cell: Cell,
+    examples: SearchStrategy[Example],
+    finding: Finding,
+    *,
+    base_seed: int,
+    allowed: Callable[[Example], bool] = lambda example: True,
+) -> Finding:
+    """Return the same fault on the simplest example found within a time limit, or `finding` itself.
+
+    Hypothesis shrinks what it draws, and stops where no small step leads on (a rank divisible by 3 next to 48, say);
+    plainer numbers are then tried one by one. `allowed` says which examples may be tried.
+    """
+    if (raised := finding.observation.raised) and raised.timed_out:
+        return finding  # every attempt would cost the whole limit again
+    trials = _Trials(cell, finding)
+    try:
+        simplest = find(examples, trials.fails, settings=quiet_settings(_EXAMPLES), random=random.Random(base_seed))
+    except NoSuchExample:
+        return finding
+    trials.left = _TRIALS_BY_HAND
+    return trials.seen[simplified(simplest, lambda e: allowed(e) and trials.fails(e))] or finding
+
+
+def simplified(example: Example, fails: Callable[[Example], bool]) -> Example:
+    """Take the first plainer example that still fails, until none does."""
+    while (plainer := next(filter(fails, _plainer(example)), None)) is not None:
+        example = plainer
+    return example
+
+
+def _plainer(example: Example) -> Iterator[Example]:
+    """Yield examples with a module less, then with a plainer rank or alpha in one module."""
+    targets = example.targets
+    for i in range(len(targets) if len(targets) > 1 else 0):
+        yield replace(example, targets=targets[:i] + targets[i + 1 :])
+    for i, target in enumerate(targets):
+        for other in _plainer_targets(target):
+            yield replace(example, targets=(*targets[:i], other, *targets[i + 1 :]))
+
+
+def _plainer_targets(target: Target) -> Iterator[Target]:
+    """Yield a module with each plainer rank, then with each plainer alpha; one without alpha stays without."""
+    for rank in _before(_RANKS, target.rank):
+        if rank < target.rank or target.rank == 1:
+            yield replace(target, rank=rank)
+    for alpha in () if target.alpha is None else _before(_ALPHAS, target.alpha):
+        yield replace(target, alpha=alpha)
+
+
+def _before(plain: tuple[_Number, ...], value: _Number) -> tuple[_Number, ...]:
+    """Return what stands before `value` in the list, all of it when `value` does not stand there."""
+    return plain[: plain.index(value)] if value in plain else plain

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.checks.describe import cell_verdict
-from harness.checks.trial import Cell, run_trial
+from harness.checks.cell import Cell
+from harness.checks.trial import run_trial
 from harness.example import Example, Target
 from harness.verdict.verdict import Verdict
 
@@ -60,8 +60,7 @@ def table_verdicts(cell: Cell, rank: int, alpha: float, rows: Sequence[StrengthR
     """Turn the rows into verdicts of a check called `strength_table`; they state facts, so all of them pass."""
     argument = cell.subject.strength_argument
     return [
-        cell_verdict(
-            cell,
+        cell.verdict(
             "strength_table",
             "passed",
             title=f"rank {rank}, alpha {alpha:g}, {argument} = {row.strength:g}: {row.factor:.3g}x, {row.word}",

@@ -1,100 +1,71 @@
-"""One trial: write the example as a file, let the loader load it, and measure every layer of the model afterwards."""
+"""One trial: write the example as a file, take a fresh model through steps such as loading it, measure every layer."""
 
 from __future__ import annotations
 
-import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from harness.benches import Bench, View, get_bench
-from harness.checks.steps import File, Step, load
-from harness.checks.written import bytes_of, copy_of, file_order, writable, write_example
+from harness.benches import Bench, View
+from harness.checks.cell import Cell
+from harness.checks.observation import Observation, observation_of
 from harness.example import Example
+from harness.files import FORMATS, LoraParts, LoraWeights, match_modules, read_lora, write_lora
 from harness.isolation.calls import CallFailedError, Raised, describe, guarded
 from harness.isolation.jobs import TimeLimitExceeded
 from harness.loaders.protocol import Subject
-from harness.measure.compare import Fit, norm
+from harness.measure.compare import norm
 from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
-from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
-from harness.variants import Update, Variant, get_variant
+from harness.measure.tolerance import UNIT_ROUNDOFF
+from harness.variants import Update
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Limit = Callable[[str, "float | None"], AbstractContextManager[None]]  # label, seconds (None: the default)
+File = Literal["example", "copy", "other"]
+Call = Callable[["torch.nn.Module"], object]
+_OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One place of the matrix: a loader, a file format, a bench and a variant of LoRA."""
+class Step:
+    """One call of the subject: load a file of the trial, undo the last load, or set the strength of what is loaded.
 
-    subject: Subject
-    format: str
-    bench_name: str
-    variant_name: str = "lora"
-    limit: Limit = field(default=lambda label, seconds: nullcontext(), compare=False)
-    seconds: float | None = None
-
-    @property
-    def bench(self) -> Bench:
-        """The bench itself."""
-        return get_bench(self.bench_name)
-
-    @property
-    def variant(self) -> Variant:
-        """What the modules of the file are."""
-        return get_variant(self.variant_name)
-
-    @property
-    def view(self) -> View:
-        """The bench's layers as the file names them."""
-        view = self.variant.view(self.bench)
-        assert view is not None, f"{self.bench_name} has no layers for {self.variant_name}"
-        return view
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The layers a file of this cell may change."""
-        return tuple(name for name in self.variant.targets(self.view) if writable(self.format, name))
-
-    @property
-    def possible(self) -> bool:
-        """Whether the format can say the variant and the bench has layers for it."""
-        formats = self.variant.formats
-        fits = (formats is None or self.format in formats) and self.variant.view(self.bench) is not None
-        return fits and len(self.targets) > 0
-
-    def reproduce(self, example: Example) -> str:
-        """Return the command that repeats `example` in this cell."""
-        where = f"{shlex.quote(self.subject.spec)} --format {self.format} --bench {self.bench_name}"
-        where += f" --variant {self.variant_name}" if self.variant_name != "lora" else ""
-        everything = {t.name for t in example.targets} == set(self.targets)
-        return f"lora-harness check {where} {example.as_options(everything=everything)}"
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one trial showed: a fit per target (whole layer first, then its slices), and what else changed.
-
-    `order` lists the targets as the keys of the file stand.
+    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model (a
+    power of two).
+    `file`: the example's own, a copy of it, or the other example's.
     """
 
-    example: Example
-    fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
-    changes: Mapping[str, Tensor] = field(default_factory=dict)
-    products: Mapping[str, Tensor] = field(default_factory=dict)
-    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    others_changed: tuple[str, ...] = ()
-    not_finite: tuple[str, ...] = ()
-    file_changed: bool = False
-    order: tuple[str, ...] = ()
-    raised: Raised | None = None
+    kind: Literal["load", "unload", "set_strength", "rebuild"]
+    times: float = 1.0
+    file: File = "example"
+
+    def call(self, subject: Subject, file: Callable[[File], Path], strength: float) -> Call:
+        """Return the call to make on the model; what the subject does not declare does nothing."""
+        wanted = self.times * strength
+        if self.kind == "load":
+            path = file(self.file)
+            return lambda model: subject.load(model, path, strength=wanted)
+        declared = subject.declaration
+        if self.kind == "unload":
+            return declared.unload or _nothing
+        set_strength = declared.set_strength
+        return (lambda model: set_strength(model, wanted)) if set_strength else _nothing
+
+
+load: Callable[..., Step] = partial(Step, "load")
+set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
+rebuild: Callable[[float], Step] = partial(Step, "rebuild")
+UNLOAD = Step("unload")
+
+
+def _nothing(model: torch.nn.Module) -> None:
+    return None
 
 
 def run_trial(
@@ -135,19 +106,24 @@ def run_trial(
                 if all(torch.equal(before[name], after[name]) for name in bench.layers):
                     after = weights_while_running(model, bench.layers, bench.forward, bias=bias)
                 shifted = () if bias else tuple(_shifted(bench, model, example.dtype))
-        except CallFailedError as failed:
-            return Observation(example, raised=failed.raised)
-        except MissingModuleError as missing:
-            return Observation(example, raised=Raised("LH902", f"the loaded model has no module {missing}"))
-        except TimeLimitExceeded as late:
-            return Observation(example, raised=Raised("LH901", f"the loaded model does not answer: {late}"))
-        except Exception as error:
-            return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
+        except (Exception, TimeLimitExceeded) as error:
+            return Observation(example, raised=_raised(error))
         file_changed = bytes_of(path) != written
     view = cell.view
-    seen = _observe(cell, example, updates, view.gather(before), view.gather(after))
+    seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
     others = (*seen.others_changed, *_other_state(bench, model, example.dtype, bias), *shifted, *left)
     return replace(seen, others_changed=tuple(dict.fromkeys(others)), file_changed=file_changed, order=order)
+
+
+def _raised(error: BaseException) -> Raised:
+    """Say how a call, or the measuring of the model that it left, went wrong."""
+    if isinstance(error, CallFailedError):
+        return error.raised
+    if isinstance(error, MissingModuleError):
+        return Raised("LH902", f"the loaded model has no module {error}")
+    if isinstance(error, TimeLimitExceeded):
+        return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True)
+    return Raised("LH902", f"the loaded model does not run: {describe(error)}")
 
 
 def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
@@ -167,37 +143,6 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
 def base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
     """Return what the layers of the unloaded bench answer to zeros, in float64."""
     return offsets(bench.base(_dtype(dtype)), bench.layers)
-
-
-def _observe(
-    cell: Cell,
-    example: Example,
-    updates: Mapping[str, Update],
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-) -> Observation:
-    fits: dict[str, tuple[Fit, ...]] = {}
-    dtype = coarser(example.dtype, example.file_dtype)
-    for target in example.targets:
-        name, expected = target.name, example.strength * cell.variant.scale(target)
-        both = before[name], after[name], updates[name], cell.view.slices(name)
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=dtype)
-    untouched = [name for name in cell.view.layers if name not in fits]
-    changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
-    return Observation(
-        example,
-        fits,
-        {name: after[name] - before[name] for name in (*fits, *changed)},
-        {name: update.direction.product for name, update in updates.items()},
-        {name: cell.view.layers[name].kernel for name in fits},
-        changed,
-        tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
-    )
-
-
-def _unchanged_limit(weight: Tensor, dtype: str) -> float:
-    """An untouched layer may be re-cast (one rounding), nothing more."""
-    return 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
 
 
 def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
@@ -229,3 +174,46 @@ def _dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
+    """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
+    modules = {t.name: _weights(updates[t.name].parts, t.alpha) for t in example.targets}
+    name = "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
+    order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
+    root = cell.variant.root
+    folder.mkdir(exist_ok=True)
+    return write_lora(folder / name, cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+
+
+def copy_of(path: Path) -> Path:
+    """Return a copy of the LoRA `path`, a file or a folder, under another name beside it."""
+    other = path.with_name(f"renamed-{path.name}")
+    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, other)
+    return other
+
+
+def file_order(path: Path, view: View) -> tuple[str, ...]:
+    """Return the targets of a written file, by their name in `view`, in the order of the file's keys."""
+    adapter = read_lora(path)
+    names, _ = match_modules(adapter, view.layers)
+    return tuple(names[name] for name in adapter.modules)
+
+
+def bytes_of(path: Path) -> dict[str, bytes]:
+    """Return what is in the file `path`, or in each file of that folder, by name."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _weights(parts: Mapping[str, Tensor], alpha: float | None) -> LoraWeights | LoraParts:
+    return LoraWeights(parts["A"], parts["B"], alpha) if set(parts) == {"A", "B"} else LoraParts(parts, alpha)
+
+
+def _prefix(format_name: str, component: str) -> str | None:
+    """Return how keys of `component` begin where that is not the format's own way."""
+    row = FORMATS[format_name]
+    words = {component, *_OTHER_WORDS.get(component, ())}
+    if component == "transformer" or row.prefixes.get(row.write_prefix) in words:
+        return None
+    return next((prefix for prefix, part in row.prefixes.items() if part in words), None)

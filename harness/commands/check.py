@@ -10,7 +10,7 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from harness.checks.cell import Pins
+    from harness.checks.plan import Pins
     from harness.verdict.verdict import Verdict
 
 
@@ -50,8 +50,8 @@ def command(
     LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
-    from harness.checks.cell import Plan
-    from harness.checks.matrix import cells_of
+    from harness.checks.cell import cells_of
+    from harness.checks.plan import Plan
     from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
@@ -63,6 +63,7 @@ def command(
     work = [(spec, *cells_of(resolve(spec), *places)) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
+    children = shared.worker_count(workers)
     cells = [cell for _, found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
@@ -70,9 +71,10 @@ def command(
     ):
         for spec, found, skipped in work:
             plan = Plan(max_examples or shared.default_examples(spec), seed, pins, known)
-            limits = Limits(time_limit or shared.default_seconds(spec), workers=shared.worker_count(workers))
+            limits = Limits(time_limit or shared.default_seconds(spec), workers=children)
             writer.write(*skipped)
             verdicts += skipped + check_cells(found, plan, limits, on_verdict=writer.write, on_cell=advance)
+        verdicts += shared.ask_reference(writer, cells, children)
     if not as_json:
-        print_verdicts(verdicts)
+        print_verdicts(verdicts, reference=writer.reference)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

@@ -15,10 +15,11 @@ import click
 from harness.commands.screen import progress
 
 if TYPE_CHECKING:
-    from harness.checks.cell import Measured
+    from harness.checks.cell import Cell
     from harness.checks.known import KnownFailure
-    from harness.checks.trial import Cell
+    from harness.checks.run_cell import Measured
     from harness.report.records import RunWriter
+    from harness.verdict.verdict import Verdict
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -120,7 +121,7 @@ def pin_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def folded(**options: Any) -> None:
-        from harness.checks.cell import Pins
+        from harness.checks.plan import Pins
 
         given = {name: value for name in _PINNED if (value := options.pop(name)) not in (None, ())}
         command(**options, pins=Pins(**given, value_seed=options["seed"]) if given else None)
@@ -144,6 +145,16 @@ def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[C
     """Show on stderr how many cells are done; yields what is to be called after each one."""
     with progress("checking", len(cells), quiet=quiet) as line:
         yield lambda cell: line.advance(f"{cell.subject.spec} {cell.format} {cell.bench_name} {cell.variant_name}"[:50])
+
+
+def ask_reference(writer: RunWriter, cells: Sequence[Cell], workers: int) -> list[Verdict]:
+    """Hold PEFT's own merge against the closed form wherever `cells` are, note it, and return what disagrees."""
+    from harness.checks.reference import ask_peft
+
+    reference = ask_peft(cells, workers=workers)
+    writer.reference = str(reference)
+    writer.write(*reference.verdicts)
+    return reference.verdicts
 
 
 def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:

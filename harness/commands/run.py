@@ -12,7 +12,7 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from harness.checks.trial import Cell
+    from harness.checks.cell import Cell
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
@@ -84,8 +84,8 @@ def _not_drawn(loader: str) -> Verdict:
 def _check(
     writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from harness.checks.cell import Plan
-    from harness.checks.matrix import cells_of
+    from harness.checks.cell import cells_of
+    from harness.checks.plan import Plan
     from harness.checks.run import Limits, check_cells
     from harness.loaders.registry import resolve
 
@@ -99,6 +99,7 @@ def _check(
     probes = shared.probe_writer(writer)
     with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
         check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance, on_measured=probes)
+    shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
 
 

@@ -20,6 +20,7 @@ class Raised:
 
     code: str
     what: str
+    timed_out: bool = False
 
 
 def describe(error: BaseException) -> str:
@@ -52,7 +53,7 @@ def guarded(
         with limit, _contained(left):
             result = call(model)
     except TimeLimitExceeded as late:
-        raise CallFailedError(Raised("LH901", str(late))) from None
+        raise CallFailedError(Raised("LH901", str(late), timed_out=True)) from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a subject that raises SystemExit is data, not the end of the run

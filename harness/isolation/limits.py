@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from harness.checks.trial import Limit
+from harness.checks.cell import Limit
 from harness.isolation.jobs import Channel, TimeLimitExceeded
 
 GRACE_SECONDS = 10.0  # after its own alarm a child may still tidy up before the parent kills it

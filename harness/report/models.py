@@ -40,6 +40,7 @@ class Footer(Record):
     counts: dict[str, int]
     seconds: float
     exit_code: int
+    reference: str = Field(default="", description="how closely PEFT's own merge agrees with the closed form here")
 
 
 class PartRecord(Record):

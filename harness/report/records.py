@@ -125,12 +125,13 @@ class RunWriter:
     """Append the records of one run to `path`, one flushed JSON line each, and to `echo` when given.
 
     A context manager: the header is written on entry, the footer on a normal exit. After an exception there is no
-    footer, so what ran stays readable and the run is red. `exit_code` overrides the one derived from the verdicts.
+    footer, so what ran stays readable and the run is red. `exit_code` overrides the one derived from the verdicts,
+    `reference` says what PEFT was asked.
     """
 
     def __init__(self, path: Path | str | None, header: Header, *, echo: TextIO | None = None) -> None:
         self.path = Path(path) if path is not None else None
-        self.header, self.exit_code = header, None
+        self.header, self.exit_code, self.reference = header, None, ""
         self._sinks: list[TextIO] = [echo] if echo is not None else []
         self._file: TextIO | None = None
         self._counts: Counter[str] = Counter()
@@ -162,7 +163,7 @@ class RunWriter:
         if kind is None:
             code = self.exit_code if self.exit_code is not None else exit_code_of(self._counts)
             seconds = round(time.monotonic() - self._started, 3)
-            self.write(Footer(counts=dict(self._counts), seconds=seconds, exit_code=code))
+            self.write(Footer(counts=dict(self._counts), seconds=seconds, exit_code=code, reference=self.reference))
         if self._file is not None:
             self._file.close()
 
@@ -272,7 +273,8 @@ def _joined_footer(runs: Sequence[Run]) -> Footer | None:
     for footer in footers:
         counts.update(footer.counts)
     code = max(footer.exit_code for footer in footers)
-    return Footer(counts=dict(counts), seconds=max(footer.seconds for footer in footers), exit_code=code)
+    seconds, reference = max(footer.seconds for footer in footers), _unique(footer.reference for footer in footers)
+    return Footer(counts=dict(counts), seconds=seconds, exit_code=code, reference=reference)
 
 
 def _unique(values: Iterable[str], separator: str = ", ") -> str:

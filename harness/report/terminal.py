@@ -32,9 +32,9 @@ _LABELS = 10
 _WIDEST = 40
 
 
-def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None) -> None:
-    """Print the failures, the matrix and the summary sentence of verdicts that belong to one run."""
-    print_run(_run_of(list(verdicts)), console)
+def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None, *, reference: str = "") -> None:
+    """Print the failures, the matrix, the reference and the summary sentence of verdicts that belong to one run."""
+    print_run(_run_of(list(verdicts), reference), console)
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
@@ -46,6 +46,8 @@ def print_run(run: Run, console: Console | None = None) -> None:
         console.print(matrix_table(run))
     for part in not_measured(run):
         console.print(Text(f"– {plain(part.name)} not measured: {plain(part.reason)}", style="dim"), soft_wrap=True)
+    if run.footer and run.footer.reference:
+        console.print(Text(f"reference: {plain(run.footer.reference)}", style="dim"), soft_wrap=True)
     console.print(Text(sentence(run), style="bold"), soft_wrap=True)
 
 
@@ -91,10 +93,10 @@ def _cell(cell: Cell | None) -> Text:
     return Text(f"{SYMBOLS[cell.outcome]} {WORDS[cell.outcome]}{law}", style=STYLES.get(cell.outcome, "dim"))
 
 
-def _run_of(verdicts: Sequence[Verdict]) -> Run:
+def _run_of(verdicts: Sequence[Verdict], reference: str) -> Run:
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     counts: dict[str, int] = {}
     for verdict in verdicts:
         counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
-    footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts))
+    footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts), reference=reference)
     return Run(Header(run_id="", created=created, command=""), tuple(verdicts), footer)

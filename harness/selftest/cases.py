@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.checks.matrix import declared_cells
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell, declared_cells
 from harness.fixtures import fixtures_folder
 from harness.loaders.registry import resolve
 from harness.loaders.source import import_callable

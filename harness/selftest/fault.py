@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from harness.selftest.parts import Change, Factor, changed_by, scaled_by
+from harness.selftest.parts import Change, Delta, Factor, Weight, adds, becomes, changed_by, scaled_by
 
 _ATTRIBUTE = "__fault__"
 F = TypeVar("F", bound=Callable[..., object])
@@ -45,6 +45,16 @@ def wrong_scale(*codes: str, what: str, factor: Factor, **where: Any) -> Callabl
 def wrong_delta(*codes: str, what: str, change: Change, **where: Any) -> Callable[..., None]:
     """Return a loader that adds change(part, right delta, strength), which is wrong."""
     return wrong(*codes, what=what, **where)(changed_by(change))
+
+
+def wrong_sum(*codes: str, what: str, delta: Delta, **where: Any) -> Callable[..., None]:
+    """Return a loader that adds strength * delta(part), which is wrong."""
+    return wrong(*codes, what=what, **where)(adds(delta))
+
+
+def wrong_weight(*codes: str, what: str, weight: Weight, **where: Any) -> Callable[..., None]:
+    """Return a loader that makes weight(part, W) of every weight W, which is wrong."""
+    return wrong(*codes, what=what, **where)(becomes(weight))
 
 
 def fault_of(function: Callable[..., object]) -> Fault | None:

@@ -10,10 +10,13 @@ from statistics import median
 
 from hypothesis import Phase, given, seed
 
-from harness.checks.cell import Plan, check_cell, examples_for
+from harness.checks.cell import Cell
+from harness.checks.family import judge
+from harness.checks.plan import Plan, examples_for
 from harness.checks.run import Limits, died
-from harness.checks.search import judge, quiet_settings
-from harness.checks.trial import Cell, run_trial
+from harness.checks.run_cell import check_cell
+from harness.checks.search import quiet_settings
+from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import GRACE_SECONDS, call_limit
@@ -158,7 +161,7 @@ def first_failure(cell: Cell, plan: Plan, base_seed: int) -> int | None:
 
     def look(example: Example) -> None:
         if not any(judged):
-            judged.append(bool(judge(cell, run_trial(cell, example))))
+            judged.append(bool(judge(run_trial(cell, example))))
 
     run = given(example=examples_for(cell, plan))(look)
     seed(base_seed)(quiet_settings(plan.max_examples, (Phase.generate,))(run))()

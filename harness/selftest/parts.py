@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +15,38 @@ if TYPE_CHECKING:
 
 Factor = Callable[["Part", float], float]
 Change = Callable[["Part", "Tensor", float], "Tensor"]
+Delta = Callable[["Part"], "Tensor"]
+Weight = Callable[["Part", "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module of the file: `a: [rank, in]`, `b: [out, rank]`, the `layer` it belongs to, its place in the file.
+    """One module of the file: its `tensors` by role as stored, the `layer` it belongs to, its place in the file.
 
-    `file` lists every module of the file in the order of its keys; `alphas` and `ranks` are theirs.
+    `part[role]` is a tensor in float32. `file` lists every module in the order of the keys; `alphas` and `ranks` are
+    theirs.
     """
 
     name: str
     layer: Any
     module: LoraModule
-    a: Tensor
-    b: Tensor
+    tensors: Mapping[str, Tensor]
     index: int
     file: tuple[LoraModule, ...]
+
+    def __getitem__(self, role: str) -> Tensor:
+        """Return one tensor in float32 by its role (`A`, `magnitude`, `hada_w1_a`, ...)."""
+        return self.tensors[role].float()
+
+    @property
+    def a(self) -> Tensor:
+        """A: [rank, in] in the dtype of the file."""
+        return self.tensors["A"]
+
+    @property
+    def b(self) -> Tensor:
+        """B: [out, rank] in the dtype of the file."""
+        return self.tensors["B"]
 
     @property
     def rank(self) -> int:
@@ -49,13 +65,19 @@ class Part:
 
     @property
     def scale(self) -> float:
-        """The trained scale: alpha / rank, or 1 without alpha."""
+        """The trained scale: alpha / rank, alpha / sqrt(rank) where the file says so, 1 without alpha or rank."""
         return self.module.trained_scale
 
     @property
     def square(self) -> bool:
-        """Whether the layer has as many outputs as inputs."""
-        return bool(self.a.shape[1] == self.b.shape[0])
+        """Whether the stored weight is a matrix with as many rows as columns."""
+        shape = self.layer.weight.shape
+        return bool(len(shape) == 2 and shape[0] == shape[1])
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the layer keeps its weight as [in, out] (transformers' `Conv1D`)."""
+        return type(self.layer).__name__ == "Conv1D"
 
     @property
     def fused(self) -> bool:
@@ -65,7 +87,7 @@ class Part:
     @property
     def product(self) -> Tensor:
         """B @ A in float32."""
-        return self.b.float() @ self.a.float()
+        return self["B"] @ self["A"]
 
     @property
     def alphas(self) -> list[float]:
@@ -84,16 +106,21 @@ def parts(model: torch.nn.Module, lora: Path) -> Iterator[Part]:
     names, _ = match_modules(adapter, [name for name, _ in model.named_modules()])
     file = tuple(adapter.modules.values())
     for index, (name, module) in enumerate(adapter.modules.items()):
-        a, b = adapter.tensors(name)
-        yield Part(names[name], model.get_submodule(names[name]), module, a, b, index, file)
+        tensors = {role: adapter.part(name, role) for role in module.keys}
+        yield Part(names[name], model.get_submodule(names[name]), module, tensors, index, file)
 
 
-def add(layer: Any, delta: Tensor) -> None:
-    """Add `delta: [out, in]` to the layer's weight in place: computed in float32, rounded once to its dtype."""
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Write `value` into a parameter, rounded once to its dtype."""
     import torch
 
     with torch.no_grad():
-        layer.weight.copy_(layer.weight.float() + delta.float())
+        parameter.copy_(value)
+
+
+def add(layer: Any, delta: Tensor) -> None:
+    """Add `delta` to the layer's weight in place: computed in float32, rounded once to its dtype."""
+    put(layer.weight, layer.weight.float() + delta.float())
 
 
 def merge(model: torch.nn.Module, lora: Path, strength: float, factor: Factor) -> None:
@@ -102,25 +129,34 @@ def merge(model: torch.nn.Module, lora: Path, strength: float, factor: Factor) -
         add(part.layer, factor(part, strength) * part.product)
 
 
+def right(part: Part, strength: float) -> float:
+    """Return the right factor: strength * alpha / rank."""
+    return strength * part.scale
+
+
+def adds(delta: Delta) -> Callable[..., None]:
+    """Return a loader that adds strength * delta(part) to every weight, in the shape it is stored in."""
+    return _loader(lambda part, strength: add(part.layer, strength * delta(part)))
+
+
+def becomes(weight: Weight) -> Callable[..., None]:
+    """Return a loader that replaces every weight W by weight(part, W), for variants that add nothing."""
+    return _loader(lambda part, strength: put(part.layer.weight, weight(part, part.layer.weight.float())))
+
+
 def scaled_by(factor: Factor) -> Callable[..., None]:
     """Return a loader that adds factor(part, strength) * B @ A to every layer."""
-
-    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-        merge(model, lora, strength, factor)
-
-    return load
+    return _loader(lambda part, strength: add(part.layer, factor(part, strength) * part.product))
 
 
 def changed_by(change: Change) -> Callable[..., None]:
     """Return a loader that adds change(part, right delta in float32, strength) to every layer."""
+    return _loader(lambda part, strength: add(part.layer, change(part, right(part, strength) * part.product, strength)))
 
+
+def _loader(apply: Callable[[Part, float], None]) -> Callable[..., None]:
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
         for part in parts(model, lora):
-            add(part.layer, change(part, strength * part.scale * part.product, strength))
+            apply(part, strength)
 
     return load
-
-
-def right(part: Part, strength: float) -> float:
-    """Return the right factor: strength * alpha / rank."""
-    return strength * part.scale

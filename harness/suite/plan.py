@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.checks.cell import Plan
+from harness.checks.plan import Plan
 
 if TYPE_CHECKING:
     import pytest

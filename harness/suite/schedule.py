@@ -6,9 +6,9 @@ import re
 
 from xdist.scheduler import LoadGroupScheduling
 
-from harness.checks.cell import FAMILIES
+from harness.checks.family import family_names
 
-_FAMILY = re.compile(rf"::test_loader\[(?P<cell>.+)-(?:{'|'.join(FAMILIES)})\]")
+_FAMILY = re.compile(rf"::test_loader\[(?P<cell>.+)-(?:{'|'.join(family_names())})\]")
 
 
 class CellScheduling(LoadGroupScheduling):  # type: ignore[misc]

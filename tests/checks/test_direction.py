@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.checks.direction import check_direction
-from harness.checks.numerics import check_numerics
-from harness.checks.trial import Observation
+from harness.checks.families.direction import check_direction
+from harness.checks.families.numerics import check_numerics
+from harness.checks.observation import Observation
 from harness.example import Example, Target
 from harness.measure.compare import fit, fit_slices, low_rank
 

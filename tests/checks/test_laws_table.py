@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.checks.cell import Cell
 from harness.checks.law import measure_law
 from harness.checks.strength_table import strength_table
-from harness.checks.trial import Cell
 from harness.law.known import known_laws
 from harness.loaders.registry import installed, resolve
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import strategies as st
 
-from harness.checks.shrink import simplified
+from harness.checks.cell import Cell
+from harness.checks.family import Finding
+from harness.checks.observation import Observation
+from harness.checks.search import shrink, simplified
+from harness.checks.trial import run_trial
 from harness.example import Example, Target
+from harness.isolation.calls import Raised
+from harness.isolation.limits import alarm
+from harness.loaders.registry import resolve
+from tests.checks import sample_loaders as loaders
 
 
 def start(*shapes: tuple[int, float | None]) -> Example:
@@ -47,3 +58,24 @@ def test_a_module_without_alpha_stays_without() -> None:
 def test_an_example_that_nothing_plainer_replaces_is_kept() -> None:
     only = start((33, 5.5), (7, 2.0))
     assert simplified(only, lambda e: e == only) is only
+
+
+def refuses(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    raise RuntimeError("the server has a time limit")
+
+
+@pytest.mark.parametrize(("load", "late"), [(loaders.hangs, True), (refuses, False)])
+def test_a_call_that_ran_out_of_time_is_told_from_one_that_talks_of_time(load: object, late: bool) -> None:
+    cell = Cell(resolve(load), "kohya", "qwen-image", limit=lambda label, seconds: alarm(0.5))  # type: ignore[arg-type]
+    raised = run_trial(cell, Example((Target(cell.targets[0], 4, 8.0),))).raised
+    assert raised
+    assert (raised.code, raised.timed_out) == ("LH901", late)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_only_what_ran_out_of_time_is_not_tried_again(late: bool) -> None:
+    cell, drawn = Cell(resolve(loaders.right), "kohya", "qwen-image"), []
+    finding = Finding("LH901", Observation(start((2, 1.0)), raised=Raised("LH901", "no time limit", timed_out=late)))
+    examples = st.just(Example((Target(cell.targets[0], 4, 8.0),))).map(lambda e: drawn.append(e) or e)
+    assert shrink(cell, examples, finding, base_seed=0) is finding
+    assert bool(drawn) is not late

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from harness import loader
-from harness.checks.state import check_state
-from harness.checks.trial import Cell
+from harness.checks.cell import Cell
+from harness.checks.family import follow
+from harness.checks.trial import run_trial
 from harness.example import Example, Target
 from harness.loaders.registry import resolve
 from tests.checks.sample_loaders import pairs
@@ -122,7 +123,7 @@ def cannot_set(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
 def codes(load: Callable[..., object]) -> list[str]:
     cell = Cell(resolve(load), "kohya", "qwen-image-fused")
     example = Example(tuple(Target(name, 4, 8.0) for name in cell.targets))
-    return [finding.code for finding in check_state(cell, example, dtypes=("float32", "bfloat16"))]
+    return [finding.code for finding in follow(cell, run_trial(cell, example), ("float32", "bfloat16"))]
 
 
 RIGHT = [adds, takes_the_place]

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checks.trial import Cell
-from harness.checks.written import write_example
+from harness.checks.cell import Cell
+from harness.checks.trial import write_example
 from harness.example import Example, Target
 from harness.loaders.protocol import CORE_BENCHES
 from harness.loaders.registry import installed, resolve
 from harness.measure.compare import fit
 from harness.measure.effective import effective_weights
-from harness.reference import peft_merged_weights
+from tests.peft_factors import peft_merged_weights
 
 pytestmark = pytest.mark.gpu
 

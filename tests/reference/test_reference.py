@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harness.reference import merged_weight, peft_merged_weights
+from harness.reference import merged_weight
 from harness.strategies import alphas, ranks, strengths
+from tests.peft_factors import peft_merged_weights
 
 
 @st.composite

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 from harness.checks.run import Limits
 from harness.cli import main
+from harness.commands.selftest import power_markdown
 from harness.doctor.inspect.describe import inspect_file
 from harness.fixtures import fixtures_folder
 from harness.report.models import PowerRecord
 from harness.selftest.cases import BROKEN, Case, broken_cases, correct_cases
 from harness.selftest.measure import measure
-from harness.selftest.table import power_markdown
 from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
 

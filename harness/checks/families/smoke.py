@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from harness.checks.finding import Finding
-from harness.checks.trial import Observation
+from harness.checks.family import Finding, judges
+from harness.checks.observation import Observation
 
 
+@judges(
+    "smoke",
+    finds="the loader raises, hangs, kills its process, returns something else",
+    codes=("LH901", "LH902"),
+)
 def check_smoke(observation: Observation) -> list[Finding]:
     """LH901 when the loader raised, LH902 when it gave back something other than the model."""
     raised = observation.raised

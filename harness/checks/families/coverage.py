@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from harness.checks.finding import Finding
-from harness.checks.trial import Observation
+from harness.checks.family import Finding, judges
+from harness.checks.observation import Observation
 
 
+@judges("coverage", finds="no effect, modules left out", codes=("LH101", "LH102"))
 def check_coverage(observation: Observation) -> list[Finding]:
     """LH101 when no module of the file changed the model, LH102 when some did not."""
     wanted = [name for name, fits in observation.fits.items() if _visible(observation, name)]

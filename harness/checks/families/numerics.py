@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.checks.direction import wrong_direction
-from harness.checks.finding import Finding
-from harness.checks.trial import Observation
+from harness.checks.family import Finding, judges
+from harness.checks.observation import Observation, wrong_direction
 from harness.measure.compare import Fit
 
 
+@judges("numerics", finds="precision lost beyond the dtype's rounding, NaN", codes=("LH501", "LH502"))
 def check_numerics(observation: Observation) -> list[Finding]:
     """LH502 for NaN or infinite weights, LH501 for a residual larger than rounding explains."""
     if observation.not_finite:

@@ -1,4 +1,4 @@
-"""PEFT's own merge for arbitrary per-module rank and alpha: the reference every loader is compared with."""
+"""PEFT's own merge of factors in memory, for arbitrary per-module rank and alpha: no file is written for it."""
 
 from __future__ import annotations
 

@@ -9,15 +9,19 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from harness.checks.finding import Finding
-from harness.checks.trial import Observation
+from harness.checks.family import Finding, judges
+from harness.checks.observation import ROUNDING_LIKE, Observation, wrong_direction
 from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
 _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
-ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
 
 
+@judges(
+    "direction",
+    finds="transposed, q/k/v in the wrong rows, the wrong module",
+    codes=("LH301", "LH302", "LH303", "LH304", "LH104"),
+)
 def check_direction(observation: Observation) -> list[Finding]:
     """LH104, LH301, LH302, LH303 or LH304 for layers whose change is something other than their own B @ A."""
     by_code: dict[str, list[str]] = {}
@@ -37,11 +41,6 @@ def misplaced(observation: Observation) -> list[str]:
     outside = [name for name in observation.changes if name not in observation.fits]
     changes = observation.changes
     return [n for n in outside if any(_same(changes[n], product) for product in observation.products.values())]
-
-
-def wrong_direction(fit: Fit) -> bool:
-    """True when the change is not explained by any multiple of B @ A, beyond what a coarser dtype would do."""
-    return not fit.unchanged and not fit.direction_right and fit.relative_residual > ROUNDING_LIKE
 
 
 def _finding(code: str, observation: Observation, names: list[str]) -> Finding:

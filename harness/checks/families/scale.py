@@ -1,0 +1,60 @@
+"""Scale and strength: the measured factor on B @ A is strength * alpha / rank; if not, its law is named later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from harness.checks.cell import Cell
+from harness.checks.family import Finding, Scenario, first_wrong, follows, judges
+from harness.checks.observation import Observation, wrong_direction
+from harness.checks.trial import load, set_strength
+
+_SET_LATER = (
+    Scenario("LH207", (load(), set_strength(0.5)), (0.5,), "setting half the strength without loading again"),
+    Scenario(
+        "LH207", (load(), set_strength(0), set_strength(1.5)), (1.5,), "setting strength 0, then 1.5 times the first"
+    ),
+)
+
+
+@judges(
+    "scale",
+    finds="the law: alpha not divided, ignored, one for all modules, truncated, applied twice",
+    codes=("LH201", "LH202", "LH203", "LH204", "LH205", "LH206", "LH208", "LH209"),
+)
+def check_scale(observation: Observation) -> list[Finding]:
+    """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one."""
+    wrong = [name for name in observation.fits if _wrong(observation, name)]
+    if not wrong:
+        return []
+    wrong.sort(key=lambda name: -_excess(observation, name))
+    return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
+
+
+@follows(
+    "strength", finds="ignored, zero or negative not honoured, set later", codes=("LH207",), requires="set_strength"
+)
+def check_set_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH207 when a strength that is set without loading again is not honoured."""
+    return first_wrong(cell, once, _SET_LATER)
+
+
+def _wrong(observation: Observation, name: str) -> bool:
+    whole, *slices = observation.fits[name]
+    if not whole.finite or wrong_direction(whole) or all(f.scale_right or f.blurred for f in slices or [whole]):
+        return False
+    strength = observation.example.strength
+    as_rank = abs(whole.scale - strength) <= max(whole.tolerance.scale, 0.01 * abs(strength))
+    return not (name in observation.ambiguous and as_rank)
+
+
+def _excess(observation: Observation, name: str) -> float:
+    return max(abs(f.scale - f.expected) / f.tolerance.scale for f in observation.fits[name])
+
+
+def _fact(observation: Observation, wrong: Sequence[str]) -> str:
+    worst = max(observation.fits[wrong[0]], key=lambda f: abs(f.scale - f.expected))
+    where = f"{len(wrong)} of {len(observation.fits)} modules"
+    if worst.expected == 0:
+        return f"delta is {worst.scale:.3f} x B @ A in {where}, but should be 0"
+    return f"delta is {worst.scale / worst.expected:.3f}x the expected delta in {where}"

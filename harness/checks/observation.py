@@ -1,0 +1,133 @@
+"""An observation: what one trial showed of every layer, as numbers to judge and as probes of the scaling law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from harness.benches import View
+from harness.checks.cell import Cell
+from harness.example import Example
+from harness.isolation.calls import Raised
+from harness.law.probe import Probe
+from harness.measure.compare import Fit, norm
+from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.variants import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one trial showed: a fit per target (whole layer first, then its slices), and what else changed.
+
+    `order` lists the targets as the keys of the file stand; `ambiguous` are those whose alpha = 0 readers of the format
+    take as 0 or as the rank. Of a load that `raised` there is nothing else.
+    """
+
+    example: Example
+    fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+    products: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    others_changed: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+    file_changed: bool = False
+    order: tuple[str, ...] = ()
+    ambiguous: frozenset[str] = frozenset()
+    raised: Raised | None = None
+
+    def faint(self, names: Sequence[str]) -> bool:
+        """Whether the changes of these layers are so small beside rounding that their direction cannot be told."""
+        fits = (self.fits[name][0] for name in names)
+        return all(fit.tolerance.noise > ROUNDING_LIKE * fit.change for fit in fits)
+
+
+def observation_of(
+    cell: Cell,
+    example: Example,
+    updates: Mapping[str, Update],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> Observation:
+    """Compare the layers of the cell's view before and after a load of `example`, [rows, columns] in float64."""
+    fits: dict[str, tuple[Fit, ...]] = {}
+    dtype = coarser(example.dtype, example.file_dtype)
+    for target in example.targets:
+        name, expected = target.name, example.strength * cell.variant.scale(target)
+        both = before[name], after[name], updates[name], cell.view.slices(name)
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=dtype)
+    untouched = [name for name in cell.view.layers if name not in fits]
+    changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
+    zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)
+    return Observation(
+        example,
+        fits,
+        {name: after[name] - before[name] for name in (*fits, *changed)},
+        {name: update.direction.product for name, update in updates.items()},
+        {name: cell.view.layers[name].kernel for name in fits},
+        changed,
+        tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
+        ambiguous=frozenset(zero),
+    )
+
+
+def _unchanged_limit(weight: Tensor, dtype: str) -> float:
+    """An untouched layer may be re-cast (one rounding), nothing more."""
+    return 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
+
+
+def wrong_direction(fit: Fit) -> bool:
+    """True when the change is not explained by any multiple of B @ A, beyond what a coarser dtype would do."""
+    return not fit.unchanged and not fit.direction_right and fit.relative_residual > ROUNDING_LIKE
+
+
+def unmeasured_probes(
+    example: Example, view: View, order: Sequence[str] | None = None, *, root: bool = False
+) -> list[Probe]:
+    """Return a probe without a measurement per target; `order` is that of the file's keys (default: the targets')."""
+    targets = {t.name: t for t in example.targets}
+    order = list(targets) if order is None else order
+    alphas = tuple(targets[name].alpha for name in order)
+    ranks = tuple(targets[name].rank for name in order)
+    return [
+        Probe(
+            name,
+            example.strength,
+            order.index(name),
+            alphas,
+            ranks,
+            0.0,
+            0.0,
+            dtype=example.dtype,
+            square=view.layers[name].rows == view.layers[name].columns,
+            fused=len(view.slices(name)) > 1,
+            permuted=example.key_seed != 0,
+            root=root,
+        )
+        for name in targets
+    ]
+
+
+def probes_of(observation: Observation, cell: Cell) -> Iterator[Probe]:
+    """Yield a probe per target whose alpha is plain, whose direction is right and whose scale survived rounding."""
+    if observation.raised:
+        return
+    for probe in unmeasured_probes(observation.example, cell.view, observation.order, root=cell.variant.root):
+        fits = observation.fits[probe.module]
+        lost = not fits[0].finite or wrong_direction(fits[0]) or fits[0].faint
+        if not lost and probe.module not in observation.ambiguous:
+            yield replace(probe, measured=fits[0].scale, tolerance=_allowed(fits))
+
+
+def _allowed(fits: Sequence[Fit]) -> float:
+    """Return the tolerance of the whole layer's scale: at least the unexplained part, unless its slices explain it."""
+    whole, slices = fits[0], fits[1:]
+    explained = whole.direction_right or (slices and all(f.direction_right for f in slices))
+    if explained or not whole.product:
+        return whole.tolerance.scale
+    return max(whole.tolerance.scale, whole.residual / whole.product)

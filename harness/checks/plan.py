@@ -1,0 +1,130 @@
+"""What a cell is tried with: one pinned example, the planned probes that tell all laws apart, and random files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hypothesis.strategies import SearchStrategy, sampled_from
+
+from harness.checks.cell import Cell
+from harness.errors import UserError
+from harness.example import Example, Target
+from harness.files import FORMATS
+from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
+from harness.strategies import examples as lora_examples
+
+if TYPE_CHECKING:
+    from harness.checks.known import KnownFailure
+
+# Whatever module a file's key order puts first or last: first, last, most common, largest, smallest and mean should all
+# differ, alphas have fractions on both sides of one half, and no rank equals its alpha.
+_MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5))
+_UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
+_STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+
+
+@dataclass(frozen=True)
+class Pins:
+    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of a cell."""
+
+    modules: tuple[Target, ...] = ()
+    rank: int = 4
+    alpha: float | None = 8.0
+    strength: float = 1.0
+    dtype: str = "float32"
+    file_dtype: str | None = None
+    key_seed: int = 0
+    value_seed: int = 0
+
+    def example(self, cell: Cell) -> Example:
+        """Return the example in `cell`.
+
+        Raises:
+            UserError: a module the cell's bench does not have.
+        """
+        for target in self.modules:
+            if target.name not in cell.view.layers:
+                near = ", ".join(cell.targets[:3])
+                raise UserError(
+                    f"module={target.name!r}: bench {cell.bench_name} has no such layer (it has {near}, ...)"
+                )
+        targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in cell.targets)
+        file_dtype = self.file_dtype or self.dtype
+        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail.
+
+    `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches; below 1 its
+    planned files have at most `max_layers` modules too.
+    """
+
+    max_examples: int = 200
+    seed: int = 0
+    pins: Pins | None = None
+    known: tuple[KnownFailure, ...] = ()
+    max_layers: int = 8
+    dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
+    shrink: bool = True
+    share: float = 1.0
+
+    def whole(self, cell: Cell) -> bool:
+        """Whether `cell` is checked at full length."""
+        return self.share == 1 or (cell.variant_name in CORE_VARIANTS and cell.bench_name in CORE_BENCHES)
+
+    def examples_in(self, cell: Cell) -> int:
+        """Return how many random examples `cell` gets."""
+        return self.max_examples if self.whole(cell) else max(1, round(self.share * self.max_examples))
+
+    def layers_in(self, cell: Cell) -> tuple[str, ...]:
+        """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""
+        if self.whole(cell) or len(cell.targets) <= self.max_layers:
+            return cell.targets
+        step = (len(cell.targets) - 1) / (self.max_layers - 1)
+        return tuple(cell.targets[round(step * i)] for i in range(self.max_layers))
+
+
+def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
+    """Return the random examples of the cell."""
+    variant = cell.variant
+    return lora_examples(
+        cell.targets,
+        missing_alpha=FORMATS[cell.format].alpha[0] in ("tensor", "header"),
+        alpha=cell.has_alpha,
+        max_layers=plan.max_layers,
+        dtypes=plan.dtypes,
+        max_rank=variant.rank_limit(cell.view),
+        strength=sampled_from(variant.strengths) if variant.strengths else None,
+    )
+
+
+def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
+    """Return the plain example over `layers`: rank 4, alpha 8, strength 1."""
+    rank = min(4, cell.variant.rank_limit(cell.view))
+    return Example(tuple(Target(name, rank, 8.0 if cell.has_alpha else None) for name in layers))
+
+
+def planned(
+    cell: Cell, layers: Sequence[str] | None = None, *, alpha: bool = True, uniform: bool = False
+) -> Iterator[Example]:
+    """Yield the planned examples of one cell, over `layers` (default: all its targets).
+
+    `alpha=False` writes none; `uniform=True` leaves out files with several ranks, for loaders that refuse them. Ranks
+    above the variant's limit wrap around.
+    """
+    names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
+    strengths, alpha = cell.variant.strengths or _STRENGTHS, alpha and cell.has_alpha
+
+    def example(shapes: Sequence[tuple[int, float]], strength: float) -> Example:
+        pairs = zip(names, itertools.cycle(shapes), strict=False)
+        targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
+        return Example(tuple(targets), strength)
+
+    yield from (example(_MIXED, strength) for strength in strengths if not uniform)
+    yield from (example([shape], 1.0) for shape in _UNIFORM)
+    yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)

@@ -1,0 +1,114 @@
+"""The reference of a run: PEFT's own merge on each bench and variant, held against the float64 closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from harness.checks.cell import Cell
+from harness.checks.family import judge
+from harness.checks.plan import Plan, planned
+from harness.checks.trial import base_weights, run_trial
+from harness.errors import LoaderSpecError
+from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.limits import call_limit
+from harness.loaders.registry import resolve
+from harness.measure.compare import norm
+from harness.verdict.verdict import Verdict
+
+_SECONDS = 30.0
+_FEW_LAYERS = Plan(share=0.5)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far apart PEFT and the closed form are on one bench and variant.
+
+    `apart` is the largest |W_PEFT - W_exact| / |W_exact| of a layer (Frobenius); `fault` says what of it is more than
+    rounding, or that PEFT raised.
+    """
+
+    bench: str
+    variant: str
+    apart: float
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What PEFT said wherever it was asked; `without` are the variants it has no form for, `reason` why it was not."""
+
+    version: str | None = None
+    places: tuple[Agreement, ...] = ()
+    without: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """A violation per place where PEFT and the closed form disagree."""
+        return [self._disagree(place) for place in self.places if place.fault]
+
+    def _disagree(self, place: Agreement) -> Verdict:
+        where = f"{place.bench}, {place.variant}"
+        title = f"PEFT {self.version} and the closed form disagree on {where}: {place.fault}"
+        return Verdict(loader="reference", check="reference", outcome="failed", title=title)
+
+    def __str__(self) -> str:
+        """Return the line of a run: PEFT's version, how closely it agrees, where, and where there is no PEFT."""
+        missing = f"; no PEFT reference for {', '.join(self.without)}" if self.without else ""
+        if not self.places:
+            return f"not run: {self.reason or 'no bench and variant here has one'}{missing}"
+        apart = max(place.apart for place in self.places)
+        agrees = "disagrees with the closed form" if self.verdicts else f"agrees with the closed form to {apart:.0e}"
+        benches, variants = ({getattr(p, kind) for p in self.places} for kind in ("bench", "variant"))
+        where = f"{_count(len(benches), 'bench', 'benches')}, {_count(len(variants), 'variant', 'variants')}"
+        return f"PEFT {self.version} {agrees.replace('e-0', 'e-')} ({where}){missing}"
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
+    """Merge a small LoRA with PEFT on every bench and variant of `cells`, in a child process unless `workers` is 0.
+
+    What is held against the closed form is the loader `peft`, whichever loaders the cells are of.
+    """
+    try:
+        subject = resolve("peft")
+    except LoaderSpecError as error:
+        return SelfCheck(reason=str(error))
+    places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
+    known = [c for c in places if c.possible and not subject.unsupported("peft", c.bench_name, c.variant_name)]
+    without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
+    return SelfCheck(subject.version, tuple(_asked(known, min(workers, 1))), tuple(without))
+
+
+def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
+    """Yield what each cell showed; when the process dies, where it did so and why."""
+    found: list[Agreement] = []
+
+    def job(channel: Channel) -> None:
+        for cell in cells:
+            channel.send(compare(replace(cell, limit=call_limit(channel, _SECONDS))))
+
+    def take(index: int, event: object) -> None:
+        found.extend([event] if isinstance(event, Agreement) else [])
+
+    (end,) = run_jobs([job], workers=workers, on_event=take)
+    yield from found
+    for cell in cells[len(found) :][:1]:
+        yield Agreement(cell.bench_name, cell.variant_name, math.inf, f"its process ended: {end.detail or end.status}")
+
+
+def compare(cell: Cell) -> Agreement:
+    """Merge the first planned LoRA of a cell, with several ranks and alphas, on a few layers, and judge it."""
+    seen = run_trial(cell, next(planned(cell, _FEW_LAYERS.layers_in(cell))))
+    faults = [finding.fact for finding in judge(seen) if finding.family != "side_effects"]  # of PEFT, not of its merge
+    base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
+    apart = (
+        math.hypot(fit.residual, (fit.scale - fit.expected) * fit.product) / norm(base[name] + seen.changes[name])
+        for name, (fit, *_) in seen.fits.items()
+    )
+    return Agreement(cell.bench_name, cell.variant_name, max(apart, default=math.inf), next(iter(faults), None))
