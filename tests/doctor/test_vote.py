@@ -76,7 +76,7 @@ def merged_once(
     full: bool = False,
     seed: int = 0,
 ) -> MergeReport:
-    """Return what `verify` says of one layer of ||strength-free update|| / ||W|| = 10^size, `error` times too strong."""
+    """Return what `verify` says of one layer: update of 10^size times ||W||, merged `error` times too strong."""
     torch.manual_seed(seed)
     base = {"layer.weight": (torch.randn(*shape) * 0.02).to(dtype)}
     drawn = weights(*shape, rank, alpha, seed, 10**size)
