@@ -122,6 +122,10 @@ def test_any_right_merge_passes_and_a_wrong_scale_fails_unless_the_merge_cannot_
     report = merged_once(folder, dtype, lora_dtype, shape, rank, alpha, size, strength, error, merge, full, seed)
     (module,) = report.modules
     expected = strength * alpha / rank
+    if module.data["state"] in ("hidden", "not merged"):  # too weak a merge changes nothing, and does not pass
+        assert not report.ok
+        assert error == 0.5, report.overall.text()
+        return
     low, high = module.data["fits"]
     assert low <= error * expected <= high, "the scale that was used is always in the interval"
     assert report.ok or not low <= expected <= high, report.overall.text()
