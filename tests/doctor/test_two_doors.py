@@ -9,9 +9,9 @@ from statistics import mean, median
 
 import pytest
 import torch
+from harness.checks.design import design
 from safetensors.torch import save_file
 
-from harness.checks.design import design
 from harness.checks.law import measure_law
 from harness.doctor import verify_merge
 from harness.files import LoraWeights, match_modules, read_lora, write_lora
