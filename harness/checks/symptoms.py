@@ -9,6 +9,7 @@ from functools import cached_property
 from harness.checks.search import Search
 from harness.law.diagnosis import Diagnosis
 from harness.law.probe import Probe
+from harness.verdict.codes import CODES
 
 _NOT_LOADED = ("LH101", "LH102")
 _DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304"})
@@ -24,8 +25,8 @@ class Symptoms:
 
     def include(self, code: str) -> bool:
         """Tell whether findings of `code` only follow from what another finding says."""
-        if "LH104" in self.result.findings and code in (*_NOT_LOADED, *_RESIDUAL):
-            return True  # what one layer lacks, another has on top of its own
+        if any(code in CODES[other].explains for other in self.result.findings):
+            return True
         if code in _RESIDUAL:
             return self._rarer(code, 3)
         if code in _NOT_LOADED:
