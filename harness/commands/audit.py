@@ -57,10 +57,8 @@ def command(
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
-    from harness.commands.inspect import UNREADABLE
     from harness.doctor.audit.audit import audit_files
     from harness.doctor.audit.output import write_rows
-    from harness.verdict.file_record import VIOLATIONS
 
     known = _known(outs, resume)
     keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
@@ -78,7 +76,7 @@ def command(
         )
     for out in outs:
         write_rows(out, rows)
-    code = int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows))
+    code = int(any(row.severity in ("fatal", "error") for row in rows))
     _write_json(rows, code) if as_json else _print(rows, outs)
     sys.exit(code)
 

@@ -13,11 +13,11 @@ from harness.report.summary import (
     OUTCOMES,
     SYMBOLS,
     WORDS,
-    Cell,
+    MatrixCell,
     causes,
     cells,
-    findings,
     headline,
+    loader_summaries,
     matrix_columns,
     matrix_lines,
     not_measured,
@@ -98,7 +98,7 @@ def matrix_markdown(run: Run) -> str:
 def step_summary(run: Run, gate: Sequence[GateResult] = ()) -> str:
     """Return the run as Markdown: verdict, findings, counts, matrix, failures folded, what was not measured."""
     counts = ", ".join(f"{run.counts[o]} {SYMBOLS[o]} {WORDS[o]}" for o in OUTCOMES if run.counts.get(o))
-    found = "\n".join(f"- {escape(finding.text())}" for finding in findings(run))
+    found = "\n".join(f"- {escape(summary.text())}" for summary in loader_summaries(run))
     parts = [f"## {escape(headline(run))}", found, counts]
     if any(verdict.format for verdict in run.verdicts):
         parts.append(matrix_markdown(run))
@@ -132,7 +132,7 @@ def _row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: MatrixCell | None) -> str:
     if cell is None:
         return SYMBOLS["none"]
     law = f" {code(cell.formula)}" if cell.formula and cell.outcome != "passed" else ""

@@ -10,9 +10,11 @@ from urllib.parse import quote
 
 from harness.errors import UserError
 from harness.report import shell
-from harness.report.records import FileRecord, PowerRecord, Run, merge_runs, rebased
-from harness.report.summary import findings, headline, not_measured, pretty_formula, short_title
-from harness.report.view import STATUS_LOOKS, STATUS_WORDS, View, counted, share, symbol, told_lines, word
+from harness.report.models import PowerRecord
+from harness.report.records import Run, merge_runs, rebased
+from harness.report.summary import headline, listed, loader_summaries, not_measured, pretty_formula, short_title
+from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, symbol, told_lines, word
+from harness.verdict.file_record import FileRecord
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,8 +63,8 @@ def render(
     data: str | None = None,
 ) -> str:
     """Return the report of a run as HTML text; `out` is the folder that it will lie in, `data` a link beside it."""
+    from harness.report.history import Trend
     from harness.report.strips import strips
-    from harness.report.trend import Trend
 
     style, script = shell.asset("report.css"), shell.asset("report.js")
     return (
@@ -70,7 +72,7 @@ def render(
         .get_template("report.html.j2")
         .render(
             run=run,
-            view=View(run),
+            view=ReportView(run),
             strips=strips(run, out),
             trend=Trend(history),
             gate=gate,
@@ -78,7 +80,7 @@ def render(
             powers=run.of(PowerRecord),
             unmeasured=not_measured(run),
             headline=headline(run),
-            findings=findings(run),
+            findings=loader_summaries(run),
             policy=shell.policy(script, style),
             style=style,
             script=script,
@@ -99,22 +101,17 @@ def _machine_data(run: Run, out: Path) -> str:
 
 def _environment() -> Environment:
     environment = shell.environment()
-    environment.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
-    environment.filters |= {"counted": counted, "share": share}
+    environment.filters |= {"number": shell.number, "formula": pretty_formula, "when": when, "sized": sized}
     environment.globals |= {
         "symbol": symbol,
         "word": word,
         "told": told_lines,
         "short_title": short_title,
+        "listed": listed,
         "status_word": STATUS_WORDS,
         "status_look": STATUS_LOOKS,
     }
     return environment
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a number with `digits` significant digits, a dash for None."""
-    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def when(stamp: str) -> str:

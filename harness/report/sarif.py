@@ -8,22 +8,20 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from harness.report.models import FileRecord, Hazard
 from harness.report.records import Run
 from harness.text import plain
+from harness.verdict.codes import CODES
+from harness.verdict.file_record import FileRecord, Hazard
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
-_ERRORS = frozenset({"LH705", "LH706", "LH707", "LH799"})
 
 
 def sarif(run: Run) -> dict[str, Any]:
     """Return the file records of a run as a SARIF log."""
     records = run.of(FileRecord)
-    codes = sorted({hazard.code for record in records for hazard in record.hazards})
-    driver = {
-        "name": "lora-harness",
-        "rules": [_rule(code) for code in codes],
-    }
+    kinds = {hazard.code: hazard for record in records for hazard in record.hazards}
+    codes = sorted(kinds)
+    driver = {"name": "lora-harness", "rules": [_rule(kinds[code]) for code in codes]}
     if release := _release():
         driver["version"] = release
     results = [_result(record, hazard, codes) for record in records for hazard in record.hazards]
@@ -40,24 +38,19 @@ def write_sarif(run: Run, path: Path | str) -> Path:
     return path
 
 
-def level(code: str) -> str:
+def level(hazard: Hazard) -> str:
     """Return `error` for a file that cannot be used as it is, `warning` for one that readers disagree about."""
-    return "error" if code in _ERRORS else "warning"
+    return "warning" if hazard.severity == "warning" else "error"
 
 
-def _rule(code: str) -> dict[str, Any]:
-    title, fix = _explained(code)
-    rule: dict[str, Any] = {"id": code, "defaultConfiguration": {"level": level(code)}}
-    rule["shortDescription"] = {"text": title}
-    rule["help"] = {"text": f"{fix} (lora-harness explain {code})" if fix else f"lora-harness explain {code}"}
-    return rule
-
-
-def _explained(code: str) -> tuple[str, str]:
-    from harness.verdict.codes import CODES
-
-    known = CODES.get(code)
-    return (known.title, known.fix) if known else (code, "")
+def _rule(hazard: Hazard) -> dict[str, Any]:
+    code, known = hazard.code, CODES.get(hazard.code)
+    return {
+        "id": code,
+        "defaultConfiguration": {"level": level(hazard)},
+        "shortDescription": {"text": known.title if known else code},
+        "help": {"text": f"{known.fix} (lora-harness explain {code})" if known else f"lora-harness explain {code}"},
+    }
 
 
 def _result(record: FileRecord, hazard: Hazard, codes: list[str]) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def _result(record: FileRecord, hazard: Hazard, codes: list[str]) -> dict[str, A
     return {
         "ruleId": hazard.code,
         "ruleIndex": codes.index(hazard.code),
-        "level": level(hazard.code),
+        "level": level(hazard),
         "message": {"text": plain(hazard.what or hazard.code, 1000)},
         "locations": [location],
     }

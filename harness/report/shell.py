@@ -46,6 +46,11 @@ def policy(script: str, style: str) -> str:
     return _POLICY.format(script=_hashed(script), style=_hashed(style))
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number with `digits` significant digits, a dash for None."""
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
 def _finalized(value: Any) -> Any:
     from markupsafe import Markup
 

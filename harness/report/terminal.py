@@ -15,7 +15,7 @@ from harness.report.summary import (
     SYMBOLS,
     WORDS,
     Cause,
-    Cell,
+    MatrixCell,
     causes,
     cells,
     matrix_columns,
@@ -84,7 +84,7 @@ def matrix_table(run: Run) -> Table:
     return table
 
 
-def _cell(cell: Cell | None) -> Text:
+def _cell(cell: MatrixCell | None) -> Text:
     if cell is None:
         return Text(SYMBOLS["none"], style="dim")
     law = f"\n{cell.formula}" if cell.formula and cell.outcome != "passed" else ""

@@ -17,8 +17,8 @@ from harness.report.ci import (
     write_step_summary,
 )
 from harness.report.gates import GateResult
-from harness.report.records import FileRecord, Hazard
 from harness.report.sarif import sarif, write_sarif
+from harness.verdict.file_record import FileRecord, Hazard
 
 TEXT = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}}
 LEVEL = {"enum": ["none", "note", "warning", "error"]}

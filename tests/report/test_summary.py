@@ -9,8 +9,8 @@ from harness.report.summary import (
     causes,
     cells,
     distance,
-    findings,
     headline,
+    loader_summaries,
     matrix_columns,
     matrix_lines,
     row_name,
@@ -83,7 +83,7 @@ def test_a_green_headline_admits_what_was_not_measured() -> None:
 
 
 def test_findings_are_one_line_per_loader() -> None:
-    found = findings(run_of(*matrix_records()))  # type: ignore[arg-type]
+    found = loader_summaries(run_of(*matrix_records()))  # type: ignore[arg-type]
     assert [finding.loader for finding in found] == ["raw_alpha.py:load", "diffsynth-2.0.4", "diffsynth"]
 
 
