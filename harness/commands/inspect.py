@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,7 @@ import click
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from harness.verdict.file_record import FileRecord, ModuleEnergy
-
-_ENERGIES_SHOWN = 3
-_BLOCKS_SHOWN = 16
-_WIDTH = 180  # of what is piped into a file
+    from harness.verdict.file_record import FileRecord
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -72,6 +66,7 @@ def command(
 ) -> None:
     """Say what each LORA file holds: format, rank, alpha, scale under each convention, hazards, strength to pass."""
     from harness.doctor.inspect.describe import inspect_file
+    from harness.report.terminal import print_file
 
     if html:
         from harness.report.lora_page import checked_target
@@ -87,7 +82,7 @@ def command(
         if as_json:
             click.echo(record.model_dump_json())
         else:
-            _print(record)
+            print_file(record)
     if sarif_file:
         _write_sarif(records, sarif_file, worst)
     if html:
@@ -104,10 +99,10 @@ def _write_page(records: Sequence[FileRecord], path: Path, *, quiet: bool) -> No
 
 
 def _write_sarif(records: Iterable[FileRecord], path: Path, exit_code: int) -> None:
+    from harness.report.ci import write_sarif
     from harness.report.environment import new_header
     from harness.report.models import Footer
     from harness.report.records import Run
-    from harness.report.sarif import write_sarif
 
     write_sarif(Run(new_header(), tuple(records), Footer(counts={}, seconds=0.0, exit_code=exit_code)), path)
 
@@ -124,107 +119,3 @@ def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_a
         return record
     found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
     return record.model_copy(update={"prescription": found})
-
-
-def _print(record: FileRecord) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from harness.text import printable
-    from harness.verdict.codes import CODES
-
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(Text(printable(record.path, 500), style="bold"))
-    if record.format is not None:
-        console.print(_facts(record))
-    for hazard in record.hazards:
-        head = f"{hazard.code} {CODES[hazard.code].title}: "
-        console.print(Text("  ").append(head, style="yellow").append(printable(hazard.what, 400)))
-    if record.advice:
-        console.print(Text(f"  {record.advice.outlook}: {printable(record.advice.reason, 400)}", style="bold"))
-        for line in record.advice.advice:
-            console.print(Text(f"    - {printable(line, 400)}"))
-    if record.prescription and record.modules:
-        console.print(_prescriptions(record))
-    if record.energies:
-        console.print(_blocks(record.energies))
-
-
-def _facts(record: FileRecord) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness.text import printable
-
-    table = Table.grid(padding=(0, 2))
-    numbers = [
-        ("modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"),
-        ("rank", _counts(record.ranks)),
-        ("alpha", _counts(record.alphas)),
-    ]
-    rows = [
-        ("format", f"{record.format}; alpha from {record.alpha_source}"),
-        *(numbers if record.modules else [("modules", "none that can be read")]),
-        *((f"scale {name}", _range(*span)) for name, span in record.scales.items()),
-        ("understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"),
-        *((("trainer", record.trainer),) if record.trainer else ()),
-        *((("energy", _energies(record)),) if record.energy else ()),
-        *(("note", note) for note in record.notes),
-    ]
-    for label, value in rows:
-        table.add_row(Text(f"  {label}"), Text(printable(value, 400)))
-    return table
-
-
-def _prescriptions(record: FileRecord) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness.text import printable
-
-    table = Table.grid(padding=(0, 2))
-    for loader, strength in record.prescription.items():
-        use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
-        table.add_row(Text("  pass"), Text(printable(loader, 120)), Text(use))
-    return table
-
-
-def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
-    """Return the energies by block; of many blocks those with the largest, in the order of the model."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness.text import printable
-    from harness.verdict.blocks import by_block
-
-    blocks = by_block(energies)
-    strongest = sorted(blocks, key=lambda block: -(block.energy or 0.0))[:_BLOCKS_SHOWN]
-    what = "||ΔW|| / ||W||" if any(block.relative is not None for block in blocks) else "||ΔW||"
-    table = Table(box=None, pad_edge=False, padding=(0, 2), caption_justify="left")
-    table.add_column("  block", overflow="fold")
-    for column in ("modules", what, "largest σ", "effective rank"):
-        table.add_column(column, justify="right")
-    for block in (block for block in blocks if block in strongest):
-        energy = "-" if block.energy is None else f"{block.energy:.3g}"
-        cells = (f"{block.modules}", energy, f"{block.spectral:.3g}", f"{block.effective_rank:.3g}")
-        table.add_row(Text(f"  {printable(block.name, 80)}"), *cells)
-    if len(blocks) > len(strongest):
-        table.caption = f"  and {len(blocks) - len(strongest)} weaker blocks (all of them with --html)"
-    return table
-
-
-def _energies(record: FileRecord) -> str:
-    """Return the largest energies by module, in words short enough for a terminal."""
-    found = sorted((record.energy or {}).items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {value:.3g}" for name, value in found[:_ENERGIES_SHOWN])
-    return shown + (f" and {len(found) - _ENERGIES_SHOWN} more" if len(found) > _ENERGIES_SHOWN else "")
-
-
-def _counts(values: dict[str, int]) -> str:
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ({times}x)" for value, times in list(values.items())[:8])
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

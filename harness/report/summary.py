@@ -167,19 +167,30 @@ def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, Matrix
     return order
 
 
-def row_name(bench: str, variant: str, row: Iterable[MatrixCell | None]) -> str:
-    """Return what a line of the matrix is called: the bench, the variant, `images` where only pictures spoke."""
-    seen = {verdict.check for cell in row if cell for verdict in cell.verdicts}
-    extra = [variant] if variant != "lora" else []
-    extra += ["images"] if seen == {"images"} else []
-    return " · ".join([bench, *extra])
+@dataclass(frozen=True)
+class MatrixRow:
+    """One line of the matrix: a loader on one bench and variant, a cell per format (None: not measured)."""
+
+    loader: str
+    bench: str
+    variant: str
+    cells: tuple[MatrixCell | None, ...]
+
+    @property
+    def name(self) -> str:
+        """The bench, the variant, `images` where only pictures spoke."""
+        seen = {verdict.check for cell in self.cells if cell for verdict in cell.verdicts}
+        extra = [self.variant] if self.variant != "lora" else []
+        return " · ".join([self.bench, *extra, *(["images"] if seen == {"images"} else [])])
 
 
-def matrix_lines(grid: Mapping[CellKey, MatrixCell]) -> list[tuple[str, str, str]]:
-    """Return (loader, bench, variant) of each line: loaders and benches as they came, plain LoRA before variants."""
+def matrix_rows(grid: Mapping[CellKey, MatrixCell]) -> list[MatrixRow]:
+    """Return the lines of the matrix: loaders and benches as they came, plain LoRA before variants."""
     lines = list(dict.fromkeys((loader, bench, variant) for loader, _, bench, variant in grid))
     loaders, benches = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
-    return sorted(lines, key=lambda line: (loaders.index(line[0]), benches.index(line[1]), line[2] != "lora", line[2]))
+    lines.sort(key=lambda line: (loaders.index(line[0]), benches.index(line[1]), line[2] != "lora", line[2]))
+    formats = matrix_columns(grid)
+    return [MatrixRow(*line, tuple(grid.get((line[0], fmt, *line[1:])) for fmt in formats)) for line in lines]
 
 
 def matrix_columns(grid: Mapping[CellKey, MatrixCell]) -> list[str]:

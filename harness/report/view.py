@@ -16,13 +16,13 @@ from harness.report.summary import (
     WORDS,
     Cause,
     MatrixCell,
+    MatrixRow,
     causes,
     cells,
     digest,
     distance,
     matrix_columns,
-    matrix_lines,
-    row_name,
+    matrix_rows,
 )
 from harness.report.svg import available, law_figure
 from harness.verdict.blocks import by_block
@@ -37,17 +37,6 @@ _MOST_ENERGIES = 24
 _MOST_BLOCKS = 120
 STATUS_WORDS = {"passed": "passed", "failed": "failed", "incomplete": "incomplete", "cut": "cut short"}
 STATUS_LOOKS = {"passed": "passed", "failed": "failed", "incomplete": "skipped", "cut": "errored"}
-
-
-@dataclass(frozen=True)
-class MatrixRow:
-    """One line of the matrix; `span` is the number of lines of its loader, 0 on all but the first of them."""
-
-    loader: str
-    version: str | None
-    bench: str
-    span: int
-    cells: tuple[MatrixCell | None, ...]
 
 
 @dataclass(frozen=True)
@@ -85,14 +74,7 @@ class ReportView:
     @cached_property
     def matrix(self) -> list[MatrixRow]:
         """The matrix: a line per loader, bench and variant, a cell per format."""
-        lines = matrix_lines(self.cells)
-        rows, above = [], None
-        for loader, bench, variant in lines:
-            row = tuple(self.cells.get((loader, fmt, bench, variant)) for fmt in self.formats)
-            span = sum(line[0] == loader for line in lines) if loader != above else 0
-            rows.append(MatrixRow(loader, self._version(loader), row_name(bench, variant, row), span, row))
-            above = loader
-        return rows
+        return matrix_rows(self.cells)
 
     @cached_property
     def causes(self) -> list[Cause]:
@@ -150,9 +132,13 @@ class ReportView:
             return cell.anchor
         return self.anchors[id(cell.worst)]
 
-    def _version(self, loader: str) -> str | None:
-        found = (v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version)
-        return next(found, None)
+    def span(self, loader: str) -> int:
+        """Return the number of lines that a loader has in the matrix."""
+        return sum(row.loader == loader for row in self.matrix)
+
+    def version(self, loader: str) -> str | None:
+        """Return the version of a loader, None where no verdict tells it."""
+        return next((v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version), None)
 
 
 def energy_by_block(record: FileRecord) -> list[tuple[str, float]]:

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 import harness
 from fixtures.build_malformed import kohya, tensors_file
 from harness.cli import main
+from harness.report.ci import sarif
 from harness.report.models import Footer, Header
 from harness.report.records import Run
-from harness.report.sarif import sarif
 from harness.verdict.codes import CODES, Check
 from harness.verdict.file_record import FileRecord, Hazard
 
