@@ -57,7 +57,6 @@ class GateResult:
     rule: str
     where: str
     what: str
-    ok: bool = False
 
     def text(self) -> str:
         """Return the result as a line: rule, place, what happened."""

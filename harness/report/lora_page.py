@@ -13,8 +13,7 @@ from harness.errors import UserError
 from harness.files.serialize import replace_file
 from harness.law.known import ScaleLaw, known_laws
 from harness.report.energy_map import EnergyMap, energy_maps
-from harness.report.shell import asset, environment, number, policy
-from harness.report.summary import SYMBOLS
+from harness.report.html import asset, environment, policy
 from harness.text import count, plain
 from harness.verdict.blocks import BlockEnergy, by_block, in_order
 from harness.verdict.codes import CODES, SEVERITIES, Code
@@ -47,11 +46,6 @@ class Shown:
             said = "; ".join(dict.fromkeys(CODES[hazard.code].title for hazard in bad[:_TITLES]))
             return ("xfailed" if record.severity == "warning" else "failed"), count(len(bad), "hazard"), said
         return "passed", "no hazard", "readers agree about this file; the option --base tells how strong it is"
-
-    @property
-    def sign(self) -> str:
-        """The sign that stands for the look beside its word and colour."""
-        return SYMBOLS[self.outlook[0]]
 
     @cached_property
     def blocks(self) -> list[BlockEnergy]:
@@ -158,8 +152,8 @@ def render_audit_page(rows: Sequence[FileRecord]) -> str:
 
 def _page(template: str, script: Any, **parts: Any) -> str:
     style, page = asset("report.css") + asset("lora.css"), environment()
-    page.filters |= {"number": number, "sized": _sized, "counted": _counted}
-    shared = {"sign": SYMBOLS, "policy": policy(script, style), "style": style, "script": script}
+    page.filters |= {"sized": _sized, "counted": _counted}
+    shared = {"policy": policy(script, style), "style": style, "script": script}
     return page.get_template(template).render(**shared, **parts)
 
 

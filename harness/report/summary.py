@@ -208,7 +208,6 @@ class LoaderSummary:
     """What is wrong with one loader, in a line."""
 
     loader: str
-    version: str | None
     worst: Verdict
     more: int
 
@@ -256,7 +255,7 @@ def loader_summaries(run: Run) -> list[LoaderSummary]:
     for cause in causes(run.verdicts):
         by_loader.setdefault(cause.worst.loader, []).append(cause)
     worst = ((name, found[0].worst, len(found) - 1) for name, found in by_loader.items())
-    return [LoaderSummary(name, verdict.loader_version, verdict, more) for name, verdict, more in worst]
+    return [LoaderSummary(name, verdict, more) for name, verdict, more in worst]
 
 
 def _all_right(run: Run, tested: int) -> str:
