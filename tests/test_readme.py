@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from harness.cli import COMMANDS, main
-from harness.verdict.codes import CODES
+from harness.verdict.codes import CODES, Check
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "nightly.md", ROOT / "examples" / "README.md"]
@@ -72,3 +73,18 @@ def test_the_failure_in_the_readme_is_what_is_printed() -> None:
     assert command is not None
     printed = CliRunner().invoke(main, [*shlex.split(command[1])[1:], "-j", "1"]).output
     assert printed.splitlines()[: len(block.splitlines())] == block.splitlines()
+
+
+def spans(text: str) -> set[str]:
+    """Return the codes that a text lists, `LH201 to LH209` with all that lie between."""
+    ends = re.findall(r"(LH\d{3})(?: to (LH\d{3}))?", text)
+    return {code for low, high in ends for code in CODES if low <= code <= (high or low)}
+
+
+def test_the_readme_lists_the_codes_that_each_check_emits() -> None:
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| [^|]* \((LH[^)]*)\) \|", README, re.M))
+    rows["verify"], rows["inspect"] = re.findall(r"\(`verify`\)(.*?);.*?`audit`\)(.*?)\n\n", README, re.S)[0]
+    listed = {check.replace(" ", "_"): spans(codes) for check, codes in rows.items()}
+    assert set(listed) == set(get_args(Check))
+    for check, codes in listed.items():
+        assert codes == {code for code, about in CODES.items() if check in about.checks}, check

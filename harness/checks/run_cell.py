@@ -16,6 +16,7 @@ from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe
+from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
 
 _NOT_LOADED = ("LH101", "LH102")
@@ -112,8 +113,8 @@ class Symptoms:
 
     def include(self, code: str) -> bool:
         """Tell whether findings of `code` only follow from what another finding says."""
-        if "LH104" in self.result.findings and code in (*_NOT_LOADED, *_RESIDUAL):
-            return True  # what one layer lacks, another has on top of its own
+        if any(code in CODES[other].explains for other in self.result.findings):
+            return True
         if code in _RESIDUAL:
             return self._rarer(code, 3)
         if code in _NOT_LOADED:

@@ -58,10 +58,8 @@ def command(
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
-    from harness.commands.inspect import UNREADABLE
     from harness.doctor.audit.audit import audit_files
     from harness.doctor.audit.output import write_rows
-    from harness.verdict.file_record import VIOLATIONS
 
     known = _known(outs, resume)
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
@@ -85,7 +83,7 @@ def command(
         )
     for out in outs:
         write_rows(out, rows)
-    code = int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows))
+    code = int(any(row.severity in ("fatal", "error") for row in rows))
     print_json(rows, code) if as_json else _print(rows, outs)
     sys.exit(code)
 

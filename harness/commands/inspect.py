@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from harness.verdict.file_record import FileRecord, ModuleEnergy
 
-UNREADABLE = "LH799"
 _ENERGIES_SHOWN = 3
 _BLOCKS_SHOWN = 16
 
@@ -88,22 +87,17 @@ def _write_page(records: Sequence[FileRecord], path: Path, *, quiet: bool) -> No
 
 
 def _write_sarif(records: Iterable[FileRecord], path: Path, exit_code: int) -> None:
+    from harness.report.ci import write_sarif
     from harness.report.environment import new_header
-    from harness.report.records import FileRecord as Line
-    from harness.report.records import Footer, Run
-    from harness.report.sarif import write_sarif
+    from harness.report.models import Footer
+    from harness.report.records import Run
 
-    lines = tuple(Line.model_validate(record.model_dump()) for record in records)
-    write_sarif(Run(new_header(), lines, Footer(counts={}, seconds=0.0, exit_code=exit_code)), path)
+    write_sarif(Run(new_header(), tuple(records), Footer(counts={}, seconds=0.0, exit_code=exit_code)), path)
 
 
 def _exit_code(record: FileRecord, strict: bool) -> int:
-    codes = {hazard.code for hazard in record.hazards}
-    if UNREADABLE in codes:
-        return 2
-    from harness.verdict.file_record import VIOLATIONS
-
-    return int(bool(codes if strict else codes & VIOLATIONS))
+    exits = {None: 0, "warning": int(strict), "error": 1, "fatal": 2}
+    return exits[record.severity]
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:

@@ -159,7 +159,7 @@ def ask_reference(writer: RunWriter, cells: Sequence[Cell], workers: int) -> lis
 
 def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:
     """Return what records the probes of a cell, for the scale plots of the report."""
-    from harness.report.probes import probe_record
+    from harness.report.models import probe_record
 
     def write(cell: Cell, measured: Measured) -> None:
         if measured.probes:

@@ -119,7 +119,7 @@ def _sweep(
 ) -> None:
     from harness.commands.sweep import sweep_into
     from harness.errors import UserError
-    from harness.report.records import PartRecord
+    from harness.report.models import PartRecord
 
     for name in loaders:
         try:

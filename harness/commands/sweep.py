@@ -97,7 +97,7 @@ def sweep_into(
     from harness.checks.known import excuse_images
     from harness.images import read_prompts, run_sweep
     from harness.loaders.registry import resolve
-    from harness.report.records import SweepRecord
+    from harness.report.models import SweepRecord
 
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
     result = run_sweep(

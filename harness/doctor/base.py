@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, match_modules, read_header
+from harness.verdict.blocks import family_of
 
 _WEIGHT = ".weight"
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,8 @@ class BaseWeights:
         sizes: dict[str, int] = {}
         for name in self.names:
             info = self.files[self.prefix + name].tensors[self.prefix + name + _WEIGHT]
-            sizes[family(name)] = sizes.get(family(name), 0) + info.elements
+            sizes[family_of(name)] = sizes.get(family_of(name), 0) + info.elements
         return sizes
-
-
-def family(name: str) -> str:
-    """Return a module name with its block number written N (only the first number: `to_out.0` keeps its own)."""
-    return _NUMBER.sub("N", name, count=1)
 
 
 def norm_of(values: Iterable[float]) -> float:

@@ -1,30 +1,35 @@
-"""A run on a pull request: annotations of GitHub Actions, and the step summary and wiki page as Markdown."""
+"""A run on a pull request: annotations of GitHub Actions, step summary and wiki page as Markdown, hazards as SARIF."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import quote
 
+from harness.report.environment import installed_versions
 from harness.report.gates import GateResult
 from harness.report.records import Run
 from harness.report.summary import (
     OUTCOMES,
     SYMBOLS,
     WORDS,
-    Cell,
+    MatrixCell,
     causes,
     cells,
-    findings,
     headline,
+    loader_summaries,
     matrix_columns,
-    matrix_lines,
+    matrix_rows,
     not_measured,
-    row_name,
     short_title,
 )
 from harness.text import plain
+from harness.verdict.codes import CODES
+from harness.verdict.file_record import FileRecord, Hazard
 
 _MOST = 10  # Actions shows ten errors and ten warnings per step
 
@@ -67,6 +72,7 @@ def _property(text: str) -> str:
 
 
 _MOST_CAUSES = 10
+_SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&@])")
 
 
@@ -86,19 +92,16 @@ def code(text: str) -> str:
 def matrix_markdown(run: Run) -> str:
     """Return the matrix loader x format as a Markdown table, the measured law in each cell that is not right."""
     grid = cells(run)
-    formats = matrix_columns(grid)
-    head = ["loader", "bench", *formats]
+    head = ["loader", "bench", *matrix_columns(grid)]
     lines = [_row([escape(name) for name in head]), _row(["---"] * len(head))]
-    for loader, bench, variant in matrix_lines(grid):
-        row = [grid.get((loader, fmt, bench, variant)) for fmt in formats]
-        lines.append(_row([escape(loader), escape(row_name(bench, variant, row)), *map(_cell, row)]))
+    lines += [_row([escape(row.loader), escape(row.name), *map(_cell, row.cells)]) for row in matrix_rows(grid)]
     return "\n".join(lines) + "\n"
 
 
 def step_summary(run: Run, gate: Sequence[GateResult] = ()) -> str:
     """Return the run as Markdown: verdict, findings, counts, matrix, failures folded, what was not measured."""
     counts = ", ".join(f"{run.counts[o]} {SYMBOLS[o]} {WORDS[o]}" for o in OUTCOMES if run.counts.get(o))
-    found = "\n".join(f"- {escape(finding.text())}" for finding in findings(run))
+    found = "\n".join(f"- {escape(summary.text())}" for summary in loader_summaries(run))
     parts = [f"## {escape(headline(run))}", found, counts]
     if any(verdict.format for verdict in run.verdicts):
         parts.append(matrix_markdown(run))
@@ -132,8 +135,56 @@ def _row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: MatrixCell | None) -> str:
     if cell is None:
         return SYMBOLS["none"]
     law = f" {code(cell.formula)}" if cell.formula and cell.outcome != "passed" else ""
     return f"{SYMBOLS[cell.outcome]} {WORDS[cell.outcome]}{law}"
+
+
+def sarif(run: Run) -> dict[str, Any]:
+    """Return the file records of a run as a SARIF log."""
+    records = run.of(FileRecord)
+    kinds = {hazard.code: hazard for record in records for hazard in record.hazards}
+    codes = sorted(kinds)
+    driver: dict[str, Any] = {"name": "lora-harness", "rules": [_rule(kinds[name]) for name in codes]}
+    if release := installed_versions(["lora-harness"]):
+        driver["version"] = release["lora-harness"]
+    results = [_hazard_result(record, hazard, codes) for record in records for hazard in record.hazards]
+    whole = run.footer is not None and run.cut is None
+    invocation = {"executionSuccessful": whole, "commandLine": plain(run.header.command)}
+    body = {"tool": {"driver": driver}, "invocations": [invocation], "results": results}
+    return {"$schema": _SARIF, "version": "2.1.0", "runs": [body]}
+
+
+def write_sarif(run: Run, path: Path | str) -> Path:
+    """Write the SARIF log of a run and return its path."""
+    path = Path(path)
+    path.write_text(json.dumps(sarif(run), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def level(hazard: Hazard) -> str:
+    """Return `error` for a file that cannot be used as it is, `warning` for one that readers disagree about."""
+    return "warning" if hazard.severity == "warning" else "error"
+
+
+def _rule(hazard: Hazard) -> dict[str, Any]:
+    known, ask = CODES.get(hazard.code), f"lora-harness explain {hazard.code}"
+    return {
+        "id": hazard.code,
+        "defaultConfiguration": {"level": level(hazard)},
+        "shortDescription": {"text": known.title if known else hazard.code},
+        "help": {"text": f"{known.fix} ({ask})" if known else ask},
+    }
+
+
+def _hazard_result(record: FileRecord, hazard: Hazard, codes: list[str]) -> dict[str, Any]:
+    location = {"physicalLocation": {"artifactLocation": {"uri": quote(PurePath(record.path).as_posix())}}}
+    return {
+        "ruleId": hazard.code,
+        "ruleIndex": codes.index(hazard.code),
+        "level": level(hazard),
+        "message": {"text": plain(hazard.what or hazard.code, 1000)},
+        "locations": [location],
+    }

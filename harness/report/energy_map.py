@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.verdict.blocks import OUTSIDE, block_of, in_order, place_of
+from harness.verdict.blocks import OUTSIDE, group_of, in_order, place_of
 from harness.verdict.file_record import ModuleEnergy
 
 _ROW = 15  # all sizes in pixels
@@ -30,7 +30,7 @@ Cells = dict[str, dict[str, str]]  # innermost block -> kind of layer -> module
 
 
 @dataclass(frozen=True)
-class Tile:
+class ModuleTile:
     """One module: its place, how full of colour (None: nothing known), its look beside that, and what it says."""
 
     x: float
@@ -90,7 +90,7 @@ class EnergyMap:
         return found
 
     @cached_property
-    def tiles(self) -> list[Tile]:
+    def tiles(self) -> list[ModuleTile]:
         """Every module."""
         rows = {kind: index * _ROW for index, kind in enumerate(self.kinds)}
         return [
@@ -99,17 +99,17 @@ class EnergyMap:
             for kind, name in row.items()
         ]
 
-    def _tile(self, name: str, x: float, y: int) -> Tile:
+    def _tile(self, name: str, x: float, y: int) -> ModuleTile:
         energy = self.energies[name]
         value, relative = energy.norm if energy.relative is None else energy.relative, energy.relative is not None
         if not energy.finite:
-            return Tile(x, y, None, "broken", f"{name}: NaN or infinite weights")
+            return ModuleTile(x, y, None, "broken", f"{name}: NaN or infinite weights")
         if not relative and any(other.relative is not None for other in self.energies.values()):
-            return Tile(x, y, None, "unknown", f"{name}: no such weight in the base")
+            return ModuleTile(x, y, None, "unknown", f"{name}: no such weight in the base")
         if value == 0:
-            return Tile(x, y, None, "zero", f"{name}: 0, changes nothing")
+            return ModuleTile(x, y, None, "zero", f"{name}: 0, changes nothing")
         share = value / self.most if self.most else 0.0
-        return Tile(x, y, round(_FAINTEST + (1 - _FAINTEST) * share, 3), "", f"{name}: {value:.3g}")
+        return ModuleTile(x, y, round(_FAINTEST + (1 - _FAINTEST) * share, 3), "", f"{name}: {value:.3g}")
 
     @cached_property
     def row_labels(self) -> list[Label]:
@@ -121,8 +121,8 @@ class EnergyMap:
         """Block numbers below groups in which every block has one number."""
         every = -(-_TICK_ROOM // self.step)
         found = []
-        for group, blocks in self.groups.items():
-            numbers = [block.removeprefix(group).strip("._") for block in blocks]
+        for blocks in self.groups.values():
+            numbers = [group_of(block)[1] for block in blocks]
             shown = [(b, n) for i, (b, n) in enumerate(zip(blocks, numbers, strict=True)) if n and i % every == 0]
             if all(number.isdecimal() or not number for number in numbers):
                 found += [Label(self.columns[b] + self.step / 2, self.foot + 11, n) for b, n in shown]
@@ -197,14 +197,8 @@ def _alike(cells: Cells) -> list[Cells]:
 def _map(cells: Cells, energies: Mapping[str, ModuleEnergy], most: float) -> EnergyMap:
     groups: dict[str, list[str]] = {}
     for block in cells:
-        groups.setdefault(_group(block), []).append(block)
+        groups.setdefault(group_of(block)[0], []).append(block)
     return EnergyMap(groups, {block: cells[block] for row in groups.values() for block in row}, energies, most)
-
-
-def _group(block: str) -> str:
-    """Return the name that a block shares with its neighbours: `transformer_blocks`, or `down_blocks.1` of nested."""
-    outer = block_of(block)
-    return outer.rstrip("0123456789").rstrip("._") or outer if outer == block else outer
 
 
 def _cut(text: str) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.errors import UserError
-from harness.report.records import Run, SweepRecord
+from harness.report.models import SweepRecord
+from harness.report.records import Run
 from harness.report.summary import place, short_title
 from harness.text import plain
 from harness.verdict.verdict import Verdict
@@ -56,7 +57,6 @@ class GateResult:
     rule: str
     where: str
     what: str
-    ok: bool = False
 
     def text(self) -> str:
         """Return the result as a line: rule, place, what happened."""

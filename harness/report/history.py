@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,14 @@ from pydantic import Field, ValidationError
 
 from harness.errors import UserError
 from harness.report.records import Run
-from harness.report.summary import WORDS, Cell, cells, listed
+from harness.report.summary import OUTCOMES, WORDS, MatrixCell, cells, listed
 from harness.text import plain
 from harness.verdict.verdict import Record
 
 _GREEN = "passed"  # a failure that is recorded as known is no better than it was
+_LAST = 30
+_MOST_FLIPS = 20
+_HEIGHT = 48.0
 
 
 class HistoryCell(Record):
@@ -98,7 +102,7 @@ def history_record(run: Run) -> HistoryRecord:
     )
 
 
-def _key_numbers(cell: Cell) -> HistoryCell:
+def _key_numbers(cell: MatrixCell) -> HistoryCell:
     worst = cell.worst
     return HistoryCell(
         loader=cell.loader,
@@ -220,3 +224,58 @@ def _line(record: HistoryRecord) -> str:
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()) if number) or "no verdict"
+
+
+@dataclass(frozen=True)
+class BarPart:
+    """One outcome's share of a bar: `top` and `height` in units of the drawing."""
+
+    outcome: str
+    count: int
+    top: float
+    height: float
+
+
+@dataclass(frozen=True)
+class RunBar:
+    """One run: its outcomes stacked, violations at the foot where they line up from night to night."""
+
+    record: HistoryRecord
+    parts: tuple[BarPart, ...]
+
+    @property
+    def violations(self) -> int:
+        """Failed, errored and unexpectedly passing checks together."""
+        return sum(self.record.counts.get(outcome, 0) for outcome in ("failed", "errored", "xpassed"))
+
+
+class Trend:
+    """The bars and flips of a history; empty with fewer than two runs."""
+
+    height = _HEIGHT
+
+    def __init__(self, history: Sequence[HistoryRecord]) -> None:
+        self.history = history
+
+    @cached_property
+    def bars(self) -> list[RunBar]:
+        """The last runs, oldest first, scaled to the largest of them."""
+        records = trend_rows(self.history, _LAST)
+        most = max((sum(record.counts.values()) for record in records), default=0) or 1
+        return [RunBar(record, _parts(record, most)) for record in records] if len(records) > 1 else []
+
+    @cached_property
+    def flips(self) -> list[Flip]:
+        """What changed between runs, the newest first."""
+        return flips(self.history)[:_MOST_FLIPS]
+
+
+def _parts(record: HistoryRecord, most: int) -> tuple[BarPart, ...]:
+    parts, foot = [], _HEIGHT
+    room = _HEIGHT - sum(bool(count) for count in record.counts.values())
+    for outcome in OUTCOMES:
+        if count := record.counts.get(outcome, 0):
+            height = 1.0 + count / most * room
+            foot -= height
+            parts.append(BarPart(outcome, count, round(foot, 2), round(height, 2)))
+    return tuple(parts)

@@ -1,24 +1,35 @@
-"""Write a run as one self-contained `index.html`: a pure function of the run's records."""
+"""Write a run as one self-contained `index.html`, a pure function of its records; and what every page shares."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from harness.errors import UserError
-from harness.report import shell
-from harness.report.records import FileRecord, PowerRecord, Run, merge_runs, rebased
-from harness.report.summary import findings, headline, not_measured, pretty_formula, short_title
-from harness.report.view import STATUS_LOOKS, STATUS_WORDS, View, counted, share, symbol, told_lines, word
+from harness.report.models import PowerRecord
+from harness.report.records import Run, merge_runs, rebased
+from harness.report.summary import headline, listed, loader_summaries, not_measured, pretty_formula, short_title
+from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, symbol, told_lines, word
+from harness.text import plain
+from harness.verdict.file_record import FileRecord
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
     from harness.report.gates import GateResult
     from harness.report.history import HistoryRecord
+
+_PACKAGE = "harness.report"
+_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; "
+    "base-uri 'none'; form-action 'none'; object-src 'none'"
+)
 
 
 def write_report(
@@ -61,16 +72,16 @@ def render(
     data: str | None = None,
 ) -> str:
     """Return the report of a run as HTML text; `out` is the folder that it will lie in, `data` a link beside it."""
+    from harness.report.history import Trend
     from harness.report.strips import strips
-    from harness.report.trend import Trend
 
-    style, script = shell.asset("report.css"), shell.asset("report.js")
+    style, script = asset("report.css"), asset("report.js")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             run=run,
-            view=View(run),
+            view=ReportView(run),
             strips=strips(run, out),
             trend=Trend(history),
             gate=gate,
@@ -78,8 +89,8 @@ def render(
             powers=run.of(PowerRecord),
             unmeasured=not_measured(run),
             headline=headline(run),
-            findings=findings(run),
-            policy=shell.policy(script, style),
+            findings=loader_summaries(run),
+            policy=policy(script, style),
             style=style,
             script=script,
             data=data,
@@ -97,26 +108,6 @@ def _machine_data(run: Run, out: Path) -> str:
     return "results.jsonl"
 
 
-def _environment() -> Environment:
-    environment = shell.environment()
-    environment.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
-    environment.filters |= {"counted": counted, "share": share}
-    environment.globals |= {
-        "symbol": symbol,
-        "word": word,
-        "told": told_lines,
-        "short_title": short_title,
-        "status_word": STATUS_WORDS,
-        "status_look": STATUS_LOOKS,
-    }
-    return environment
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a number with `digits` significant digits, a dash for None."""
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
 def when(stamp: str) -> str:
     """Return an ISO time stamp as `23 November 2026, 20:15 UTC`, or as it is when it is none."""
     try:
@@ -131,3 +122,59 @@ def sized(count: float | None) -> str:
     if count is None:
         return "–"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def environment() -> Environment:
+    """Return the templates of the report: escaped, strict, and with hostile characters shown as escapes."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    shared = Environment(
+        loader=PackageLoader(_PACKAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalized,
+    )
+    shared.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
+    shared.globals |= {
+        "symbol": symbol,
+        "word": word,
+        "told": told_lines,
+        "short_title": short_title,
+        "listed": listed,
+        "status_word": STATUS_WORDS,
+        "status_look": STATUS_LOOKS,
+    }
+    return shared
+
+
+def asset(name: str) -> Any:
+    """Return a file that lies beside the templates, to be put into the page as it is."""
+    from markupsafe import Markup
+
+    text = (files(_PACKAGE) / "templates" / name).read_text(encoding="utf-8")
+    return Markup(text)
+
+
+def policy(script: str, style: str) -> str:
+    """Return the content security policy that allows this script and this style alone."""
+    return _POLICY.format(script=_hashed(script), style=_hashed(style))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number with `digits` significant digits, a dash for None."""
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _finalized(value: Any) -> Any:
+    from markupsafe import Markup
+
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return plain(value)
+    return "" if value is None else value
+
+
+def _hashed(text: str) -> str:
+    digest = hashlib.sha256(str(text).encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

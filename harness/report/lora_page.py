@@ -1,4 +1,4 @@
-"""Write what `inspect` found in LoRA files as one self-contained page: a section per file."""
+"""LoRA files as one self-contained page: a section per file (`inspect`), or a row per file of an `audit`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.files.write import replace_file
 from harness.law.known import ScaleLaw, known_laws
 from harness.report.energy_map import EnergyMap, energy_maps
-from harness.report.shell import asset, environment, policy
+from harness.report.html import asset, environment, policy
 from harness.text import count, plain
 from harness.verdict.blocks import BlockEnergy, by_block, in_order
-from harness.verdict.codes import CODES, Code
-from harness.verdict.file_record import VIOLATIONS, FileRecord, Hazard, ModuleEnergy
+from harness.verdict.codes import CODES, SEVERITIES, Code
+from harness.verdict.file_record import FileRecord, Hazard, ModuleEnergy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
-SIGNS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–"}
 _WORST = ("errored", "failed", "xpassed", "xfailed", "skipped", "passed")
 _MOST_MODULES = 3000
 _TITLES = 3
@@ -41,16 +41,11 @@ class Shown:
             return "errored", "unreadable", record.hazards[0].what if record.hazards else "cannot be read"
         if record.advice:
             return _LOOKS[record.advice.outlook], record.advice.outlook, record.advice.reason
-        bad = sorted(record.hazards, key=lambda hazard: hazard.code not in VIOLATIONS)
+        bad = sorted(record.hazards, key=lambda hazard: SEVERITIES.index(hazard.severity))
         if bad:
             said = "; ".join(dict.fromkeys(CODES[hazard.code].title for hazard in bad[:_TITLES]))
-            return ("failed" if bad[0].code in VIOLATIONS else "xfailed"), count(len(bad), "hazard"), said
+            return ("xfailed" if record.severity == "warning" else "failed"), count(len(bad), "hazard"), said
         return "passed", "no hazard", "readers agree about this file; the option --base tells how strong it is"
-
-    @property
-    def sign(self) -> str:
-        """The sign that stands for the look beside its word and colour."""
-        return SIGNS[self.outlook[0]]
 
     @cached_property
     def blocks(self) -> list[BlockEnergy]:
@@ -131,22 +126,35 @@ def checked_target(path: Path | str) -> Path:
 
 def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harness inspect") -> str:
     """Return the page as HTML text: a pure function of the records."""
-    style, script = asset("report.css") + asset("lora.css"), asset("lora.js")
     shown = [Shown(record, f"file-{index}") for index, record in enumerate(records, 1)]
-    page = environment()
-    page.filters |= FILTERS
-    return page.get_template("lora.html.j2").render(
+    return _page(
+        "lora.html.j2",
+        asset("lora.js"),
         files=shown,
         headline=_headline(shown),
         look=min((one.outlook[0] for one in shown), key=_WORST.index),
-        sign=SIGNS,
         code=_code,
         law=_law,
         command=command,
-        policy=policy(script, style),
-        style=style,
-        script=script,
     )
+
+
+def render_audit_page(rows: Sequence[FileRecord]) -> str:
+    """Return the page of an audit as HTML text: what is wrong how often, and every file with its verdict."""
+    return _page(
+        "audit.html.j2",
+        asset("lora.js") + asset("audit.js"),
+        files=[(row, Shown(row, "")) for row in rows],
+        headline=_audit_headline(rows),
+        often=_often(rows),
+    )
+
+
+def _page(template: str, script: Any, **parts: Any) -> str:
+    style, page = asset("report.css") + asset("lora.css"), environment()
+    page.filters |= {"sized": _sized, "counted": _counted}
+    shared = {"policy": policy(script, style), "style": style, "script": script}
+    return page.get_template(template).render(**shared, **parts)
 
 
 def _headline(shown: Sequence[Shown]) -> str:
@@ -165,8 +173,21 @@ def _law(loader: str) -> ScaleLaw | None:
     return known_laws().get(loader)
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
+def _audit_headline(rows: Sequence[FileRecord]) -> str:
+    unreadable = sum(not row.readable for row in rows)
+    hazards = sum(bool(row.hazards) for row in rows) - unreadable
+    copies = sum(row.duplicate_of is not None for row in rows)
+    parts = [f"{len(rows) - hazards - unreadable:,} without hazards"]
+    parts += [f"{hazards:,} with"] if hazards else []
+    parts += [f"{unreadable:,} unreadable"] if unreadable else []
+    parts += [f"{copies:,} with the weights of another"] if copies else []
+    return f"{count(len(rows), 'LoRA file')}: {', '.join(parts)}"
+
+
+def _often(rows: Sequence[FileRecord]) -> list[tuple[Code, int]]:
+    """Return every hazard with the number of files that have it."""
+    files = Counter(code for row in rows for code in set(row.codes))
+    return [(CODES[code], times) for code, times in files.most_common()]
 
 
 def _sized(size: int | None) -> str:
@@ -177,7 +198,3 @@ def _sized(size: int | None) -> str:
 
 def _counted(values: dict[str, int]) -> str:
     return next(iter(values)) if len(values) == 1 else ", ".join(f"{value} ({n}×)" for value, n in values.items())
-
-
-FILTERS = {"number": _number, "sized": _sized, "counted": _counted}
-"""What the templates of LoRA files write numbers, sizes and counts with."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import LawRecord, Record, Verdict
+
+if TYPE_CHECKING:
+    from harness.law.probe import Probe
 
 SCHEMA_VERSION = 1
 
@@ -114,32 +119,26 @@ class ProbeRecord(Record):
     points: tuple[ProbePoint, ...] = ()
 
 
-class Hazard(Record):
-    """Something in a LoRA file that readers disagree about (codes LH7xx)."""
+def probe_record(
+    loader: str,
+    format: str,
+    bench: str,
+    law: LawRecord | None,
+    probes: Sequence[Probe],
+    *,
+    variant: str = "lora",
+    most: int = 240,
+) -> ProbeRecord:
+    """Return a cell's probes as a record, at most `most` of them, those that are wrong before the others."""
+    wrong = [probe for probe in probes if not probe.right]
+    right = [probe for probe in probes if probe.right]
+    kept = [*_thinned(wrong, most), *_thinned(right, max(most - len(wrong), most // 4))][:most]
+    points = tuple(ProbePoint.model_validate(probe, from_attributes=True) for probe in kept)
+    return ProbeRecord(loader=loader, format=format, bench=bench, variant=variant, law=law, points=points)
 
-    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
-    code: str
-    what: str = ""
 
-
-class FileRecord(Record):
-    """What `inspect` and `audit` found in one LoRA file; further fields are kept as they are.
-
-    `energy` maps a module or block to its share ||delta W|| / ||W||, or to ||delta W|| when no base was given;
-    `prescription` maps a loader to the strength that reproduces training, None when no single value can.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
-    kind: Literal["file"] = "file"
-    path: str
-    format: str | None = None
-    modules: Any = None
-    ranks: Any = None
-    alphas: Any = None
-    hazards: tuple[Hazard, ...] = ()
-    coverage: Any = None
-    energy: Any = None
-    prescription: dict[str, float | None] = Field(default_factory=dict)
+def _thinned(probes: Sequence[Probe], most: int) -> Sequence[Probe]:
+    return probes[:: max(-(-len(probes) // most), 1)]
 
 
 class PowerRecord(Record):

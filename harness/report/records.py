@@ -18,41 +18,15 @@ from harness.report.models import (
     ADAPTER,
     SCHEMA_VERSION,
     AnyRecord,
-    FileRecord,
     Footer,
-    Hazard,
     Header,
-    LoraFacts,
     PartRecord,
     PowerRecord,
-    ProbePoint,
     ProbeRecord,
-    SweepImage,
     SweepRecord,
 )
+from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import Record, Verdict
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "AnyRecord",
-    "FileRecord",
-    "Footer",
-    "Hazard",
-    "Header",
-    "LoraFacts",
-    "PartRecord",
-    "PowerRecord",
-    "ProbePoint",
-    "ProbeRecord",
-    "Run",
-    "RunWriter",
-    "SweepImage",
-    "SweepRecord",
-    "exit_code_of",
-    "merge_runs",
-    "read_run",
-    "rebased",
-]
 
 R = TypeVar("R", bound=Record)
 

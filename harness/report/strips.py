@@ -122,7 +122,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Tile:
+class PictureTile:
     """One picture of a strip: its thumbnail, its full-size file, and the difference to what it is compared with."""
 
     strength: float
@@ -138,12 +138,12 @@ class Row:
 
     prompt: str
     seed: int | None
-    tiles: tuple[Tile | None, ...]
+    tiles: tuple[PictureTile | None, ...]
     against: str | None = None
     gain: int | None = None
 
     @property
-    def shown(self) -> Tile | None:
+    def shown(self) -> PictureTile | None:
         """The tile that the slider starts with: the one nearest to strength 1 that has something to compare."""
         usable = [tile for tile in self.tiles if tile and tile.compared]
         return min(usable, key=lambda tile: abs(tile.strength - _AS_TRAINED), default=None)
@@ -256,15 +256,15 @@ class _Draw:
     gain: int | None
     out: Path
 
-    def tile(self, strength: float, a: tuple[Path, Image] | None, b: tuple[Path, Image] | None) -> Tile | None:
+    def tile(self, strength: float, a: tuple[Path, Image] | None, b: tuple[Path, Image] | None) -> PictureTile | None:
         """Return the tile of a picture `a` that is compared with `b`."""
         if a is None:
             return None
         own, link = data_uri(a[1], self.side), link_beside(a[0], self.out)
         if b is None:
-            return Tile(strength, own, link)
+            return PictureTile(strength, own, link)
         shown = data_uri(difference(a[1], b[1], self.gain), self.side) if self.gain else None
-        return Tile(strength, own, link, data_uri(b[1], self.side), shown)
+        return PictureTile(strength, own, link, data_uri(b[1], self.side), shown)
 
 
 def _figures(strip: Strip) -> tuple[tuple[list[str], Markup], ...]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
-from harness.report.records import FileRecord, PartRecord, PowerRecord, ProbeRecord, Run, SweepRecord
+from harness.report.models import PartRecord, PowerRecord, ProbeRecord, SweepRecord
+from harness.report.records import Run
 from harness.text import plain
+from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import LawRecord, Verdict
 
 WORDS = {
@@ -30,7 +32,7 @@ CellKey = tuple[str, str, str, str]  # loader, format, bench, variant
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixCell:
     """One loader on one format, bench and variant."""
 
     loader: str
@@ -137,7 +139,7 @@ def causes(verdicts: Iterable[Verdict]) -> list[Cause]:
     return sorted(found, key=lambda cause: (order[cause.worst.loader], cause.worst.law is None))
 
 
-def cells(run: Run) -> dict[CellKey, Cell]:
+def cells(run: Run) -> dict[CellKey, MatrixCell]:
     """Return the cells that were measured, by loader, format, bench and variant."""
     found: dict[CellKey, list[Verdict]] = {}
     for verdict in run.verdicts:
@@ -145,11 +147,11 @@ def cells(run: Run) -> dict[CellKey, Cell]:
             key = (verdict.loader, verdict.format, verdict.bench or "", verdict.variant)
             found.setdefault(key, []).append(verdict)
     laws = {(p.loader, p.format or "", p.bench or "", p.variant): p.law for p in run.of(ProbeRecord) if p.law}
-    whole = {key: Cell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
+    whole = {key: MatrixCell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
     return dict(sorted(whole.items(), key=_order(run, list(whole))))
 
 
-def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, Cell]], tuple[int, ...]]:
+def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, MatrixCell]], tuple[int, ...]]:
     """Sort key of cells: loaders as planned, then formats and benches, the core ones first; pictures last."""
     planned = [part.partition(":")[2].partition("@")[0] for part in run.header.planned]
     loaders, formats, benches = (
@@ -157,7 +159,7 @@ def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, Cell]]
         for i, first in enumerate((planned, CORE_FORMATS, CORE_BENCHES))
     )
 
-    def order(entry: tuple[CellKey, Cell]) -> tuple[int, ...]:
+    def order(entry: tuple[CellKey, MatrixCell]) -> tuple[int, ...]:
         (loader, fmt, bench, _), cell = entry
         pictures = all(verdict.check == "images" for verdict in cell.verdicts)
         return loaders.index(loader), int(pictures), benches.index(bench), formats.index(fmt)
@@ -165,22 +167,33 @@ def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, Cell]]
     return order
 
 
-def row_name(bench: str, variant: str, row: Iterable[Cell | None]) -> str:
-    """Return what a line of the matrix is called: the bench, the variant, `images` where only pictures spoke."""
-    seen = {verdict.check for cell in row if cell for verdict in cell.verdicts}
-    extra = [variant] if variant != "lora" else []
-    extra += ["images"] if seen == {"images"} else []
-    return " · ".join([bench, *extra])
+@dataclass(frozen=True)
+class MatrixRow:
+    """One line of the matrix: a loader on one bench and variant, a cell per format (None: not measured)."""
+
+    loader: str
+    bench: str
+    variant: str
+    cells: tuple[MatrixCell | None, ...]
+
+    @property
+    def name(self) -> str:
+        """The bench, the variant, `images` where only pictures spoke."""
+        seen = {verdict.check for cell in self.cells if cell for verdict in cell.verdicts}
+        extra = [self.variant] if self.variant != "lora" else []
+        return " · ".join([self.bench, *extra, *(["images"] if seen == {"images"} else [])])
 
 
-def matrix_lines(grid: Mapping[CellKey, Cell]) -> list[tuple[str, str, str]]:
-    """Return (loader, bench, variant) of each line: loaders and benches as they came, plain LoRA before variants."""
+def matrix_rows(grid: Mapping[CellKey, MatrixCell]) -> list[MatrixRow]:
+    """Return the lines of the matrix: loaders and benches as they came, plain LoRA before variants."""
     lines = list(dict.fromkeys((loader, bench, variant) for loader, _, bench, variant in grid))
     loaders, benches = (list(dict.fromkeys(line[i] for line in lines)) for i in (0, 1))
-    return sorted(lines, key=lambda line: (loaders.index(line[0]), benches.index(line[1]), line[2] != "lora", line[2]))
+    lines.sort(key=lambda line: (loaders.index(line[0]), benches.index(line[1]), line[2] != "lora", line[2]))
+    formats = matrix_columns(grid)
+    return [MatrixRow(*line, tuple(grid.get((line[0], fmt, *line[1:])) for fmt in formats)) for line in lines]
 
 
-def matrix_columns(grid: Mapping[CellKey, Cell]) -> list[str]:
+def matrix_columns(grid: Mapping[CellKey, MatrixCell]) -> list[str]:
     """Return the formats that were measured, the core formats first."""
     found = dict.fromkeys(fmt for _, fmt, _, _ in grid)
     return [*(fmt for fmt in CORE_FORMATS if fmt in found), *(fmt for fmt in found if fmt not in CORE_FORMATS)]
@@ -191,11 +204,10 @@ def _law(verdicts: Sequence[Verdict]) -> LawRecord | None:
 
 
 @dataclass(frozen=True)
-class Finding:
+class LoaderSummary:
     """What is wrong with one loader, in a line."""
 
     loader: str
-    version: str | None
     worst: Verdict
     more: int
 
@@ -208,7 +220,7 @@ class Finding:
 
 def sentence(run: Run) -> str:
     """Return the verdict on the whole run: what was found, by whom, and what was not measured."""
-    told = "; ".join(finding.text() for finding in findings(run))
+    told = "; ".join(summary.text() for summary in loader_summaries(run))
     missing = f"Not measured: {listed([plain(part.name) for part in run.missing])}." if run.missing else ""
     return " ".join(part for part in (headline(run), told and f"{told}.", missing) if part)
 
@@ -237,13 +249,13 @@ def _but(run: Run) -> str:
     return f" But {len(run.missing)} planned part{'s were' if len(run.missing) > 1 else ' was'} not measured."
 
 
-def findings(run: Run) -> list[Finding]:
-    """Return one finding per loader with violations, the worst loader first."""
+def loader_summaries(run: Run) -> list[LoaderSummary]:
+    """Return one summary per loader with violations, the worst loader first."""
     by_loader: dict[str, list[Cause]] = {}
     for cause in causes(run.verdicts):
         by_loader.setdefault(cause.worst.loader, []).append(cause)
     worst = ((name, found[0].worst, len(found) - 1) for name, found in by_loader.items())
-    return [Finding(name, verdict.loader_version, verdict, more) for name, verdict, more in worst]
+    return [LoaderSummary(name, verdict, more) for name, verdict, more in worst]
 
 
 def _all_right(run: Run, tested: int) -> str:

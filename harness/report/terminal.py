@@ -1,9 +1,9 @@
-"""Print verdicts to a terminal: failures in full and folded by cause, then the matrix, then one sentence."""
+"""Print to a terminal: a run as failures folded by cause, the matrix and one sentence; a LoRA file as its facts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.table import Table
@@ -15,13 +15,12 @@ from harness.report.summary import (
     SYMBOLS,
     WORDS,
     Cause,
-    Cell,
+    MatrixCell,
     causes,
     cells,
     matrix_columns,
-    matrix_lines,
+    matrix_rows,
     not_measured,
-    row_name,
     sentence,
 )
 from harness.text import plain
@@ -66,27 +65,27 @@ def print_cause(cause: Cause, console: Console) -> None:
 def matrix_table(run: Run) -> Table:
     """Return the matrix loader x format as a table: a row per loader and bench, the measured law in each cell."""
     grid = cells(run)
-    formats = matrix_columns(grid)
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    rows = {line: [grid.get((line[0], fmt, *line[1:])) for fmt in formats] for line in matrix_lines(grid)}
-    widest = max((len(bench) + 2 for _, bench, _ in rows), default=0)
+    rows = matrix_rows(grid)
+    widest = max((len(row.bench) + 2 for row in rows), default=0)
     table.add_column("", overflow="fold", min_width=min(widest, _WIDEST))
-    for name in formats:
+    for name in matrix_columns(grid):
         table.add_column(Text(plain(name)), overflow="fold")
     above: tuple[str, str] = ("", "")
-    for (loader, bench, variant), row in rows.items():
-        if loader != above[0]:
-            table.add_row(Text(plain(loader), style="bold"))
-        name = row_name(bench, variant, row)
-        if variant != "lora" and (loader, bench) != above:
-            table.add_row(Text(f"  {plain(bench)}"))
-        name = f"  {name.removeprefix(f'{bench} · ')}" if variant != "lora" else name
-        table.add_row(Text(f"  {plain(name)}"), *map(_cell, row))
-        above = (loader, bench)
+    for row in rows:
+        name, place = row.name, (row.loader, row.bench)
+        if row.loader != above[0]:
+            table.add_row(Text(plain(row.loader), style="bold"))
+        if row.variant != "lora":
+            if place != above:
+                table.add_row(Text(f"  {plain(row.bench)}"))
+            name = f"  {name.removeprefix(f'{row.bench} · ')}"
+        table.add_row(Text(f"  {plain(name)}"), *map(_cell, row.cells))
+        above = place
     return table
 
 
-def _cell(cell: Cell | None) -> Text:
+def _cell(cell: MatrixCell | None) -> Text:
     if cell is None:
         return Text(SYMBOLS["none"], style="dim")
     law = f"\n{cell.formula}" if cell.formula and cell.outcome != "passed" else ""
@@ -94,9 +93,6 @@ def _cell(cell: Cell | None) -> Text:
 
 
 def _run_of(verdicts: Sequence[Verdict], reference: str) -> Run:
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    counts: dict[str, int] = {}
-    for verdict in verdicts:
-        counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
+    counts = dict(Counter(str(verdict.outcome) for verdict in verdicts))
     footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts), reference=reference)
-    return Run(Header(run_id="", created=created, command=""), tuple(verdicts), footer)
+    return Run(Header(run_id="", created="", command=""), tuple(verdicts), footer)

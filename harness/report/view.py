@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from markupsafe import Markup
 
-from harness.report.models import FileRecord, ProbePoint, ProbeRecord
+from harness.report.models import ProbePoint, ProbeRecord
 from harness.report.records import Run
 from harness.report.summary import (
     OUTCOMES,
     SYMBOLS,
     WORDS,
     Cause,
-    Cell,
+    MatrixCell,
+    MatrixRow,
     causes,
     cells,
     digest,
     distance,
-    listed,
     matrix_columns,
-    matrix_lines,
-    row_name,
+    matrix_rows,
 )
 from harness.report.svg import available, law_figure
+from harness.verdict.blocks import by_block
+from harness.verdict.file_record import FileRecord, ModuleEnergy
 from harness.verdict.verdict import Verdict
 
 _MOST_FIGURES = 36
@@ -35,29 +34,9 @@ _MOST_TOLD = 500
 _MOST_TOLD_PER_CAUSE = 25
 _MOST_POINTS = 200
 _MOST_ENERGIES = 24
-_MOST_MODULES = 5000
 _MOST_BLOCKS = 120
 STATUS_WORDS = {"passed": "passed", "failed": "failed", "incomplete": "incomplete", "cut": "cut short"}
 STATUS_LOOKS = {"passed": "passed", "failed": "failed", "incomplete": "skipped", "cut": "errored"}
-
-
-@dataclass(frozen=True)
-class MatrixRow:
-    """One line of the matrix; `span` is the number of lines of its loader, 0 on all but the first of them."""
-
-    loader: str
-    version: str | None
-    bench: str
-    span: int
-    cells: tuple[Cell | None, ...]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A verdict with its stable id."""
-
-    anchor: str
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,7 @@ class LawPlot:
         return "law-" + digest(self.record.loader, self.record.format, self.record.bench, self.record.variant)
 
 
-class View:
+class ReportView:
     """The parts of a report that are computed from the verdicts and probes of one run."""
 
     def __init__(self, run: Run) -> None:
@@ -83,7 +62,7 @@ class View:
         self.anchors = _anchors(run.verdicts)
 
     @cached_property
-    def cells(self) -> dict[tuple[str, str, str, str], Cell]:
+    def cells(self) -> dict[tuple[str, str, str, str], MatrixCell]:
         """The measured cells by loader, format, bench and variant, the worst first."""
         return cells(self.run)
 
@@ -95,14 +74,7 @@ class View:
     @cached_property
     def matrix(self) -> list[MatrixRow]:
         """The matrix: a line per loader, bench and variant, a cell per format."""
-        lines = matrix_lines(self.cells)
-        rows, above = [], None
-        for loader, bench, variant in lines:
-            row = tuple(self.cells.get((loader, fmt, bench, variant)) for fmt in self.formats)
-            span = sum(line[0] == loader for line in lines) if loader != above else 0
-            rows.append(MatrixRow(loader, self._version(loader), row_name(bench, variant, row), span, row))
-            above = loader
-        return rows
+        return matrix_rows(self.cells)
 
     @cached_property
     def causes(self) -> list[Cause]:
@@ -141,61 +113,38 @@ class View:
         found = ((record, energy_by_block(record)) for record in self.run.of(FileRecord))
         return [(record, blocks[:_MOST_BLOCKS]) for record, blocks in found if blocks][:_MOST_ENERGIES]
 
-    def line(self, verdict: Verdict) -> Line:
-        """Return the verdict with its id."""
-        return Line(self.anchors[id(verdict)], verdict)
+    def anchor(self, verdict: Verdict) -> str:
+        """Return the verdict's stable id."""
+        return self.anchors[id(verdict)]
 
     @cached_property
     def _plotted(self) -> set[str]:
         return {plot.anchor for plot in self.plots}
 
-    def plot(self, cell: Cell) -> str | None:
+    def plot(self, cell: MatrixCell) -> str | None:
         """Return the id of the plot of the cell's law, None when there is none."""
         anchor = "law-" + digest(cell.loader, cell.format, cell.bench, cell.variant)
         return anchor if anchor in self._plotted else None
 
-    def evidence(self, cell: Cell) -> str:
+    def evidence(self, cell: MatrixCell) -> str:
         """Return the id that a cell of the matrix links to: its worst failure, or its checks."""
         if cell.worst is None or cell.worst.ok:
             return cell.anchor
         return self.anchors[id(cell.worst)]
 
-    def _version(self, loader: str) -> str | None:
-        found = (v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version)
-        return next(found, None)
+    def span(self, loader: str) -> int:
+        """Return the number of lines that a loader has in the matrix."""
+        return sum(row.loader == loader for row in self.matrix)
+
+    def version(self, loader: str) -> str | None:
+        """Return the version of a loader, None where no verdict tells it."""
+        return next((v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version), None)
 
 
 def energy_by_block(record: FileRecord) -> list[tuple[str, float]]:
-    """Return (block, energy) pairs: ||delta W|| of the block's modules, over their ||W|| where a base was given."""
-    norms = _norms(record)
-    if any(base for _, _, base in norms):
-        norms = [entry for entry in norms if entry[2]]
-    total: dict[str, tuple[float, float]] = {}
-    for name, norm, base in norms:
-        delta, weights = total.get(_block(name), (0.0, 0.0))
-        total[_block(name)] = (delta + norm**2, weights + base**2)
-    return [(block, math.sqrt(delta / (weights or 1.0))) for block, (delta, weights) in total.items()]
-
-
-def _norms(record: FileRecord) -> list[tuple[str, float, float]]:
-    """Return (module, ||delta W||, ||W||) of a file's modules, ||W|| = 0 where it is not known."""
-    energies = (record.model_extra or {}).get("energies") or record.energy
-    entries = list(energies.items())[:_MOST_MODULES] if isinstance(energies, Mapping) else []
-    found = ((str(name), *_norm(energy)) for name, energy in entries)
-    return [(name, norm, base) for name, norm, base in found if norm is not None]
-
-
-def _norm(energy: Any) -> tuple[float | None, float]:
-    norm, relative = (energy.get("norm"), energy.get("relative")) if isinstance(energy, Mapping) else (energy, None)
-    if not isinstance(norm, int | float):
-        return None, 0.0
-    return float(norm), norm / relative if relative else 0.0
-
-
-def _block(name: str) -> str:
-    parts = name.replace("/", ".").split(".")
-    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return ".".join(parts[: numbered + 1]) if numbered is not None else parts[0]
+    """Return (block, energy) pairs, without the blocks that the base lacks; older records have one number a module."""
+    energies = record.energies or {name: ModuleEnergy(norm=value) for name, value in (record.energy or {}).items()}
+    return [(block.name, block.energy) for block in by_block(energies) if block.energy is not None]
 
 
 def _anchors(verdicts: Sequence[Verdict]) -> dict[int, str]:
@@ -240,17 +189,3 @@ def symbol(outcome: str) -> str:
 def word(outcome: str) -> str:
     """Return the word that stands for an outcome."""
     return WORDS.get(outcome, outcome)
-
-
-def counted(values: Any) -> str:
-    """Return the values of a file record (a mapping value -> number of modules, a list, or one value) as text."""
-    if isinstance(values, Mapping):
-        values = list(values)
-    if isinstance(values, list | tuple):
-        return listed([str(value) for value in values])
-    return "" if values is None else str(values)
-
-
-def share(value: Any) -> str:
-    """Return a share between 0 and 1 in per cent, anything else as nothing."""
-    return f"{value:.0%}" if isinstance(value, int | float) else ""

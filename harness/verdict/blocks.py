@@ -1,4 +1,4 @@
-"""The energies of a LoRA by block: `transformer_blocks.7`, `down_blocks.1`, `lora_te_text_model_encoder_layers_3`."""
+"""What the name of a module says: its block, its kind of layer; and the energies of a LoRA by block."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _NUMBERED = re.compile(
     r"(?:blocks?|layers?|attentions|resnets|samplers|transformer|single|double|\bh)[._]\d+(?=[._]|$)"
 )
 _DIGITS = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,21 @@ def place_of(name: str) -> tuple[str, str]:
     if found is None:
         return OUTSIDE, name
     return name[: found.end()], name[found.end() + 1 :] or "whole"
+
+
+def group_of(block: str) -> tuple[str, str]:
+    """Return (the name that a block shares with its neighbours, the rest): `transformer_blocks` and `7`.
+
+    Blocks nested in `down_blocks.1` share that name; the rest is empty for what lies outside of blocks.
+    """
+    outer = block_of(block)
+    group = outer.rstrip("0123456789").rstrip("._") or outer if outer == block else outer
+    return group, block.removeprefix(group).strip("._")
+
+
+def family_of(name: str) -> str:
+    """Return a module name with its block number written N (only the first number: `to_out.0` keeps its own)."""
+    return _NUMBER.sub("N", name, count=1)
 
 
 def by_block(energies: Mapping[str, ModuleEnergy]) -> list[BlockEnergy]:

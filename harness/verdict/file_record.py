@@ -1,4 +1,4 @@
-"""What `inspect` says of one file, as data."""
+"""What `inspect` and `audit` say of one file, as data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from harness.verdict.codes import CODES, SEVERITIES, Severity
 from harness.verdict.verdict import Record
-
-VIOLATIONS = frozenset({"LH705", "LH706", "LH707", "LH711"})
-"""Hazards that make a file wrong for every reader; the others are conventions on which readers differ."""
 
 Outlook = Literal["fine", "subtle", "too strong", "broken"]
 
@@ -18,7 +16,12 @@ class Hazard(Record):
     """Something in a file that readers disagree about, or that cannot be right (codes LH7xx)."""
 
     code: str
-    what: str
+    what: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """How grave it is; a code of a newer version, not known here, is a warning."""
+        return CODES[self.code].severity if self.code in CODES else "warning"
 
 
 class ModuleEnergy(Record):
@@ -29,9 +32,9 @@ class ModuleEnergy(Record):
     """
 
     norm: float
-    spectral: float
-    singular: tuple[float, ...]
-    effective_rank: float
+    spectral: float = 0.0
+    singular: tuple[float, ...] = ()
+    effective_rank: float = 0.0
     relative: float | None = None
     finite: bool = True
 
@@ -53,6 +56,10 @@ class FileRecord(Record):
     `coverage` is the share of keys that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without
     a base. `prescription` maps a loader that reads this format to the strength that reproduces training; null when no
     single value can or the file does not say enough.
+
+    An audit adds: `size` and `mtime` (ns), which tell whether the file is the one that was read; `fingerprint`, a hash
+    of the tensors' names, shapes and a few kilobytes; `digest` of all of their bytes (only where fingerprints agree,
+    metadata left out); `duplicate_of`, the first path with the same digest.
     """
 
     kind: Literal["file"] = "file"
@@ -78,8 +85,23 @@ class FileRecord(Record):
     energies: dict[str, ModuleEnergy] | None = None
     advice: Advice | None = None
     prescription: dict[str, float | None] = Field(default_factory=dict)
+    mtime: int | None = None
+    seconds: float | None = None
+    fingerprint: str | None = None
+    digest: str | None = None
+    duplicate_of: str | None = Field(default=None, description="first file with the same weights")
 
     @property
     def readable(self) -> bool:
         """Tell whether the file could be read at all."""
         return self.format is not None
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the hazards."""
+        return tuple(hazard.code for hazard in self.hazards)
+
+    @property
+    def severity(self) -> Severity | None:
+        """How grave the worst hazard is, None without any."""
+        return min((hazard.severity for hazard in self.hazards), key=SEVERITIES.index, default=None)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from harness.doctor import inspect_file
-from harness.doctor.base import BaseWeights, family
+from harness.doctor.base import BaseWeights
 from harness.doctor.inspect.energy import pair_energy, singular_values, untargeted
 from harness.errors import LoraFileError
 from harness.files import LoraWeights, read_lora, write_lora
+from harness.verdict.blocks import family_of
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
@@ -179,5 +180,5 @@ def test_a_base_without_weights_is_refused(tmp_path: Path, content: dict[str, to
 
 
 def test_only_the_block_number_is_folded() -> None:
-    assert family("transformer_blocks.12.attn.to_out.0") == "transformer_blocks.N.attn.to_out.0"
-    assert family("proj_out") == "proj_out"
+    assert family_of("transformer_blocks.12.attn.to_out.0") == "transformer_blocks.N.attn.to_out.0"
+    assert family_of("proj_out") == "proj_out"

@@ -6,22 +6,18 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.report.records import (
-    FileRecord,
+from harness.report.models import (
     Footer,
-    Hazard,
     Header,
     LoraFacts,
     PowerRecord,
     ProbePoint,
     ProbeRecord,
-    Run,
-    RunWriter,
     SweepImage,
     SweepRecord,
-    exit_code_of,
-    read_run,
 )
+from harness.report.records import Run, RunWriter, exit_code_of, read_run
+from harness.verdict.file_record import FileRecord, Hazard
 from harness.verdict.verdict import LawRecord, Record, Verdict
 
 FORMATS = ("peft", "kohya", "diffusers", "diffsynth")

@@ -12,13 +12,14 @@ from harness.report.ci import (
     escape,
     github_annotations,
     matrix_markdown,
+    sarif,
     step_summary,
     workflow_command,
+    write_sarif,
     write_step_summary,
 )
 from harness.report.gates import GateResult
-from harness.report.records import FileRecord, Hazard
-from harness.report.sarif import sarif, write_sarif
+from harness.verdict.file_record import FileRecord, Hazard
 
 TEXT = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}}
 LEVEL = {"enum": ["none", "note", "warning", "error"]}

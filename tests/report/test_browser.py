@@ -10,7 +10,7 @@ from report_samples import HOSTILE, failed, file_records, matrix_records, night,
 
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.records import LoraFacts, SweepRecord
+from harness.report.models import LoraFacts, SweepRecord
 
 Open = Callable[..., Any]
 VISIBLE = "return [...document.querySelectorAll(arguments[0])].filter((e) => e.getClientRects().length).length"

@@ -8,9 +8,16 @@ from report_samples import TRAINED, failed, matrix_records, passed, run_of
 
 from harness.errors import UserError
 from harness.report.environment import new_header
-from harness.report.history import append_history, flips, history_record, history_text, merge_history, read_history
+from harness.report.history import (
+    Trend,
+    append_history,
+    flips,
+    history_record,
+    history_text,
+    merge_history,
+    read_history,
+)
 from harness.report.records import Run
-from harness.report.trend import Trend
 
 
 def night(day: int, version: str, *, right: bool, **changes: object) -> Run:

@@ -27,9 +27,11 @@ from harness.errors import UserError
 from harness.report.gates import GateResult
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.records import FileRecord, LoraFacts, ProbePoint, Run, SweepImage, SweepRecord, merge_runs, read_run
+from harness.report.models import LoraFacts, ProbePoint, SweepImage, SweepRecord
+from harness.report.records import Run, merge_runs, read_run
 from harness.report.strips import Size, _size
 from harness.report.view import energy_by_block
+from harness.verdict.file_record import FileRecord, Hazard, ModuleEnergy
 
 PROMPTS = tuple(SweepImage(path="x.png", prompt=str(n), seed=0) for n in range(8))
 VOID = {"meta", "link", "img", "input", "br"}
@@ -255,9 +257,9 @@ def test_odd_scales_do_not_break_the_plots(value: float, tmp_path: Path) -> None
 
 
 def test_energy_is_summed_by_block() -> None:
-    energy = {"blocks.0.attn.to_q": 3.0, "blocks.0.attn.to_k": 4.0, "blocks.1.x": 1.0, "note": "text"}
+    energy = {"blocks.0.attn.to_q": 3.0, "blocks.0.attn.to_k": 4.0, "blocks.1.x": 1.0}
     assert energy_by_block(FileRecord(path="", energy=energy)) == [("blocks.0", 5.0), ("blocks.1", 1.0)]
-    assert energy_by_block(FileRecord(path="")) == energy_by_block(FileRecord(path="", energy=0.5)) == []
+    assert energy_by_block(FileRecord(path="")) == energy_by_block(FileRecord(path="", energy={})) == []
 
 
 def test_relative_energy_of_a_block_is_its_update_over_its_weights() -> None:
@@ -272,11 +274,10 @@ def test_relative_energy_of_a_block_is_its_update_over_its_weights() -> None:
 
 
 def test_what_the_doctor_writes_is_read_back_and_shown(tmp_path: Path) -> None:
-    doctor = pytest.importorskip("harness.verdict.file_record")
-    energy = doctor.ModuleEnergy(norm=1.0, spectral=0.5, singular=(0.5,), effective_rank=1.0)
-    hazard = doctor.Hazard(code="LH701", what="no alpha anywhere")
+    energy = ModuleEnergy(norm=1.0, spectral=0.5, singular=(0.5,), effective_rank=1.0)
+    hazard = Hazard(code="LH701", what="no alpha anywhere")
     facts = {"ranks": {"8": 3}, "alphas": {"none": 3}, "coverage": 0.5, "hazards": (hazard,), "modules": 3}
-    record = doctor.FileRecord(path="x.safetensors", format="kohya", energies={"a.0.q": energy}, **facts)
+    record = FileRecord(path="x.safetensors", format="kohya", energies={"a.0.q": energy}, **facts)
     page = page_of(write_run(tmp_path, [record]), tmp_path)
     for text in ("x.safetensors", "LH701 no alpha anywhere", "50%", "a.0"):
         assert text in page.texts["files"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from report_samples import IGNORED
 
 from harness.law.probe import Probe
-from harness.report.probes import probe_record
+from harness.report.models import probe_record
 
 
 def probe(index: int, *, right: bool) -> Probe:

@@ -8,7 +8,10 @@ import pytest
 from report_samples import BENCHES, failed, header, night, passed, run_of, sweep, write_run
 
 from harness.errors import UserError
-from harness.report.records import Footer, PartRecord, RunWriter, SweepRecord, merge_runs, read_run
+from harness.report.models import Footer, PartRecord, SweepRecord
+from harness.report.records import RunWriter, merge_runs, read_run
+from harness.report.view import energy_by_block
+from harness.verdict.file_record import FileRecord
 
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -17,6 +20,15 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert run.records == tuple(records)
     assert run.header == header()
     assert run.footer == Footer(counts={"passed": 1, "failed": 1}, seconds=run.footer.seconds, exit_code=1)
+
+
+def test_a_file_record_of_an_older_version_is_read_with_what_it_has(tmp_path: Path) -> None:
+    older = {"kind": "file", "path": "x", "format": "kohya", "hazards": [{"code": "LH701"}], "energy": {"a.0.q": 1.0}}
+    path = tmp_path / "run.jsonl"
+    path.write_text(f"{header().model_dump_json()}\n{json.dumps(older)}\n", encoding="utf-8")
+    (record,) = read_run(path).of(FileRecord)
+    assert (record.path, record.modules, record.codes, record.severity) == ("x", 0, ("LH701",), "warning")
+    assert energy_by_block(record) == [("a.0", 1.0)]
 
 
 def test_infinite_ratios_survive_json(tmp_path: Path) -> None:

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from click.testing import CliRunner
 from report_samples import failed, header, night, passed
 
-from harness.report.records import PartRecord
+from harness.cli import main as cli
+from harness.report.models import PartRecord
 from harness.report.schema import main, run_schema
+from harness.verdict.file_record import FileRecord
 
-COMMITTED = Path(__file__).parents[2] / "reports" / "schema.json"
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "reports" / "schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,31 @@ def test_a_line_that_is_wrong_does_not_validate(
 ) -> None:
     line = json.loads(failed().model_dump_json()) | change
     assert not validator.is_valid(line)
+
+
+def test_what_inspect_and_audit_print_validates(tmp_path: Path, validator: jsonschema.Draft202012Validator) -> None:
+    loras = ROOT / "fixtures" / "loras"
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"x")
+    for arguments, kinds in (
+        (["inspect", str(loras / "r8_a16" / "kohya.safetensors"), "--energy", str(bad)], ["file"] * 2),
+        (["audit", str(loras / "r8_a16"), "--energy", "-j", "0", str(bad)], ["header", *["file"] * 5, "footer"]),
+    ):
+        lines = [json.loads(line) for line in CliRunner().invoke(cli, [*arguments, "--json"]).stdout.splitlines()]
+        assert [line["kind"] for line in lines] == kinds
+        for line in lines:
+            validator.validate(line)
+
+
+@pytest.mark.parametrize(
+    "change", [{"modules": "many"}, {"ranks": [4]}, {"hazards": [{"code": 1}]}, {"energy": 0.5}, {"surprise": 1}]
+)
+def test_every_field_of_a_file_record_has_a_type(
+    change: dict[str, object], validator: jsonschema.Draft202012Validator
+) -> None:
+    line = json.loads(FileRecord(path="x").model_dump_json())
+    assert validator.is_valid(line)
+    assert not validator.is_valid(line | change)
 
 
 def test_the_schema_can_be_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

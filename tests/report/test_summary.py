@@ -5,15 +5,15 @@ from report_samples import IGNORED, RAW, failed, file_records, matrix_records, p
 
 from harness.report.models import PowerRecord
 from harness.report.summary import (
+    MatrixRow,
     badness,
     causes,
     cells,
     distance,
-    findings,
     headline,
+    loader_summaries,
     matrix_columns,
-    matrix_lines,
-    row_name,
+    matrix_rows,
     sentence,
     short_title,
 )
@@ -83,7 +83,7 @@ def test_a_green_headline_admits_what_was_not_measured() -> None:
 
 
 def test_findings_are_one_line_per_loader() -> None:
-    found = findings(run_of(*matrix_records()))  # type: ignore[arg-type]
+    found = loader_summaries(run_of(*matrix_records()))  # type: ignore[arg-type]
     assert [finding.loader for finding in found] == ["raw_alpha.py:load", "diffsynth-2.0.4", "diffsynth"]
 
 
@@ -103,12 +103,12 @@ def test_the_matrix_is_in_a_fixed_order_whatever_was_written_first() -> None:
     pictures = passed("a", "images", format="peft", bench="base")
     grid = cells(run_of(pictures, *verdicts, planned=("checks:a", "sweep:b@cuda")))
     assert matrix_columns(grid) == ["peft", "kohya", "odd"]
-    assert [line[:2] for line in matrix_lines(grid)] == [
+    assert [(row.loader, row.bench) for row in matrix_rows(grid)] == [
         ("a", "qwen-image"),
         ("a", "zoo"),
         ("a", "base"),
         ("b", "qwen-image-fused"),
         ("b", "x"),
     ]
-    row = [grid.get(("a", "peft", "base", "lora"))]
-    assert row_name("base", "dora", row) == "base · dora · images"
+    row = MatrixRow("a", "base", "dora", (grid.get(("a", "peft", "base", "lora")),))
+    assert row.name == "base · dora · images"

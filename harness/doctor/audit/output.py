@@ -123,7 +123,7 @@ def _cell(value: object) -> object:
 
 
 def _html(rows: Sequence[AuditRow]) -> bytes:
-    from harness.report.audit_page import render_audit_page
+    from harness.report.lora_page import render_audit_page
 
     return render_audit_page(rows).encode("utf-8", "backslashreplace")
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pydantic import Field
-
 from harness.doctor.audit import remote
 from harness.doctor.inspect.describe import read_record
 from harness.errors import UserError
@@ -17,29 +15,9 @@ from harness.files.read import open_source
 from harness.text import printable
 from harness.verdict.file_record import FileRecord, Hazard
 
-UNREADABLE = "LH799"
+AuditRow = FileRecord  # with what an audit adds filled in
 _SAMPLE_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
-
-
-class AuditRow(FileRecord):
-    """A file record with what an audit adds.
-
-    `size` and `mtime` (ns) tell whether the file is the one that was read; `fingerprint` hashes the tensors' names,
-    shapes and a few kilobytes, `digest` all of their bytes (only where fingerprints agree, metadata left out);
-    `duplicate_of` is the first path with the same digest.
-    """
-
-    mtime: int | None = None
-    seconds: float | None = None
-    fingerprint: str | None = None
-    digest: str | None = None
-    duplicate_of: str | None = Field(default=None, description="first file with the same weights")
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """The codes of the hazards."""
-        return tuple(hazard.code for hazard in self.hazards)
 
 
 def audit_file(path: str, *, energy: bool = False) -> AuditRow:
@@ -54,13 +32,13 @@ def audit_file(path: str, *, energy: bool = False) -> AuditRow:
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return failed_row(path, str(error))
-    return AuditRow.model_construct(**dict(record), seconds=round(time.perf_counter() - began, 4), fingerprint=mark)
+    return record.model_copy(update={"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark})
 
 
 def failed_row(path: str, what: str) -> AuditRow:
     """Return the row of a file that could not be read."""
     shown = path.encode("utf-8", "backslashreplace").decode()
-    return AuditRow(path=shown, hazards=(Hazard(code=UNREADABLE, what=printable(what, 400)),))
+    return FileRecord(path=shown, hazards=(Hazard(code="LH799", what=printable(what, 400)),))
 
 
 def fingerprint(file: TensorFile) -> str:

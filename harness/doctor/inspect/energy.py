@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from harness.doctor.base import BaseWeights, family, norm_of
+from harness.doctor.base import BaseWeights, norm_of
 from harness.text import count, printable
+from harness.verdict.blocks import family_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _about_rank(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> s
 
 def untargeted(adapter: LoraAdapter, base: BaseWeights) -> list[str]:
     """Return the kinds of layers of the base that the LoRA leaves alone, the largest first."""
-    targeted = {family(name) for name in base.match(adapter).values()}
+    targeted = {family_of(name) for name in base.match(adapter).values()}
     sizes = base.families()
     return sorted((kind for kind in sizes if kind not in targeted), key=lambda kind: -sizes[kind])
 

@@ -9,7 +9,7 @@ import torch
 
 from harness.doctor import inspect_file
 from harness.files import LoraWeights, write_lora
-from harness.verdict.blocks import OUTSIDE, block_of, by_block, place_of
+from harness.verdict.blocks import OUTSIDE, block_of, by_block, group_of, place_of
 
 
 def pair(size: float) -> LoraWeights:
@@ -43,3 +43,16 @@ def test_a_module_has_a_block_and_a_place_in_it(block: str, inner: str, kind: st
     assert block_of(name) == block
     assert place_of(name) == (block + inner, kind)
     assert (block_of("proj_out"), place_of("proj_out")) == (OUTSIDE, (OUTSIDE, "proj_out"))
+
+
+@pytest.mark.parametrize(
+    ("block", "group", "rest"),
+    [
+        ("transformer_blocks.7", "transformer_blocks", "7"),
+        ("down_blocks.1.attentions.0", "down_blocks.1", "attentions.0"),
+        ("lora_te_text_model_encoder_layers_3", "lora_te_text_model_encoder_layers", "3"),
+        (OUTSIDE, OUTSIDE, ""),
+    ],
+)
+def test_a_block_has_a_group_and_what_tells_it_apart_in_it(block: str, group: str, rest: str) -> None:
+    assert group_of(block) == (group, rest)
