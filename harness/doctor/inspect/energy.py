@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from harness.doctor.base import BaseWeights, family, norm_of
+from harness.doctor.checkpoint import Checkpoint
 from harness.text import count, printable
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
@@ -24,9 +26,10 @@ SUBTLE_BELOW = 0.005
 STRONG_ABOVE = 0.25
 _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: BaseWeights | None) -> Advice | None:
+def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None) -> Advice | None:
     """Return the outlook of a LoRA, or None when nothing can be said: no pair, or no base and nothing broken."""
     if broken := _broken(adapter, energies):
         return broken
@@ -34,7 +37,7 @@ def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Bas
     pairs = {name: energy for name, energy in energies.items() if name in matched}
     if base is None or not pairs:
         return None
-    share = norm_of(energy.norm for energy in pairs.values()) / norm_of(base.norm(matched[name]) for name in pairs)
+    share = _norm_of(energy.norm for energy in pairs.values()) / _norm_of(base.norm(matched[name]) for name in pairs)
     said = f"||ΔW|| / ||W|| is {share:.2g} over {count(len(pairs), 'module')}"
     if share < SUBTLE_BELOW:
         reason = f"{said}, below {SUBTLE_BELOW:g}: loaded as trained, it changes little"
@@ -62,7 +65,7 @@ def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advic
     return None
 
 
-def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: BaseWeights) -> tuple[str, ...]:
+def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint) -> tuple[str, ...]:
     """Return what makes a subtle LoRA stronger; alpha and strength are right already and are not the way."""
     advice = ["train longer, or raise the learning rate", _about_rank(adapter, energies)]
     if missing := untargeted(adapter, base):
@@ -88,11 +91,25 @@ def _about_rank(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> s
     return f"a higher rank matters less: {used:.3g} of {rank:.3g} are in use"
 
 
-def untargeted(adapter: LoraAdapter, base: BaseWeights) -> list[str]:
+def untargeted(adapter: LoraAdapter, base: Checkpoint) -> list[str]:
     """Return the kinds of layers of the base that the LoRA leaves alone, the largest first."""
-    targeted = {family(name) for name in base.match(adapter).values()}
-    sizes = base.families()
-    return sorted((kind for kind in sizes if kind not in targeted), key=lambda kind: -sizes[kind])
+    targeted = {family(tensor) for tensor in base.match(adapter).values()}
+    sizes: Counter[str] = Counter()
+    for tensor in base.layers.values():
+        info = base.info(tensor)
+        if len(info.shape) > 1 and min(info.shape[:2]) > 1:
+            sizes[family(tensor)] += info.elements
+    return [kind for kind, _ in sizes.most_common() if kind not in targeted]
+
+
+def family(tensor: str) -> str:
+    """Return the layer of a weight with its block number written N (only the first: `to_out.0` keeps its own)."""
+    return _NUMBER.sub("N", tensor.removesuffix(".weight"), count=1)
+
+
+def _norm_of(values: Iterable[float]) -> float:
+    """Return the root of the sum of squares."""
+    return math.sqrt(math.fsum(value * value for value in values))
 
 
 _CHUNK = 4096  # columns per float32 product; longer sums are done in float64
@@ -107,7 +124,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     Raises:
         LoraFileError: `base` cannot be read.
     """
-    weights = BaseWeights.open(base) if base is not None else None
+    weights = Checkpoint.open(base) if base is not None else None
     found = energies(adapter, weights)
     broken = [name for name, energy in found.items() if not energy.finite]
     hazards = list(record.hazards)
@@ -129,7 +146,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     )
 
 
-def energies(adapter: LoraAdapter, base: BaseWeights | None = None) -> dict[str, ModuleEnergy]:
+def energies(adapter: LoraAdapter, base: Checkpoint | None = None) -> dict[str, ModuleEnergy]:
     """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts.
 
     One module is in memory at a time.
