@@ -58,24 +58,25 @@ def command(
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
     from harness.commands.inspect import UNREADABLE
-    from harness.doctor.audit.audit import audit_files
+    from harness.doctor.audit.audit import AuditOptions, audit_files
     from harness.doctor.audit.output import write_rows
     from harness.verdict.file_record import VIOLATIONS
 
     known = _known(outs, resume)
-    keep = {"energy": limits["energy"], "seconds": limits["seconds"], "memory": limits["memory"] << 20}
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
     with _executor(dask) as executor, _progress(quiet=shared.quiet_on(as_json)) as bar, _Sink(outs, bar) as sink:
-        rows = audit_files(
-            expanded,
+        options = AuditOptions(
+            energy=limits["energy"],
             workers=shared.worker_count(workers),
             executor=executor,
+            seconds=limits["seconds"],
+            memory=limits["memory"] << 20,
             known=known,
             duplicates=not limits["no_duplicates"],
             on_start=bar.start,
             on_row=sink.write,
-            **keep,
         )
+        rows = audit_files(expanded, options)
     for out in outs:
         write_rows(out, rows)
     code = int(any({*VIOLATIONS, UNREADABLE} & set(row.codes) for row in rows))

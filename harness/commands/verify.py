@@ -58,11 +58,10 @@ def command(
     Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
     Tucker cores, whole differences and biases are measured too; what is not read is listed.
     """
-    from harness.doctor.verify.verify import verify_merge
+    from harness.doctor.verify.verify import VerifyOptions, verify_merge
 
     with _progress(quiet=shared.quiet_on(as_json)) as on_module:
-        options = {"strength": strength, "lora_alpha": lora_alpha, "full": full, "device": device}
-        report = verify_merge(base, merged, lora, on_module=on_module, **options)  # type: ignore[arg-type]
+        report = verify_merge(base, merged, lora, VerifyOptions(strength, full, lora_alpha, device, on_module))
     _write_json(report) if as_json else _print(report)
     sys.exit(report.exit_code)
 
