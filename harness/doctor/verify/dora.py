@@ -99,7 +99,7 @@ class DoraLayer(MergedLayer):
         if self.axis and self.rows * self.columns > _WHOLE_UP_TO:
             return None
         blocks = min(BLOCKS, self.rows)
-        runs = [(0, self.rows)] if self.axis else [_middle(self.rows, block, blocks) for block in range(blocks)]
+        runs = [(0, self.rows)] if self.axis else self._runs(blocks, 1)
         before, after = (torch.cat([rows(*run) for run in runs]).double() for rows in self._stored())
         product = self.product.part(index_of(runs), slice(None), torch.float64)
         magnitude = self.magnitude.reshape(-1).double()
@@ -117,11 +117,6 @@ class DoraLayer(MergedLayer):
         count = min(max(_ROWS_TO_FIT, elements // (blocks * self.columns)), -(-self.rows // blocks))
         step = max(1, blocks * count * self.columns // elements)
         return self._runs(blocks, count), slice(0, None, step)
-
-
-def _middle(rows: int, block: int, blocks: int) -> tuple[int, int]:
-    start = (rows * block // blocks + rows * (block + 1) // blocks) // 2
-    return start, start + 1
 
 
 def _first_scale(sample: Sample, seen: Flags, axis: int) -> float:

@@ -54,6 +54,7 @@ class MergedLayer:
     base: Checkpoint
     merged: Checkpoint
     product: Product
+    lora_dtype: str
 
     @property
     def rows(self) -> int:
@@ -64,11 +65,6 @@ class MergedLayer:
     def columns(self) -> int:
         """The number of columns."""
         return self.product.shape[1]
-
-    @property
-    def lora_dtype(self) -> str:
-        """The dtype of the LoRA."""
-        return str(self.product.dtype).removeprefix("torch.")
 
     @property
     def dtype(self) -> str:

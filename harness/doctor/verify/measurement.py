@@ -135,12 +135,8 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     missed = _by_block(sample, wrong & nonzero & ~sample.changed)
     unmerged = np.flatnonzero((missed >= _MISSED) & (_by_block(sample, sample.changed) == 0))
     rest = ~np.isin(sample.block, unmerged)
-    seen = Sample(
-        **{name: getattr(sample, name)[rest] for name in ("base", "change", "product", "half", "changed", "block")},
-        dtype=sample.dtype,
-        roundoff=sample.roundoff,
-        rows=sample.rows,
-    )
+    arrays = ("base", "change", "product", "half", "changed", "block")
+    seen = replace(sample, **{name: getattr(sample, name)[rest] for name in arrays})
     made = MergeMeasurement(
         state="merged",
         scale=scale,

@@ -40,11 +40,6 @@ class Product(ABC):
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors in the file."""
-
     @abstractmethod
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns: [len(rows), columns], computed in `work`."""
@@ -101,11 +96,6 @@ class LowRank(Product):
         """(rows, columns)."""
         return self.left.shape[0], self.right.shape[1]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first factor."""
-        return self.left.dtype
-
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns."""
         return self.left[rows].to(work) @ self.right[:, columns].to(work)
@@ -139,11 +129,6 @@ class Whole(Product):
         """(rows, columns)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first factor."""
-        return self.matrix.dtype
-
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns."""
         return self.matrix[rows][:, columns].to(work)
@@ -165,11 +150,6 @@ class Hadamard(Product):
         """(rows, columns)."""
         return self.first.shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first factor."""
-        return self.first.dtype
-
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns."""
         return self.first.part(rows, columns, work) * self.second.part(rows, columns, work)
@@ -190,11 +170,6 @@ class Kronecker(Product):
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
         return self.small.shape[0] * self.large.shape[0], self.small.shape[1] * self.large.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first factor."""
-        return self.small.dtype
 
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns."""
