@@ -52,17 +52,19 @@ def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advic
     fatal = [problem for problem in adapter.problems if problem.fatal]
     if fatal:
         return Advice(outlook="broken", reason=fatal[0].text(), advice=("save the file again from the training run",))
-    bad = [name for name, energy in energies.items() if not energy.finite]
-    if bad:
-        reason = f"NaN or infinite weights in {count(len(bad), 'module')} ({printable(bad[0], 80)})"
-        return Advice(
-            outlook="broken", reason=reason, advice=("go back to a checkpoint from before the loss diverged",)
-        )
+    if reason := _not_finite(energies):
+        advice: tuple[str, ...] = ("go back to a checkpoint from before the loss diverged",)
+        return Advice(outlook="broken", reason=reason, advice=advice)
     if energies and all(energy.norm == 0 for energy in energies.values()):
         reason = "B @ A is zero in every module: this LoRA changes nothing"
         advice = ("check that training took steps and that the trained weights, not the initial ones, were saved",)
         return Advice(outlook="broken", reason=reason, advice=advice)
     return None
+
+
+def _not_finite(energies: Mapping[str, ModuleEnergy]) -> str | None:
+    bad = [name for name, energy in energies.items() if not energy.finite]
+    return f"NaN or infinite weights in {count(len(bad), 'module')} ({printable(bad[0], 80)})" if bad else None
 
 
 def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint) -> tuple[str, ...]:
@@ -126,10 +128,8 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     """
     weights = Checkpoint.open(base) if base is not None else None
     found = energies(adapter, weights)
-    broken = [name for name, energy in found.items() if not energy.finite]
     hazards = list(record.hazards)
-    if broken:
-        what = f"NaN or infinite weights in {count(len(broken), 'module')} ({printable(broken[0], 80)})"
+    if what := _not_finite(found):
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}

@@ -115,7 +115,7 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Checkpoint, merged:
     product = _fitted(adapter, module, change.product(), base.info(change.tensor))
     if product is None:
         return None
-    first = next(role for role in module.keys if role != "alpha")
+    first = next(role for role in ("B", *module.keys) if role in module.keys and role != "alpha")
     dtype = str(adapter.part(change.module, first).dtype).removeprefix("torch.")
     parts = (change.tensor, base, merged, product, dtype)
     if not change.scaled or change.name != change.module or "magnitude" not in module.keys:
