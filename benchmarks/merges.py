@@ -23,8 +23,11 @@ from safetensors.torch import save_file
 from benchmarks.tools import GIGA, best, best_of, judged, peak_megabytes, table
 from harness.doctor import verify_merge
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.verify.layer import Layer
-from harness.doctor.verify.merged_layer import measure
+from harness.doctor.verify.changes import changes
+from harness.doctor.verify.changes import merged_layer as layer_of
+from harness.doctor.verify.layer import MergedLayer
+from harness.doctor.verify.measurement import measure
+from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
 from harness.files import LoraWeights, read_lora, write_lora
 
@@ -35,7 +38,7 @@ ACCURACY = {1e-2: 0.002, 1e-3: 0.002, 1e-4: 0.02}  # ||ΔW|| / ||W|| -> largest 
 CHUNK_BYTES = 1 << 20
 
 
-def merged_layer(folder: Path, shape: tuple[int, int], rank: int, ratio: float) -> Layer:
+def merged_layer(folder: Path, shape: tuple[int, int], rank: int, ratio: float) -> MergedLayer:
     """Write a bf16 base, its merge at scale 0.5 and the LoRA; `ratio` is ||ΔW|| / ||W||."""
     out, inputs = shape
     base = (torch.randn(out, inputs) * 0.02).bfloat16()
@@ -49,9 +52,15 @@ def merged_layer(folder: Path, shape: tuple[int, int], rank: int, ratio: float) 
     )
     lora = write_lora(folder / "lora", "diffsynth", {"x": LoraWeights(a.bfloat16(), b.bfloat16(), 0.5 * rank)})
     stores = Checkpoint.open(folder / "base.safetensors"), Checkpoint.open(folder / "merged.safetensors")
-    layer = Layer.of(read_lora(lora), "x", "x.weight", *stores)
+    adapter = read_lora(lora)
+    layer = layer_of(adapter, next(changes(adapter, "x", "x.weight")), *stores)
     assert layer is not None
     return layer
+
+
+def halves(layer: MergedLayer) -> LowRank:
+    assert isinstance(layer.product, LowRank)
+    return layer.product
 
 
 def drawn(quick: bool) -> list[tuple[tuple[int, int], int]]:
@@ -86,18 +95,18 @@ def verify_row(shape: tuple[int, int], rank: int) -> list[str]:
     ]  # fmt: skip
 
 
-def products(layer: Layer, dtype: torch.dtype) -> None:
+def products(layer: MergedLayer, dtype: torch.dtype) -> None:
     """Multiply every row of both checkpoints with A^T, in chunks that fit the cache."""
-    right = layer.right.to(dtype).t().contiguous()
+    right = halves(layer).right.to(dtype).t().contiguous()
     step = max(1, CHUNK_BYTES // (2 * layer.columns))
     for store in (layer.base, layer.merged):
         for start in range(0, layer.rows, step):
             store.rows(layer.tensor, start, min(start + step, layer.rows)).to(dtype) @ right
 
 
-def projection(layer: Layer) -> float:
+def projection(layer: MergedLayer) -> float:
     before, after = (store.rows(layer.tensor, 0, layer.rows).float() for store in (layer.base, layer.merged))
-    product = layer.left.float() @ layer.right.float()
+    product = halves(layer).left.float() @ halves(layer).right.float()
     return float(((after - before) * product).sum() / product.square().sum())
 
 

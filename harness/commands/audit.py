@@ -58,7 +58,7 @@ def command(
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
-    from harness.doctor.audit.audit import audit_files
+    from harness.doctor.audit.audit import AuditOptions, audit_files
     from harness.doctor.audit.output import write_rows
 
     known = _known(outs, resume)
@@ -69,8 +69,7 @@ def command(
             keep(row)
             line.advance()
 
-        rows = audit_files(
-            expanded,
+        options = AuditOptions(
             energy=energy,
             workers=shared.worker_count(workers),
             executor=executor,
@@ -81,6 +80,7 @@ def command(
             on_start=line.start,
             on_row=on_row,
         )
+        rows = audit_files(expanded, options)
     for out in outs:
         write_rows(out, rows)
     code = int(any(row.severity in ("fatal", "error") for row in rows))

@@ -40,21 +40,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair.repair import names_from, repair_file
+    from harness.doctor.repair.repair import RepairOptions, names_from, repair_file
     from harness.text import printable
 
     source = model_names or base
-    report = repair_file(
-        lora,
-        to,
-        out,
-        scale=scale,
-        lora_alpha=lora_alpha,
-        loader=loader,
-        model_names=names_from(source) if source else None,
-        dtype=dtype,
-        force=force,
-    )
+    names = names_from(source) if source else None
+    report = repair_file(lora, to, out, RepairOptions(scale, lora_alpha, loader, names, dtype, force))
     if as_json:
         click.echo(report.model_dump_json())
         sys.exit(0)

@@ -53,19 +53,11 @@ def command(
     Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
     Tucker cores, whole differences and biases are measured too; what is not read is listed.
     """
-    from harness.doctor.verify.verify import verify_merge
+    from harness.doctor.verify.verify import VerifyOptions, verify_merge
 
     with progress("verifying", quiet=shared.quiet_on(as_json)) as line:
-        report = verify_merge(
-            base,
-            merged,
-            lora,
-            strength=strength,
-            lora_alpha=lora_alpha,
-            full=full,
-            device=device,
-            on_module=lambda name: line.advance(printable(name, 60)),
-        )
+        on_module = lambda name: line.advance(printable(name, 60))  # noqa: E731
+        report = verify_merge(base, merged, lora, VerifyOptions(strength, full, lora_alpha, device, on_module))
     print_json(report.verdicts, report.exit_code) if as_json else _print(report)
     sys.exit(report.exit_code)
 

@@ -13,16 +13,19 @@ from harness.law.known import ScaleLaw, conventions, known_laws, prescribe, pres
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
-    from harness.doctor.audit.audit import audit_files
+    from harness.doctor.audit.audit import AuditOptions, audit_files
     from harness.doctor.audit.output import read_rows, write_rows
     from harness.doctor.audit.rows import AuditRow
-    from harness.doctor.repair.repair import RepairReport, repair_file
-    from harness.doctor.verify.verify import MergeReport, verify_merge
+    from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
+    from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
 _LATER = {
+    "AuditOptions": "audit.audit",
     "AuditRow": "audit.rows",
     "MergeReport": "verify.verify",
+    "RepairOptions": "repair.repair",
     "RepairReport": "repair.repair",
+    "VerifyOptions": "verify.verify",
     "audit_files": "audit.audit",
     "read_rows": "audit.output",
     "repair_file": "repair.repair",
@@ -32,13 +35,16 @@ _LATER = {
 
 __all__ = [
     "Advice",
+    "AuditOptions",
     "AuditRow",
     "FileRecord",
     "Hazard",
     "MergeReport",
     "ModuleEnergy",
+    "RepairOptions",
     "RepairReport",
     "ScaleLaw",
+    "VerifyOptions",
     "audit_files",
     "conventions",
     "describe",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from harness.doctor import inspect_file
-from harness.doctor.base import BaseWeights
+from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.energy import pair_energy, singular_values, untargeted
 from harness.errors import LoraFileError
 from harness.files import LoraWeights, read_lora, write_lora
@@ -101,10 +101,11 @@ def test_relative_energy_is_against_the_base_of_the_same_name(tmp_path: Path, ba
     path = write_lora(tmp_path / "x", format, modules)
     record = inspect_file(path, base=base)
     assert record.energy is not None
-    weights = BaseWeights.open(base)
+    weights = Checkpoint.open(base)
     for name, model_name in zip(record.energy, sorted(modules), strict=True):
         dense = 2.0 * modules[model_name].b @ modules[model_name].a
-        assert record.energy[name] == pytest.approx(float(dense.norm()) / weights.norm(model_name), rel=1e-5)
+        norm = weights.norm(f"{model_name}.weight")
+        assert record.energy[name] == pytest.approx(float(dense.norm()) / norm, rel=1e-5)
     assert record.advice is not None
     assert record.advice.outlook == "fine"
 
@@ -158,8 +159,8 @@ def test_names_behind_a_checkpoint_prefix_are_found(tmp_path: Path) -> None:
         tmp_path / "b.safetensors",
     )
     adapter = read_lora(write_lora(tmp_path / "x", "kohya", lora(1.0)))
-    weights = BaseWeights.open(tmp_path / "b.safetensors")
-    assert weights.match(adapter) == {"blocks_0_to_q": "blocks.0.to_q", "blocks_1_to_q": "blocks.1.to_q"}
+    weights = Checkpoint.open(tmp_path / "b.safetensors")
+    assert weights.match(adapter) == {f"blocks_{i}_to_q": f"blocks.{i}.to_q.weight" for i in range(2)}
     assert untargeted(adapter, weights) == []
 
 
@@ -167,7 +168,7 @@ def test_the_norm_of_a_large_base_weight_is_accumulated_in_float64(tmp_path: Pat
     weight = torch.full((4096, 4096), 0.1)
     save_file({"x.weight": weight}, tmp_path / "b.safetensors")
     exact = 4096 * float(weight[0, 0].double())
-    assert BaseWeights.open(tmp_path / "b.safetensors").norm("x") == pytest.approx(exact, rel=1e-9)
+    assert Checkpoint.open(tmp_path / "b.safetensors").norm("x.weight") == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("content", [{}, {"x.bias": torch.ones(3)}])

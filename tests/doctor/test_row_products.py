@@ -35,8 +35,8 @@ def test_float32_products_are_exact_to_float32(rows: int, dtype: torch.dtype) ->
 
 def test_bfloat16_products_agree_within_their_rounding() -> None:
     (before, after), right = weights(700, 1024, torch.bfloat16), torch.randn(8, 1024)
-    found = module._in_bfloat16(
-        lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, [(0, 512), (512, 700)]
+    found = module._in_one_dtype(
+        lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, [(0, 512), (512, 700)], torch.bfloat16, "cpu"
     )
     assert found.dtype == torch.float32
     assert worst(found, exact(before, after, right)) < 1e-2
@@ -72,13 +72,11 @@ def test_the_choice_is_made_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("chunk", [1 << 12, 1 << 26])
-def test_another_device_makes_the_same_products(
-    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_DEVICE_BYTES", chunk)
+def test_another_device_makes_the_same_products(dtype: torch.dtype, chunk: int) -> None:
     (before, after), right = weights(700, 1024, dtype), torch.randn(8, 1024)
     in_bfloat16 = dtype == torch.bfloat16
     work = torch.bfloat16 if in_bfloat16 else torch.float32
-    found = module._on_device(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, 700, work, "cpu")
+    spans = module._spans(700, 1024, chunk)
+    found = module._in_one_dtype(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, spans, work, "cpu")
     assert found.dtype == torch.float32
     assert worst(found, exact(before, after, right)) < (0.01 if in_bfloat16 else 1e-5)

@@ -9,14 +9,16 @@ from statistics import mean, median
 
 import pytest
 import torch
-from harness.checks.design import design
 from safetensors.torch import save_file
 
+from harness.checks.cell import Cell
 from harness.checks.law import measure_law
+from harness.checks.plan import planned
 from harness.doctor import verify_merge
 from harness.files import LoraWeights, match_modules, read_lora, write_lora
 from harness.law.diagnosis import diagnose
 from harness.law.probe import Probe
+from harness.loaders.registry import resolve
 
 Factor = Callable[[float, Sequence[float], Sequence[int], int], float]  # strength, alphas, ranks, which module
 SHAPES = ((16, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5), (9, 20.25))
@@ -101,7 +103,8 @@ def verified(folder: Path, strength: float):  # type: ignore[no-untyped-def]
 def planned_probes(factor: Factor) -> list[Probe]:
     """Return what the planned examples of `check` would measure of a loader with this factor, file by file."""
     found = []
-    for example in design([f"blocks.{i}.x" for i in range(12)]):
+    cell = Cell(resolve("peft"), "kohya", "qwen-image")
+    for example in planned(cell, [f"blocks.{i}.x" for i in range(12)]):
         alphas, ranks = [t.alpha or 0.0 for t in example.targets], [t.rank for t in example.targets]
         for i, target in enumerate(example.targets):
             scale = factor(example.strength, alphas, ranks, i)

@@ -237,3 +237,26 @@ def test_what_is_not_read_is_listed_and_its_layer_not_blamed(tmp_path: Path) -> 
     assert [verdict.outcome for verdict in report.modules].count("skipped") == 2
     for word in ("OFT / BOFT", "a replaced weight", "1 of 3 modules, 2 modules skipped"):
         assert word in report.overall.text()
+
+
+def test_why_a_tensor_has_no_measurement_is_a_kind_and_not_a_sentence(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = {f"blocks.{i}.weight": torch.randn(64, 64) for i in range(4)}
+    pair = {"lora_down.weight": torch.randn(4, 64), "lora_up.weight": torch.randn(64, 4)}
+    lora = {f"lora_unet_blocks_{i}.{key}": half.clone() for i in (0, 1, 9) for key, half in pair.items()}
+    lora |= {"lora_unet_blocks_2.diff_b": torch.randn(64), "lora_unet_blocks_3.set_weight": torch.ones(64, 64)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(lora, tmp_path / "lora.safetensors")
+    right = base["blocks.0.weight"] + pair["lora_up.weight"] @ pair["lora_down.weight"]
+    report = stored(tmp_path, {**base, "blocks.0.weight": right, "blocks.1.weight": torch.randn(64, 32)})
+    kinds = {module.name: module.problem and module.problem.kind for module in report.measured}
+    assert kinds == {
+        "blocks_0": None,
+        "blocks_1": "misfit",
+        "blocks_9": "missing layer",
+        "blocks_2 (bias)": "missing tensor",
+        "blocks_3": "not read",
+    }
+    codes = {verdict.worst_module: (verdict.outcome, verdict.code) for verdict in report.modules}
+    assert codes["blocks_3"] == ("skipped", None)
+    assert [codes[name][1] for name in ("blocks_1", "blocks_9", "blocks_2 (bias)")] == ["LH902", "LH103", "LH103"]

@@ -106,6 +106,7 @@ def merged_once(
 )
 @example(*VAGUE, 1.03, rounded_once, False, 0)
 @example(*VAGUE, 1.0, rounded_once, False, 0)
+@example(torch.float8_e4m3fn, torch.float32, (144, 320), 1, 0.5, -1.5, 1.0, 1.0, rounded_once, True, 189)
 def test_any_right_merge_passes_and_a_wrong_scale_fails_unless_the_merge_cannot_tell(
     tmp_path_factory: pytest.TempPathFactory,
     dtype: torch.dtype,

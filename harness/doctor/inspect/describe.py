@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from harness.doctor.inspect.hazards import hazards
-from harness.doctor.inspect.metadata import shown, trainer
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, read_lora
 from harness.law.known import conventions, distinct, prescriptions
@@ -17,6 +17,19 @@ from harness.text import printable
 from harness.verdict.file_record import FileRecord, Hazard
 
 _UNUSED_SHOWN = 50
+_SHOWN_VALUES = 24
+_SHOWN_CHARACTERS = 200
+_FIRST = (
+    "ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_network_module", "ss_network_dim",
+    "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_num_epochs", "ss_epoch", "ss_steps",
+    "modelspec.architecture", "modelspec.title", "modelspec.implementation", "software", "training_info", "name",
+    "version",
+)  # fmt: skip
+_TRAINERS = (
+    ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
+    ("musubi-tuner", r"musubi"), ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"),
+    ("kohya sd-scripts", r"sd-scripts|^ss_"),
+)  # fmt: skip
 
 
 def inspect_file(
@@ -73,8 +86,8 @@ def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float
         notes=tuple(_notes(modules)),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
-        trainer=trainer(adapter.metadata),
-        metadata=shown(adapter.metadata),
+        trainer=_trainer(adapter.metadata),
+        metadata=_shown(adapter.metadata),
         prescription=prescriptions(adapter, lora_alpha=lora_alpha),
     )
 
@@ -110,3 +123,17 @@ def _text(path: Path | str) -> str:
 def _without_path(error: LoraFileError, path: Path) -> str:
     file = "" if error.path == path else printable(error.path.name, 80)
     return ": ".join(part for part in (file, error.key, error.problem) if part)
+
+
+def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata worth showing, the best known keys first, every value cut and without control characters."""
+    known = [key for key in _FIRST if key in metadata]
+    others = sorted(key for key in metadata if key not in known and len(metadata[key]) <= _SHOWN_CHARACTERS)
+    keys = (known + others)[:_SHOWN_VALUES]
+    return {printable(key, 60): printable(metadata[key], _SHOWN_CHARACTERS) for key in keys}
+
+
+def _trainer(metadata: Mapping[str, str]) -> str | None:
+    """Name the tool that wrote the metadata, as far as it can be told."""
+    texts = [*metadata, *(value[:_SHOWN_CHARACTERS] for value in metadata.values())]
+    return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from harness.doctor.base import BaseWeights, norm_of
+from harness.doctor.checkpoint import Checkpoint
 from harness.text import count, printable
 from harness.verdict.blocks import family_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
@@ -25,9 +27,10 @@ SUBTLE_BELOW = 0.005
 STRONG_ABOVE = 0.25
 _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: BaseWeights | None) -> Advice | None:
+def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None) -> Advice | None:
     """Return the outlook of a LoRA, or None when nothing can be said: no pair, or no base and nothing broken."""
     if broken := _broken(adapter, energies):
         return broken
@@ -35,7 +38,7 @@ def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Bas
     pairs = {name: energy for name, energy in energies.items() if name in matched}
     if base is None or not pairs:
         return None
-    share = norm_of(energy.norm for energy in pairs.values()) / norm_of(base.norm(matched[name]) for name in pairs)
+    share = _norm_of(energy.norm for energy in pairs.values()) / _norm_of(base.norm(matched[name]) for name in pairs)
     said = f"||ΔW|| / ||W|| is {share:.2g} over {count(len(pairs), 'module')}"
     if share < SUBTLE_BELOW:
         reason = f"{said}, below {SUBTLE_BELOW:g}: loaded as trained, it changes little"
@@ -50,12 +53,9 @@ def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advic
     fatal = [problem for problem in adapter.problems if problem.fatal]
     if fatal:
         return Advice(outlook="broken", reason=fatal[0].text(), advice=("save the file again from the training run",))
-    bad = [name for name, energy in energies.items() if not energy.finite]
-    if bad:
-        reason = f"NaN or infinite weights in {count(len(bad), 'module')} ({printable(bad[0], 80)})"
-        return Advice(
-            outlook="broken", reason=reason, advice=("go back to a checkpoint from before the loss diverged",)
-        )
+    if reason := _not_finite(energies):
+        advice: tuple[str, ...] = ("go back to a checkpoint from before the loss diverged",)
+        return Advice(outlook="broken", reason=reason, advice=advice)
     if energies and all(energy.norm == 0 for energy in energies.values()):
         reason = "B @ A is zero in every module: this LoRA changes nothing"
         advice = ("check that training took steps and that the trained weights, not the initial ones, were saved",)
@@ -63,7 +63,12 @@ def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advic
     return None
 
 
-def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: BaseWeights) -> tuple[str, ...]:
+def _not_finite(energies: Mapping[str, ModuleEnergy]) -> str | None:
+    bad = [name for name, energy in energies.items() if not energy.finite]
+    return f"NaN or infinite weights in {count(len(bad), 'module')} ({printable(bad[0], 80)})" if bad else None
+
+
+def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint) -> tuple[str, ...]:
     """Return what makes a subtle LoRA stronger; alpha and strength are right already and are not the way."""
     advice = ["train longer, or raise the learning rate", _about_rank(adapter, energies)]
     if missing := untargeted(adapter, base):
@@ -89,11 +94,20 @@ def _about_rank(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> s
     return f"a higher rank matters less: {used:.3g} of {rank:.3g} are in use"
 
 
-def untargeted(adapter: LoraAdapter, base: BaseWeights) -> list[str]:
+def untargeted(adapter: LoraAdapter, base: Checkpoint) -> list[str]:
     """Return the kinds of layers of the base that the LoRA leaves alone, the largest first."""
-    targeted = {family_of(name) for name in base.match(adapter).values()}
-    sizes = base.families()
-    return sorted((kind for kind in sizes if kind not in targeted), key=lambda kind: -sizes[kind])
+    targeted = {family_of(tensor.removesuffix(".weight")) for tensor in base.match(adapter).values()}
+    sizes: Counter[str] = Counter()
+    for tensor in base.layers.values():
+        info = base.info(tensor)
+        if len(info.shape) > 1 and min(info.shape[:2]) > 1:
+            sizes[family_of(tensor.removesuffix(".weight"))] += info.elements
+    return [kind for kind, _ in sizes.most_common() if kind not in targeted]
+
+
+def _norm_of(values: Iterable[float]) -> float:
+    """Return the root of the sum of squares."""
+    return math.sqrt(math.fsum(value * value for value in values))
 
 
 _CHUNK = 4096  # columns per float32 product; longer sums are done in float64
@@ -108,12 +122,10 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     Raises:
         LoraFileError: `base` cannot be read.
     """
-    weights = BaseWeights.open(base) if base is not None else None
+    weights = Checkpoint.open(base) if base is not None else None
     found = energies(adapter, weights)
-    broken = [name for name, energy in found.items() if not energy.finite]
     hazards = list(record.hazards)
-    if broken:
-        what = f"NaN or infinite weights in {count(len(broken), 'module')} ({printable(broken[0], 80)})"
+    if what := _not_finite(found):
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
@@ -130,7 +142,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     )
 
 
-def energies(adapter: LoraAdapter, base: BaseWeights | None = None) -> dict[str, ModuleEnergy]:
+def energies(adapter: LoraAdapter, base: Checkpoint | None = None) -> dict[str, ModuleEnergy]:
     """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts.
 
     One module is in memory at a time.

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
-from harness.doctor.inspect.metadata import declared_alphas
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, split
-from harness.text import count, printable
+from harness.text import count, parse_json, printable
 from harness.verdict.file_record import Hazard
 
 _BLOCKS = (3, 4)  # q, k, v and, in FLUX's single blocks, the MLP
@@ -69,6 +68,9 @@ _ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("negative", "some readers hang or fail, the others invert the LoRA", lambda alpha: alpha < 0),
     ("enormous", "no trainer sets such a value", lambda alpha: 1e6 < alpha < math.inf),
 )
+_LONG = 200_000
+_ALPHA_KEYS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
+_UNSAID = frozenset({"", "none", "null", "dynamic"})
 _HALVES = re.compile(r"(final_layer[._]adaLN_modulation[._]1|norm_out[._]linear)$")
 
 
@@ -102,7 +104,7 @@ def no_alpha(adapter: LoraAdapter) -> Iterator[Hazard]:
 def _lost_alpha(adapter: LoraAdapter) -> str:
     alone = "there is no alpha: adapter_config.json, which holds it, is missing"
     where = alone if adapter.format == "peft" else "no alpha in the file"
-    declared = _listed(declared_alphas(adapter.metadata))
+    declared = _listed(_declared_alphas(adapter.metadata))
     hint = f"; the metadata say {declared}" if declared else ""
     ranks = {module.rank for module in adapter.modules.values()}
     mixed = "; the ranks differ, so one strength may not do" if len(ranks) > 1 else ""
@@ -193,7 +195,7 @@ def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
 def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH711: the metadata name an alpha that no module has."""
     alphas = {module.alpha for _, module in _scaled(adapter) if module.alpha is not None}
-    for key, declared in declared_alphas(adapter.metadata).items():
+    for key, declared in _declared_alphas(adapter.metadata).items():
         if alphas and not any(abs(alpha - declared) <= 0.01 * abs(declared) for alpha in alphas):
             have = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4])
             yield Hazard(code="LH711", what=f"the metadata say {key} = {declared:g}, the modules have {have}")
@@ -234,3 +236,31 @@ def _shown(counts: Mapping[float, int]) -> Counter[str]:
 def _spread(counts: Counter[str]) -> str:
     listed = ", ".join(f"{value} in {times}" for value, times in counts.most_common(4))
     return listed + (f", and {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def _declared_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Return the finite alphas that the metadata names, by key; `conv_alpha` comes from the network arguments."""
+    named = {key: metadata[key] for key in _ALPHA_KEYS if key in metadata}
+    arguments = _object(metadata.get("ss_network_args", ""))
+    if "conv_alpha" in arguments:
+        named["ss_network_args conv_alpha"] = str(arguments["conv_alpha"])
+    found = {key: _number(text) for key, text in named.items() if text.strip().lower() not in _UNSAID}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _object(text: str) -> Mapping[str, object]:
+    try:
+        value = parse_json(text, limit=_LONG)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(text: str) -> float | None:
+    if len(text) > 40:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

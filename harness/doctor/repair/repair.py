@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.loader_law import Gain, gain_of
-from harness.doctor.repair.rename import prefix_of, renamed
+from harness.doctor.match import match_layers
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule, LoraWeights, read_lora, write_lora
 from harness.text import count, printable
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PLAIN = ("lora", "conv")
+_DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})
+_UNET_LAYERS = ("down_blocks.", "up_blocks.", "mid_block.", "down_blocks_", "up_blocks_")
+_TEXT_ENCODERS = (
+    frozenset({"te", "te1", "text_encoder", "text_encoders"}), frozenset({"te2", "text_encoder_2"}),
+    frozenset({"te3", "text_encoder_3"}),
+)  # fmt: skip
 
 
 class RepairReport(Record):
@@ -48,8 +55,26 @@ class RepairReport(Record):
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One module on its way: its scale in training, the factor folded into B, and the old and new halves."""
+class RepairOptions:
+    """How a file is repaired.
+
+    `scale` is the trained factor on B @ A for every module, `lora_alpha` the alpha of the training; one of them is
+    needed where the file carries none. With `loader` its law is measured and B is folded for that loader. `model_names`
+    are the model's layers, needed to undo flattened (kohya) names. `dtype` converts the halves (`float32`, `bfloat16`,
+    `float16`); without it they keep theirs. `force` replaces a file that is there.
+    """
+
+    scale: float | None = None
+    lora_alpha: float | None = None
+    loader: str | None = None
+    model_names: Iterable[str] | None = None
+    dtype: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class RepairedModule:
+    """One module on its way: its scale in training, the factor of its readers, and the old and new halves."""
 
     name: str
     scale: float
@@ -59,49 +84,39 @@ class _Piece:
 
 
 def repair_file(
-    lora: Path | str,
-    to: str,
-    out: Path | str,
-    *,
-    scale: float | None = None,
-    lora_alpha: float | None = None,
-    loader: str | None = None,
-    model_names: Iterable[str] | None = None,
-    dtype: str | None = None,
-    force: bool = False,
+    lora: Path | str, to: str, out: Path | str, options: RepairOptions | None = None, **fields: Any
 ) -> RepairReport:
     """Write `lora` in the format `to` as the new file (or folder) `out`, so that strength 1.0 gives the trained effect.
 
     alpha becomes the rank and the trained scale is folded into B: readers that use alpha / rank and readers that
-    ignore alpha then agree. With `loader` its law is measured and B is folded for that loader instead. `scale` is the
-    trained factor on B @ A for every module, `lora_alpha` the alpha of the training; one of them is needed where the
-    file carries none. `model_names` are the model's layers, needed to undo flattened (kohya) names. `dtype` converts
-    the halves (`float32`, `bfloat16`, `float16`); without it they keep theirs.
+    ignore alpha then agree. The fields of `options` may be given by keyword.
 
     Raises:
         UserError: the file cannot be read or repaired, the loader has no known law, `out` exists (without `force`) or
             is `lora` itself, or the written file does not give the trained effect; nothing is left behind then.
     """
+    options = dataclasses.replace(options or RepairOptions(), **fields)
     adapter = read_lora(lora)
-    target = _target(adapter, to, Path(out), force)
-    gain = gain_of(loader, to) if loader else Gain()
-    names = renamed(adapter, to, model_names)
-    pieces = [_piece(adapter, name, new, gain, to, scale, lora_alpha, dtype) for name, new in names.items()]
+    target = _target(adapter, to, Path(out), options.force)
+    gain = gain_of(options.loader, to) if options.loader else Gain()
+    names = _renamed(adapter, to, options.model_names)
+    modules = [_repaired(adapter, name, new, gain, to, options) for name, new in names.items()]
     with _beside(target) as folder:
-        written = _written(folder / target.name, to, pieces, prefix_of(adapter, to, names.values()))
-        errors = _checked(written, pieces, gain)
+        written = _written(folder / target.name, to, modules, _prefix_of(adapter, to, names.values()))
+        errors = _checked(written, modules, gain)
         _moved(written, target)
+    scales = [module.scale for module in modules]
     return RepairReport(
         path=str(target),
         format=to,
-        modules=len(pieces),
-        scales=(min(p.scale for p in pieces), max(p.scale for p in pieces)),
-        loader=loader,
+        modules=len(modules),
+        scales=(min(scales), max(scales)),
+        loader=options.loader,
         law=gain.formula,
         measured=gain.measured,
         rounded=sum(error > 0 for error in errors),
         error=max(errors),
-        notes=tuple(_notes(adapter, gain, pieces, errors)),
+        notes=tuple(_notes(adapter, gain, modules, errors)),
     )
 
 
@@ -127,18 +142,53 @@ def _is_plain(module: LoraModule) -> bool:
     return module.variant in _PLAIN and set(module.keys) <= {"A", "B", "alpha"}
 
 
-def _piece(
-    adapter: LoraAdapter,
-    name: str,
-    new_name: str,
-    gain: Gain,
-    to: str,
-    scale: float | None,
-    lora_alpha: float | None,
-    dtype: str | None,
-) -> _Piece:
-    module = adapter.modules[name]
-    trained = scale if scale is not None else _trained(adapter, module, lora_alpha)
+def _renamed(adapter: LoraAdapter, to: str, model_names: Iterable[str] | None) -> dict[str, str]:
+    """Return {module of the adapter: name to write}.
+
+    Raises:
+        UserError: flattened names without the model's own, or names that fit no layer of the model.
+    """
+    components = {module.component for module in adapter.modules.values()}
+    if len(components) > 1:
+        listed = ", ".join(sorted(component or "no prefix" for component in components))
+        raise UserError(f"{adapter.path}: adapts several components ({listed}); one file per component is written")
+    if not adapter.flattened or (FORMATS[to].flattened and model_names is None):
+        return {name: module.name for name, module in adapter.modules.items()}
+    if model_names is None:
+        raise UserError(
+            f"{adapter.path}: its names are flattened; {to} needs the model's layers: --model-names or --base"
+        )
+    matched = match_layers(adapter, tuple(model_names))
+    lost = [name for name in adapter.modules if name not in matched]
+    if lost:
+        what = f"{count(len(lost), 'module')} fit no single layer of the model, such as {printable(lost[0])}"
+        raise UserError(f"{adapter.path}: {what}")
+    return {name: match.spelling for name, match in matched.items()}
+
+
+def _prefix_of(adapter: LoraAdapter, to: str, names: Iterable[str]) -> str | None:
+    """Return the prefix that `to` gives the adapter's component; None for the one it writes by itself.
+
+    Raises:
+        UserError: the format has no place for this component.
+    """
+    component = next(iter(adapter.modules.values())).component
+    by_component = {owner: prefix for prefix, owner in reversed(tuple(FORMATS[to].prefixes.items()))}
+    if component in _DENOISER:
+        is_unet = any(name.startswith(_UNET_LAYERS) for name in names)
+        return by_component.get("unet") if is_unet and to == "diffusers" else None
+    alike = next((names for names in _TEXT_ENCODERS if component in names), frozenset({component}))
+    found = next((by_component[name] for name in sorted(alike, reverse=True) if name in by_component), None)
+    if found is None and FORMATS[to].prefixes and FORMATS[to].write_prefix not in ("", "base_model.model."):
+        raise UserError(f"{adapter.path}: {to} has no place for the component {component}")
+    return found
+
+
+def _repaired(
+    adapter: LoraAdapter, name: str, new_name: str, gain: Gain, to: str, options: RepairOptions
+) -> RepairedModule:
+    module, dtype = adapter.modules[name], options.dtype
+    trained = options.scale if options.scale is not None else _trained(adapter, module, options.lora_alpha)
     alpha = None if FORMATS[to].alpha[0] == "none" else float(module.rank)
     here = gain.at_one(alpha, module.rank)
     if not here:
@@ -146,7 +196,7 @@ def _piece(
     a, b = adapter.tensors(name)
     folded = _converted(b.double() * (trained / here), dtype or str(b.dtype).removeprefix("torch."), name)
     new_a = _converted(a, dtype, name) if dtype else a
-    return _Piece(new_name, trained, here, (a, b), LoraWeights(new_a, folded, alpha))
+    return RepairedModule(new_name, trained, here, (a, b), LoraWeights(new_a, folded, alpha))
 
 
 def _trained(adapter: LoraAdapter, module: LoraModule, lora_alpha: float | None) -> float:
@@ -167,9 +217,9 @@ def _converted(values: Tensor, dtype: str, name: str) -> Tensor:
     return converted
 
 
-def _written(path: Path, to: str, pieces: list[_Piece], prefix: str | None) -> Path:
+def _written(path: Path, to: str, modules: list[RepairedModule], prefix: str | None) -> Path:
     try:
-        return write_lora(path, to, {piece.name: piece.new for piece in pieces}, prefix=prefix)
+        return write_lora(path, to, {module.name: module.new for module in modules}, prefix=prefix)
     except ValueError as error:
         raise UserError(f"cannot be written as {to}: {error}") from None
 
@@ -195,17 +245,16 @@ def _moved(written: Path, target: Path) -> None:
         os.replace(written, target)
 
 
-def _checked(written: Path, pieces: list[_Piece], gain: Gain) -> list[float]:
+def _checked(written: Path, modules: list[RepairedModule], gain: Gain) -> list[float]:
     """Return each module's relative error as the loader will see it, from the file as written."""
     back = read_lora(written)
-    found = {module.name: name for name, module in back.modules.items()}
+    found = {one.name: name for name, one in back.modules.items()}
     errors = []
-    for piece in pieces:
-        name = found.get(piece.name) or found[piece.name.replace(".", "_")]
-        module = back.modules[name]
-        factor = gain.at_one(module.alpha, module.rank)
-        errors.append(_difference(back.tensors(name), factor, piece.old, piece.scale))
-    bound = max(_roundoff(piece.new) for piece in pieces)
+    for module in modules:
+        name = found.get(module.name) or found[module.name.replace(".", "_")]
+        factor = gain.at_one(back.modules[name].alpha, back.modules[name].rank)
+        errors.append(_difference(back.tensors(name), factor, module.old, module.scale))
+    bound = max(_roundoff(module.new) for module in modules)
     if max(errors) > bound:
         raise UserError(f"the new file is off by {max(errors):.1e}, rounding explains {bound:.1e}: not written")
     return errors
@@ -234,29 +283,27 @@ def _roundoff(weights: LoraWeights) -> float:
     return 4 * max(float(torch.finfo(half.dtype).eps) for half in (weights.a, weights.b))
 
 
-def _notes(adapter: LoraAdapter, gain: Gain, pieces: list[_Piece], errors: list[float]) -> Iterator[str]:
+def _notes(adapter: LoraAdapter, gain: Gain, modules: list[RepairedModule], errors: list[float]) -> Iterator[str]:
     rounded = sum(error > 0 for error in errors)
     if rounded:
-        dtype = str(pieces[0].new.b.dtype).removeprefix("torch.")
+        dtype = str(modules[0].new.b.dtype).removeprefix("torch.")
         yield f"B was rounded to {dtype} in {count(rounded, 'module')}, the effect is off by {max(errors):.1e} at most"
     if adapter.unused_keys:
         yield f"{count(len(adapter.unused_keys), 'key')} that belong to no pair were left out"
-    others = [piece for piece in pieces if piece.gain != 1.0]
+    others = [module for module in modules if module.gain != 1.0]
     if others:
         yield f"folded for this loader: readers that use alpha / rank are {1 / others[0].gain:.4g} times as strong"
     yield from gain.notes
 
 
 def names_from(path: Path) -> list[str]:
-    """Return module names: one per line of a text file, or the layers of a safetensors checkpoint.
+    """Return module names: one per line of a text file, or the layers of a checkpoint (file, folder or index).
 
     Raises:
         UserError: the file cannot be read or names nothing.
     """
-    from harness.doctor.base import BaseWeights
-
-    if path.is_dir() or path.suffix == ".safetensors":
-        return BaseWeights.open(path).names
+    if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        return list(Checkpoint.open(path).layers)
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

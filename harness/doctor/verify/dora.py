@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from harness.doctor.verify.layer import BLOCKS, UNIT_ROUNDOFF, ProductLayer, Runs, Sample, index_of
+from harness.doctor.verify.layer import BLOCKS, UNIT_ROUNDOFF, MergedLayer, Runs, Sample, index_of
+from harness.doctor.verify.products import RowSums, sums_by_chunk
 from harness.doctor.verify.vote import Array, Flags, half_step
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _MOST = 0.9  # share of the elements that a blend must explain
 
 
 @dataclass(frozen=True)
-class Rows:
+class WholeRows:
     """Whole rows of W, of W' and of the product: [n, columns]; and their magnitudes, or those of the columns."""
 
     before: Tensor
@@ -34,7 +35,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class DoraLayer(ProductLayer):
+class DoraLayer(MergedLayer):
     """W' = m * (W + s P) / |W + s P|, normalised for each row (`axis` 0) or each column (1).
 
     Row by row W' = c W + c s P: c is fitted, and what is sampled is W' / c - W, which is s P and its rounding. Rounding
@@ -57,6 +58,10 @@ class DoraLayer(ProductLayer):
     def streams(self) -> bool:
         """False where a factor belongs to a column, which no chunk of rows can tell."""
         return self.axis == 0
+
+    def stream(self, device: str = "cpu") -> RowSums:
+        """Read every row once, on the processor whatever the `device`, with its factor taken out."""
+        return sums_by_chunk(self.product, *self._stored(), dtype=self.dtype, unscaled=_without_factor)
 
     def fault(self, scale: float) -> str | None:
         """Say how the factor differs from m / |W + scale * P|; None when it does not, or cannot be compared."""
@@ -89,24 +94,20 @@ class DoraLayer(ProductLayer):
         near = (rows.after - wanted).abs() <= _TWO_ROUNDINGS * half + slack
         return bool(near.double().mean() >= _MOST)
 
-    def _whole_rows(self) -> Rows | None:
+    def _whole_rows(self) -> WholeRows | None:
         """Return whole rows from the middle of each block that changed, everything for norms along columns."""
         if self.axis and self.rows * self.columns > _WHOLE_UP_TO:
             return None
         blocks = min(BLOCKS, self.rows)
-        runs = [(0, self.rows)] if self.axis else [_middle(self.rows, block, blocks) for block in range(blocks)]
-        before, after, product = (torch.cat(parts).double() for parts in zip(*map(self._read, runs), strict=True))
+        runs = [(0, self.rows)] if self.axis else self._runs(blocks, 1)
+        before, after = (torch.cat([rows(*run) for run in runs]).double() for rows in self._stored())
+        product = self.product.part(index_of(runs), slice(None), torch.float64)
         magnitude = self.magnitude.reshape(-1).double()
         if self.axis:
-            return Rows(before, after, product, magnitude)
+            return WholeRows(before, after, product, magnitude)
         kept = (before != after).any(dim=1)
         picked = magnitude[index_of(runs)]
-        return Rows(before[kept], after[kept], product[kept], picked[kept]) if kept.any() else None
-
-    def _unfactored(self, before: Array, after: Array, product: Array) -> Array:
-        factor, _, _ = _free_factors(before, after, product, 0)
-        found: Array = after / np.where(np.isfinite(factor) & (factor != 0), factor, 1)[:, None]
-        return found
+        return WholeRows(before[kept], after[kept], product[kept], picked[kept]) if kept.any() else None
 
     def _grid(self, elements: int) -> tuple[Runs, slice]:
         """Take more rows of fewer columns where each column has its own factor."""
@@ -116,11 +117,6 @@ class DoraLayer(ProductLayer):
         count = min(max(_ROWS_TO_FIT, elements // (blocks * self.columns)), -(-self.rows // blocks))
         step = max(1, blocks * count * self.columns // elements)
         return self._runs(blocks, count), slice(0, None, step)
-
-
-def _middle(rows: int, block: int, blocks: int) -> tuple[int, int]:
-    start = (rows * block // blocks + rows * (block + 1) // blocks) // 2
-    return start, start + 1
 
 
 def _first_scale(sample: Sample, seen: Flags, axis: int) -> float:
@@ -139,6 +135,12 @@ def _free_factors(before: Array, after: Array, p: Array, axis: int) -> tuple[Arr
     determinant = ww * pp - wp**2
     with np.errstate(divide="ignore", invalid="ignore"):
         return (wa * pp - pa * wp) / determinant, (pa * ww - wa * wp) / determinant, determinant / ww
+
+
+def _without_factor(before: Array, after: Array, product: Array) -> Array:
+    factor, _, _ = _free_factors(before, after, product, 0)
+    found: Array = after / np.where(np.isfinite(factor) & (factor != 0), factor, 1)[:, None]
+    return found
 
 
 def _unscaled(sample: Sample, seen: Flags, scale: float, axis: int) -> Sample:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from harness.doctor.verify.merged_layer import Baked
+from harness.doctor.verify.measurement import MergeMeasurement, State
 from harness.law.probe import Probe
 from harness.text import count, printable
 from harness.verdict.verdict import Outcome, Verdict
 
 CHECK = "verify"
 BLENDED = "the strength blends W with its DoRA weight, as ComfyUI does; PEFT multiplies inside the norm"
-NO_TENSOR = "the layer has no such tensor in the base"
 _SHOWN = 4
 _WEAK = 0.95  # share of the effect below which the advice is to merge in higher precision
 _APART = 0.01  # relative; scales that differ by more must be told apart, or the verdict says that they are not
 _PARTS = (("qkv", ("q", "k", "v")), ("kv", ("k", "v")), ("gate_up", ("gate", "up")))
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Why one tensor has no measurement: nothing in the base has its name, it does not fit, or its kind is not read."""
+
+    kind: Literal["missing layer", "missing tensor", "misfit", "not read"]
+    what: str
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class Module:
 
     found: Probe
     tensor: str | None
-    baked: Baked | None
-    problem: str | None = None
+    measured: MergeMeasurement | None
+    problem: NotMeasured | None = None
     dtype: str = ""
     fault: tuple[str, str] | None = None
     note: str | None = None
@@ -42,9 +49,9 @@ class Module:
         return self.found.module
 
     @property
-    def state(self) -> str:
-        """What was done to it, empty when it could not be measured."""
-        return self.baked.state if self.baked else ""
+    def state(self) -> State | None:
+        """What was done to it, None when it could not be measured."""
+        return self.measured.state if self.measured else None
 
     @property
     def tells_scale(self) -> bool:
@@ -69,21 +76,29 @@ class Module:
     @property
     def lost(self) -> bool:
         """True when the base has no tensor for it."""
-        return not self.skipped and bool(self.problem) and (self.tensor is None or self.problem == NO_TENSOR)
+        return self.problem is not None and self.problem.kind in ("missing layer", "missing tensor")
+
+    @property
+    def misfit(self) -> bool:
+        """True when the tensors of the base, the merge and the LoRA do not fit together."""
+        return self.problem is not None and self.problem.kind == "misfit"
+
+    @property
+    def not_read(self) -> bool:
+        """True when tensors of its kind are not read."""
+        return self.problem is not None and self.problem.kind == "not read"
 
     @property
     def skipped(self) -> bool:
         """True when nothing can be said: the kind is not read, or rounding hides the update."""
-        if self.baked is None:
-            return bool(self.problem and self.problem.startswith("skipped"))
-        return self.state == "hidden"
+        return self.not_read or self.state == "hidden"
 
 
 def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) -> Verdict:
     """Return the verdict of one module; `law_code` names the law of the whole merge."""
     code, fact = _judged(module, law_code)
     outcome: Outcome = "skipped" if module.skipped else "failed" if code else "passed"
-    numbers = _numbers(module) if module.baked else {}
+    numbers = _numbers(module) if module.measured else {}
     return Verdict(
         **frame,
         check=CHECK,
@@ -92,97 +107,101 @@ def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) 
         title=fact,
         worst_module=module.name,
         reason=fact if outcome == "skipped" else None,
-        rows=tuple(_rows(module)) if module.baked else (),
+        rows=tuple(_rows(module)) if module.measured else (),
         **numbers,
     )
 
 
 def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     """Return the code a module deserves, None when it is right, and one sentence."""
-    baked, found = module.baked, module.found
-    if baked is None:
-        return ("LH103" if module.lost else "LH902"), module.problem or ""
-    if baked.state == "not finite":
+    measured, found = module.measured, module.found
+    if measured is None:
+        what = module.problem.what if module.problem else ""
+        return ("LH103" if module.lost else "LH902"), f"skipped: {what}" if module.not_read else what
+    if measured.state == "not finite":
         return module.fault or ("LH502", "NaN or infinite values in the merged or the base weight")
-    if baked.state == "hidden":
+    if measured.state == "hidden":
         return None, f"the update is below half a step of {module.dtype} everywhere: merged or not cannot be told"
-    if baked.state == "not merged":
+    if measured.state == "not merged":
         return "LH102", "not merged: the weight is the base's"
-    if baked.state == "unexplained":
+    if measured.state == "unexplained":
         return "LH101", "changed, but not by this LoRA"
-    if baked.state == "twice":
-        return "LH206", f"merged twice at {baked.scale / 2:.4g}"
-    scale = "; ".join(filter(None, (f"scale {baked.scale:.4g}, expected {found.expected:.4g}", module.vague)))
-    if baked.state == "partly":
+    if measured.state == "twice":
+        return "LH206", f"merged twice at {measured.scale / 2:.4g}"
+    scale = "; ".join(filter(None, (f"scale {measured.scale:.4g}, expected {found.expected:.4g}", module.vague)))
+    if measured.state == "partly":
         return "LH102", f"not merged in {where(module)}; elsewhere {scale}"
     if module.fault:
         return module.fault[0], f"{module.fault[1]}; {scale}"
-    if baked.state == "mixed":
+    if measured.state == "mixed":
         return "LH401", f"other changes besides this LoRA; {scale}"
     return (None, scale) if found.right else (law_code or "LH209", scale)
 
 
 def where(module: Module) -> str:
     """Name the rows in which nothing happened, as q, k, v where the layer's name says so."""
-    assert module.baked is not None
+    assert module.measured is not None
     parts = next((parts for word, parts in _PARTS if word in module.name.rpartition(".")[2]), ())
-    rows = module.baked.rows
+    rows = module.measured.rows
     names = [
         part
         for index, part in enumerate(parts)
         if any(
             start <= rows * index // len(parts) and stop >= rows * (index + 1) // len(parts)
-            for start, stop in module.baked.unmerged
+            for start, stop in module.measured.unmerged
         )
     ]
     return " and ".join(names) or ", ".join(
-        f"rows {start} to {stop - 1}" for start, stop in module.baked.unmerged[:_SHOWN]
+        f"rows {start} to {stop - 1}" for start, stop in module.measured.unmerged[:_SHOWN]
     )
 
 
 def _numbers(module: Module) -> dict[str, Any]:
-    assert module.baked is not None
-    baked, expected = module.baked, module.found.expected
+    assert module.measured is not None
+    measured, expected = module.measured, module.found.expected
     return {
-        "measured_scale": baked.scale,
+        "measured_scale": measured.scale,
         "expected_scale": expected,
-        "ratio": baked.scale / expected if expected else None,
-        "interval": baked.interval if all(map(math.isfinite, baked.interval)) else None,
-        "survived": baked.survived,
+        "ratio": measured.scale / expected if expected else None,
+        "interval": measured.interval if all(map(math.isfinite, measured.interval)) else None,
+        "survived": measured.survived,
         "data": {
-            "state": baked.state,
+            "state": measured.state,
             "fits": module.fits if module.tells_scale and math.isfinite(module.found.tolerance) else None,
             "tensor": module.tensor,
-            "coverage": round(baked.coverage, 5),
-            "explained": round(baked.explained, 5),
-            "changed": round(baked.changed, 5),
-            "elements": baked.elements,
-            "unmerged_rows": [list(pair) for pair in baked.unmerged],
+            "coverage": round(measured.coverage, 5),
+            "explained": round(measured.explained, 5),
+            "changed": round(measured.changed, 5),
+            "elements": measured.elements,
+            "unmerged_rows": [list(pair) for pair in measured.unmerged],
         },
     }
 
 
 def _rows(module: Module) -> list[tuple[str, str]]:
-    baked, found = module.baked, module.found
-    assert baked is not None
+    measured, found = module.measured, module.found
+    assert measured is not None
     alpha = "no alpha" if found.alpha is None else f"alpha {found.alpha:g}"
-    low, high = baked.interval
+    low, high = measured.interval
     rows = [
         ("module", f"{printable(found.module)}, rank {found.rank}, {alpha}, {module.dtype}"),
-        ("measured", f"scale {baked.scale:.5g} in [{low:.5g}, {high:.5g}]"),
+        ("measured", f"scale {measured.scale:.5g} in [{low:.5g}, {high:.5g}]"),
         ("expected", f"scale {found.expected:.5g}"),
-        ("explains", f"{baked.coverage:.1%} of {count(baked.elements, 'element')} to the last bit; {_how(baked)}"),
+        (
+            "explains",
+            f"{measured.coverage:.1%} of {count(measured.elements, 'element')} to the last bit; {_how(measured)}",
+        ),
     ]
     rows += [("note", module.note)] if module.note else []
-    return [*rows, ("survived", survival(baked.survived))] if baked.survived is not None else rows
+    return [*rows, ("survived", survival(measured.survived))] if measured.survived is not None else rows
 
 
-def _how(baked: Baked) -> str:
-    if baked.state == "two roundings":
+def _how(measured: MergeMeasurement) -> str:
+    if measured.state == "two roundings":
         return "rounded twice: merged from a more precise base, or in two steps"
-    if baked.state in ("mixed", "unexplained", "twice"):
-        return f"{baked.changed:.0%} of them changed"
-    return "merged in full precision and rounded once" if baked.coverage >= 0.999 else "the delta was rounded too"
+    if measured.state in ("mixed", "unexplained", "twice"):
+        return f"{measured.changed:.0%} of them changed"
+    return "merged in full precision and rounded once" if measured.coverage >= 0.999 else "the delta was rounded too"
 
 
 def survival(share: float) -> str:

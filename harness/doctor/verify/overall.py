@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from harness.doctor.verify.measurement import State
 from harness.doctor.verify.modules import CHECK, Module, survival, where
 from harness.doctor.verify.untouched import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
@@ -27,29 +28,29 @@ def overall_verdict(
     frame: dict[str, Any],
 ) -> Verdict:
     """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers."""
-    law = diagnosis_record(diagnosis) if any(module.tells_scale for module in found) else None
+    known = [module for module in found if module.tells_scale]
+    law = diagnosis_record(diagnosis) if known else None
     facts = [
         *_scale_facts(found, untouched, law, diagnosis.code),
         *_missing_facts(found),
         *_file_facts(found, untouched),
     ]
-    told = [module for module in found if module.tells_scale]
-    code, title = facts[0] if facts else (None, _right(found, told))
-    left = _survived(told)
+    code, title = facts[0] if facts else (None, _right(found, known))
+    left = _survived(known)
     return Verdict(
         **frame,
         check=CHECK,
-        outcome="failed" if facts else "passed" if told else "skipped",
+        outcome="failed" if facts else "passed" if known else "skipped",
         code=code,
         title=title,
-        reason=None if facts or told else title,
+        reason=None if facts or known else title,
         law=law,
         survived=left,
         modules_failed=sum(not verdict.ok for verdict in verdicts),
         modules_total=len(verdicts),
         rows=tuple(_rows(frame, law, left, facts, found)),
         data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
-        **_numbers(told),
+        **_numbers(known),
     )
 
 
@@ -61,12 +62,12 @@ def _scale_facts(
         yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
     if broken := [module for module in _in(found, "not finite") if not module.fault]:
         yield "LH502", f"NaN or infinite values in {_listed(broken, found)}"
-    strangers = _in(found, "unexplained")
-    if strangers and untouched.is_other_model:
+    unexplained = _in(found, "unexplained")
+    if unexplained and untouched.is_other_model:
         changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
         yield "LH401", f"wrong base: {changed}"
-    elif strangers:
-        yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(strangers, found)}"
+    elif unexplained:
+        yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(unexplained, found)}"
     if twice := _in(found, "twice"):
         yield "LH206", f"merged twice: {_listed(twice, found)}"
     if faulty := [module for module in found if module.fault and module.state != "not finite"]:
@@ -96,7 +97,7 @@ def _ratios(modules: Sequence[Module]) -> list[float]:
 def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
     """Yield what was not merged, in whole or in part."""
     same, hidden = _in(found, "not merged"), _in(found, "hidden")
-    others = [module for module in found if module.baked and module.state not in ("not merged", "hidden")]
+    others = [module for module in found if module.measured and module.state not in ("not merged", "hidden")]
     if same and not others:
         yield "LH101", "byte-identical to the base: nothing was merged"
     elif hidden and not others:
@@ -107,9 +108,9 @@ def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
     if partly := _in(found, "partly"):
         yield "LH102", f"merged in part: {_listed(partly, found)}; nothing in {where(partly[0])}"
     if lost := [module for module in found if module.lost]:
-        yield "LH103", f"{lost[0].problem}: {_listed(lost, found)}"
-    if misfits := [module for module in found if module.problem and not module.lost and not module.skipped]:
-        yield "LH902", f"{misfits[0].problem}: {_listed(misfits, found)}"
+        yield "LH103", f"{_why(lost)}: {_listed(lost, found)}"
+    if misfits := [module for module in found if module.misfit]:
+        yield "LH902", f"{_why(misfits)}: {_listed(misfits, found)}"
 
 
 def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]:
@@ -126,7 +127,7 @@ def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]
         yield "LH902", f"{count(len(untouched.reshaped), 'tensor')} of another shape: {_names(untouched.reshaped)}"
 
 
-def _in(found: Sequence[Module], state: str) -> list[Module]:
+def _in(found: Sequence[Module], state: State) -> list[Module]:
     return [module for module in found if module.state == state]
 
 
@@ -136,33 +137,37 @@ def _listed(some: Sequence[Module], found: Sequence[Module]) -> str:
     )
 
 
+def _why(some: Sequence[Module]) -> str:
+    return next((module.problem.what for module in some if module.problem), "")
+
+
 def _names(names: Sequence[str]) -> str:
     return printable(names[0], 80) + (", …" if len(names) > 1 else "")
 
 
-def _right(found: Sequence[Module], told: Sequence[Module]) -> str:
-    if not told:
+def _right(found: Sequence[Module], known: Sequence[Module]) -> str:
+    if not known:
         return "nothing could be measured: every module was skipped"
     skipped = sum(module.skipped for module in found)
     rest = f", {count(skipped, 'module')} skipped" if skipped else ""
-    return f"base + strength * alpha / rank * B @ A in {len(told)} of {count(len(found), 'module')}{rest}"
+    return f"base + strength * alpha / rank * B @ A in {len(known)} of {count(len(found), 'module')}{rest}"
 
 
-def _survived(told: Sequence[Module]) -> float | None:
+def _survived(known: Sequence[Module]) -> float | None:
     """Return sum <ΔW, BA> / sum scale * <BA, BA>: the share of the whole effect that rounding left."""
-    pairs = [(m.baked.overlap, m.baked.product, m.baked.scale) for m in told if m.baked]
+    pairs = [(m.measured.overlap, m.measured.product, m.measured.scale) for m in known if m.measured]
     whole = math.fsum(scale**2 * product for _, product, scale in pairs)
     return math.fsum(scale * overlap for overlap, _, scale in pairs) / whole if whole else None
 
 
-def _numbers(told: Sequence[Module]) -> dict[str, Any]:
+def _numbers(known: Sequence[Module]) -> dict[str, Any]:
     """Return the median scale and its ratio; the interval is what all modules allow, or else their range."""
-    scaled = [(m.found, m.baked) for m in told if m.baked and m.found.expected]
+    scaled = [(m.found, m.measured) for m in known if m.measured and m.found.expected]
     if not scaled:
         return {}
     expected = statistics.median(found.expected for found, _ in scaled)
-    ratio = statistics.median(baked.scale / found.expected for found, baked in scaled)
-    ends = [sorted(end / found.expected for end in baked.interval) for found, baked in scaled]
+    ratio = statistics.median(measured.scale / found.expected for found, measured in scaled)
+    ends = [sorted(end / found.expected for end in measured.interval) for found, measured in scaled]
     low, high = max(end[0] for end in ends), min(end[1] for end in ends)
     if low > high:
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
@@ -188,7 +193,7 @@ def _rows(
     for code, fact in facts[1:]:
         yield "also", f"{code} {fact}"
     for reason, names in _not_judged(found).items():
-        yield "not judged", f"{reason.removeprefix('skipped: ')}: {count(len(names), 'module')} ({_names(names)})"
+        yield "not judged", f"{reason}: {count(len(names), 'module')} ({_names(names)})"
     if facts:
         yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
@@ -211,8 +216,8 @@ def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
     """Return the modules that are not read, by the reason."""
     reasons: dict[str, list[str]] = {}
     for module in found:
-        if module.baked is None and module.problem and module.skipped:
-            reasons.setdefault(module.problem, []).append(module.name)
+        if module.problem and module.not_read:
+            reasons.setdefault(module.problem.what, []).append(module.name)
     return dict(list(reasons.items())[:_SHOWN])
 
 

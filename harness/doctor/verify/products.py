@@ -2,31 +2,90 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from harness.doctor.verify.row_products import Rows, row_products
+from harness.doctor.verify.vote import Array, Flags
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
     from harness.files import LoraAdapter
 
-
-class Product(Protocol):
-    """A matrix given by its factors."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
-
-    def part(self, rows: Tensor, work: dtype) -> Tensor:
-        """Return some rows: [len(rows), columns], computed in `work`."""
-
-    def turned(self) -> Product:
-        """Return the transpose."""
+_CHUNK_ELEMENTS = 1 << 20
+_ALL = slice(None)
+Unscaled = Callable[[Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
-class LowRank:
+class RowSums:
+    """<ΔW, P> and <P, P> of every row of a product P, and whether the row changed."""
+
+    overlap: Array
+    product: Array
+    changed: Flags
+
+
+class Product(ABC):
+    """A matrix given by its factors."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+
+    @abstractmethod
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns: [len(rows), columns], computed in `work`."""
+
+    @abstractmethod
+    def turned(self) -> Product:
+        """Return the transpose."""
+
+    def padded(self, rows: int) -> Product:
+        """Return the product with rows of zeros added up to `rows`, where it can have them."""
+        return self
+
+    def row_sums(self, before: Rows, after: Rows, *, dtype: str, device: str = "cpu") -> RowSums:
+        """Compare with every row of W and W', stored in `dtype`, in one pass; `device` may make the products."""
+        return sums_by_chunk(self, before, after, dtype=dtype)
+
+
+def sums_by_chunk(
+    product: Product,
+    before: Rows,
+    after: Rows,
+    *,
+    dtype: str,
+    unscaled: Unscaled = lambda before, after, product: after,
+) -> RowSums:
+    """Return the sums of every row, from chunks in which the product is formed.
+
+    `unscaled` returns rows of W' without what they were multiplied by, given those of W, of W' and of the product.
+    """
+    rows, columns = product.shape
+    work = torch.float64 if dtype in ("float32", "float64") else torch.float32
+    step = max(1, _CHUNK_ELEMENTS // columns)
+
+    def sums(start: int) -> tuple[Array, Array, Array]:
+        run = start, min(start + step, rows)
+        parts = before(*run).to(work), after(*run).to(work), product.part(torch.arange(*run), _ALL, work)
+        old, new, update = (part.double().numpy() for part in parts)
+        change = unscaled(old, new, update) - old
+        return np.einsum("ij,ij->i", change, update), np.einsum("ij,ij->i", update, update), (new != old).any(axis=1)
+
+    found = [sums(start) for start in range(0, rows, step)]
+    return RowSums(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True)
+class LowRank(Product):
     """left @ right: [rows, r] @ [r, columns]."""
 
     left: Tensor
@@ -37,17 +96,30 @@ class LowRank:
         """(rows, columns)."""
         return self.left.shape[0], self.right.shape[1]
 
-    def part(self, rows: Tensor, work: dtype) -> Tensor:
-        """Return some rows."""
-        return self.left[rows].to(work) @ self.right.to(work)
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.left[rows].to(work) @ self.right[:, columns].to(work)
 
     def turned(self) -> Product:
         """Return the transpose."""
         return LowRank(self.right.t(), self.left.t())
 
+    def padded(self, rows: int) -> Product:
+        """Return the product with rows of zeros added."""
+        missing = max(rows - len(self.left), 0)
+        return LowRank(torch.nn.functional.pad(self.left, (0, 0, 0, missing)), self.right) if missing else self
+
+    def row_sums(self, before: Rows, after: Rows, *, dtype: str, device: str = "cpu") -> RowSums:
+        """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is never formed."""
+        half = dtype == "bfloat16"
+        seen = row_products(before, after, self.right, rows=len(self.left), bfloat16=half, device=device)
+        left, gram = self.left.float(), self.right.float() @ self.right.float().t()
+        overlap, product = torch.linalg.vecdot(seen, left), torch.linalg.vecdot(left @ gram, left)
+        return RowSums(overlap.double().numpy(), product.double().numpy(), seen.any(1).numpy())
+
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Product):
     """A matrix that the file holds as it is."""
 
     matrix: Tensor
@@ -57,9 +129,9 @@ class Whole:
         """(rows, columns)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
-    def part(self, rows: Tensor, work: dtype) -> Tensor:
-        """Return some rows."""
-        return self.matrix[rows].to(work)
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.matrix[rows][:, columns].to(work)
 
     def turned(self) -> Product:
         """Return the transpose."""
@@ -67,7 +139,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class Hadamard(Product):
     """first * second, element by element (LoHa)."""
 
     first: Product
@@ -78,9 +150,9 @@ class Hadamard:
         """(rows, columns)."""
         return self.first.shape
 
-    def part(self, rows: Tensor, work: dtype) -> Tensor:
-        """Return some rows."""
-        return self.first.part(rows, work) * self.second.part(rows, work)
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.first.part(rows, columns, work) * self.second.part(rows, columns, work)
 
     def turned(self) -> Product:
         """Return the transpose."""
@@ -88,7 +160,7 @@ class Hadamard:
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Product):
     """small ⊗ large (LoKr): row a * b_n + b is the Kronecker product of row a of `small` and row b of `large`."""
 
     small: Product
@@ -99,11 +171,11 @@ class Kronecker:
         """(rows, columns)."""
         return self.small.shape[0] * self.large.shape[0], self.small.shape[1] * self.large.shape[1]
 
-    def part(self, rows: Tensor, work: dtype) -> Tensor:
-        """Return some rows."""
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
         height = self.large.shape[0]
-        small, large = self.small.part(rows // height, work), self.large.part(rows % height, work)
-        return (small[:, :, None] * large[:, None, :]).flatten(1)
+        small, large = self.small.part(rows // height, _ALL, work), self.large.part(rows % height, _ALL, work)
+        return (small[:, :, None] * large[:, None, :]).flatten(1)[:, columns]
 
     def turned(self) -> Product:
         """Return the transpose."""
@@ -149,8 +221,6 @@ def _lokr_factor(adapter: LoraAdapter, name: str, role: str) -> Product:
 
 def _cored(core: Tensor, right: Tensor) -> Tensor:
     """Return sum_q core[p, q, k] right[q, i]: [p, i * k]."""
-    import torch
-
     return torch.einsum("pq...,qi->pi...", core.float(), right.float()).flatten(1)
 
 

@@ -24,9 +24,10 @@ def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat1
     in bfloat16 where that is quicker. On another `device` than the processor it always is.
     """
     if device != "cpu":
-        return _on_device(before, after, right, rows, torch.bfloat16 if bfloat16 else torch.float32, device)
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        return _in_one_dtype(before, after, right, _spans(rows, right.shape[1], _DEVICE_BYTES), dtype, device)
     if bfloat16 and bfloat16_is_quicker():
-        return _in_bfloat16(before, after, right, _spans(rows, right.shape[1], _NARROW_BYTES))
+        return _in_one_dtype(before, after, right, _spans(rows, right.shape[1], _NARROW_BYTES), torch.bfloat16, "cpu")
     return _in_float32(before, after, right, _spans(rows, right.shape[1], _CHUNK_BYTES), rounded=bfloat16)
 
 
@@ -36,20 +37,12 @@ def _spans(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _in_bfloat16(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    turned = right.bfloat16().t()
-    return torch.cat([((after(*span) - before(*span).bfloat16()) @ turned).float() for span in spans])
-
-
-def _on_device(before: Rows, after: Rows, right: Tensor, rows: int, dtype: torch.dtype, device: str) -> Tensor:
+def _in_one_dtype(
+    before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, device: str
+) -> Tensor:
     turned = right.to(device, dtype).t()
-    step = max(1, _DEVICE_BYTES // (2 * right.shape[1]))
-    seen = []
-    for start in range(0, rows, step):
-        span = start, min(start + step, rows)
-        change = after(*span).to(device, dtype) - before(*span).to(device, dtype)
-        seen.append((change @ turned).float())
-    return torch.cat(seen).cpu()
+    changes = (after(*span).to(device, dtype) - before(*span).to(device, dtype) for span in spans)
+    return torch.cat([(change @ turned).float() for change in changes]).cpu()
 
 
 def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Tensor:

@@ -9,18 +9,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.doctor.verify.layer import Layer, Sample
-from harness.doctor.verify.vote import Array, Vote, bounds, vote, vote_within
+from harness.doctor.verify.layer import MergedLayer, Sample
+from harness.doctor.verify.vote import Array, Flags, Vote, bounds, vote, vote_within
 
 State = Literal[
     "merged", "partly", "twice", "two roundings", "not merged", "hidden", "mixed", "unexplained", "not finite"
 ]
-Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 # Elements sampled, and the relative width of the interval at which that is enough
 _SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
 _EXPLAINED = 0.97
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
+_DUE = 100  # elements of a run of rows that should have changed, when not one did
+_CLEAR = 1.25  # half steps; smaller updates may fall either way when the delta is rounded too
 _MISSED = 5  # elements that should have changed and did not
 _RESOLVED = 8.0  # half steps; larger updates are rounded without bias
 _ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
@@ -28,7 +29,7 @@ _TWO_ROUNDINGS = 1.6  # half steps: the sum of two roundings stays below it in 9
 
 
 @dataclass(frozen=True)
-class Baked:
+class MergeMeasurement:
     """What one layer shows.
 
     `scale` is the factor on B @ A that was used and lies in `interval`; `coverage` is the share of elements it
@@ -58,7 +59,7 @@ class Baked:
         return self.overlap / self.product / self.scale
 
 
-def measure(layer: Layer, expected: float) -> Baked:
+def measure(layer: MergedLayer, expected: float) -> MergeMeasurement:
     """Measure one layer from a sample of its rows, larger where the answer is vague.
 
     `expected` is the scale it should have: with it an unchanged layer shows whether nothing was merged, and a layer
@@ -70,14 +71,18 @@ def measure(layer: Layer, expected: float) -> Baked:
         if not (np.isfinite(sample.change).all() and np.isfinite(sample.product).all()):
             return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
         found = _voted(sample, window)
-        told = sample.changed.any() or found.low <= expected <= found.high
-        if not told or found.width <= enough * abs(found.scale) or sample.product.size >= layer.rows * layer.columns:
+        undecided = sample.changed.any() or found.low <= expected <= found.high
+        if (
+            not undecided
+            or found.width <= enough * abs(found.scale)
+            or sample.product.size >= layer.rows * layer.columns
+        ):
             break
         window = (found.low - found.width, found.high + found.width)
     return judge(sample, found, expected)
 
 
-def measure_fully(layer: Layer, expected: float, device: str = "cpu") -> Baked:
+def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> MergeMeasurement:
     """Measure one layer from all its rows: the scale from the sample, the effect and what is unmerged from everything.
 
     `device` makes the products of the rows.
@@ -90,15 +95,32 @@ def measure_fully(layer: Layer, expected: float, device: str = "cpu") -> Baked:
         whole = replace(whole, state="mixed")
     if found.state not in ("merged", "partly"):
         return replace(whole, overlap=float(sums.overlap.sum()), product=float(sums.product.sum()))
-    least = 100 / max(found.changed * layer.columns, 1e-9)
-    strong = sums.product > 0.25 * np.median(sums.product)  # a row of weak updates may well be rounded away as a whole
-    still = [run for run in _runs(~sums.changed & strong) if run[1] - run[0] > least]
+    due = _due_changes(layer, found.scale, sums.product)
+    still = [(start, stop) for start, stop in _runs(~sums.changed) if due[start:stop].sum() > _DUE]
     rows = joined([*found.unmerged, *still])
     kept = np.ones(layer.rows, bool)
     for start, stop in rows:
         kept[start:stop] = False
     overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
     return replace(whole, state="partly" if rows else "merged", overlap=overlap, product=product, unmerged=rows)
+
+
+def _due_changes(layer: MergedLayer, scale: float, energies: Array) -> Array:
+    """Return how many elements of each row should change, [rows]; `energies` are its sums of squares of the product.
+
+    An element changes when its update is larger than half a step, and a row of weak updates may be rounded away as a
+    whole: the sampled updates over their half steps are taken as those of every row, in proportion to its own size.
+    """
+    sample = layer.sample(_SAMPLES[0][0])
+    sizes = np.sqrt(np.square(sample.product, dtype=np.float64).mean(axis=1, keepdims=True))
+    with np.errstate(all="ignore"):
+        steps = np.abs(scale * sample.product) / sample.half / sizes
+    reach = np.sort(steps[np.isfinite(steps)])
+    own = np.sqrt(np.maximum(energies, 0) / layer.columns)
+    with np.errstate(divide="ignore", over="ignore"):
+        below = np.searchsorted(reach, _CLEAR / own)
+    due: Array = layer.columns * (1 - below / max(len(reach), 1))
+    return due
 
 
 def _runs(flags: Flags) -> list[tuple[int, int]]:
@@ -121,24 +143,20 @@ def _by_block(sample: Sample, flags: Flags) -> np.ndarray[Any, np.dtype[np.int_]
     return np.bincount(sample.block, weights=flags.sum(axis=1)).astype(int)
 
 
-def judge(sample: Sample, found: Vote, expected: float) -> Baked:
+def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     """Say what happened to the sampled rows, given the scale most of them voted for."""
-    told = sample.product != 0
-    if not (sample.changed & told).any():
+    nonzero = sample.product != 0
+    if not (sample.changed & nonzero).any():
         return _untouched(sample, found, expected)
     scale = found.scale if found.coverage >= _EXPLAINED else _refined(sample, found.scale)
     error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
     wrong = error > sample.half + _slack(sample, scale)
-    missed = _by_block(sample, wrong & told & ~sample.changed)
+    missed = _by_block(sample, wrong & nonzero & ~sample.changed)
     unmerged = np.flatnonzero((missed >= _MISSED) & (_by_block(sample, sample.changed) == 0))
     rest = ~np.isin(sample.block, unmerged)
-    seen = Sample(
-        **{name: getattr(sample, name)[rest] for name in ("base", "change", "product", "half", "changed", "block")},
-        dtype=sample.dtype,
-        roundoff=sample.roundoff,
-        rows=sample.rows,
-    )
-    made = Baked(
+    arrays = ("base", "change", "product", "half", "changed", "block")
+    seen = replace(sample, **{name: getattr(sample, name)[rest] for name in arrays})
+    made = MergeMeasurement(
         state="merged",
         scale=scale,
         interval=(min(found.low, scale), max(found.high, scale)),
@@ -155,7 +173,9 @@ def judge(sample: Sample, found: Vote, expected: float) -> Baked:
     return _classified(seen, made, error[rest], wrong[rest], expected)
 
 
-def _classified(sample: Sample, made: Baked, error: Array, wrong: Flags, expected: float) -> Baked:
+def _classified(
+    sample: Sample, made: MergeMeasurement, error: Array, wrong: Flags, expected: float
+) -> MergeMeasurement:
     """Return `made` with its state, and with the projection for a scale where no scale explains the elements."""
     if made.explained >= _EXPLAINED and _mean(~wrong, sample.changed) >= _OF_CHANGED:
         return replace(made, state="partly") if made.unmerged else made
@@ -180,7 +200,7 @@ def _merged_twice(sample: Sample, once: float) -> bool:
     return bool(same.mean() >= 0.7 and _mean(same, sample.changed) >= 0.7)
 
 
-def _projected(sample: Sample, made: Baked) -> tuple[float, float]:
+def _projected(sample: Sample, made: MergeMeasurement) -> tuple[float, float]:
     """Return <ΔW, p> / <p, p> and four standard errors of it."""
     left_over = _dot(sample.change, sample.change) * (1 - made.aligned) / max(made.product, 1e-300)
     return made.overlap / max(made.product, 1e-300), 4 * math.sqrt(max(left_over, 0.0) / sample.product.size)
@@ -191,11 +211,11 @@ def _aligned(sample: Sample) -> float:
     return _dot(sample.change, sample.product) ** 2 / max(change * product, 1e-300)
 
 
-def _untouched(sample: Sample, found: Vote, expected: float) -> Baked:
+def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     """Nothing changed where the product is not 0: not merged, or too weak to be seen in this dtype."""
     product = _dot(sample.product, sample.product)
     hidden = found.low <= expected <= found.high or product == 0
-    return Baked(
+    return MergeMeasurement(
         state="hidden" if hidden else "not merged",
         scale=0.0,
         interval=(found.low, found.high),
