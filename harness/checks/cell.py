@@ -63,11 +63,12 @@ class Pins:
 class Plan:
     """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail.
 
+    `max_examples=None` stands for what the subject has by default, less of it when `quick`.
     `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches; below 1 its
     planned files have at most `max_layers` modules too.
     """
 
-    max_examples: int = 200
+    max_examples: int | None = None
     seed: int = 0
     pins: Pins | None = None
     known: tuple[KnownFailure, ...] = ()
@@ -75,6 +76,7 @@ class Plan:
     dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
     shrink: bool = True
     share: float = 1.0
+    quick: bool = False
 
     def whole(self, cell: Cell) -> bool:
         """Whether `cell` is checked at full length."""
@@ -82,7 +84,8 @@ class Plan:
 
     def examples_in(self, cell: Cell) -> int:
         """Return how many random examples `cell` gets."""
-        return self.max_examples if self.whole(cell) else max(1, round(self.share * self.max_examples))
+        most = self.max_examples or cell.subject.defaults.examples_in(quick=self.quick)
+        return most if self.whole(cell) else max(1, round(self.share * most))
 
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""
@@ -209,7 +212,7 @@ def _known_verdict(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     def tried(example: Example) -> bool:
         return known.trait is None or known.covers(cell, example)
 
-    limited = replace(cell, seconds=known.seconds)
+    limited = replace(cell, seconds=known.seconds or cell.seconds)
     until = None if known.of_scale else known.code  # a law takes more than one example
     found = Search()
     for example in filter(tried, planned(cell, plan.layers_in(cell))):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING
 from harness.benches import Bench, View, get_bench
 from harness.checks.steps import File, Step, load
 from harness.checks.written import bytes_of, copy_of, file_order, writable, write_example
+from harness.errors import one_line
 from harness.example import Example
-from harness.isolation.calls import CallFailedError, Raised, describe, guarded
-from harness.isolation.jobs import TimeLimitExceeded
+from harness.isolation.calls import CallFailedError, Raised, guarded
+from harness.isolation.limits import Limit, TimeLimitExceeded, no_limit
 from harness.loaders.protocol import Subject
 from harness.measure.compare import Fit, norm
 from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Limit = Callable[[str, "float | None"], AbstractContextManager[None]]  # label, seconds (None: the default)
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -38,7 +36,7 @@ class Cell:
     format: str
     bench_name: str
     variant_name: str = "lora"
-    limit: Limit = field(default=lambda label, seconds: nullcontext(), compare=False)
+    limit: Limit = field(default=no_limit, compare=False)
     seconds: float | None = None
 
     @property
@@ -142,7 +140,7 @@ def run_trial(
         except TimeLimitExceeded as late:
             return Observation(example, raised=Raised("LH901", f"the loaded model does not answer: {late}"))
         except Exception as error:
-            return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {describe(error)}"))
+            return Observation(example, raised=Raised("LH902", f"the loaded model does not run: {one_line(error)}"))
         file_changed = bytes_of(path) != written
     view = cell.view
     seen = _observe(cell, example, updates, view.gather(before), view.gather(after))

@@ -39,7 +39,8 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
     """
     from harness.checks.cell import Plan
     from harness.checks.matrix import cells_of
-    from harness.checks.run import Limits, check_cells
+    from harness.checks.run import check_cells
+    from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
@@ -47,21 +48,17 @@ def command(loaders: tuple[str, ...], seed: int, max_examples: int | None, **opt
 
     as_json = options.pop("as_json")
     places = [options.pop(name) or None for name in ("formats", "benches", "variants")]
-    seconds, workers = options.pop("time_limit"), shared.worker_count(options.pop("workers"))
+    limits = Limits(options.pop("time_limit"), workers=shared.worker_count(options.pop("workers")))
     known = tuple(shared.known_failures(options.pop("known_failures")))
-    pins = shared.pins_of(options, seed)
-    work = [(spec, *cells_of(resolve(spec), *places)) for spec in loaders]
+    plan = Plan(max_examples, seed, shared.pins_of(options, seed), known)
+    work = [cells_of(resolve(spec), *places) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
-        shared.cell_progress(
-            [cell for _, cells, _ in work for cell in cells], quiet=shared.quiet_on(as_json)
-        ) as advance,
+        shared.cell_progress([cell for cells, _ in work for cell in cells], quiet=shared.quiet_on(as_json)) as advance,
     ):
-        for spec, cells, skipped in work:
-            plan = Plan(max_examples or shared.default_examples(spec), seed, pins, known)
-            limits = Limits(seconds or shared.default_seconds(spec), workers=workers)
+        for cells, skipped in work:
             writer.write(*skipped)
             verdicts += skipped + check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance)
     if not as_json:

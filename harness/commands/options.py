@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.loaders.protocol import COMMAND, FUNCTION
+
 if TYPE_CHECKING:
     from harness.checks.cell import Measured, Pins
     from harness.checks.known import KnownFailure
@@ -23,13 +25,14 @@ seed_option = click.option(
 examples_option = click.option(
     "--max-examples",
     type=click.IntRange(1),
-    help="Random examples per format and bench.  [default: 200; 10 for cmd: loaders, which start a process each time]",
+    help=f"Random examples per format and bench.  [default: {FUNCTION.examples}; {COMMAND.examples} for cmd: loaders, "
+    "which start a process each time]",
 )
 limit_option = click.option(
     "--time-limit",
     type=click.FloatRange(min=0.0, min_open=True),
     metavar="SECONDS",
-    help="Limit for one call of a loader.  [default: 20; 120 for cmd: loaders]",
+    help=f"Limit for one call of a loader.  [default: {FUNCTION.seconds:g}; {COMMAND.seconds:g} for cmd: loaders]",
 )
 workers_option = click.option(
     "-j",
@@ -38,16 +41,6 @@ workers_option = click.option(
     default=None,
     help="Child processes at once (0: in this process; default: cores).",
 )
-
-
-def default_seconds(spec: str) -> float:
-    """Return the time limit of one call when nobody says."""
-    return 120.0 if spec.startswith("cmd:") else 20.0
-
-
-def default_examples(spec: str) -> int:
-    """Return how many random examples a loader gets per cell when nobody says."""
-    return 10 if spec.startswith("cmd:") else 200
 
 
 def worker_count(given: int | None) -> int:

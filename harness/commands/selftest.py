@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from harness.selftest.cases import Case
     from harness.selftest.measure import Result
 
-_QUICK_EXAMPLES = 30
 _QUICK: dict[str, Any] = {"seeds": (1,), "formats": ("kohya",), "benches": ("qwen-image-fused",)}
 _EPILOG = """\b
 Examples:
@@ -97,20 +96,18 @@ def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Cas
 
 
 def _measure(seed: int, options: dict[str, Any], show: Callable[[Result], None]) -> list[Result]:
-    from harness.checks.run import Limits
+    from harness.isolation.limits import Limits
     from harness.selftest.measure import measure
 
     cases = _cases(options["only"], options["left_out"], options["kind"])
     quick = options["quick"]
-    limits = Limits(
-        options["time_limit"] or shared.default_seconds(""), workers=shared.worker_count(options["workers"])
-    )
     return measure(
         cases,
-        max_examples=options["max_examples"] or (_QUICK_EXAMPLES if quick else 200),
+        max_examples=options["max_examples"],
+        quick=quick,
         right_examples=options["right_examples"],
         base_seed=seed,
-        limits=limits,
+        limits=Limits(options["time_limit"], workers=shared.worker_count(options["workers"])),
         on_result=show,
         **(_QUICK if quick else {}),
     )

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.isolation.jobs import TimeLimitExceeded
+from harness.errors import one_line
+from harness.isolation.limits import TimeLimitExceeded
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +21,6 @@ class Raised:
 
     code: str
     what: str
-
-
-def describe(error: BaseException) -> str:
-    """Return `Type: first line` of an error, at most 300 characters."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:300].rstrip(": ")
 
 
 class CallFailedError(Exception):
@@ -56,7 +51,7 @@ def guarded(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a subject that raises SystemExit is data, not the end of the run
-        raise CallFailedError(Raised("LH901", describe(error))) from error
+        raise CallFailedError(Raised("LH901", one_line(error))) from error
     if result is not None and not isinstance(result, torch.nn.Module):
         what = f"load returned {type(result).__name__}, but should return the model or None"
         raise CallFailedError(Raised("LH902", what))

@@ -10,13 +10,37 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from harness.checks.cell import Plan
     from harness.checks.parametrize import CellTest
+
+
+def loaders_under_test(config: pytest.Config) -> list[str]:
+    """Return the loaders named by `--lora-loader`, or every loader that is installed here."""
+    named: list[str] = config.getoption("--lora-loader")
+    if named:
+        return named
+    from harness.loaders.registry import installed
+
+    return [each.name for each in installed() if each.available]
+
+
+def plan_of(config: pytest.Config) -> Plan:
+    """Return the plan of the options; without `--lora-loader` the shipped known failures apply."""
+    from harness.checks.cell import Plan
+    from harness.commands.options import known_failures
+
+    named, source = config.getoption("--lora-loader"), config.getoption("--lora-known-failures")
+    return Plan(
+        config.getoption("--lora-max-examples"),
+        config.getoption("--lora-seed"),
+        known=tuple(known_failures(source or (None if named else "shipped"))),
+        share=1.0 if named else 1 / 20,
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from harness.checks.parametrize import cell_tests
-    from harness.checks.run import Limits
-    from harness.suite.plan import loaders_under_test, plan_of
+    from harness.isolation.limits import Limits
 
     plan = plan_of(metafunc.config)
     loaders = loaders_under_test(metafunc.config)
