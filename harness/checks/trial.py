@@ -15,8 +15,7 @@ from harness.checks.steps import File, Step, load
 from harness.checks.written import bytes_of, copy_of, file_order, writable, write_example
 from harness.errors import one_line
 from harness.example import Example
-from harness.isolation.calls import CallFailedError, Raised, guarded
-from harness.isolation.limits import Limit, TimeLimitExceeded, no_limit
+from harness.isolation.limits import CallFailedError, Limit, Raised, TimeLimitExceeded, guarded, no_limit
 from harness.loaders.protocol import Subject
 from harness.measure.compare import Fit, norm
 from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
