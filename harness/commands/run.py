@@ -45,10 +45,11 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
     from harness.commands.options import finish
+    from harness.loaders.registry import available
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
-    loaders = list(only) or _available()
+    loaders = list(only) or available()
     planned = [f"checks:{name}" for name in loaders]
     drawn = _drawn(loaders) if options["images"] else []
     planned += [f"sweep:{name}" for name in drawn]
@@ -60,12 +61,6 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
             writer.write(*(_not_drawn(name) for name in loaders if name not in drawn))
             _sweep(writer, drawn, out, quick, as_json, options)
     sys.exit(finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
-
-
-def _available() -> list[str]:
-    from harness.loaders.registry import installed
-
-    return [each.name for each in installed() if each.available]
 
 
 def _drawn(loaders: Sequence[str]) -> list[str]:

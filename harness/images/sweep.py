@@ -19,6 +19,7 @@ from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
 from harness.images.studio import Studio
 from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.limits import GIB
 from harness.loaders.protocol import Subject
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -136,11 +137,16 @@ def run_sweep(
                 step(event)
 
         workers = options.workers if opened.device.type == "cpu" else 0
-        (end,) = run_jobs([job], workers=workers, on_event=take)
+        (end,) = run_jobs([job], workers=workers, memory_limit=_memory(opened), on_event=take)
     if end.status != "done":
         result.verdicts.append(died_verdict(subject, studio, end))
     result.environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": batch}
     return result
+
+
+def _memory(opened: OpenPipeline) -> int:
+    """Return the bytes that drawing may take over what is there: copies of the denoiser, room for activations."""
+    return 4 * GIB + 8 * sum(weight.nbytes for weight in opened.base.parameters())
 
 
 def _default_lora(subject: Subject, opened: OpenPipeline) -> Path:

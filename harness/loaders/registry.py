@@ -57,6 +57,11 @@ def installed() -> list[Installed]:
     return [*_live(), *(Installed(name, _point_version(point), True) for name, point in points)]
 
 
+def available() -> list[str]:
+    """Return the names of the loaders that can run here."""
+    return [each.name for each in installed() if each.available]
+
+
 def _live() -> Iterator[Installed]:
     for name, live in live_loaders().items():
         reason = live.reason()

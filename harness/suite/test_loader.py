@@ -16,12 +16,9 @@ if TYPE_CHECKING:
 
 def loaders_under_test(config: pytest.Config) -> list[str]:
     """Return the loaders named by `--lora-loader`, or every loader that is installed here."""
-    named: list[str] = config.getoption("--lora-loader")
-    if named:
-        return named
-    from harness.loaders.registry import installed
+    from harness.loaders.registry import available
 
-    return [each.name for each in installed() if each.available]
+    return config.getoption("--lora-loader") or available()
 
 
 def plan_of(config: pytest.Config) -> Plan:

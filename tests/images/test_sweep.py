@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_a_crash_is_an_errored_verdict_and_keeps_what_was_drawn(tiny, r8_a16):
 def test_a_process_that_dies_is_an_errored_verdict_and_keeps_what_was_drawn(tiny, r8_a16, tmp_path: Path):
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
         if strength > 1:
-            print("good bye", flush=True)
+            print("good bye", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
     seen: list[dict] = []
@@ -163,6 +164,14 @@ def test_one_load_has_a_time_limit(tiny, r8_a16, workers: int):
     found = sweep(Subject("hangs", load), tiny, r8_a16, time_limit=0.5, workers=workers)
     assert found.verdicts[0].title == "loader raised: no answer within the time limit of 0.5 s"
     assert [row["strength"] for row in found.records] == [0.0, 0.5]
+
+
+def test_the_memory_of_a_subject_is_limited(tiny, r8_a16):
+    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        bytearray(6 << 30)  # never touched, so it costs no memory where there is no limit
+
+    found = sweep(Subject("greedy", load), tiny, r8_a16, quick=True, alphas=(1,)).verdicts[0]
+    assert (found.code, found.title) == ("LH901", "loader raised MemoryError")
 
 
 def test_the_subject_runs_in_a_child_unless_no_worker_is_wanted(tiny, r8_a16):
