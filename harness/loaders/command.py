@@ -59,7 +59,7 @@ def command_subject(spec: str) -> Subject:
     return Subject(spec, command_loader(spec, seconds=seconds), defaults=replace(COMMAND, seconds=seconds))
 
 
-def command_loader(spec: str, *, seconds: float) -> Load:
+def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     """Return the loader that runs the command line after `cmd:`, for at most `seconds` each time.
 
     Raises:
