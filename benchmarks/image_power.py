@@ -27,7 +27,7 @@ from harness.images.factor import compare, read
 from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler
-from harness.images.verdict import Judgement, Observation, judge, look_of
+from harness.images.verdict import Judgement, StrengthResult, judge, look_of
 
 FACTORS = (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0, 4.0, 32.0)
 RUNGS = (
@@ -125,7 +125,7 @@ def measure(subjects: Subjects, draws: int, cells: dict[tuple[str, float, int], 
                 for _ in range(draws):
                     rows = torch.randperm(len(images), generator=generator)[:count]
                     look = "clean" if measured is None else _look(measured, rows)
-                    seen = Observation(
+                    seen = StrengthResult(
                         1.0, read(sums.of(rows), draws=100), float(effect[rows].mean()), float(own[rows].mean()), look
                     )
                     cells.setdefault((backend, factor, count), Cell()).findings.append(judge([seen]))

@@ -17,8 +17,7 @@ import torch
 
 from harness.images import ALPHAS, base_pipeline, lora_file, open_pipeline
 from harness.images.recorder import Recorder
-from harness.images.sampling import Pair, determinism
-from harness.images.scales import runtime_scaling
+from harness.images.sampling import Pair, determinism, runtime_scaling
 from harness.images.studio import Studio
 from harness.loaders.registry import resolve
 
@@ -97,7 +96,7 @@ def share_of_harness(device: str, dtype: torch.dtype) -> float:
     studio.sampler.images_at = timed(studio.sampler.images_at)  # type: ignore[method-assign,assignment]
     studio.load = timed(studio.load)  # type: ignore[method-assign,assignment]
     began = time.perf_counter()
-    Recorder(studio, resolve("diffusers"), None, lambda row: None, {}).run(ALPHAS)
+    Recorder(studio, resolve("diffusers"), None, lambda row: None).run(ALPHAS, began)
     return 1 - inside / (time.perf_counter() - began)
 
 

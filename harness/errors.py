@@ -23,3 +23,10 @@ class LoraFileError(UserError):
 
 class LoaderSpecError(UserError):
     """A string that names no loader (unknown name, missing file or attribute, import that fails)."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return `ValueError: message` with the message cut to one line of 200 characters."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:200]}{'...' if len(text) > 200 else ''}" if text else name

@@ -30,9 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lora-loader", action="append", default=[], metavar="SPEC", help="loader to check; repeat for more"
     )
     group.addoption("--lora-report", metavar="DIR", help="write run.jsonl and index.html to DIR")
-    group.addoption(
-        "--lora-max-examples", type=int, default=200, metavar="N", help="random examples per format and bench"
-    )
+    group.addoption("--lora-max-examples", type=int, metavar="N", help="random examples per format and bench")
     group.addoption("--lora-seed", type=int, default=0, metavar="S", help="seed of all that is drawn")
     group.addoption("--lora-known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`")
     group.addoption("--lora-require-gpu", action="store_true", help="a missing GPU is a failure, not a skip")

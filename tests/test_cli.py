@@ -134,3 +134,19 @@ def test_inspect_writes_sarif_for_code_scanning(tmp_path: Path) -> None:
     log = json.loads((tmp_path / "out.sarif").read_text())
     assert log["version"] == "2.1.0"
     assert [result["ruleId"] for result in log["runs"][0]["results"]] == ["LH799"]
+
+
+@pytest.mark.images
+@pytest.mark.parametrize(
+    "args", [["sweep"], ["run", "--quick", "--max-examples", "1", "-j", "1", "--loader"]], ids=["sweep", "run"]
+)
+def test_a_loader_that_ends_the_process_is_red_and_has_its_page(args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text(
+        "import os\nfrom harness import loader\n@loader(formats={'peft'}, benches={'qwen-image'})\n"
+        "def load(model, lora, *, strength=1.0):\n    os._exit(0)\n"
+    )
+    command = [sys.executable, "-m", "harness", *args, f"{tmp_path}/exits.py:load", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "exit status 0 in load at strength 0" in (tmp_path / "out" / "run.jsonl").read_text(encoding="utf-8")
+    assert "LH901" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")

@@ -90,3 +90,22 @@ def test_a_run_that_crashes_in_the_middle_is_reported_and_red(tmp_path: Path) ->
     run = read_run(tmp_path / "out" / "run.jsonl")
     assert [v.outcome for v in run.verdicts] == ["passed"]
     assert run.status == "cut"
+
+
+def test_a_command_loader_has_its_own_defaults(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "from harness import Verdict\nfrom harness.checks import run\n"
+        "run.call_limit = lambda channel, seconds: seconds\n"
+        "def check_cell(cell, plan, on_measured):\n"
+        "    return [Verdict(loader=cell.subject.spec, check='smoke', outcome='passed', seconds=cell.limit,\n"
+        "                    examples=plan.examples_in(cell))]\n"
+        "run.check_cell = check_cell\n"
+    )
+    command = "cmd:sh -c true {base} {lora} {strength} {out}"
+    done = pytest_run(
+        tmp_path, "--pyargs", "harness.suite", f"--lora-loader={command}", "--lora-report=out",
+        "-k", "peft-qwen-image-smoke",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (verdict,) = read_run(tmp_path / "out" / "run.jsonl").verdicts
+    assert (verdict.examples, verdict.seconds) == (10, 120.0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +12,10 @@ from harness.benches import Bench, View, get_bench
 from harness.errors import UserError
 from harness.example import Example
 from harness.files import FORMATS
+from harness.isolation.limits import Limit, no_limit
 from harness.loaders.protocol import Subject
 from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
-
-Limit = Callable[[str, "float | None"], AbstractContextManager[None]]  # label, seconds (None: the default)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Cell:
     format: str
     bench_name: str
     variant_name: str = "lora"
-    limit: Limit = field(default=lambda label, seconds: nullcontext(), compare=False)
+    limit: Limit = field(default=no_limit, compare=False)
     seconds: float | None = None
 
     @property

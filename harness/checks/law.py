@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from harness.checks.cell import Cell
 from harness.checks.plan import planned
 from harness.checks.search import observe
+from harness.isolation.limits import call_limit
 from harness.law.diagnosis import Diagnosis, diagnose
 from harness.law.probe import Probe
 from harness.loaders.protocol import Subject
@@ -39,14 +40,16 @@ def measure_law(
     """Load about ten planned files with ranks, alphas and strengths that tell the laws apart, and name the law.
 
     `format` and `bench` default to the first ones the loader declares; `alpha=False` writes files without alpha. Files
-    with several ranks are left out for a loader that refuses them. `variant` is what the modules of the files are.
+    with several ranks are left out for a loader that refuses them. `variant` is what the modules of the files are. Each
+    call has the subject's default time limit.
 
     Raises:
         LoaderSpecError: `load` names no loader.
     """
     subject = load if isinstance(load, Subject) else resolve(load)
     form, bench_name = subject.cells[0]
-    return measure_cell_law(Cell(subject, format or form, bench or bench_name, variant), alpha=alpha)
+    limit = call_limit(None, subject.defaults.seconds)
+    return measure_cell_law(Cell(subject, format or form, bench or bench_name, variant, limit), alpha=alpha)
 
 
 def measure_cell_law(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from harness.benches import View
 from harness.checks.cell import Cell
 from harness.example import Example
-from harness.isolation.calls import Raised
+from harness.isolation.limits import Raised
 from harness.law.probe import Probe
 from harness.measure.compare import Fit, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF, coarser

@@ -64,7 +64,7 @@ def parametrize_with_checks(
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
     variants: Iterable[str] | None = None,
-    max_examples: int = 200,
+    max_examples: int | None = None,
     seed: int = 0,
     known_failures: Sequence[KnownFailure] = (),
 ) -> Any:

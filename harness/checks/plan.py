@@ -60,11 +60,12 @@ class Pins:
 class Plan:
     """How hard to look: examples per cell, the seed, one pinned example instead of a search, what is known to fail.
 
+    `max_examples=None` stands for what the subject has by default, less of it when `quick`.
     `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches; below 1 its
     planned files have at most `max_layers` modules too.
     """
 
-    max_examples: int = 200
+    max_examples: int | None = None
     seed: int = 0
     pins: Pins | None = None
     known: tuple[KnownFailure, ...] = ()
@@ -72,6 +73,7 @@ class Plan:
     dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
     shrink: bool = True
     share: float = 1.0
+    quick: bool = False
 
     def whole(self, cell: Cell) -> bool:
         """Whether `cell` is checked at full length."""
@@ -79,7 +81,8 @@ class Plan:
 
     def examples_in(self, cell: Cell) -> int:
         """Return how many random examples `cell` gets."""
-        return self.max_examples if self.whole(cell) else max(1, round(self.share * self.max_examples))
+        most = self.max_examples or cell.subject.defaults.examples_in(quick=self.quick)
+        return most if self.whole(cell) else max(1, round(self.share * most))
 
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from harness.checks.cell import Cell, cells_of
 from harness.checks.known import KnownFailure, unmatched
 from harness.checks.plan import Plan
 from harness.checks.run_cell import Measured, check_cell
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
-from harness.isolation.limits import GRACE_SECONDS, call_limit
+from harness.isolation.limits import Limits, call_limit
 from harness.loaders.registry import resolve
 from harness.verdict.verdict import Verdict
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one call of a subject may take: seconds, and bytes over what the harness uses. `workers=0`: no isolation."""
-
-    seconds: float = 20.0
-    memory: int | None = 4 * GIB
-    workers: int = 2
+__all__ = ["Limits", "as_list", "check_cells", "check_loader", "died"]
 
 
 def check_cells(
@@ -57,10 +48,7 @@ def check_cells(
             on_cell(cells[index])
 
     jobs = [_job(cell, plan, limits) for cell in cells]
-    seconds = limits.seconds + GRACE_SECONDS
-    ends = run_jobs(
-        jobs, workers=limits.workers, seconds_per_call=seconds, memory_limit=limits.memory, on_event=on_event
-    )
+    ends = run_jobs(jobs, workers=limits.workers, memory_limit=limits.memory, on_event=on_event)
     for cell, end in zip(cells, ends, strict=True):
         if end.status != "done":
             take(died(cell, end))
@@ -75,14 +63,15 @@ def check_loader(
     formats: Iterable[str] | None = None,
     benches: Iterable[str] | None = None,
     variants: Iterable[str] | None = None,
-    max_examples: int = 200,
+    max_examples: int | None = None,
     seed: int = 0,
     known_failures: Sequence[KnownFailure] = (),
     limits: Limits = Limits(),
 ) -> list[Verdict]:
     """Check a loader, given as a function or by the string that names it, and return all verdicts.
 
-    `max_examples` are drawn per format, bench and variant, reproducibly from `seed`.
+    `max_examples` (default: 200, of a `cmd:` loader 10) are drawn per format, bench and variant, reproducibly from
+    `seed`.
 
     Raises:
         LoaderSpecError: `load` names no loader.
@@ -95,7 +84,7 @@ def check_loader(
 
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
-        guarded = replace(cell, limit=call_limit(channel, limits.seconds))
+        guarded = replace(cell, limit=call_limit(channel, limits.seconds or cell.subject.defaults.seconds))
         for verdict in check_cell(guarded, plan, channel.send):
             channel.send(verdict)
         channel.send("done")
@@ -105,13 +94,11 @@ def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
 
 def died(cell: Cell, end: JobEnd) -> Verdict:
     """Return the verdict of a cell whose process ended in another way than by finishing."""
-    why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
-    what = f"{why.get(end.status, 'raised outside a call')}: {end.detail or end.status}"
     rows = [("loader", cell.subject.spec), ("file", cell.place)]
     rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
     rows += [("reproduce", end.last_label)] if end.last_label else []
     fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}
-    return cell.verdict("smoke", "errored", title=f"loader raised: {what}", **fields)
+    return cell.verdict("smoke", "errored", title=f"loader raised: {end.what}", **fields)
 
 
 def _stale(known: KnownFailure) -> Verdict:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from harness.benches import Bench, View
 from harness.checks.cell import Cell
 from harness.checks.observation import Observation, observation_of
+from harness.errors import one_line
 from harness.example import Example
 from harness.files import FORMATS, LoraParts, LoraWeights, match_modules, read_lora, write_lora
-from harness.isolation.calls import CallFailedError, Raised, describe, guarded
-from harness.isolation.jobs import TimeLimitExceeded
+from harness.isolation.limits import CallFailedError, Raised, TimeLimitExceeded, guarded
 from harness.loaders.protocol import Subject
 from harness.measure.compare import norm
 from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
@@ -123,7 +123,7 @@ def _raised(error: BaseException) -> Raised:
         return Raised("LH902", f"the loaded model has no module {error}")
     if isinstance(error, TimeLimitExceeded):
         return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True)
-    return Raised("LH902", f"the loaded model does not run: {describe(error)}")
+    return Raised("LH902", f"the loaded model does not run: {one_line(error)}")
 
 
 def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:

@@ -52,29 +52,28 @@ def command(
     """
     from harness.checks.cell import cells_of
     from harness.checks.plan import Plan
-    from harness.checks.run import Limits, check_cells
+    from harness.checks.run import check_cells
+    from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
     from harness.report.terminal import print_verdicts
 
-    known = tuple(shared.known_failures(known_failures))
     places = [names or None for names in (formats, benches, variants)]
-    work = [(spec, *cells_of(resolve(spec), *places)) for spec in loaders]
+    limits = Limits(time_limit, workers=shared.worker_count(workers))
+    plan = Plan(max_examples, seed, pins, tuple(shared.known_failures(known_failures)))
+    work = [cells_of(resolve(spec), *places) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
-    children = shared.worker_count(workers)
-    cells = [cell for _, found, _ in work for cell in found]
+    cells = [cell for found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
         shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance,
     ):
-        for spec, found, skipped in work:
-            plan = Plan(max_examples or shared.default_examples(spec), seed, pins, known)
-            limits = Limits(time_limit or shared.default_seconds(spec), workers=children)
+        for found, skipped in work:
             writer.write(*skipped)
             verdicts += skipped + check_cells(found, plan, limits, on_verdict=writer.write, on_cell=advance)
-        verdicts += shared.ask_reference(writer, cells, children)
+        verdicts += shared.ask_reference(writer, cells, limits.workers)
     if not as_json:
         print_verdicts(verdicts, reference=writer.reference)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.commands.screen import progress
+from harness.loaders.protocol import COMMAND, FUNCTION
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
@@ -31,13 +32,14 @@ seed_option = click.option(
 examples_option = click.option(
     "--max-examples",
     type=click.IntRange(1),
-    help="Random examples per format and bench.  [default: 200; 10 for cmd: loaders, which start a process each time]",
+    help=f"Random examples per format and bench.  [default: {FUNCTION.examples}; {COMMAND.examples} for cmd: loaders, "
+    "which start a process each time]",
 )
 limit_option = click.option(
     "--time-limit",
     type=click.FloatRange(min=0.0, min_open=True),
     metavar="SECONDS",
-    help="Limit for one call of a loader.  [default: 20; 120 for cmd: loaders]",
+    help=f"Limit for one call of a loader.  [default: {FUNCTION.seconds:g}; {COMMAND.seconds:g} for cmd: loaders]",
 )
 workers_option = click.option(
     "-j",
@@ -62,16 +64,6 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
 lora_alpha_option = click.option(
     "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
 )
-
-
-def default_seconds(spec: str) -> float:
-    """Return the time limit of one call when nobody says."""
-    return 120.0 if spec.startswith("cmd:") else 20.0
-
-
-def default_examples(spec: str) -> int:
-    """Return how many random examples a loader gets per cell when nobody says."""
-    return 10 if spec.startswith("cmd:") else 200
 
 
 def worker_count(given: int | None) -> int:

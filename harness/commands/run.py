@@ -25,7 +25,9 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 @click.option("--loader", "only", multiple=True, help="Only this loader; repeat for more.  [default: all installed]")
 @click.option("--quick", is_flag=True, help="Fewer examples and the one-forward image probe instead of pictures.")
 @click.option(
-    "--max-examples", type=click.IntRange(1), help="Random examples per format and bench.  [default: 200, quick 30]"
+    "--max-examples",
+    type=click.IntRange(1),
+    help="Random examples per format and bench.  [default: 200, quick 30; cmd: 10]",
 )
 @shared.seed_option
 @click.option(
@@ -43,10 +45,11 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
     from harness.commands.options import finish
+    from harness.loaders.registry import available
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
-    loaders = list(only) or _available()
+    loaders = list(only) or available()
     planned = [f"checks:{name}" for name in loaders]
     drawn = _drawn(loaders) if options["images"] else []
     planned += [f"sweep:{name}" for name in drawn]
@@ -58,12 +61,6 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
             writer.write(*(_not_drawn(name) for name in loaders if name not in drawn))
             _sweep(writer, drawn, out, quick, as_json, options)
     sys.exit(finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
-
-
-def _available() -> list[str]:
-    from harness.loaders.registry import installed
-
-    return [each.name for each in installed() if each.available]
 
 
 def _drawn(loaders: Sequence[str]) -> list[str]:
@@ -86,11 +83,12 @@ def _check(
 ) -> None:
     from harness.checks.cell import cells_of
     from harness.checks.plan import Plan
-    from harness.checks.run import Limits, check_cells
+    from harness.checks.run import check_cells
+    from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
 
-    plan = Plan(options["max_examples"] or (30 if quick else 200), seed, known=options["known"], share=1 / 20)
-    limits = Limits(options["time_limit"] or 20.0, workers=shared.worker_count(options["workers"]))
+    plan = Plan(options["max_examples"], seed, known=options["known"], share=1 / 20, quick=quick)
+    limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
     cells: list[Cell] = []
     for name in loaders:
         found, skipped = cells_of(resolve(name))
@@ -119,12 +117,18 @@ def _sweep(
 ) -> None:
     from harness.commands.sweep import sweep_into
     from harness.errors import UserError
+    from harness.images import SweepOptions
     from harness.report.models import PartRecord
 
+    wanted = SweepOptions(
+        out=out,
+        quick=quick,
+        device=options["device"],
+        progress=not shared.quiet_on(as_json),
+        workers=min(1, shared.worker_count(options["workers"])),
+    )
     for name in loaders:
         try:
-            sweep_into(
-                writer, name, out, quick=quick, device=options["device"], as_json=as_json, known=options["known"]
-            )
+            sweep_into(writer, name, wanted, options["known"])
         except UserError as error:  # this loader takes none of the committed LoRAs, say; the others still run
             writer.write(PartRecord(name=f"sweep:{name}", measured=False, reason=str(error)))

@@ -71,7 +71,7 @@ def command(
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
     """
-    from harness.checks.run import Limits
+    from harness.isolation.limits import Limits
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
     from harness.selftest.measure import measure
@@ -80,7 +80,7 @@ def command(
         click.echo(power_markdown(_recorded(runs)), nl=False)
         return
     cases, quiet = _cases(only, left_out, kind), as_json or markdown
-    limits = Limits(time_limit or shared.default_seconds(""), workers=shared.worker_count(workers))
+    limits = Limits(time_limit, workers=shared.worker_count(workers))
     path = out / "run.jsonl" if out else None
     with RunWriter(path, new_header(seed=seed, planned=["power"]), echo=sys.stdout if as_json else None) as writer:
 
@@ -91,7 +91,8 @@ def command(
 
         results = measure(
             cases,
-            max_examples=max_examples or (30 if quick else 200),
+            max_examples=max_examples,
+            quick=quick,
             right_examples=right_examples,
             base_seed=seed,
             limits=limits,

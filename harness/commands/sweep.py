@@ -13,6 +13,7 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.checks.known import KnownFailure
+    from harness.images import SweepOptions
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
@@ -60,56 +61,63 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
     metavar="SECONDS",
     help="Limit for one load of the LoRA.",
 )
+@click.option(
+    "-j",
+    "--workers",
+    type=click.IntRange(0, 1),
+    default=1,
+    show_default=True,
+    help="0: load and draw in this process, on all its threads.",
+)
 @click.option("--allow-download", is_flag=True, help="Let --pipeline be a hub id.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out/sweep"), show_default=True
 )
 @shared.json_option
-def command(loader: str, out: Path, as_json: bool, **options: Any) -> None:
+def command(
+    loader: str,
+    out: Path,
+    as_json: bool,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    seeds: int,
+    dtype: str | None,
+    **options: Any,
+) -> None:
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
+    import torch
+
     from harness.commands.options import show
+    from harness.images import SweepOptions, read_prompts
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
-    header = new_header(planned=[f"sweep:{loader}"])
-    with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
-        verdicts = sweep_into(writer, loader, out, as_json=as_json, **options)
-    show(out, as_json=as_json)
-    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
-
-
-def sweep_into(
-    writer: RunWriter,
-    loader: str,
-    out: Path,
-    *,
-    as_json: bool = False,
-    prompts: tuple[str, ...] = (),
-    prompts_file: Path | None = None,
-    seeds: int = 2,
-    dtype: str | None = None,
-    known: Sequence[KnownFailure] = (),
-    **options: Any,
-) -> list[Verdict]:
-    """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
-    import torch
-
-    from harness.checks.known import excuse_images
-    from harness.images import read_prompts, run_sweep
-    from harness.loaders.registry import resolve
-    from harness.report.models import SweepRecord
-
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
-    result = run_sweep(
-        resolve(loader),
+    wanted = SweepOptions(
         prompts=texts or None,
         seeds=tuple(range(seeds)),
         dtype=getattr(torch, dtype) if dtype else None,
         out=out,
         progress=not shared.quiet_on(as_json),
-        on_record=lambda row: writer.write(SweepRecord.model_validate(row)),
         **options,
     )
+    header = new_header(planned=[f"sweep:{loader}"])
+    with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
+        verdicts = sweep_into(writer, loader, wanted)
+    show(out, as_json=as_json)
+    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
+
+
+def sweep_into(
+    writer: RunWriter, loader: str, options: SweepOptions, known: Sequence[KnownFailure] = ()
+) -> list[Verdict]:
+    """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
+    from harness.checks.known import excuse_images
+    from harness.images import run_sweep
+    from harness.loaders.registry import resolve
+    from harness.report.models import SweepRecord
+
+    result = run_sweep(resolve(loader), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row)))
     told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
     verdicts = excuse_images(told, known)
     writer.write(*verdicts)

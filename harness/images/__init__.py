@@ -5,15 +5,14 @@ from __future__ import annotations
 from harness.images.fixture import base_pipeline, has_lora_for, lora_file, lora_for
 from harness.images.pipelines import OpenPipeline, open_pipeline, read_prompts
 from harness.images.recorder import SweepResult, contact_sheet
-from harness.images.sweep import ALPHAS, run_sweep
-from harness.images.verdict import LIMITS, Limits, Observation, judge
+from harness.images.sweep import ALPHAS, SweepOptions, run_sweep
+from harness.images.verdict import StrengthResult, judge
 
 __all__ = [
     "ALPHAS",
-    "LIMITS",
-    "Limits",
-    "Observation",
     "OpenPipeline",
+    "StrengthResult",
+    "SweepOptions",
     "SweepResult",
     "base_pipeline",
     "contact_sheet",

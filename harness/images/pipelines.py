@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
+from harness.loaders.quiet import quiet
 
 Offload = Literal["none", "model", "sequential"]
 TABLE = "prompts.safetensors"
@@ -184,7 +184,7 @@ def _device(name: str) -> torch.device:
 def _load(folder: Path | str, dtype: torch.dtype, allow_download: bool) -> Any:
     from diffusers import DiffusionPipeline
 
-    with quiet():
+    with quiet("diffusers", "transformers"):
         try:
             return DiffusionPipeline.from_pretrained(
                 str(folder),
@@ -194,9 +194,7 @@ def _load(folder: Path | str, dtype: torch.dtype, allow_download: bool) -> Any:
                 use_safetensors=True,
             )
         except Exception as error:
-            raise UserError(
-                f"{folder}: diffusers cannot open this pipeline: {type(error).__name__}: {error}"
-            ) from error
+            raise UserError(f"{folder}: diffusers cannot open this pipeline: {one_line(error)}") from error
 
 
 def _absent(folder: Path) -> dict[str, Any]:
@@ -205,26 +203,6 @@ def _absent(folder: Path) -> dict[str, Any]:
     saved = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     absent: dict[str, Any] = {name: None for name, value in saved.items() if value == [None, None]}
     return absent | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in saved else {})
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log lines and progress bars of diffusers and transformers meanwhile."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as text_logging
-
-    verbosity, text_verbosity = logging.get_verbosity(), text_logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled(), text_logging.is_progress_bar_enabled()
-    for module in (logging, text_logging):
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        text_logging.set_verbosity(text_verbosity)
-        for module, wanted in zip((logging, text_logging), bars, strict=True):
-            (module.enable_progress_bar if wanted else module.disable_progress_bar)()
 
 
 def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.images import metrics
-from harness.images.report import crashed_verdict, lora_facts
+from harness.images.report import crashed_verdict, lora_facts, sweep_verdict
 from harness.images.studio import Studio
-from harness.images.verdict import Judgement, Look, Observation, judge, look_of
+from harness.images.verdict import Judgement, Look, StrengthResult, judge, look_of
+from harness.isolation.limits import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.verdict.verdict import Verdict
 
@@ -65,7 +67,7 @@ class SweepResult:
 
     verdicts: list[Verdict] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
-    observations: list[Observation] = field(default_factory=list)
+    observations: list[StrengthResult] = field(default_factory=list)
     judgement: Judgement | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -79,22 +81,29 @@ class Recorder:
         subject: Subject,
         out: Path | None,
         on_record: Callable[[dict[str, Any]], object],
-        environment: dict[str, Any],
     ) -> None:
         self.studio, self.subject, self.out, self.on_record = studio, subject, out, on_record
-        self.result = SweepResult(environment=environment)
+        self.result = SweepResult()
         self._own_noise = 0.0
 
-    def run(self, alphas: Sequence[float]) -> SweepResult:
-        """Draw all strengths and judge; a crash of the subject becomes an errored verdict, what was drawn is kept."""
+    def run(self, alphas: Sequence[float], started: float) -> SweepResult:
+        """Draw all strengths and judge; a crash of the subject becomes an errored verdict, what was drawn is kept.
+
+        `started` is when the sweep began, by `time.perf_counter`.
+        """
+        found = self.result
         try:
             for drawn in self._drawn(alphas):
                 self._record(*drawn)
         except _CrashError as crash:
-            self.result.verdicts.append(crashed_verdict(self.subject, self.studio, crash.error))
+            found.verdicts.append(crashed_verdict(self.subject, self.studio, crash.error))
         else:
-            self.result.judgement = judge(self.result.observations)
-        return self.result
+            found.judgement = judge(found.observations)
+            seconds = round(time.perf_counter() - started, 3)
+            found.verdicts.append(
+                sweep_verdict(self.subject, self.studio, found.observations, found.judgement, seconds)
+            )
+        return found
 
     def _drawn(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
         yield from self._guarded(alphas)
@@ -111,7 +120,7 @@ class Recorder:
                 return
             except UserError:
                 raise
-            except Exception as error:  # a crash of the subject is data
+            except (Exception, TimeLimitExceeded) as error:  # a crash of the subject is data
                 raise _CrashError(error) from error
             yield item
 
@@ -133,7 +142,7 @@ class Recorder:
         self.result.records.append(row)
         self.on_record(row)
 
-    def _observe(self, strength: float, images: Tensor) -> tuple[Observation, dict[str, float]]:
+    def _observe(self, strength: float, images: Tensor) -> tuple[StrengthResult, dict[str, float]]:
         base, reference = self.studio.reference(0.0), self.studio.reference(strength)
         if self.studio.quick:
             values, look = _raw_values(images, base, reference)
@@ -142,9 +151,9 @@ class Recorder:
             if strength == 0:
                 self._own_noise = 1 - values["ssim_base"]
         estimate = None if look in ("broken", "black", "one colour") else self.studio.place(images)
-        return Observation(strength, estimate, values["effect"], self._own_noise, look), values
+        return StrengthResult(strength, estimate, values["effect"], self._own_noise, look), values
 
-    def _row(self, images: Tensor, observation: Observation, values: dict[str, float]) -> dict[str, Any]:
+    def _row(self, images: Tensor, observation: StrengthResult, values: dict[str, float]) -> dict[str, Any]:
         opened, placed = self.studio.opened, observation.estimate
         shown: dict[str, float | None] = {**values, "factor": observation.factor}
         shown |= {"looks_like": placed.strength, "residual": placed.residual} if placed else {}
@@ -212,6 +221,6 @@ def _slug(spec: str) -> str:
 class _CrashError(Exception):
     """The subject raised `error`."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error

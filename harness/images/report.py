@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.files import LoraAdapter
 from harness.fixtures import fixtures_folder
 from harness.images.fixture import lora_for
 from harness.images.studio import Studio
-from harness.images.verdict import Judgement, Observation
+from harness.images.verdict import Judgement, StrengthResult
+from harness.isolation.jobs import JobEnd, TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.verdict.verdict import Outcome, Verdict
 
@@ -24,19 +25,16 @@ _FIX = {
 
 
 def sweep_verdict(
-    subject: Subject, studio: Studio, observations: Sequence[Observation], judgement: Judgement, seconds: float
+    subject: Subject, studio: Studio, observations: Sequence[StrengthResult], judgement: Judgement, seconds: float
 ) -> Verdict:
     """Return the verdict of a whole sweep; inconclusive is `skipped`, never passed."""
     outcome: Outcome = "failed" if judgement.code else "passed" if judgement.finding == "as trained" else "skipped"
     factor = judgement.factor
     prescription = _prescription(judgement)
-    return Verdict(
-        loader=subject.spec,
-        loader_version=subject.version,
-        check="images",
-        outcome=outcome,
-        format=studio.adapter.format,
-        bench=studio.opened.name,
+    return _verdict(
+        subject,
+        studio,
+        outcome,
         code=judgement.code,
         title=_title(judgement),
         estimated_factor=factor,
@@ -59,19 +57,32 @@ def sweep_verdict(
     )
 
 
-def crashed_verdict(subject: Subject, studio: Studio, error: Exception) -> Verdict:
-    """Return the errored verdict of a subject that raised."""
-    first = str(error).partition("\n")[0]
+def crashed_verdict(subject: Subject, studio: Studio, error: BaseException) -> Verdict:
+    """Return the errored verdict of a subject that raised, or was interrupted at its time limit."""
+    what = f": {error}" if isinstance(error, TimeLimitExceeded) else f" {one_line(error)}"
+    return _errored(subject, studio, f"loader raised{what}")
+
+
+def died_verdict(subject: Subject, studio: Studio, end: JobEnd) -> Verdict:
+    """Return the errored verdict of a subject whose process ended in another way than by finishing."""
+    printed = (("printed", line) for line in end.output_tail.strip().splitlines()[-3:])
+    return _errored(subject, studio, f"loader raised: {end.what}", rows=tuple(printed), seconds=end.seconds)
+
+
+def _errored(subject: Subject, studio: Studio, title: str, **fields: Any) -> Verdict:
+    reproduce = _reproduce(subject, studio, ())
+    return _verdict(subject, studio, "errored", code="LH901", title=title, reproduce=reproduce, **fields)
+
+
+def _verdict(subject: Subject, studio: Studio, outcome: Outcome, **fields: Any) -> Verdict:
     return Verdict(
         loader=subject.spec,
         loader_version=subject.version,
         check="images",
-        outcome="errored",
+        outcome=outcome,
         format=studio.adapter.format,
         bench=studio.opened.name,
-        code="LH901",
-        title=f"loader raised {type(error).__name__}: {first}",
-        reproduce=_reproduce(subject, studio, ()),
+        **fields,
     )
 
 
@@ -122,7 +133,7 @@ def _interval(judgement: Judgement) -> str:
 def _rows(
     subject: Subject,
     studio: Studio,
-    observations: Sequence[Observation],
+    observations: Sequence[StrengthResult],
     judgement: Judgement,
     use: float | None,
 ) -> tuple[tuple[str, str], ...]:
@@ -146,14 +157,14 @@ def _rows(
     return tuple(rows)
 
 
-def _line(o: Observation) -> str:
+def _line(o: StrengthResult) -> str:
     if o.estimate is None:
         return o.look
     bound = "at least " if o.estimate.at_end else ""
     return f"looks like {bound}{o.estimate.strength:.3g} (expected {o.strength:g}), {o.look}"
 
 
-def _reproduce(subject: Subject, studio: Studio, observations: Sequence[Observation]) -> str:
+def _reproduce(subject: Subject, studio: Studio, observations: Sequence[StrengthResult]) -> str:
     alphas = ",".join(f"{o.strength:g}" for o in observations) or "1"
     quick = " --quick" if studio.quick else ""
     shipped = fixtures_folder().resolve()

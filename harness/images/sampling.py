@@ -1,11 +1,14 @@
-"""Draw pictures with a pipeline: same initial noise for every denoiser, batches that shrink when memory runs out."""
+"""Draw pictures with a pipeline: same initial noise for every denoiser, batches that shrink when memory runs out.
+
+One batch may hold many strengths: a runtime adapter multiplies its branch by one scale per sample.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
-from harness.images.pipelines import OpenPipeline, quiet
-from harness.images.scales import Scaling, per_sample
+from harness.images.pipelines import OpenPipeline
+from harness.loaders.quiet import quiet
 
 T = TypeVar("T")
+Scaling = dict[str, dict[str, float]]  # layer path -> adapter name -> the factor PEFT multiplies B @ A with
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Sampler:
     def _draw(self, pairs: Sequence[Pair]) -> Tensor:
         call = self.opened.call | self.opened.conditioning([pair.prompt for pair in pairs])
         generators = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
-        with quiet(), torch.no_grad():
+        with quiet("diffusers", "transformers"), torch.no_grad():
             images = self.opened.pipe(**call, generator=generators, output_type="pt").images
         result: Tensor = images.float().cpu()
         return result
@@ -135,3 +139,67 @@ def determinism() -> Iterator[dict[str, str]]:
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+class PerSample:
+    """A factor per sample of the batch, which multiplies a tensor of any rank from the right.
+
+    A batch that is a multiple as long (classifier-free guidance runs both halves at once) repeats the factors.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = torch.tensor(values)
+
+    def __rmul__(self, branch: Tensor) -> Tensor:
+        repeats, rest = divmod(len(branch), len(self.values))
+        if rest:
+            raise ValueError(f"a batch of {len(branch)} cannot be scaled by {len(self.values)} factors")
+        factors = self.values.to(branch).repeat(repeats)
+        return branch * factors.view(-1, *[1] * (branch.ndim - 1))
+
+
+def runtime_scaling(model: nn.Module) -> Scaling | None:
+    """Return the scalings of the PEFT layers that are active in `model`, or None when it has none or they are merged.
+
+    Only plain LoRA branches qualify: variants (DoRA, ...) do not multiply a branch by the scaling alone.
+    """
+    found: Scaling = {}
+    for name, layer in model.named_modules():
+        if not (
+            hasattr(layer, "lora_A")
+            and hasattr(layer, "active_adapters")
+            and isinstance(getattr(layer, "scaling", None), dict)
+        ):
+            continue
+        if layer.merged or getattr(layer, "disable_adapters", False) or getattr(layer, "lora_variant", None):
+            return None
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+        if not all(isinstance(layer.scaling[adapter], (int, float)) for adapter in active):
+            return None
+        found[name] = {adapter: float(layer.scaling[adapter]) for adapter in active}
+    return found or None
+
+
+def same_branches(one: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two models hold the same weights and adapters, so that only scalings differ between them."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@contextlib.contextmanager
+def per_sample(model: nn.Module, scalings: Sequence[Scaling]) -> Iterator[None]:
+    """Give sample i of the next forwards the scalings `scalings[i]`; restored afterwards, whatever happens.
+
+    PEFT keeps the factor in the layer's `scaling` dictionary and multiplies by it, so an object that knows how to
+    multiply can stand in for the number.
+    """
+    layers = dict(model.named_modules())
+    saved: Mapping[str, dict[str, float]] = {name: dict(layers[name].scaling) for name in scalings[0]}
+    try:
+        for name, adapters in scalings[0].items():
+            for adapter in adapters:
+                layers[name].scaling[adapter] = PerSample([s[name][adapter] for s in scalings])
+        yield
+    finally:
+        for name, values in saved.items():
+            layers[name].scaling.update(values)

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from harness.images.factor import Estimate, estimate
-from harness.images.pipelines import OpenPipeline, quiet
+from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
-from harness.images.sampling import Pair, Sampler
-from harness.images.scales import Scaling, runtime_scaling, same_branches
-from harness.isolation.limits import limited
+from harness.images.sampling import Pair, Sampler, Scaling, runtime_scaling, same_branches
+from harness.isolation.jobs import Channel
+from harness.isolation.limits import Limit, call_limit, no_limit
 from harness.loaders.protocol import Subject
+from harness.loaders.quiet import quiet
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
@@ -28,7 +29,7 @@ _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines a
 class Studio:
     """Takes the pictures of a sweep; references are drawn once per strength and kept.
 
-    `step` is called with a short text before every strength that is drawn; `seconds` limits one load of the subject.
+    `step` is called with a short text before every strength that is drawn.
     """
 
     def __init__(
@@ -39,15 +40,27 @@ class Studio:
         *,
         quick: bool = False,
         batch: int = 24,
-        seconds: float = 300.0,
         step: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.opened, self.lora, self.quick, self.step, self.seconds = opened, lora, quick, step, seconds
+        self.opened, self.lora, self.quick, self.step = opened, lora, quick, step
         self.adapter = open_lora(lora, opened)
         self._reference = Reference(opened, self.adapter)
         self.sampler = Sampler(opened, pairs, batch=batch)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
-        self._drawn = _shared(opened, lora, self.sampler.pairs, quick)
+        shared = _shared(opened, lora, self.sampler.pairs, quick)
+        self._drawn: dict[float, Tensor] = {} if shared is None else shared
+        self._is_shared = shared is not None
+        self._limit: Limit = no_limit
+        self._share: Callable[[tuple[float, Tensor]], object] | None = None
+
+    def work_for(self, channel: Channel, seconds: float) -> None:
+        """Take the pictures for a job from now on: tell `channel` of each step, and limit one load to `seconds`."""
+        self.step, self._limit = channel.send, call_limit(channel, seconds)
+        self._share = channel.send if self._is_shared else None
+
+    def keep(self, strength: float, pictures: Tensor) -> None:
+        """Take over a reference that another process drew."""
+        self._drawn[strength] = pictures
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -59,6 +72,8 @@ class Studio:
         if strength not in self._drawn:
             self.step(f"reference at {strength:g}")
             self._drawn[strength] = self._take(self._reference.at(strength))
+            if self._share:
+                self._share((strength, self._drawn[strength]))
         return self._drawn[strength]
 
     @property
@@ -105,7 +120,7 @@ class Studio:
         """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
         self.step(f"{subject.spec} at {strength:g}")
         model = self.opened.fresh()
-        with quiet(), limited(self.seconds, "load"):
+        with quiet("diffusers", "transformers"), self._limit(f"load at strength {strength:g}", None):
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 
@@ -137,10 +152,10 @@ def _around(strength: float, ladder: Mapping[float, Tensor]) -> tuple[float, ...
     return tuple(round(w, 4) for w in wanted if all(abs(w - rung) > 0.4 * spacing for rung in ladder))
 
 
-def _shared(opened: OpenPipeline, lora: Path, pairs: tuple[Pair, ...], quick: bool) -> dict[float, Tensor]:
+def _shared(opened: OpenPipeline, lora: Path, pairs: tuple[Pair, ...], quick: bool) -> dict[float, Tensor] | None:
     edge = opened.call.get("height")
     if edge is None or edge * edge * 3 * len(pairs) > _SHARE_BELOW:
-        return {}
+        return None
     key = (opened.folder, lora.resolve(), pairs, opened.device, opened.dtype, quick, tuple(sorted(opened.call.items())))
     while len(_SHARED) > 4 and key not in _SHARED:
         _SHARED.pop(next(iter(_SHARED)))

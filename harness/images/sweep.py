@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +15,138 @@ from harness.errors import UserError
 from harness.images.fixture import base_pipeline, lora_for
 from harness.images.pipelines import Offload, OpenPipeline, open_pipeline
 from harness.images.recorder import Recorder, SweepResult
-from harness.images.report import sweep_verdict
+from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
 from harness.images.studio import Studio
+from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.limits import GIB
 from harness.loaders.protocol import Subject
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _BATCH = {True: 24, False: 1}  # pictures per call: the tiny pipeline (measured: benchmarks/results.md), anything else
 
 
-def run_sweep(
-    subject: Subject,
-    *,
-    alphas: Sequence[float] = ALPHAS,
-    pipeline: Path | str | OpenPipeline | None = None,
-    lora: Path | None = None,
-    prompts: Sequence[str] | None = None,
-    seeds: Sequence[int] = (0, 1),
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    quick: bool = False,
-    out: Path | None = None,
-    progress: bool = True,
-    on_record: Callable[[dict[str, Any]], object] = lambda record: None,
-    batch: int | None = None,
-    steps: int | None = None,
-    size: int | None = None,
-    offload: Offload = "none",
-    allow_download: bool = False,
-    time_limit: float = 300.0,
-) -> SweepResult:
-    """Draw `subject` at every strength in `alphas` and judge its pictures against the reference's.
+@dataclass(frozen=True)
+class SweepOptions:
+    """What to draw, with what, and where to.
 
     `pipeline` is a saved diffusers pipeline (default: the tiny trained one), `lora` what the loader gets (default:
-    rank 8, alpha 16, in a format the loader declares). Every prompt is drawn with every seed. `quick` compares one
-    denoiser call instead of pictures. Pictures are saved as PNG under `out`/images. `on_record` gets each row as soon
-    as it is measured, so that they survive an error later on. An open pipeline brings its own device, dtype, steps.
-    `time_limit` is in seconds, for one load of the subject, which runs in this process.
+    rank 8, alpha 16, in a format the loader declares). Every prompt is drawn with every seed at every strength in
+    `alphas`. `quick` compares one denoiser call instead of pictures. Pictures are saved as PNG under `out`/images. An
+    open pipeline brings its own device, dtype, size and steps. `time_limit` is in seconds, for one load of the subject.
+    `workers=0` draws in this process, on all its threads; a child has one.
+    """
+
+    alphas: Sequence[float] = ALPHAS
+    pipeline: Path | str | OpenPipeline | None = None
+    lora: Path | None = None
+    prompts: Sequence[str] | None = None
+    seeds: Sequence[int] = (0, 1)
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    quick: bool = False
+    out: Path | None = None
+    progress: bool = True
+    batch: int | None = None
+    steps: int | None = None
+    size: int | None = None
+    offload: Offload = "none"
+    allow_download: bool = False
+    time_limit: float = 300.0
+    workers: int = 1
+
+    @property
+    def strengths(self) -> list[float]:
+        """The strengths to draw, 0 first, then from the smallest to the largest.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.alphas:
+            raise UserError("alphas is empty: give at least one strength")
+        return sorted({float(alpha) for alpha in self.alphas}, key=lambda alpha: (alpha != 0, abs(alpha), alpha))
+
+    def opened(self) -> OpenPipeline:
+        """Open the pipeline.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        if isinstance(self.pipeline, OpenPipeline):
+            return self.pipeline
+        return open_pipeline(
+            self.pipeline or base_pipeline(),
+            device=self.device,
+            dtype=self.dtype,
+            offload=self.offload,
+            allow_download=self.allow_download,
+            size=self.size,
+            steps=self.steps,
+        )
+
+
+def run_sweep(
+    subject: Subject,
+    options: SweepOptions = SweepOptions(),
+    *,
+    on_record: Callable[[dict[str, Any]], object] = lambda record: None,
+    **changes: Any,
+) -> SweepResult:
+    """Draw `subject` at every strength and judge its pictures against the reference's.
+
+    `changes` are fields of `options` by name. `on_record` gets each row as soon as it is measured. The subject loads
+    and draws in a child process: one that hangs or dies is an errored verdict, and what it drew before is kept. On
+    another device than the CPU, or where this process has initialised CUDA, it runs here: a process that ends then
+    takes this one with it, and only Python code can be interrupted.
 
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
     """
-    started = time.perf_counter()
-    strengths = _ordered(alphas)
-    opened = pipeline if isinstance(pipeline, OpenPipeline) else None
-    if opened is None:
-        folder = pipeline if isinstance(pipeline, (str, Path)) else base_pipeline()
-        more: dict[str, Any] = {"offload": offload, "allow_download": allow_download, "size": size, "steps": steps}
-        opened = open_pipeline(folder, device=device, dtype=dtype, **more)
-    pairs = [Pair(prompt, seed) for prompt in (opened.prompts if prompts is None else prompts) for seed in seeds]
-    lora = lora or _default_lora(subject, opened)
-    with determinism() as flags, _progress(progress, 2 * len(strengths) + 10) as step:
-        size_of_batch = batch or _BATCH[opened.words is not None]
-        studio = Studio(opened, lora, pairs, quick=quick, batch=size_of_batch, seconds=time_limit, step=step)
-        environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": studio.sampler.batch}
-        result = Recorder(studio, subject, out, on_record, environment).run(strengths)
-    if result.judgement is not None:
-        seconds = round(time.perf_counter() - started, 3)
-        result.verdicts.append(sweep_verdict(subject, studio, result.observations, result.judgement, seconds))
+    started, options = time.perf_counter(), replace(options, **changes)
+    strengths, opened = options.strengths, options.opened()
+    pairs = [
+        Pair(p, seed)
+        for p in (opened.prompts if options.prompts is None else options.prompts)
+        for seed in options.seeds
+    ]
+    batch = options.batch or _BATCH[opened.words is not None]
+    studio = Studio(opened, options.lora or _default_lora(subject, opened), pairs, quick=options.quick, batch=batch)
+    result = SweepResult()
+
+    def job(channel: Channel) -> None:
+        studio.work_for(channel, options.time_limit)
+        try:
+            channel.send(Recorder(studio, subject, options.out, channel.send).run(strengths, started))
+        except UserError as error:
+            channel.send(UserError(str(error)))  # not every kind of it can be pickled
+
+    with determinism() as flags, _progress(options.progress, 2 * len(strengths) + 10) as step:
+
+        def take(index: int, event: Any) -> None:
+            nonlocal result
+            if isinstance(event, UserError):
+                raise event
+            if isinstance(event, SweepResult):
+                result = event
+            elif isinstance(event, dict):
+                result.records.append(event)
+                on_record(event)
+            elif isinstance(event, tuple):
+                studio.keep(*event)
+            else:
+                step(event)
+
+        workers = options.workers if opened.device.type == "cpu" else 0
+        (end,) = run_jobs([job], workers=workers, memory_limit=_memory(opened), on_event=take)
+    if end.status != "done":
+        result.verdicts.append(died_verdict(subject, studio, end))
+    result.environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": batch}
     return result
 
 
-def _ordered(alphas: Sequence[float]) -> list[float]:
-    unique = sorted({float(alpha) for alpha in alphas}, key=lambda alpha: (alpha != 0, abs(alpha), alpha))
-    if not unique:
-        raise UserError("alphas is empty: give at least one strength")
-    return unique
+def _memory(opened: OpenPipeline) -> int:
+    """Return the bytes that drawing may take over what is there: copies of the denoiser, room for activations."""
+    return 4 * GIB + 8 * sum(weight.nbytes for weight in opened.base.parameters())
 
 
 def _default_lora(subject: Subject, opened: OpenPipeline) -> Path:
@@ -90,11 +157,15 @@ def _default_lora(subject: Subject, opened: OpenPipeline) -> Path:
 
 @contextmanager
 def _progress(wanted: bool, total: int) -> Iterator[Callable[[str], object]]:
-    """Show on stderr what is being drawn; `total` is the expected number of steps."""
+    """Show on stderr what is being drawn; `total` is the expected number of steps.
+
+    The bar is redrawn by hand: a refreshing thread must not run while a child is forked.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not wanted) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not wanted) as bar:
         task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, advance=1, description=text)
+        yield lambda text: bar.update(task, advance=1, description=text, refresh=True)

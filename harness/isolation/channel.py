@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from harness.isolation.limits import alarm
+
 LENGTH = struct.Struct(">Q")
-
-
-class TimeLimitExceeded(BaseException):
-    """A call of the subject ran past its time limit (in-process only: a child is killed instead).
-
-    Not an Exception, so that a subject's own `except Exception` does not swallow it.
-    """
 
 
 class SubjectExitError(Exception):
@@ -36,24 +30,21 @@ class Channel:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def call(self, label: str) -> Iterator[None]:
+    def call(self, label: str, seconds: float | None = None) -> Iterator[None]:
         """Run the block as one call of the subject: limited in time, and unable to end the process by raising.
+
+        `seconds` takes the place of the run's own limit.
 
         Raises:
             SubjectExitError: the block raised SystemExit or GeneratorExit (in a child, KeyboardInterrupt too).
         """
-        self._start(label)
         try:
-            yield
+            with self._watched(label, seconds):
+                yield
         except self._exits as error:
             raise SubjectExitError(f"raised {type(error).__name__}({', '.join(map(repr, error.args))})") from error
-        finally:
-            self._end()
 
-    def _start(self, label: str) -> None:
-        raise NotImplementedError
-
-    def _end(self) -> None:
+    def _watched(self, label: str, seconds: float | None) -> AbstractContextManager[None]:
         raise NotImplementedError
 
 
@@ -74,11 +65,13 @@ class PipeChannel(Channel):
         """Say how the job ended; the last message."""
         self._write(("finish", status, detail))
 
-    def _start(self, label: str) -> None:
-        self._write(("start", label, time.monotonic()))
-
-    def _end(self) -> None:
-        self._write(("end",))
+    @contextlib.contextmanager
+    def _watched(self, label: str, seconds: float | None) -> Iterator[None]:
+        self._write(("start", label, time.monotonic(), seconds))
+        try:
+            yield
+        finally:
+            self._write(("end",))
 
     def _write(self, message: tuple[Any, ...]) -> None:
         if os.getpid() != self._owner:  # a process the subject forked, running on in a copy of the job
@@ -90,31 +83,24 @@ class PipeChannel(Channel):
 
 
 class LocalChannel(Channel):
-    """The same without a child: a timer interrupts Python code, nothing interrupts a hang inside C."""
+    """The same without a child: an alarm interrupts Python code, nothing interrupts a hang inside C."""
 
     def __init__(self, seconds: float, on_event: Callable[[object], None]) -> None:
         self._seconds, self._on_event = seconds, on_event
         self.label: str | None = None
-        self._previous: Any = None
-        self._timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        self.unheard: BaseException | None = None  # what `on_event` raised: no failure of the job
 
     def send(self, event: object) -> None:
         """Call `on_event` with `event`."""
-        self._on_event(event)
+        try:
+            self._on_event(event)
+        except BaseException as error:
+            self.unheard = error
+            raise
 
-    def _start(self, label: str) -> None:
-        self.label = label
-        if self._timed:
-            self._previous = signal.signal(signal.SIGALRM, self._overdue)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
-
-    def _end(self) -> None:
-        if self._timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-
-    def _overdue(self, number: int, frame: object) -> None:
-        raise TimeLimitExceeded(overdue(self.label, self._seconds))
+    def _watched(self, label: str, seconds: float | None) -> AbstractContextManager[None]:
+        self.label, allowed = label, seconds or self._seconds
+        return alarm(allowed, overdue(label, allowed))
 
 
 def overdue(label: str | None, seconds: float) -> str:

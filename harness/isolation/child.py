@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from harness.errors import one_line
 from harness.isolation.channel import Channel, PipeChannel
-from harness.loaders.source import one_line
 
 
 def fork() -> int:

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.isolation.channel import LENGTH, Channel, LocalChannel, SubjectExitError, TimeLimitExceeded, overdue
+from harness.errors import one_line
+from harness.isolation.channel import LENGTH, Channel, LocalChannel, SubjectExitError, overdue
 from harness.isolation.child import fork, is_out_of_memory, kill_group, kill_tree, process_descriptor, run_child
-from harness.loaders.source import one_line
+from harness.isolation.limits import TimeLimitExceeded
 
 __all__ = ["Channel", "Job", "JobEnd", "SubjectExitError", "TimeLimitExceeded", "can_fork", "run_jobs"]
 
@@ -32,7 +33,6 @@ Status = Literal["done", "raised", "timeout", "killed", "memory"]
 
 TAIL_BYTES = 4096
 READ_BYTES = 1 << 16
-MOST_MESSAGE_BYTES = 1 << 30
 POLL_SECONDS = 0.1  # where no descriptor tells of a process's end
 SECONDS_TO_LEAVE = 5.0
 
@@ -52,6 +52,12 @@ class JobEnd:
     output_tail: str = ""
     seconds: float = 0.0
 
+    @property
+    def what(self) -> str:
+        """What happened to a subject whose job did not end by finishing, in one clause."""
+        why = {"timeout": "call stopped at its time limit", "memory": "out of memory", "killed": "process died"}
+        return f"{why.get(self.status, 'raised outside a call')}: {self.detail or self.status}"
+
 
 def can_fork() -> bool:
     """Tell whether jobs can run in children here: a POSIX system, and CUDA not initialised in this process."""
@@ -70,8 +76,9 @@ def run_jobs(
     """Run every job, at most `workers` at a time, each in its own child; return how they ended, in the jobs' order.
 
     What a job sends goes to `on_event(index of the job, object)` in this process at once. `seconds_per_call` limits
-    each block under `channel.call(label)`, `memory_limit` is in bytes over what this process uses. With `workers=0`,
-    or where `can_fork()` is False, the jobs run here one after the other: a limit then interrupts Python code only.
+    each block under `channel.call(label)` that names no limit of its own, `memory_limit` is in bytes over what this
+    process uses. With `workers=0`, or where `can_fork()` is False, the jobs run here one after the other: a limit then
+    interrupts Python code only.
     An exception of `on_event`, or Ctrl-C, kills the children and goes on.
     """
     if workers < 1 or not can_fork():
@@ -95,6 +102,8 @@ def _run_here(job: Job, index: int, seconds: float, on_event: OnEvent) -> JobEnd
     except TimeLimitExceeded as error:
         status, detail = "timeout", str(error)
     except (Exception, SystemExit) as error:
+        if error is channel.unheard:
+            raise
         status, detail = ("memory" if is_out_of_memory(error) else "raised"), one_line(error)
     return JobEnd(status, detail, channel.label if status != "done" else None, "", time.monotonic() - began)
 
@@ -109,6 +118,7 @@ class _Child:
     death: int | None  # a descriptor that tells of the process's end, where the system has such
     began: float
     label: str | None = None
+    seconds: float = 0.0  # that the call `label` may take
     deadline: float | None = None
     unread: bytearray = field(default_factory=bytearray)
     tail: bytes = b""
@@ -167,7 +177,7 @@ class _Children:
             if _is_late(child):
                 self._read_messages(child)  # the answer may lie there unread when this process was busy
             if _is_late(child):
-                child.end = child.end or ("timeout", overdue(child.label, self._seconds))
+                child.end = child.end or ("timeout", overdue(child.label, child.seconds))
                 kill_tree(child.pid)
             self._bury_if_dead(child)
 
@@ -187,7 +197,9 @@ class _Children:
         if kind == "event":
             self._on_event(child.index, rest[0])
         elif kind == "start":
-            child.label, child.deadline = rest[0], rest[1] + self._seconds
+            child.label, began, seconds = rest
+            child.seconds = seconds or self._seconds
+            child.deadline = began + child.seconds
         elif kind == "end":
             child.deadline = None
         else:

@@ -1,59 +1,78 @@
-"""A time limit on one call of a subject that leaves the process alive when the call can be interrupted."""
+"""One call of a subject: what it may take, the alarm that ends it, and whatever it raises turned into data."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from harness.checks.cell import Limit
-from harness.isolation.jobs import Channel, TimeLimitExceeded
+from harness.errors import one_line
 
+if TYPE_CHECKING:
+    import torch
+
+    from harness.isolation.channel import Channel
+
+GIB = 2**30
 GRACE_SECONDS = 10.0  # after its own alarm a child may still tidy up before the parent kills it
 
+Limit = Callable[[str, "float | None"], AbstractContextManager[None]]  # label, seconds (None: the default)
 
-def call_limit(channel: Channel, seconds: float) -> Limit:
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call of a subject may take: seconds, and bytes over what the harness uses. `workers=0`: no isolation.
+
+    `seconds=None` stands for what the subject has by default.
+    """
+
+    seconds: float | None = None
+    memory: int | None = 4 * GIB
+    workers: int = 2
+
+
+class TimeLimitExceeded(BaseException):
+    """A call of the subject ran past its time limit and was interrupted where it was.
+
+    Not an Exception, so that a subject's own `except Exception` does not swallow it.
+    """
+
+
+def no_limit(label: str, seconds: float | None = None) -> AbstractContextManager[None]:
+    """Limit nothing."""
+    return nullcontext()
+
+
+def call_limit(channel: Channel | None, seconds: float) -> Limit:
     """Return a guard for calls of the subject: an alarm after `seconds`, and the channel's own limit behind it.
 
-    The alarm raises TimeLimitExceeded in Python code, so the cell goes on with the next example; a call that never
-    comes back to Python is ended by the parent process, with the cell.
+    The alarm raises TimeLimitExceeded in Python code, so the job goes on with its next call; a call that never comes
+    back to Python is ended by the parent process, with the job. Without a channel there is only the alarm.
     """
 
     @contextmanager
     def limit(label: str, other_seconds: float | None = None) -> Iterator[None]:
-        with channel.call(label), alarm(other_seconds or seconds):
+        allowed = other_seconds or seconds
+        with channel.call(label, allowed + GRACE_SECONDS) if channel else nullcontext(), alarm(allowed):
             yield
 
     return limit
 
 
 @contextmanager
-def limited(seconds: float, what: str) -> Iterator[None]:
-    """Run one call of a subject in this process: a hang or an attempt to exit becomes a RuntimeError.
-
-    Only Python code can be interrupted here; the checks run in child processes, which can be killed.
-    """
-    try:
-        with alarm(seconds):
-            yield
-    except TimeLimitExceeded as late:
-        raise RuntimeError(f"{what}: {late}") from None
-    except (SystemExit, GeneratorExit) as leaving:
-        raise RuntimeError(f"{what}: raised {type(leaving).__name__}") from leaving
-
-
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitExceeded inside the block after `seconds`, where the system has such alarms."""
+def alarm(seconds: float, what: str | None = None) -> Iterator[None]:
+    """Raise TimeLimitExceeded(`what`) inside the block after `seconds`, where the system has such alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: FrameType | None) -> NoReturn:
-        raise TimeLimitExceeded(f"no answer within the time limit of {seconds:g} s")
+        raise TimeLimitExceeded(what or f"no answer within the time limit of {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again every second: the subject may swallow the first
@@ -62,3 +81,63 @@ def alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The loader raised, answered with rubbish or left a model that cannot be measured: `code` is LH901 or LH902."""
+
+    code: str
+    what: str
+    timed_out: bool = False
+
+
+class CallFailedError(Exception):
+    """A call did not end as it should; `raised` says how."""
+
+    def __init__(self, raised: Raised) -> None:
+        self.raised = raised
+
+
+def guarded(
+    model: torch.nn.Module,
+    call: Callable[[torch.nn.Module], object],
+    limit: AbstractContextManager[None],
+    left: list[str],
+) -> torch.nn.Module:
+    """Run one call of the subject under its time limit; what it leaves changed in torch itself is added to `left`.
+
+    Raises:
+        CallFailedError: it raised, took too long or returned something else than a model or None.
+    """
+    import torch
+
+    try:
+        with limit, _contained(left):
+            result = call(model)
+    except TimeLimitExceeded as late:
+        raise CallFailedError(Raised("LH901", str(late), timed_out=True)) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a subject that raises SystemExit is data, not the end of the run
+        raise CallFailedError(Raised("LH901", one_line(error))) from error
+    if result is not None and not isinstance(result, torch.nn.Module):
+        what = f"load returned {type(result).__name__}, but should return the model or None"
+        raise CallFailedError(Raised("LH902", what))
+    return (model if result is None else result).eval()
+
+
+@contextmanager
+def _contained(left: list[str]) -> Iterator[None]:
+    """Keep warnings and the default dtype from the rest of the run."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            left.append("torch's default dtype")
+            torch.set_default_dtype(dtype)

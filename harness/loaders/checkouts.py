@@ -14,8 +14,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from harness.errors import LoaderSpecError
-from harness.loaders.source import on_path, one_line
+from harness.errors import LoaderSpecError, one_line
+from harness.loaders.source import on_path
 
 _VERSION = re.compile(r"""^(?:__version__|version)\s*=\s*["']([^"']+)["']""", re.MULTILINE)
 _VERSION_FILES = ("pyproject.toml", "setup.py")
@@ -43,19 +43,11 @@ class Checkout:
         """
         chosen = os.environ.get(self.variable)
         if not chosen:
-            raise LoaderSpecError(f"{self.name}: set {self.variable} to a checkout of {self.repository}")
+            raise LoaderSpecError(f"set {self.variable} to a checkout of {self.repository}")
         folder = Path(chosen).expanduser()
         if not (folder / self.marker).is_file():
-            raise LoaderSpecError(f"{self.name}: {self.variable}={chosen} is no checkout: it has no {self.marker}")
+            raise LoaderSpecError(f"{self.variable}={chosen} is no checkout: it has no {self.marker}")
         return folder
-
-    def reason(self) -> str | None:
-        """Return why the checkout cannot be used, or None when it can."""
-        try:
-            self.folder()
-        except LoaderSpecError as error:
-            return str(error).removeprefix(f"{self.name}: ")
-        return None
 
     def version(self) -> str | None:
         """Return the version that the checkout states, else the first 8 digits of its commit, else None."""
@@ -77,27 +69,6 @@ class Checkout:
                 return [importlib.import_module(name) for name in names]
             except Exception as error:  # an application may do anything when it is imported
                 raise LoaderSpecError(f"{self.name}: cannot import {folder}: {one_line(error)}") from error
-
-
-CHECKOUTS = {
-    checkout.name: checkout
-    for checkout in (
-        Checkout(
-            "comfyui",
-            "LORA_HARNESS_COMFYUI",
-            "comfy/lora.py",
-            "https://github.com/comfyanonymous/ComfyUI",
-            absent=("torchvision", "torchsde", "torchaudio"),
-        ),
-        Checkout(
-            "sd-scripts",
-            "LORA_HARNESS_SD_SCRIPTS",
-            "networks/lora.py",
-            "https://github.com/kohya-ss/sd-scripts",
-            absent=("torchvision", "cv2"),
-        ),
-    )
-}
 
 
 class _Absent(ModuleType):

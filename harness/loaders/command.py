@@ -15,18 +15,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError
 from harness.isolation.child import kill_group, kill_tree
-from harness.loaders.protocol import Load
+from harness.loaders.protocol import COMMAND, Load, Subject
 
 if TYPE_CHECKING:
     import torch
 
 PLACES = ("{base}", "{lora}", "{strength}", "{out}")
-SECONDS = 120.0
 TAIL = 2000
 SPARE_BYTES = 64 << 20
 POLL_SECONDS = 0.5
@@ -49,23 +49,30 @@ class CommandOutputError(CommandError):
     """The merged file is missing, unreadable, too large, or does not fit the model."""
 
 
-def command_loader(spec: str, *, seconds: float | None = None) -> Load:
-    """Return the loader that runs the command line after `cmd:`.
+def command_subject(spec: str) -> Subject:
+    """Return the subject `spec`; the environment variable LORA_HARNESS_COMMAND_SECONDS changes its time limit.
 
-    `seconds` limits one run (default: the environment variable LORA_HARNESS_COMMAND_SECONDS, else 120).
+    Raises:
+        LoaderSpecError: the line cannot be split, lacks a placeholder, or names no program.
+    """
+    seconds = float(os.environ.get("LORA_HARNESS_COMMAND_SECONDS", COMMAND.seconds))
+    return Subject(spec, command_loader(spec, seconds=seconds), defaults=replace(COMMAND, seconds=seconds))
+
+
+def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
+    """Return the loader that runs the command line after `cmd:`, for at most `seconds` each time.
 
     Raises:
         LoaderSpecError: the line cannot be split, lacks a placeholder, or names no program.
     """
     words = _words(spec)
-    limit = float(os.environ.get("LORA_HARNESS_COMMAND_SECONDS", SECONDS)) if seconds is None else seconds
 
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
         with tempfile.TemporaryDirectory(prefix="lora-harness-cmd-") as folder:
             base, out = Path(folder) / BASE, Path(folder) / OUT
             _write(model, base)
             values = dict(zip(PLACES, (str(base), str(lora), repr(float(strength)), str(out)), strict=True))
-            printed = _run([_filled(word, values) for word in words], Path(folder), limit)
+            printed = _run([_filled(word, values) for word in words], Path(folder), seconds)
             _load_back(model, out, printed)
         return model
 

@@ -45,6 +45,23 @@ class Declaration:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a subject gets when nobody says: random examples per cell, and seconds for one call of it."""
+
+    examples: int = 200
+    seconds: float = 20.0
+
+    def examples_in(self, *, quick: bool) -> int:
+        """Return the number of examples per cell, at most 30 in a `quick` run."""
+        return min(QUICK_EXAMPLES, self.examples) if quick else self.examples
+
+
+QUICK_EXAMPLES = 30
+FUNCTION = Defaults()
+COMMAND = Defaults(examples=10, seconds=120.0)  # it starts a process each time
+
+
+@dataclass(frozen=True)
 class Subject:
     """A loader ready to be tested: `spec` is the string that names it everywhere."""
 
@@ -52,6 +69,7 @@ class Subject:
     load: Load
     version: str | None = None
     declaration: Declaration = Declaration()
+    defaults: Defaults = FUNCTION
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -7,15 +7,14 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness.errors import LoaderSpecError
-from harness.loaders.checkouts import CHECKOUTS
+from harness.errors import LoaderSpecError, one_line
+from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.protocol import Subject, declaration_of
-from harness.loaders.releases import find_releases
-from harness.loaders.source import adapt, import_callable, is_file, one_line
+from harness.loaders.source import adapt, import_callable, is_file
 
 ENTRY_POINTS = "lora_harness.loaders"
 
@@ -30,44 +29,11 @@ class Installed:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class _Builtin:
-    target: str  # module:attribute
-    needs: tuple[str, ...] = ()  # modules to be found; the distribution of the first gives the version
-    checkout: str | None = None  # name in CHECKOUTS
-    release: str | None = None  # package to be unpacked beside the others
-
-
-BUILTIN = {
-    "peft": _Builtin("harness.loaders.live.peft:load", ("peft",)),
-    "diffusers": _Builtin("harness.loaders.live.diffusers:load", ("diffusers", "peft")),
-    "diffusers-fused": _Builtin("harness.loaders.live.diffusers:load_fused", ("diffusers", "peft")),
-    "peft-runtime": _Builtin("harness.loaders.live.peft:load_runtime", ("peft",)),
-    "lycoris": _Builtin("harness.loaders.live.lycoris:load", ("lycoris",)),
-    "lycoris-runtime": _Builtin("harness.loaders.live.lycoris:load_runtime", ("lycoris",)),
-    "loralib": _Builtin("harness.loaders.live.loralib:load", ("loralib",)),
-    "comfyui": _Builtin("harness.loaders.live.comfyui:load", ("einops", "scipy", "psutil"), checkout="comfyui"),
-    "sd-scripts": _Builtin(
-        "harness.loaders.live.sd_scripts:load", ("diffusers", "transformers"), checkout="sd-scripts"
-    ),
-    "sd-scripts-runtime": _Builtin(
-        "harness.loaders.live.sd_scripts:load_runtime", ("diffusers", "transformers"), checkout="sd-scripts"
-    ),
-    "invokeai": _Builtin("harness.loaders.live.invokeai:load", ("einops",), release="invokeai"),
-    "invokeai-sidecar": _Builtin("harness.loaders.live.invokeai:load_sidecar", ("einops",), release="invokeai"),
-    "diffsynth-hot": _Builtin("harness.loaders.live.diffsynth:load_hot", release="diffsynth"),
-    "diffsynth-flux": _Builtin("harness.loaders.live.diffsynth:load_flux", release="diffsynth"),
-}
-_DIFFSYNTH = "diffsynth"
-_DISTRIBUTIONS = {"lycoris": "lycoris-lora"}
-_TESTED = {"diffsynth": ("2.1.12", "2.0.4"), "invokeai": ("6.14.2",)}
-
-
 def resolve(spec: str | Callable[..., Any]) -> Subject:
     """Return the loader that `spec` names, ready to be tested.
 
-    `spec` is a registered name (`peft`), `package.module:callable`, `path/to/file.py:callable`, `cmd:...`, or the
-    function itself.
+    `spec` is a registered name (`peft`, `diffsynth-2.0.4`), `package.module:callable`, `path/to/file.py:callable`,
+    `cmd:...`, or the function itself.
 
     Raises:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
@@ -75,9 +41,9 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
     if not isinstance(spec, str):
         return _from_function(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
     if spec.startswith("cmd:"):
-        from harness.loaders.command import command_loader
+        from harness.loaders.command import command_subject
 
-        return Subject(spec, command_loader(spec))
+        return command_subject(spec)
     if ":" in spec:
         module = spec.rpartition(":")[0]
         version = None if is_file(module) else _version_of(module)
@@ -86,31 +52,43 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
 
 
 def installed() -> list[Installed]:
-    """Return every loader that has a name: the built-in ones, then those of other packages; imports none of them."""
-    builtin = [_installed(name, entry) for name, entry in BUILTIN.items()]
-    others = [Installed(name, _point_version(point), True) for name, point in _entry_points().items()]
-    return builtin + _installed_diffsynth() + others
+    """Return every loader that has a name: the live ones, then those of other packages; none is imported."""
+    points = _entry_points().items()
+    return [*_live(), *(Installed(name, _point_version(point), True) for name, point in points)]
+
+
+def available() -> list[str]:
+    """Return the names of the loaders that can run here."""
+    return [each.name for each in installed() if each.available]
+
+
+def _live() -> Iterator[Installed]:
+    for name, live in live_loaders().items():
+        reason = live.reason()
+        yield Installed(name, live.version(), reason is None, reason)
+        for release in live.older():
+            yield Installed(f"{name}-{release.version}", release.version, reason is None, reason)
 
 
 def _from_name(name: str) -> Subject:
-    if name in BUILTIN:
-        status = _installed(name, BUILTIN[name])
-        if not status.available:
-            raise LoaderSpecError(f"{name}: {status.reason}")
-        return _from_function(import_callable(BUILTIN[name].target), name, status.version)
-    if name == _DIFFSYNTH or name.startswith(f"{_DIFFSYNTH}-"):
-        return _from_diffsynth(name)
+    live, version = _live_loader(name)
+    if live is not None:
+        if (reason := live.reason(version)) is not None:
+            raise LoaderSpecError(f"{name}: {reason}")
+        return Subject(name, *live.bound(version), declaration_of(live.load))
     point = _entry_points().get(name)
     if point is not None:
         return _from_function(_loaded(point), name, _point_version(point))
     raise LoaderSpecError(_unknown(name))
 
 
-def _from_diffsynth(name: str) -> Subject:
-    from harness.loaders.live import diffsynth
-
-    version = name.removeprefix(_DIFFSYNTH).removeprefix("-") or diffsynth.newest_release().version
-    return _from_function(diffsynth.release_loader(version), name, version)
+def _live_loader(name: str) -> tuple[LiveLoader | None, str | None]:
+    """Return the live loader of a name, and the version when it is NAME-VERSION."""
+    found = live_loaders()
+    base, _, version = name.rpartition("-")
+    if name not in found and base in found and found[base].package and version[:1].isdigit():
+        return found[base], version
+    return found.get(name), None
 
 
 def _from_function(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
@@ -130,47 +108,10 @@ def _unknown(name: str) -> str:
     return f"no loader is called {name!r}{guess} ({known})"
 
 
-def _installed(name: str, entry: _Builtin) -> Installed:
-    versions = {needed: _distribution_version(needed) for needed in entry.needs}
-    version = next(iter(versions.values()), None)
-    missing = next((_distribution_of(needed) for needed, found in versions.items() if found is None), None)
-    reason = f"{missing} is not installed; run `pip install {missing}`" if missing else None
-    if entry.checkout:
-        checkout = CHECKOUTS[entry.checkout]
-        version, reason = checkout.version(), checkout.reason() or reason or _import_fails(entry)
-    if entry.release:
-        releases = find_releases(entry.release)
-        version = releases[-1].version if releases else None
-        reason = reason if releases else _no_release(entry.release)
-    return Installed(name, version, reason is None, reason)
-
-
-def _import_fails(entry: _Builtin) -> str | None:
-    """Import the application of a checkout, which nothing has ever installed here, and return why it cannot be."""
-    try:
-        import_callable(f"{entry.target.partition(':')[0]}:shipped")()
-    except LoaderSpecError as error:
-        return str(error)
-    return None
-
-
-def _no_release(package: str) -> str:
-    pins = " ".join(f"{package}=={version}" for version in _TESTED[package])
-    return f"no release is here; run `python -m harness.loaders.releases {pins}`"
-
-
-def _installed_diffsynth() -> list[Installed]:
-    found = find_releases(_DIFFSYNTH)
-    if not found:
-        return [Installed(_DIFFSYNTH, None, False, _no_release(_DIFFSYNTH))]
-    older = [Installed(f"{_DIFFSYNTH}-{release.version}", release.version, True) for release in found[:-1]]
-    return [Installed(_DIFFSYNTH, found[-1].version, True), *older]
-
-
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     """Return the loaders that other packages register, by name; a built-in name cannot be taken over."""
     points = metadata.entry_points(group=ENTRY_POINTS)
-    return {point.name: point for point in points if point.name not in {*BUILTIN, _DIFFSYNTH}}
+    return {point.name: point for point in points if _live_loader(point.name)[0] is None}
 
 
 def _loaded(point: metadata.EntryPoint) -> Callable[..., Any]:
@@ -184,17 +125,6 @@ def _loaded(point: metadata.EntryPoint) -> Callable[..., Any]:
 
 def _point_version(point: metadata.EntryPoint) -> str | None:
     return point.dist.version if point.dist is not None else None
-
-
-def _distribution_of(module: str) -> str:
-    return _DISTRIBUTIONS.get(module, module)
-
-
-def _distribution_version(module: str) -> str | None:
-    try:
-        return metadata.version(_distribution_of(module)) if util.find_spec(module) is not None else None
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache

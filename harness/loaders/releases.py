@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from types import ModuleType
 
 from packaging.version import InvalidVersion, Version
 
-from harness.errors import UserError
+from harness.errors import LoaderSpecError, UserError
 
 ROOT_VARIABLE = "LORA_HARNESS_RELEASES"
 _PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!]*)")
@@ -32,6 +33,52 @@ class Release:
     name: str
     version: str
     folder: Path
+
+    def hollow(self, packages: Sequence[str], *, alias: str | None = None) -> None:
+        """Put empty packages in place of `packages` (`""`, `.core`, ...), whose files can then be imported.
+
+        They carry the real folders, but their own `__init__`, which imports the whole application, does not run. Under
+        an `alias` two releases run in one process.
+
+        Raises:
+            LoaderSpecError: another release stands in this process under that name.
+        """
+        for package in packages:
+            name = f"{alias or self.name}{package}"
+            path = [str(self.folder.joinpath(self.name, *package.split(".")[1:]))]
+            module = sys.modules.setdefault(name, ModuleType(name))
+            if list(getattr(module, "__path__", path)) != path:
+                raise LoaderSpecError(f"{self.name} {self.version}: this process has another release of it already")
+            module.__path__ = path
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package used in releases beside each other; `tested` are the versions it was tested in, newest first."""
+
+    name: str
+    tested: tuple[str, ...]
+
+    def releases(self) -> list[Release]:
+        """Return every release found, oldest first."""
+        return find_releases(self.name)
+
+    def release(self, version: str | None = None) -> Release:
+        """Return one release found, the newest when no version is given.
+
+        Raises:
+            LoaderSpecError: it is not there; the message has the command that gets it.
+        """
+        found = {release.version: release for release in self.releases()}
+        if version is None and found:
+            return list(found.values())[-1]
+        if version in found:
+            return found[version]
+        wanted = " ".join(f"{self.name}=={each}" for each in ([version] if version else self.tested))
+        which = (
+            f"release {version} is not here (found: {', '.join(found) or 'none'})" if version else "no release is here"
+        )
+        raise LoaderSpecError(f"{which}; run `python -m harness.loaders.releases {wanted}`")
 
 
 def releases_root() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import LoaderSpecError
+from harness.errors import LoaderSpecError, one_line
 from harness.loaders.protocol import Load
 
 if TYPE_CHECKING:
@@ -115,13 +115,6 @@ def _import_errors(spec: str, what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # SystemExit too: a script without a main guard must not end the run
         raise LoaderSpecError(f"{spec!r}: importing {what} raises {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return `ValueError: message` with the message cut to one line of 200 characters."""
-    text = " ".join(str(error).split())
-    name = type(error).__name__
-    return f"{name}: {text[:200]}{'...' if len(text) > 200 else ''}" if text else name
 
 
 def _with_folder(function: Callable[..., Any], folder: str) -> Callable[..., Any]:

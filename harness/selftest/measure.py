@@ -13,13 +13,13 @@ from hypothesis import Phase, given, seed
 from harness.checks.cell import Cell
 from harness.checks.family import judge
 from harness.checks.plan import Plan, examples_for
-from harness.checks.run import Limits, died
+from harness.checks.run import died
 from harness.checks.run_cell import check_cell
 from harness.checks.search import quiet_settings
 from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, run_jobs
-from harness.isolation.limits import GRACE_SECONDS, call_limit
+from harness.isolation.limits import Limits, call_limit
 from harness.report.models import PowerRecord
 from harness.selftest.cases import Case
 from harness.verdict.verdict import Verdict
@@ -92,7 +92,8 @@ class Result:
 def measure(
     cases: Sequence[Case],
     *,
-    max_examples: int = 200,
+    max_examples: int | None = None,
+    quick: bool = False,
     right_examples: int | None = None,
     base_seed: int = 0,
     seeds: Sequence[int] = _SEEDS,
@@ -114,7 +115,7 @@ def measure(
 
     def plan(case: Case) -> Plan:
         shared = math.ceil(right_examples / cells[case.name]) if right_examples and case.fault is None else None
-        return Plan(shared or max_examples, base_seed, shrink=False)
+        return Plan(shared or max_examples, base_seed, shrink=False, quick=quick)
 
     jobs = [_job(result.case, cell, plan(result.case), seeds, limits) for result, cell in work]
 
@@ -128,13 +129,7 @@ def measure(
             if not waiting[result.case.name]:
                 on_result(result)
 
-    ends = run_jobs(
-        jobs,
-        workers=limits.workers,
-        seconds_per_call=limits.seconds + GRACE_SECONDS,
-        memory_limit=limits.memory,
-        on_event=take,
-    )
+    ends = run_jobs(jobs, workers=limits.workers, memory_limit=limits.memory, on_event=take)
     for (result, cell), end in zip(work, ends, strict=True):
         if end.status != "done":
             result.verdicts.append(died(cell, end))
@@ -143,7 +138,7 @@ def measure(
 
 
 def _job(case: Case, cell: Cell, plan: Plan, seeds: Sequence[int], limits: Limits) -> Callable[[Channel], None]:
-    seconds = (case.fault.seconds if case.fault else None) or limits.seconds
+    seconds = (case.fault.seconds if case.fault else None) or limits.seconds or cell.subject.defaults.seconds
 
     def job(channel: Channel) -> None:
         guarded = replace(cell, limit=call_limit(channel, seconds))
@@ -156,7 +151,7 @@ def _job(case: Case, cell: Cell, plan: Plan, seeds: Sequence[int], limits: Limit
 
 
 def first_failure(cell: Cell, plan: Plan, base_seed: int) -> int | None:
-    """Return the number of the first random example that shows a fault, or None when `plan.max_examples` show none."""
+    """Return the number of the first random example that shows a fault, or None when the plan's show none."""
     judged: list[bool] = []
 
     def look(example: Example) -> None:
@@ -164,5 +159,5 @@ def first_failure(cell: Cell, plan: Plan, base_seed: int) -> int | None:
             judged.append(bool(judge(run_trial(cell, example))))
 
     run = given(example=examples_for(cell, plan))(look)
-    seed(base_seed)(quiet_settings(plan.max_examples, (Phase.generate,))(run))()
+    seed(base_seed)(quiet_settings(plan.examples_in(cell), (Phase.generate,))(run))()
     return len(judged) if any(judged) else None

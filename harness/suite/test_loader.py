@@ -11,12 +11,33 @@ import pytest
 
 if TYPE_CHECKING:
     from harness.checks.parametrize import CellTest
+    from harness.checks.plan import Plan
+
+
+def loaders_under_test(config: pytest.Config) -> list[str]:
+    """Return the loaders named by `--lora-loader`, or every loader that is installed here."""
+    from harness.loaders.registry import available
+
+    return config.getoption("--lora-loader") or available()
+
+
+def plan_of(config: pytest.Config) -> Plan:
+    """Return the plan of the options; without `--lora-loader` the shipped known failures apply."""
+    from harness.checks.plan import Plan
+    from harness.commands.options import known_failures
+
+    named, source = config.getoption("--lora-loader"), config.getoption("--lora-known-failures")
+    return Plan(
+        config.getoption("--lora-max-examples"),
+        config.getoption("--lora-seed"),
+        known=tuple(known_failures(source or (None if named else "shipped"))),
+        share=1.0 if named else 1 / 20,
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from harness.checks.parametrize import cell_tests
-    from harness.checks.run import Limits
-    from harness.suite.plan import loaders_under_test, plan_of
+    from harness.isolation.limits import Limits
 
     plan = plan_of(metafunc.config)
     loaders = loaders_under_test(metafunc.config)

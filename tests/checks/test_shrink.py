@@ -15,8 +15,7 @@ from harness.checks.observation import Observation
 from harness.checks.search import shrink, simplified
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
-from harness.isolation.calls import Raised
-from harness.isolation.limits import alarm
+from harness.isolation.limits import Raised, alarm
 from harness.loaders.registry import resolve
 from tests.checks import sample_loaders as loaders
 

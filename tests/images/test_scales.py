@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from harness.images.scales import PerSample, per_sample, runtime_scaling, same_branches
+from harness.images.sampling import PerSample, per_sample, runtime_scaling, same_branches
 
 
 def adapted(alpha: float = 8.0, seed: int = 0) -> torch.nn.Module:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +138,69 @@ def test_a_crash_is_an_errored_verdict_and_keeps_what_was_drawn(tiny, r8_a16):
     found = sweep(Subject("crashes", load), tiny, r8_a16)
     assert (found.verdicts[0].outcome, found.verdicts[0].code) == ("errored", "LH901")
     assert [row["strength"] for row in found.records] == [0.0, 0.5, 1.0]
+
+
+def test_a_process_that_dies_is_an_errored_verdict_and_keeps_what_was_drawn(tiny, r8_a16, tmp_path: Path):
+    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        if strength > 1:
+            print("good bye", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    seen: list[dict] = []
+    found = sweep(Subject("dies", load), tiny, r8_a16, out=tmp_path, on_record=seen.append)
+    assert [(v.outcome, v.code) for v in found.verdicts] == [("errored", "LH901")]
+    assert found.verdicts[0].title == "loader raised: process died: killed by SIGKILL in load at strength 2"
+    assert ("printed", "good bye") in found.verdicts[0].rows
+    assert [row["strength"] for row in found.records] == [row["strength"] for row in seen] == [0.0, 0.5, 1.0]
+    assert all((tmp_path / image["path"]).is_file() for row in seen for image in row["images"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_load_has_a_time_limit(tiny, r8_a16, workers: int):
+    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        while strength > 0.5:
+            time.sleep(0.01)
+
+    found = sweep(Subject("hangs", load), tiny, r8_a16, time_limit=0.5, workers=workers)
+    assert found.verdicts[0].title == "loader raised: no answer within the time limit of 0.5 s"
+    assert [row["strength"] for row in found.records] == [0.0, 0.5]
+
+
+def test_the_memory_of_a_subject_is_limited(tiny, r8_a16):
+    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        bytearray(6 << 30)  # never touched, so it costs no memory where there is no limit
+
+    found = sweep(Subject("greedy", load), tiny, r8_a16, quick=True, alphas=(1,)).verdicts[0]
+    assert (found.code, found.title) == ("LH901", "loader raised MemoryError")
+
+
+def test_the_subject_runs_in_a_child_unless_no_worker_is_wanted(tiny, r8_a16):
+    processes: list[int] = []
+
+    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        processes.append(os.getpid())
+
+    sweep(Subject("child", load), tiny, r8_a16, quick=True, alphas=(1,))
+    assert processes == []
+    sweep(Subject("here", load), tiny, r8_a16, quick=True, alphas=(1,), workers=0)
+    assert processes == [os.getpid()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_listener_is_not_the_loaders(tiny, r8_a16, workers: int):
+    def on_record(row: dict) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(times(1), tiny, r8_a16, quick=True, alphas=(0, 1), on_record=on_record, workers=workers)
+
+
+def test_references_drawn_in_a_child_are_there_for_the_next_loader(tiny, r8_a16):
+    pairs = [Pair("red circle on dark", 77)]
+    sweep(times(1), tiny, r8_a16, alphas=(1,), prompts=["red circle on dark"], seeds=(77,))
+    steps: list[str] = []
+    assert Studio(tiny, r8_a16, pairs, step=steps.append).reference(1.0).shape[0] == 1
+    assert steps == []
 
 
 def test_rows_are_json_and_their_pictures_exist(tiny, r8_a16, tmp_path: Path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from harness.images.factor import Estimate
-from harness.images.verdict import Look, Observation, judge, look_of
+from harness.images.verdict import Look, StrengthResult, judge, look_of
 
 
 def seen(
@@ -15,10 +15,10 @@ def seen(
     effect: float = 0.3,
     own_noise: float = 0.0,
     residual: float = 0.0,
-) -> Observation:
+) -> StrengthResult:
     place = strength * factor
     ends = sorted((place * (1 - width), place * (1 + width)))
-    return Observation(strength, Estimate(place, (ends[0], ends[1]), residual), effect, own_noise, look)
+    return StrengthResult(strength, Estimate(place, (ends[0], ends[1]), residual), effect, own_noise, look)
 
 
 def test_the_right_strength_everywhere_is_as_trained():
@@ -66,7 +66,7 @@ def test_an_interval_too_wide_is_inconclusive_and_not_a_pass():
 
 
 def test_one_broken_strength_is_broken():
-    assert judge([seen(1), Observation(8, None, 0.3, 0.0, "broken")]).code == "LH502"
+    assert judge([seen(1), StrengthResult(8, None, 0.3, 0.0, "broken")]).code == "LH502"
 
 
 def test_a_change_that_no_strength_explains_is_a_wrong_direction():
@@ -81,7 +81,7 @@ def test_strength_squared_is_found_although_it_is_right_at_one():
 
 
 def test_a_change_at_strength_zero_is_found():
-    zero = Observation(0.0, Estimate(0.5, (0.48, 0.52), 0.0), 0.0, 0.0, "clean")
+    zero = StrengthResult(0.0, Estimate(0.5, (0.48, 0.52), 0.0), 0.0, 0.0, "clean")
     assert judge([zero, seen(1)]).reason == "strength 0 changes the pictures"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import os
@@ -413,3 +414,31 @@ def test_a_process_that_has_initialised_cuda_is_not_forked(monkeypatch):
     seen = []
     end = run_jobs([lambda channel: channel.send(os.getpid())], on_event=lambda i, pid: seen.append(pid))[0]
     assert (end.status, seen) == ("done", [os.getpid()])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_call_may_name_a_limit_of_its_own(workers):
+    def job(channel):
+        with channel.call("longer", 20):
+            time.sleep(0.3)
+        with channel.call("shorter", 0.2):
+            time.sleep(60)
+
+    end = run(job, seconds=0.1, workers=workers)
+    assert (end.status, end.detail) == ("timeout", "shorter: no answer within 0.2 s")
+
+
+def test_without_workers_an_exception_of_on_event_goes_on():
+    def on_event(index, event):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_jobs([lambda channel: channel.send(1)], workers=0, on_event=on_event)
+
+
+def test_isolation_stands_on_nothing_but_errors():
+    folder = Path(isolation.__file__).parent
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in folder.glob("*.py")]
+    found = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    own = {name for name in found if name and name.startswith("harness.")}
+    assert {name for name in own if not name.startswith("harness.isolation")} == {"harness.errors"}

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from harness.benches import get_bench
+from harness.checks.known import shipped_known_failures
 from harness.errors import LoaderSpecError
-from harness.loaders.live import diffsynth
+from harness.loaders.live import diffsynth, live_loaders
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
-from harness.loaders.registry import resolve
+from harness.loaders.registry import installed, resolve
 from harness.loaders.releases import Release
 
 from .conftest import effective, factors, trained, weights, written
@@ -168,3 +172,44 @@ def _fake_release(root, version, factor):
         "    def fuse_lora_to_base_model(self, model, weights, alpha):\n"
         f"        model.weight.data += {factor} * alpha\n"
     )
+
+
+def test_every_loader_of_a_package_can_be_named_with_a_release(tmp_path, monkeypatch):
+    for version in ("1.0.9", "1.0.10"):
+        _fake_release(tmp_path, version, 1)
+    monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path))
+    assert resolve("diffsynth-flux-1.0.9").version == "1.0.9"
+    assert resolve("diffsynth-hot").version == "1.0.10"
+    listed = [entry.name for entry in installed() if entry.name.startswith("diffsynth")]
+    assert listed == ["diffsynth", "diffsynth-1.0.9", "diffsynth-hot", "diffsynth-flux"]
+
+
+def test_a_loader_without_releases_has_no_versions_in_its_name():
+    with pytest.raises(LoaderSpecError, match=r"no loader is called 'peft-0\.1'"):
+        resolve("peft-0.1")
+
+
+def test_one_process_has_one_release_under_one_name(tmp_path):
+    for version in ("1", "2"):
+        (tmp_path / f"acme_hollow-{version}" / "acme_hollow").mkdir(parents=True)
+    first, second = (Release("acme_hollow", v, tmp_path / f"acme_hollow-{v}") for v in "12")
+    first.hollow(("", ".part"))
+    first.hollow(("",))
+    with pytest.raises(LoaderSpecError, match="another release of it already"):
+        second.hollow(("",))
+
+
+def test_known_failures_are_files_of_loaders_that_exist():
+    bases = {live.name for live in live_loaders().values()}
+    for known in shipped_known_failures():
+        base, _, version = known.loader.rpartition("-")
+        assert known.loader in bases or (base in bases and version[0].isdigit())
+
+
+def test_naming_the_live_loaders_imports_none_of_the_libraries():
+    code = (
+        "import sys; from harness.loaders.live import live_loaders; live_loaders();"
+        "print([m for m in ('torch', 'numpy', 'peft', 'diffusers', 'lycoris', 'loralib', 'click') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -7,7 +7,8 @@ import torch
 
 from harness.benches import get_bench
 from harness.errors import LoaderSpecError
-from harness.loaders.checkouts import CHECKOUTS, Checkout
+from harness.loaders.checkouts import Checkout
+from harness.loaders.live import live_loaders
 from harness.loaders.registry import installed, resolve
 
 from .conftest import effective, factors, trained, weights, written
@@ -78,8 +79,7 @@ def test_lycoris_keeps_its_own_prefix_setting(bench, subject_of, tmp_path):
 
 @pytest.mark.parametrize("name", ["comfyui", "sd-scripts", "sd-scripts-runtime"])
 def test_a_checkout_that_is_not_there_is_listed_with_its_variable(name, monkeypatch):
-    for checkout in CHECKOUTS.values():
-        monkeypatch.delenv(checkout.variable, raising=False)
+    monkeypatch.delenv(live_loaders()[name].checkout.variable, raising=False)
     entry = next(entry for entry in installed() if entry.name == name)
     assert not entry.available
     assert "LORA_HARNESS_" in str(entry.reason)
@@ -167,7 +167,7 @@ def test_every_reason_names_something_the_loader_declares(name):
 
 
 def test_rows_of_a_merged_layer_are_views_of_it():
-    from harness.loaders.live.original_names import renamed
+    from harness.loaders.models import renamed
 
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in "qkv"})
     places = {f"{name}.weight": ("both.qkv.weight", (0, 2 * i, 2)) for i, name in enumerate("qkv")}

@@ -16,15 +16,22 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.checkouts import CHECKOUTS
-from harness.loaders.live.original_names import flux_config, put, renamed, unet_config
+from harness.loaders.checkouts import Checkout
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import family, flux_config, held, put, renamed, unet_config
 from harness.loaders.protocol import loader
 from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
 
-CHECKOUT = CHECKOUTS["comfyui"]
+CHECKOUT = Checkout(
+    "comfyui",
+    "LORA_HARNESS_COMFYUI",
+    "comfy/lora.py",
+    "https://github.com/comfyanonymous/ComfyUI",
+    absent=("torchvision", "torchsde", "torchaudio"),
+)
 FORMATS = ("kohya", "comfyui", "diffusers", "diffsynth", "attn-procs")
 BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux", "clip-text")
 VARIANTS = ("lora", "rslora", "conv", "tucker", "dora", "loha", "lokr", "full", "qkv-split", "qkv-merged")
@@ -38,20 +45,14 @@ UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("comfyui", "clip-text"): _OWN,
     **{(form, "flux", variant): _OWN for form in ("kohya", "comfyui") for variant in _FLUX_OWN},
     ("diffusers", "flux", "qkv-merged"): "diffusers writes FLUX with q, k and v apart",
-    ("diffsynth", "sd-unet"): _BARE,
-    ("diffsynth", "flux"): _BARE,
-    ("diffsynth", "clip-text"): _BARE,
-    ("attn-procs", "qwen-image"): "diffusers had attention processors in UNets",
-    ("attn-procs", "qwen-image-fused"): "diffusers had attention processors in UNets",
-    ("attn-procs", "flux"): "diffusers had attention processors in UNets",
-    ("attn-procs", "clip-text"): "diffusers had attention processors in UNets",
+    **{("diffsynth", bench): _BARE for bench in ("sd-unet", "flux", "clip-text")},
+    **{("attn-procs", bench): "diffusers had attention processors in UNets" for bench in BENCHES if bench != "sd-unet"},
 }
-_PATCHER = "_lora_harness_comfyui"
 
 
 def unload(model: torch.nn.Module) -> None:
     """Undo the last load: unpatch, then patch again with the model patcher that was there before it."""
-    patchers = getattr(model, _PATCHER)
+    patchers = held(model)
     patchers.pop().unpatch_model()
     if len(patchers) > 1:
         patchers[-1].patch_model()
@@ -95,14 +96,13 @@ def _load_lora(patcher: Any, lora: Path, strength: float) -> Any:
 
 def _patchers(model: torch.nn.Module) -> list[Any]:
     """Return the model patchers of `model`, the plain one first, one more for each load."""
-    if not hasattr(model, _PATCHER):
-        import torch
+    import torch
 
-        comfy, cpu = shipped(), torch.device("cpu")
+    patchers, cpu = held(model), torch.device("cpu")
+    if not patchers:
         # in place, so that rows of a merged layer stay views of it
-        patcher = comfy.model_patcher.ModelPatcher(_as_comfyui(model), cpu, cpu, weight_inplace_update=True)
-        setattr(model, _PATCHER, [patcher])
-    patchers: list[Any] = getattr(model, _PATCHER)
+        patcher = shipped().model_patcher.ModelPatcher
+        patchers.append(patcher(_as_comfyui(model), cpu, cpu, weight_inplace_update=True))
     return patchers
 
 
@@ -110,18 +110,18 @@ def _as_comfyui(model: torch.nn.Module) -> torch.nn.Module:
     """Return `model` as ComfyUI has it; what it is none of keeps its own names."""
     import torch
 
-    utils, kinds = shipped().utils, [kind.__name__ for kind in type(model).__mro__]
-    if any(kind.startswith("CLIPTextModel") for kind in kinds):
+    utils, kind = shipped().utils, family(model)
+    if kind == "clip":
         clip = torch.nn.Module()
         put(clip, "clip_l.transformer", model)
         return clip
-    if "UNet2DConditionModel" in kinds:
+    if kind == "unet":
         config = unet_config(model)
         return _base_model("BaseModel", renamed(model, utils.unet_to_diffusers(config)), config)
-    if "FluxTransformer2DModel" in kinds:
+    if kind == "flux":
         config = flux_config(model)
         return _base_model("Flux", renamed(model, utils.flux_to_diffusers(config)), config)
-    return _base_model("QwenImage" if "QwenImageTransformer2DModel" in kinds else "BaseModel", model, {})
+    return _base_model("QwenImage" if kind == "qwen-image" else "BaseModel", model, {})
 
 
 def _base_model(name: str, diffusion_model: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module:
@@ -152,3 +152,6 @@ def shipped() -> ModuleType:
         CHECKOUT.modules(*(f"comfy.{name}" for name in names))
     (comfy,) = CHECKOUT.modules("comfy")
     return comfy
+
+
+LIVE = (LiveLoader("comfyui", load, ("einops", "scipy", "psutil"), checkout=CHECKOUT, shipped=shipped),)

@@ -1,6 +1,6 @@
-"""The live loaders `diffsynth`, `diffsynth-<version>`, `diffsynth-hot` and `diffsynth-flux`: DiffSynth-Studio's own.
+"""The live loaders `diffsynth`, `diffsynth-hot` and `diffsynth-flux`: DiffSynth-Studio's own.
 
-The first two fuse with the shipped `GeneralLoRALoader`; `diffsynth-hot` leaves the LoRA beside the layers of a model
+The first fuses with the shipped `GeneralLoRALoader`; `diffsynth-hot` leaves the LoRA beside the layers of a model
 with VRAM management, as `pipe.load_lora(..., hotload=True)` does; `diffsynth-flux` fuses with `FluxLoRALoader`.
 
 `import diffsynth` needs torchvision and video libraries; its LoRA code needs only torch. So each release is imported
@@ -11,81 +11,61 @@ releases run in one process.
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import LoaderSpecError
-from harness.loaders.live.original_names import renamed
-from harness.loaders.protocol import Load, loader
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import renamed
+from harness.loaders.protocol import loader
 from harness.loaders.quiet import quiet
-from harness.loaders.releases import Release, find_releases
+from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:
     import torch
 
+PACKAGE = Package("diffsynth", tested=("2.1.12", "2.0.4"))
 FORMATS = ("diffsynth",)
 FLUX_UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("kohya", "lora"): "kohya's FLUX files have Black Forest Labs' names",
     ("diffusers", "qkv-merged"): "diffusers writes FLUX with q, k and v apart",
 }
-GET = "get it with `python -m harness.loaders.releases diffsynth=={version}`"
-NEWEST_TESTED = "2.1.12"
 
 
 @loader(formats=FORMATS, strength_argument="alpha")
-def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    """Fuse `lora` into `model` with the newest release found: W + strength * (what its converter makes of B @ A).
+def load(model: torch.nn.Module, lora: Path, *, release: Release, strength: float = 1.0) -> None:
+    """Fuse `lora` into `model`: W + strength * (what the converter of `release` makes of B @ A).
 
-    Raises:
-        LoaderSpecError: no release of diffsynth is there.
+    What is written here are the lines of the shipped `BasePipeline.load_lora` that follow the choice of the file.
     """
-    _fuse(newest_release(), model, lora, strength)
-
-
-def release_loader(version: str) -> Load:
-    """Return the loader of the release `version`, declared like `load`.
-
-    Raises:
-        LoaderSpecError: this release is not there.
-    """
-    release = _find(version)
-
-    @loader(formats=FORMATS, strength_argument="alpha")
-    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-        _fuse(release, model, lora, strength)
-
-    return load
+    lora_loader, tensors = _converted(release, "general.GeneralLoRALoader", model, lora)
+    with quiet():
+        lora_loader.fuse_lora_to_base_model(model, tensors, alpha=strength)
 
 
 def clear(model: torch.nn.Module) -> None:
     """Run the lines of the shipped `BasePipeline.clear_lora`, which takes every LoRA away."""
-    vram = _module(newest_release(), "core.vram.layers")
+    module: Any
     for module in model.modules():
-        if isinstance(module, vram.LoRAHotLoadMixin):
+        if hasattr(module, "lora_A_weights"):  # its LoRAHotLoadMixin
             module.lora_A_weights.clear()
             module.lora_B_weights.clear()
 
 
 @loader(formats=FORMATS, benches=("qwen-image",), unload=clear, strength_argument="alpha")
-def load_hot(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+def load_hot(model: torch.nn.Module, lora: Path, *, release: Release, strength: float = 1.0) -> None:
     """Hot-load `lora`: the shipped `AutoWrappedLinear` layers compute it beside the weights.
 
     What is written here are the lines of the shipped `BasePipeline.load_lora` for `hotload=True`.
-
-    Raises:
-        LoaderSpecError: no release of diffsynth is there.
     """
     import torch
 
-    vram = _module(newest_release(), "core.vram.layers")
+    vram = _module(release, "core.vram.layers")
     if not getattr(model, "vram_management_enabled", False):
         base = next(model.parameters())
         places = ("offload", "onload", "preparing", "computation")
         config = {f"{p}_dtype": base.dtype for p in places} | {f"{p}_device": base.device for p in places}
         vram.enable_vram_management(model, {torch.nn.Linear: vram.AutoWrappedLinear}, config)
-    _, tensors = _converted(newest_release(), "general.GeneralLoRALoader", model, lora)
+    _, tensors = _converted(release, "general.GeneralLoRALoader", model, lora)
     for module in model.modules():
         if isinstance(module, vram.LoRAHotLoadMixin) and f"{module.name}.lora_B.weight" in tensors:
             module.lora_A_weights.append(tensors[f"{module.name}.lora_A.weight"] * strength)
@@ -99,13 +79,9 @@ def load_hot(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> No
     unsupported=FLUX_UNSUPPORTED,
     strength_argument="alpha",
 )
-def load_flux(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    """Fuse the FLUX file `lora` with the shipped `FluxLoRALoader`, under the names that DiffSynth's model has.
-
-    Raises:
-        LoaderSpecError: no release of diffsynth is there.
-    """
-    lora_loader, tensors = _converted(newest_release(), "flux.FluxLoRALoader", model, lora)
+def load_flux(model: torch.nn.Module, lora: Path, *, release: Release, strength: float = 1.0) -> None:
+    """Fuse the FLUX file `lora` with the shipped `FluxLoRALoader`, under the names that DiffSynth's model has."""
+    lora_loader, tensors = _converted(release, "flux.FluxLoRALoader", model, lora)
     names = _flux_names(lora_loader.diffusers_rename_dict, model)
     with quiet():
         lora_loader.fuse_lora_to_base_model(renamed(model, names), tensors, alpha=strength)
@@ -131,33 +107,6 @@ def _flux_names(shipped: dict[str, str], model: Any) -> dict[str, object]:
     return names
 
 
-def newest_release() -> Release:
-    """Return the newest release found.
-
-    Raises:
-        LoaderSpecError: there is none; the message has the command that gets one.
-    """
-    found = find_releases("diffsynth")
-    if not found:
-        raise LoaderSpecError(f"diffsynth: no release is installed; {GET.format(version=NEWEST_TESTED)}")
-    return found[-1]
-
-
-def _find(version: str) -> Release:
-    found = {release.version: release for release in find_releases("diffsynth")}
-    if version not in found:
-        there = f" (found: {', '.join(found)})" if found else ""
-        raise LoaderSpecError(f"diffsynth-{version}: this release is not here{there}; {GET.format(version=version)}")
-    return found[version]
-
-
-def _fuse(release: Release, model: torch.nn.Module, lora: Path, strength: float) -> None:
-    """Run the lines of the shipped `BasePipeline.load_lora` that follow the choice of the file."""
-    lora_loader, tensors = _converted(release, "general.GeneralLoRALoader", model, lora)
-    with quiet():
-        lora_loader.fuse_lora_to_base_model(model, tensors, alpha=strength)
-
-
 def _converted(release: Release, name: str, model: torch.nn.Module, lora: Path) -> tuple[Any, dict[str, Any]]:
     """Return the shipped loader `<module>.<class>` and what it makes of the file."""
     module, kind = name.split(".")
@@ -174,13 +123,12 @@ def _converted(release: Release, name: str, model: torch.nn.Module, lora: Path) 
 def _module(release: Release, name: str) -> Any:
     """Return the shipped module `diffsynth.<name>`."""
     alias = f"_lora_harness_diffsynth_{abs(hash(release)):x}"
-    for package in ("", ".core", ".core.loader"):
-        _empty_package(alias + package, release.folder.joinpath("diffsynth", *package.split(".")[1:]))
+    release.hollow(("", ".core", ".core.loader"), alias=alias)
     return importlib.import_module(f"{alias}.{name}")
 
 
-def _empty_package(name: str, folder: Path) -> None:
-    if name not in sys.modules:
-        package = ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
+LIVE = (
+    LiveLoader("diffsynth", load, package=PACKAGE),
+    LiveLoader("diffsynth-hot", load_hot, package=PACKAGE),
+    LiveLoader("diffsynth-flux", load_flux, package=PACKAGE),
+)

@@ -7,26 +7,25 @@ stands a UNet, which Stable Diffusion's mixin does not load without.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
 from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
 
-# model class -> (mixin of its pipeline, the pipeline's name for the model)
+# family of the model -> (mixin of its pipeline, the pipeline's name for the model)
 PIPELINE_MIXINS = {
-    "QwenImageTransformer2DModel": ("QwenImageLoraLoaderMixin", "transformer"),
-    "FluxTransformer2DModel": ("FluxLoraLoaderMixin", "transformer"),
-    "UNet2DConditionModel": ("StableDiffusionLoraLoaderMixin", "unet"),
-    "CLIPTextModel": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
-    "CLIPTextModelWithProjection": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
+    "qwen-image": ("QwenImageLoraLoaderMixin", "transformer"),
+    "flux": ("FluxLoraLoaderMixin", "transformer"),
+    "unet": ("StableDiffusionLoraLoaderMixin", "unet"),
+    "clip": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
 }
 # It knows DiffSynth files by `.default.` in a key or by an alpha, and passes over bare `.lora_A.weight` keys.
 FORMATS = ("diffusers", "kohya", "diffsynth")
@@ -40,54 +39,41 @@ UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("qkv-split", "qwen-image-fused"): "the LoRA of q, k or v matches no layer where they are merged",
     ("diffsynth", "sd-unet"): "DiffSynth's names are read for transformers only",
     ("diffsynth", "flux"): "DiffSynth's own FLUX names are not diffusers'",
-    (
-        "kohya",
-        "clip-text",
-    ): "what it loads of a text encoder, and at which scale, depends on which modules the file has",
+    ("kohya", "clip-text"): "what it loads of a text encoder, and how strong, depends on which modules the file has",
     ("diffsynth", "clip-text"): "DiffSynth's names are read for transformers only",
 }
 BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux", "clip-text")
 VARIANTS = ("lora", "rslora", "conv", "qkv-split", "qkv-merged")
-_LOADED = "_lora_harness_loaded"
+_declared = functools.partial(loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED)
 
 
 def unload(model: torch.nn.Module) -> None:
     """Delete the adapter loaded last; the ones before it keep their strengths."""
-    loaded = _loaded(model)
-    name, _ = loaded.popitem()
-    pipeline = _pipeline(model)
-    with _quiet():
-        pipeline.delete_adapters(name)
-        if loaded:
-            pipeline.set_adapters(list(loaded), adapter_weights=list(loaded.values()))
+    strengths, pipeline = held(model), _pipeline(model)
+    strengths.pop()
+    with quiet("diffusers", "peft", "transformers"):
+        pipeline.delete_adapters(f"lora_{len(strengths)}")
+        if strengths:
+            _activate(pipeline, strengths)
         else:
             pipeline.unload_lora_weights()
 
 
 def set_strength(model: torch.nn.Module, strength: float) -> None:
     """Call `set_adapters` with another weight for the adapter loaded last."""
-    loaded = _loaded(model)
-    loaded[next(reversed(loaded))] = strength
-    _pipeline(model).set_adapters(list(loaded), adapter_weights=list(loaded.values()))
+    held(model)[-1] = strength
+    _activate(_pipeline(model), held(model))
 
 
 def unfuse(model: torch.nn.Module) -> None:
     """Undo the last `load_fused` with `unfuse_lora`, then remove the adapter."""
     pipeline = _pipeline(model)
-    with _quiet():
-        pipeline.unfuse_lora(components=[_component(model)])
+    with quiet("diffusers", "peft", "transformers"):
+        pipeline.unfuse_lora(components=[_mixin(model)[1]])
         pipeline.unload_lora_weights()
 
 
-@loader(
-    formats=FORMATS,
-    benches=BENCHES,
-    variants=VARIANTS,
-    unsupported=UNSUPPORTED,
-    unload=unload,
-    set_strength=set_strength,
-    strength_argument="adapter_weights",
-)
+@_declared(unload=unload, set_strength=set_strength, strength_argument="adapter_weights")
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add `lora` as a runtime adapter: `load_lora_weights`, then `set_adapters` with the strength as its weight.
 
@@ -96,24 +82,14 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     Raises:
         NotImplementedError: no pipeline mixin is known for the class of `model`.
     """
-    loaded = _loaded(model)
-    name = f"lora_{len(loaded)}"
-    pipeline = _pipeline(model)
-    with _quiet():
-        pipeline.load_lora_weights(str(lora), adapter_name=name)
-        weights = {**loaded, name: strength}
-        pipeline.set_adapters(list(weights), adapter_weights=list(weights.values()))
-    loaded[name] = strength
+    strengths, pipeline = held(model), _pipeline(model)
+    with quiet("diffusers", "peft", "transformers"):
+        pipeline.load_lora_weights(str(lora), adapter_name=f"lora_{len(strengths)}")
+        _activate(pipeline, [*strengths, strength])
+    strengths.append(strength)
 
 
-@loader(
-    formats=FORMATS,
-    benches=BENCHES,
-    variants=VARIANTS,
-    unsupported=UNSUPPORTED,
-    unload=unfuse,
-    strength_argument="lora_scale",
-)
+@_declared(unload=unfuse, strength_argument="lora_scale")
 def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Fuse `lora` into the weights: `load_lora_weights`, then `fuse_lora(lora_scale=strength)`.
 
@@ -123,45 +99,23 @@ def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
         NotImplementedError: no pipeline mixin is known for the class of `model`.
     """
     pipeline = _pipeline(model)
-    with _quiet():
+    with quiet("diffusers", "peft", "transformers"):
         pipeline.unload_lora_weights()
         pipeline.load_lora_weights(str(lora), adapter_name="lora")
         pipeline.set_adapters("lora")  # raises when nothing of the file was loaded
-        pipeline.fuse_lora(components=[_component(model)], lora_scale=strength)
+        pipeline.fuse_lora(components=[_mixin(model)[1]], lora_scale=strength)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep logs and the progress bar, which transformers shows for every text encoder, out of the output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet("diffusers", "peft", "transformers"):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _loaded(model: torch.nn.Module) -> dict[str, float]:
-    """Adapter name -> strength, in load order; kept on the model because diffusers remembers no weights."""
-    if not hasattr(model, _LOADED):
-        setattr(model, _LOADED, {})
-    loaded: dict[str, float] = getattr(model, _LOADED)
-    return loaded
-
-
-def _component(model: torch.nn.Module) -> str:
-    return _mixin(model)[1]
+def _activate(pipeline: Any, strengths: list[float]) -> None:
+    """Make every adapter loaded active at its strength; these are kept because diffusers remembers no weights."""
+    pipeline.set_adapters([f"lora_{number}" for number in range(len(strengths))], adapter_weights=strengths)
 
 
 def _mixin(model: torch.nn.Module) -> tuple[str, str]:
-    for kind in type(model).__mro__:
-        if kind.__name__ in PIPELINE_MIXINS:
-            return PIPELINE_MIXINS[kind.__name__]
-    raise NotImplementedError(f"no diffusers pipeline is known for {type(model).__name__}")
+    kind = family(model)
+    if kind is None:
+        raise NotImplementedError(f"no diffusers pipeline is known for {type(model).__name__}")
+    return PIPELINE_MIXINS[kind]
 
 
 def _pipeline(model: torch.nn.Module) -> Any:
@@ -187,3 +141,7 @@ def _bystander() -> torch.nn.Module:
     widths = {"block_out_channels": (2,), "norm_num_groups": 1, "cross_attention_dim": 2, "attention_head_dim": 1}
     unet: torch.nn.Module = UNet2DConditionModel(sample_size=2, layers_per_block=1, **blocks, **widths)
     return unet
+
+
+_NEEDS = ("diffusers", "peft")
+LIVE = (LiveLoader("diffusers", load, _NEEDS), LiveLoader("diffusers-fused", load_fused, _NEEDS))

@@ -20,14 +20,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import LoaderSpecError
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
 from harness.loaders.quiet import quiet
-from harness.loaders.releases import find_releases
+from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:
     import torch
 
+PACKAGE = Package("invokeai", tested=("6.14.2",))
 FORMATS = ("kohya", "diffusers", "diffsynth")
 BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "clip-text")
 VARIANTS = ("lora", "rslora", "conv", "tucker", "dora", "loha", "lokr", "full")
@@ -41,48 +43,41 @@ PACKAGES = ("", ".app", ".backend", ".backend.util", ".backend.model_manager", "
 _CACHE = "invokeai.backend.model_manager.load.model_cache"
 _CONVERSIONS = "invokeai.backend.patches.lora_conversions"
 _TEXT_PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_")
-_OPEN = "_lora_harness_invokeai"
+_declared = functools.partial(
+    loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="weight"
+)
 
 
 def unload(model: torch.nn.Module) -> None:
     """Leave the block that the last load entered: it restores the weights, or clears the sidecars."""
-    getattr(model, _OPEN).pop().close()
+    held(model).pop().close()
 
 
-@loader(
-    formats=FORMATS,
-    benches=BENCHES,
-    variants=VARIANTS,
-    unsupported=UNSUPPORTED,
-    unload=unload,
-    strength_argument="weight",
-)
-def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+@_declared(unload=unload)
+def load(model: torch.nn.Module, lora: Path, *, release: Release, strength: float = 1.0) -> None:
     """Add the LoRA to the weights of `model`, as InvokeAI does for layers on a GPU.
 
     Raises:
-        LoaderSpecError: no release of invokeai is there.
         NotImplementedError: the shipped code has no converter for the class of `model`.
     """
-    _patch(model, lora, strength, force_direct_patching=True)
+    _patch(release, model, lora, strength, force_direct_patching=True)
 
 
-@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="weight")
-def load_sidecar(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+@_declared()
+def load_sidecar(model: torch.nn.Module, lora: Path, *, release: Release, strength: float = 1.0) -> None:
     """Compute the LoRA beside the layers of `model`, as InvokeAI does for quantised layers and layers on the CPU.
 
     Raises:
-        LoaderSpecError: no release of invokeai is there.
         NotImplementedError: the shipped code has no converter for the class of `model`.
     """
-    _, autocast = shipped()
-    if not hasattr(model, _OPEN):
+    _, autocast = shipped(release)
+    if not held(model):
         autocast.apply_custom_layers_to_model(model)  # its model cache does so when a model is loaded
-    _patch(model, lora, strength, force_sidecar_patching=True)
+    _patch(release, model, lora, strength, force_sidecar_patching=True)
 
 
-def _patch(model: torch.nn.Module, lora: Path, strength: float, **how: bool) -> None:
-    layer_patcher, _ = shipped()
+def _patch(release: Release, model: torch.nn.Module, lora: Path, strength: float, **how: bool) -> None:
+    layer_patcher, _ = shipped(release)
     dtype = next(model.parameters()).dtype
     with quiet(""):
         patch, prefix = _convert(model, lora)
@@ -91,9 +86,7 @@ def _patch(model: torch.nn.Module, lora: Path, strength: float, **how: bool) -> 
         opened.enter_context(
             layer_patcher.LayerPatcher.apply_smart_model_patches(model, [(patch, strength)], prefix, dtype, **how)
         )
-    if not hasattr(model, _OPEN):
-        setattr(model, _OPEN, [])
-    getattr(model, _OPEN).append(opened)
+    held(model).append(opened)
 
 
 def _convert(model: torch.nn.Module, lora: Path) -> tuple[Any, str]:
@@ -102,15 +95,15 @@ def _convert(model: torch.nn.Module, lora: Path) -> tuple[Any, str]:
 
     adapters = importlib.import_module(f"{_CONVERSIONS}.peft_adapter_utils")
     tensors = adapters.normalize_peft_adapter_names(load_file(str(lora)))
-    kinds = [kind.__name__ for kind in type(model).__mro__]
-    if "QwenImageTransformer2DModel" in kinds:
+    kind = family(model)
+    if kind == "qwen-image":
         qwen = importlib.import_module(f"{_CONVERSIONS}.qwen_image_lora_conversion_utils")
         prefix = qwen.QWEN_IMAGE_EDIT_LORA_TRANSFORMER_PREFIX
         return qwen.lora_model_from_qwen_image_state_dict(state_dict=tensors, alpha=None), prefix
     sd = importlib.import_module(f"{_CONVERSIONS}.sd_lora_conversion_utils")
-    if "UNet2DConditionModel" in kinds:
+    if kind == "unet":
         return sd.lora_model_from_sd_state_dict(state_dict=tensors), "lora_unet_"
-    if any(kind.startswith("CLIPTextModel") for kind in kinds):
+    if kind == "clip":
         first = next(iter(tensors), "")
         prefix = next(filter(first.startswith, _TEXT_PREFIXES), "lora_te_")
         return sd.lora_model_from_sd_state_dict(state_dict=tensors), prefix
@@ -118,17 +111,12 @@ def _convert(model: torch.nn.Module, lora: Path) -> tuple[Any, str]:
 
 
 @functools.cache
-def shipped() -> tuple[Any, Any]:
+def shipped(release: Release) -> tuple[Any, Any]:
     """Return the shipped modules with `LayerPatcher` and with `apply_custom_layers_to_model`.
 
-    Raises:
-        LoaderSpecError: no release of invokeai is there.
+    They import each other by their full names, so a process can have one release of them.
     """
-    found = find_releases("invokeai")
-    if not found:
-        raise LoaderSpecError("invokeai: no release is here; run `python -m harness.loaders.releases invokeai==6.14.2`")
-    for package in (*PACKAGES, _CACHE.removeprefix("invokeai")):
-        _empty_package(f"invokeai{package}", found[-1].folder.joinpath("invokeai", *package.split(".")[1:]))
+    release.hollow((*PACKAGES, _CACHE.removeprefix("invokeai")))
     for name, values in _services().items():
         sys.modules.setdefault(name, _module(name, values))
     patcher = importlib.import_module("invokeai.backend.patches.layer_patcher")
@@ -159,8 +147,7 @@ def _module(name: str, values: dict[str, object]) -> ModuleType:
     return module
 
 
-def _empty_package(name: str, folder: Path) -> None:
-    if name not in sys.modules:
-        package = ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
+LIVE = (
+    LiveLoader("invokeai", load, ("einops",), package=PACKAGE),
+    LiveLoader("invokeai-sidecar", load_sidecar, ("einops",), package=PACKAGE),
+)

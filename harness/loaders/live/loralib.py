@@ -15,11 +15,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.files import LoraAdapter, match_modules, read_lora
+from harness.loaders.live import LiveLoader
 from harness.loaders.protocol import EVERY_BENCH, loader
 
 if TYPE_CHECKING:
     import torch
+
+    from harness.files import LoraAdapter
 
 VARIANTS = ("lora", "conv", "embedding", "rslora", "dora", "loha", "lokr", "lora-bias")
 UNSUPPORTED: dict[tuple[str, ...], str] = {
@@ -38,6 +40,8 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     Raises:
         NotImplementedError: loralib has no layer for a module, or no scaling of this kind.
     """
+    from harness.files import match_modules, read_lora
+
     adapter = read_lora(lora)
     names, _ = match_modules(adapter, [name for name, _ in model.named_modules() if name])
     for name, path in names.items():
@@ -97,3 +101,6 @@ def _pair(new: Any, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]
             "lora_B": torch.kron(b.flatten(1), torch.eye(new.conv.kernel_size[0]).to(b)),
         }
     return {"lora_A": a.repeat(new.lora_A.shape[0] // a.shape[0], 1), "lora_B": b}
+
+
+LIVE = (LiveLoader("loralib", load, ("loralib",)),)

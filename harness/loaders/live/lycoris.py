@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import held
 from harness.loaders.protocol import EVERY_BENCH, loader
 from harness.loaders.quiet import quiet
 
@@ -21,17 +23,16 @@ FORMATS = ("kohya",)
 BENCHES = tuple(name for name in EVERY_BENCH if name != "gpt2")  # it has no layers of transformers' own kind
 VARIANTS = ("lora", "conv", "tucker", "dora", "loha", "lokr", "full")
 PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_transformer")
-_LOADED = "_lora_harness_lycoris"
 
 
 def unload(model: torch.nn.Module) -> None:
     """Take the network loaded last out of the forward of every module it wraps (`restore`)."""
-    getattr(model, _LOADED).pop().restore()
+    held(model).pop().restore()
 
 
 def set_strength(model: torch.nn.Module, strength: float) -> None:
     """Give the network loaded last another multiplier."""
-    getattr(model, _LOADED)[-1].set_multiplier(strength)
+    held(model)[-1].set_multiplier(strength)
 
 
 @loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, strength_argument="weight")
@@ -64,9 +65,7 @@ def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -
     with quiet("LyCORIS"):
         network = _network(model, lora, strength)
         network.apply_to()
-    if not hasattr(model, _LOADED):
-        setattr(model, _LOADED, [])  # a list, so that the network does not become a submodule of the model
-    getattr(model, _LOADED).append(network)
+    held(model).append(network)
 
 
 def _network(model: torch.nn.Module, lora: Path, multiplier: float) -> Any:
@@ -97,3 +96,9 @@ def _prefix(network: Any, prefix: str) -> Iterator[None]:
         yield
     finally:
         network.apply_preset({"lora_prefix": before})
+
+
+LIVE = (
+    LiveLoader("lycoris", load, ("lycoris-lora",)),
+    LiveLoader("lycoris-runtime", load_runtime, ("lycoris-lora",)),
+)

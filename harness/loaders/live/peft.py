@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import held
 from harness.loaders.protocol import EVERY_BENCH, loader
 from harness.loaders.quiet import quiet
 
@@ -13,6 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 VARIANTS = ("lora", "rslora", "conv", "embedding", "dora", "loha", "lokr", "lora-bias")
+# All of it is right, at 5 s a cell: one bench for each kind of layer is enough of it, the merged `peft` has the rest.
+_ELSEWHERE = "left out for its time: PEFT has the same layers for it on clip-text"
+_OTHERS = tuple(variant for variant in VARIANTS if variant != "lora")
+RUNTIME_UNSUPPORTED: dict[tuple[str, ...], str] = {
+    **{(bench, variant): _ELSEWHERE for bench in ("qwen-image", "qwen-image-fused") for variant in _OTHERS},
+    **{("sd-unet", variant): _ELSEWHERE for variant in VARIANTS if variant != "conv"},
+    ("flux",): _ELSEWHERE,
+}
 
 
 @loader(formats={"peft"}, benches=EVERY_BENCH, variants=VARIANTS, strength_argument="scale")
@@ -24,52 +34,20 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.
     Raises:
         FileNotFoundError: `lora` is no folder with `adapter_config.json` and `adapter_model.safetensors`.
     """
-    _require_folder(lora)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file must not become a download
-    from peft import PeftModel
-
     with quiet("peft"):
-        adapted = PeftModel.from_pretrained(model, str(lora), use_safetensors=True)
-        _set_strength(adapted, strength)
+        adapted = _adapted(model, lora, "default")
+        _set_scale(adapted, "default", strength)
         merged: torch.nn.Module = adapted.merge_and_unload()
     return merged
 
 
-def _require_folder(lora: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (lora / name).is_file():
-            raise FileNotFoundError(f"{lora} is no PEFT folder: it has no {name}")
-
-
-def _set_strength(adapted: torch.nn.Module, strength: float) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in adapted.modules():
-        set_scale: Any = getattr(module, "set_scale", None)
-        if isinstance(module, BaseTunerLayer) and set_scale is not None:
-            set_scale("default", strength)  # relative to the trained scaling; zero and negative values are kept
-
-
-# All of it is right, at 5 s a cell: one bench for each kind of layer is enough of it, the merged `peft` has the rest.
-_ELSEWHERE = "left out for its time: PEFT has the same layers for it on clip-text"
-_OTHERS = tuple(variant for variant in VARIANTS if variant != "lora")
-UNSUPPORTED: dict[tuple[str, ...], str] = {
-    **{(bench, variant): _ELSEWHERE for bench in ("qwen-image", "qwen-image-fused") for variant in _OTHERS},
-    **{("sd-unet", variant): _ELSEWHERE for variant in VARIANTS if variant != "conv"},
-    ("flux",): _ELSEWHERE,
-}
-_PREFIX = "lora_"
-_LOADED = "_lora_harness_peft"
-
-
 def unload(model: torch.nn.Module) -> None:
     """Take the adapter loaded last away; with the last one gone the base model comes back (`PeftModel.unload`)."""
-    held: list[Any] = getattr(model, _LOADED)
-    adapted = held[0]
+    (adapted,) = held(model)
     names = list(adapted.peft_config)
     if len(names) == 1:
         adapted.unload()
-        held.clear()
+        held(model).clear()
         return
     adapted.delete_adapter(names[-1])
     adapted.base_model.set_adapter(names[:-1])
@@ -77,7 +55,7 @@ def unload(model: torch.nn.Module) -> None:
 
 def set_strength(model: torch.nn.Module, strength: float) -> None:
     """Give the adapter loaded last another strength."""
-    adapted = getattr(model, _LOADED)[0]
+    (adapted,) = held(model)
     _set_scale(adapted, list(adapted.peft_config)[-1], strength)
 
 
@@ -85,7 +63,7 @@ def set_strength(model: torch.nn.Module, strength: float) -> None:
     formats={"peft"},
     benches=EVERY_BENCH,
     variants=VARIANTS,
-    unsupported=UNSUPPORTED,
+    unsupported=RUNTIME_UNSUPPORTED,
     unload=unload,
     set_strength=set_strength,
     strength_argument="scale",
@@ -99,27 +77,40 @@ def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -
     Raises:
         FileNotFoundError: `lora` is no folder with `adapter_config.json` and `adapter_model.safetensors`.
     """
+    kept = held(model)
+    with quiet("peft"):
+        name = f"lora_{len(kept[0].peft_config) if kept else 0}"
+        if kept:
+            _require_folder(lora)
+            kept[0].load_adapter(str(lora), adapter_name=name, use_safetensors=True)
+            kept[0].base_model.set_adapter(list(kept[0].peft_config))
+        else:
+            kept.append(_adapted(model, lora, name))
+        _set_scale(kept[0], name, strength)
+
+
+def _adapted(model: torch.nn.Module, lora: Path, name: str) -> Any:
     _require_folder(lora)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file must not become a download
     from peft import PeftModel
 
-    if not hasattr(model, _LOADED):
-        setattr(model, _LOADED, [])  # a list, so that the PeftModel around it does not become its own submodule
-    held: list[Any] = getattr(model, _LOADED)
-    with quiet("peft"):
-        name = f"{_PREFIX}{len(held[0].peft_config) if held else 0}"
-        if not held:
-            held.append(PeftModel.from_pretrained(model, str(lora), adapter_name=name, use_safetensors=True))
-        else:
-            held[0].load_adapter(str(lora), adapter_name=name, use_safetensors=True)
-            held[0].base_model.set_adapter(list(held[0].peft_config))
-        _set_scale(held[0], name, strength)
+    return PeftModel.from_pretrained(model, str(lora), adapter_name=name, use_safetensors=True)
+
+
+def _require_folder(lora: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (lora / name).is_file():
+            raise FileNotFoundError(f"{lora} is no PEFT folder: it has no {name}")
 
 
 def _set_scale(adapted: torch.nn.Module, name: str, strength: float) -> None:
+    """Set what multiplies the trained scaling of the adapter `name`; zero and negative values are kept."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in adapted.modules():
         set_scale: Any = getattr(module, "set_scale", None)
         if isinstance(module, BaseTunerLayer) and set_scale is not None:
             set_scale(name, strength)  # a layer that has no adapter of this name passes over it
+
+
+LIVE = (LiveLoader("peft", load, ("peft",)), LiveLoader("peft-runtime", load_runtime, ("peft",)))

@@ -17,33 +17,40 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.checkouts import CHECKOUTS
+from harness.loaders.checkouts import Checkout
+from harness.loaders.live import LiveLoader
+from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
 from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
 
-CHECKOUT = CHECKOUTS["sd-scripts"]
+CHECKOUT = Checkout(
+    "sd-scripts",
+    "LORA_HARNESS_SD_SCRIPTS",
+    "networks/lora.py",
+    "https://github.com/kohya-ss/sd-scripts",
+    absent=("torchvision", "cv2"),
+)
 FORMATS = ("kohya",)
-NETWORK_BENCHES = ("sd-unet", "clip-text")
+NETWORK_BENCHES, _NETWORK_FAMILIES = ("sd-unet", "clip-text"), ("unet", "clip")
 BENCHES = ("qwen-image", "qwen-image-fused", *NETWORK_BENCHES)
 _OTHER_PARTS = ("tucker", "dora", "loha", "lokr", "full")
 VARIANTS = ("lora", "conv", *_OTHER_PARTS)
 UNSUPPORTED: dict[tuple[str, ...], str] = {
     (variant,): "its networks have lora_up and lora_down alone; LyCORIS reads its own files" for variant in _OTHER_PARTS
 }
-_NETWORKS = "_lora_harness_sd_scripts"
 
 
 def unload(model: torch.nn.Module) -> None:
     """Switch the network loaded last off (`set_enabled(False)`), the way sd-scripts has to do without it."""
-    getattr(model, _NETWORKS).pop().set_enabled(False)
+    held(model).pop().set_enabled(False)
 
 
 def set_strength(model: torch.nn.Module, strength: float) -> None:
     """Give the network loaded last another multiplier."""
-    getattr(model, _NETWORKS)[-1].set_multiplier(strength)
+    held(model)[-1].set_multiplier(strength)
 
 
 @loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="multiplier")
@@ -55,7 +62,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """
     shipped()
     with quiet(""):
-        if _parts(model) is None:
+        if family(model) not in _NETWORK_FAMILIES:
             _merge_while_reading(model, lora, strength)
         else:
             network, tensors = _network(model, lora, strength)
@@ -80,7 +87,7 @@ def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -
         NotImplementedError: `model` is neither a UNet nor a CLIP text encoder.
     """
     shipped()
-    if _parts(model) is None:
+    if family(model) not in _NETWORK_FAMILIES:
         raise NotImplementedError(f"sd-scripts has no network for {type(model).__name__}")
     with quiet(""):
         network, tensors = _network(model, lora, strength)
@@ -88,17 +95,7 @@ def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -
         network.load_state_dict(tensors, False)
         base = next(model.parameters())
         network.to(base.device, dtype=base.dtype).eval()
-    if not hasattr(model, _NETWORKS):
-        setattr(model, _NETWORKS, [])  # a list, so that the network does not become a submodule of the model
-    getattr(model, _NETWORKS).append(network)
-
-
-def _parts(model: torch.nn.Module) -> str | None:
-    """Return which part of a Stable Diffusion pipeline `model` is, or None when it is no part of one."""
-    names = [kind.__name__ for kind in type(model).__mro__]
-    if "UNet2DConditionModel" in names:
-        return "unet"
-    return "text_encoder" if any(name.startswith("CLIPTextModel") for name in names) else None
+    held(model).append(network)
 
 
 def _pair(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -106,7 +103,7 @@ def _pair(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
     import torch
 
     other = torch.nn.Module()
-    return (other, model) if _parts(model) == "unet" else (model, other)
+    return (other, model) if family(model) == "unet" else (model, other)
 
 
 def _network(model: torch.nn.Module, lora: Path, multiplier: float) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -151,3 +148,10 @@ def shipped() -> tuple[Any, Any]:
     with quiet(""):
         networks, lora_utils = CHECKOUT.modules("networks.lora", "library.lora_utils")
     return networks, lora_utils
+
+
+_NEEDS = ("diffusers", "transformers")
+LIVE = (
+    LiveLoader("sd-scripts", load, _NEEDS, checkout=CHECKOUT, shipped=shipped),
+    LiveLoader("sd-scripts-runtime", load_runtime, _NEEDS, checkout=CHECKOUT, shipped=shipped),
+)

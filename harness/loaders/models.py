@@ -1,8 +1,9 @@
-"""The models under test as ComfyUI and DiffSynth have them: the same layers under those applications' names.
+"""The models under test as live loaders need them: their family, what loads left on them, and other names for them.
 
-Their own classes are made for original checkpoints (`input_blocks.1.1.proj_in`, `double_blocks.0.img_attn.qkv`), and
-aliases of keys lead there. Here the diffusers model stays and its layers are put into a tree of those names, which the
-shipped tables give; where the original has one layer for several, the weights of these become rows of one tensor.
+ComfyUI and DiffSynth make their own classes for original checkpoints (`input_blocks.1.1.proj_in`,
+`double_blocks.0.img_attn.qkv`), and aliases of keys lead there. Here the diffusers model stays and its layers are put
+into a tree of those names, which the shipped tables give; where the original has one layer for several, the weights of
+these become rows of one tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,30 @@ if TYPE_CHECKING:
     import torch
 
     Rows = tuple[int, "torch.nn.Module"]  # where they begin in the merged layer, and whose they are
+
+
+_FAMILIES = {
+    "QwenImageTransformer2DModel": "qwen-image",
+    "FluxTransformer2DModel": "flux",
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "clip",
+    "CLIPTextModelWithProjection": "clip",
+}
+_HELD = "_lora_harness_held"
+
+
+def family(model: torch.nn.Module) -> str | None:
+    """Return what `model` is, `qwen-image`, `flux`, `unet` or `clip`, or None when it is something else."""
+    return next((_FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _FAMILIES), None)
+
+
+def held(model: torch.nn.Module) -> list[Any]:
+    """Return the list, kept on `model`, of what a loader needs of its earlier loads, the last one last.
+
+    In a list nothing becomes a submodule of the model.
+    """
+    kept: list[Any] = vars(model).setdefault(_HELD, [])
+    return kept
 
 
 def unet_config(model: Any) -> dict[str, Any]:
