@@ -120,6 +120,13 @@ def _parse(path: Path, table: dict[str, object]) -> KnownFailure:
     return KnownFailure(**values)  # type: ignore[arg-type]
 
 
+def known_failures(source: str | None) -> tuple[KnownFailure, ...]:
+    """Return the known failures of the file `source`, the shipped ones when it is `shipped`, none without it."""
+    if source is None:
+        return ()
+    return tuple(shipped_known_failures() if source == "shipped" else read_known_failures(Path(source)))
+
+
 def shipped_known_failures() -> list[KnownFailure]:
     """Return the known failures of the loaders this package tests, from `fixtures/known_failures/`."""
     return [known for path in sorted(_shipped_folder().glob("*.toml")) for known in read_known_failures(path)]

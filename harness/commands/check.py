@@ -51,6 +51,7 @@ def command(
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
     from harness.checks.cell import cells_of
+    from harness.checks.known import known_failures as read_known
     from harness.checks.plan import Plan
     from harness.checks.run import check_cells
     from harness.isolation.limits import Limits
@@ -61,7 +62,7 @@ def command(
 
     places = [names or None for names in (formats, benches, variants)]
     limits = Limits(time_limit, workers=shared.worker_count(workers))
-    plan = Plan(max_examples, seed, pins, tuple(shared.known_failures(known_failures)))
+    plan = Plan(max_examples, seed, pins, read_known(known_failures))
     work = [cells_of(resolve(spec), *places) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []

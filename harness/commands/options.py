@@ -17,7 +17,6 @@ from harness.loaders.protocol import COMMAND, FUNCTION
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
-    from harness.checks.known import KnownFailure
     from harness.checks.run_cell import Measured
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
@@ -121,15 +120,6 @@ def pin_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in _PINS:
         folded = option(folded)
     return folded
-
-
-def known_failures(source: str | None) -> list[KnownFailure]:
-    """Read known failures from a file, or the shipped ones when `source` is `shipped`."""
-    from harness.checks.known import read_known_failures, shipped_known_failures
-
-    if source is None:
-        return []
-    return shipped_known_failures() if source == "shipped" else read_known_failures(Path(source))
 
 
 @contextmanager

@@ -44,6 +44,7 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 @shared.json_option
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
+    from harness.checks.known import known_failures
     from harness.commands.options import finish
     from harness.loaders.registry import available
     from harness.report.environment import new_header
@@ -54,7 +55,7 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     drawn = _drawn(loaders) if options["images"] else []
     planned += [f"sweep:{name}" for name in drawn]
     header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
-    options["known"] = tuple(shared.known_failures(options["known_failures"]))
+    options["known"] = known_failures(options["known_failures"])
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
         _check(writer, loaders, quick, seed, as_json, options)
         if options["images"]:

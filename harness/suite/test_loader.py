@@ -23,14 +23,14 @@ def loaders_under_test(config: pytest.Config) -> list[str]:
 
 def plan_of(config: pytest.Config) -> Plan:
     """Return the plan of the options; without `--lora-loader` the shipped known failures apply."""
+    from harness.checks.known import known_failures
     from harness.checks.plan import Plan
-    from harness.commands.options import known_failures
 
     named, source = config.getoption("--lora-loader"), config.getoption("--lora-known-failures")
     return Plan(
         config.getoption("--lora-max-examples"),
         config.getoption("--lora-seed"),
-        known=tuple(known_failures(source or (None if named else "shipped"))),
+        known=known_failures(source or (None if named else "shipped")),
         share=1.0 if named else 1 / 20,
     )
 
