@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harness.law.probe import Probe
+from harness.law.scale import trained_scale
 
 SECOND = Probe("m", 0.5, 1, (16.0, 12.0, 7.0), (2, 4, 5), 1.5, 0.25)
 
@@ -18,6 +19,11 @@ def test_alpha_and_rank_are_those_of_the_modules_place() -> None:
 def test_the_trained_scale_is_strength_times_alpha_over_rank() -> None:
     assert SECOND.expected == 1.5  # 0.5 * 12 / 4
     assert replace(SECOND, strength=-3.0, index=0).expected == -24.0  # -3 * 16 / 2
+
+
+def test_a_trained_scale_is_a_fraction_and_none_without_alpha_is_one() -> None:
+    assert (trained_scale(3.0, 4), trained_scale(3.0, 4, rslora=True), trained_scale(None, 4)) == (0.75, 1.5, 1.0)
+    assert (trained_scale(6.0, 1), trained_scale(6.0, 0)) == (6.0, 1.0)
 
 
 def test_another_alpha_or_rank_would_have_given_another_scale() -> None:
