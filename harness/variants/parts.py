@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from harness.benches.layer import Layer
 from harness.measure.compare import Direction, Fit, low_rank, norm
 from harness.measure.tolerance import tolerance
-from harness.reference.closed_form import dora_weight, loha_product, lokr_product, tucker_product
+from harness.reference.closed_form import dora_weight, tucker_product
 from harness.variants.variant import Parts, Update
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def loha_direction(parts: Parts, layer: Layer) -> Direction:
     w1_a, w1_b, w2_a, w2_b = (parts[role] for role in _HADA)
     first, second = low_rank(w1_b, w1_a), low_rank(w2_b, w2_a)
     outer = (first.outer * second.product).square() + (second.outer * first.product).square()
-    return Direction(loha_product((w1_a, w1_b), (w2_a, w2_b)), outer.sqrt(), 2 * first.rank)
+    return Direction(first.product * second.product, outer.sqrt(), 2 * first.rank)
 
 
 def factors_of(number: int) -> tuple[int, int]:
@@ -165,7 +165,8 @@ def draw_lokr(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor
 
 def lokr_direction(parts: Parts, layer: Layer) -> Direction:
     """Return the Kronecker product w1 ⊗ (w2_a w2_b)."""
+    import torch
+
     second = low_rank(parts["lokr_w2_b"], parts["lokr_w2_a"])
     first = parts["lokr_w1"].double()
-    outer = lokr_product((first.abs(),), (second.outer,))
-    return Direction(lokr_product((first,), (second.product,)), outer, second.rank)
+    return Direction(torch.kron(first, second.product), torch.kron(first.abs(), second.outer), second.rank)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from harness.files import LoraAdapter, LoraParts, LoraWeights, match_modules, read_lora, write_lora
-from harness.reference import closed_form as variants
+from tests import closed_form as variants
 
 
 def delta(adapter: LoraAdapter, name: str) -> torch.Tensor:
