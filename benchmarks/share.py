@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.tools import judged, table
 from harness.checks.cell import Cell, declared_cells
 from harness.checks.plan import Plan
-from harness.checks.run_cell import check_cell
+from harness.checks.run import check_cell
 from harness.commands.options import known_failures
 from harness.isolation.jobs import TimeLimitExceeded
 from harness.isolation.limits import alarm

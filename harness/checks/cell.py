@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,20 +92,22 @@ class Cell:
 
 def cells_of(
     subject: Subject,
-    formats: Sequence[str] | None = None,
-    benches: Sequence[str] | None = None,
-    variants: Sequence[str] | None = None,
+    formats: Iterable[str] | None = None,
+    benches: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
 ) -> tuple[list[Cell], list[Verdict]]:
     """Return the cells to check, and a skipped verdict for each wanted one that the loader does not declare.
 
-    What no file can be, such as a convolution on a model that has none, is no cell at all.
+    None stands for all that it declares. What no file can be, such as a convolution on a model that has none, is no
+    cell at all.
 
     Raises:
         UserError: an unknown format, bench or variant, or nothing to check.
     """
-    _known_names(formats, benches, variants)
+    wanted = [None if names is None else tuple(names) for names in (formats, benches, variants)]
+    _known_names(*wanted)
     cells, skipped = [], []
-    for cell in _product(subject, formats, benches, variants):
+    for cell in _product(subject, *wanted):
         reason = subject.unsupported(cell.format, cell.bench_name, cell.variant_name)
         if reason is None:
             cells.append(cell)

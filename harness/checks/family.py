@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeVar
 
 from harness.checks.cell import Cell
 from harness.checks.observation import Observation, wrong_direction
@@ -44,6 +44,7 @@ class Finding:
 
 Judge = Callable[[Observation], Iterable[Finding]]
 Sequel = Callable[[Cell, Observation, tuple[str, ...]], Iterable[Finding]]
+F = TypeVar("F", Judge, Sequel)
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ _CHECKS: list[Check] = []
 def judges(family: str, *, finds: str, codes: tuple[str, ...]) -> Callable[[Judge], Judge]:
     """Register the decorated function for every observation."""
 
-    def register(function: Judge) -> Judge:
-        _CHECKS.append(Check(family, finds, codes, judge=function))
-        return function
-
-    return register
+    return lambda function: _register(function, Check(family, finds, codes, judge=function))
 
 
 def follows(
@@ -85,11 +82,12 @@ def follows(
 ) -> Callable[[Sequel], Sequel]:
     """Register the decorated function for what comes after one load, in cells that have what it `requires`."""
 
-    def register(function: Sequel) -> Sequel:
-        _CHECKS.append(Check(family, finds, codes, requires, sequel=function))
-        return function
+    return lambda function: _register(function, Check(family, finds, codes, requires, sequel=function))
 
-    return register
+
+def _register(function: F, check: Check) -> F:
+    _CHECKS.append(check)
+    return function
 
 
 @cache

@@ -14,6 +14,7 @@ from harness.checks.plan import Plan, examples_for, planned
 from harness.checks.search import Search, observe, search
 from harness.errors import UserError
 from harness.example import Example
+from harness.fixtures import fixtures_folder
 from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
 from harness.verdict.codes import CODES
@@ -129,7 +130,8 @@ def known_failures(source: str | None) -> tuple[KnownFailure, ...]:
 
 def shipped_known_failures() -> list[KnownFailure]:
     """Return the known failures of the loaders this package tests, from `fixtures/known_failures/`."""
-    return [known for path in sorted(_shipped_folder().glob("*.toml")) for known in read_known_failures(path)]
+    paths = sorted((fixtures_folder() / "known_failures").glob("*.toml"))
+    return [known for path in paths for known in read_known_failures(path)]
 
 
 def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
@@ -180,19 +182,9 @@ def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) ->
     """Return the verdicts of a sweep with known failures marked; a line that excuses nothing turns red here too."""
     lines = [k for k in known if k.of_images and any(v.loader == k.loader for v in verdicts)]
     by_place = {(k.loader, k.code): k for k in lines}
-    excused = [_excuse(v, by_place.get((v.loader, v.code or ""))) for v in verdicts]
+    excused = [by_place[k].excuse(v) if (k := (v.loader, v.code or "")) in by_place else v for v in verdicts]
     codes = {(v.loader, v.code) for v in verdicts}
     fixed = [k for k in lines if (k.loader, k.code) not in codes]
     return excused + [
         Verdict(loader=k.loader, check="images", outcome="xpassed", code=k.code, title=k.gone()) for k in fixed
     ]
-
-
-def _excuse(verdict: Verdict, known: KnownFailure | None) -> Verdict:
-    return known.excuse(verdict) if known else verdict
-
-
-def _shipped_folder() -> Path:
-    from harness.fixtures import fixtures_folder
-
-    return fixtures_folder() / "known_failures"

@@ -49,11 +49,7 @@ def measure_law(
     subject = load if isinstance(load, Subject) else resolve(load)
     form, bench_name = subject.cells[0]
     limit = call_limit(None, subject.defaults.seconds)
-    return measure_cell_law(Cell(subject, format or form, bench or bench_name, variant, limit), alpha=alpha)
-
-
-def measure_cell_law(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:
-    """Measure the law of one cell."""
+    cell = Cell(subject, format or form, bench or bench_name, variant, limit)
     first = _measure(cell, alpha, uniform=False)
     return first if first.probes else _measure(cell, alpha, uniform=True)
 

@@ -10,7 +10,8 @@ from harness.checks.cell import Cell, cells_of
 from harness.checks.family import family_names
 from harness.checks.known import KnownFailure
 from harness.checks.plan import Plan
-from harness.checks.run import Limits, as_list, check_cells
+from harness.checks.run import check_cells
+from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.verdict.verdict import Verdict
 
@@ -49,7 +50,7 @@ def cell_tests(
     limits: Limits = Limits(),
 ) -> list[CellTest]:
     """Return one test per declared cell and check family of a loader; a cell runs once for all its families."""
-    cells, _ = cells_of(resolve(load), as_list(formats), as_list(benches), as_list(variants))
+    cells, _ = cells_of(resolve(load), formats, benches, variants)
 
     @cache
     def run(cell: Cell) -> tuple[Verdict, ...]:

@@ -1,20 +1,43 @@
-"""Check whole loaders: every declared cell in its own child process, verdicts streamed as they come."""
+"""Check whole loaders: every declared cell in its own child process, verdicts streamed as they come.
+
+A cell is checked by planned probes of the law, a random search and what follows a load; then what is known to fail.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from harness.checks.cell import Cell, cells_of
-from harness.checks.known import KnownFailure, unmatched
-from harness.checks.plan import Plan
-from harness.checks.run_cell import Measured, check_cell
+from harness.checks.describe import NamedFinding, passed
+from harness.checks.family import LAW_FAMILIES, family_names, follow
+from harness.checks.known import KnownFailure, tried_alone, unmatched
+from harness.checks.plan import Plan, examples_for, planned, smoke_example
+from harness.checks.search import Search, observe, search, shrink
+from harness.checks.trial import run_trial
+from harness.example import Example
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits, call_limit
+from harness.law.diagnosis import Diagnosis, diagnose, law_record
+from harness.law.probe import Probe
 from harness.loaders.registry import resolve
-from harness.verdict.verdict import Verdict
+from harness.verdict.codes import CODES
+from harness.verdict.verdict import LawRecord, Verdict
 
-__all__ = ["Limits", "as_list", "check_cells", "check_loader", "died"]
+__all__ = ["Limits", "Measured", "check_cell", "check_cells", "check_loader", "died"]
+
+_NOT_LOADED = ("LH101", "LH102")
+_DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304"})
+_RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell measured on the way to its verdicts: every probe, and the law that explains them if one does."""
+
+    law: LawRecord | None
+    probes: tuple[Probe, ...]
 
 
 def check_cells(
@@ -77,7 +100,7 @@ def check_loader(
         LoaderSpecError: `load` names no loader.
         UserError: an unknown format, bench or variant.
     """
-    cells, skipped = cells_of(resolve(load), as_list(formats), as_list(benches), as_list(variants))
+    cells, skipped = cells_of(resolve(load), formats, benches, variants)
     plan = Plan(max_examples=max_examples, seed=seed, known=tuple(known_failures))
     return skipped + check_cells(cells, plan, limits)
 
@@ -106,6 +129,154 @@ def _stale(known: KnownFailure) -> Verdict:
     return Verdict(loader=known.loader, check="known_failures", outcome="errored", code=known.code, title=title)
 
 
-def as_list(names: Iterable[str] | None) -> list[str] | None:
-    """Return `names` as a list; None, which stands for all, stays None."""
-    return None if names is None else list(names)
+def check_cell(
+    cell: Cell, plan: Plan, on_measured: Callable[[Measured], object] = lambda measured: None
+) -> Iterator[Verdict]:
+    """Yield one verdict per family that holds, and one per distinct fault where it does not."""
+    known = tuple(k for k in plan.known if k.applies(cell))
+    general = tuple(k for k in known if k.trait is None)
+    result = Search()
+    result.add(*observe(cell, plan.pins.example(cell) if plan.pins else smoke_example(cell, cell.targets)))
+    if "LH901" not in result.counts and "LH902" not in result.counts:
+        _measure(cell, plan, known, result)
+    diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
+    on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))
+    verdicts = list(_verdicts(cell, result, diagnosis))
+    short = not plan.whole(cell)
+    yield from (_excused(verdict, general, short=short) for verdict in verdicts)
+    shown = {k for k in general for verdict in verdicts if k.names(verdict.code, short=short)}
+    if plan.pins is None:
+        yield from (tried_alone(cell, plan, k) for k in known if k not in shown)
+
+
+def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search) -> None:
+    """Collect probes and findings: the planned examples first, then the pinned one or the random search."""
+    avoided, general = [k for k in known if k.trait], [k for k in known if k.trait is None]
+
+    def allowed(example: Example) -> bool:
+        return not any(k.covers(cell, example) for k in avoided)
+
+    for example in filter(allowed, planned(cell, plan.layers_in(cell))):
+        observation, probes, findings = observe(cell, example)
+        result.add(observation, probes, [] if plan.pins else findings)
+    if plan.pins:  # the planned examples only help to name the law of the pinned one
+        pinned = plan.pins.example(cell)
+        _add_what_follows(cell, [pinned.dtype], pinned, result)
+        return
+    strategy, smoke = examples_for(cell, plan).filter(allowed), smoke_example(cell, plan.layers_in(cell))
+    result.join(search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed))
+    for code, finding in result.findings.items() if plan.shrink else ():
+        if not _expected(code, general):
+            result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
+    _add_what_follows(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
+
+
+def _add_what_follows(cell: Cell, dtypes: Sequence[str], example: Example, result: Search) -> None:
+    for finding in follow(cell, run_trial(cell, example), tuple(dtypes)):
+        result.findings.setdefault(finding.code, finding)
+
+
+def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verdict]:
+    """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
+    smoke = [f for f in result.findings.values() if f.family == "smoke"]
+    reported: set[str] = set()
+    symptoms = Symptoms(result, diagnosis)
+    faults = [f for f in result.findings.values() if not symptoms.include(f.code)]
+    for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
+        fault = NamedFinding(cell, finding, diagnosis)
+        reported.add(fault.family)
+        yield fault.verdict(result.examples)
+    for family in family_names():
+        if family in reported or (smoke and result.examples == 1):
+            continue
+        yield passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
+
+
+def _expected(code: str, known: Sequence[KnownFailure]) -> bool:
+    """Whether a finding will be excused: its counterexample is on record, so none has to be made."""
+    return any(code == k.code or (code == "LH209" and k.of_scale) for k in known)
+
+
+def _excused(verdict: Verdict, known: Sequence[KnownFailure], *, short: bool) -> Verdict:
+    return next((k.excuse(verdict) for k in known if k.names(verdict.code, short=short)), verdict)
+
+
+@dataclass(frozen=True)
+class Symptoms:
+    """What else was found beside a finding, and the law behind the scales."""
+
+    result: Search
+    diagnosis: Diagnosis
+
+    def include(self, code: str) -> bool:
+        """Tell whether findings of `code` only follow from what another finding says."""
+        if any(code in CODES[other].explains for other in self.result.findings):
+            return True
+        if code in _RESIDUAL:
+            return self._rarer(code, 3)
+        if code in _NOT_LOADED:
+            return self._of_coverage(code)
+        return code == "LH209" and self._of_scale()
+
+    def _of_coverage(self, code: str) -> bool:
+        if self._by_law or ("LH209" in self.result.findings and not self._unloaded and not self._silent):
+            return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
+        if self._chance(code):
+            return True
+        modules = {p.module for p in self.result.probes}
+        return code == "LH101" and "LH102" in self.result.findings and len(self._unloaded) < len(modules)
+
+    def _of_scale(self) -> bool:
+        found = self.result.findings
+        if found["LH209"].faint and not _DIRECTIONS.isdisjoint(found):
+            return True  # where the change is large enough to tell, its direction is wrong
+        if self._lost_digits or (self.diagnosis.code is None and "LH501" in found):
+            return True
+        named = self.diagnosis.law or self.diagnosis.trait
+        if not named and self._chance("LH209"):
+            return True
+        return self._silent and not self._by_law and any(code in found for code in _NOT_LOADED)
+
+    def _chance(self, code: str) -> bool:
+        """Whether a change that is wrong throughout has, now and then, some scale or none."""
+        return not self._unloaded and self._rarer(code, 10)
+
+    def _rarer(self, code: str, times: int) -> bool:
+        """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
+        counts = self.result.counts
+        most = max(counts.get(other, 0) for other in _RESIDUAL)
+        return most > 0 and times * counts.get(code, 0) <= most
+
+    @cached_property
+    def _wrong(self) -> list[Probe]:
+        return [p for p in self.result.probes if not p.right]
+
+    @cached_property
+    def _unloaded(self) -> set[str]:
+        return unloaded(self.result.probes)
+
+    @property
+    def _silent(self) -> bool:
+        return all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+
+    @property
+    def _by_law(self) -> bool:
+        law = self.diagnosis.law
+        return bool(law and not law.is_trained and not self._unloaded)
+
+    @property
+    def _lost_digits(self) -> bool:
+        """Whether every scale that is off is off by less than the digits that LH501 saw lost."""
+        if "LH501" not in self.result.findings:
+            return False
+        lost = self.result.findings["LH501"]
+        share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
+        wrong = self._wrong
+        return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
+
+
+def unloaded(probes: Sequence[Probe]) -> set[str]:
+    """Return the modules that never changed although their scale should have been visible."""
+    visible = [p for p in probes if abs(p.expected) > 4 * p.tolerance]
+    changed = {p.module for p in visible if abs(p.measured) > 4 * p.tolerance}
+    return {p.module for p in visible} - changed

@@ -15,7 +15,7 @@ from harness.checks.cell import Cell
 from harness.checks.observation import Observation, observation_of
 from harness.errors import one_line
 from harness.example import Example
-from harness.files import FORMATS, LoraParts, LoraWeights, match_modules, read_lora, write_lora
+from harness.files import FORMATS, LoraParts, match_modules, read_lora, write_lora
 from harness.isolation.limits import CallFailedError, Raised, TimeLimitExceeded, guarded
 from harness.loaders.protocol import Subject
 from harness.measure.compare import norm
@@ -178,7 +178,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
     """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
-    modules = {t.name: _weights(updates[t.name].parts, t.alpha) for t in example.targets}
+    modules = {t.name: LoraParts(updates[t.name].parts, t.alpha) for t in example.targets}
     name = "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
     order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
     root = cell.variant.root
@@ -204,10 +204,6 @@ def bytes_of(path: Path) -> dict[str, bytes]:
     """Return what is in the file `path`, or in each file of that folder, by name."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def _weights(parts: Mapping[str, Tensor], alpha: float | None) -> LoraWeights | LoraParts:
-    return LoraWeights(parts["A"], parts["B"], alpha) if set(parts) == {"A", "B"} else LoraParts(parts, alpha)
 
 
 def _prefix(format_name: str, component: str) -> str | None:

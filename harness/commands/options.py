@@ -17,7 +17,7 @@ from harness.loaders.protocol import COMMAND, FUNCTION
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
-    from harness.checks.run_cell import Measured
+    from harness.checks.run import Measured
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 

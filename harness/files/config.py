@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from harness.text import printable
@@ -89,10 +88,8 @@ class Patterns:
                     yield plain
 
     def _regex_fits(self, pattern: str, name: str) -> bool:
-        try:
-            regex = import_module("regex")
-        except ImportError:
-            raise PatternError(pattern, "is a regular expression: install `regex` to have it matched safely") from None
+        import regex
+
         if len(pattern) > _LONGEST_REGEX:
             raise PatternError(pattern, f"is a regular expression of {len(pattern)} characters, too long to be safe")
         start = time.perf_counter()

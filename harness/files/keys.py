@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 PAIRS: Mapping[str, tuple[str, str]] = {
     "lora_A": ("lora_A.weight", "lora_B.weight"),
@@ -79,28 +78,13 @@ def tails(pairs: Iterable[str]) -> dict[str, str]:
 
 
 EVERY_TAIL: Mapping[str, str] = {**NOT_LORA, **tails(PAIRS)}
-
-
 Parts = tuple[str, str]  # stem, tail
 _LONGER = frozenset(tail.rpartition(".")[2] for tail in EVERY_TAIL if "." in tail)
 _BEFORE_TWO = tuple({f".{tail.split('.')[0]}" for tail in EVERY_TAIL if tail.count(".") == 2})
 
 
-class Split(NamedTuple):
-    """A key cut in two, the tail as in the tables, where `*` stands for an adapter's name."""
-
-    stem: str
-    tail: str
-
-
-def split(key: str) -> Split | None:
-    """Cut `key` at the longest known tail; None when it has none."""
-    found = cut(key)
-    return Split(*found) if found else None
-
-
 def cut(key: str) -> Parts | None:
-    """Do what `split` does, without the names: files have thousands of keys."""
+    """Cut `key` at its longest known tail, given as in the tables (`*` for an adapter's name); None without one."""
     stem, dot, tail = key.rpartition(".")
     if tail in _LONGER and (found := _longer(stem, tail)):
         return found

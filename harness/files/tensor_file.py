@@ -28,8 +28,8 @@ _CODES = {
     "U64": "Q", "U32": "I", "U16": "H", "U8": "B",
 }  # fmt: skip
 _STRUCT = {dtype: struct.Struct(f"<{code}") for dtype, code in _CODES.items()}
-_EIGHT_BITS = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15)}  # exponent bits, bias
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", *_EIGHT_BITS})
+_HALVES = {"BF16": "<f", "F8_E5M2": "<e"}  # the upper half of a float of this code
+_FLOATS = frozenset({"F64", "F32", "F16", *_HALVES, "F8_E4M3"})
 
 
 class TensorInfo(NamedTuple):
@@ -153,19 +153,15 @@ def decoded(dtype: str, raw: bytes) -> float:
     """Return the little-endian number in `raw`; `scalar_problem` said that `dtype` holds one."""
     if dtype in _STRUCT:
         return float(_STRUCT[dtype].unpack(raw)[0])
-    if dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    return _eight_bits(raw[0], *_EIGHT_BITS[dtype])
+    if dtype in _HALVES:
+        return float(struct.unpack(_HALVES[dtype], bytes(len(raw)) + raw)[0])
+    return _e4m3(raw[0])
 
 
-def _eight_bits(byte: int, exponent_bits: int, bias: int) -> float:
-    mantissa_bits = 7 - exponent_bits
-    sign = -1.0 if byte & 0x80 else 1.0
-    exponent = (byte & 0x7F) >> mantissa_bits
-    mantissa = byte & ((1 << mantissa_bits) - 1)
-    if byte & 0x7F == 0x7F or (exponent_bits == 5 and exponent == 31 and mantissa):
+def _e4m3(byte: int) -> float:
+    """Return a float of 4 exponent bits (bias 7) and 3 of mantissa, without infinities, all ones for NaN."""
+    exponent, mantissa = divmod(byte & 0x7F, 8)
+    if (exponent, mantissa) == (15, 7):
         return math.nan
-    if exponent_bits == 5 and exponent == 31:
-        return sign * math.inf
-    fraction = mantissa / (1 << mantissa_bits)
-    return sign * ((1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias))
+    value = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -value if byte & 0x80 else value

@@ -101,17 +101,17 @@ def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
         raise ValueError(f"modules[{name!r}].alpha={weights.alpha:g}: {what}")
     if row.alpha[0] == "config" and weights.alpha is None:
         raise ValueError(f"modules[{name!r}].alpha=None: a {row.name} configuration always has an alpha")
-    if isinstance(weights, LoraParts):
+    if weights.parts.keys() != {"A", "B"}:
         if row.alpha[0] not in ("tensor", "none", "config"):
             raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
         return
-    a, b = tuple(weights.a.shape), tuple(weights.b.shape)
+    a, b = (tuple(weights.parts[half].shape) for half in "AB")
     if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or 0 in b:
         raise ValueError(f"modules[{name!r}]: a {list(a)} and b {list(b)} are no pair [r, in], [out, r]")
 
 
-def _with_root(name: str, weights: LoraWeights | LoraParts) -> LoraWeights:
-    if isinstance(weights, LoraParts):
+def _with_root(name: str, weights: LoraWeights | LoraParts) -> LoraWeights | LoraParts:
+    if weights.parts.keys() != {"A", "B"}:
         raise ValueError(f"modules[{name!r}]: rslora is not written for the parts of a variant")
     return weights if weights.alpha is None else replace(weights, alpha=weights.alpha * math.sqrt(weights.rank))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError, one_line
-from harness.loaders.quiet import quiet
+from harness.loaders.live import quiet
 
 Offload = Literal["none", "model", "sequential"]
 TABLE = "prompts.safetensors"

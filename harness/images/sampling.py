@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.images.pipelines import OpenPipeline
-from harness.loaders.quiet import quiet
+from harness.loaders.live import quiet
 
 T = TypeVar("T")
 Scaling = dict[str, dict[str, float]]  # layer path -> adapter name -> the factor PEFT multiplies B @ A with

@@ -18,8 +18,8 @@ from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler, Scaling, runtime_scaling, same_branches
 from harness.isolation.jobs import Channel
 from harness.isolation.limits import Limit, call_limit, no_limit
+from harness.loaders.live import quiet
 from harness.loaders.protocol import Subject
-from harness.loaders.quiet import quiet
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from harness.errors import one_line
-from harness.isolation.channel import Channel, PipeChannel
+from harness.isolation.limits import Channel, PipeChannel
 
 
 def fork() -> int:

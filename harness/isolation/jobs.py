@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.errors import one_line
-from harness.isolation.channel import LENGTH, Channel, LocalChannel, SubjectExitError, overdue
 from harness.isolation.child import fork, is_out_of_memory, kill_group, kill_tree, process_descriptor, run_child
-from harness.isolation.limits import TimeLimitExceeded
+from harness.isolation.limits import LENGTH, Channel, LocalChannel, SubjectExitError, TimeLimitExceeded, overdue
 
 __all__ = ["Channel", "Job", "JobEnd", "SubjectExitError", "TimeLimitExceeded", "can_fork", "run_jobs"]
 

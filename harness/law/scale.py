@@ -1,4 +1,4 @@
-"""The factor that training put on B @ A, written once for everybody but the closed form, which audits it."""
+"""The factor that training put on B @ A, written once for everybody."""
 
 from __future__ import annotations
 

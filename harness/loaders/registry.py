@@ -84,7 +84,7 @@ def _from_name(name: str) -> Subject:
 
 def _live_loader(name: str) -> tuple[LiveLoader | None, str | None]:
     """Return the live loader of a name, and the version when it is NAME-VERSION."""
-    found = live_loaders()
+    found = live_loaders(name)
     base, _, version = name.rpartition("-")
     if name not in found and base in found and found[base].package and version[:1].isdigit():
         return found[base], version
@@ -139,13 +139,9 @@ def _version_of(module: str) -> str | None:
 
 def _spec_of(function: Callable[..., Any]) -> str:
     """Return the string that names `function` on a command line as well as one can be given."""
-    return next(_names(function))
-
-
-def _names(function: Callable[..., Any]) -> Iterator[str]:
     module = getattr(function, "__module__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     if module == "__main__" and file is not None:
-        yield f"{Path(file)}:{name}"
-    yield f"{module}:{name}" if module else name
+        return f"{Path(file)}:{name}"
+    return f"{module}:{name}" if module else name

@@ -130,7 +130,7 @@ def _with_folder(function: Callable[..., Any], folder: str) -> Callable[..., Any
 
 WANTED = "load(model, lora, *, strength=1.0)"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def adapt(function: Callable[..., Any], strength_argument: str, spec: str) -> Load:
@@ -140,13 +140,14 @@ def adapt(function: Callable[..., Any], strength_argument: str, spec: str) -> Lo
         LoaderSpecError: it cannot be called with a model, a path and a strength.
     """
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # compiled functions may have no signature: the first call will tell
         return function
+    parameters = list(signature.parameters.values())
     keyword = _strength_keyword(parameters, strength_argument)
     if keyword is None:
         raise LoaderSpecError(_no_strength(function, parameters, strength_argument, spec))
-    _check_rest(function, parameters, keyword, spec)
+    _check_rest(signature, keyword, f"{spec!r} is {_signature(function)}")
     return function if keyword == "strength" else _under_name(function, keyword)
 
 
@@ -158,20 +159,14 @@ def _strength_keyword(parameters: list[inspect.Parameter], declared: str) -> str
     return declared if declared in named or takes_any else None
 
 
-def _check_rest(function: Callable[..., Any], parameters: list[inspect.Parameter], keyword: str, spec: str) -> None:
-    rest = [parameter for parameter in parameters if parameter.name != keyword]
-    positional = [parameter for parameter in rest if parameter.kind in _BY_POSITION]
-    variadic = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in rest)
-    if len(positional) < 2 and not variadic:
-        raise LoaderSpecError(f"{spec!r} is {_signature(function)}; it must take a model and a path: {WANTED}")
-    plain = [parameter for parameter in rest if parameter not in positional[:2] and _is_required(parameter)]
-    if plain:
-        names = ", ".join(parameter.name for parameter in plain)
-        raise LoaderSpecError(f"{spec!r} is {_signature(function)}; give {names} a default, it is called as {WANTED}")
-
-
-def _is_required(parameter: inspect.Parameter) -> bool:
-    return parameter.default is parameter.empty and parameter.kind in {*_NAMED, *_BY_POSITION}
+def _check_rest(signature: inspect.Signature, keyword: str, what: str) -> None:
+    try:
+        given = signature.bind_partial(None, None, **{keyword: 1.0}).arguments
+    except TypeError:
+        raise LoaderSpecError(f"{what}; it must take a model and a path: {WANTED}") from None
+    rest = [p for p in signature.parameters.values() if p.name not in given and p.kind not in _ANY]
+    if missing := ", ".join(p.name for p in rest if p.default is p.empty):
+        raise LoaderSpecError(f"{what}; give {missing} a default, it is called as {WANTED}")
 
 
 def _no_strength(function: Callable[..., Any], parameters: list[inspect.Parameter], declared: str, spec: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.checks.cell import Cell, declared_cells
 from harness.fixtures import fixtures_folder
@@ -53,10 +52,6 @@ def correct_cases(folder: Path | None = None) -> list[Case]:
 
 def _broken_in(path: Path) -> Iterator[Case]:
     for name in dict.fromkeys(_ASSIGNED.findall(path.read_text(encoding="utf-8"))):
-        fault = fault_of(_function(path, name))
+        fault = fault_of(import_callable(f"{path}:{name}"))
         if fault is not None:
             yield Case(f"{path.stem}:{name}", f"{path}:{name}", fault)
-
-
-def _function(path: Path, name: str) -> Callable[..., Any]:
-    return import_callable(f"{path}:{name}")

@@ -1,29 +1,193 @@
-"""The table of variants: one row each, in the order in which they are checked and printed."""
+"""The table of variants: how the parts of each are drawn, and the direction they add to the weight of a layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from harness.benches.layer import Kind
+from harness.benches.layer import Kind, Layer
 from harness.errors import UserError
-from harness.variants import parts
-from harness.variants.variant import Variant
+from harness.measure.compare import Direction, Fit, low_rank, norm
+from harness.measure.tolerance import tolerance
+from harness.reference.closed_form import dora_weight, tucker_product
+from harness.variants.variant import Parts, Update, Variant
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def draw_pair(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw A: [rank, in, *kernel] and B: [out, rank, 1, ...]."""
+    import torch
+
+    a = torch.randn(rank, layer.channels, *layer.kernel, generator=generator) / math.sqrt(layer.columns)
+    b = torch.randn(layer.rows, rank, *(1 for _ in layer.kernel), generator=generator)
+    return {"A": a, "B": b}
+
+
+def pair_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return B @ A: [rows, columns], a column per kernel place."""
+    return low_rank(parts["A"].flatten(1), parts["B"].flatten(1))
+
+
+def draw_embedding(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw A: [rank, tokens] and B: [width, rank]."""
+    pair = draw_pair(layer, rank, generator)
+    return {"embedding_A": pair["A"], "embedding_B": pair["B"]}
+
+
+def embedding_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return B @ A: [width, tokens], the transpose of what is added to the table."""
+    return low_rank(parts["embedding_A"], parts["embedding_B"])
+
+
+def draw_biased(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw a pair and the bias of B: [out]."""
+    import torch
+
+    return {**draw_pair(layer, rank, generator), "bias": torch.randn(layer.rows, generator=generator)}
+
+
+def biased_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return [B @ A, bias of B]: the bias has the same factor (PEFT `lora_bias`)."""
+    import torch
+
+    pair, bias = pair_direction(parts, layer), parts["bias"].double()[:, None]
+    return Direction(torch.cat([pair.product, bias], 1), torch.cat([pair.outer, bias.abs()], 1), pair.rank)
+
+
+def draw_dora(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw a pair and a magnitude: [out, 1], spread around 1 so that no normalisation can pass for it."""
+    import torch
+
+    return {**draw_pair(layer, rank, generator), "magnitude": 0.5 + torch.rand(layer.rows, 1, generator=generator)}
+
+
+def fit_dora(before: Tensor, after: Tensor, update: Update, *, expected: float, dtype: str) -> Fit:
+    """Fit W' = m * (W + s B A) / |W + s B A|, row by row, for the scale s.
+
+    Each row is W'_o = c_o W_o + c_o s (B A)_o: two unknowns, solved by least squares; s is the mean of the rows'
+    own, each weighted by how well its direction determines it. What is left over is the residual.
+    """
+    p = update.direction.product
+    ww, wp, pp = ((x * y).sum(1) for x, y in ((before, before), (before, p), (p, p)))
+    wa, pa = (before * after).sum(1), (p * after).sum(1)
+    determinant = ww * pp - wp**2
+    c, cs = (wa * pp - pa * wp) / determinant, (pa * ww - wa * wp) / determinant
+    weight = determinant / ww
+    scale = float((weight * c * cs).sum() / (weight * c * c).sum())
+    exact = dora_weight(before, scale * p, update.parts["magnitude"])
+    allowed = tolerance(
+        dtype=dtype,
+        scale=max(abs(scale), abs(expected)),
+        elements=p.numel(),
+        base=norm(before),
+        merged=3 * norm(after),  # the sum, its norm, the quotient and the product are rounded too
+        product=norm(p) * norm(exact) / norm(before + scale * p),
+        outer=norm(update.direction.outer),
+        rank=update.direction.rank,
+    )
+    return Fit(scale, norm(after - exact), norm(after - before), norm(p), allowed, expected)
+
+
+def full_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return the whole difference as a matrix: [rows, columns]."""
+    diff = parts["diff"].double()
+    diff = diff.T if layer.kind == "transposed" else diff.flatten(1)
+    return Direction(diff, diff.abs(), 1)
+
+
+def draw_full(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw a difference in the shape in which the layer stores its weight."""
+    import torch
+
+    shape = (layer.columns, layer.rows) if layer.kind == "transposed" else (layer.rows, layer.channels, *layer.kernel)
+    return {"diff": torch.randn(shape, generator=generator)}
+
+
+def draw_tucker(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw A: [rank, in, 1, 1], the core: [rank, rank, *kernel] and B: [out, rank, 1, 1]."""
+    import torch
+
+    ones = [1 for _ in layer.kernel]
+    return {
+        "A": torch.randn(rank, layer.channels, *ones, generator=generator) / math.sqrt(layer.channels),
+        "mid": torch.randn(rank, rank, *layer.kernel, generator=generator) / rank,
+        "B": torch.randn(layer.rows, rank, *ones, generator=generator),
+    }
+
+
+def tucker_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return the Tucker product: [rows, columns]."""
+    squares = (parts[role].double().square() for role in ("A", "B", "mid"))
+    outer = tucker_product(*squares).sqrt()
+    full = tucker_product(parts["A"], parts["B"], parts["mid"])
+    return Direction(full.flatten(1), outer.flatten(1), 2 * int(parts["mid"].shape[0]))
+
+
+def draw_loha(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw two pairs a: [rows, rank] and b: [rank, columns]."""
+    import torch
+
+    shapes = ((layer.rows, rank), (rank, layer.columns)) * 2
+    return {role: torch.randn(shape, generator=generator) for role, shape in zip(_HADA, shapes, strict=True)}
+
+
+def loha_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return (w1_a w1_b) * (w2_a w2_b), element by element."""
+    w1_a, w1_b, w2_a, w2_b = (parts[role] for role in _HADA)
+    first, second = low_rank(w1_b, w1_a), low_rank(w2_b, w2_a)
+    outer = (first.outer * second.product).square() + (second.outer * first.product).square()
+    return Direction(first.product * second.product, outer.sqrt(), 2 * first.rank)
+
+
+def factors_of(number: int) -> tuple[int, int]:
+    """Return the two factors of `number` nearest to its root, the smaller first (LyCORIS' and PEFT's choice)."""
+    small = max(n for n in range(1, math.isqrt(number) + 1) if number % n == 0)
+    return small, number // small
+
+
+def lokr_rank_limit(layer: Layer) -> int:
+    """Return the largest rank at which trainers keep the second factor low-rank: below half its larger side."""
+    sides = factors_of(layer.rows)[1], factors_of(layer.columns)[1]
+    return max(1, (max(sides) - 1) // 2)
+
+
+def draw_lokr(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw a full w1: [a, c] and a low-rank w2: [b, rank] @ [rank, d], where rows = a b and columns = c d."""
+    import torch
+
+    (a, b), (c, d) = factors_of(layer.rows), factors_of(layer.columns)
+    shapes = {"lokr_w1": (a, c), "lokr_w2_a": (b, rank), "lokr_w2_b": (rank, d)}
+    return {role: torch.randn(shape, generator=generator) for role, shape in shapes.items()}
+
+
+def lokr_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return the Kronecker product w1 ⊗ (w2_a w2_b)."""
+    import torch
+
+    second = low_rank(parts["lokr_w2_b"], parts["lokr_w2_a"])
+    first = parts["lokr_w1"].double()
+    return Direction(torch.kron(first, second.product), torch.kron(first.abs(), second.outer), second.rank)
+
 
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
-_PAIR = parts.draw_pair, parts.pair_direction
+_PAIR = draw_pair, pair_direction
 
-_ROWS = (
+_ROWS = (  # in the order in which they are checked and printed
     Variant("lora", *_PAIR),
     Variant("rslora", *_PAIR, formats=frozenset({"peft", "diffusers"}), root=True),
     Variant("conv", *_PAIR, kinds=frozenset({"conv"})),  # LoCon
     Variant(
         "tucker",
-        parts.draw_tucker,
-        parts.tucker_direction,
+        draw_tucker,
+        tucker_direction,
         kinds=frozenset({"conv"}),
         formats=_LYCORIS,
         max_rank=lambda layer: 16,
@@ -31,38 +195,38 @@ _ROWS = (
     ),
     Variant(
         "embedding",
-        parts.draw_embedding,
-        parts.embedding_direction,
+        draw_embedding,
+        embedding_direction,
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
     ),
     Variant(
         "dora",
-        parts.draw_dora,
-        parts.pair_direction,
+        draw_dora,
+        pair_direction,
         kinds=_LINEAR,
         formats=_PARTS,
         split=False,
         additive=False,
         strengths=(1.0,),
-        fit=parts.fit_dora,
+        fit=fit_dora,
     ),
-    Variant("loha", parts.draw_loha, parts.loha_direction, gain=("hada_w2_a",), kinds=_LINEAR, formats=_PARTS),
+    Variant("loha", draw_loha, loha_direction, gain=("hada_w2_a",), kinds=_LINEAR, formats=_PARTS),
     Variant(
         "lokr",
-        parts.draw_lokr,
-        parts.lokr_direction,
+        draw_lokr,
+        lokr_direction,
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
-        max_rank=parts.lokr_rank_limit,
-        wants=lambda layer: parts.lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
+        max_rank=lokr_rank_limit,
+        wants=lambda layer: lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
     ),
     Variant(
         "lora-bias",
-        parts.draw_biased,
-        parts.biased_direction,
+        draw_biased,
+        biased_direction,
         gain=("B", "bias"),
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
@@ -70,8 +234,8 @@ _ROWS = (
     ),
     Variant(
         "full",
-        parts.draw_full,
-        parts.full_direction,
+        draw_full,
+        full_direction,
         gain=("diff",),
         kinds=frozenset({"linear", "conv"}),
         formats=_LYCORIS,

@@ -17,7 +17,7 @@ from harness.checks.reference import SelfCheck, ask_peft
 from harness.cli import main
 from harness.errors import LoaderSpecError
 from harness.loaders.registry import resolve
-from harness.variants import parts as low_rank
+from harness.variants import table as low_rank
 from harness.variants.variant import Variant
 from tests.checks import sample_loaders as loaders
 

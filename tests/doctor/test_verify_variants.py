@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.doctor.verify.verify import MergeReport, verify_merge
-from harness.reference import closed_form as closed
+from tests import closed_form as closed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32]
 RANK = 6

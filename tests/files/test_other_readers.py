@@ -19,8 +19,8 @@ from diffusers.utils.state_dict_utils import convert_all_state_dict_to_peft
 from safetensors.torch import load_file
 from torch import nn
 
-from harness.files import LoraAdapter, LoraParts, LoraWeights, match_modules, read_lora, write_lora
-from harness.reference import closed_form as variants
+from harness.files import FORMATS, LoraAdapter, LoraParts, LoraWeights, match_modules, read_lora, write_lora
+from tests import closed_form as variants
 
 
 def delta(adapter: LoraAdapter, name: str) -> torch.Tensor:
@@ -64,10 +64,9 @@ def test_old_text_encoder_names_are_the_ones_diffusers_converts_to(tmp_path: Pat
     stem = "text_model.encoder.layers.0.self_attn"
     keys = [f"{stem}.{name}_lora.{half}.weight" for name in names for half in ("down", "up")]
     converted = convert_all_state_dict_to_peft({key: torch.zeros(1) for key in keys})
-    from harness.files.formats.attn_procs import FORMAT
-
-    assert FORMAT.naming is not None
-    ours = {FORMAT.naming.read(f"{stem}.{name}_lora", "down.weight") for name in names}
+    naming = FORMATS["attn-procs"].naming
+    assert naming is not None
+    ours = {naming.read(f"{stem}.{name}_lora", "down.weight") for name in names}
     assert ours == {key.split(".lora_")[0] for key in converted}
 
 

@@ -206,6 +206,12 @@ def test_known_failures_are_files_of_loaders_that_exist():
         assert known.loader in bases or (base in bases and version[0].isdigit())
 
 
+def test_a_live_loader_is_found_in_its_own_file():
+    for name, live in live_loaders().items():
+        assert live_loaders(name)[name].load is live.load
+    assert live_loaders("no_such") == {}
+
+
 def test_naming_the_live_loaders_imports_none_of_the_libraries():
     code = (
         "import sys; from harness.loaders.live import live_loaders; live_loaders();"

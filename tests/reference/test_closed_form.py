@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from harness.reference.closed_form import delta, merged_weight, product, scale
+from tests.closed_form import delta, merged_weight, product, scale
 
 A = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, -1.0]])
 B = torch.tensor([[2.0, 1.0], [0.0, 4.0]])

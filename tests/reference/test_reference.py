@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harness.reference import merged_weight
 from harness.strategies import alphas, ranks, strengths
+from tests.closed_form import delta, merged_weight
 from tests.peft_factors import peft_merged_weights
 
 
@@ -46,8 +46,6 @@ def test_peft_and_the_closed_form_agree(parts, strength: float) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_rank_stabilised_scaling_divides_by_the_root(rslora: bool) -> None:
-    from harness.reference.closed_form import delta
-
     a, b = torch.randn(16, 4), torch.randn(6, 16)
     merged = peft_merged_weights(model(), {"a.to_q": (a, b, 4.0)}, rslora=rslora)["a.to_q"]
     exact = model().get_submodule("a.to_q").weight.double() + delta(a, b, 4.0, rslora=rslora)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.reference import closed_form as variants
-from harness.reference.closed_form import product, scale
+from tests import closed_form as variants
+from tests.closed_form import product, scale
 
 RANKS = st.integers(1, 7)
 ALPHAS = st.sampled_from([0.5, 1.0, 3.0, 4.0, 11.0])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from harness.reference import closed_form as variants
+from tests import closed_form as variants
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:

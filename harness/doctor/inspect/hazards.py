@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
 from harness.files import LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, split
+from harness.files.keys import NOT_LORA, cut
 from harness.text import count, parse_json, printable
 from harness.verdict.file_record import Hazard
 
@@ -151,12 +151,12 @@ def odd_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 def not_understood(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH708: keys that no module took, other than those of modules that are reported as broken."""
-    broken = {cut.stem for problem in adapter.problems if problem.fatal and (cut := split(problem.key))}
+    broken = {parts[0] for problem in adapter.problems if problem.fatal and (parts := cut(problem.key))}
     kinds: dict[str, list[str]] = {}
     for key in adapter.unused_keys:
-        cut = split(key)
-        if cut is None or cut.stem not in broken:
-            kinds.setdefault(_KINDS.get(cut.tail, "unknown") if cut else "unknown", []).append(key)
+        stem, tail = cut(key) or (None, "")
+        if stem not in broken:
+            kinds.setdefault(_KINDS.get(tail, "unknown"), []).append(key)
     number, total = sum(map(len, kinds.values())), len(adapter.file.keys)
     if number:
         listed = "; ".join(f"{len(keys)} {kind} ({printable(keys[0], 80)})" for kind, keys in kinds.items())

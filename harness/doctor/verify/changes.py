@@ -12,7 +12,7 @@ from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.products import Product, loha_product, lokr_product, pair_product, whole_product
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, split
+from harness.files.keys import NOT_LORA, cut
 from harness.text import printable
 
 _WEIGHT, _BIAS = ".weight", ".bias"
@@ -94,9 +94,8 @@ def unused_keys(adapter: LoraAdapter, base: Checkpoint) -> Iterator[Change]:
     seen: dict[str, Change] = {}
     for key in adapter.unused_keys:
         if key not in taken:
-            cut = split(key)
-            stem = cut.stem if cut else key
-            what = _OTHERS.get(cut.tail if cut else "", "a key that is not understood")
+            stem, tail = cut(key) or (key, "")
+            what = _OTHERS.get(tail, "a key that is not understood")
             tensor = base.layers.get(layers.get(_without_prefix(stem, adapter.format), ""))
             seen.setdefault(stem, Change(stem, stem, tensor, unread=f"{printable(key, 80)} is {what}"))
     yield from seen.values()

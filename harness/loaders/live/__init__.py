@@ -1,18 +1,29 @@
-"""Live loaders: one file each, which declares in `LIVE` under which names its loaders go and what they need."""
+"""Live loaders: one file each, which declares in `LIVE` under which names its loaders go and what they need.
+
+The names that a file declares begin with its own, so that a loader is found without reading the other files.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import logging
 import pkgutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoaderSpecError
-from harness.loaders.checkouts import Checkout
 from harness.loaders.protocol import Load
-from harness.loaders.releases import Package, Release
+
+if TYPE_CHECKING:
+    from harness.loaders.checkouts import Checkout
+    from harness.loaders.releases import Package, Release
+
+_WITH_BARS = ("diffusers", "transformers")  # these two show progress bars too, for every model they load
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,30 @@ class LiveLoader:
 
 
 @functools.cache
-def live_loaders() -> dict[str, LiveLoader]:
-    """Return every live loader by name; none of the libraries under test is imported."""
-    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return {each.name: each for module in modules for each in module.LIVE}
+def live_loaders(name: str = "") -> dict[str, LiveLoader]:
+    """Return every live loader by name, or those of the files that may declare `name`; no library is imported."""
+    files = [module.name for module in pkgutil.iter_modules(__path__)]
+    asked = [file for file in files if not name or name.startswith(file.replace("_", "-"))]
+    return {each.name: each for file in asked for each in import_module(f"{__name__}.{file}").LIVE}
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Drop prints to stdout and Python warnings inside the block, and messages of `loggers` below the level error.
+
+    Of diffusers and transformers, named as loggers, the progress bars go too.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as after:
+        warnings.simplefilter("ignore")
+        for name in loggers:
+            logger = logging.getLogger(name)
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+            bars = import_module(f"{name}.utils.logging") if name in _WITH_BARS else None
+            if bars and bars.is_progress_bar_enabled():
+                after.callback(bars.enable_progress_bar)
+                bars.disable_progress_bar()
+        yield
 
 
 def _version(distribution: str) -> str | None:

@@ -14,10 +14,9 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import renamed
 from harness.loaders.protocol import loader
-from harness.loaders.quiet import quiet
 from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:

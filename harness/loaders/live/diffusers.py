@@ -12,10 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
-from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch

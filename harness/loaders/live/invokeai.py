@@ -20,10 +20,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
-from harness.loaders.quiet import quiet
 from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:

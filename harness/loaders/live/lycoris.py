@@ -7,21 +7,24 @@ preset says otherwise, so a file with kohya's prefixes is read the documented wa
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
 from harness.loaders.protocol import EVERY_BENCH, loader
-from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("kohya",)
-BENCHES = tuple(name for name in EVERY_BENCH if name != "gpt2")  # it has no layers of transformers' own kind
-VARIANTS = ("lora", "conv", "tucker", "dora", "loha", "lokr", "full")
+_declared = functools.partial(
+    loader,
+    formats={"kohya"},
+    benches=[name for name in EVERY_BENCH if name != "gpt2"],  # it has no layers of transformers' own kind
+    variants=("lora", "conv", "tucker", "dora", "loha", "lokr", "full"),
+)
 PREFIXES = ("lycoris", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_transformer")
 
 
@@ -35,7 +38,7 @@ def set_strength(model: torch.nn.Module, strength: float) -> None:
     held(model)[-1].set_multiplier(strength)
 
 
-@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, strength_argument="weight")
+@_declared(strength_argument="weight")
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Merge the kohya file `lora` into `model`: `network.merge_to(weight=strength)`.
 
@@ -46,14 +49,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
         _network(model, lora, 1.0).merge_to(strength)
 
 
-@loader(
-    formats=FORMATS,
-    benches=BENCHES,
-    variants=VARIANTS,
-    unload=unload,
-    set_strength=set_strength,
-    strength_argument="multiplier",
-)
+@_declared(unload=unload, set_strength=set_strength, strength_argument="multiplier")
 def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Wrap the modules of `model`: `create_lycoris_from_weights(strength, ...)`, then `network.apply_to()`.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
 from harness.loaders.protocol import EVERY_BENCH, loader
-from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,12 @@ RUNTIME_UNSUPPORTED: dict[tuple[str, ...], str] = {
     **{("sd-unet", variant): _ELSEWHERE for variant in VARIANTS if variant != "conv"},
     ("flux",): _ELSEWHERE,
 }
+_declared = functools.partial(
+    loader, formats={"peft"}, benches=EVERY_BENCH, variants=VARIANTS, strength_argument="scale"
+)
 
 
-@loader(formats={"peft"}, benches=EVERY_BENCH, variants=VARIANTS, strength_argument="scale")
+@_declared()
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
     """Merge the PEFT folder `lora` into `model` as PEFT users do: W + strength * scaling * B @ A.
 
@@ -59,15 +62,7 @@ def set_strength(model: torch.nn.Module, strength: float) -> None:
     _set_scale(adapted, list(adapted.peft_config)[-1], strength)
 
 
-@loader(
-    formats={"peft"},
-    benches=EVERY_BENCH,
-    variants=VARIANTS,
-    unsupported=RUNTIME_UNSUPPORTED,
-    unload=unload,
-    set_strength=set_strength,
-    strength_argument="scale",
-)
+@_declared(unsupported=RUNTIME_UNSUPPORTED, unload=unload, set_strength=set_strength)
 def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add the PEFT folder `lora` as one more active adapter; `strength` goes to `set_scale` of its layers.
 

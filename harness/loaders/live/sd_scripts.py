@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
-from harness.loaders.live import LiveLoader
+from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
-from harness.loaders.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +32,18 @@ CHECKOUT = Checkout(
     "https://github.com/kohya-ss/sd-scripts",
     absent=("torchvision", "cv2"),
 )
-FORMATS = ("kohya",)
 NETWORK_BENCHES, _NETWORK_FAMILIES = ("sd-unet", "clip-text"), ("unet", "clip")
-BENCHES = ("qwen-image", "qwen-image-fused", *NETWORK_BENCHES)
 _OTHER_PARTS = ("tucker", "dora", "loha", "lokr", "full")
-VARIANTS = ("lora", "conv", *_OTHER_PARTS)
 UNSUPPORTED: dict[tuple[str, ...], str] = {
     (variant,): "its networks have lora_up and lora_down alone; LyCORIS reads its own files" for variant in _OTHER_PARTS
 }
+_declared = functools.partial(
+    loader,
+    formats={"kohya"},
+    variants=("lora", "conv", *_OTHER_PARTS),
+    unsupported=UNSUPPORTED,
+    strength_argument="multiplier",
+)
 
 
 def unload(model: torch.nn.Module) -> None:
@@ -53,7 +56,7 @@ def set_strength(model: torch.nn.Module, strength: float) -> None:
     held(model)[-1].set_multiplier(strength)
 
 
-@loader(formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, strength_argument="multiplier")
+@_declared(benches=("qwen-image", "qwen-image-fused", *NETWORK_BENCHES))
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Merge the kohya file `lora` into `model`: W + multiplier * alpha / rank * B @ A.
 
@@ -70,15 +73,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
             network.merge_to(*_pair(model), tensors, base.dtype, base.device)
 
 
-@loader(
-    formats=FORMATS,
-    benches=NETWORK_BENCHES,
-    variants=VARIANTS,
-    unsupported=UNSUPPORTED,
-    unload=unload,
-    set_strength=set_strength,
-    strength_argument="multiplier",
-)
+@_declared(benches=NETWORK_BENCHES, unload=unload, set_strength=set_strength)
 def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Replace the forward of the adapted layers of a UNet or CLIP text encoder; a second load wraps the first.
 

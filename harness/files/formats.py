@@ -2,7 +2,7 @@
 
 A row is what differs in the grammar of prefixes, in the spelling of the halves or in the home of alpha. What differs
 only in the words of a module path, or in the tool that wrote it, is a dialect of a row. A format that spells module
-paths in a way of its own has a module here, with its row and the functions that read and write such paths.
+paths in a way of its own has functions here that read and write such paths.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from harness.files.format import MLX_WEIGHTS_NAME, Format, Source
-from harness.files.formats import attn_procs, xlabs
+from harness.files.format import MLX_WEIGHTS_NAME, Format, Naming, Source
 from harness.files.gguf_file import GgufFile
 
 _COMPONENTS = (
@@ -30,6 +29,61 @@ def _is_gguf(source: Source) -> bool:
 def _is_control(source: Source) -> bool:
     able = [key for key in source.file.keys if key.endswith(("_norm.scale", ".lora_B.bias"))]
     return any(_NORM.match(key) or _BIAS.match(key) for key in able)
+
+
+_XLABS_LAYERS = {
+    ("double", "qkv_lora1"): "img_attn.qkv",
+    ("double", "qkv_lora2"): "txt_attn.qkv",
+    ("double", "proj_lora1"): "img_attn.proj",
+    ("double", "proj_lora2"): "txt_attn.proj",
+    ("single", "qkv_lora"): "linear1",
+    ("single", "proj_lora"): "linear2",
+}
+_XLABS_KEYS = {(kind, layer): key for (kind, key), layer in _XLABS_LAYERS.items()}
+_XLABS_STEM = re.compile(r"(double|single)_blocks\.(\d+)\.processor\.(\w+)")
+_XLABS_PATH = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+
+
+def _read_xlabs(stem: str, tail: str) -> str | None:
+    found = _XLABS_STEM.fullmatch(stem)
+    layer = _XLABS_LAYERS.get((found[1], found[3])) if found else None
+    return f"{found[1]}_blocks.{found[2]}.{layer}" if found and layer else None
+
+
+def _write_xlabs(name: str) -> str | None:
+    found = _XLABS_PATH.fullmatch(name)
+    key = _XLABS_KEYS.get((found[1], found[3])) if found else None
+    return f"{found[1]}_blocks.{found[2]}.processor.{key}" if found and key else None
+
+
+_PROCESSOR = ".processor."
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _read_processor(stem: str, tail: str) -> str | None:
+    if tail not in ("down.weight", "up.weight"):
+        return stem
+    parent, _, last = stem.rpartition(".")
+    layer = last.removesuffix("_lora")
+    if layer == last:
+        return None
+    if parent.endswith(".self_attn"):
+        return f"{parent}.{_TEXT[layer]}" if layer in _TEXT else None
+    known = "to_out.0" if layer == "to_out" else layer
+    if not f"{parent}.".endswith(_PROCESSOR) or known not in _ATTENTION:
+        return None
+    return f"{parent.removesuffix('.processor')}.{known}"
+
+
+def _write_processor(name: str) -> str | None:
+    parent, _, layer = name.removesuffix(".0").rpartition(".")
+    known = "to_out.0" if layer == "to_out" else layer
+    return f"{parent}{_PROCESSOR}{layer}_lora" if parent and known in _ATTENTION and name.endswith(known) else None
+
+
+def _has_processors(source: Source) -> bool:
+    return any(_PROCESSOR in key for key in source.file.keys)
 
 
 _ROWS = (
@@ -74,8 +128,32 @@ _ROWS = (
             "musubi": r"lora_unet_(transformer_)?blocks_\d+_",
         },
     ),
-    xlabs.FORMAT,
-    attn_procs.FORMAT,
+    # XLabs FLUX: attention processors of the original model, never an alpha. 1 is the image stream, 2 the text stream.
+    # In single blocks `qkv_lora` changes the rows of q, k, v, which are the first of `linear1`, so its B has fewer rows
+    # than the layer. USO saves the same keys.
+    Format(
+        name="xlabs",
+        example="double_blocks.<n>.processor.qkv_lora1.down.weight",
+        prefixes={"diffusion_model.": ""},
+        pairs=("down",),
+        alpha=("none", "tensor"),
+        bare="always",
+        naming=Naming(_read_xlabs, _write_xlabs, "double_blocks.<n>.img_attn.qkv or single_blocks.<n>.linear1"),
+    ),
+    # diffusers up to 0.20: attention processors, never an alpha; `to_out_lora` is the layer `to_out.0`. Text encoders
+    # stand beside them as `text_encoder.….lora_linear_layer.down.weight` or, older, `self_attn.to_q_lora.down.weight`,
+    # which is the layer `q_proj`.
+    Format(
+        name="attn-procs",
+        example="unet.<module>.processor.to_q_lora.down.weight",
+        prefixes={f"{component}.": component for component in ("unet", "text_encoder", "text_encoder_2")},
+        pairs=("down", "lora_linear_layer.down"),
+        alpha=("none", "tensor"),
+        bare="always",
+        write_prefix="unet.",
+        naming=Naming(_read_processor, _write_processor, "<module>.to_q, to_k, to_v or to_out.0"),
+        trait=_has_processors,
+    ),
     # ComfyUI's own keys: the model's names behind `diffusion_model.`, any spelling of the halves, `.alpha` or none.
     # Beside the pair a module may have a whole `.diff`, `.diff_b`, `.set_weight`, `.w_norm`, `.b_norm`. ai-toolkit
     # writes the same keys without alpha (alpha = rank by construction): a dialect, known by its metadata only.
