@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 MAX_JSON_CHARACTERS = 8_000_000
@@ -25,6 +26,11 @@ def printable(text: object, limit: int = SHOWN) -> str:
 def count(number: int, noun: str) -> str:
     """Return `1 key`, `1,200 keys`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first name, safe to print, and a sign that there are more."""
+    return printable(names[0], 80) + (", …" if len(names) > 1 else "")
 
 
 def is_printable(text: str) -> bool:

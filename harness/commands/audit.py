@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,7 @@ from harness.text import count, printable
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from harness.doctor.audit.rows import AuditRow
+    from harness.verdict.file_record import FileRecord
 
 _SHOWN = 30
 
@@ -46,41 +46,39 @@ def command(
     paths: tuple[str, ...],
     outs: tuple[Path, ...],
     resume: bool,
-    energy: bool,
     no_duplicates: bool,
-    seconds: float,
     memory: int,
     dask: str | None,
     workers: int | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Inspect every safetensors file and PEFT folder under each PATH: a file, folder, glob or fsspec URL.
 
     Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
     """
-    from harness.doctor.audit.audit import AuditOptions, audit_files
+    from harness.doctor.audit.audit import audit_files
     from harness.doctor.audit.output import write_rows
 
     known = _known(outs, resume)
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
     with _executor(dask) as executor, progress("auditing", quiet=shared.quiet_on(as_json)) as line, _kept(outs) as keep:
 
-        def on_row(row: AuditRow) -> None:
+        def on_row(row: FileRecord) -> None:
             keep(row)
             line.advance()
 
-        options = AuditOptions(
-            energy=energy,
+        rows = audit_files(
+            expanded,
             workers=shared.worker_count(workers),
             executor=executor,
-            seconds=seconds,
             memory=memory << 20,
             known=known,
             duplicates=not no_duplicates,
             on_start=line.start,
             on_row=on_row,
+            **options,
         )
-        rows = audit_files(expanded, options)
     for out in outs:
         write_rows(out, rows)
     code = int(any(row.severity in ("fatal", "error") for row in rows))
@@ -89,7 +87,7 @@ def command(
 
 
 @contextmanager
-def _kept(outs: Sequence[Path]) -> Iterator[Callable[[AuditRow], None]]:
+def _kept(outs: Sequence[Path]) -> Iterator[Callable[[FileRecord], None]]:
     """Write rows to the first .jsonl file as they come, so that a killed audit can be resumed."""
     path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
     if path is None:
@@ -98,14 +96,14 @@ def _kept(outs: Sequence[Path]) -> Iterator[Callable[[AuditRow], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
 
-        def keep(row: AuditRow) -> None:
+        def keep(row: FileRecord) -> None:
             file.write(row.model_dump_json() + "\n")
             file.flush()
 
         yield keep
 
 
-def _known(outs: Sequence[Path], resume: bool) -> list[AuditRow]:
+def _known(outs: Sequence[Path], resume: bool) -> list[FileRecord]:
     from harness.doctor.audit.output import check_target, read_rows
     from harness.errors import UserError
 
@@ -137,7 +135,7 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
         yield client.get_executor(retries=3)
 
 
-def _print(rows: Sequence[AuditRow], outs: Sequence[Path]) -> None:
+def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     from harness.verdict.codes import CODES
 
     bad = [row for row in rows if row.hazards]

@@ -181,9 +181,10 @@ def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:
 
 def _energies(energy: Mapping[str, float]) -> str:
     """Return the largest energies by module, in words short enough for a terminal."""
+    from harness.report.summary import listed
+
     found = sorted(energy.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {value:.3g}" for name, value in found[:_ENERGIES_SHOWN])
-    return shown + (f" and {len(found) - _ENERGIES_SHOWN} more" if len(found) > _ENERGIES_SHOWN else "")
+    return listed([f"{name} {value:.3g}" for name, value in found], _ENERGIES_SHOWN)
 
 
 def _counts(values: dict[str, int]) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+DTYPE = click.Choice(["float32", "bfloat16", "float16"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is drawn."
@@ -92,7 +93,6 @@ class ModulePin(click.ParamType):  # type: ignore[type-arg]  # generic only in n
             self.fail(f"{value!r}: write NAME=RANK:ALPHA, for example transformer_blocks.0.attn.to_q=4:8", param, ctx)
 
 
-_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 _PINS = (
     click.option(
         "--module", "modules", type=ModulePin(), multiple=True, help="One module of the LoRA; repeat for more."
@@ -100,8 +100,8 @@ _PINS = (
     click.option("--rank", type=click.IntRange(1), help="Rank of every target module."),
     click.option("--alpha", type=float, help="Alpha of every target module."),
     click.option("--strength", type=float, help="Strength passed to the loader.  [default: 1]"),
-    click.option("--dtype", type=_DTYPES, help="Dtype of the model.  [default: float32]"),
-    click.option("--file-dtype", type=_DTYPES, help="Dtype of the LoRA file.  [default: that of the model]"),
+    click.option("--dtype", type=DTYPE, help="Dtype of the model.  [default: float32]"),
+    click.option("--file-dtype", type=DTYPE, help="Dtype of the LoRA file.  [default: that of the model]"),
     click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
 )
 _PINNED = ("modules", "rank", "alpha", "strength", "dtype", "file_dtype", "key_seed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,29 +24,19 @@ from harness.commands import options as shared
 @click.option("--for", "loader", metavar="LOADER", help="Measure this loader and fold the scale for it.")
 @click.option("--model-names", type=shared.PATH, metavar="FILE", help="The model's layers, a line each (for kohya).")
 @click.option("--base", type=shared.PATH, metavar="CKPT", help="The same, read from a checkpoint.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the new file.")
+@click.option("--dtype", type=shared.DTYPE, help="Dtype of the new file.")
 @click.option("--force", is_flag=True, help="Replace NEW when it exists.")
 @shared.json_option
 def command(
-    lora: Path,
-    to: str,
-    out: Path,
-    scale: float | None,
-    lora_alpha: float | None,
-    loader: str | None,
-    model_names: Path | None,
-    base: Path | None,
-    dtype: str | None,
-    force: bool,
-    as_json: bool,
+    lora: Path, to: str, out: Path, model_names: Path | None, base: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair.repair import RepairOptions, names_from, repair_file
+    from harness.doctor.repair.repair import names_from, repair_file
     from harness.text import printable
 
     source = model_names or base
     names = names_from(source) if source else None
-    report = repair_file(lora, to, out, RepairOptions(scale, lora_alpha, loader, names, dtype, force))
+    report = repair_file(lora, to, out, model_names=names, **options)
     if as_json:
         click.echo(report.model_dump_json())
         sys.exit(0)

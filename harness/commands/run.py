@@ -21,7 +21,7 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 
 
 @click.command(epilog="\b\nExample:\n  lora-harness run --out reports/out")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out"), show_default=True)
+@click.option("--out", type=shared.FOLDER, default=Path("reports/out"), show_default=True)
 @click.option("--loader", "only", multiple=True, help="Only this loader; repeat for more.  [default: all installed]")
 @click.option("--quick", is_flag=True, help="Fewer examples and the one-forward image probe instead of pictures.")
 @click.option(
@@ -33,9 +33,7 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 @click.option(
     "--known-failures", metavar="FILE", default="shipped", show_default=True, help="TOML file of known failures."
 )
-@click.option(
-    "--baseline", type=click.Path(dir_okay=False, path_type=Path), help="Earlier run.jsonl; fail on what got worse."
-)
+@click.option("--baseline", type=shared.FILE, help="Earlier run.jsonl; fail on what got worse.")
 @click.option("--rule", "rules", multiple=True, help="Gate rule for --baseline, FIELD:DIRECTION:THRESHOLD.")
 @click.option("--images/--no-images", default=True, help="Sweep pictures with the tiny pipeline.  [default: images]")
 @click.option("--device", default="cpu", show_default=True, help="Device of the image sweep.")
@@ -45,7 +43,6 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
     from harness.checks.known import known_failures
-    from harness.commands.options import finish
     from harness.loaders.registry import available
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
@@ -61,7 +58,7 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
         if options["images"]:
             writer.write(*(_not_drawn(name) for name in loaders if name not in drawn))
             _sweep(writer, drawn, out, quick, as_json, options)
-    sys.exit(finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
+    sys.exit(shared.finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
 
 
 def _drawn(loaders: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,8 @@ def power_markdown(records: Sequence[PowerRecord]) -> str:
     weights = [record for record in records if record.source == "weights" and record.images is None]
     broken = [record for record in weights if record.fault]
     right = [record for record in weights if not record.fault]
-    rows = [_broken_row(family, [r for r in broken if _family(r) == family]) for family in _families(broken)]
+    families = dict.fromkeys(record.subject.partition(":")[0] for record in broken)
+    rows = [_broken_row(name, [r for r in broken if r.subject.partition(":")[0] == name]) for name in families]
     rows += [_broken_row("**all that are wrong**", broken)] if broken else []
     rows += [_right_row(right)] if right else []
     return "\n".join([_HEAD, "| --- | --- | --- | --- | --- | --- |", *rows]) + "\n"
@@ -172,11 +173,3 @@ def _broken_row(family: str, records: Sequence[PowerRecord]) -> str:
 def _right_row(records: Sequence[PowerRecord]) -> str:
     alarms, examples = sum(r.detected for r in records), sum(r.trials for r in records)
     return f"| **all that are right** | {len(records)} | | | | {alarms} in {examples} examples |"
-
-
-def _family(record: PowerRecord) -> str:
-    return record.subject.partition(":")[0]
-
-
-def _families(records: Iterable[PowerRecord]) -> Iterator[str]:
-    yield from dict.fromkeys(map(_family, records))

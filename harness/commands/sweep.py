@@ -40,14 +40,12 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
     "--alphas", type=_Numbers(), default="0,0.25,0.5,1,2,4,8,16,32", show_default=True, help="Strengths to draw."
 )
 @click.option("--pipeline", metavar="DIR", help="A saved diffusers pipeline.  [default: the tiny trained one]")
-@click.option(
-    "--lora", type=click.Path(path_type=Path), help="The LoRA file or PEFT folder.  [default: rank 8, alpha 16]"
-)
+@click.option("--lora", type=shared.PATH, help="The LoRA file or PEFT folder.  [default: rank 8, alpha 16]")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat for more.")
-@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="A text file, one prompt per line.")
+@click.option("--prompts", "prompts_file", type=shared.PATH, help="A text file, one prompt per line.")
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="How many seeds per prompt.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the pipeline.")
+@click.option("--dtype", type=shared.DTYPE, help="Dtype of the pipeline.")
 @click.option("--offload", type=click.Choice(["none", "model", "sequential"]), default="none", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the pipeline's own]")
 @click.option("--size", type=click.IntRange(8), help="Width and height in pixels.  [default: the pipeline's own]")
@@ -70,9 +68,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
     help="0: load and draw in this process, on all its threads.",
 )
 @click.option("--allow-download", is_flag=True, help="Let --pipeline be a hub id.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("reports/out/sweep"), show_default=True
-)
+@click.option("--out", type=shared.FOLDER, default=Path("reports/out/sweep"), show_default=True)
 @shared.json_option
 def command(
     loader: str,
@@ -87,7 +83,6 @@ def command(
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
     import torch
 
-    from harness.commands.options import show
     from harness.images import SweepOptions, read_prompts
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
@@ -104,7 +99,7 @@ def command(
     header = new_header(planned=[f"sweep:{loader}"])
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
         verdicts = sweep_into(writer, loader, wanted)
-    show(out, as_json=as_json)
+    shared.show(out, as_json=as_json)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 
 

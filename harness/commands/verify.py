@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,26 +38,17 @@ _SHOWN = 20
 @click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
 @click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option
-def command(
-    base: Path,
-    merged: Path,
-    lora: Path,
-    strength: float,
-    lora_alpha: float | None,
-    full: bool,
-    device: str,
-    as_json: bool,
-) -> None:
+def command(base: Path, merged: Path, lora: Path, as_json: bool, **options: Any) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
     Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
     Tucker cores, whole differences and biases are measured too; what is not read is listed.
     """
-    from harness.doctor.verify.verify import VerifyOptions, verify_merge
+    from harness.doctor.verify.verify import verify_merge
 
     with progress("verifying", quiet=shared.quiet_on(as_json)) as line:
-        on_module = lambda name: line.advance(printable(name, 60))  # noqa: E731
-        report = verify_merge(base, merged, lora, VerifyOptions(strength, full, lora_alpha, device, on_module))
+        options["on_module"] = lambda name: line.advance(printable(name, 60))
+        report = verify_merge(base, merged, lora, **options)
     print_json(report.verdicts, report.exit_code) if as_json else _print(report)
     sys.exit(report.exit_code)
 

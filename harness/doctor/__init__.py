@@ -15,13 +15,12 @@ from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 if TYPE_CHECKING:
     from harness.doctor.audit.audit import AuditOptions, audit_files
     from harness.doctor.audit.output import read_rows, write_rows
-    from harness.doctor.audit.rows import AuditRow
     from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
     from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
+AuditRow = FileRecord  # with what an audit adds filled in
 _LATER = {
     "AuditOptions": "audit.audit",
-    "AuditRow": "audit.rows",
     "MergeReport": "verify.verify",
     "RepairOptions": "repair.repair",
     "RepairReport": "repair.repair",

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from harness.doctor.match import match_layers, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
 from harness.text import parse_json, printable
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
@@ -116,8 +115,6 @@ class Checkpoint:
 
     def norm(self, name: str) -> float:
         """Return ||W||_F, accumulated in float64: torch's own float32 norm is off by 2e-3 at 40 million elements."""
-        import torch
-
         if name not in self._norms:
             weight = self.rows(name, 0, (*self.info(name).shape, 1)[0])
             weight = weight if weight.dtype.itemsize > 1 else weight.float()
@@ -136,8 +133,6 @@ class Checkpoint:
 
     def _few(self, name: str, start: int, stop: int) -> Tensor | None:
         """Return rows read as bytes; None when they are many."""
-        import torch
-
         info, kind = self.info(name), getattr(torch, self.dtype(name), None)
         rows = info.shape[0] if info.shape else 1
         width = (info.end - info.start) // max(rows, 1)

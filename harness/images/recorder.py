@@ -112,17 +112,12 @@ class Recorder:
             yield from self._guarded([strength])
 
     def _guarded(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
-        drawn = self.studio.candidates(self.subject, alphas)
-        while True:
-            try:
-                item = next(drawn)
-            except StopIteration:
-                return
-            except UserError:
-                raise
-            except (Exception, TimeLimitExceeded) as error:  # a crash of the subject is data
-                raise _CrashError(error) from error
-            yield item
+        try:
+            yield from self.studio.candidates(self.subject, alphas)
+        except UserError:
+            raise
+        except (Exception, TimeLimitExceeded) as error:  # a crash of the subject is data
+            raise _CrashError(error) from error
 
     def _pin(self) -> float | None:
         """Return the strength at which this loader should look as trained, when no strength was near it yet.

@@ -14,14 +14,8 @@ from harness.images.studio import Studio
 from harness.images.verdict import Judgement, StrengthResult
 from harness.isolation.jobs import JobEnd, TimeLimitExceeded
 from harness.loaders.protocol import Subject
+from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
-
-_FIX = {
-    "LH601": "compare its scale with alpha / rank: lora-harness check says which law it follows",
-    "LH602": "compare its scale with alpha / rank: lora-harness check says which law it follows",
-    "LH603": "check that it finds the modules the file names, and that it does not divide by the rank once too often",
-    "LH502": "look for overflow: merge in float32, or use bfloat16 instead of float16",
-}
 
 
 def sweep_verdict(
@@ -153,7 +147,7 @@ def _rows(
     if use:
         rows.append(("use", f"strength = {use:g} until it is fixed"))
     if judgement.code:
-        rows.append(("fix", f"{_FIX[judgement.code]}         lora-harness explain {judgement.code}"))
+        rows.append(("fix", f"{CODES[judgement.code].fix}         lora-harness explain {judgement.code}"))
     return tuple(rows)
 
 

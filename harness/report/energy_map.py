@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from harness.verdict.blocks import OUTSIDE, group_of, in_order, place_of
 from harness.verdict.file_record import ModuleEnergy
@@ -57,16 +58,12 @@ class EnergyMap:
     cells: Cells
     energies: Mapping[str, ModuleEnergy]
     most: float
+    row: ClassVar[int] = _ROW
 
     @cached_property
     def kinds(self) -> list[str]:
         """The rows."""
         return sorted({kind for row in self.cells.values() for kind in row}, key=in_order)
-
-    @property
-    def row(self) -> int:
-        """The height of a row."""
-        return _ROW
 
     @cached_property
     def step(self) -> int:

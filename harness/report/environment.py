@@ -23,26 +23,20 @@ def new_header(
     seed: int | None = None,
     profile: str = "dev",
     planned: Iterable[str] = (),
-    versions: dict[str, str] | None = None,
-    device: str | None = None,
-    run_id: str | None = None,
 ) -> Header:
-    """Build the header of a run that starts now; `command` defaults to the process's own command line.
-
-    `versions` adds to the versions of the installed packages (loaders installed beside, releases under test).
-    """
+    """Build the header of a run that starts now; `command` defaults to the process's own command line."""
     now = datetime.now(timezone.utc)
     return Header(
-        run_id=run_id or f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
+        run_id=f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
         created=now.isoformat(timespec="microseconds"),  # runs of one second stay in order
         command=_command_line(command),
         seed=seed,
         profile=profile,
         machine=os.environ.get("LORA_HARNESS_MACHINE") or platform.node(),
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        device=device or _device(),
+        device=_device(),
         commit=_commit(),
-        versions=installed_versions() | (versions or {}),
+        versions=installed_versions(),
         planned=tuple(planned),
     )
 

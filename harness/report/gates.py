@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,11 +154,7 @@ def _values(field: str, run: Run) -> dict[str, float]:
         return {"run": run.footer.seconds} if run.footer else {}
     if field.startswith("sweep."):
         name = field.removeprefix("sweep.")
-        sweeps = ((f"{k[0]} {k[1]} on {k[2]} at {k[3]:g}", r.metrics.get(name)) for k, r in _sweeps(run).items())
-        return {where: value for where, value in sweeps if value is not None}
-    return _numbers(run.verdicts, lambda verdict: getattr(verdict, field))
-
-
-def _numbers(verdicts: Iterable[Verdict], read: Callable[[Verdict], float | None]) -> dict[str, float]:
-    found = ((f"{_where(verdict)} {verdict.check}", read(verdict)) for verdict in verdicts)
+        found = [(f"{k[0]} {k[1]} on {k[2]} at {k[3]:g}", r.metrics.get(name)) for k, r in _sweeps(run).items()]
+    else:
+        found = [(f"{_where(verdict)} {verdict.check}", getattr(verdict, field)) for verdict in run.verdicts]
     return {where: float(value) for where, value in found if value is not None}

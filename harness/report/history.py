@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from harness.errors import UserError
-from harness.report.records import Run
+from harness.report.records import VIOLATIONS, Run, first_problem
 from harness.report.summary import OUTCOMES, WORDS, MatrixCell, cells, listed
 from harness.text import plain
 from harness.verdict.verdict import Record
@@ -158,20 +158,14 @@ def _read(path: Path) -> list[HistoryRecord]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the history cannot be read: {error}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            records.append(_record(path, number, line))
-    return records
+    return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _record(path: Path, number: int, line: str) -> HistoryRecord:
     try:
         return HistoryRecord.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise UserError(f"{path}:{number}: not a history record: {where}: {first['msg']}") from None
+        raise UserError(f"{path}:{number}: not a history record: {first_problem(error)}") from None
 
 
 def flips(history: Sequence[HistoryRecord]) -> list[Flip]:
@@ -205,14 +199,9 @@ def _flip(record: HistoryRecord, pairs: list[tuple[HistoryCell, HistoryCell]]) -
     return Flip(after.loader, _state(before), _state(after), record.created, record.run_id, places)
 
 
-def trend_rows(history: Sequence[HistoryRecord], last: int = 30) -> list[HistoryRecord]:
-    """Return the last runs, oldest first."""
-    return merge_history(history)[-last:]
-
-
 def history_text(history: Sequence[HistoryRecord], last: int = 30) -> str:
     """Return the history as printed by `lora-harness history`: a line per run, then the flips."""
-    lines = [_line(record) for record in trend_rows(history, last)]
+    lines = [_line(record) for record in merge_history(history)[-last:]]
     changed = [f"  {flip.created[:10]}  {flip.text()}" for flip in flips(history)]
     return plain("\n".join([*lines, *(["", "changes, the newest first", *changed] if changed else [])]))
 
@@ -246,7 +235,7 @@ class RunBar:
     @property
     def violations(self) -> int:
         """Failed, errored and unexpectedly passing checks together."""
-        return sum(self.record.counts.get(outcome, 0) for outcome in ("failed", "errored", "xpassed"))
+        return sum(self.record.counts.get(outcome, 0) for outcome in VIOLATIONS)
 
 
 class Trend:
@@ -260,7 +249,7 @@ class Trend:
     @cached_property
     def bars(self) -> list[RunBar]:
         """The last runs, oldest first, scaled to the largest of them."""
-        records = trend_rows(self.history, _LAST)
+        records = merge_history(self.history)[-_LAST:]
         most = max((sum(record.counts.values()) for record in records), default=0) or 1
         return [RunBar(record, _parts(record, most)) for record in records] if len(records) > 1 else []
 

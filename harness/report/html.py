@@ -14,8 +14,17 @@ from urllib.parse import quote
 from harness.errors import UserError
 from harness.report.models import PowerRecord
 from harness.report.records import Run, merge_runs, rebased
-from harness.report.summary import headline, listed, loader_summaries, not_measured, pretty_formula, short_title
-from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, symbol, told_lines, word
+from harness.report.summary import (
+    SYMBOLS,
+    WORDS,
+    headline,
+    listed,
+    loader_summaries,
+    not_measured,
+    pretty_formula,
+    short_title,
+)
+from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, told_lines
 from harness.text import plain
 from harness.verdict.file_record import FileRecord
 
@@ -138,8 +147,8 @@ def environment() -> Environment:
     )
     shared.filters |= {"number": number, "formula": pretty_formula, "when": when, "sized": sized}
     shared.globals |= {
-        "symbol": symbol,
-        "word": word,
+        "symbol": SYMBOLS.__getitem__,
+        "word": WORDS.__getitem__,
         "told": told_lines,
         "short_title": short_title,
         "listed": listed,

@@ -11,13 +11,13 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files.write import replace_file
-from harness.law.known import ScaleLaw, known_laws
+from harness.law.known import known_laws
 from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.html import asset, environment, policy
 from harness.text import count, plain
 from harness.verdict.blocks import BlockEnergy, by_block, in_order
 from harness.verdict.codes import CODES, SEVERITIES, Code
-from harness.verdict.file_record import FileRecord, Hazard, ModuleEnergy
+from harness.verdict.file_record import FileRecord, ModuleEnergy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
 _WORST = ("errored", "failed", "xpassed", "xfailed", "skipped", "passed")
@@ -133,8 +133,8 @@ def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harn
         files=shown,
         headline=_headline(shown),
         look=min((one.outlook[0] for one in shown), key=_WORST.index),
-        code=_code,
-        law=_law,
+        codes=CODES,
+        laws=known_laws(),
         command=command,
     )
 
@@ -163,14 +163,6 @@ def _headline(shown: Sequence[Shown]) -> str:
     words = Counter(one.outlook[1] if "hazard" not in one.outlook[1] else "with hazards" if one.record.hazards else
                     "without hazard" for one in shown)  # fmt: skip
     return f"{len(shown)} LoRA files: " + ", ".join(f"{number} {word}" for word, number in words.most_common())
-
-
-def _code(hazard: Hazard) -> Code:
-    return CODES[hazard.code]
-
-
-def _law(loader: str) -> ScaleLaw | None:
-    return known_laws().get(loader)
 
 
 def _audit_headline(rows: Sequence[FileRecord]) -> str:

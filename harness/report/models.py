@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from harness.law.probe import Probe
 
 SCHEMA_VERSION = 1
+T = TypeVar("T")
 
 
 class Header(Record):
@@ -132,13 +133,14 @@ def probe_record(
     """Return a cell's probes as a record, at most `most` of them, those that are wrong before the others."""
     wrong = [probe for probe in probes if not probe.right]
     right = [probe for probe in probes if probe.right]
-    kept = [*_thinned(wrong, most), *_thinned(right, max(most - len(wrong), most // 4))][:most]
+    kept = [*thinned(wrong, most), *thinned(right, max(most - len(wrong), most // 4))][:most]
     points = tuple(ProbePoint.model_validate(probe, from_attributes=True) for probe in kept)
     return ProbeRecord(loader=loader, format=format, bench=bench, variant=variant, law=law, points=points)
 
 
-def _thinned(probes: Sequence[Probe], most: int) -> Sequence[Probe]:
-    return probes[:: max(-(-len(probes) // most), 1)]
+def thinned(items: Sequence[T], most: int) -> Sequence[T]:
+    """Return about `most` of the items, evenly spaced."""
+    return items[:: max(-(-len(items) // most), 1)]
 
 
 class PowerRecord(Record):

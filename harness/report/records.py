@@ -29,6 +29,7 @@ from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import Record, Verdict
 
 R = TypeVar("R", bound=Record)
+VIOLATIONS = ("failed", "errored", "xpassed")
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,12 @@ class RunWriter:
 
     def __init__(self, path: Path | str | None, header: Header, *, echo: TextIO | None = None) -> None:
         self.path = Path(path) if path is not None else None
-        self.header, self.exit_code, self.reference = header, None, ""
+        self.header, self.reference = header, ""
+        self.exit_code: int | None = None
         self._sinks: list[TextIO] = [echo] if echo is not None else []
         self._file: TextIO | None = None
         self._counts: Counter[str] = Counter()
         self._started = time.monotonic()
-
-    exit_code: int | None
 
     def __enter__(self) -> RunWriter:
         if self.path is not None:
@@ -144,7 +144,7 @@ class RunWriter:
 
 def exit_code_of(counts: dict[str, int] | Counter[str]) -> int:
     """Return 1 when any verdict is a violation, else 0."""
-    return int(any(counts.get(outcome, 0) for outcome in ("failed", "errored", "xpassed")))
+    return int(any(counts.get(outcome, 0) for outcome in VIOLATIONS))
 
 
 def read_run(path: Path | str) -> Run:
@@ -175,7 +175,8 @@ def _read_records(path: Path) -> tuple[list[AnyRecord], str | None]:
         except ValidationError as error:
             if number == len(lines) and error.errors()[0]["type"] == "json_invalid":
                 return records, f"the last line ({number}) is truncated"
-            raise UserError(f"{path}:{number}: {_problem(error, line)}") from None
+            what = f"{first_problem(error, depth=1)} (the line starts {line[:60]!r})"
+            raise UserError(f"{path}:{number}: not a record: {what}") from None
         _refuse_newer(path, records[-1])
     return records, None
 
@@ -189,10 +190,11 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: not a run file: byte {error.start} is not UTF-8 text") from None
 
 
-def _problem(error: ValidationError, line: str) -> str:
+def first_problem(error: ValidationError, depth: int = 0) -> str:
+    """Say what is wrong with a line, and at which of its fields, whose path begins at `depth`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "the line"
-    return f"not a record: {where}: {first['msg']} (the line starts {line[:60]!r})"
+    where = ".".join(str(part) for part in first["loc"][depth:]) or "the line"
+    return f"{where}: {first['msg']}"
 
 
 def _refuse_newer(path: Path, record: AnyRecord) -> None:

@@ -39,12 +39,10 @@ def _reflowed(node: Any) -> Any:
     if isinstance(node, list):
         return [_reflowed(value) for value in node]
     if isinstance(node, dict):
-        return {key: _line(value) if key == "description" else _reflowed(value) for key, value in node.items()}
+        described = isinstance(node.get("description"), str)
+        one_line = {"description": " ".join(node["description"].split())} if described else {}
+        return {key: _reflowed(value) for key, value in node.items()} | one_line
     return node
-
-
-def _line(value: Any) -> Any:
-    return " ".join(value.split()) if isinstance(value, str) else _reflowed(value)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from harness.report.models import LoraFacts, SweepImage, SweepRecord
+from harness.report.models import LoraFacts, SweepRecord
 from harness.report.records import Run
 from harness.report.summary import OUTCOMES, badness, digest
 from harness.report.svg import Curve, available, sweep_figure
@@ -221,10 +221,10 @@ def _subjects(records: Sequence[SweepRecord]) -> list[tuple[str, int | None]]:
 
 
 def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: int, folder: Path, out: Path) -> Row:
-    pictures = [_Pictures.read(record, prompt, seed, folder) for record in records]
-    role = "reference" if any(found.reference for found in pictures) else "base"
-    fallback = next((found.base for found in pictures if found.base), None)
-    pairs = [(p.candidate, p.reference if role == "reference" else p.base or fallback) for p in pictures]
+    pictures = [_pictures(record, prompt, seed, folder) for record in records]
+    role = "reference" if any("reference" in found for found in pictures) else "base"
+    fallback = next((found["base"] for found in pictures if "base" in found), None) if role == "base" else None
+    pairs = [(found.get("candidate"), found.get(role, fallback)) for found in pictures]
     whole = [(a[1], b[1]) for a, b in pairs if a and b]
     gain = difference_gain(whole) if whole else None
     draw = _Draw(side, gain, out)
@@ -232,22 +232,10 @@ def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: in
     return Row(prompt, seed, tiles, role if whole else None, gain)
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    candidate: tuple[Path, Image] | None
-    reference: tuple[Path, Image] | None
-    base: tuple[Path, Image] | None
-
-    @classmethod
-    def read(cls, record: SweepRecord, prompt: str, seed: int | None, folder: Path) -> _Pictures:
-        images = {image.role: image for image in record.images if (image.prompt, image.seed) == (prompt, seed)}
-        return cls(*(_read(images.get(role), folder) for role in ("candidate", "reference", "base")))
-
-
-def _read(image: SweepImage | None, folder: Path) -> tuple[Path, Image] | None:
-    path = folder / image.path if image else None
-    picture = open_picture(path) if path else None
-    return (path, picture) if path and picture else None
+def _pictures(record: SweepRecord, prompt: str, seed: int | None, folder: Path) -> dict[str, tuple[Path, Image]]:
+    """Return what can be read of one prompt and seed, by role."""
+    paths = {i.role: folder / i.path for i in record.images if (i.prompt, i.seed) == (prompt, seed)}
+    return {role: (path, picture) for role, path in paths.items() if (picture := open_picture(path))}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.report.models import PartRecord, PowerRecord, ProbeRecord, SweepRecord
 from harness.report.records import Run
-from harness.text import plain
+from harness.text import count, plain
 from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import LawRecord, Verdict
 
@@ -26,7 +26,7 @@ WORDS = {
 }
 SYMBOLS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–", "none": "–"}
 OUTCOMES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped")
-_DECIDES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped", "none")
+_DECIDES = (*OUTCOMES, "none")
 _FOLDED_FIRST = 3
 CellKey = tuple[str, str, str, str]  # loader, format, bench, variant
 
@@ -86,10 +86,7 @@ class Cause:
         """Return the sentence that names the other places, empty when there is none."""
         others = list(dict.fromkeys(place(verdict) for verdict in self.verdicts[1:]))
         others = [other for other in others if other != place(self.worst)]
-        if not others:
-            return ""
-        more = f" and {len(others) - _FOLDED_FIRST} more" if len(others) > _FOLDED_FIRST else ""
-        return "the same in " + ", ".join(others[:_FOLDED_FIRST]) + more
+        return f"the same in {listed(others, _FOLDED_FIRST)}" if others else ""
 
 
 def pretty_formula(formula: str) -> str:
@@ -233,20 +230,16 @@ def headline(run: Run) -> str:
     if len(tested) == 1 and wrong:
         return f"{cut}The loader does not reproduce the training."
     if wrong:
-        return f"{cut}{len(wrong)} of {len(tested)} loaders {_verb(len(wrong))} not reproduce the training."
+        verb = "does" if len(wrong) == 1 else "do"
+        return f"{cut}{len(wrong)} of {len(tested)} loaders {verb} not reproduce the training."
     if any(verdict.outcome in ("passed", "xfailed") for verdict in run.verdicts):
         return cut + _all_right(run, len(tested)) + _but(run)
     return cut + (_files(run) or _power(run) or "Nothing was measured.")
 
 
-def _verb(count: int) -> str:
-    return "does" if count == 1 else "do"
-
-
 def _but(run: Run) -> str:
-    if not run.missing:
-        return ""
-    return f" But {len(run.missing)} planned part{'s were' if len(run.missing) > 1 else ' was'} not measured."
+    verb = "was" if len(run.missing) == 1 else "were"
+    return f" But {count(len(run.missing), 'planned part')} {verb} not measured." if run.missing else ""
 
 
 def loader_summaries(run: Run) -> list[LoaderSummary]:
@@ -262,8 +255,7 @@ def _all_right(run: Run, tested: int) -> str:
     passed = run.counts.get("passed", 0)
     known = sorted({plain(verdict.loader) for verdict in run.verdicts if verdict.outcome == "xfailed"})
     if known:
-        times = run.counts["xfailed"]
-        some = f"{times} known failure{'s' if times > 1 else ''} in {', '.join(known)}"
+        some = f"{count(run.counts['xfailed'], 'known failure')} in {', '.join(known)}"
         return f"Nothing new is wrong: {passed} checks passed, {some}."
     who = "The loader reproduces" if tested == 1 else f"All {tested} loaders reproduce"
     return f"{who} the training: {passed} checks passed."

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from harness.report.models import ProbePoint, ProbeRecord
+from harness.report.models import ProbePoint, ProbeRecord, thinned
 from harness.report.summary import digest, pretty_formula
 from harness.verdict.verdict import LawRecord
 
@@ -172,12 +172,12 @@ class Curve:
 
 def law_figure(record: ProbeRecord) -> Markup:
     """Draw measured against expected scale per module, and against the fitted law where it is a power law."""
-    points = _thinned([p for p in record.points if _drawable(p)])
+    points = thinned([p for p in record.points if _drawable(p)], _MOST_POINTS)
     predictions = [predicted(record.law, point) for point in points]
     fitted = all(value is not None and value != 0 for value in predictions) and bool(points)
     figure = new_figure(4.6 if fitted else 2.3, 2.1)
     left = figure.add_axes((0.11, 0.19, 0.36, 0.74) if fitted else (0.2, 0.19, 0.74, 0.74))
-    _diagonal(left, [(p.expected, p.measured) for p in points], _colours(points))
+    _diagonal(left, [(p.expected, p.measured) for p in points], [RIGHT if _right(p) else WRONG for p in points])
     left.set_xlabel("expected scale", fontsize=7.5, color=FAINT, labelpad=1)
     left.set_ylabel("measured scale", fontsize=7.5, color=FAINT, labelpad=1)
     if fitted:
@@ -252,10 +252,6 @@ def _shown(value: float, *, log: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _colours(points: Sequence[ProbePoint]) -> list[str]:
-    return [RIGHT if _right(point) else WRONG for point in points] or [RIGHT]
-
-
 def _right(point: ProbePoint) -> bool:
     return abs(point.measured - point.expected) <= _OFF * abs(point.expected)
 
@@ -263,8 +259,3 @@ def _right(point: ProbePoint) -> bool:
 def _drawable(point: ProbePoint) -> bool:
     values = (point.measured, point.expected)
     return all(math.isfinite(value) and value != 0 for value in values)
-
-
-def _thinned(points: list[ProbePoint]) -> list[ProbePoint]:
-    step = math.ceil(len(points) / _MOST_POINTS) or 1
-    return points[::step]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,10 @@ _WIDEST = 40
 
 def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None, *, reference: str = "") -> None:
     """Print the failures, the matrix, the reference and the summary sentence of verdicts that belong to one run."""
-    print_run(_run_of(list(verdicts), reference), console)
+    told = tuple(verdicts)
+    counts = dict(Counter(str(verdict.outcome) for verdict in told))
+    footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts), reference=reference)
+    print_run(Run(Header(run_id="", created="", command=""), told, footer), console)
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
@@ -90,9 +93,3 @@ def _cell(cell: MatrixCell | None) -> Text:
         return Text(SYMBOLS["none"], style="dim")
     law = f"\n{cell.formula}" if cell.formula and cell.outcome != "passed" else ""
     return Text(f"{SYMBOLS[cell.outcome]} {WORDS[cell.outcome]}{law}", style=STYLES.get(cell.outcome, "dim"))
-
-
-def _run_of(verdicts: Sequence[Verdict], reference: str) -> Run:
-    counts = dict(Counter(str(verdict.outcome) for verdict in verdicts))
-    footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts), reference=reference)
-    return Run(Header(run_id="", created="", command=""), tuple(verdicts), footer)

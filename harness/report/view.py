@@ -12,11 +12,7 @@ from harness.report.models import ProbePoint, ProbeRecord
 from harness.report.records import Run
 from harness.report.summary import (
     OUTCOMES,
-    SYMBOLS,
-    WORDS,
-    Cause,
     MatrixCell,
-    MatrixRow,
     causes,
     cells,
     digest,
@@ -51,35 +47,30 @@ class LawPlot:
     @property
     def anchor(self) -> str:
         """The plot's stable id inside a report."""
-        return "law-" + digest(self.record.loader, self.record.format, self.record.bench, self.record.variant)
+        return _law_anchor(self.record)
 
 
 class ReportView:
-    """The parts of a report that are computed from the verdicts and probes of one run."""
+    """The parts of a report that are computed from the verdicts and probes of one run.
+
+    `cells` are the measured cells by loader, format, bench and variant, `formats` and `matrix` the columns and lines
+    they make; `causes` the failures folded by cause, worst first; `counts` the outcomes that occurred with their
+    numbers; `loose` the verdicts that belong to no format (images, files, smoke checks); `plots` one plot per law, the
+    cells that fail first; `energies` the energy by block of the first files that carry one.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.anchors = _anchors(run.verdicts)
-
-    @cached_property
-    def cells(self) -> dict[tuple[str, str, str, str], MatrixCell]:
-        """The measured cells by loader, format, bench and variant, the worst first."""
-        return cells(self.run)
-
-    @cached_property
-    def formats(self) -> list[str]:
-        """The columns of the matrix."""
-        return matrix_columns(self.cells)
-
-    @cached_property
-    def matrix(self) -> list[MatrixRow]:
-        """The matrix: a line per loader, bench and variant, a cell per format."""
-        return matrix_rows(self.cells)
-
-    @cached_property
-    def causes(self) -> list[Cause]:
-        """Failures folded by cause, worst first."""
-        return causes(self.run.verdicts)
+        self.cells = cells(run)
+        self.formats, self.matrix = matrix_columns(self.cells), matrix_rows(self.cells)
+        self.causes = causes(run.verdicts)
+        self.counts = [(outcome, run.counts[outcome]) for outcome in OUTCOMES if run.counts.get(outcome)]
+        self.loose = [verdict for verdict in run.verdicts if verdict.format is None]
+        records = sorted(run.of(ProbeRecord), key=lambda record: -_spread(record))
+        self.plots = [_plot(record, drawn=i < _MOST_FIGURES) for i, record in enumerate(records)]
+        found = ((record, energy_by_block(record)[:_MOST_BLOCKS]) for record in run.of(FileRecord))
+        self.energies = [(record, blocks) for record, blocks in found if blocks][:_MOST_ENERGIES]
+        self._anchors, self._plotted = _anchors(run.verdicts), {plot.anchor for plot in self.plots}
 
     @cached_property
     def told(self) -> set[int]:
@@ -91,46 +82,18 @@ class ReportView:
         """Return True when a violation is shown with all its rows."""
         return id(verdict) in self.told
 
-    @cached_property
-    def counts(self) -> list[tuple[str, int]]:
-        """Outcomes that occurred with their numbers, worst first."""
-        return [(outcome, self.run.counts[outcome]) for outcome in OUTCOMES if self.run.counts.get(outcome)]
-
-    @cached_property
-    def loose(self) -> list[Verdict]:
-        """Verdicts that belong to no format (images, files, smoke checks)."""
-        return [verdict for verdict in self.run.verdicts if verdict.format is None]
-
-    @cached_property
-    def plots(self) -> list[LawPlot]:
-        """One plot per law, the cells that fail first."""
-        records = sorted(self.run.of(ProbeRecord), key=lambda record: -_spread(record))
-        return [_plot(record, drawn=i < _MOST_FIGURES) for i, record in enumerate(records)]
-
-    @cached_property
-    def energies(self) -> list[tuple[FileRecord, list[tuple[str, float]]]]:
-        """The energy of each file by block, for the first files that carry one."""
-        found = ((record, energy_by_block(record)) for record in self.run.of(FileRecord))
-        return [(record, blocks[:_MOST_BLOCKS]) for record, blocks in found if blocks][:_MOST_ENERGIES]
-
     def anchor(self, verdict: Verdict) -> str:
         """Return the verdict's stable id."""
-        return self.anchors[id(verdict)]
-
-    @cached_property
-    def _plotted(self) -> set[str]:
-        return {plot.anchor for plot in self.plots}
+        return self._anchors[id(verdict)]
 
     def plot(self, cell: MatrixCell) -> str | None:
         """Return the id of the plot of the cell's law, None when there is none."""
-        anchor = "law-" + digest(cell.loader, cell.format, cell.bench, cell.variant)
+        anchor = _law_anchor(cell)
         return anchor if anchor in self._plotted else None
 
     def evidence(self, cell: MatrixCell) -> str:
         """Return the id that a cell of the matrix links to: its worst failure, or its checks."""
-        if cell.worst is None or cell.worst.ok:
-            return cell.anchor
-        return self.anchors[id(cell.worst)]
+        return cell.anchor if cell.worst is None or cell.worst.ok else self.anchor(cell.worst)
 
     def span(self, loader: str) -> int:
         """Return the number of lines that a loader has in the matrix."""
@@ -139,6 +102,10 @@ class ReportView:
     def version(self, loader: str) -> str | None:
         """Return the version of a loader, None where no verdict tells it."""
         return next((v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version), None)
+
+
+def _law_anchor(of: ProbeRecord | MatrixCell) -> str:
+    return "law-" + digest(of.loader, of.format, of.bench, of.variant)
 
 
 def energy_by_block(record: FileRecord) -> list[tuple[str, float]]:
@@ -179,13 +146,3 @@ def told_lines(verdict: Verdict) -> list[tuple[str, str]]:
     head, *rest = verdict.text().split("\n")
     width = max((len(label) for label, _ in verdict.rows), default=0) + 4
     return [("", head), *((line[:width], line[width:]) for line in rest)]
-
-
-def symbol(outcome: str) -> str:
-    """Return the sign that stands for an outcome beside its word and colour."""
-    return SYMBOLS.get(outcome, "–")
-
-
-def word(outcome: str) -> str:
-    """Return the word that stands for an outcome."""
-    return WORDS.get(outcome, outcome)

@@ -83,7 +83,7 @@ def in_order(name: str) -> tuple[bool, tuple[tuple[int, str], ...]]:
 
 def _block(name: str, modules: list[ModuleEnergy], against_base: bool) -> BlockEnergy:
     finite = [module for module in modules if module.finite]
-    norm, relative = _root(module.norm for module in finite), _relative(finite)
+    norm, relative = norm_of(module.norm for module in finite), _relative(finite)
     live = [module.effective_rank for module in finite if module.norm > 0]
     return BlockEnergy(
         name=name,
@@ -100,11 +100,12 @@ def _block(name: str, modules: list[ModuleEnergy], against_base: bool) -> BlockE
 def _relative(modules: list[ModuleEnergy]) -> float | None:
     """Return ||ΔW|| / ||W|| over the modules whose base weight is known; those without an update do not tell theirs."""
     known = [(module.norm, module.relative) for module in modules if module.relative is not None]
-    base = _root(norm / relative for norm, relative in known if relative)
+    base = norm_of(norm / relative for norm, relative in known if relative)
     if not known:
         return None
-    return _root(norm for norm, _ in known) / base if base else 0.0
+    return norm_of(norm for norm, _ in known) / base if base else 0.0
 
 
-def _root(values: Iterable[float]) -> float:
+def norm_of(values: Iterable[float]) -> float:
+    """Return the root of the sum of squares."""
     return math.sqrt(math.fsum(value * value for value in values))

@@ -15,11 +15,11 @@ from markupsafe import escape
 
 from fixtures.build_malformed import CASES, FILE_CASES, build
 from harness.commands.audit import command
+from harness.doctor import AuditRow
 from harness.doctor.audit import rows as audit_row
 from harness.doctor.audit import work as audit_work
 from harness.doctor.audit.audit import audit_files, find_files
 from harness.doctor.audit.output import read_rows, write_rows
-from harness.doctor.audit.rows import AuditRow
 from harness.errors import UserError
 from harness.files import LoraWeights, write_lora
 from harness.verdict.codes import CODES

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from harness.doctor.audit import work as audit_work
-from harness.doctor.audit.work import Task, row_of, run_local
+from harness.doctor.audit.work import Task, run_local
+from harness.verdict.file_record import FileRecord
 
 PATHS = [f"{number:02d}" for number in range(40)]
 
@@ -22,14 +23,14 @@ def results(monkeypatch: pytest.MonkeyPatch, workers: int, *, bad: tuple[str, ..
             if what == 1:
                 time.sleep(60)
             bytearray(1 << 31)
-        return audit_work.failed_row(path, "fine").model_dump_json()
+        return audit_work.unreadable(path, "fine").model_dump_json()
 
     monkeypatch.setattr(audit_work, "do", do)
     found: dict[str, str] = {}
 
     def keep(path: str, text: str) -> None:
         assert path not in found
-        found[path] = row_of(text).hazards[0].what
+        found[path] = FileRecord.model_validate_json(text).hazards[0].what
 
     run_local(PATHS, Task(seconds=0.5, memory=256 << 20), workers=workers, on_result=keep)
     assert sorted(found) == PATHS
@@ -55,12 +56,15 @@ def test_every_path_has_one_result(monkeypatch: pytest.MonkeyPatch, workers: int
 def test_a_slow_file_in_a_batch_of_slow_ones_keeps_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(path: str, task: Task) -> str:
         time.sleep(0.2)
-        return audit_work.failed_row(path, "fine").model_dump_json()
+        return audit_work.unreadable(path, "fine").model_dump_json()
 
     monkeypatch.setattr(audit_work, "do", slow)
     found: list[str] = []
     paths = PATHS[:8]
     run_local(
-        paths, Task(seconds=0.5), workers=2, on_result=lambda path, text: found.append(row_of(text).hazards[0].what)
+        paths,
+        Task(seconds=0.5),
+        workers=2,
+        on_result=lambda path, text: found.append(FileRecord.model_validate_json(text).hazards[0].what),
     )
     assert found == ["fine"] * len(paths)

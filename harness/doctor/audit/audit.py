@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.doctor.audit import remote
-from harness.doctor.audit.rows import AuditRow, failed_row
-from harness.doctor.audit.work import Task, row_of, run_local, run_on
+from harness.doctor.audit.work import Task, run_local, run_on
+from harness.doctor.inspect.describe import unreadable
 from harness.errors import UserError
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
+from harness.verdict.file_record import FileRecord
 
 _SUFFIX = ".safetensors"
 _PICKLED = "adapter_model.bin"
@@ -37,14 +38,14 @@ class AuditOptions:
     executor: Executor | None = None
     seconds: float = 30.0
     memory: int = 1 << 30
-    known: Iterable[AuditRow] = ()
+    known: Iterable[FileRecord] = ()
     duplicates: bool = True
     schemes: Iterable[str] = remote.SCHEMES
     on_start: Callable[[int], None] = lambda total: None
-    on_row: Callable[[AuditRow], None] = lambda row: None
+    on_row: Callable[[FileRecord], None] = lambda row: None
 
 
-def audit_files(paths: Iterable[Path | str], options: AuditOptions | None = None, **fields: Any) -> list[AuditRow]:
+def audit_files(paths: Iterable[Path | str], options: AuditOptions | None = None, **fields: Any) -> list[FileRecord]:
     """Return one row per safetensors file or PEFT folder under `paths`: files, folders, globs, URLs.
 
     The order is that of `find_files`, whatever order the work ends in. The fields of `options` may be given by keyword.
@@ -69,12 +70,12 @@ def _work(options: AuditOptions) -> Work:
     return lambda paths, task, done: run_local(paths, task, workers=workers, on_result=done)
 
 
-def _rows(found: Sequence[Found], work: Work, task: Task, options: AuditOptions) -> list[AuditRow]:
+def _rows(found: Sequence[Found], work: Work, task: Task, options: AuditOptions) -> list[FileRecord]:
     known = {row.path: row for row in options.known}
     stamps = {file.path: file.stamp() for file in found}
-    rows: dict[str, AuditRow] = {}
+    rows: dict[str, FileRecord] = {}
 
-    def keep(path: str, row: AuditRow) -> None:
+    def keep(path: str, row: FileRecord) -> None:
         size, mtime = stamps[path] or (None, None)
         rows[path] = row.model_copy(update={"size": size, "mtime": mtime})
         options.on_row(rows[path])
@@ -82,17 +83,17 @@ def _rows(found: Sequence[Found], work: Work, task: Task, options: AuditOptions)
     for file in found:
         old = known.get(file.path)
         if file.problem:
-            keep(file.path, failed_row(file.path, file.problem))
+            keep(file.path, unreadable(file.path, file.problem))
         elif old and stamps[file.path] == (old.size, old.mtime):
             keep(file.path, old.model_copy(update={"duplicate_of": None}))
     left = [file.path for file in found if file.path not in rows]
-    work(left, task, lambda path, text: keep(path, row_of(text)))
+    work(left, task, lambda path, text: keep(path, FileRecord.model_validate_json(text)))
     return [rows[file.path] for file in found]
 
 
-def _marked(rows: list[AuditRow], work: Work, task: Task) -> list[AuditRow]:
+def _marked(rows: list[FileRecord], work: Work, task: Task) -> list[FileRecord]:
     """Say which files hold the same weights; only those with equal fingerprints are read completely."""
-    groups: dict[str, list[AuditRow]] = {}
+    groups: dict[str, list[FileRecord]] = {}
     for row in rows:
         if row.fingerprint and not remote.is_url(row.path):
             groups.setdefault(row.fingerprint, []).append(row)

@@ -12,20 +12,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.doctor.audit.rows import AuditRow
 from harness.errors import UserError
 from harness.files.write import replace_file
 from harness.text import printable
+from harness.verdict.file_record import FileRecord
 
-COLUMNS = (
-    "path", "size", "format", "modules", "ranks", "alphas", "alpha_source", "variants", "dtypes", "trained_min",
-    "trained_max", "coverage", "hazards", "what", "trainer", "duplicate_of", "outlook", "seconds",
-)  # fmt: skip
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _RESUMABLE = (".jsonl", ".json", ".parquet")
 
 
-def write_rows(path: Path | str, rows: Sequence[AuditRow]) -> Path:
+def write_rows(path: Path | str, rows: Sequence[FileRecord]) -> Path:
     """Write rows in the format that the extension of `path` names, replacing the file in one step.
 
     Raises:
@@ -50,7 +46,7 @@ def check_target(path: Path | str) -> None:
     _writer(Path(path))([])
 
 
-def read_rows(path: Path | str) -> list[AuditRow]:
+def read_rows(path: Path | str) -> list[FileRecord]:
     """Read rows back to resume; a cut last line is passed over.
 
     Raises:
@@ -62,7 +58,7 @@ def read_rows(path: Path | str) -> list[AuditRow]:
     if not path.exists():
         return []
     try:
-        return [AuditRow.model_validate_json(text) for text in _texts(path)]
+        return [FileRecord.model_validate_json(text) for text in _texts(path)]
     except (ValidationError, ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{path}: holds no rows of an audit ({printable(error, 100)})") from None
 
@@ -76,21 +72,23 @@ def _texts(path: Path) -> list[str]:
     return [line for line in lines[:-1] if line.strip()]
 
 
-def flat(row: AuditRow) -> dict[str, Any]:
+def flat(row: FileRecord) -> dict[str, Any]:
     """Return one row as plain columns, lists joined."""
     low, high = row.trained or (None, None)
     return {
-        **{name: getattr(row, name) for name in ("path", "size", "format", "modules", "alpha_source")},
-        **{name: _counts(getattr(row, name)) for name in ("ranks", "alphas", "variants", "dtypes")},
+        **{name: getattr(row, name) for name in ("path", "size", "format", "modules")},
+        **{name: _counts(getattr(row, name)) for name in ("ranks", "alphas")},
+        "alpha_source": row.alpha_source,
+        **{name: _counts(getattr(row, name)) for name in ("variants", "dtypes")},
         "trained_min": low,
         "trained_max": high,
         "coverage": row.coverage,
-        "trainer": row.trainer,
         "hazards": " ".join(row.codes),
         "what": "; ".join(hazard.what for hazard in row.hazards),
+        "trainer": row.trainer,
         "duplicate_of": row.duplicate_of,
-        "seconds": row.seconds,
         "outlook": row.advice.outlook if row.advice else None,
+        "seconds": row.seconds,
     }
 
 
@@ -98,17 +96,20 @@ def _counts(values: Mapping[str, int]) -> str:
     return " ".join(f"{value}x{times}" if times > 1 else value for value, times in values.items())
 
 
-def _jsonl(rows: Sequence[AuditRow]) -> bytes:
+_COLUMNS = tuple(flat(FileRecord(path="")))
+
+
+def _jsonl(rows: Sequence[FileRecord]) -> bytes:
     return "".join(row.model_dump_json() + "\n" for row in rows).encode()
 
 
-def _json(rows: Sequence[AuditRow]) -> bytes:
+def _json(rows: Sequence[FileRecord]) -> bytes:
     return ("[\n" + ",\n".join(row.model_dump_json() for row in rows) + "\n]\n").encode()
 
 
-def _csv(rows: Sequence[AuditRow]) -> bytes:
+def _csv(rows: Sequence[FileRecord]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, _COLUMNS)
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in flat(row).items()} for row in rows)
     return text.getvalue().encode("utf-8", "backslashreplace")
@@ -122,16 +123,16 @@ def _cell(value: object) -> object:
     return f"'{safe}" if safe.startswith(_FORMULA) else safe
 
 
-def _html(rows: Sequence[AuditRow]) -> bytes:
+def _html(rows: Sequence[FileRecord]) -> bytes:
     from harness.report.lora_page import render_audit_page
 
     return render_audit_page(rows).encode("utf-8", "backslashreplace")
 
 
-def _parquet_bytes(rows: Sequence[AuditRow]) -> bytes:
+def _parquet_bytes(rows: Sequence[FileRecord]) -> bytes:
     pyarrow = import_module("pyarrow")
     lines = [{**flat(row), "record": row.model_dump_json()} for row in rows]
-    columns = {name: [line[name] for line in lines] for name in (*COLUMNS, "record")}
+    columns = {name: [line[name] for line in lines] for name in (*_COLUMNS, "record")}
     sink = io.BytesIO()
     _parquet().write_table(pyarrow.table(columns), sink)
     return sink.getvalue()
@@ -144,12 +145,12 @@ def _parquet() -> Any:
         raise UserError(".parquet needs pyarrow: `pip install pyarrow`, or write .jsonl or .csv") from None
 
 
-_WRITERS: Mapping[str, Callable[[Sequence[AuditRow]], bytes]] = {
+_WRITERS: Mapping[str, Callable[[Sequence[FileRecord]], bytes]] = {
     ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".html": _html, ".parquet": _parquet_bytes,
 }  # fmt: skip
 
 
-def _writer(path: Path) -> Callable[[Sequence[AuditRow]], bytes]:
+def _writer(path: Path) -> Callable[[Sequence[FileRecord]], bytes]:
     suffix = path.suffix.lower()
     if suffix not in _WRITERS:
         raise UserError(f"{path}: the extension says no format; known are {', '.join(_WRITERS)}")

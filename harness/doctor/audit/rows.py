@@ -8,19 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.doctor.audit import remote
-from harness.doctor.inspect.describe import read_record
+from harness.doctor.inspect.describe import read_record, unreadable
 from harness.errors import UserError
 from harness.files import TensorFile
 from harness.files.read import open_source
-from harness.text import printable
-from harness.verdict.file_record import FileRecord, Hazard
+from harness.verdict.file_record import FileRecord
 
-AuditRow = FileRecord  # with what an audit adds filled in
 _SAMPLE_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
 
 
-def audit_file(path: str, *, energy: bool = False) -> AuditRow:
+def audit_file(path: str, *, energy: bool = False) -> FileRecord:
     """Return the row of one local file, PEFT folder or URL; whatever is wrong with it is in the row."""
     began = time.perf_counter()
     try:
@@ -31,14 +29,8 @@ def audit_file(path: str, *, energy: bool = False) -> AuditRow:
             record, adapter = read_record(path, energy=energy)
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
-        return failed_row(path, str(error))
+        return unreadable(path, str(error))
     return record.model_copy(update={"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark})
-
-
-def failed_row(path: str, what: str) -> AuditRow:
-    """Return the row of a file that could not be read."""
-    shown = path.encode("utf-8", "backslashreplace").decode()
-    return FileRecord(path=shown, hazards=(Hazard(code="LH799", what=printable(what, 400)),))
 
 
 def fingerprint(file: TensorFile) -> str:

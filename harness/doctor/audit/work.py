@@ -18,7 +18,8 @@ from importlib import import_module
 from mmap import mmap
 from typing import Any
 
-from harness.doctor.audit.rows import AuditRow, audit_file, digest, failed_row
+from harness.doctor.audit.rows import audit_file, digest
+from harness.doctor.inspect.describe import unreadable
 from harness.errors import UserError
 from harness.isolation.jobs import Channel, Job, JobEnd, run_jobs
 
@@ -125,7 +126,7 @@ def do(path: str, task: Task) -> str:
 
 
 def _failure(path: str, task: Task, what: str) -> str:
-    return failed_row(path, what).model_dump_json() if task.what == "row" else ""
+    return unreadable(path, what).model_dump_json() if task.what == "row" else ""
 
 
 def _said(end: JobEnd, task: Task) -> str:
@@ -203,11 +204,6 @@ def main(lines: Iterable[str] | None = None) -> None:
     """Do the batch on stdin."""
     order = json.loads("".join(sys.stdin if lines is None else lines))
     run_local(order["paths"], Task(**order["task"]), workers=1, on_result=lambda *pair: print(json.dumps(pair)))
-
-
-def row_of(text: str) -> AuditRow:
-    """Read a row back."""
-    return AuditRow.model_validate_json(text)
 
 
 if __name__ == "__main__":

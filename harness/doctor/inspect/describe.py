@@ -54,14 +54,18 @@ def read_record(
     try:
         adapter = read_lora(path, strict=False)
     except LoraFileError as error:
-        hazard = Hazard(code="LH799", what=_without_path(error, Path(path)))
-        return FileRecord(path=_text(path), hazards=(hazard,)), None
+        return unreadable(path, _without_path(error, Path(path))), None
     record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
         return with_energy(record, adapter, base), adapter
     return record, adapter
+
+
+def unreadable(path: Path | str, what: str) -> FileRecord:
+    """Return the record of a file that could not be read, with hazard LH799."""
+    return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
 
 
 def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from harness.doctor.checkpoint import Checkpoint
 from harness.text import count, printable
-from harness.verdict.blocks import family_of
+from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from harness.files import LoraAdapter
 
 # ||ΔW|| / ||W|| over all adapted layers. On the tiny Qwen-Image pipeline of the image tests 0.016 to 0.08 is a clear
@@ -27,7 +25,6 @@ SUBTLE_BELOW = 0.005
 STRONG_ABOVE = 0.25
 _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None) -> Advice | None:
@@ -38,7 +35,7 @@ def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Che
     pairs = {name: energy for name, energy in energies.items() if name in matched}
     if base is None or not pairs:
         return None
-    share = _norm_of(energy.norm for energy in pairs.values()) / _norm_of(base.norm(matched[name]) for name in pairs)
+    share = norm_of(energy.norm for energy in pairs.values()) / norm_of(base.norm(matched[name]) for name in pairs)
     said = f"||ΔW|| / ||W|| is {share:.2g} over {count(len(pairs), 'module')}"
     if share < SUBTLE_BELOW:
         reason = f"{said}, below {SUBTLE_BELOW:g}: loaded as trained, it changes little"
@@ -52,15 +49,15 @@ def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Che
 def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advice | None:
     fatal = [problem for problem in adapter.problems if problem.fatal]
     if fatal:
-        return Advice(outlook="broken", reason=fatal[0].text(), advice=("save the file again from the training run",))
-    if reason := _not_finite(energies):
-        advice: tuple[str, ...] = ("go back to a checkpoint from before the loss diverged",)
-        return Advice(outlook="broken", reason=reason, advice=advice)
-    if energies and all(energy.norm == 0 for energy in energies.values()):
+        reason, advice = fatal[0].text(), "save the file again from the training run"
+    elif not_finite := _not_finite(energies):
+        reason, advice = not_finite, "go back to a checkpoint from before the loss diverged"
+    elif energies and all(energy.norm == 0 for energy in energies.values()):
         reason = "B @ A is zero in every module: this LoRA changes nothing"
-        advice = ("check that training took steps and that the trained weights, not the initial ones, were saved",)
-        return Advice(outlook="broken", reason=reason, advice=advice)
-    return None
+        advice = "check that training took steps and that the trained weights, not the initial ones, were saved"
+    else:
+        return None
+    return Advice(outlook="broken", reason=reason, advice=(advice,))
 
 
 def _not_finite(energies: Mapping[str, ModuleEnergy]) -> str | None:
@@ -103,11 +100,6 @@ def untargeted(adapter: LoraAdapter, base: Checkpoint) -> list[str]:
         if len(info.shape) > 1 and min(info.shape[:2]) > 1:
             sizes[family_of(tensor.removesuffix(".weight"))] += info.elements
     return [kind for kind, _ in sizes.most_common() if kind not in targeted]
-
-
-def _norm_of(values: Iterable[float]) -> float:
-    """Return the root of the sum of squares."""
-    return math.sqrt(math.fsum(value * value for value in values))
 
 
 _CHUNK = 4096  # columns per float32 product; longer sums are done in float64

@@ -11,7 +11,7 @@ from io import FileIO
 
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, cut
-from harness.text import count, parse_json, printable
+from harness.text import count, first_of, parse_json, printable
 from harness.verdict.file_record import Hazard
 
 _BLOCKS = (3, 4)  # q, k, v and, in FLUX's single blocks, the MLP
@@ -60,7 +60,6 @@ def _only(row: bytes, start: int, end: int) -> bool:
     return not any(row[end:]) and not any(row[:start]) and any(row[start:end])
 
 
-Named = tuple[str, LoraModule]
 _WHOLE_UP_TO = {"BF16": 256, "F16": 2048, "F8_E4M3": 16, "F8_E5M2": 8}
 _KINDS = {**NOT_LORA, "alpha": "alpha that no module uses"}
 _ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -95,7 +94,7 @@ def no_alpha(adapter: LoraAdapter) -> Iterator[Hazard]:
     scaled = list(_scaled(adapter))
     without = [name for name, module in scaled if module.alpha is None and "alpha" not in module.keys]
     if 0 < len(without) < len(scaled):
-        what = f"{len(without)} of {count(len(scaled), 'module')} carry no alpha ({_first(without)})"
+        what = f"{len(without)} of {count(len(scaled), 'module')} carry no alpha ({first_of(without)})"
         yield Hazard(code="LH702", what=f"{what}: readers give them scale 1, or the alpha of the others")
     elif without and adapter.alpha_source == "none":
         yield Hazard(code="LH701", what=_lost_alpha(adapter))
@@ -104,7 +103,7 @@ def no_alpha(adapter: LoraAdapter) -> Iterator[Hazard]:
 def _lost_alpha(adapter: LoraAdapter) -> str:
     alone = "there is no alpha: adapter_config.json, which holds it, is missing"
     where = alone if adapter.format == "peft" else "no alpha in the file"
-    declared = _listed(_declared_alphas(adapter.metadata))
+    declared = ", ".join(f"{key} = {value:g}" for key, value in _declared_alphas(adapter.metadata).items())
     hint = f"; the metadata say {declared}" if declared else ""
     ranks = {module.rank for module in adapter.modules.values()}
     mixed = "; the ranks differ, so one strength may not do" if len(ranks) > 1 else ""
@@ -117,8 +116,8 @@ def mixed_ratios(adapter: LoraAdapter) -> Iterator[Hazard]:
     modules = [module for _, module in _scaled(adapter) if module.alpha is not None]
     if len({(module.alpha, module.rank, module.rslora) for module in modules}) < 2:
         return
-    ratios = _shown(Counter(module.trained_scale for module in modules))
-    alphas = _shown(Counter(module.alpha for module in modules if module.alpha is not None))
+    ratios = Counter(f"{module.trained_scale:.4g}" for module in modules)
+    alphas = Counter(f"{module.alpha:.4g}" for module in modules)
     if len(ratios) > 1:
         what = f"alpha / rank differs between modules ({_spread(ratios)})"
         yield Hazard(code="LH703", what=f"{what}: loaders that keep one number for the file are wrong")
@@ -145,7 +144,7 @@ def odd_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
     for kind, effect, is_odd in (row for row in _ODD if any(map(row[2], alphas))):
         names = [name for name, module in _scaled(adapter) if module.alpha is not None and is_odd(module.alpha)]
         if names:
-            where = f"{count(len(names), 'module')} ({_first(names)}: {adapter.modules[names[0]].alpha:g})"
+            where = f"{count(len(names), 'module')} ({first_of(names)}: {adapter.modules[names[0]].alpha:g})"
             yield Hazard(code="LH705", what=f"{kind} alpha in {where}: {effect}")
 
 
@@ -168,13 +167,13 @@ def ambiguous_layouts(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH709: a DoRA magnitude whose axis readers take differently, or halves that tools store in either order."""
     names = [name for name, module in adapter.modules.items() if _odd_magnitude(adapter, module)]
     if names:
-        what = f"dora_scale lies on the output axis in {count(len(names), 'module')} ({_first(names)})"
+        what = f"dora_scale lies on the output axis in {count(len(names), 'module')} ({first_of(names)})"
         yield Hazard(code="LH709", what=f"{what}: readers differ in the axis and in which weight they normalise")
     able = (name for name in adapter.modules if "norm_out" in name or "final_layer" in name)
     swapped = [name for name in able if _HALVES.search(adapter.modules[name].name)]
     if swapped:
         what = "shift and scale are stored in the opposite order by diffusers and by the original models"
-        yield Hazard(code="LH709", what=f"{_first(swapped)}: {what}")
+        yield Hazard(code="LH709", what=f"{first_of(swapped)}: {what}")
 
 
 def rounded_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
@@ -207,7 +206,7 @@ CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (
 )  # fmt: skip
 
 
-def _scaled(adapter: LoraAdapter) -> Iterator[Named]:
+def _scaled(adapter: LoraAdapter) -> Iterator[tuple[str, LoraModule]]:
     """Yield the modules whose scale alpha decides; a LoKr of two full factors has scale 1 whatever alpha says."""
     return ((name, module) for name, module in adapter.modules.items() if module.rank > 0)
 
@@ -215,22 +214,6 @@ def _scaled(adapter: LoraAdapter) -> Iterator[Named]:
 def _odd_magnitude(adapter: LoraAdapter, module: LoraModule) -> bool:
     shape = adapter.file.tensors[module.keys["magnitude"]].shape if "magnitude" in module.keys else ()
     return len(shape) > 1 and shape[0] == module.out_features and shape[0] != 1
-
-
-def _first(names: Sequence[str]) -> str:
-    return printable(names[0], 80) + (", …" if len(names) > 1 else "")
-
-
-def _listed(values: dict[str, float]) -> str:
-    return ", ".join(f"{key} = {value:g}" for key, value in values.items())
-
-
-def _shown(counts: Mapping[float, int]) -> Counter[str]:
-    """Count numbers that print alike as one."""
-    found: Counter[str] = Counter()
-    for value, times in counts.items():
-        found[f"{value:.4g}"] += times
-    return found
 
 
 def _spread(counts: Counter[str]) -> str:

@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.loader_law import Gain, gain_of
@@ -20,9 +23,6 @@ from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule, LoraWeights, read_lora, write_lora
 from harness.text import count, printable
 from harness.verdict.verdict import Record
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PLAIN = ("lora", "conv")
 _DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})
@@ -209,8 +209,6 @@ def _trained(adapter: LoraAdapter, module: LoraModule, lora_alpha: float | None)
 
 
 def _converted(values: Tensor, dtype: str, name: str) -> Tensor:
-    import torch
-
     converted = values.to(getattr(torch, dtype))
     if torch.isfinite(values).all() and not torch.isfinite(converted.float()).all():
         raise UserError(f"{printable(name)}: folding the scale overflows {dtype}; choose float32")
@@ -262,8 +260,6 @@ def _checked(written: Path, modules: list[RepairedModule], gain: Gain) -> list[f
 
 def _difference(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Tensor], scale: float) -> float:
     """Return ||factor * B' A' - scale * B A|| / ||scale * B A|| from matrices of rank size."""
-    import torch
-
     (a, b), (old_a, old_b) = ([half.double().flatten(1) for half in pair] for pair in (new, old))
     same = torch.equal(a, old_a)
     left = factor * b - scale * old_b if same else torch.cat([factor * b, -scale * old_b], 1)
@@ -278,8 +274,6 @@ def _norm(left: Tensor, right: Tensor) -> float:
 
 
 def _roundoff(weights: LoraWeights) -> float:
-    import torch
-
     return 4 * max(float(torch.finfo(half.dtype).eps) for half in (weights.a, weights.b))
 
 

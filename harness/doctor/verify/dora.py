@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.doctor.verify.layer import BLOCKS, UNIT_ROUNDOFF, MergedLayer, Runs, Sample, index_of
 from harness.doctor.verify.products import RowSums, sums_by_chunk
 from harness.doctor.verify.vote import Array, Flags, half_step
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _ROWS_TO_FIT = 8  # rows of each block: a factor of each column is fitted to 96 elements
 _WHOLE_UP_TO = 1 << 22  # elements of a weight that is read whole to compare norms along its columns

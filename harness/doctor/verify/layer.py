@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.verify.products import Product, RowSums
 from harness.doctor.verify.row_products import Rows
 from harness.doctor.verify.vote import Array, half_step, work_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
 _LOOKED_AT = 16_000  # elements

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -97,10 +96,10 @@ def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> M
         return replace(whole, overlap=float(sums.overlap.sum()), product=float(sums.product.sum()))
     due = _due_changes(layer, found.scale, sums.product)
     still = [(start, stop) for start, stop in _runs(~sums.changed) if due[start:stop].sum() > _DUE]
-    rows = joined([*found.unmerged, *still])
     kept = np.ones(layer.rows, bool)
-    for start, stop in rows:
+    for start, stop in (*found.unmerged, *still):
         kept[start:stop] = False
+    rows = tuple(_runs(~kept))
     overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
     return replace(whole, state="partly" if rows else "merged", overlap=overlap, product=product, unmerged=rows)
 
@@ -232,18 +231,8 @@ def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement
 
 def _rows(blocks: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
     count = int(sample.block.max()) + 1
-    return joined((sample.rows * int(b) // count, sample.rows * (int(b) + 1) // count) for b in blocks)
-
-
-def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return row ranges in order, those that touch or overlap as one."""
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
-            found.append((start, stop))
-    return tuple(found)
+    runs = _runs(np.isin(np.arange(count), blocks))
+    return tuple((sample.rows * first // count, sample.rows * end // count) for first, end in runs)
 
 
 def _slack(sample: Sample, scale: float) -> Array:

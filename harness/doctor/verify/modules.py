@@ -13,6 +13,7 @@ from harness.verdict.verdict import Outcome, Verdict
 
 CHECK = "verify"
 BLENDED = "the strength blends W with its DoRA weight, as ComfyUI does; PEFT multiplies inside the norm"
+LOST = ("missing layer", "missing tensor")
 _SHOWN = 4
 _WEAK = 0.95  # share of the effect below which the advice is to merge in higher precision
 _APART = 0.01  # relative; scales that differ by more must be told apart, or the verdict says that they are not
@@ -74,24 +75,14 @@ class Module:
         return f"cannot tell {expected:.4g} from {other:.4g} here: {low:.4g} to {high:.4g} all fit"
 
     @property
-    def lost(self) -> bool:
-        """True when the base has no tensor for it."""
-        return self.problem is not None and self.problem.kind in ("missing layer", "missing tensor")
-
-    @property
-    def misfit(self) -> bool:
-        """True when the tensors of the base, the merge and the LoRA do not fit together."""
-        return self.problem is not None and self.problem.kind == "misfit"
-
-    @property
-    def not_read(self) -> bool:
-        """True when tensors of its kind are not read."""
-        return self.problem is not None and self.problem.kind == "not read"
+    def obstacle(self) -> str | None:
+        """The kind of the problem, None when it was measured."""
+        return self.problem.kind if self.problem else None
 
     @property
     def skipped(self) -> bool:
         """True when nothing can be said: the kind is not read, or rounding hides the update."""
-        return self.not_read or self.state == "hidden"
+        return self.obstacle == "not read" or self.state == "hidden"
 
 
 def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) -> Verdict:
@@ -117,7 +108,8 @@ def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     measured, found = module.measured, module.found
     if measured is None:
         what = module.problem.what if module.problem else ""
-        return ("LH103" if module.lost else "LH902"), f"skipped: {what}" if module.not_read else what
+        said = f"skipped: {what}" if module.obstacle == "not read" else what
+        return ("LH103" if module.obstacle in LOST else "LH902"), said
     if measured.state == "not finite":
         return module.fault or ("LH502", "NaN or infinite values in the merged or the base weight")
     if measured.state == "hidden":

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.doctor.verify.measurement import State
-from harness.doctor.verify.modules import CHECK, Module, survival, where
+from harness.doctor.verify.modules import CHECK, LOST, Module, survival, where
 from harness.doctor.verify.untouched import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
-from harness.text import count, printable
+from harness.text import count, first_of, printable
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
 
@@ -107,9 +107,9 @@ def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
         yield "LH102", f"not merged: {_listed(same, found)}"
     if partly := _in(found, "partly"):
         yield "LH102", f"merged in part: {_listed(partly, found)}; nothing in {where(partly[0])}"
-    if lost := [module for module in found if module.lost]:
+    if lost := [module for module in found if module.obstacle in LOST]:
         yield "LH103", f"{_why(lost)}: {_listed(lost, found)}"
-    if misfits := [module for module in found if module.misfit]:
+    if misfits := [module for module in found if module.obstacle == "misfit"]:
         yield "LH902", f"{_why(misfits)}: {_listed(misfits, found)}"
 
 
@@ -118,13 +118,13 @@ def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]
     if mixed := [module for module in _in(found, "mixed") if not module.fault]:
         yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
     if untouched.changed:
-        names = _names(untouched.changed)
+        names = first_of(untouched.changed)
         yield "LH401", f"{count(len(untouched.changed), 'tensor')} that the LoRA does not name changed: {names}"
     for where_, odd in (("missing from", untouched.missing), ("only in", untouched.extra)):
         if odd:
-            yield "LH902", f"{count(len(odd), 'tensor')} {where_} the merged checkpoint: {_names(odd)}"
+            yield "LH902", f"{count(len(odd), 'tensor')} {where_} the merged checkpoint: {first_of(odd)}"
     if untouched.reshaped:
-        yield "LH902", f"{count(len(untouched.reshaped), 'tensor')} of another shape: {_names(untouched.reshaped)}"
+        yield "LH902", f"{count(len(untouched.reshaped), 'tensor')} of another shape: {first_of(untouched.reshaped)}"
 
 
 def _in(found: Sequence[Module], state: State) -> list[Module]:
@@ -132,17 +132,11 @@ def _in(found: Sequence[Module], state: State) -> list[Module]:
 
 
 def _listed(some: Sequence[Module], found: Sequence[Module]) -> str:
-    return (
-        f"{len(some)} of {count(len(found), 'module')} ({printable(some[0].name, 80)}{', …' if len(some) > 1 else ''})"
-    )
+    return f"{len(some)} of {count(len(found), 'module')} ({first_of([module.name for module in some])})"
 
 
 def _why(some: Sequence[Module]) -> str:
     return next((module.problem.what for module in some if module.problem), "")
-
-
-def _names(names: Sequence[str]) -> str:
-    return printable(names[0], 80) + (", …" if len(names) > 1 else "")
 
 
 def _right(found: Sequence[Module], known: Sequence[Module]) -> str:
@@ -186,21 +180,19 @@ def _rows(
     if law:
         doubt = f" (also {', '.join(law.alternatives)})" if law.ambiguous else ""
         yield "law", f"{law.name}: {law.formula}{doubt}"
-    if vague := sorted((module for module in found if module.vague), key=_doubt, reverse=True):
+    vague = [module for module in found if module.vague]
+    vague.sort(key=lambda module: module.found.tolerance / abs(module.found.expected), reverse=True)
+    if vague:
         yield "vague", f"{vague[0].vague} ({_listed(vague, found)})"
     if left is not None:
         yield "survived", survival(left)
     for code, fact in facts[1:]:
         yield "also", f"{code} {fact}"
     for reason, names in _not_judged(found).items():
-        yield "not judged", f"{reason}: {count(len(names), 'module')} ({_names(names)})"
+        yield "not judged", f"{reason}: {count(len(names), 'module')} ({first_of(names)})"
     if facts:
         yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
-
-
-def _doubt(module: Module) -> float:
-    return module.found.tolerance / abs(module.found.expected)
 
 
 def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
@@ -216,7 +208,7 @@ def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
     """Return the modules that are not read, by the reason."""
     reasons: dict[str, list[str]] = {}
     for module in found:
-        if module.problem and module.not_read:
+        if module.problem and module.obstacle == "not read":
             reasons.setdefault(module.problem.what, []).append(module.name)
     return dict(list(reasons.items())[:_SHOWN])
 

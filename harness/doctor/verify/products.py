@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.doctor.verify.row_products import Rows, row_products
 from harness.doctor.verify.vote import Array, Flags
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from harness.files import LoraAdapter
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -139,11 +138,19 @@ class Whole(Product):
 
 
 @dataclass(frozen=True)
-class Hadamard(Product):
-    """first * second, element by element (LoHa)."""
+class Combined(Product):
+    """A product of two others."""
 
     first: Product
     second: Product
+
+    def turned(self) -> Product:
+        """Return the transpose."""
+        return type(self)(self.first.turned(), self.second.turned())
+
+
+class Hadamard(Combined):
+    """first * second, element by element (LoHa)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,32 +161,20 @@ class Hadamard(Product):
         """Return some rows and columns."""
         return self.first.part(rows, columns, work) * self.second.part(rows, columns, work)
 
-    def turned(self) -> Product:
-        """Return the transpose."""
-        return Hadamard(self.first.turned(), self.second.turned())
 
-
-@dataclass(frozen=True)
-class Kronecker(Product):
-    """small ⊗ large (LoKr): row a * b_n + b is the Kronecker product of row a of `small` and row b of `large`."""
-
-    small: Product
-    large: Product
+class Kronecker(Combined):
+    """first ⊗ second (LoKr): row a * b_n + b is the Kronecker product of row a of `first` and row b of `second`."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
-        return self.small.shape[0] * self.large.shape[0], self.small.shape[1] * self.large.shape[1]
+        return self.first.shape[0] * self.second.shape[0], self.first.shape[1] * self.second.shape[1]
 
     def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
         """Return some rows and columns."""
-        height = self.large.shape[0]
-        small, large = self.small.part(rows // height, _ALL, work), self.large.part(rows % height, _ALL, work)
+        height = self.second.shape[0]
+        small, large = self.first.part(rows // height, _ALL, work), self.second.part(rows % height, _ALL, work)
         return (small[:, :, None] * large[:, None, :]).flatten(1)[:, columns]
-
-    def turned(self) -> Product:
-        """Return the transpose."""
-        return Kronecker(self.small.turned(), self.large.turned())
 
 
 def pair_product(adapter: LoraAdapter, name: str) -> Product:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from harness.doctor.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _WHOLE_BYTES = 1 << 16  # read completely up to this size
 _ROWS = 4
@@ -51,8 +50,6 @@ def compare_untouched(
 
 
 def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> bool:
-    import torch
-
     info = base.info(name)
     rows = info.shape[0] if info.shape else 1
     if rows == 0:
@@ -70,8 +67,5 @@ def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> boo
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """View the numbers as integers, so that NaN equals itself."""
-    import torch
-
-    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(widths[tensor.element_size()])
+    """View the numbers as bytes, so that NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
