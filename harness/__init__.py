@@ -6,39 +6,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.checks.known import KnownFailure, read_known_failures
-    from harness.checks.law import measure_law
+    from harness.checks.law import MeasuredLaw, measure_law
     from harness.checks.parametrize import parametrize_with_checks
     from harness.checks.run import check_loader
+    from harness.errors import LoaderSpecError, LoraFileError, UserError
     from harness.example import Example, Target
+    from harness.isolation.limits import Limits
+    from harness.law.diagnosis import Diagnosis
+    from harness.law.grammar import Word
     from harness.law.law import Law
-    from harness.loaders.protocol import loader
-    from harness.verdict.verdict import Verdict
+    from harness.law.probe import Probe
+    from harness.law.traits import Trait
+    from harness.loaders.protocol import Declaration, Defaults, Load, Subject, loader
+    from harness.verdict.verdict import LawRecord, Verdict
 
-_HOME = {
-    "Example": "harness.example",
-    "KnownFailure": "harness.checks.known",
-    "Law": "harness.law.law",
-    "Target": "harness.example",
-    "Verdict": "harness.verdict.verdict",
-    "check_loader": "harness.checks.run",
-    "loader": "harness.loaders.protocol",
-    "measure_law": "harness.checks.law",
-    "parametrize_with_checks": "harness.checks.parametrize",
-    "read_known_failures": "harness.checks.known",
+_NAMES = {
+    "checks.known": ("KnownFailure", "read_known_failures"),
+    "checks.law": ("MeasuredLaw", "measure_law"),
+    "checks.parametrize": ("parametrize_with_checks",),
+    "checks.run": ("check_loader",),
+    "errors": ("LoaderSpecError", "LoraFileError", "UserError"),
+    "example": ("Example", "Target"),
+    "isolation.limits": ("Limits",),
+    "law.diagnosis": ("Diagnosis",),
+    "law.grammar": ("Word",),
+    "law.law": ("Law",),
+    "law.probe": ("Probe",),
+    "law.traits": ("Trait",),
+    "loaders.protocol": ("Declaration", "Defaults", "Load", "Subject", "loader"),
+    "verdict.verdict": ("LawRecord", "Verdict"),
 }
+_HOME = {name: f"harness.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Example",
-    "KnownFailure",
-    "Law",
-    "Target",
-    "Verdict",
-    "check_loader",
-    "loader",
-    "measure_law",
-    "parametrize_with_checks",
-    "read_known_failures",
-]
+    "Declaration", "Defaults", "Diagnosis", "Example", "KnownFailure", "Law", "LawRecord", "Limits", "Load",
+    "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Probe", "Subject", "Target", "Trait", "UserError", "Verdict",
+    "Word", "check_loader", "loader", "measure_law", "parametrize_with_checks", "read_known_failures",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ NEEDS_TORCH = (
     "files/test_formats.py", "files/test_gguf.py", "files/test_imports.py", "files/test_match.py",
     "files/test_other_readers.py", "files/test_real_readers.py", "files/test_roundtrip.py",
     "files/test_roundtrip_special.py", "fixtures", "gpu", "images", "isolation", "law/test_grammar.py", "loaders",
-    "measure", "quality", "reference", "selftest", "variants", "test_nights.py",
+    "measure", "quality", "reference", "selftest", "variants", "test_exports.py", "test_nights.py",
 )  # fmt: skip
 # Tests of other files that load a model.
 LOADS_A_MODEL = (
@@ -72,9 +72,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw the seed of a random run, once for all workers."""
+    """Draw the seed of a random run; a worker of xdist takes that of its controller."""
     if PROFILE == "random" and config.getoption("--hypothesis-seed") is None:
-        config.option.hypothesis_seed = str(secrets.randbelow(10**8))
+        given = getattr(config, "workerinput", {}).get("hypothesis_seed")
+        config.option.hypothesis_seed = given or str(secrets.randbelow(10**8))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of xdist the seed: it parses the command line anew, and would draw one of its own."""
+    node.workerinput["hypothesis_seed"] = node.config.getoption("--hypothesis-seed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

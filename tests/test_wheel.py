@@ -64,6 +64,10 @@ def test_every_file_of_the_package_is_in_the_wheel(names: frozenset[str]) -> Non
     assert tracked <= names
 
 
+def test_type_checkers_are_told_that_the_package_is_typed(names: frozenset[str]) -> None:
+    assert "harness/py.typed" in names
+
+
 def test_nothing_else_is_in_the_wheel(names: frozenset[str]) -> None:
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"harness", "lora_harness"}
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]

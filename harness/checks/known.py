@@ -44,17 +44,6 @@ class KnownFailure:
     versions: str | None = None
     seconds: float | None = None
 
-    def applies(self, cell: Cell) -> bool:
-        """Whether this line speaks of the cell's loader, version, format and bench."""
-        return (
-            not self.of_images
-            and cell.subject.spec == self.loader
-            and (not self.formats or cell.format in self.formats)
-            and (not self.benches or cell.bench_name in self.benches)
-            and (not self.variants or cell.variant_name in self.variants)
-            and self._version_fits(cell.subject.version)
-        )
-
     @property
     def of_images(self) -> bool:
         """Whether this line speaks of pictures, not of weights."""
@@ -64,10 +53,6 @@ class KnownFailure:
     def of_scale(self) -> bool:
         """Whether this line speaks of a law."""
         return CODES[self.code].family in LAW_FAMILIES
-
-    def covers(self, cell: Cell, example: Example) -> bool:
-        """Whether some module of `example` has the trait."""
-        return self.trait is not None and any(map(TRAITS[self.trait], unmeasured_probes(example, cell.view)))
 
     def names(self, code: str | None, *, short: bool) -> bool:
         """Whether a fault with `code` is this one; a `short` check may find a law where there is none (LH209)."""
@@ -82,12 +67,30 @@ class KnownFailure:
         """Say that this failure is no more."""
         return f"known failure {self.id} no longer fails with {self.code}: remove its line"
 
-    def _version_fits(self, version: str | None) -> bool:
-        if self.versions is None or version is None:
-            return True
-        from packaging.specifiers import SpecifierSet
 
-        return version in SpecifierSet(self.versions, prereleases=True)
+def applies(line: KnownFailure, cell: Cell) -> bool:
+    """Whether a line speaks of the cell's loader, version, format and bench."""
+    return (
+        not line.of_images
+        and cell.subject.spec == line.loader
+        and (not line.formats or cell.format in line.formats)
+        and (not line.benches or cell.bench_name in line.benches)
+        and (not line.variants or cell.variant_name in line.variants)
+        and _version_fits(line.versions, cell.subject.version)
+    )
+
+
+def _version_fits(versions: str | None, version: str | None) -> bool:
+    if versions is None or version is None:
+        return True
+    from packaging.specifiers import SpecifierSet
+
+    return version in SpecifierSet(versions, prereleases=True)
+
+
+def covers(line: KnownFailure, cell: Cell, example: Example) -> bool:
+    """Whether some module of `example` has the trait of a line."""
+    return line.trait is not None and any(map(TRAITS[line.trait], unmeasured_probes(example, cell.view)))
 
 
 def read_known_failures(path: Path) -> list[KnownFailure]:
@@ -139,7 +142,7 @@ def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[Know
     subjects = {cell.subject.spec: cell.subject for cell in cells}
     lines = [k for k in known if k.loader in subjects and not k.of_images]
     declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
-    return [k for k in lines if not any(k.applies(cell) for cell in declared[k.loader])]
+    return [k for k in lines if not any(applies(k, cell) for cell in declared[k.loader])]
 
 
 def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
@@ -149,7 +152,7 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     """
 
     def tried(example: Example) -> bool:
-        return known.trait is None or known.covers(cell, example)
+        return known.trait is None or covers(known, cell, example)
 
     limited = replace(cell, seconds=known.seconds or cell.seconds)
     until = None if known.of_scale else known.code  # a law takes more than one example

@@ -12,7 +12,7 @@ from functools import cached_property
 from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
-from harness.checks.known import KnownFailure, tried_alone, unmatched
+from harness.checks.known import KnownFailure, applies, covers, tried_alone, unmatched
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.trial import run_trial
@@ -133,7 +133,7 @@ def check_cell(
     cell: Cell, plan: Plan, on_measured: Callable[[Measured], object] = lambda measured: None
 ) -> Iterator[Verdict]:
     """Yield one verdict per family that holds, and one per distinct fault where it does not."""
-    known = tuple(k for k in plan.known if k.applies(cell))
+    known = tuple(k for k in plan.known if applies(k, cell))
     general = tuple(k for k in known if k.trait is None)
     result = Search()
     result.add(*observe(cell, plan.pins.example(cell) if plan.pins else smoke_example(cell, cell.targets)))
@@ -154,7 +154,7 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
     avoided, general = [k for k in known if k.trait], [k for k in known if k.trait is None]
 
     def allowed(example: Example) -> bool:
-        return not any(k.covers(cell, example) for k in avoided)
+        return not any(covers(k, cell, example) for k in avoided)
 
     for example in filter(allowed, planned(cell, plan.layers_in(cell))):
         observation, probes, findings = observe(cell, example)

@@ -9,21 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.inspect.describe import describe, inspect_file
-from harness.law.known import ScaleLaw, conventions, known_laws, prescribe, prescriptions
+from harness.law.known import Adapter, Scaled, ScaleLaw, conventions, known_laws, prescribe, prescriptions
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
     from harness.doctor.audit.audit import AuditOptions, audit_files
     from harness.doctor.audit.output import read_rows, write_rows
     from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
+    from harness.doctor.verify.measurement import MergeMeasurement
+    from harness.doctor.verify.modules import Module, NotMeasured
+    from harness.doctor.verify.untouched import Untouched
     from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
 AuditRow = FileRecord  # with what an audit adds filled in
 _LATER = {
     "AuditOptions": "audit.audit",
+    "MergeMeasurement": "verify.measurement",
     "MergeReport": "verify.verify",
+    "Module": "verify.modules",
+    "NotMeasured": "verify.modules",
     "RepairOptions": "repair.repair",
     "RepairReport": "repair.repair",
+    "Untouched": "verify.untouched",
     "VerifyOptions": "verify.verify",
     "audit_files": "audit.audit",
     "read_rows": "audit.output",
@@ -33,16 +40,22 @@ _LATER = {
 }
 
 __all__ = [
+    "Adapter",
     "Advice",
     "AuditOptions",
     "AuditRow",
     "FileRecord",
     "Hazard",
+    "MergeMeasurement",
     "MergeReport",
+    "Module",
     "ModuleEnergy",
+    "NotMeasured",
     "RepairOptions",
     "RepairReport",
     "ScaleLaw",
+    "Scaled",
+    "Untouched",
     "VerifyOptions",
     "audit_files",
     "conventions",

@@ -11,7 +11,7 @@ from harness.files.adapter import (
     flattened_collisions,
     match_modules,
 )
-from harness.files.format import Format
+from harness.files.format import Format, Naming, Source
 from harness.files.formats import FORMATS
 from harness.files.read import detect_format, read_lora
 from harness.files.safetensors_file import SafetensorsFile, read_header
@@ -25,8 +25,10 @@ __all__ = [
     "LoraModule",
     "LoraParts",
     "LoraWeights",
+    "Naming",
     "Problem",
     "SafetensorsFile",
+    "Source",
     "TensorFile",
     "TensorInfo",
     "detect_format",

@@ -134,7 +134,7 @@ def test_every_truncation_of_a_good_file_is_one_sentence(tmp_path: Path) -> None
 WHOLE = st.integers(4, 500), st.integers(0, 255)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(*WHOLE), min_size=1, max_size=3))
 def test_flipped_bytes_are_read_or_refused(flips: list[tuple[int, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -144,6 +144,20 @@ def test_a_red_night_opens_one_issue_and_then_comments_on_it(known: str, does: s
         "RUN_URL": "https://x",
         "PACKAGES": "pinned",
     }
+    repeat = "HYPOTHESIS_PROFILE=random python -m pytest 'tests/test_x.py::test_x' --hypothesis-seed=7"
+    if known:
+        (tmp_path / "reports" / "out").mkdir(parents=True)
+        (tmp_path / "reports" / "out" / "tests.txt").write_text(f"E assert\n--- reproduce ---\n{repeat}\n")
     subprocess.run(["bash", "-eo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, check=True)
     assert (tmp_path / "gh.log").read_text(encoding="utf-8").startswith(does)
-    assert "stopped before it wrote a report" in (tmp_path / "body.md").read_text(encoding="utf-8")
+    body = (tmp_path / "body.md").read_text(encoding="utf-8")
+    assert "stopped before it wrote a report" in body
+    assert (repeat in body) is bool(known)
+
+
+def test_every_night_draws_the_tests_at_random_and_keeps_what_they_print() -> None:
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))["jobs"]["run"]
+    (step,) = (step for step in steps["steps"] if "make test" in step.get("run", ""))
+    assert step["env"] == {"HYPOTHESIS_PROFILE": "random"}
+    assert "reports/out/" in step["run"]
+    assert "pipefail" in step["run"]
