@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,11 @@ def test_imports_lead_downwards(file: Path) -> None:
 def test_the_map_names_every_folder() -> None:
     text = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert [unit for unit in FLOOR_OF if (PACKAGE / unit).is_dir() and f"`{unit}/`" not in text] == []
+
+
+def test_every_file_on_the_map_exists() -> None:
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    missing = [name for name in named if not (PACKAGE / name).exists() and not (PACKAGE.parent / name).exists()]
+    assert len(named) > 30
+    assert missing == []
