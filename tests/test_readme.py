@@ -11,7 +11,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from harness.benches import bench_names
 from harness.cli import COMMANDS, main
+from harness.loaders.protocol import CORE_BENCHES
+from harness.variants import VARIANTS
 from harness.verdict.codes import CODES, Check
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +76,14 @@ def test_the_failure_in_the_readme_is_what_is_printed() -> None:
     assert command is not None
     printed = CliRunner().invoke(main, [*shlex.split(command[1])[1:], "-j", "1"]).output
     assert printed.splitlines()[: len(block.splitlines())] == block.splitlines()
+
+
+def test_the_readme_names_every_bench_and_variant_that_a_loader_may_declare() -> None:
+    told = re.search(r"\*\*benches\*\* (.*?); \*\*variants\*\* (.*?)\.\n", README, re.S)
+    assert told
+    benches, variants = (re.findall(r"`([^`]+)`", names) for names in told.groups())
+    assert (*CORE_BENCHES, *benches) == bench_names()
+    assert ["lora", *variants] == list(VARIANTS)
 
 
 def spans(text: str) -> set[str]:

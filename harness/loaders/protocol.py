@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from harness.benches import bench_names
+
 if TYPE_CHECKING:
     import torch
 
 CORE_FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
 CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
-EVERY_BENCH = (*CORE_BENCHES, "sd-unet", "flux", "clip-text", "gpt2")
+EVERY_BENCH = bench_names()
 _ATTRIBUTE = "__lora_harness__"
 
 

@@ -23,7 +23,7 @@ from harness.verdict.file_record import FileRecord, Hazard
 
 PACKAGE = Path(harness.__file__).parent
 LAWS = {code for code in CODES if code.startswith("LH2")}  # the engine of the laws names them for all who measure
-LOADERS = {"smoke", "coverage", "scale", "strength", "direction", "side_effects", "numerics"}
+LOADERS = set(get_args(Check)) - {"images", "verify", "inspect"}
 SOURCES = {
     "check": (("checks", "law", "isolation"), LOADERS),
     "images": (("images",), {"images"}),
