@@ -46,13 +46,13 @@ SUBJECTS = {
     "law/scale": "law/test_probes.py",
     "law/law": "law/test_law_text.py",
     "law/identify": "law/test_law_search.py",
-    "law/diagnosis": "law/test_law.py law/test_diagnosis.py",
+    "law/diagnosis": "law/test_diagnosis.py law/test_law.py",
     "law/known": "law/test_prescribe.py",
     "measure/tolerance": "measure/test_tolerance.py",
     "measure/compare": "measure/test_fit.py",
     "measure/effective": "measure/test_reading.py measure/test_plain.py",
     "reference/closed_form": "reference/test_closed_form.py reference/test_variants_by_hand.py",
-    "verdict/verdict": "checks/test_verdict.py",
+    "verdict/verdict": "verdict/test_verdict.py",
 }
 
 INTRODUCTION = """\
