@@ -106,6 +106,7 @@ def test_the_table_of_laws_names_formats_that_exist() -> None:
 def test_a_law_of_powers_is_that_of_training_until_it_is_told_otherwise() -> None:
     plain = ScaleLaw.of_powers("some loader")
     assert (plain.law.is_trained, plain.rslora, plain.formats, plain.argument) == (True, False, (), "strength")
+    assert not ScaleLaw("some loader", plain.law).rslora
     assert plain.at_one(module(4, 8.0)) == 2.0
     with pytest.raises(AttributeError):
         plain.argument = "alpha"  # type: ignore[misc]
