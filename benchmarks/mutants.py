@@ -191,6 +191,7 @@ def report(tallies: Sequence[Tally], reasons: Reasons) -> str:
     """Return the Markdown page."""
     total, killed = sum(t.mutants for t in tallies), sum(t.killed for t in tallies)
     same = sum(t.equivalent(reasons) for t in tallies)
+    left_out = ", ".join(name for name in SUBJECTS if name not in {t.name for t in tallies})
     rows = [
         f"| {t.name} | {t.mutants} | {t.killed} | {t.equivalent(reasons)} | {t.score(reasons):.1%} "
         f"| {t.seconds / 60:.0f} min |"
@@ -204,6 +205,7 @@ def report(tallies: Sequence[Tally], reasons: Reasons) -> str:
             *rows,
             f"| all | {total} | {killed} | {same} | {killed / (total - same):.1%} | |",
             "",
+            *([f"Not run this time: {left_out}.", ""] if left_out else []),
             "## Survivors",
             "",
             "| module | line | mutant | why it is harmless |",
