@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word
+from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word, word_of
 
 STRENGTHS = (-2.5, -1.0, -0.25, 0.0, 0.25, 1.0, 1.75, 4.0)
 OF_STRENGTH: dict[str, Sequence[float]] = {
@@ -126,6 +126,33 @@ def test_a_word_has_no_power_until_one_is_given_and_cannot_be_changed() -> None:
     assert word.exponent is None
     with pytest.raises(AttributeError):
         word.cost = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("words", [STRENGTH, ALPHA, RANK])
+def test_a_power_that_the_table_has_is_its_own_word(words: Sequence[Word]) -> None:
+    for word in words:
+        if word.exponent is not None:
+            assert word_of(words, float(f"{word.exponent:g}")) is word
+
+
+@pytest.mark.parametrize(
+    ("power", "bases", "values"),
+    [
+        (3.0, (-2, -1, 0, 1, 2), (-8, -1, 0, 1, 8)),
+        (-3.0, (-2, -1, 0, 1, 2), (-0.125, -1, math.inf, 1, 0.125)),
+        (1.5, (-4, -0.25, 0, 0.25, 4), (math.nan, math.nan, 0, 0.125, 8)),
+        (-1.5, (-4, -0.25, 0, 0.25, 4), (math.nan, math.nan, math.inf, 8, 0.125)),
+        (-0.5, (-4, -0.25, 0, 0.25, 4), (math.nan, math.nan, math.inf, 2, 0.5)),
+        (0.5, (-4, -0.25, 0, 0.25, 4), (math.nan, math.nan, 0, 0.5, 2)),
+        (0.0, (-4, -0.25, 0, 0.25, 4), (1, 1, 1, 1, 1)),
+    ],
+)
+def test_any_other_power_is_that_of_the_real_numbers(
+    power: float, bases: Sequence[float], values: Sequence[float]
+) -> None:
+    word = word_of((), power)
+    assert (word.text, word.cost, word.exponent) == (f"{{x}}^{power:g}", 2, power)
+    assert [word.apply(float(base)) for base in bases] == pytest.approx(values, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_one_law_explains_separated_probes(scale: Callable[..., float], formula:
     found = of(identify(probes(scale)))
     assert found.formula == formula
     assert found.alternatives == ()
+    assert not found.ambiguous
     assert found.is_trained is (formula == "strength * alpha / rank")
 
 
@@ -86,6 +87,53 @@ def test_probes_that_fit_several_laws_leave_them_all_named(probe: Probe, first: 
     assert set(found.alternatives) == others
     assert len(found.alternatives) == len(others)
     assert found.ambiguous
+
+
+@pytest.mark.parametrize(
+    ("probe", "first", "others"),
+    [
+        (once(1, 4, 8, 0.25), "0.5 * strength * alpha / rank",
+         {"strength * alpha^2 / rank^2", "strength * sqrt(alpha) / rank"}),
+        (once(1, 3, 16, math.sqrt(3 / 16)), "2.309 * strength * alpha / rank", {"strength * sqrt(alpha) / sqrt(rank)"}),
+        (once(0.25, 5, 8, 0.78125), "5 * strength * alpha / rank",
+         {"(1 + strength) * alpha / rank", "strength * alpha^2 / rank"}),
+        (once(0.5, 5, 8, 0.21875), "0.7 * strength * alpha / rank", set()),
+        # a constant is found before the words that cost as much
+        (once(1, -4, 2, 2.0), "-1 * strength * alpha / rank", {"strength * |alpha| / rank"}),
+    ],
+)  # fmt: skip
+def test_a_wrong_scale_of_one_shape_is_read_in_every_way_that_is_met(
+    probe: Probe, first: str, others: set[str]
+) -> None:
+    found = of(identify([probe] * 2))
+    assert (found.formula, set(found.alternatives)) == (first, others)
+
+
+@pytest.mark.parametrize(
+    ("probe", "first", "others"),
+    [
+        (once(1, 5, 8, 0.625), "strength * alpha / rank",
+         {"0.3536 * strength * alpha / sqrt(rank)", "alpha / rank", "strength^2 * alpha / rank"}),
+        (once(0.25, 5, 8, 0.1625), "1.04 * strength * alpha / rank", {"0.3677 * strength * alpha / sqrt(rank)"}),
+    ],
+)  # fmt: skip
+def test_a_wrong_scale_of_a_stabilised_file_is_read_as_a_part_of_its_own_too(
+    probe: Probe, first: str, others: set[str]
+) -> None:
+    found = of(identify([replace(probe, root=True)] * 2))
+    assert (found.formula, set(found.alternatives)) == (first, others)
+
+
+def test_one_probe_is_enough_to_look_for_a_law() -> None:
+    assert of(identify([once(1, 16, 8, 2.0)])).formula == "strength * alpha / rank"
+
+
+def test_training_within_its_tolerance_comes_before_a_nearer_fraction() -> None:
+    assert of(identify([once(1, 16, 16, 1.08, tolerance=0.06)] * 2)).constant == 1.0
+
+
+def test_a_scale_near_nothing_is_that_scale_and_not_zero() -> None:
+    assert of(identify([once(1, None, 4, 1.2e-6)] * 2)).constant == pytest.approx(1.2e-6, rel=1e-9)
 
 
 def test_files_without_alpha_leave_nothing_open_about_alpha() -> None:

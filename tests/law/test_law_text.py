@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, STRENGTH, Word
+from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, STRENGTH, Word, word_of
 from harness.law.law import Law
 from harness.law.probe import Probe
 
@@ -33,6 +33,7 @@ def law(strength: str = "{x}", alpha: str = "{x}", rank: str = "/ {x}", **fields
         (law("1", "1", "1", constant=0.5), "0.5"),
         (law(constant=0.5), "0.5 * strength * alpha / rank"),
         (law(constant=2.0), "2 * strength * alpha / rank"),
+        (law(constant=0.0), "0 * strength * alpha / rank"),
         (law(constant=-1 / 3), "-0.3333 * strength * alpha / rank"),
         (law("1", constant=12345.6), "1.235e+04 * alpha / rank"),
         (law("max({x}, 0)", "trunc({x})", "* sqrt({x})"), "max(strength, 0) * trunc(alpha) * sqrt(rank)"),
@@ -89,6 +90,7 @@ def test_a_law_is_ambiguous_when_it_has_alternatives() -> None:
     assert not TRAINED.ambiguous
     assert replace(TRAINED, others=(law(alpha="1", rank="1"),)).ambiguous
     assert replace(TRAINED, others=(law(alpha="1", rank="1"), TRAINED)).alternatives == ("strength",)
+    assert replace(law(alpha="1", rank="1"), others=(TRAINED,)).alternatives == ("strength * alpha / rank",)
 
 
 def test_a_law_cannot_be_changed() -> None:
@@ -132,6 +134,11 @@ def test_where_alpha_is_missing_a_law_of_the_rank_alone_still_predicts() -> None
     assert list(alone.predict([point(3.0, 1, (None, None), (2, 4))])) == [0.75]
 
 
+def test_the_alpha_of_another_module_is_nothing_where_no_module_has_one() -> None:
+    assert law(alpha_source="first").predict([point(3.0, 1, (None, None), (2, 4))]) == [0.0]
+
+
+CUBE = word_of(STRENGTH, 3.0)
 SCALES = [(16.0, 32), (8.0, 16)]  # alpha / rank = 0.5 for both
 
 
@@ -157,6 +164,10 @@ SCALES = [(16.0, 32), (8.0, 16)]  # alpha / rank = 0.5 for both
         (law(rank="1"), [(0.0, 4), (2.0, 4)], 0.25),  # nothing is wanted of alpha = 0, and nothing comes
         (law(rank="1"), [(2.0, 4), (0.0, 4)], 0.25),
         (law("({x} or 1)"), SCALES, 1.0),
+        (law("sqrt(max({x}, 0))", constant=0.25), SCALES, 16.0),  # sqrt(16) / 4 = 1
+        (replace(TRAINED, strength=CUBE, constant=0.125), SCALES, 2.0),
+        (replace(TRAINED, strength=CUBE, constant=-0.125), SCALES, -2.0),
+        (replace(TRAINED, strength=word_of(STRENGTH, -1.0), constant=2.0), SCALES, 2.0),
     ],
 )
 def test_the_strength_to_pass_gives_the_trained_scale(found: Law, scales: list[tuple[float, int]], use: float) -> None:
@@ -172,12 +183,18 @@ def test_the_strength_to_pass_gives_the_trained_scale(found: Law, scales: list[t
         (law("{x}^2", constant=-1.0), SCALES),
         (law("min({x}, 1)", constant=0.25), SCALES),  # 4 is needed, 1 is the most
         (law(rank="1"), SCALES),  # 1 / 32 for one, 1 / 16 for the other
+        (law(alpha="trunc({x})"), [(0.5, 4)]),  # nothing comes where something is wanted
         (law(alpha="{x}^-1"), [(0.0, 4)]),  # 1 / 0
         (law(alpha="{x}^-1"), [(2.0, 4), (0.0, 4)]),
     ],
 )
 def test_no_strength_is_given_where_none_reproduces_training(found: Law, scales: list[tuple[float, int]]) -> None:
     assert found.prescription(scales) is None
+
+
+def test_every_gain_needs_a_scale_that_is_wanted() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        TRAINED.strength_for([1.0], [1.0, 2.0])
 
 
 def test_a_stabilised_file_is_reproduced_with_the_root_of_its_rank() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from harness.doctor import ScaleLaw, conventions, known_laws, prescribe
-from harness.files import FORMATS, LoraModule
+from harness.files import FORMATS, LoraModule, Problem
+from harness.law.grammar import ALPHA, RANK, STRENGTH
+from harness.law.known import prescriptions
+from harness.law.law import Law
 
 ALPHAS = st.floats(0.1, 500) | st.floats(-500, -0.1)
 POWERS = st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0])
@@ -97,3 +101,57 @@ def test_the_table_of_laws_names_formats_that_exist() -> None:
     assert {name for loader_law in known_laws().values() for name in loader_law.formats} <= set(FORMATS)
     assert all(loader_law.formats for loader_law in known_laws().values())
     assert list(conventions()) == ["alpha / rank", "alpha / sqrt(rank)", "alpha", "1"]
+
+
+def test_a_law_of_powers_is_that_of_training_until_it_is_told_otherwise() -> None:
+    plain = ScaleLaw.of_powers("some loader")
+    assert (plain.law.is_trained, plain.rslora, plain.formats, plain.argument) == (True, False, (), "strength")
+    assert not ScaleLaw("some loader", plain.law).rslora
+    assert plain.at_one(module(4, 8.0)) == 2.0
+    with pytest.raises(AttributeError):
+        plain.argument = "alpha"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("unscaled", [module(4, None), module(0, 8.0)])
+def test_a_module_that_alpha_scales_nothing_of_gets_the_constant_and_the_strength(unscaled: LoraModule) -> None:
+    one_more = Law(next(word for word in STRENGTH if word.text == "(1 + {x})"), ALPHA[0], RANK[0], constant=2.5)
+    assert ScaleLaw("some loader", one_more).at_one(unscaled) == 5.0
+
+
+@pytest.mark.parametrize(("power", "gain"), [(-1.0, 4.0), (-2.0, 0.5), (0.0, 8.0)])
+def test_only_a_loader_that_divides_by_the_rank_has_a_root_to_take(power: float, gain: float) -> None:
+    stabilised = module(4, 8.0, rslora=True)
+    assert ScaleLaw.of_powers("some loader", rank=power, rslora=True).at_one(stabilised) == gain
+
+
+def test_the_table_is_read_once() -> None:
+    assert known_laws() is known_laws()
+    assert conventions() is conventions()
+
+
+@dataclass(frozen=True)
+class File:
+    modules: dict[str, LoraModule]
+    problems: tuple[Problem, ...] = ()
+    format: str = "peft"
+
+
+def test_a_file_has_a_strength_for_every_loader_that_reads_its_format() -> None:
+    readers = {name: each for name, each in known_laws().items() if "peft" in each.formats}
+    modules = {"x": module(16, 4.0), "y": module(8, None)}
+    assert prescriptions(adapter=File(modules), lora_alpha=8.0) == {
+        name: prescribe(law=each, modules=modules.values(), lora_alpha=8.0) for name, each in readers.items()
+    }
+    assert prescriptions(File(modules), lora_alpha=8.0)["peft"] == 1.0
+    assert prescriptions(File(modules))["peft"] is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [File({}), File({"x": module(16, 4.0)}, (Problem("lost", "x", "it has no B", fatal=True),))],
+    ids=["empty", "lost"],
+)
+def test_a_file_that_is_empty_or_lost_a_module_has_no_strength(broken: File) -> None:
+    found = prescriptions(broken)
+    assert "peft" in found
+    assert set(found.values()) == {None}

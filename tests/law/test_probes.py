@@ -24,6 +24,7 @@ def test_the_trained_scale_is_strength_times_alpha_over_rank() -> None:
 def test_a_trained_scale_is_a_fraction_and_none_without_alpha_is_one() -> None:
     assert (trained_scale(3.0, 4), trained_scale(3.0, 4, rslora=True), trained_scale(None, 4)) == (0.75, 1.5, 1.0)
     assert (trained_scale(6.0, 1), trained_scale(6.0, 0)) == (6.0, 1.0)
+    assert trained_scale(rank=16, alpha=6.0, rslora=True) == 1.5
 
 
 def test_another_alpha_or_rank_would_have_given_another_scale() -> None:

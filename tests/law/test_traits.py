@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.law.probe import Probe
-from harness.law.traits import TRAITS, borrowed, common_trait, one_input_decides
+from harness.law.traits import TRAITS, Trait, borrowed, common_trait, one_input_decides
 
 PLAIN = Probe("m", 1.0, 0, (4.0, 2.0), (8, 4), 0.5, 1e-6)
 
@@ -173,3 +173,10 @@ def test_six_scales_must_be_borrowed_and_all_of_them() -> None:
     assert borrowed(5 * [like]) is None
     assert borrowed([*6 * [like], replace(FILE, measured=7.0)]) is None
     assert borrowed([*6 * [like], replace(FILE, measured=1.5)]) is None  # now an alpha, now a rank
+
+
+def test_a_trait_of_no_single_probe_holds_for_none_and_cannot_be_changed() -> None:
+    trait = Trait("some modules of some files", "part")
+    assert not trait(PLAIN)
+    with pytest.raises(AttributeError):
+        trait.about = "file"  # type: ignore[misc]
