@@ -23,13 +23,14 @@ settings.load_profile(PROFILE)
 HERE = Path(__file__).parent
 NO_TORCH = "torch is not installed: pip install 'lora-harness[check]'"
 NEEDS_TORCH = (
-    "benches", "checks/test_direction.py", "checks/test_faults.py", "checks/test_known.py",
-    "checks/test_laws_table.py", "checks/test_shrink.py", "checks/test_state.py", "doctor", "files/test_adapter.py",
-    "files/test_bad_input.py", "files/test_blocks.py", "files/test_detect.py", "files/test_flux_readers.py",
-    "files/test_formats.py", "files/test_gguf.py", "files/test_imports.py", "files/test_match.py",
-    "files/test_other_readers.py", "files/test_real_readers.py", "files/test_roundtrip.py",
+    "benches", "checks/test_direction.py", "checks/test_family.py", "checks/test_faults.py", "checks/test_known.py",
+    "checks/test_laws_table.py", "checks/test_reference.py", "checks/test_shrink.py", "checks/test_state.py", "doctor",
+    "files/test_adapter.py", "files/test_bad_input.py", "files/test_blocks.py", "files/test_detect.py",
+    "files/test_flux_readers.py", "files/test_formats.py", "files/test_gguf.py", "files/test_imports.py",
+    "files/test_match.py", "files/test_other_readers.py", "files/test_real_readers.py", "files/test_roundtrip.py",
     "files/test_roundtrip_special.py", "fixtures", "gpu", "images", "isolation", "law/test_grammar.py", "loaders",
-    "measure", "quality", "reference", "selftest", "variants", "test_exports.py", "test_nights.py",
+    "measure", "quality", "reference", "selftest", "variants", "verdict/test_blocks.py", "test_exports.py",
+    "test_nights.py",
 )  # fmt: skip
 # Tests of other files that load a model.
 LOADS_A_MODEL = (
@@ -39,6 +40,7 @@ LOADS_A_MODEL = (
     "test_plugin.py::test_each_cell", "test_readme.py::test_the_failure_in_the_readme",
     "test_cli.py::test_a_right_loader", "test_cli.py::test_raw_alpha", "test_cli.py::test_the_reproduce_line",
     "test_cli.py::test_rank_and_alpha", "test_cli.py::test_json_lines", "test_cli.py::test_bad_usage",
+    "test_cli.py::test_a_loader_that_ends", "report/test_schema.py::test_what_inspect_and_audit",
 )  # fmt: skip
 DRAWS = ("report/test_gates.py", "report/test_html.py", "report/test_records.py", "report/test_schema.py")
 
