@@ -1,4 +1,4 @@
-"""The command line: `lora-harness COMMAND`; exit 0 fine, 1 a violation was found, 2 it could not run."""
+"""The command line: `lora-harness COMMAND`; exit 0 fine, 1 a violation was found, 2 nothing could be judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from harness.errors import UserError
+from harness.commands.failures import told_in_a_sentence
 
 # name -> (module below harness.commands, one line of help): a command's module is imported when it is asked for
 COMMANDS = {
@@ -45,25 +45,14 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with told_in_a_sentence():
             return super().invoke(ctx)
-        except UserError as error:
-            raise _Failure(str(error)) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             raise click.UsageError(f"{error.message} Commands are {', '.join(COMMANDS)}.", ctx) from None
-
-
-class _Failure(click.ClickException):
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        from harness.text import printable
-
-        click.echo(f"error: {printable(self.message, 2000)}", err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,4 +67,5 @@ def main() -> None:
       lora-harness inspect my_lora.safetensors
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a hub unless it is asked to
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -48,7 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
         header = new_header(
             ["pytest", *config.invocation_params.args], seed=config.getoption("--lora-seed"), profile="pytest"
         )
-        config.stash[_WRITER] = RunWriter(Path(folder) / "run.jsonl", header).__enter__()
+        try:
+            config.stash[_WRITER] = RunWriter(Path(folder) / "run.jsonl", header).__enter__()
+        except OSError as error:
+            raise pytest.UsageError(f"--lora-report={folder}: {error.strerror or error}") from None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "harness"
 # from the ground up; ARCHITECTURE.md says what each owns
 FLOORS = (
     {"errors", "text", "example", "fixtures"},
-    {"verdict"},
+    {"verdict", "outputs"},
     {"law"},
     {"isolation"},
     {"files"},

@@ -97,7 +97,7 @@ def test_a_command_loader_has_its_own_defaults(tmp_path: Path) -> None:
         "from harness import Verdict\nfrom harness.checks import run\n"
         "run.call_limit = lambda channel, seconds: seconds\n"
         "def check_cell(cell, plan, on_measured):\n"
-        "    return [Verdict(loader=cell.subject.spec, check='smoke', outcome='passed', seconds=cell.limit,\n"
+        "    return [Verdict(loader=cell.subject.spec, check='smoke', outcome='passed', seconds=cell.allowed,\n"
         "                    examples=plan.examples_in(cell))]\n"
         "run.check_cell = check_cell\n"
     )

@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.example import Example
 from harness.files import FORMATS
 from harness.isolation.limits import Limit, no_limit
+from harness.isolation.subject import Asked
 from harness.loaders.protocol import Subject
 from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
@@ -20,14 +21,23 @@ from harness.verdict.verdict import Outcome, Verdict
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the matrix: a loader, a file format, a bench and a variant of LoRA."""
+    """One place of the matrix: a loader, a file format, a bench and a variant of LoRA.
+
+    `asked` is where the loader's code runs, by default this process; `watch` tells the run of a call that may hang.
+    """
 
     subject: Subject
     format: str
     bench_name: str
     variant_name: str = "lora"
-    limit: Limit = field(default=no_limit, compare=False)
+    asked: Asked | None = field(default=None, compare=False)
+    watch: Limit = field(default=no_limit, compare=False)
     seconds: float | None = None
+
+    @property
+    def allowed(self) -> float:
+        """The seconds that one call of the loader may take."""
+        return self.seconds or self.subject.defaults.seconds
 
     @property
     def bench(self) -> Bench:

@@ -13,7 +13,7 @@ from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.measure.compare import Fit
 from harness.verdict.codes import CODES
-from harness.verdict.verdict import Verdict
+from harness.verdict.verdict import Outcome, Verdict
 
 _SHOWN_MODULES = 4
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
@@ -51,6 +51,13 @@ class NamedFinding:
         return law if law and not law.is_trained else None
 
     @property
+    def outcome(self) -> Outcome:
+        """What the fault makes of its check."""
+        if self.code == "LH903":
+            return "refused"
+        return "errored" if self.family == "smoke" else "failed"
+
+    @property
     def example(self) -> Example:
         """The counterexample."""
         return self.finding.observation.example
@@ -77,7 +84,7 @@ class NamedFinding:
         finding, fit = self.finding, self.fit
         return self.cell.verdict(
             self.family,
-            "errored" if self.family == "smoke" else "failed",
+            self.outcome,
             code=self.code,
             title=self._title(),
             worst_module=self.worst,
@@ -106,6 +113,8 @@ class NamedFinding:
         yield "lora", _lora(self.example)
         if self.worst and self.fit:
             yield from self._measured(self.worst, self.fit)
+        if self.finding.observation.raised:
+            yield from self.finding.observation.raised.rows()
         if self.law:
             doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
             yield "law", f"{self.law.formula}{doubt}; expected {_TRAINED[self.law.root]}"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from harness.benches import bench_names
 from harness.checks.cell import Cell, declared_cells
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES
@@ -14,16 +20,53 @@ from harness.checks.plan import Plan, examples_for, planned
 from harness.checks.search import Search, observe, search
 from harness.errors import UserError
 from harness.example import Example
+from harness.files import FORMATS
 from harness.fixtures import fixtures_folder
 from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
+from harness.text import printable
+from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
 _KNOWN_EXAMPLES = 40
 
 
-@dataclass(frozen=True)
+def _code(code: str) -> str:
+    if code not in CODES:
+        raise ValueError(f"{code!r} is no code; see `lora-harness explain`")
+    return code
+
+
+def _trait(trait: str) -> str:
+    if trait not in TRAITS:
+        raise ValueError(f"{trait!r} is none of {', '.join(TRAITS)}")
+    return trait
+
+
+def _versions(versions: str) -> str:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        SpecifierSet(versions)
+    except InvalidSpecifier:
+        raise ValueError(f"{versions!r} is no version specifier, such as '>=0.30,<0.33'") from None
+    return versions
+
+
+def _among(known: Callable[[], Iterable[str]]) -> AfterValidator:
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := next((name for name in names if name not in known()), None):
+            raise ValueError(f"{wrong!r} is none of {', '.join(known())}")
+        return names
+
+    return AfterValidator(check)
+
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class KnownFailure:
     """One line of a known-failures file.
 
@@ -32,17 +75,17 @@ class KnownFailure:
     `seconds` is the time limit of a call in that trial, for a fault that is a hang.
     """
 
-    id: str
-    loader: str
-    code: str
-    reason: str
-    link: str
-    formats: tuple[str, ...] = ()
-    benches: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
-    trait: str | None = None
-    versions: str | None = None
-    seconds: float | None = None
+    id: _Text
+    loader: _Text
+    code: Annotated[str, AfterValidator(_code)]
+    reason: _Text
+    link: _Text
+    formats: Annotated[tuple[str, ...], _among(lambda: FORMATS)] = ()
+    benches: Annotated[tuple[str, ...], _among(bench_names)] = ()
+    variants: Annotated[tuple[str, ...], _among(lambda: VARIANTS)] = ()
+    trait: Annotated[str, AfterValidator(_trait)] | None = None
+    versions: Annotated[str, AfterValidator(_versions)] | None = None
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @property
     def of_images(self) -> bool:
@@ -66,6 +109,9 @@ class KnownFailure:
     def gone(self) -> str:
         """Say that this failure is no more."""
         return f"known failure {self.id} no longer fails with {self.code}: remove its line"
+
+
+_LINE = TypeAdapter(KnownFailure)
 
 
 def applies(line: KnownFailure, cell: Cell) -> bool:
@@ -104,24 +150,34 @@ def read_known_failures(path: Path) -> list[KnownFailure]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("failure", [])
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot read known failures: {error}") from None
-    return [_parse(path, table) for table in tables]
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read known failures: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: no TOML file of known failures: {error}") from None
+    tables = content.pop("failure", [])
+    if content or not isinstance(tables, list):
+        other = printable(next(iter(content), "failure"))
+        raise UserError(f"{path}: {other}: known failures are `[[failure]]` tables and nothing else")
+    return _unique(path, [_parse(path, number, table) for number, table in enumerate(tables, 1)])
 
 
-def _parse(path: Path, table: dict[str, object]) -> KnownFailure:
-    where = f"{path}: failure {table.get('id', '?')!r}"
-    unknown = set(table) - {field.name for field in fields(KnownFailure)}
-    missing = {"id", "loader", "code", "reason", "link"} - set(table)
-    if unknown or missing:
-        raise UserError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
-    if table["code"] not in CODES:
-        raise UserError(f"{where}: code={table['code']!r} is no code; see `lora-harness explain`")
-    if table.get("trait") is not None and table["trait"] not in TRAITS:
-        raise UserError(f"{where}: trait={table['trait']!r} is none of {', '.join(TRAITS)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return KnownFailure(**values)  # type: ignore[arg-type]
+def _unique(path: Path, lines: list[KnownFailure]) -> list[KnownFailure]:
+    seen = Counter(line.id for line in lines)
+    if twice := next((name for name, number in seen.items() if number > 1), None):
+        raise UserError(f"{path}: id={printable(twice)!r} stands {seen[twice]} times: every failure has its own")
+    return lines
+
+
+def _parse(path: Path, number: int, table: object) -> KnownFailure:
+    name = table.get("id") if isinstance(table, dict) else None
+    where = f"{path}: failure {number} ({printable(name or 'without id')})"
+    try:
+        return _LINE.validate_python(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the table"
+        raise UserError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def known_failures(source: str | None) -> tuple[KnownFailure, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from harness.checks.apart import done_apart
 from harness.checks.cell import Cell
 from harness.checks.plan import planned
 from harness.checks.search import observe
-from harness.isolation.limits import call_limit
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.probe import Probe
+from harness.law.probe import Probe, probe_from
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
@@ -48,13 +49,21 @@ def measure_law(
     """
     subject = load if isinstance(load, Subject) else resolve(load)
     form, bench_name = subject.cells[0]
-    limit = call_limit(None, subject.defaults.seconds)
-    cell = Cell(subject, format or form, bench or bench_name, variant, limit)
-    first = _measure(cell, alpha, uniform=False)
-    return first if first.probes else _measure(cell, alpha, uniform=True)
+    cell = Cell(subject, format or form, bench or bench_name, variant)
+    first = _apart(cell, alpha, uniform=False)
+    return first if first.probes else _apart(cell, alpha, uniform=True)
 
 
-def _measure(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
+def _apart(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
+    """Have the probes made where the loader can do no harm, and name their law here."""
+    seen, end = done_apart(cell, lambda own: _measured(own, alpha, uniform=uniform))
+    if seen is None:
+        return MeasuredLaw(diagnose(()), (), (end.what,))
+    probes = [probe_from(fields) for fields in seen["probes"]]
+    return MeasuredLaw(diagnose(probes), tuple(probes), tuple(seen["raised"]))
+
+
+def _measured(cell: Cell, alpha: bool, *, uniform: bool) -> dict[str, Any]:
     probes: list[Probe] = []
     raised: list[str] = []
     for example in planned(cell, alpha=alpha, uniform=uniform):
@@ -63,4 +72,4 @@ def _measure(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
         if observation.raised:
             raised.append(observation.raised.what)
             break
-    return MeasuredLaw(diagnose(probes), tuple(probes), tuple(raised))
+    return {"probes": [asdict(probe) for probe in probes], "raised": raised}

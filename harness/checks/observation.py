@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from harness.benches import View
 from harness.checks.cell import Cell
 from harness.example import Example
-from harness.isolation.limits import Raised
+from harness.isolation.calls import Raised
 from harness.law.probe import Probe
 from harness.measure.compare import Fit, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
@@ -26,7 +26,8 @@ class Observation:
     """What one trial showed: a fit per target (whole layer first, then its slices), and what else changed.
 
     `order` lists the targets as the keys of the file stand; `ambiguous` are those whose alpha = 0 readers of the format
-    take as 0 or as the rank. Of a load that `raised` there is nothing else.
+    take as 0 or as the rank; `bent` are layers of the model whose answers to dense input are not those of their weight.
+    Of a load that `raised` there is nothing else.
     """
 
     example: Example
@@ -36,6 +37,7 @@ class Observation:
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     others_changed: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
+    bent: tuple[str, ...] = ()
     file_changed: bool = False
     order: tuple[str, ...] = ()
     ambiguous: frozenset[str] = frozenset()

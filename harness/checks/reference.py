@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
+from harness.checks.apart import served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
+from harness.checks.measuring import base_weights
 from harness.checks.plan import Plan, planned
-from harness.checks.trial import base_weights, run_trial
+from harness.checks.trial import run_trial
 from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
-from harness.isolation.limits import call_limit
+from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.measure.compare import norm
 from harness.verdict.verdict import Verdict
@@ -91,12 +93,10 @@ def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
 
     def job(channel: Channel) -> None:
         for cell in cells:
-            channel.send(compare(replace(cell, limit=call_limit(channel, _SECONDS))))
+            with served(cell, channel, Limits(_SECONDS)) as own:
+                channel.send(asdict(compare(own)))
 
-    def take(index: int, event: object) -> None:
-        found.extend([event] if isinstance(event, Agreement) else [])
-
-    (end,) = run_jobs([job], workers=workers, on_event=take)
+    (end,) = run_jobs([job], workers=workers, on_event=lambda index, event: found.append(Agreement(**event)))
     yield from found
     for cell in cells[len(found) :][:1]:
         yield Agreement(cell.bench_name, cell.variant_name, math.inf, f"its process ended: {end.detail or end.status}")

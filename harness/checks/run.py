@@ -6,9 +6,11 @@ A cell is checked by planned probes of the law, a random search and what follows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
+from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
@@ -18,9 +20,9 @@ from harness.checks.search import Search, observe, search, shrink
 from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
-from harness.isolation.limits import Limits, call_limit
+from harness.isolation.limits import Limits
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
-from harness.law.probe import Probe
+from harness.law.probe import Probe, probe_from
 from harness.loaders.registry import resolve
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
@@ -62,16 +64,17 @@ def check_cells(
         verdicts.append(verdict)
         on_verdict(verdict)
 
-    def on_event(index: int, event: object) -> None:
-        if isinstance(event, Verdict):
-            take(event)
-        elif isinstance(event, Measured):
-            on_measured(cells[index], event)
+    def on_event(index: int, event: dict[str, Any]) -> None:
+        if "verdict" in event:
+            take(Verdict.model_validate_json(event["verdict"]))
+        elif "probes" in event:
+            on_measured(cells[index], _measured_from(event))
         else:
             on_cell(cells[index])
 
     jobs = [_job(cell, plan, limits) for cell in cells]
-    ends = run_jobs(jobs, workers=limits.workers, memory_limit=limits.memory, on_event=on_event)
+    longest = max((budget(cell, limits) for cell in cells), default=None)
+    ends = run_jobs(jobs, workers=limits.workers, silence=SILENCE, budget=longest, on_event=on_event)
     for cell, end in zip(cells, ends, strict=True):
         if end.status != "done":
             take(died(cell, end))
@@ -107,12 +110,22 @@ def check_loader(
 
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
-        guarded = replace(cell, limit=call_limit(channel, limits.seconds or cell.subject.defaults.seconds))
-        for verdict in check_cell(guarded, plan, channel.send):
-            channel.send(verdict)
-        channel.send("done")
+        with served(cell, channel, limits) as own:
+            for verdict in check_cell(own, plan, lambda measured: channel.send(_as_event(measured))):
+                channel.send({"verdict": verdict.model_dump_json()})
+        channel.send({"done": True})
 
     return job
+
+
+def _as_event(measured: Measured) -> dict[str, Any]:
+    law = measured.law.model_dump() if measured.law else None
+    return {"law": law, "probes": [asdict(probe) for probe in measured.probes]}
+
+
+def _measured_from(event: dict[str, Any]) -> Measured:
+    law = LawRecord.model_validate(event["law"]) if event["law"] else None
+    return Measured(law, tuple(map(probe_from, event["probes"])))
 
 
 def died(cell: Cell, end: JobEnd) -> Verdict:
@@ -137,7 +150,7 @@ def check_cell(
     general = tuple(k for k in known if k.trait is None)
     result = Search()
     result.add(*observe(cell, plan.pins.example(cell) if plan.pins else smoke_example(cell, cell.targets)))
-    if "LH901" not in result.counts and "LH902" not in result.counts:
+    if result.findings.keys().isdisjoint(("LH901", "LH902", "LH903")):
         _measure(cell, plan, known, result)
     diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
     on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))

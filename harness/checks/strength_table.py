@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
+from harness.checks.apart import done_apart
 from harness.checks.cell import Cell
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
@@ -30,23 +32,25 @@ class StrengthRow:
     word: str
 
 
-def strength_table(cell: Cell, *, rank: int, alpha: float, strengths: Sequence[float]) -> Iterator[StrengthRow]:
-    """Load a LoRA of `rank` and `alpha` on every target at each strength and yield what it amounts to.
+def strength_table(cell: Cell, *, rank: int, alpha: float, strengths: Sequence[float]) -> list[StrengthRow]:
+    """Load a LoRA of `rank` and `alpha` on every target at each strength and return what it amounts to.
 
     The factor is the median over the modules of measured scale / (alpha / rank).
 
     Raises:
         RuntimeError: the loader raised.
     """
-    from statistics import median
+    factors, end = done_apart(cell, lambda own: [_factor(own, rank, alpha, strength) for strength in strengths])
+    if factors is None:
+        raise RuntimeError(end.what)
+    return [StrengthRow(s, factor, word_of(factor)) for s, factor in zip(strengths, factors, strict=True)]
 
-    targets = tuple(Target(name, rank, alpha) for name in cell.targets)
-    for strength in strengths:
-        observation = run_trial(cell, Example(targets, strength=strength))
-        if observation.raised:
-            raise RuntimeError(observation.raised.what)
-        factor = median(fits[0].scale for fits in observation.fits.values()) / (alpha / rank)
-        yield StrengthRow(strength, factor, word_of(factor))
+
+def _factor(cell: Cell, rank: int, alpha: float, strength: float) -> float:
+    observation = run_trial(cell, Example(tuple(Target(name, rank, alpha) for name in cell.targets), strength=strength))
+    if observation.raised:
+        raise RuntimeError(observation.raised.what)
+    return median(fits[0].scale for fits in observation.fits.values()) / (alpha / rank)
 
 
 def word_of(factor: float) -> str:

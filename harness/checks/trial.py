@@ -1,35 +1,35 @@
-"""One trial: write the example as a file, take a fresh model through steps such as loading it, measure every layer."""
+"""One trial: write the example as a file, have a model taken through steps where the loader runs, compare layers."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from harness.benches import Bench, View
+from harness.benches import View
 from harness.checks.cell import Cell
+from harness.checks.measuring import DENSE, WEIGHT, Kind, Order, answering, base_weights
 from harness.checks.observation import Observation, observation_of
-from harness.errors import one_line
 from harness.example import Example
 from harness.files import FORMATS, LoraParts, match_modules, read_lora, write_lora
-from harness.isolation.limits import CallFailedError, Raised, TimeLimitExceeded, guarded
-from harness.loaders.protocol import Subject
+from harness.isolation.calls import Raised, lost_raised
+from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
-from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
-from harness.measure.tolerance import UNIT_ROUNDOFF
+from harness.measure.effective import dense_input
+from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
 from harness.variants import Update
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 File = Literal["example", "copy", "other"]
-Call = Callable[["torch.nn.Module"], object]
 _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
+_ROUNDINGS = 32  # of a dense answer: the sum, and B @ (A @ x) whose parts are larger than their product
+_SHARE = 0.05  # of the change, below which a dense answer is a matter of precision
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,15 @@ class Step:
     `file`: the example's own, a copy of it, or the other example's.
     """
 
-    kind: Literal["load", "unload", "set_strength", "rebuild"]
+    kind: Kind
     times: float = 1.0
     file: File = "example"
-
-    def call(self, subject: Subject, file: Callable[[File], Path], strength: float) -> Call:
-        """Return the call to make on the model; what the subject does not declare does nothing."""
-        wanted = self.times * strength
-        if self.kind == "load":
-            path = file(self.file)
-            return lambda model: subject.load(model, path, strength=wanted)
-        declared = subject.declaration
-        if self.kind == "unload":
-            return declared.unload or _nothing
-        set_strength = declared.set_strength
-        return (lambda model: set_strength(model, wanted)) if set_strength else _nothing
 
 
 load: Callable[..., Step] = partial(Step, "load")
 set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
 UNLOAD = Step("unload")
-
-
-def _nothing(model: torch.nn.Module) -> None:
-    return None
 
 
 def run_trial(
@@ -75,115 +59,137 @@ def run_trial(
 
     `other` is the second file that a step may load.
     """
-    import torch
-
-    bench, bias = cell.bench, cell.variant.bias
-    base = base_weights(bench, example.dtype, bias)
+    base = base_weights(cell.bench, example.dtype, cell.variant.bias)
     updates = cell.variant.updates(example, cell.view, cell.view.gather(base))
-    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
-    before = base if times == 1 else {name: times * weight for name, weight in base.items()}
-    model = bench.build(_dtype(example.dtype))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
-        path = write_example(cell, example, updates, Path(folder))
-        written, order = bytes_of(path), file_order(path, cell.view)
-
-        def file(which: File) -> Path:
-            if which == "other" and other is not None:
-                own = cell.variant.updates(other, cell.view, cell.view.gather(base))
-                return write_example(cell, other, own, Path(folder) / "other")
-            return copy_of(path) if which == "copy" else path
-
-        left: list[str] = []
+        files = _Files(cell, example, updates, other, Path(folder))
+        written, order = bytes_of(files.example), file_order(files.example, cell.view)
+        orders = tuple(
+            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind == "load" else "") for s in steps
+        )
         try:
-            for step in steps:
-                if step.kind == "rebuild":
-                    model = _rebuilt(bench, example.dtype, step.times)
-                    continue
-                call = step.call(cell.subject, file, example.strength)
-                model = guarded(model, call, cell.limit(cell.reproduce(example), cell.seconds), left)
-            with cell.limit(cell.reproduce(example), cell.seconds):  # a loader may do its work at the first forward
-                after = effective_weights(model, bench.layers, bias=bias)
-                if all(torch.equal(before[name], after[name]) for name in bench.layers):
-                    after = weights_while_running(model, bench.layers, bench.forward, bias=bias)
-                shifted = () if bias else tuple(_shifted(bench, model, example.dtype))
-        except (Exception, TimeLimitExceeded) as error:
-            return Observation(example, raised=_raised(error))
-        file_changed = bytes_of(path) != written
-    view = cell.view
+            answer = _asked(cell, example, orders)
+        except SubjectLostError as lost:
+            return Observation(example, raised=lost_raised(lost))
+        file_changed = bytes_of(files.example) != written
+    if "raised" in answer:
+        return Observation(example, raised=Raised(**answer["raised"]))
+    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
+    seen = _observation(cell, example, updates, times, answer)
+    return replace(seen, file_changed=file_changed, order=order)
+
+
+def _number(step: Step, example: Example) -> float:
+    return step.times if step.kind == "rebuild" else step.times * example.strength
+
+
+def _asked(cell: Cell, example: Example, steps: tuple[tuple[Kind, float, str], ...]) -> dict[str, Any]:
+    """Have the trial done where the subject's code runs, and check that what comes back can be its answer.
+
+    Raises:
+        SubjectLostError: nothing came back, or something else.
+    """
+    bias = cell.variant.bias
+    order = Order(cell.bench_name, example.dtype, steps, cell.allowed, bias)
+    with cell.watch(cell.reproduce(example), (len(steps) + 1) * cell.allowed):
+        asked = cell.asked or Here(answering(cell.subject))
+        answer = asked.ask(asdict(order), cell.allowed, parts=len(steps) + 1)
+    problem = _problem(answer, cell, base_weights(cell.bench, example.dtype, bias))
+    if problem:
+        raise SubjectLostError("raised", f"its process sent {problem}")
+    return {"tensors": {}, **answer}
+
+
+def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with an answer that no harness wrote, or None."""
+    if not isinstance(answer, dict):
+        return "no measurements"
+    if "raised" in answer:
+        fields = answer["raised"]
+        known = isinstance(fields, dict) and fields.keys() <= Raised.__dataclass_fields__.keys() and "what" in fields
+        return None if known and fields.get("code") in ("LH901", "LH902", "LH903") else "a failure without its code"
+    others = answer.get("others")
+    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+        return "measurements without their names"
+    for key, tensor in (answer.get("tensors") or {}).items():
+        kind, name = key.partition(":")[0] + ":", key.partition(":")[2]
+        rows = base[name].shape[0] if name in base else -1
+        shape = {WEIGHT: tuple(base[name].shape), DENSE: (4, rows)}.get(kind) if name in base else None
+        if shape != tuple(tensor.shape) or str(tensor.dtype) != "torch.float64":
+            return f"a tensor that no layer of {cell.bench_name} has"
+    return None
+
+
+def _observation(
+    cell: Cell, example: Example, updates: Mapping[str, Update], times: float, answer: Mapping[str, Any]
+) -> Observation:
+    base = base_weights(cell.bench, example.dtype, cell.variant.bias)
+    tensors, view = answer["tensors"], cell.view
+    before = base if times == 1 else {name: times * weight for name, weight in base.items()}
+    after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
     seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
-    others = (*seen.others_changed, *_other_state(bench, model, example.dtype, bias), *shifted, *left)
-    return replace(seen, others_changed=tuple(dict.fromkeys(others)), file_changed=file_changed, order=order)
+    bent = tuple(_bent(cell, example, before, after, tensors))
+    return replace(seen, others_changed=tuple(dict.fromkeys((*seen.others_changed, *answer["others"]))), bent=bent)
 
 
-def _raised(error: BaseException) -> Raised:
-    """Say how a call, or the measuring of the model that it left, went wrong."""
-    if isinstance(error, CallFailedError):
-        return error.raised
-    if isinstance(error, MissingModuleError):
-        return Raised("LH902", f"the loaded model has no module {error}")
-    if isinstance(error, TimeLimitExceeded):
-        return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True)
-    return Raised("LH902", f"the loaded model does not run: {one_line(error)}")
-
-
-def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
-    model = bench.build(_dtype(dtype))
-    for weight in {id(w): w for name in bench.layers if (w := model.get_submodule(name).weight) is not None}.values():
-        weight.data.mul_(times)  # type: ignore[operator]  # nn.Module's attributes are tensors or modules
-    return model
-
-
-@cache
-def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
-    """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
-    return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
-
-
-@cache
-def base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
-    """Return what the layers of the unloaded bench answer to zeros, in float64."""
-    return offsets(bench.base(_dtype(dtype)), bench.layers)
-
-
-def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
-    """Return the parameters and buffers that are not measured (biases, norms) and not what they were."""
+def _bent(
+    cell: Cell,
+    example: Example,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> Iterator[str]:
+    """Yield the layers whose answer to dense input is not that of the weight they show to the identity."""
     import torch
 
-    measured = ("weight", "bias") if bias else ("weight",)
-    weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
-    expected = {name: value for name, value in bench.base(_dtype(dtype)).state_dict().items() if name not in weights}
-    state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    found = {base: value for name, value in state if (base := _base_name(name)) in expected}
-    return tuple(n for n, value in found.items() if not torch.equal(value.cpu().to(expected[n].dtype), expected[n]))
+    roundoff = UNIT_ROUNDOFF[coarser(example.dtype, example.file_dtype)]
+    for name, layer in cell.bench.layers.items():
+        if DENSE + name not in tensors:
+            continue
+        x = dense_input(layer, getattr(torch, example.dtype))
+        assert x is not None
+        weight, change = (w[:, : layer.columns] for w in (after[name], after[name] - before[name]))
+        off = norm(tensors[DENSE + name] - x.double() @ weight.T)
+        rounding = _ROUNDINGS * roundoff * norm(x.double()) * norm(weight) / layer.columns**0.5
+        if not off <= max(rounding, _SHARE * norm(x.double() @ change.T)) and bool(weight.isfinite().all()):
+            yield name
 
 
-def _shifted(bench: Bench, model: torch.nn.Module, dtype: str) -> Iterator[str]:
-    """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in offsets(model, bench.layers).items():
-        expected = base_offsets(bench, dtype)[name]
-        if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
-            yield f"{name}.bias"
+@dataclass(frozen=True)
+class _Files:
+    """The files of a trial, below `folder`; each is written when it is asked for."""
+
+    cell: Cell
+    own: Example
+    updates: Mapping[str, Update]
+    second: Example | None
+    folder: Path
+
+    @property
+    def example(self) -> Path:
+        path = self.folder / _file_name(self.cell)
+        return path if path.exists() else write_example(self.cell, self.own, self.updates, self.folder)
+
+    def path(self, which: File) -> Path:
+        """Return the path of a file."""
+        if which == "other" and self.second is not None:
+            base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
+            updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
+            return write_example(self.cell, self.second, updates, self.folder / "other")
+        return copy_of(self.example) if which == "copy" else self.example
 
 
-def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _file_name(cell: Cell) -> str:
+    return "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
 
 
 def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
     """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
     modules = {t.name: LoraParts(updates[t.name].parts, t.alpha) for t in example.targets}
-    name = "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
     order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
     root = cell.variant.root
     folder.mkdir(exist_ok=True)
-    return write_lora(folder / name, cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+    return write_lora(folder / _file_name(cell), cell.format, modules, rslora=root, key_order=order, prefix=prefix)
 
 
 def copy_of(path: Path) -> Path:

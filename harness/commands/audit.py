@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,10 @@ _SHOWN = 30
     "--out", "outs", multiple=True, type=shared.FILE, metavar="FILE",
     help="Write the rows: .jsonl, .json, .csv, .parquet or .html; repeat for more.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Take over the rows of --out whose file has the same size and time.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Take over the rows of --out, and of an audit that was killed, whose file has not changed; keep the others.",
+)  # fmt: skip
 @click.option("--energy", is_flag=True, help="Norm and effective rank of each module's update (reads the weights).")
 @click.option("--no-duplicates", is_flag=True, help="Do not look for files with the same weights.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Limit for one file.")
@@ -55,10 +58,10 @@ def command(
 ) -> None:
     """Inspect every safetensors file and PEFT folder under each PATH: a file, folder, glob or fsspec URL.
 
-    Exit 1 when any file is broken; a file that cannot be read is a row with hazard LH799.
+    Exit 1 when any file is broken, 2 when one could not be judged; a file that cannot be read is a row with LH799.
     """
     from harness.doctor.audit.audit import audit_files
-    from harness.doctor.audit.output import write_rows
+    from harness.doctor.audit.output import beside, write_rows
 
     known = _known(outs, resume)
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
@@ -79,36 +82,51 @@ def command(
             on_row=on_row,
             **options,
         )
-    for out in outs:
-        write_rows(out, rows)
+        rows += _others(known, rows)
+        for out in outs:
+            write_rows(out, rows)
+    if outs:
+        beside(outs[0]).unlink(missing_ok=True)
     code = int(any(row.severity in ("fatal", "error") for row in rows))
+    code = code or 2 * any("LH798" in row.codes for row in rows)
     print_json(rows, code) if as_json else _print(rows, outs)
     sys.exit(code)
 
 
 @contextmanager
 def _kept(outs: Sequence[Path]) -> Iterator[Callable[[FileRecord], None]]:
-    """Write rows to the first .jsonl file as they come, so that a killed audit can be resumed."""
-    path = next((out for out in outs if out.suffix.lower() == ".jsonl"), None)
-    if path is None:
-        yield lambda row: None
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    """Append rows as they come to a file beside the first output, so that an audit that is killed can be resumed.
 
-        def keep(row: FileRecord) -> None:
-            file.write(row.model_dump_json() + "\n")
-            file.flush()
+    The outputs themselves are replaced in one step when all rows are there: until then they stay as they are.
+    """
+    from harness.doctor.audit.output import beside
+    from harness.outputs import LineWriter, only_writer, saying
 
-        yield keep
+    with ExitStack() as opened:
+        for out in outs:
+            opened.enter_context(only_writer(out))
+        if not outs:
+            yield lambda row: None
+            return
+        with saying(outs[0]):
+            lines = opened.enter_context(closing(LineWriter(beside(outs[0]))))
+        yield lambda row: lines.write(row.model_dump_json())
+
+
+def _others(known: Sequence[FileRecord], rows: Sequence[FileRecord]) -> list[FileRecord]:
+    """Return the rows of an earlier audit whose files were not asked for now: they are kept."""
+    asked = {row.path for row in rows}
+    return list({row.path: row for row in known if row.path not in asked}.values())
 
 
 def _known(outs: Sequence[Path], resume: bool) -> list[FileRecord]:
-    from harness.doctor.audit.output import check_target, read_rows
+    from harness.doctor.audit.output import check_target, read_rows, refuse_other_file
     from harness.errors import UserError
 
     for out in outs:
         check_target(out)
+        if not resume:
+            refuse_other_file(out)
     if not resume:
         return []
     if not outs:
@@ -132,7 +150,9 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
     except (OSError, ValueError) as error:
         raise UserError(f"--dask {address}: no scheduler answers ({type(error).__name__})") from None
     with client:
-        yield client.get_executor(retries=3)
+        executor = client.get_executor(retries=3)
+        executor.has_workers = lambda: bool(client.scheduler_info()["workers"])
+        yield executor
 
 
 def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from harness.loaders.protocol import COMMAND, FUNCTION
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
     from harness.checks.run import Measured
-    from harness.report.records import RunWriter
+    from harness.report.gates import GateResult
+    from harness.report.records import Run, RunWriter
     from harness.verdict.verdict import Verdict
 
 PATH = click.Path(path_type=Path)
@@ -156,28 +158,66 @@ def quiet_on(as_json: bool) -> bool:
     return as_json or not sys.stderr.isatty()
 
 
-def finish(out: Path, *, baseline: Path | None, rules: Sequence[str], as_json: bool) -> int:
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier run, read before anything is written, and the rules under which a later one is worse."""
+
+    run: Run
+    rules: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path | None, rules: Sequence[str], out: Path) -> Baseline | None:
+        """Return the baseline at `path`, None where none is wanted.
+
+        Raises:
+            UserError: it cannot be read, a rule is none, or it is the file that this run will write.
+        """
+        from harness.errors import UserError
+        from harness.report.gates import parse_rule
+        from harness.report.records import read_run
+
+        for rule in rules:
+            parse_rule(rule)
+        if path is None:
+            return None
+        target = out / "run.jsonl"
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UserError(
+                f"--baseline {path} is the file that this run writes: copy it elsewhere, or choose another --out"
+            )
+        return cls(read_run(path), rules)
+
+    def compare(self, run: Run) -> list[GateResult]:
+        """Return what is worse in `run`."""
+        from harness.report.gates import compare
+
+        return compare(self.run, run, self.rules)
+
+    def lines(self, run: Run) -> list[str]:
+        """Return what is worse in `run`, a line each."""
+        return [result.text() for result in self.compare(run)]
+
+
+def finish(out: Path, *, baseline: Baseline | None, as_json: bool) -> int:
     """Write the report of OUT/run.jsonl, add it to OUT/history.jsonl and return the exit code.
 
     With a `baseline` only what got worse counts; without one, every violation and every planned part that was not
     measured.
     """
     from harness.report.ci import github_annotations, write_step_summary
-    from harness.report.gates import compare
     from harness.report.history import append_history, read_history
     from harness.report.records import read_run
 
     run = read_run(out / "run.jsonl")
     append_history(out / "history.jsonl", run)
-    gate = compare(read_run(baseline), run, rules) if baseline else None
+    gate = baseline.compare(run) if baseline else None
     write_step_summary(run, gate or ())
     show(out, as_json=as_json, history=read_history(out / "history.jsonl"), gate=gate)
     if not as_json:
         for line in [*github_annotations(run, gate or ()), *(f"gate: {result.text()}" for result in gate or ())]:
             click.echo(line)
-    if gate is not None:
-        return 1 if gate else 0
-    return 0 if run.status == "passed" else 1
+    code = run.footer.exit_code if run.footer else 1
+    return code if gate is not None else code or int(run.status != "passed")
 
 
 def show(out: Path, *, as_json: bool, history: Sequence[Any] = (), gate: Sequence[Any] | None = None) -> None:

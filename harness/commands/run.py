@@ -53,12 +53,14 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     planned += [f"sweep:{name}" for name in drawn]
     header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
     options["known"] = known_failures(options["known_failures"])
+    baseline = shared.Baseline.read(options["baseline"], options["rules"], out)
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
+        writer.gate = baseline.lines if baseline else None
         _check(writer, loaders, quick, seed, as_json, options)
         if options["images"]:
             writer.write(*(_not_drawn(name) for name in loaders if name not in drawn))
             _sweep(writer, drawn, out, quick, as_json, options)
-    sys.exit(shared.finish(out, baseline=options["baseline"], rules=options["rules"], as_json=as_json))
+    sys.exit(shared.finish(out, baseline=baseline, as_json=as_json))
 
 
 def _drawn(loaders: Sequence[str]) -> list[str]:
@@ -106,7 +108,7 @@ def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
     for cell in cells:
         if cell.subject.spec.startswith("diffsynth") and cell.bench_name == "qwen-image-fused":
             for rank, alpha, strengths in FOUNDING:
-                rows = list(strength_table(cell, rank=rank, alpha=alpha, strengths=strengths))
+                rows = strength_table(cell, rank=rank, alpha=alpha, strengths=strengths)
                 yield from table_verdicts(cell, rank, alpha, rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import AdapterConfig, ConfigError
+from harness.files.config import AdapterConfig, Budget, ConfigError, pattern_problems
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
 from harness.files.tensor_file import scalar_problem
@@ -104,14 +104,19 @@ def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
 def _from_configs(
     modules: Modules, configs: Mapping[str, Mapping[str, Any]], place: str, problems: list[Problem]
 ) -> Modules:
+    budget = Budget()
     try:
-        parsed = {component: AdapterConfig.parse(raw) for component, raw in configs.items()}
+        parsed = {component: AdapterConfig.parse(raw, budget) for component, raw in configs.items()}
         return {
             at: _configured(module, parsed[at[0]], problems) if at[0] in parsed else module
             for at, module in modules.items()
         }
     except ConfigError as error:
         problems.append(Problem("LH705", f"{place}: {error.key}", printable(error), fatal=True))
+    finally:
+        names, budget = [module.name for module in modules.values()], Budget()
+        found = (error for raw in configs.values() for error in pattern_problems(raw, names, budget))
+        problems += (Problem("LH708", f"{place}: {error.key}", printable(error)) for error in found)
     return modules
 
 

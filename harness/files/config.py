@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from harness.text import printable
 
+try:
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as _parser
+
 _META = frozenset("\\^$*+?{}[]|()")
-_BUDGET_SECONDS = 0.5
+_SECONDS = 0.3
 _LONGEST_REGEX = 500
+_MOST_UNROLLED = 10_000  # `regex` writes out every repetition that must be there: 10,000 of them cost 5 ms and 3 MB
+_MOST_CHARACTERS = 1_000_000
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, getattr(_parser, "POSSESSIVE_REPEAT", None))
+_MATCHED = ("target_modules", "exclude_modules", "layers_pattern")
 
 
 class ConfigError(ValueError):
@@ -26,24 +37,56 @@ class ConfigError(ValueError):
 
 
 class PatternError(ConfigError):
-    """A pattern that cannot be matched in bounded time; `pattern` is the offender."""
+    """A pattern that cannot be matched in bounded time; `key` names where it stands, `pattern` is the offender."""
 
-    def __init__(self, pattern: str, problem: str) -> None:
+    def __init__(self, key: str, pattern: str, problem: str) -> None:
         self.pattern = pattern
-        super().__init__(f"pattern {printable(pattern, 60)}", problem)
+        super().__init__(f"{key}: pattern {printable(pattern, 60)}", problem)
 
 
-@dataclass(frozen=True, slots=True)
+class Budget:
+    """The seconds of computing that all patterns of one file may take together; a loaded machine takes none away."""
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self.left = seconds
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Count what happens inside.
+
+        Raises:
+            TimeoutError: nothing was left before.
+        """
+        if self.left <= 0:
+            raise TimeoutError
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self.left -= time.thread_time() - start
+
+
+Dots = tuple[int, ...]  # the places of the `.` wildcard
+
+
 class _Plain:
-    """A pattern without repetition: one character or None (the `.` wildcard) per position."""
+    """Patterns without repetition by length, places of wildcards, and text: a name is found without trying each."""
 
-    rank: int
-    characters: tuple[str | None, ...]
-    anchored: bool
-    value: Any
+    def __init__(self) -> None:
+        self._found: dict[int, dict[Dots, dict[tuple[str, bool], tuple[int, Any]]]] = {}
 
-    def fits(self, text: str) -> bool:
-        return all(wanted in (None, found) for wanted, found in zip(self.characters, text, strict=True))
+    def add(self, rank: int, text: str, dots: Dots, anchored: bool, value: Any) -> None:
+        same = self._found.setdefault(len(text), {}).setdefault(dots, {})
+        same.setdefault((text, anchored), (rank, value))
+
+    def hits(self, name: str) -> Iterator[tuple[int, Any]]:
+        """Yield (rank, value) of every pattern that fits the whole name or what stands behind one of its dots."""
+        for start in (0, *(place + 1 for place, character in enumerate(name) if character == ".")):
+            for dots, same in self._found.get(len(name) - start, {}).items():
+                text = _dotted(name[start:], dots)
+                for anchored in (False, True) if start == 0 else (False,):
+                    if (text, anchored) in same:
+                        yield same[text, anchored]
 
 
 class Patterns:
@@ -51,17 +94,21 @@ class Patterns:
 
     The meaning is PEFT's `re.match(rf"(.*\\.)?({pattern})$", name)`. Names, escaped characters, `^`, `$` and the `.`
     wildcard are matched here; a pattern with any other metacharacter goes through the `regex` package under a time
-    limit, because it comes from a file and Python's own engine cannot be stopped.
+    limit, because it comes from a file and Python's own engine cannot be stopped. It is measured before it is compiled,
+    and may hold nothing that Python's `re` does not know, such as recursion. `key` names the dictionary in messages.
     """
 
-    def __init__(self, patterns: Mapping[str, Any]) -> None:
-        self._plain: dict[int, list[_Plain]] = {}
+    def __init__(self, patterns: Mapping[str, Any], key: str = "pattern", budget: Budget | None = None) -> None:
+        if (length := sum(map(len, patterns))) > _MOST_CHARACTERS:
+            raise ConfigError(key, f"holds {length:,} characters of patterns, at most {_MOST_CHARACTERS:,} are read")
+        self._key, self._budget = key, budget or Budget()
+        self._plain, self._any = _Plain(), bool(patterns)
         self._regexes: list[tuple[int, str, Any]] = []
-        self._left = _BUDGET_SECONDS
+        self._compiled: dict[str, Any] = {}
+        self._slow: str | None = None
         for rank, (pattern, value) in enumerate(patterns.items()):
-            plain = _plain(rank, pattern, value)
-            if plain:
-                self._plain.setdefault(len(plain.characters), []).append(plain)
+            if plain := _plain(pattern):
+                self._plain.add(rank, *plain, value)
             else:
                 self._regexes.append((rank, pattern, value))
 
@@ -69,56 +116,109 @@ class Patterns:
         """Return the value of the first pattern that matches `name`, or `default`.
 
         Raises:
-            PatternError: a pattern is no valid regular expression or takes too long.
+            ConfigError: the patterns are too many to be tried.
+            PatternError: a pattern is no valid regular expression, too large, or takes too long.
         """
-        if not self._plain and not self._regexes:
+        if not self._any:
             return default
-        found = min(self._plain_hits(name), key=lambda plain: plain.rank, default=None)
-        for rank, pattern, value in self._regexes:
-            if found and found.rank < rank:
-                break
-            if self._regex_fits(pattern, name):
-                return value
-        return found.value if found else default
+        try:
+            with self._budget.spent():
+                rank, value = min(self._plain.hits(name), key=lambda hit: hit[0], default=(math.inf, default))
+        except TimeoutError:
+            raise self._too_long(self._slow) from None
+        return next((found for at, pattern, found in self._regexes if at < rank and self._fits(pattern, name)), value)
 
-    def _plain_hits(self, name: str) -> Iterator[_Plain]:
-        for start in (0, *(place + 1 for place, character in enumerate(name) if character == ".")):
-            for plain in self._plain.get(len(name) - start, ()):
-                if (start == 0 or not plain.anchored) and plain.fits(name[start:]):
-                    yield plain
+    def _fits(self, pattern: str, name: str) -> bool:
+        import regex
 
-    def _regex_fits(self, pattern: str, name: str) -> bool:
+        try:
+            with self._budget.spent():
+                if pattern not in self._compiled:
+                    self._compiled[pattern] = self._compile(pattern)
+                return self._compiled[pattern].match(name, timeout=self._budget.left) is not None
+        except TimeoutError:
+            self._budget.left, self._slow = 0.0, pattern
+            raise self._too_long(pattern) from None
+        except (regex.error, re.error, RecursionError, OverflowError, MemoryError) as error:
+            what = f"is not a valid regular expression ({printable(error, 100)})"
+            raise PatternError(self._key, pattern, what) from None
+
+    def _too_long(self, pattern: str | None) -> ConfigError:
+        if pattern is None:
+            return ConfigError(self._key, "holds patterns that take too long to match")
+        return PatternError(self._key, pattern, "takes too long to match: a plain module name is enough")
+
+    def _compile(self, pattern: str) -> Any:
         import regex
 
         if len(pattern) > _LONGEST_REGEX:
-            raise PatternError(pattern, f"is a regular expression of {len(pattern)} characters, too long to be safe")
-        start = time.perf_counter()
-        try:
-            found = regex.match(rf"(.*\.)?({pattern})$", name, timeout=max(self._left, 1e-3))
-        except TimeoutError:
-            raise PatternError(pattern, "takes too long to match: a plain module name is enough") from None
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise PatternError(pattern, f"is not a valid regular expression ({error})") from None
-        finally:
-            self._left -= time.perf_counter() - start
-        return found is not None
+            what = f"is a regular expression of {len(pattern):,} characters, at most {_LONGEST_REGEX} are safe"
+            raise PatternError(self._key, pattern, what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of spellings that will mean something else one day
+            whole = rf"(.*\.)?({pattern})$"
+            if (size := _unrolled(_parser.parse(whole))) > _MOST_UNROLLED:
+                what = f"repeats itself to {size:,} pieces, at most {_MOST_UNROLLED:,} are safe"
+                raise PatternError(self._key, pattern, what)
+            return regex.compile(whole, cache_pattern=False)
 
 
-def _plain(rank: int, pattern: str, value: Any) -> _Plain | None:
+def _unrolled(node: Any) -> int:
+    """Return the number of pieces of a parsed expression when every repetition that must be there is written out."""
+    if not isinstance(node, (_parser.SubPattern, tuple, list)):
+        return 0
+    if isinstance(node, tuple) and any(node[0] is repeat for repeat in _REPEATS):  # the constants equal plain numbers
+        least, _, inner = node[1]
+        return max(int(least), 1) * _unrolled(inner)
+    return 1 + sum(_unrolled(part) for part in node)
+
+
+def _dotted(text: str, dots: Dots) -> str:
+    """Return `text` with `.` at these places."""
+    if not dots:
+        return text
+    characters = list(text)
+    for place in dots:
+        characters[place] = "."
+    return "".join(characters)
+
+
+def _plain(pattern: str) -> tuple[str, Dots, bool] | None:
+    """Return text, places of wildcards and whether it is anchored; None for a pattern with any other metacharacter."""
     anchored = pattern.startswith("^")
     body = pattern.removeprefix("^")
     if body.endswith("$") and not body.endswith("\\$"):
         body = body[:-1]
-    characters: list[str | None] = []
+    characters: list[str] = []
+    dots: list[int] = []
     at = 0
     while at < len(body):
         escaped = body[at] == "\\" and at + 1 < len(body) and not body[at + 1].isalnum()
         if not escaped and body[at] in _META:
             return None
         at += escaped
-        characters.append(None if body[at] == "." and not escaped else body[at])
+        if body[at] == "." and not escaped:
+            dots.append(len(characters))
+        characters.append(body[at])
         at += 1
-    return _Plain(rank, tuple(characters), anchored, value)
+    return "".join(characters), tuple(dots), anchored
+
+
+def pattern_problems(raw: Mapping[str, Any], names: Iterable[str], budget: Budget) -> Iterator[ConfigError]:
+    """Yield the patterns that choose modules in PEFT and cannot be matched against `names`; nothing here uses them."""
+    for key in _MATCHED:
+        if budget.left <= 0:
+            return
+        value = raw.get(key)
+        chosen = [value] if isinstance(value, str) else value if key == "layers_pattern" else ()
+        if not isinstance(chosen, list | tuple):
+            continue
+        try:
+            patterns = Patterns({pattern: None for pattern in chosen if isinstance(pattern, str)}, key, budget)
+            for name in names:
+                patterns.get(name, None)
+        except ConfigError as error:
+            yield error
 
 
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # peft.LoraConfig
@@ -135,22 +235,22 @@ class AdapterConfig:
     alphas: Patterns
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> AdapterConfig:
-        """Read the fields that decide the scale.
+    def parse(cls, raw: Mapping[str, Any], budget: Budget | None = None) -> AdapterConfig:
+        """Read the fields that decide the scale; `budget` is what its patterns share with others of the file.
 
         Raises:
             ConfigError: a field has the wrong type.
         """
         alpha_key = "lora_alpha" if "lora_alpha" in raw or raw.get("peft_type", "LORA") == "LORA" else "alpha"
-        rank = raw.get("r", DEFAULT_RANK)
+        rank, budget = raw.get("r", DEFAULT_RANK), budget or Budget()
         if not _is_whole(rank):
             raise ConfigError("r", f"is {rank!r}, a whole number is needed")
         return cls(
             rank=rank,
             alpha=_number(alpha_key, raw.get(alpha_key, DEFAULT_ALPHA)),
             rslora=bool(raw.get("use_rslora", False)),
-            ranks=_patterns("rank_pattern", raw),
-            alphas=_patterns("alpha_pattern", raw),
+            ranks=_patterns("rank_pattern", raw, budget),
+            alphas=_patterns("alpha_pattern", raw, budget),
         )
 
     def of(self, name: str) -> tuple[int, float]:
@@ -204,8 +304,8 @@ def _number(key: str, value: object) -> float:
         raise ConfigError(key, "is too large for a number") from None
 
 
-def _patterns(key: str, raw: Mapping[str, Any]) -> Patterns:
+def _patterns(key: str, raw: Mapping[str, Any], budget: Budget) -> Patterns:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise ConfigError(key, f"is {value!r}, an object of module name to number is needed")
-    return Patterns(value)
+    return Patterns(value, key, budget)

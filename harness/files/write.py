@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from harness.files.formats import FORMATS
 from harness.files.gguf_file import write_gguf
 from harness.files.keys import PAIRS
 from harness.law.scale import trained_scale
+from harness.outputs import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,8 @@ def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
             raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
         return
     a, b = (tuple(weights.parts[half].shape) for half in "AB")
+    if row.flips(name) and max(len(a), len(b)) > 2:
+        raise ValueError(f"modules[{name!r}]: {row.name} holds matrices only, a is {list(a)}, b {list(b)}")
     if len(a) < 2 or len(b) < 2 or a[0] != b[1] or 0 in a or 0 in b:
         raise ValueError(f"modules[{name!r}]: a {list(a)} and b {list(b)} are no pair [r, in], [out, r]")
 
@@ -237,16 +239,6 @@ def _ordered(tensors: dict[str, Tensor], order: KeyOrder) -> dict[str, Tensor]:
     if sorted(places) != list(range(len(keys))):
         raise ValueError(f"key_order={places!r} is no permutation of the {len(keys)} keys")
     return {keys[place]: tensors[keys[place]] for place in places}
-
-
-def replace_file(target: Path, content: bytes) -> None:
-    """Write beside `target`, then move it there, so that readers see the old file or the whole new one."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

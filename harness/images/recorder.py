@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from harness.images import metrics
 from harness.images.report import crashed_verdict, lora_facts, sweep_verdict
 from harness.images.studio import Studio
 from harness.images.verdict import Judgement, Look, StrengthResult, judge, look_of
+from harness.isolation.calls import CallFailedError, Raised, lost_raised, raised_by
 from harness.isolation.limits import TimeLimitExceeded
+from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
 from harness.loaders.protocol import Subject
 from harness.verdict.verdict import Verdict
 
@@ -58,6 +61,7 @@ def contact_sheet(rows: Mapping[str, Tensor], path: Path, *, scale: int = 2, lab
 
 
 _MEDIANS = ("total_variation_ratio", "noise_sigma_ratio", "content")
+_PATIENCE = 20.0  # times as long as the reference took may the subject's pictures of one strength take
 _SHARP = 2.5  # a strength up to which pictures follow it closely
 
 
@@ -81,10 +85,11 @@ class Recorder:
         subject: Subject,
         out: Path | None,
         on_record: Callable[[dict[str, Any]], object],
+        asked: Asked,
     ) -> None:
-        self.studio, self.subject, self.out, self.on_record = studio, subject, out, on_record
+        self.studio, self.subject, self.out, self.on_record, self.asked = studio, subject, out, on_record, asked
         self.result = SweepResult()
-        self._own_noise = 0.0
+        self._own_noise, self._at = 0.0, ""
 
     def run(self, alphas: Sequence[float], started: float) -> SweepResult:
         """Draw all strengths and judge; a crash of the subject becomes an errored verdict, what was drawn is kept.
@@ -93,10 +98,11 @@ class Recorder:
         """
         found = self.result
         try:
-            for drawn in self._drawn(alphas):
-                self._record(*drawn)
-        except _CrashError as crash:
-            found.verdicts.append(crashed_verdict(self.subject, self.studio, crash.error))
+            self._draw(alphas)
+            if (strength := self._pin()) is not None:
+                self._draw([strength])
+        except CallFailedError as failed:
+            found.verdicts.append(crashed_verdict(self.subject, self.studio, failed.raised))
         else:
             found.judgement = judge(found.observations)
             seconds = round(time.perf_counter() - started, 3)
@@ -105,19 +111,37 @@ class Recorder:
             )
         return found
 
-    def _drawn(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
-        yield from self._guarded(alphas)
-        strength = self._pin()
-        if strength is not None:
-            yield from self._guarded([strength])
+    def _draw(self, strengths: Sequence[float]) -> None:
+        """Have the subject draw, and record each strength as soon as it is there.
 
-    def _guarded(self, alphas: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
+        Raises:
+            UserError: the pictures do not fit the device's memory.
+            CallFailedError: the subject raised, or its process ended or sent something else.
+        """
+        began = time.monotonic()
+        shape = self.studio.reference(0.0).shape  # drawn before the subject's process starts, which inherits it
+        patience = self.studio.seconds + _PATIENCE * (time.monotonic() - began + 1.0) * len(strengths)
+        waiting = list(strengths)
+
+        def take(part: Any) -> None:
+            if "step" in part:
+                self._at = str(part["step"])
+                self.studio.step(self._at)
+                return
+            images = part["tensors"]["images"]
+            if part["strength"] not in waiting or images.shape != shape:
+                raise CallFailedError(Raised("LH901", "its process sent pictures that nobody asked for"))
+            waiting.remove(part["strength"])
+            self._record(part["strength"], images, float(part["seconds"]))
+
         try:
-            yield from self.studio.candidates(self.subject, alphas)
-        except UserError:
-            raise
-        except (Exception, TimeLimitExceeded) as error:  # a crash of the subject is data
-            raise _CrashError(error) from error
+            end = self.asked.ask({"strengths": list(strengths)}, patience, take, parts=3 * len(strengths) + 5)
+        except SubjectLostError as lost:
+            raise CallFailedError(lost_raised(lost, f" ({self._at})" if self._at else "")) from lost
+        if "error" in end:
+            raise UserError(str(end["error"]))
+        if "raised" in end:
+            raise CallFailedError(Raised(**end["raised"]))
 
     def _pin(self) -> float | None:
         """Return the strength at which this loader should look as trained, when no strength was near it yet.
@@ -213,9 +237,24 @@ def _slug(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("_.") or "loader"
 
 
-class _CrashError(Exception):
-    """The subject raised `error`."""
+def drawing(studio: Studio, subject: Subject) -> Answer:
+    """Return what answers an order for pictures where the subject's code runs."""
 
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def answer(order: Any, on_part: Part) -> dict[str, Any]:
+        own = copy(studio)  # where both run in one process, the steps of the other are not this one's
+        own.step = lambda text: on_part({"step": text})
+        drawn = own.candidates(subject, order["strengths"])
+        while True:
+            try:
+                strength, images, seconds = next(drawn)
+            except StopIteration:
+                return {}
+            except UserError as error:
+                return {"error": str(error)}
+            except TimeLimitExceeded as late:
+                return {"raised": asdict(Raised("LH901", str(late), timed_out=True))}
+            except Exception as error:  # a crash of the subject is data
+                return {"raised": asdict(raised_by(error))}
+            on_part({"strength": strength, "seconds": seconds, "tensors": {"images": images}})
+
+    return answer

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError, one_line
+from harness.errors import UserError
 from harness.files import LoraAdapter
 from harness.fixtures import fixtures_folder
 from harness.images.fixture import lora_for
 from harness.images.studio import Studio
 from harness.images.verdict import Judgement, StrengthResult
-from harness.isolation.jobs import JobEnd, TimeLimitExceeded
+from harness.isolation.calls import Raised
+from harness.isolation.jobs import JobEnd
 from harness.loaders.protocol import Subject
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
+
+_OUTCOMES: dict[str, Outcome] = {"LH901": "errored", "LH903": "refused"}
 
 
 def sweep_verdict(
@@ -51,10 +54,18 @@ def sweep_verdict(
     )
 
 
-def crashed_verdict(subject: Subject, studio: Studio, error: BaseException) -> Verdict:
-    """Return the errored verdict of a subject that raised, or was interrupted at its time limit."""
-    what = f": {error}" if isinstance(error, TimeLimitExceeded) else f" {one_line(error)}"
-    return _errored(subject, studio, f"loader raised{what}")
+def crashed_verdict(subject: Subject, studio: Studio, raised: Raised) -> Verdict:
+    """Return the verdict of a subject that raised, was stopped at its time limit, died, or refused the LoRA."""
+    title = f"{CODES[raised.code].title}: {raised.what}"
+    return _verdict(
+        subject,
+        studio,
+        _OUTCOMES[raised.code],
+        code=raised.code,
+        title=title,
+        reproduce=_reproduce(subject, studio, ()),
+        rows=tuple(raised.rows()),
+    )
 
 
 def died_verdict(subject: Subject, studio: Studio, end: JobEnd) -> Verdict:

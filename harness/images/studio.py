@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler, Scaling, runtime_scaling, same_branches
 from harness.isolation.jobs import Channel
-from harness.isolation.limits import Limit, call_limit, no_limit
+from harness.isolation.limits import alarm
 from harness.loaders.live import quiet
 from harness.loaders.protocol import Subject
 
@@ -50,13 +51,18 @@ class Studio:
         shared = _shared(opened, lora, self.sampler.pairs, quick)
         self._drawn: dict[float, Tensor] = {} if shared is None else shared
         self._is_shared = shared is not None
-        self._limit: Limit = no_limit
-        self._share: Callable[[tuple[float, Tensor]], object] | None = None
+        self._seconds: float | None = None
+        self._share: Callable[[Any], object] | None = None
 
     def work_for(self, channel: Channel, seconds: float) -> None:
         """Take the pictures for a job from now on: tell `channel` of each step, and limit one load to `seconds`."""
-        self.step, self._limit = channel.send, call_limit(channel, seconds)
+        self.step, self._seconds = lambda text: channel.send({"step": text}), seconds
         self._share = channel.send if self._is_shared else None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that one load may take."""
+        return self._seconds or 0.0
 
     def keep(self, strength: float, pictures: Tensor) -> None:
         """Take over a reference that another process drew."""
@@ -73,7 +79,7 @@ class Studio:
             self.step(f"reference at {strength:g}")
             self._drawn[strength] = self._take(self._reference.at(strength))
             if self._share:
-                self._share((strength, self._drawn[strength]))
+                self._share({"reference": strength, "tensors": {"pictures": self._drawn[strength]}})
         return self._drawn[strength]
 
     @property
@@ -120,7 +126,7 @@ class Studio:
         """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
         self.step(f"{subject.spec} at {strength:g}")
         model = self.opened.fresh()
-        with quiet("diffusers", "transformers"), self._limit(f"load at strength {strength:g}", None):
+        with quiet("diffusers", "transformers"), alarm(self._seconds) if self._seconds else nullcontext():
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from harness.errors import UserError
 from harness.images.fixture import base_pipeline, lora_for
 from harness.images.pipelines import Offload, OpenPipeline, open_pipeline
-from harness.images.recorder import Recorder, SweepResult
+from harness.images.recorder import Recorder, SweepResult, drawing
 from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
 from harness.images.studio import Studio
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import GIB
+from harness.isolation.subject import subject_process
 from harness.loaders.protocol import Subject
 
+_RESULT = TypeAdapter(SweepResult)
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _BATCH = {True: 24, False: 1}  # pictures per call: the tiny pipeline (measured: benchmarks/results.md), anything else
 
@@ -113,31 +116,37 @@ def run_sweep(
     studio = Studio(opened, options.lora or _default_lora(subject, opened), pairs, quick=options.quick, batch=batch)
     result = SweepResult()
 
+    apart = options.workers > 0 and opened.device.type == "cpu"
+
     def job(channel: Channel) -> None:
         studio.work_for(channel, options.time_limit)
+        answer = drawing(studio, subject)
         try:
-            channel.send(Recorder(studio, subject, options.out, channel.send).run(strengths, started))
+            with subject_process(
+                answer, prepare=subject.prepare, apart=apart and channel.apart, memory_limit=_memory(opened)
+            ) as asked:
+                recorder = Recorder(studio, subject, options.out, lambda row: channel.send({"record": row}), asked)
+                channel.send({"result": _RESULT.dump_python(recorder.run(strengths, started))})
         except UserError as error:
-            channel.send(UserError(str(error)))  # not every kind of it can be pickled
+            channel.send({"error": str(error)})
 
     with determinism() as flags, _progress(options.progress, 2 * len(strengths) + 10) as step:
 
-        def take(index: int, event: Any) -> None:
+        def take(index: int, event: dict[str, Any]) -> None:
             nonlocal result
-            if isinstance(event, UserError):
-                raise event
-            if isinstance(event, SweepResult):
-                result = event
-            elif isinstance(event, dict):
-                result.records.append(event)
-                on_record(event)
-            elif isinstance(event, tuple):
-                studio.keep(*event)
+            if "error" in event:
+                raise UserError(event["error"])
+            if "result" in event:
+                result = _RESULT.validate_python(event["result"])
+            elif "record" in event:
+                result.records.append(event["record"])
+                on_record(event["record"])
+            elif "reference" in event:
+                studio.keep(event["reference"], event["tensors"]["pictures"])
             else:
-                step(event)
+                step(event["step"])
 
-        workers = options.workers if opened.device.type == "cpu" else 0
-        (end,) = run_jobs([job], workers=workers, memory_limit=_memory(opened), on_event=take)
+        (end,) = run_jobs([job], workers=int(apart), on_event=take)
     if end.status != "done":
         result.verdicts.append(died_verdict(subject, studio, end))
     result.environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": batch}

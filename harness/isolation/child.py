@@ -1,4 +1,4 @@
-"""The forked child: fence it in, run one job, say how it ended; and a kill that reaches all that it started."""
+"""The forked child: fenced in, doing one thing, saying how it ended."""
 
 from __future__ import annotations
 
@@ -7,104 +7,76 @@ import ctypes
 import faulthandler
 import gc
 import os
+import shutil
 import signal
+import stat
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
 
 from harness.errors import one_line
-from harness.isolation.limits import Channel, PipeChannel
+from harness.isolation import frames
+from harness.isolation.processes import adopt_orphans, die_with, kill_orphans
 
-
-def fork() -> int:
-    """Fork; return the child's id, or 0 in the child."""
-    with warnings.catch_warnings():
-        # Python warns because torch keeps threads; the child never uses them (it sets one thread before all else).
-        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-        return os.fork()
-
-
-def process_descriptor(pid: int) -> int | None:
-    """Return a descriptor that becomes readable when the process ends (Linux), or None."""
-    try:
-        return os.pidfd_open(pid) if sys.platform == "linux" else None
-    except OSError:
-        return None
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process, its process group, and on Linux its descendants in other groups."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)  # or it could start more while it is being killed
-    family = descendants(pid)
-    kill_group(pid)
-    for member in (pid, *family):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(member, signal.SIGKILL)
-
-
-def kill_group(pid: int) -> None:
-    """Kill what is left of the process group that `pid` leads."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the ids of all processes below `pid`, as /proc tells them; empty where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    with contextlib.suppress(OSError):
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", encoding="utf-8", errors="replace") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])  # the name before may hold blanks and brackets
-                children.setdefault(parent, []).append(int(entry))
-    found = [pid]
-    for member in found:
-        found += children.get(member, [])
-    return found[1:]
-
-
-_PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
+_NEW_MOUNTS, _NEW_USER = 0x20000, 0x10000000  # unshare's CLONE_NEWNS and CLONE_NEWUSER
+_PRIVATE = 0x4000 | 0x40000  # mount's MS_REC | MS_PRIVATE
 
 
-def run_child(
-    job: Callable[[Channel], None], messages: int, output: int, folder: str, memory_limit: int | None
-) -> NoReturn:
-    """Run `job` in this freshly forked process, its messages to the descriptor `messages`, its prints to `output`.
+@dataclass(frozen=True)
+class Ends:
+    """A child's ends of its pipes: `orders` to read from, `messages` and `output` to write to; its own `folder`."""
 
-    Temporary files go to `folder`, which the parent removes, however this process ends.
+    orders: int
+    messages: int
+    output: int
+    folder: str
+    parent: int
+
+    def say(self, message: Any) -> None:
+        """Send a message to the parent."""
+        frames.write(self.messages, message)
+
+
+def run_child(work: Callable[[Ends], None], ends: Ends, *, trusted: bool, memory_limit: int | None) -> NoReturn:
+    """Do `work` in this freshly forked process, say how it ended and leave.
+
+    Temporary files go to the folder of `ends`, which the parent removes, however this process ends. One that is
+    `trusted`, since no foreign code runs in it, answers for all that is started below it. The other has no pipe or
+    socket of its parent's left, and on Linux a /dev/shm of its own where the system allows that.
     Never returns: the parent's clean-up (atexit handlers, pytest, temporary folders) must not run twice.
     """
     owner = os.getpid()
     try:
-        _fence(output)
+        _fence(ends, trusted)
         gc.freeze()  # every collection of garbage would look through all that the parent has imported
-        tempfile.tempdir = os.environ["TMPDIR"] = folder
-        channel = PipeChannel(messages)
+        tempfile.tempdir = os.environ["TMPDIR"] = ends.folder
         if memory_limit is not None:
             _limit_memory(memory_limit)
-        status, detail = _outcome(job, channel)
+        how = _outcome(work, ends)
         if os.getpid() == owner:
-            channel.finish(status, detail)
+            ends.say(how)
     finally:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
+        kill_orphans()
         os._exit(0)
 
 
-def _outcome(job: Callable[[Channel], None], channel: Channel) -> tuple[str, str | None]:
+def _outcome(work: Callable[[Ends], None], ends: Ends) -> dict[str, str | None]:
     try:
-        job(channel)
+        work(ends)
     except BaseException as error:
         _lift_memory_limit()  # or telling about it may fail for want of memory too
         with contextlib.suppress(BaseException):
             traceback.print_exception(error)
-        return ("memory" if is_out_of_memory(error) else "raised"), one_line(error)
-    return "done", None
+        return {"finish": "memory" if is_out_of_memory(error) else "raised", "detail": one_line(error)}
+    return {"finish": "done", "detail": None}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -114,22 +86,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def _fence(output: int) -> None:
+def _fence(ends: Ends, trusted: bool) -> None:
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
-    _die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    _redirect(output)
+    if trusted:
+        adopt_orphans()
+        signal.signal(signal.SIGTERM, _leaver(ends.folder))
+    die_with(ends.parent, signal.SIGTERM if trusted else signal.SIGKILL)
+    _redirect(ends.output)
+    if not trusted:
+        _close_all_but(ends)
+        _own_shared_memory()
     faulthandler.enable(sys.stderr)
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:  # its thread pool did not survive the fork: using it would wait for ever
         sys.modules["torch"].set_num_threads(1)
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _leaver(folder: str) -> Callable[[int, FrameType | None], NoReturn]:
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        """Leave nothing behind when the run is killed."""
+        kill_orphans()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    return leave
 
 
 def _redirect(output: int) -> None:
@@ -139,6 +122,40 @@ def _redirect(output: int) -> None:
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1, errors="replace", closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, errors="replace", closefd=False)  # type: ignore[misc]
+
+
+def _close_all_but(ends: Ends) -> None:
+    """Close the pipes and sockets that this process was born with: what others read there is not its to write."""
+    for descriptor in range(3, os.sysconf("SC_OPEN_MAX") if not os.path.isdir("/dev/fd") else 0):
+        _close_if_pipe(descriptor, ends)
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
+        _close_if_pipe(int(name), ends)
+
+
+def _close_if_pipe(descriptor: int, ends: Ends) -> None:
+    if descriptor < 3 or descriptor in (ends.orders, ends.messages):
+        return
+    with contextlib.suppress(OSError):
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+            os.close(descriptor)
+
+
+def _own_shared_memory() -> None:
+    """Mount a /dev/shm that goes when this process and its children are gone, where the system lets us (Linux)."""
+    if sys.platform != "linux" or not os.path.isdir("/dev/shm"):
+        return
+    libc, uid, gid = ctypes.CDLL(None), os.getuid(), os.getgid()
+    if libc.unshare(_NEW_MOUNTS if uid == 0 else _NEW_MOUNTS | _NEW_USER) != 0:
+        return
+    with contextlib.suppress(OSError):
+        for name, text in (
+            () if uid == 0 else (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"))
+        ):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(text)
+    if libc.mount(b"none", b"/", None, _PRIVATE, None) == 0:
+        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, None)
 
 
 def _limit_memory(extra: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harness.law.scale import trained_scale
 
@@ -52,3 +54,8 @@ class Probe:
     def right(self) -> bool:
         """True when the measured scale is PEFT's."""
         return abs(self.measured - self.expected) <= self.tolerance
+
+
+def probe_from(fields: Mapping[str, Any]) -> Probe:
+    """Return the probe whose fields, as `dataclasses.asdict` gives them, went through JSON."""
+    return Probe(**{**fields, "alphas": tuple(fields["alphas"]), "ranks": tuple(fields["ranks"])})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError
-from harness.isolation.child import kill_group, kill_tree
+from harness.isolation.processes import kill_group, kill_tree
 from harness.loaders.protocol import COMMAND, Load, Subject
 
 if TYPE_CHECKING:

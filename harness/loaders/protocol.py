@@ -73,6 +73,10 @@ class Subject:
     declaration: Declaration = Declaration()
     defaults: Defaults = FUNCTION
 
+    def prepare(self) -> None:
+        """Import what is imported only where the loader runs."""
+        getattr(self.load, "prepare", lambda: None)()
+
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats it declares, the core formats first and in their own order."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoaderSpecError, one_line
+from harness.loaders.apart import subject_apart, subject_here
 from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.protocol import Subject, declaration_of
-from harness.loaders.source import adapt, import_callable, is_file
+from harness.loaders.source import import_callable, is_file
 
 ENTRY_POINTS = "lora_harness.loaders"
 
@@ -39,7 +40,7 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
     """
     if not isinstance(spec, str):
-        return _from_function(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
+        return subject_here(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
     if spec.startswith("cmd:"):
         from harness.loaders.command import command_subject
 
@@ -47,7 +48,7 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
     if ":" in spec:
         module = spec.rpartition(":")[0]
         version = None if is_file(module) else _version_of(module)
-        return _from_function(import_callable(spec), spec, version)
+        return subject_apart(spec, import_callable, version)
     return _from_name(spec)
 
 
@@ -78,7 +79,7 @@ def _from_name(name: str) -> Subject:
         return Subject(name, *live.bound(version), declaration_of(live.load))
     point = _entry_points().get(name)
     if point is not None:
-        return _from_function(_loaded(point), name, _point_version(point))
+        return subject_apart(name, _loaded, _point_version(point))
     raise LoaderSpecError(_unknown(name))
 
 
@@ -89,13 +90,6 @@ def _live_loader(name: str) -> tuple[LiveLoader | None, str | None]:
     if name not in found and base in found and found[base].package and version[:1].isdigit():
         return found[base], version
     return found.get(name), None
-
-
-def _from_function(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
-    if not callable(function) or isinstance(function, type):
-        raise LoaderSpecError(f"{function!r} is no loader: give a function or a string that names one")
-    declaration = declaration_of(function)
-    return Subject(spec, adapt(function, declaration.strength_argument, spec), version, declaration)
 
 
 def _unknown(name: str) -> str:
@@ -114,7 +108,8 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
     return {point.name: point for point in points if _live_loader(point.name)[0] is None}
 
 
-def _loaded(point: metadata.EntryPoint) -> Callable[..., Any]:
+def _loaded(name: str) -> Callable[..., Any]:
+    point = _entry_points()[name]
     try:
         return point.load()  # type: ignore[no-any-return]
     except KeyboardInterrupt:

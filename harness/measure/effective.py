@@ -80,12 +80,14 @@ class MissingModuleError(LookupError):
     """The loaded model has no module at a path the base model had."""
 
 
-def effective_weights(model: nn.Module, layers: Mapping[str, Layer], *, bias: bool = False) -> dict[str, Tensor]:
+def effective_weights(
+    model: nn.Module, layers: Mapping[str, Layer], *, bias: bool = False, dense: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
     `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
     the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
-    and untouched is not asked.
+    and untouched is not asked; of the others, `dense` takes what they answer to `dense_input`.
 
     Raises:
         MissingModuleError: a path is gone.
@@ -93,15 +95,22 @@ def effective_weights(model: nn.Module, layers: Mapping[str, Layer], *, bias: bo
     """
     modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
 
-    def read(module: nn.Module, layer: Layer) -> Tensor:
-        plain = known and is_plain(module, layer, like)
-        return weight_of(module, layer, bias=bias) if plain else effective_weight(module, layer, like, bias=bias)
+    def read(name: str, module: nn.Module, layer: Layer) -> Tensor:
+        if known and is_plain(module, layer, like):
+            return weight_of(module, layer, bias=bias)
+        _keep_dense(dense, name, module, layer, like)
+        return effective_weight(module, layer, like, bias=bias)
 
-    return {name: read(_find(modules, name), layer) for name, layer in layers.items()}
+    return {name: read(name, _find(modules, name), layer) for name, layer in layers.items()}
 
 
 def weights_while_running(
-    model: nn.Module, layers: Mapping[str, Layer], run: Callable[[nn.Module], object], *, bias: bool = False
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    run: Callable[[nn.Module], object],
+    *,
+    bias: bool = False,
+    dense: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the effective weights as they are inside the model's own forward, which `run` calls once.
 
@@ -114,6 +123,7 @@ def weights_while_running(
     def read(name: str, module: nn.Module) -> None:
         if name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
+            _keep_dense(dense, name, module, layers[name], like)
             found[name] = effective_weight(module, layers[name], like, bias=bias)
 
     handles = [
@@ -126,7 +136,7 @@ def weights_while_running(
         for handle in handles:
             handle.remove()
     rest = {name: layer for name, layer in layers.items() if name not in found}
-    found |= effective_weights(model, rest, bias=bias)
+    found |= effective_weights(model, rest, bias=bias, dense=dense)
     return {name: found[name] for name in layers}
 
 
@@ -149,6 +159,31 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     answer = answer.double().cpu()
     weight = (answer[:-1] - answer[-1]).T
     return torch.cat([weight, _ask_nothing(module, layer, like)[:, None]], dim=1) if bias else weight
+
+
+def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """Return four random inputs of a layer, every one of its columns in use: `[4, columns]`; None for an embedding.
+
+    Identity and zeros are what no model ever sends: what is right for them may be wrong for all else.
+    """
+    if layer.kind == "embedding":
+        return None
+    generator = torch.Generator().manual_seed(layer.rows * 10_007 + layer.columns)
+    return torch.randn(4, layer.columns, generator=generator).to(dtype)
+
+
+def _keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
+    x = None if dense is None else dense_input(layer, like.dtype)
+    if dense is None or x is None:
+        return
+    with torch.no_grad(), _without_bias(module):
+        if layer.kind == "conv":
+            at, images = _images(layer, x.to(like.device))
+            answer, zero = module(images)[:, :, at[0], at[1]], module(torch.zeros_like(images))[:, :, at[0], at[1]]
+        else:  # as a model does: a batch of sequences
+            sequences = x.reshape(2, 2, -1).to(like.device)
+            answer, zero = module(sequences).flatten(0, 1), module(torch.zeros_like(sequences)).flatten(0, 1)
+    dense[name] = answer.double().cpu() - zero.double().cpu()
 
 
 @torch.no_grad()
@@ -182,18 +217,28 @@ def _ask_linear(module: nn.Module, layer: Layer, like: Tensor) -> object:
 
 
 def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
-    """Ask with single pixels, each below one place of the kernel when its window lies wholly inside the image."""
+    """Ask with single pixels, each below one place of the kernel."""
+    pixels = torch.eye(layer.columns + 1, layer.columns, device=like.device, dtype=like.dtype)
+    at, images = _images(layer, pixels)
+    answer = module(images)
+    return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
+
+
+def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
+    """Return images `[n, channels, height, width]` with `windows` `[n, columns]` in them, and at which output each is.
+
+    A window lies wholly inside its image, where it meets no padding.
+    """
     steps = tuple(zip(layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True))
     at = [-(-padding // stride) for _, stride, padding, _ in steps]  # the first output whose window meets no padding
     first = [y * stride - padding for y, (_, stride, padding, _) in zip(at, steps, strict=True)]
     size = [start + d * (k - 1) + 1 for start, (k, _, _, d) in zip(first, steps, strict=True)]
-    images = torch.zeros(layer.columns + 1, layer.channels, *size, device=like.device, dtype=like.dtype)
+    images = windows.new_zeros(len(windows), layer.channels, *size)
     places = torch.cartesian_prod(*(torch.arange(n) for n in (layer.channels, *layer.kernel)))
     spacing = zip(first, layer.dilation, strict=True)
     rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
-    images[torch.arange(layer.columns), places[:, 0], rows, columns] = 1
-    answer = module(images)
-    return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
+    images[:, places[:, 0], rows, columns] = windows
+    return at, images
 
 
 def _ask_embedding(module: nn.Module, layer: Layer, like: Tensor) -> object:

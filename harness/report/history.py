@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from harness.errors import UserError
+from harness.outputs import LineWriter, damaged, only_writer, read_lines, saying, tell
 from harness.report.records import VIOLATIONS, Run, first_problem
 from harness.report.summary import OUTCOMES, WORDS, MatrixCell, cells, listed
-from harness.text import plain
+from harness.text import count, plain
 from harness.verdict.verdict import Record
 
 _GREEN = "passed"  # a failure that is recorded as known is no better than it was
+_PATIENCE = 30.0  # seconds that another run may take to add its line
 _LAST = 30
 _MOST_FLIPS = 20
 _HEIGHT = 48.0
@@ -124,24 +127,20 @@ def append_history(path: Path | str, run: Run) -> HistoryRecord:
         UserError: the file is no history file or cannot be written.
     """
     path, record = Path(path), history_record(run)
-    if path.exists() and any(known.run_id == record.run_id for known in read_history(path)):
-        return record
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(record.model_dump_json() + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: the history cannot be written: {error.strerror or error}") from None
+    with only_writer(path, seconds=_PATIENCE), saying(path, "the history cannot be written"):
+        if not path.exists() or all(known.run_id != record.run_id for known in read_history(path)):
+            with closing(LineWriter(path)) as lines:
+                lines.write(record.model_dump_json())
     return record
 
 
 def read_history(*paths: Path | str) -> list[HistoryRecord]:
     """Read and merge history files of any number of machines: one record per run id, the oldest first.
 
-    The order of the files does not matter.
+    The order of the files does not matter. A line that was cut or damaged is told of on stderr and passed over.
 
     Raises:
-        UserError: a file cannot be read or a line is no history record (file and line are named).
+        UserError: a file cannot be read or a line is another record (file and line are named).
     """
     files = sorted((_read(Path(path)) for path in paths), key=lambda records: [record.run_id for record in records])
     return merge_history(record for records in files for record in records)
@@ -154,18 +153,21 @@ def merge_history(records: Iterable[HistoryRecord]) -> list[HistoryRecord]:
 
 
 def _read(path: Path) -> list[HistoryRecord]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the history cannot be read: {error}") from None
-    return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _record(path: Path, number: int, line: str) -> HistoryRecord:
-    try:
-        return HistoryRecord.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"{path}:{number}: not a history record: {first_problem(error)}") from None
+    records: list[HistoryRecord] = []
+    broken: list[int] = []
+    with saying(path, "the history cannot be read"):
+        for number, line in read_lines(path):
+            try:
+                records.append(HistoryRecord.model_validate_json(line))
+            except ValidationError as error:
+                if error.errors()[0]["type"] != "json_invalid":
+                    raise UserError(f"{path}:{number}: not a history record: {first_problem(error)}") from None
+                broken.append(number)
+    if broken and not records:
+        raise UserError(f"{path}:{broken[0]}: not a history record: no line of it is JSON")
+    if broken:
+        tell(damaged(path, broken, f"{count(len(records), 'run')} kept"))
+    return records
 
 
 def flips(history: Sequence[HistoryRecord]) -> list[Flip]:

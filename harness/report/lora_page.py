@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files.write import replace_file
 from harness.law.known import known_laws
+from harness.outputs import replace_file
 from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.html import asset, environment, policy
 from harness.text import count, plain
@@ -20,7 +20,7 @@ from harness.verdict.codes import CODES, SEVERITIES, Code
 from harness.verdict.file_record import FileRecord, ModuleEnergy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
-_WORST = ("errored", "failed", "xpassed", "xfailed", "skipped", "passed")
+_WORST = ("errored", "failed", "refused", "xpassed", "xfailed", "skipped", "passed")
 _MOST_MODULES = 3000
 _TITLES = 3
 _LEGEND = (0.07, 0.25, 0.5, 0.75, 1.0)

@@ -46,6 +46,7 @@ class Footer(Record):
     counts: dict[str, int]
     seconds: float
     exit_code: int
+    gate: tuple[str, ...] = Field(default=(), description="what got worse than in the baseline: the gate is red")
     reference: str = Field(default="", description="how closely PEFT's own merge agrees with the closed form here")
 
 

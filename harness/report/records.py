@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TextIO, TypeVar
 from pydantic import ValidationError
 
 from harness.errors import UserError
+from harness.outputs import only_writer
 from harness.report.models import (
     ADAPTER,
     SCHEMA_VERSION,
@@ -29,7 +31,8 @@ from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import Record, Verdict
 
 R = TypeVar("R", bound=Record)
-VIOLATIONS = ("failed", "errored", "xpassed")
+_MEASUREMENTS = FileRecord | PowerRecord
+VIOLATIONS = ("failed", "errored", "refused", "xpassed")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,10 @@ class Run:
         """`cut` without a footer, `failed` on a violation, `incomplete` when a planned part is missing, or `passed`."""
         if self.footer is None or self.cut:
             return "cut"
-        if self.footer.exit_code or not all(verdict.ok for verdict in self.verdicts):
+        measured = is_measured(self.counts) or any(isinstance(record, _MEASUREMENTS) for record in self.records)
+        code = self.footer.exit_code
+        if code == 1 or (code and measured) or not all(verdict.ok for verdict in self.verdicts):
             return "failed"
-        measured = self.counts.get("passed") or self.counts.get("xfailed")
-        measured = measured or sum(
-            isinstance(record, FileRecord | PowerRecord | SweepRecord) for record in self.records
-        )
         return "incomplete" if self.missing or not measured else "passed"
 
     def measured(self, part: str) -> bool:
@@ -101,23 +102,25 @@ class RunWriter:
 
     A context manager: the header is written on entry, the footer on a normal exit. After an exception there is no
     footer, so what ran stays readable and the run is red. `exit_code` overrides the one derived from the verdicts,
-    `reference` says what PEFT was asked.
+    `reference` says what PEFT was asked. `gate` says, where there is a baseline, what got worse than
+    in it, which decides.
     """
 
     def __init__(self, path: Path | str | None, header: Header, *, echo: TextIO | None = None) -> None:
         self.path = Path(path) if path is not None else None
         self.header, self.reference = header, ""
         self.exit_code: int | None = None
+        self.gate: Callable[[Run], Sequence[str]] | None = None
         self._sinks: list[TextIO] = [echo] if echo is not None else []
-        self._file: TextIO | None = None
+        self._open = ExitStack()
         self._counts: Counter[str] = Counter()
+        self._measured = False
         self._started = time.monotonic()
 
     def __enter__(self) -> RunWriter:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8", newline="\n")
-            self._sinks.append(self._file)
+            self._open.enter_context(only_writer(self.path))
+            self._sinks.append(self._open.enter_context(self.path.open("w", encoding="utf-8", newline="\n")))
         self.write(self.header)
         return self
 
@@ -126,6 +129,7 @@ class RunWriter:
         for record in records:
             if isinstance(record, Verdict):
                 self._counts[record.outcome] += 1
+            self._measured |= isinstance(record, _MEASUREMENTS)
             line = record.model_dump_json() + "\n"
             for sink in self._sinks:
                 sink.write(line)
@@ -135,16 +139,34 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            code = self.exit_code if self.exit_code is not None else exit_code_of(self._counts)
-            seconds = round(time.monotonic() - self._started, 3)
-            self.write(Footer(counts=dict(self._counts), seconds=seconds, exit_code=code, reference=self.reference))
-        if self._file is not None:
-            self._file.close()
+            self.write(self._judged(self._footer()))
+        self._open.close()
+
+    def _footer(self) -> Footer:
+        code = self.exit_code
+        if code is None:
+            code = 0 if self._measured and not self._counts else exit_code_of(self._counts)
+        seconds = round(time.monotonic() - self._started, 3)
+        return Footer(counts=dict(self._counts), seconds=seconds, exit_code=code, reference=self.reference)
+
+    def _judged(self, footer: Footer) -> Footer:
+        if self.gate is None or self.path is None:
+            return footer
+        worse = tuple(self.gate(replace(read_run(self.path), footer=footer, cut=None)))
+        code = 1 if worse else 2 if footer.exit_code == 2 else 0
+        return footer.model_copy(update={"gate": worse, "exit_code": code})
 
 
-def exit_code_of(counts: dict[str, int] | Counter[str]) -> int:
-    """Return 1 when any verdict is a violation, else 0."""
-    return int(any(counts.get(outcome, 0) for outcome in VIOLATIONS))
+def is_measured(counts: Mapping[str, int]) -> bool:
+    """Tell whether any verdict, by outcome, says what a loader does: one that was skipped does not."""
+    return any(number for outcome, number in counts.items() if outcome != "skipped")
+
+
+def exit_code_of(counts: Mapping[str, int]) -> int:
+    """Return 1 when any verdict is a violation, 2 when none says anything, else 0: a green is earned."""
+    if any(counts.get(outcome, 0) for outcome in VIOLATIONS):
+        return 1
+    return 0 if is_measured(counts) else 2
 
 
 def read_run(path: Path | str) -> Run:
@@ -248,7 +270,8 @@ def _joined_footer(runs: Sequence[Run]) -> Footer | None:
     counts = Counter[str]()
     for footer in footers:
         counts.update(footer.counts)
-    code = max(footer.exit_code for footer in footers)
+    codes = {footer.exit_code for footer in footers}
+    code = 1 if 1 in codes else 0 if 0 in codes else 2  # what one machine did not measure another may have
     seconds, reference = max(footer.seconds for footer in footers), _unique(footer.reference for footer in footers)
     return Footer(counts=dict(counts), seconds=seconds, exit_code=code, reference=reference)
 

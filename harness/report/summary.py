@@ -18,14 +18,24 @@ from harness.verdict.verdict import LawRecord, Verdict
 WORDS = {
     "failed": "wrong",
     "errored": "crashed",
+    "refused": "refused",
     "xpassed": "fixed?",
     "xfailed": "known",
     "passed": "right",
     "skipped": "not measured",
     "none": "not measured",
 }
-SYMBOLS = {"failed": "✕", "errored": "!", "xpassed": "↑", "xfailed": "≈", "passed": "✓", "skipped": "–", "none": "–"}
-OUTCOMES = ("failed", "errored", "xpassed", "xfailed", "passed", "skipped")
+SYMBOLS = {
+    "failed": "✕",
+    "errored": "!",
+    "refused": "⊘",
+    "xpassed": "↑",
+    "xfailed": "≈",
+    "passed": "✓",
+    "skipped": "–",
+    "none": "–",
+}
+OUTCOMES = ("failed", "errored", "refused", "xpassed", "xfailed", "passed", "skipped")
 _DECIDES = (*OUTCOMES, "none")
 _FOLDED_FIRST = 3
 CellKey = tuple[str, str, str, str]  # loader, format, bench, variant
@@ -225,8 +235,12 @@ def sentence(run: Run) -> str:
 def headline(run: Run) -> str:
     """Return the first sentence of the verdict, without the loaders' names."""
     cut = "" if run.footer and not run.cut else "This run was cut short, so nothing in it counts as a pass. "
+    if run.footer and run.footer.gate:
+        cut += f"Worse than the baseline: {run.footer.gate[0]}{_more(run.footer.gate)}. "
     wrong = {verdict.loader for verdict in run.verdicts if not verdict.ok}
     tested = {v.loader for v in run.verdicts if v.outcome != "skipped"} | {s.loader for s in run.of(SweepRecord)}
+    if wrong and all(verdict.ok or verdict.outcome == "refused" for verdict in run.verdicts):
+        return f"{cut}{listed([plain(name) for name in wrong])} refuses files that it declares."
     if len(tested) == 1 and wrong:
         return f"{cut}The loader does not reproduce the training."
     if wrong:
@@ -235,6 +249,10 @@ def headline(run: Run) -> str:
     if any(verdict.outcome in ("passed", "xfailed") for verdict in run.verdicts):
         return cut + _all_right(run, len(tested)) + _but(run)
     return cut + (_files(run) or _power(run) or "Nothing was measured.")
+
+
+def _more(lines: Sequence[str]) -> str:
+    return f", and {len(lines) - 1} more" if len(lines) > 1 else ""
 
 
 def _but(run: Run) -> str:

@@ -26,7 +26,14 @@ from harness.report.summary import (
 from harness.text import plain
 from harness.verdict.verdict import Verdict
 
-STYLES = {"failed": "bold red", "errored": "bold magenta", "xpassed": "yellow", "xfailed": "cyan", "passed": "green"}
+STYLES = {
+    "failed": "bold red",
+    "errored": "bold magenta",
+    "refused": "magenta",
+    "xpassed": "yellow",
+    "xfailed": "cyan",
+    "passed": "green",
+}
 _LABELS = 10
 _WIDEST = 40
 

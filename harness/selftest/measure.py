@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 from hypothesis import Phase, given, seed
 
+from harness.checks.apart import SILENCE, served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
 from harness.checks.plan import Plan, examples_for
@@ -18,7 +20,7 @@ from harness.checks.search import quiet_settings
 from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, run_jobs
-from harness.isolation.limits import Limits, call_limit
+from harness.isolation.limits import Limits
 from harness.report.models import PowerRecord
 from harness.selftest.cases import Case
 from harness.verdict.verdict import Verdict
@@ -118,17 +120,17 @@ def measure(
 
     jobs = [_job(result.case, cell, plan(result.case), seeds, limits) for result, cell in work]
 
-    def take(index: int, event: object) -> None:
+    def take(index: int, event: dict[str, Any]) -> None:
         result = work[index][0]
-        if isinstance(event, Verdict):
-            result.verdicts.append(event)
-        elif isinstance(event, tuple):
-            result.first.extend(event)
+        if "verdict" in event:
+            result.verdicts.append(Verdict.model_validate_json(event["verdict"]))
+        else:
+            result.first.extend(event["first"])
             waiting[result.case.name] -= 1
             if not waiting[result.case.name]:
                 on_result(result)
 
-    ends = run_jobs(jobs, workers=limits.workers, memory_limit=limits.memory, on_event=take)
+    ends = run_jobs(jobs, workers=limits.workers, silence=SILENCE, on_event=take)
     for (result, cell), end in zip(work, ends, strict=True):
         if end.status != "done":
             result.verdicts.append(died(cell, end))
@@ -140,11 +142,11 @@ def _job(case: Case, cell: Cell, plan: Plan, seeds: Sequence[int], limits: Limit
     seconds = (case.fault.seconds if case.fault else None) or limits.seconds or cell.subject.defaults.seconds
 
     def job(channel: Channel) -> None:
-        guarded = replace(cell, limit=call_limit(channel, seconds))
-        for verdict in check_cell(guarded, plan):
-            channel.send(verdict)
-        first = (first_failure(guarded, plan, each) for each in seeds) if case.fault else ()
-        channel.send(tuple(first))
+        with served(cell, channel, replace(limits, seconds=seconds)) as own:
+            for verdict in check_cell(own, plan):
+                channel.send({"verdict": verdict.model_dump_json()})
+            first = [first_failure(own, plan, each) for each in seeds] if case.fault else []
+        channel.send({"first": first})
 
     return job
 

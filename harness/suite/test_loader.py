@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from harness.errors import UserError
+
 if TYPE_CHECKING:
     from harness.checks.parametrize import CellTest
     from harness.checks.plan import Plan
@@ -39,9 +41,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from harness.checks.parametrize import cell_tests
     from harness.isolation.limits import Limits
 
-    plan = plan_of(metafunc.config)
-    loaders = loaders_under_test(metafunc.config)
-    tests = [test for spec in loaders for test in cell_tests(spec, plan=plan, limits=Limits(workers=1))]
+    try:
+        plan = plan_of(metafunc.config)
+        loaders = loaders_under_test(metafunc.config)
+        tests = [test for spec in loaders for test in cell_tests(spec, plan=plan, limits=Limits(workers=1))]
+    except UserError as error:
+        raise pytest.Collector.CollectError(f"error: {error}") from None
     metafunc.parametrize("check", tests, ids=repr)
 
 

@@ -66,6 +66,8 @@ _ALL = (
     Code("LH303", "convolution layout wrong", ("direction",), "a convolution's delta is reshaped along the wrong axes", "keep [out, in, kh, kw]"),
     Code("LH304", "variant maths wrong", ("direction", "verify"), "part of A or B is left out, W is scaled too, or the formula of DoRA, LoHa, LoKr, a bias or an embedding differs from PEFT's",
          "use all of A and B, leave W as it is, and follow the variant's formula"),
+    Code("LH305", "right for unit vectors only", ("direction",), "the layer's answer to an input is not the sum of its answers to the input's parts: a gate, a clamp or a cache in the way",
+         "add strength * alpha / rank * B @ A @ x for every x"),
     Code("LH401", "an untouched module changed", ("side_effects", "verify"), "a layer or parameter the file does not name has other values now",
          "write only to the layers the file names"),
     Code("LH402", "loading twice is neither additive nor a replacement", ("side_effects",), "state of the first load leaks into the second",
@@ -98,10 +100,13 @@ _ALL = (
     Code("LH709", "DoRA axis or layout ambiguous", ("inspect",), "the shapes allow two readings", "name the trainer", "warning"),
     Code("LH710", "alpha rounded", ("inspect",), "alpha was stored in half precision and lost digits", "store alpha in float32", "warning"),
     Code("LH711", "declared alpha disagrees with the tensors", ("inspect",), "metadata and tensors name different alphas", "keep one of them"),
+    Code("LH798", "not judged", ("inspect",), "what read the file was ended from outside, twice", "run it again, with --resume: only such files are read again", "warning"),
     Code("LH799", "unreadable", ("inspect",), "the file is damaged or of an unknown format", "see the sentence with it", "fatal"),
     Code("LH901", "loader raised", ("smoke", "images"), "the call ended in an exception, a hang or a dead process",
          "see the message; if the format or bench is not supported, declare it with @loader(formats=..., benches=...)"),
     Code("LH902", "wrong shape or keys returned", ("smoke", "verify"), "the loader returned something that is not the model", "return the model or None"),
+    Code("LH903", "refused by the loader", ("smoke", "images"), "the loader says itself that it does not take this file",
+         "support it, or declare it: @loader(formats=..., benches=..., unsupported=...); what it refuses by rank or alpha is a known failure"),
 )  # fmt: skip
 
 CODES = {code.code: code for code in _ALL}

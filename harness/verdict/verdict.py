@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Outcome = Literal["passed", "failed", "errored", "skipped", "xfailed", "xpassed"]
+Outcome = Literal["passed", "failed", "errored", "refused", "skipped", "xfailed", "xpassed"]
+"""refused: the loader said on purpose that it does not take what it declares."""
 
 
 class Record(BaseModel):

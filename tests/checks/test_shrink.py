@@ -15,7 +15,7 @@ from harness.checks.observation import Observation
 from harness.checks.search import shrink, simplified
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
-from harness.isolation.limits import Raised, alarm
+from harness.isolation.calls import Raised
 from harness.loaders.registry import resolve
 from tests.checks import sample_loaders as loaders
 
@@ -65,7 +65,7 @@ def refuses(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> Non
 
 @pytest.mark.parametrize(("load", "late"), [(loaders.hangs, True), (refuses, False)])
 def test_a_call_that_ran_out_of_time_is_told_from_one_that_talks_of_time(load: object, late: bool) -> None:
-    cell = Cell(resolve(load), "kohya", "qwen-image", limit=lambda label, seconds: alarm(0.5))  # type: ignore[arg-type]
+    cell = Cell(resolve(load), "kohya", "qwen-image", seconds=0.5)  # type: ignore[arg-type]
     raised = run_trial(cell, Example((Target(cell.targets[0], 4, 8.0),))).raised
     assert raised
     assert (raised.code, raised.timed_out) == ("LH901", late)

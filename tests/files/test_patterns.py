@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from harness.doctor import inspect_file
+from harness.files import LoraWeights, write_lora
 from harness.files.config import AdapterConfig, ConfigError, PatternError, Patterns, anchored, build
 
 NAMES = st.lists(st.sampled_from(["to_q", "add_to_q", "0", "10", "a", "aXb"]), min_size=1, max_size=4).map(".".join)
@@ -54,6 +59,35 @@ def test_a_pattern_that_is_no_usable_expression_is_named(pattern: str) -> None:
     with pytest.raises(PatternError) as raised:
         Patterns({pattern: 1}).get("a", 0)
     assert raised.value.pattern == pattern
+
+
+BOMBS = {
+    "((x{1000}){1000}){1000}": "repeats itself to [0-9,]+ pieces",
+    "(((x{99}){99}){99}){99}y": "repeats itself to",
+    "|".join(f"m{number}" for number in range(5000)): "is a regular expression of [0-9,]+ characters",
+    "(" * 200 + "a" + ")" * 200 + "(x{500}){500}": "is not a valid|repeats itself",
+    "(?R)?x{1000}": "is not a valid regular expression",
+}
+
+
+@pytest.mark.parametrize("pattern", BOMBS, ids=lambda pattern: pattern[:20])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_is_measured_before_it_is_compiled(pattern: str, key: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(PatternError, match=BOMBS[pattern]) as raised:
+        AdapterConfig.parse({key: {pattern: 4}}).of("blocks.0.to_q")
+    assert raised.value.key.startswith(f"{key}: pattern ")
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_nothing_here_uses_is_a_hazard(key: str, tmp_path: Path) -> None:
+    weights = {"blocks.0.to_q": LoraWeights(torch.ones(2, 4), torch.ones(4, 2), 4.0)}
+    folder = write_lora(tmp_path / "adapter", "peft", weights)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: "((x{1000}){1000}){1000}"}))
+    (hazard,) = inspect_file(folder).hazards
+    assert (hazard.code, key in hazard.what) == ("LH708", True)
 
 
 def test_many_plain_patterns_cost_little() -> None:

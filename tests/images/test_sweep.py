@@ -149,7 +149,7 @@ def test_a_process_that_dies_is_an_errored_verdict_and_keeps_what_was_drawn(tiny
     seen: list[dict] = []
     found = sweep(Subject("dies", load), tiny, r8_a16, out=tmp_path, on_record=seen.append)
     assert [(v.outcome, v.code) for v in found.verdicts] == [("errored", "LH901")]
-    assert found.verdicts[0].title == "loader raised: process died: killed by SIGKILL in load at strength 2"
+    assert found.verdicts[0].title == "loader raised: process died: killed by SIGKILL (dies at 2)"
     assert ("printed", "good bye") in found.verdicts[0].rows
     assert [row["strength"] for row in found.records] == [row["strength"] for row in seen] == [0.0, 0.5, 1.0]
     assert all((tmp_path / image["path"]).is_file() for row in seen for image in row["images"])
@@ -171,7 +171,7 @@ def test_the_memory_of_a_subject_is_limited(tiny, r8_a16):
         bytearray(6 << 30)  # never touched, so it costs no memory where there is no limit
 
     found = sweep(Subject("greedy", load), tiny, r8_a16, quick=True, alphas=(1,)).verdicts[0]
-    assert (found.code, found.title) == ("LH901", "loader raised MemoryError")
+    assert (found.code, found.title) == ("LH901", "loader raised: MemoryError")
 
 
 def test_the_subject_runs_in_a_child_unless_no_worker_is_wanted(tiny, r8_a16):

@@ -18,6 +18,7 @@ import torch
 
 from harness.isolation import jobs as isolation
 from harness.isolation.jobs import JobEnd, SubjectExitError, TimeLimitExceeded, run_jobs
+from harness.isolation.process import TAIL_BYTES
 
 MIB = 1 << 20
 
@@ -67,7 +68,7 @@ def test_events_come_in_order_and_ends_in_the_order_of_the_jobs():
     ends = run_jobs([job_of(n) for n in range(3)], workers=3, on_event=lambda i, e: seen.append((i, e)))
     assert [end.status for end in ends] == ["done"] * 3
     for number in range(3):
-        assert [event for index, event in seen if index == number] == [(number, step) for step in range(3)]
+        assert [event for index, event in seen if index == number] == [[number, step] for step in range(3)]
 
 
 def test_jobs_run_at_the_same_time_but_no_more_than_the_workers():
@@ -212,7 +213,7 @@ def test_only_the_tail_of_what_is_printed_is_kept(capfd):
     end = run(job)
     assert end.status == "done"
     assert end.output_tail.endswith("stderr ends\nstdout ends")
-    assert len(end.output_tail) <= isolation.TAIL_BYTES
+    assert len(end.output_tail) <= TAIL_BYTES
     assert capfd.readouterr() == ("", "")
 
 
@@ -288,7 +289,7 @@ def test_torch_works_in_a_child_although_the_parent_used_its_threads():
         ends, seen = events_of(job)
     finally:
         torch.set_num_threads(before)
-    assert (ends.status, seen) == ("done", [(1, 500.0**3)])
+    assert (ends.status, seen) == ("done", [[1, 500.0**3]])
 
 
 def test_temporary_files_go_when_the_job_is_over_however_it_ends():

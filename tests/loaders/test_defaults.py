@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from harness import Verdict, check_loader, measure_law, parametrize_with_checks
 from harness.checks import law, run
 from harness.cli import main
-from harness.isolation.limits import Limits, no_limit
+from harness.isolation.jobs import JobEnd
+from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 
 COMMAND = "cmd:sh -c true {base} {lora} {strength} {out}"
@@ -27,10 +28,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a check answer with the numbers that it was given."""
 
     def check_cell(cell: Any, plan: Any, on_measured: object) -> Iterator[Verdict]:
-        numbers = {"examples": plan.examples_in(cell), "seconds": cell.limit}
+        numbers = {"examples": plan.examples_in(cell), "seconds": cell.allowed}
         yield Verdict(loader=cell.subject.spec, check="smoke", outcome="passed", **numbers)
 
-    monkeypatch.setattr(run, "call_limit", lambda channel, seconds: seconds)
     monkeypatch.setattr(run, "check_cell", check_cell)
 
 
@@ -68,10 +68,11 @@ def test_a_quick_run_asks_for_no_more_than_a_full_one(spec: str, examples: int, 
 
 def test_the_law_is_measured_under_the_subjects_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(law, "call_limit", lambda channel, seconds: seen.append(seconds) or no_limit)
+    monkeypatch.setattr(law, "_measured", lambda cell, alpha, uniform: seen.append(cell.allowed))
+    monkeypatch.setattr(law, "done_apart", lambda cell, work: (work(cell), JobEnd("done")))
     for spec in EXPECTED:
         measure_law(spec)
-    assert seen == [120.0, 20.0]
+    assert seen == [120.0, 120.0, 20.0, 20.0]  # no probe at all, so files of one rank each are tried too
 
 
 def test_the_environment_changes_the_limit_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:

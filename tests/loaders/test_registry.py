@@ -181,7 +181,7 @@ class _Point:
 
 def test_another_package_can_register_a_name(monkeypatch):
     monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [_Point()])
-    assert resolve("acme").load is plain
+    assert resolve("acme").load("model", "lora", strength=0.5) == plain("model", "lora", strength=0.5)
     assert [entry.name for entry in installed()][-1] == "acme"
 
 

@@ -160,3 +160,21 @@ def test_bars_stay_inside_the_drawing() -> None:
     parts = Trend(history).bars[0].parts
     assert parts[0].outcome == "failed"
     assert all(part.top >= 0 and part.top + part.height <= Trend.height for part in parts)
+
+
+def test_a_damaged_line_costs_itself_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "history.jsonl"
+    append_history(path, night(1, "2.0.4", right=False))
+    path.write_bytes(path.read_bytes() + b'{"kind": "history", "run_i\n' + b"\0" * 512)
+    append_history(path, night(2, "2.0.5", right=True, machine="a\u2028b\x85c"))
+    assert [record.run_id for record in read_history(path)] == ["night-1", "night-2"]
+    assert "line 2 is damaged and passed over; 2 runs kept" in capsys.readouterr().err
+
+
+def test_a_cut_last_line_is_ended_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    append_history(path, night(1, "2.0.4", right=False))
+    append_history(path, night(2, "2.0.4", right=False))
+    path.write_bytes(path.read_bytes()[:-30])
+    append_history(path, night(3, "2.0.5", right=True))
+    assert [record.run_id for record in read_history(path)] == ["night-1", "night-3"]

@@ -19,11 +19,11 @@ _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
 
 @judges(
     "direction",
-    finds="transposed, q/k/v in the wrong rows, the wrong module",
-    codes=("LH301", "LH302", "LH303", "LH304", "LH104"),
+    finds="transposed, q/k/v in the wrong rows, the wrong module, right for unit vectors only",
+    codes=("LH301", "LH302", "LH303", "LH304", "LH305", "LH104"),
 )
 def check_direction(observation: Observation) -> list[Finding]:
-    """LH104, LH301, LH302, LH303 or LH304 for layers whose change is something other than their own B @ A."""
+    """LH104, LH301 to LH304 for layers whose change is another than their own B @ A, LH305 where it is no matrix."""
     by_code: dict[str, list[str]] = {}
     for name, fits in observation.fits.items():
         code = _fault(observation, name, fits)
@@ -33,6 +33,9 @@ def check_direction(observation: Observation) -> list[Finding]:
     if "LH104" not in by_code and (others := misplaced(observation)):
         fact = f"{len(others)} layers outside the file changed along a B @ A of the file, first {others[0]}"
         found.append(Finding("LH104", observation, fact=fact))
+    if observation.bent:
+        fact = f"{len(observation.bent)} layers answer dense input otherwise than by their weight"
+        found.append(Finding("LH305", observation, observation.bent, fact))
     return found
 
 

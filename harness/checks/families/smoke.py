@@ -8,10 +8,10 @@ from harness.checks.observation import Observation
 
 @judges(
     "smoke",
-    finds="the loader raises, hangs, kills its process, returns something else",
-    codes=("LH901", "LH902"),
+    finds="the loader raises, hangs, kills its process, refuses, returns something else",
+    codes=("LH901", "LH902", "LH903"),
 )
 def check_smoke(observation: Observation) -> list[Finding]:
-    """LH901 when the loader raised, LH902 when it gave back something other than the model."""
+    """LH901 when the loader raised, LH902 when it gave back something else than the model, LH903 when it refused."""
     raised = observation.raised
     return [Finding(raised.code, observation, fact=raised.what)] if raised else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import UserError
-from harness.files.write import replace_file
+from harness.outputs import read_lines, replace_file
 from harness.text import printable
 from harness.verdict.file_record import FileRecord
 
@@ -53,23 +53,60 @@ def read_rows(path: Path | str) -> list[FileRecord]:
         UserError: a format that does not hold whole rows, or a file that no audit wrote.
     """
     path = Path(path)
-    if path.suffix.lower() not in _RESUMABLE:
+    if path.suffix.lower() not in _RESUMABLE and not beside(path).exists():
         raise UserError(f"{path}: only {', '.join(_RESUMABLE)} can be resumed: they hold whole rows")
-    if not path.exists():
-        return []
+    files = [path] if path.suffix.lower() in _RESUMABLE else []
+    return [row for file in (*files, beside(path)) if file.exists() for row in _rows_of(file)]
+
+
+def beside(path: Path) -> Path:
+    """Return where the rows of an audit stand until all of them are there."""
+    return path.with_name(f"{path.name}.part.jsonl")
+
+
+def refuse_other_file(path: Path) -> None:
+    """Refuse to replace a file that an audit cannot have written.
+
+    Raises:
+        UserError: it is no file of rows.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    if path.suffix.lower() in _RESUMABLE:
+        _rows_of(path)
+        return
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    if path.suffix.lower() in _MARKS and _MARKS[path.suffix.lower()] not in start:
+        raise UserError(f"{path}: is no file that an audit wrote: name another file")
+
+
+def _rows_of(path: Path) -> list[FileRecord]:
     try:
-        return [FileRecord.model_validate_json(text) for text in _texts(path)]
+        rows = list(map(_row, _texts(path)))
     except (ValidationError, ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no rows of an audit ({printable(error, 100)})") from None
+        raise UserError(f"{path}: holds no rows of an audit ({printable(error, 100)}): name another file") from None
+    if rows and not any(rows):
+        raise UserError(f"{path}: holds no rows of an audit: name another file")
+    return [row for row in rows if row]
 
 
-def _texts(path: Path) -> list[str]:
+def _row(text: str | bytes) -> FileRecord | None:
+    """Return a row, None for a line that was cut."""
+    try:
+        return FileRecord.model_validate_json(text)
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            return None
+        raise
+
+
+def _texts(path: Path) -> Iterable[str | bytes]:
     if path.suffix.lower() == ".parquet":
         return [str(text) for text in _parquet().read_table(path, columns=["record"])["record"].to_pylist()]
     if path.suffix.lower() == ".json":
         return [json.dumps(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [line for line in lines[:-1] if line.strip()]
+    return (line for _, line in read_lines(path))
 
 
 def flat(row: FileRecord) -> dict[str, Any]:
@@ -97,6 +134,7 @@ def _counts(values: Mapping[str, int]) -> str:
 
 
 _COLUMNS = tuple(flat(FileRecord(path="")))
+_MARKS = {".csv": ",".join(_COLUMNS[:5]).encode(), ".html": b"lora-harness"}
 
 
 def _jsonl(rows: Sequence[FileRecord]) -> bytes:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from mmap import mmap
 from typing import Any
 
 from harness.doctor.audit.rows import audit_file, digest
-from harness.doctor.inspect.describe import unreadable
+from harness.doctor.inspect.describe import not_judged, unreadable
 from harness.errors import UserError
 from harness.isolation.jobs import Channel, Job, JobEnd, run_jobs
 
@@ -28,6 +28,7 @@ MOST_REMOTE = 256  # and a process with an interpreter of its own as much as a h
 _ATTEMPTS = 3
 _SLICE_SECONDS = 0.1
 _PLACE_BYTES = 8
+_PATIENCE = 20.0  # seconds without a result after which an executor is asked for its workers
 _START_SECONDS = 60.0  # for a worker's own process to start and to end
 
 
@@ -61,12 +62,18 @@ def run_local(paths: Sequence[str], task: Task, *, workers: int, on_result: OnRe
     room = task.memory + max(map(_size, paths), default=0)
     most = MOST_LOCAL if task.is_quick else MOST_LOCAL // 16
     waiting = list(_batches(paths, min(most, len(paths) // (4 * max(workers, 1)))))
+    again: set[str] = set()
     while waiting:
-        waiting = list(_round(waiting, task, workers, room, on_result))
+        waiting = list(_round(waiting, task, workers, room, on_result, again))
 
 
-def _round(batches: list[list[str]], task: Task, workers: int, room: int, on_result: OnResult) -> Iterator[list[str]]:
-    """Do every batch once; yield what is left of those that ended early, without the paths that ended them."""
+def _round(
+    batches: list[list[str]], task: Task, workers: int, room: int, on_result: OnResult, again: set[str]
+) -> Iterator[list[str]]:
+    """Do every batch once; yield what is left of those that ended early, without the paths that ended them.
+
+    Of a process that was killed from outside the path is tried once more alone; from then on it is in `again`.
+    """
     places = memoryview(mmap(-1, _PLACE_BYTES * len(batches))).cast("q")  # shared with the children
     done = [0] * len(batches)
 
@@ -85,7 +92,11 @@ def _round(batches: list[list[str]], task: Task, workers: int, room: int, on_res
     for index, (batch, end) in enumerate(zip(batches, ends, strict=True)):
         if done[index] < len(batch):
             at = max(places[index], done[index])
-            on_result(batch[at], _failure(batch[at], task, _said(end, task)))
+            if end.from_outside and batch[at] not in again:
+                again.add(batch[at])
+                yield [batch[at]]
+            else:
+                on_result(batch[at], _failure(batch[at], task, _said(end, task), blamed=not end.from_outside))
             if rest := batch[done[index] : at] + batch[at + 1 :]:
                 yield rest
 
@@ -125,8 +136,9 @@ def do(path: str, task: Task) -> str:
         return ""
 
 
-def _failure(path: str, task: Task, what: str) -> str:
-    return unreadable(path, what).model_dump_json() if task.what == "row" else ""
+def _failure(path: str, task: Task, what: str, *, blamed: bool) -> str:
+    row = unreadable(path, what) if blamed else not_judged(path, what)
+    return row.model_dump_json() if task.what == "row" else ""
 
 
 def _said(end: JobEnd, task: Task) -> str:
@@ -160,7 +172,7 @@ def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: O
     while waiting:
         futures = {executor.submit(run_batch, batch, asdict(task)): (batch, time) for batch, time in waiting}
         waiting = []
-        for future in as_completed(futures):
+        for future in _completed(futures, executor):
             batch, attempt = futures[future]
             results, problem = _outcome(future)
             for path, result in results:
@@ -170,7 +182,22 @@ def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: O
                 waiting.append((rest, attempt + 1))
             else:
                 for path in rest:
-                    on_result(path, _failure(path, task, problem))
+                    on_result(path, _failure(path, task, problem, blamed=False))
+
+
+def _completed(futures: Iterable[Future[list[Result]]], executor: Executor) -> Iterator[Future[list[Result]]]:
+    """Yield the futures as they end.
+
+    Raises:
+        UserError: the executor says that it has no worker left.
+    """
+    left = set(futures)
+    has_workers: Callable[[], bool] = getattr(executor, "has_workers", lambda: True)
+    while left:
+        done, left = wait(left, _PATIENCE, FIRST_COMPLETED)
+        if not done and not has_workers():
+            raise UserError("no worker is left to read files: start some, then run this again with --resume")
+        yield from done
 
 
 def _outcome(future: Future[list[Result]]) -> tuple[list[Result], str]:

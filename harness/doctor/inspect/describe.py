@@ -68,6 +68,11 @@ def unreadable(path: Path | str, what: str) -> FileRecord:
     return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
 
 
+def not_judged(path: Path | str, what: str) -> FileRecord:
+    """Return the record of a file that nobody could read for a reason which is not the file's, with hazard LH798."""
+    return FileRecord(path=_text(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
+
+
 def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
     """Return the record of a parsed file."""
     modules = list(adapter.modules.values())

@@ -210,7 +210,7 @@ def _trained(adapter: LoraAdapter, module: LoraModule, lora_alpha: float | None)
 
 def _converted(values: Tensor, dtype: str, name: str) -> Tensor:
     converted = values.to(getattr(torch, dtype))
-    if torch.isfinite(values).all() and not torch.isfinite(converted.float()).all():
+    if values.double().isfinite().all() and not converted.double().isfinite().all():
         raise UserError(f"{printable(name)}: folding the scale overflows {dtype}; choose float32")
     return converted
 
@@ -249,7 +249,9 @@ def _checked(written: Path, modules: list[RepairedModule], gain: Gain) -> list[f
     found = {one.name: name for name, one in back.modules.items()}
     errors = []
     for module in modules:
-        name = found.get(module.name) or found[module.name.replace(".", "_")]
+        name = found.get(module.name) or found.get(module.name.replace(".", "_"))
+        if name is None:
+            raise UserError(f"{printable(module.name)}: the format has no way to write this name: not written")
         factor = gain.at_one(back.modules[name].alpha, back.modules[name].rank)
         errors.append(_difference(back.tensors(name), factor, module.old, module.scale))
     bound = max(_roundoff(module.new) for module in modules)

@@ -1,0 +1,62 @@
+"""Cells whose loader runs apart: the process that judges a cell asks another, in which the loader's code runs.
+
+run (prints, records)  <-  judge (one per cell: examples, files, fits, verdicts)  <-  subject (loads, measures)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from harness.checks.cell import Cell
+from harness.checks.measuring import answering
+from harness.isolation.jobs import Channel, JobEnd, run_jobs
+from harness.isolation.limits import Limits, no_limit
+from harness.isolation.subject import START_SECONDS, subject_process
+
+SILENCE = (
+    600.0  # seconds without a message in which a judge, which runs no foreign code, does something else than think
+)
+_CALLS_IN_BUDGET = 90
+
+
+def budget(cell: Cell, limits: Limits) -> float:
+    """Return the seconds that a whole cell may take: as many as ninety calls that each take all they may."""
+    return START_SECONDS + _CALLS_IN_BUDGET * (limits.seconds or cell.allowed)
+
+
+@contextmanager
+def served(cell: Cell, channel: Channel, limits: Limits) -> Iterator[Cell]:
+    """Give the block the cell with its loader in a process of its own, unless the run has none either."""
+
+    def watch(label: str, seconds: float | None = None) -> AbstractContextManager[None]:
+        return channel.call(label, START_SECONDS + 2 * (seconds or 0.0))
+
+    subject = cell.subject
+    with subject_process(
+        answering(subject), prepare=subject.prepare, apart=channel.apart, memory_limit=limits.memory
+    ) as asked:
+        seconds = cell.seconds or limits.seconds
+        yield replace(cell, asked=asked, watch=watch if channel.apart else no_limit, seconds=seconds)
+
+
+def done_apart(
+    cell: Cell, work: Callable[[Cell], Any], limits: Limits = Limits(), *, workers: int = 1
+) -> tuple[Any, JobEnd]:
+    """Return what `work(cell)` returns, JSON, done where the cell is judged; None when that ended before."""
+    results: list[Any] = []
+
+    def job(channel: Channel) -> None:
+        with served(cell, channel, limits) as own:
+            channel.send(work(own))
+
+    (end,) = run_jobs(
+        [job],
+        workers=workers,
+        silence=SILENCE,
+        budget=budget(cell, limits),
+        on_event=lambda index, result: results.append(result),
+    )
+    return (results[0] if results else None), end

@@ -1,0 +1,170 @@
+"""One call of a subject: the guard around it, and whatever it raises told so that its author can act.
+
+An exception is a refusal where the subject says on purpose, in its own words, that it does not take a file.
+"""
+
+from __future__ import annotations
+
+import dis
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from harness.isolation.limits import TimeLimitExceeded
+from harness.isolation.subject import SubjectLostError
+
+if TYPE_CHECKING:
+    import torch
+
+_FRAMES, _LINES = 5, 40
+_LINE, _MESSAGE = 300, 4000  # characters
+_HARNESS = str(Path(__file__).parents[1])
+_REFUSALS = (NotImplementedError, ValueError)
+_REFUSING = re.compile(r"\b(?:un)?support|\bimplement|\bonly\b|\bmust\b|\brefus", re.IGNORECASE)  # in words of others
+_LIBRARIES = {"torch", "numpy", "safetensors", "json", *sys.stdlib_module_names}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The loader raised (LH901), left a model that cannot be measured (LH902) or refused the file (LH903).
+
+    `what` says so in one line. `message` is all that the exception said, `frames` where it came from, innermost last,
+    `printed` what the process printed last.
+    """
+
+    code: str
+    what: str
+    timed_out: bool = False
+    message: str = ""
+    frames: Sequence[str] = ()
+    printed: str = ""
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield, labelled, all that an exception said, where it came from, and what was printed before an end."""
+        lines = self.message.splitlines()
+        yield from (("said", line) for line in lines[:_LINES] if len(lines) > 1)
+        if len(lines) > _LINES:
+            yield "said", f"… {len(lines) - _LINES} more lines"
+        yield from (("at", frame) for frame in self.frames)
+        yield from (("printed", line) for line in self.printed.splitlines()[-3:])
+
+
+class CallFailedError(Exception):
+    """A call did not end as it should; `raised` says how."""
+
+    def __init__(self, raised: Raised) -> None:
+        self.raised = raised
+
+
+def guarded(
+    model: torch.nn.Module,
+    call: Callable[[torch.nn.Module], object],
+    limit: AbstractContextManager[None],
+    left: list[str],
+) -> torch.nn.Module:
+    """Run one call of the subject under its time limit; what it leaves changed in torch itself is added to `left`.
+
+    Raises:
+        CallFailedError: it raised, took too long or returned something else than a model or None.
+    """
+    import torch
+
+    try:
+        with limit, _contained(left):
+            result = call(model)
+    except TimeLimitExceeded as late:
+        raise CallFailedError(Raised("LH901", str(late), timed_out=True)) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a subject that raises SystemExit is data, not the end of the run
+        raise CallFailedError(raised_by(error)) from error
+    if result is not None and not isinstance(result, torch.nn.Module):
+        what = f"load returned {type(result).__name__}, but should return the model or None"
+        raise CallFailedError(Raised("LH902", what))
+    return (model if result is None else result).eval()
+
+
+@contextmanager
+def _contained(left: list[str]) -> Iterator[None]:
+    """Keep warnings and the default dtype from the rest of the run."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            left.append("torch's default dtype")
+            torch.set_default_dtype(dtype)
+
+
+def raised_by(error: BaseException) -> Raised:
+    """Return what to say of an exception that a call of the subject ended with."""
+    try:
+        text = str(error)
+    except BaseException as worse:  # its own `__str__` is the subject's code too
+        return Raised("LH901", f"{type(error).__name__}, whose text cannot be read ({type(worse).__name__})")
+    code = "LH903" if _is_refusal(error, text) else "LH901"
+    return Raised(code, _title(error, text), message=text[:_MESSAGE], frames=tuple(_frames(error)))
+
+
+def _title(error: BaseException, text: str) -> str:
+    """Return `ValueError: last line of the message`: where a message has several, the last says what is wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:_LINE]}" if lines else type(error).__name__
+
+
+def _is_refusal(error: BaseException, text: str) -> bool:
+    """Whether the subject said on purpose that it does not take this: its own `raise`, with a sentence."""
+    kind = type(error)
+    own = kind.__module__.partition(".")[0] not in {"builtins", *_LIBRARIES}
+    if not (kind in _REFUSALS or own or _REFUSING.search(text)) or len(text.split()) < 2:
+        return False
+    steps = list(traceback.walk_tb(error.__traceback__))
+    if not steps or _repeats_another(error):
+        return False
+    frame = steps[-1][0]
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package not in _LIBRARIES and _stands_at_raise(error.__traceback__)
+
+
+def _repeats_another(error: BaseException) -> bool:
+    """Whether it only hands on what another exception said: a crash in other words."""
+    other = error.__cause__ or error.__context__
+    return other is not None and str(other) != "" and str(other).strip("'\"") in str(error)
+
+
+def _stands_at_raise(trace: TracebackType | None) -> bool:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _frames(error: BaseException) -> Iterator[str]:
+    """Yield where the exception went through the subject's code, innermost last: `file.py:12 in load: line`."""
+    steps = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not _is_ours(frame)]
+    summary = traceback.StackSummary.extract(iter(steps[-_FRAMES:]))
+    yield from (f"{Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}".removesuffix(": ") for f in summary)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether a frame is the harness's own; its loaders are subjects like others."""
+    name = frame.f_code.co_filename
+    return name.startswith(_HARNESS) and not name.startswith(str(Path(_HARNESS, "loaders", "live")))
+
+
+def lost_raised(lost: SubjectLostError, where: str = "") -> Raised:
+    """Return what to say of a subject whose process gave no answer, `where` it was last."""
+    why = {"timeout": "", "memory": "out of memory: ", "killed": "process died: "}.get(lost.status, "")
+    return Raised("LH901", f"{why}{lost.what}{where}", timed_out=lost.status == "timeout", printed=lost.tail)

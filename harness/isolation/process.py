@@ -1,0 +1,148 @@
+"""A forked child as its parent sees it: give it orders, take its messages, keep the end of its prints, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+from harness.isolation import frames
+from harness.isolation.child import Ends, run_child
+from harness.isolation.frames import FrameError, Frames
+from harness.isolation.processes import fork, kill_group, kill_tree, process_descriptor
+
+Status = Literal["done", "raised", "timeout", "killed", "memory"]
+TAIL_BYTES = 4096
+READ_BYTES = 1 << 16
+POLL_SECONDS = 0.1  # where no descriptor tells of a process's end
+_CHUNKS = 64  # at most 4 MiB at once: a child that prints for ever must not keep the others waiting
+
+
+class Process:
+    """A child that does `work`; `ended` is how it ended by its own account, or by ours once that is known."""
+
+    def __init__(self, work: Callable[[Ends], None], *, trusted: bool, memory_limit: int | None = None) -> None:
+        orders_end, self._orders = os.pipe()
+        self._messages, messages_end = os.pipe()
+        self._output, output_end = os.pipe()
+        self.folder = tempfile.mkdtemp(prefix="lora-harness-job-")
+        parent, self.pid = os.getpid(), fork()
+        if self.pid == 0:
+            for mine in (self._orders, self._messages, self._output):
+                os.close(mine)
+            ends = Ends(orders_end, messages_end, output_end, self.folder, parent)
+            run_child(work, ends, trusted=trusted, memory_limit=memory_limit)
+        for theirs in (orders_end, messages_end, output_end):
+            os.close(theirs)
+        with contextlib.suppress(OSError):  # the child does the same; whoever comes first
+            os.setpgid(self.pid, self.pid)
+        self._death = process_descriptor(self.pid)
+        for descriptor in (self._messages, self._output):
+            os.set_blocking(descriptor, False)
+        self.began = time.monotonic()
+        self.ended: tuple[Status, str | None] | None = None
+        self._frames, self._tail = Frames(), b""
+        self._code: int | None = None
+        self._open = {self._messages, self._output}  # until the other end is closed
+
+    def descriptors(self) -> Iterator[int]:
+        """Yield what becomes readable when there is something to take: messages, prints, its end where that shows."""
+        yield from self._open
+        if self._death is not None:
+            yield self._death
+
+    def order(self, message: Any) -> None:
+        """Send it a message.
+
+        Raises:
+            OSError: it does not read any more.
+        """
+        frames.write(self._orders, message)
+
+    def take(self) -> Iterator[Any]:
+        """Yield the messages that are there, and read what it printed.
+
+        Raises:
+            FrameError: what it sent is no message.
+        """
+        self._read_output()
+        while chunk := self._read(self._messages):
+            for message in self._frames.feed(chunk):
+                if isinstance(message, dict) and "finish" in message:
+                    self.ended = _end(message)
+                else:
+                    yield message
+
+    def _read_output(self) -> None:
+        for _ in range(_CHUNKS):
+            chunk = self._read(self._output)
+            if not chunk:
+                return
+            self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+
+    def _read(self, descriptor: int) -> bytes | None:
+        """Return what is there to read; nothing at the end, and when there is nothing now."""
+        try:
+            chunk = os.read(descriptor, READ_BYTES)
+        except BlockingIOError:
+            return None
+        if not chunk:
+            self._open.discard(descriptor)
+        return chunk
+
+    @property
+    def tail(self) -> str:
+        """The end of what it printed."""
+        self._read_output()
+        return self._tail.decode(errors="replace").strip()
+
+    def exit_code(self) -> int | None:
+        """Return its exit status (negative: the signal that killed it) once it is over."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = None if pid == 0 else os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def death(self, code: int) -> tuple[Status, str]:
+        """Say how it ended when it could not say so itself."""
+        if code == -signal.SIGABRT and "bad_alloc" in self.tail:
+            return "memory", "ran out of memory"
+        if code < 0:
+            return "killed", f"killed by {signal.Signals(-code).name}"
+        return "killed", f"the process ended with exit status {code}"
+
+    def kill(self) -> None:
+        """Kill it and all that it started; returns when it is over."""
+        if self._code is None:
+            kill_tree(self.pid)
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self) -> None:
+        """Let go of a process that is over: of what it left behind in its group, its pipes and its folder."""
+        kill_group(self.pid)
+        for descriptor in (self._orders, self._messages, self._output, self._death):
+            if descriptor is not None:
+                os.close(descriptor)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end(message: dict[str, Any]) -> tuple[Status, str | None]:
+    status, detail = message["finish"], message.get("detail")
+    if status not in get_args(Status) or not isinstance(detail, str | None):
+        raise FrameError("a message about an end that is none")
+    return status, detail
+
+
+def wait_for(processes: Iterable[Process], seconds: float) -> None:
+    """Return when one of the processes has something to take or is over, at the latest after `seconds`."""
+    with selectors.DefaultSelector() as selector:
+        for process in processes:
+            for descriptor in process.descriptors():
+                selector.register(descriptor, selectors.EVENT_READ)
+        selector.select(max(0.0, min(seconds, POLL_SECONDS)))

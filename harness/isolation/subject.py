@@ -1,0 +1,188 @@
+"""The process in which a subject's code runs: asked one thing at a time, killed when late, started again when needed.
+
+It holds no pipe but its own, answers with data, and judges nothing. Where no process can be forked, or none is wanted,
+the same questions are answered here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from harness.isolation.child import Ends
+from harness.isolation.frames import FrameError, Frames
+from harness.isolation.limits import GRACE_SECONDS
+from harness.isolation.process import READ_BYTES, Process, Status, wait_for
+from harness.isolation.processes import can_fork, kill_orphans
+
+Part = Callable[[Any], object]
+Answer = Callable[[Any, Part], Any]
+"""Answers an order, a message, by another; hands on parts of it, messages too, on the way."""
+
+START_SECONDS = 300.0  # to import what the subject imports
+
+
+class SubjectLostError(Exception):
+    """The process of a subject gave no answer: `status` says why, `what` in one clause, `tail` what it printed last."""
+
+    def __init__(self, status: Status, what: str, tail: str = "") -> None:
+        super().__init__(what)
+        self.status, self.what, self.tail = status, what, tail
+
+
+class Asked(Protocol):
+    """Where a subject's code runs."""
+
+    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+        """Return the answer to `order`; it, and each of at most `parts` parts, must come within `seconds` of the last.
+
+        Raises:
+            SubjectLostError: none came.
+        """
+
+
+class Here:
+    """Answers in this process, where nothing ends a hang in C, a crash or a call of `os._exit`."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+        """Return the answer."""
+        return self._answer(order, on_part)
+
+
+class Apart:
+    """Answers in a child of its own, which lives from the first question to the first one it fails to answer."""
+
+    def __init__(self, answer: Answer, prepare: Callable[[], object], memory_limit: int | None) -> None:
+        self._answer, self._prepare, self._memory_limit = answer, prepare, memory_limit
+        self._process: Process | None = None
+        self._number = 0
+
+    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+        """Return the answer."""
+        if self._process is None:
+            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
+            self._number = 0
+            self._next(START_SECONDS, on_part, 0)
+        self._number += 1
+        with contextlib.suppress(OSError):  # it is dead, which shows when it does not answer
+            self._process.order({"number": self._number, "order": order})
+        return self._next(seconds, on_part, parts)
+
+    def _next(self, seconds: float, on_part: Part, parts: int) -> Any:
+        assert self._process is not None
+        try:
+            return _Wait(self._process, self._number, seconds, parts).answer(on_part)
+        except SubjectLostError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the process, and all that it started."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.close()
+            self._process = None
+            kill_orphans()
+
+    def _serve(self, ends: Ends) -> None:
+        owner = os.getpid()
+        self._prepare()
+        ends.say({"number": 0, "answer": "ready"})
+        for message in _orders(ends.orders):
+            number = message["number"]
+            answer = self._answer(message["order"], partial(_say_part, ends, number))
+            if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
+                os._exit(0)
+            ends.say(_numbered("answer", answer, number))
+
+
+def _say_part(ends: Ends, number: int, part: Any) -> None:
+    ends.say(_numbered("part", part, number))
+
+
+def _numbered(kind: str, message: Any, number: int) -> dict[str, Any]:
+    tensors = message.pop("tensors", None) if isinstance(message, dict) else None
+    return {"number": number, kind: message} | ({"tensors": tensors} if tensors else {})
+
+
+def _orders(descriptor: int) -> Iterator[Any]:
+    frames = Frames()
+    while chunk := os.read(descriptor, READ_BYTES):
+        yield from frames.feed(chunk)
+
+
+@dataclass
+class _Wait:
+    """Waiting for the answer with a number; `parts` of it may come before."""
+
+    process: Process
+    number: int
+    seconds: float
+    parts: int
+
+    def answer(self, on_part: Part) -> Any:
+        deadline = time.monotonic() + self.seconds + GRACE_SECONDS
+        while True:
+            over = self.process.exit_code()  # before the last look at its messages
+            for kind, content in self._messages():
+                if kind == "answer":
+                    return content
+                on_part(content)
+                deadline = time.monotonic() + self.seconds + GRACE_SECONDS
+            self._raise_if_lost(over, deadline)
+            wait_for([self.process], deadline - time.monotonic())
+
+    def _messages(self) -> Iterator[tuple[str, Any]]:
+        try:
+            for message in self.process.take():
+                kind, content = _content(message, self.number)
+                self.parts -= kind == "part"
+                if self.parts < 0:
+                    raise FrameError("more messages than it was asked for")
+                yield kind, content
+        except FrameError as error:
+            raise SubjectLostError("raised", f"its process sent {error}", self.process.tail) from error
+
+    def _raise_if_lost(self, over: int | None, deadline: float) -> None:
+        process = self.process
+        if process.ended and process.ended[0] != "done":
+            raise SubjectLostError(process.ended[0], process.ended[1] or process.ended[0], process.tail)
+        if over is not None:
+            raise SubjectLostError(*process.death(over), process.tail)
+        if time.monotonic() > deadline:
+            raise SubjectLostError("timeout", f"no answer within {self.seconds:g} s", process.tail)
+
+
+def _content(message: Any, number: int) -> tuple[str, Any]:
+    kinds = [kind for kind in ("part", "answer") if isinstance(message, dict) and kind in message]
+    if not kinds or message.get("number") != number:
+        raise FrameError("a message that answers nothing")
+    content = message[kinds[0]]
+    if tensors := message.get("tensors"):
+        if not isinstance(content, dict):
+            raise FrameError("tensors without a message")
+        content["tensors"] = tensors
+    return kinds[0], content
+
+
+@contextlib.contextmanager
+def subject_process(
+    answer: Answer, *, prepare: Callable[[], object] = lambda: None, apart: bool, memory_limit: int | None = None
+) -> Iterator[Asked]:
+    """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process."""
+    if not apart or not can_fork():
+        yield Here(answer)
+        return
+    asked = Apart(answer, prepare, memory_limit)
+    try:
+        yield asked
+    finally:
+        asked.close()

@@ -1,0 +1,129 @@
+"""Loaders of other people: their modules are imported only where their code runs; a child says what they declare."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import LoaderSpecError
+from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.processes import can_fork
+from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
+from harness.loaders.protocol import Declaration, Subject, declaration_of
+from harness.loaders.source import adapt
+
+if TYPE_CHECKING:
+    import torch
+
+Find = Callable[[str], Callable[..., Any]]
+# What checking imports anyway: taken over from the child, so that not every later process has to import it again.
+_LIBRARIES = ("torch", "safetensors.torch", "diffusers", "transformers", "peft", "lycoris")
+_NAMES = ("formats", "benches", "variants")
+
+
+def subject_apart(spec: str, find: Find, version: str | None) -> Subject:
+    """Return the loader that `find(spec)` imports, which this process does not do.
+
+    Raises:
+        LoaderSpecError: it cannot be imported, ends its process, or cannot be called as a loader.
+    """
+    if not can_fork():
+        return subject_here(find(spec), spec, version)
+    facts = _asked(spec, find)
+    for library in facts["libraries"]:
+        with contextlib.suppress(ImportError):
+            import_module(library)
+    return Subject(spec, Later(spec, find, "load"), version, _declaration(spec, find, facts))
+
+
+def subject_here(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
+    """Return a function as a loader.
+
+    Raises:
+        LoaderSpecError: it cannot be called as one.
+    """
+    if not callable(function) or isinstance(function, type):
+        raise LoaderSpecError(f"{function!r} is no loader: give a function or a string that names one")
+    declaration = declaration_of(function)
+    return Subject(spec, adapt(function, declaration.strength_argument, spec), version, declaration)
+
+
+@cache
+def _imported(spec: str, find: Find) -> Subject:
+    return subject_here(find(spec), spec, None)
+
+
+@dataclass(frozen=True)
+class Later:
+    """A function of a loader, found when it is first called: in the process that calls it."""
+
+    spec: str
+    find: Find
+    name: str
+
+    def prepare(self) -> None:
+        """Import the loader now."""
+        _imported(self.spec, self.find)
+
+    def __call__(self, model: torch.nn.Module, *args: Any, **keywords: Any) -> Any:
+        """Call it."""
+        subject = _imported(self.spec, self.find)
+        function = subject.load if self.name == "load" else getattr(subject.declaration, self.name)
+        return function(model, *args, **keywords)
+
+
+def _asked(spec: str, find: Find) -> dict[str, Any]:
+    """Have a child import the loader and return its declaration."""
+    found: list[dict[str, Any]] = []
+
+    def job(channel: Channel) -> None:
+        def answer(order: str, on_part: Part) -> dict[str, Any]:
+            return _facts(order, find)
+
+        with subject_process(answer, apart=channel.apart) as asked:
+            try:
+                channel.send(asked.ask(spec, START_SECONDS))
+            except SubjectLostError as lost:
+                channel.send({"error": f"{spec!r}: importing it ended its process: {lost.what}"})
+
+    (end,) = run_jobs([job], budget=2 * START_SECONDS, on_event=lambda index, event: found.append(event))
+    facts = found[0] if found else {"error": f"{spec!r}: {end.what}"}
+    if not isinstance(facts, dict) or not isinstance(facts.get("error", ""), str):
+        raise LoaderSpecError(f"{spec!r}: the process that imported it gave no answer that makes sense")
+    if "error" in facts:
+        raise LoaderSpecError(facts["error"])
+    return facts
+
+
+def _facts(spec: str, find: Find) -> dict[str, Any]:
+    before = set(sys.modules)
+    try:
+        said = subject_here(find(spec), spec, None).declaration
+    except LoaderSpecError as error:
+        return {"error": str(error)}
+    return {
+        **{name: None if (names := getattr(said, name)) is None else sorted(names) for name in _NAMES},
+        "unload": said.unload is not None,
+        "set_strength": said.set_strength is not None,
+        "strength_argument": said.strength_argument,
+        "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
+        "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
+    }
+
+
+def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
+    formats, benches, variants = (None if facts[name] is None else frozenset(facts[name]) for name in _NAMES)
+    return Declaration(
+        formats,
+        benches,
+        variants,
+        Later(spec, find, "unload") if facts["unload"] else None,
+        Later(spec, find, "set_strength") if facts["set_strength"] else None,
+        facts["strength_argument"],
+        {tuple(names): reason for names, reason in facts["unsupported"]},
+    )
