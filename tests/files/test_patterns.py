@@ -90,6 +90,58 @@ def test_a_pattern_that_nothing_here_uses_is_a_hazard(key: str, tmp_path: Path) 
     assert (hazard.code, key in hazard.what) == ("LH708", True)
 
 
+NEVER_COMPILED = (
+    "((x{1000}){1000}){1000}",
+    "(ab){4000000000}",
+    "((x{100}){100}){100}|to_q",
+    "(?<=(a{999}){999})b",
+    "(?:[a-z]{300,}){300,}",
+    "(?R)(?R)(?R)",
+    "(x(?1)?){90}",
+    "(?i:" + "[\\x00-\\U0010ffff]" * 20 + "){999}",
+    "(" * 240 + ")" * 240,
+    "|".join("abcdefgh") * 40 + "*",
+)
+
+
+@pytest.mark.parametrize("pattern", NEVER_COMPILED, ids=range(len(NEVER_COMPILED)))
+def test_a_bomb_is_refused_before_it_is_compiled(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import regex
+
+    monkeypatch.setattr(regex, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    with pytest.raises(PatternError) as raised:
+        Patterns({pattern: 1}, "rank_pattern").get("a", 0)
+    assert raised.value.key.startswith("rank_pattern: pattern ")
+    assert raised.value.pattern == pattern
+
+
+@pytest.mark.parametrize("pattern", [r"to_(q|k)", r"blocks\.\d{1,3}\.attn", r"(\d{2}){2}", "[a-z]{2,}", "(?:a|b){9}c?"])
+def test_a_pattern_that_somebody_would_write_is_none(pattern: str) -> None:
+    assert Patterns({pattern: 1}).get("nothing like it!", 0) == 0
+
+
+def test_patterns_without_end_are_refused_by_their_number() -> None:
+    with pytest.raises(ConfigError, match="characters of patterns"):
+        Patterns({f"{place:0>100}": 1 for place in range(20_000)}, "alpha_pattern")
+
+
+def test_a_loaded_machine_takes_no_time_from_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**9, 100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    patterns = Patterns({"to_(q|k)": 7})
+    assert [patterns.get("x.to_q", 0) for _ in range(50)] == [7] * 50
+
+
+def test_patterns_of_every_length_and_place_cost_little() -> None:
+    patterns = Patterns({"".join("." if place >> bit & 1 else "x" for bit in range(15)): 1 for place in range(1 << 15)})
+    start = time.thread_time()
+    with contextlib.suppress(ConfigError):
+        for place in range(10_000):
+            patterns.get(f"{place:y>15}", 0)
+    assert time.thread_time() - start < 2
+
+
 def test_many_plain_patterns_cost_little() -> None:
     names = [f"transformer_blocks.{i}.attn.{part}" for i in range(60) for part in ("to_q", "to_k", "to_v", "to_out.0")]
     patterns = Patterns({anchored(name): place for place, name in enumerate(names)})
