@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
 EXAMPLES ?= 60
 
-.PHONY: report test test-slow lint bench bench-gpu mutants clean
+.PHONY: report test test-slow test-core lint bench bench-gpu mutants clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
@@ -18,6 +18,17 @@ test: $(READY)  ## all tests and the suite on the installed loaders
 
 test-slow: $(READY)  ## what takes longer: the power of the checks, the wheel, many workers
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow $(ARGS)
+
+test-core: .venv-core/.ready  ## the core install, with the oldest releases that it allows: no torch
+	.venv-core/bin/python -m pytest -q -m "not slow" tests $(ARGS)
+
+# Python 3.10 to 3.12: numpy 1.26 has no wheel for a newer one; `make test-core FLOORS=` takes the newest of everything
+FLOORS ?= -c floors.txt
+.venv-core/.ready: pyproject.toml floors.txt Makefile
+	$(PYTHON) -m venv .venv-core
+	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check $(FLOORS) -e .
+	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis jsonschema pyyaml
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from harness.commands.failures import told_in_a_sentence
+from harness.commands.screen import obey_no_text
 
 # name -> (module below harness.commands, one line of help): a command's module is imported when it is asked for
 COMMANDS = {
@@ -67,5 +68,6 @@ def main() -> None:
       lora-harness inspect my_lora.safetensors
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a hub unless it is asked to
+    obey_no_text()
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.errors import UserError
-from harness.text import plain, printable
+from harness.text import on_one_line, printable
 
 _SYNC_SECONDS = 5.0
 _POLL_SECONDS = 0.1
@@ -166,7 +166,7 @@ def damaged(path: Path, numbers: list[int], kept: str) -> str:
 
 def tell(sentence: str) -> None:
     """Print a sentence that is no result on stderr."""
-    print(f"note: {plain(sentence)}", file=sys.stderr)
+    print(f"note: {on_one_line(sentence)}", file=sys.stderr)
 
 
 @contextmanager

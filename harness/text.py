@@ -64,6 +64,11 @@ def parse_json(text: str | bytes, *, limit: int = MAX_JSON_CHARACTERS) -> Any:
         raise ValueError(f"a value in the JSON cannot be read ({printable(error, 60)})") from None
 
 
+def on_one_line(text: str, limit: int | None = None) -> str:
+    """Return what `plain` does, on one line: a newline out of a record must not begin a line of its own."""
+    return plain(text, limit).replace("\n", "\\n").replace("\t", " ")
+
+
 def plain(text: str, limit: int | None = None) -> str:
     """Return `text` with control, format and bidi characters shown as escapes, cut to `limit` characters.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.commands.screen import progress
+from harness.commands.screen import progress, say_to_the_runner
 from harness.loaders.protocol import COMMAND, FUNCTION
 
 if TYPE_CHECKING:
@@ -214,8 +214,10 @@ def finish(out: Path, *, baseline: Baseline | None, as_json: bool) -> int:
     write_step_summary(run, gate or ())
     show(out, as_json=as_json, history=read_history(out / "history.jsonl"), gate=gate)
     if not as_json:
-        for line in [*github_annotations(run, gate or ()), *(f"gate: {result.text()}" for result in gate or ())]:
-            click.echo(line)
+        for line in github_annotations(run, gate or ()):
+            say_to_the_runner(line)
+        for result in gate or ():
+            click.echo(f"gate: {result.text()}")
     code = run.footer.exit_code if run.footer else 1
     return code if gate is not None else code or int(run.status != "passed")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from harness.text import printable
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 180  # of what is piped into a file
 _REDRAW_SECONDS = 0.25
+_COMMAND = re.compile(r"((?:^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])\s*)::")
 
 
 class ProgressLine:
@@ -54,6 +57,43 @@ def progress(what: str, total: int | None = None, *, quiet: bool) -> Iterator[Pr
         line = ProgressLine(shown, what, total)
         shown.refresh()
         yield line
+
+
+class WithoutCommands:
+    """A stream for GitHub's runner, which obeys lines that begin with `::`, and `##[` anywhere: neither is let through.
+
+    What a file, a loader or a record says must not set an output, hide an error or make one up.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self._begins = stream, True
+
+    def write(self, text: str) -> int:
+        """Write text in which commands are spelled so that they are none."""
+        begun = "" if self._begins else "\0"  # what goes on in a line does not begin one
+        safe = _COMMAND.sub(r"\1\\u003a:", begun + text).replace("##[", "##\\u005b")[len(begun) :]
+        self.stream.write(safe)
+        self._begins = text.endswith(("\n", "\r")) or (self._begins and not text.strip())
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def obey_no_text() -> None:
+    """Let nothing that is printed from here on be a command of GitHub's runner, where it would be obeyed."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        sys.stdout, sys.stderr = (_guarded(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _guarded(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, WithoutCommands) else WithoutCommands(stream)
+
+
+def say_to_the_runner(line: str) -> None:
+    """Print a command that GitHub's runner is to obey."""
+    stream = sys.stdout.stream if isinstance(sys.stdout, WithoutCommands) else sys.stdout
+    stream.write(f"{line}\n")
 
 
 def stdout_console() -> Console:

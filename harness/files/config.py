@@ -24,7 +24,9 @@ _SECONDS = 0.3
 _LONGEST_REGEX = 500
 _MOST_UNROLLED = 10_000  # `regex` writes out every repetition that must be there: 10,000 of them cost 5 ms and 3 MB
 _MOST_CHARACTERS = 1_000_000
-_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, getattr(_parser, "POSSESSIVE_REPEAT", None))
+_REPEATS = tuple(
+    vars(_parser)[name] for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if name in vars(_parser)
+)
 _MATCHED = ("target_modules", "exclude_modules", "layers_pattern")
 
 

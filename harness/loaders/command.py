@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ def command_subject(spec: str) -> Subject:
 def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     """Return the loader that runs the command line after `cmd:`, for at most `seconds` each time.
 
+    A line that begins with `python` or `python3` runs the Python that runs this.
+
     Raises:
         LoaderSpecError: the line cannot be split, lacks a placeholder, or names no program.
     """
@@ -88,6 +91,8 @@ def _words(spec: str) -> list[str]:
     missing = [place for place in PLACES if place not in line]
     if missing:
         raise LoaderSpecError(f"{spec!r} lacks {', '.join(missing)}; write cmd:tool {_USAGE}")
+    if words[0] in ("python", "python3"):  # whichever comes first on the PATH may be another one, without torch
+        words[0] = sys.executable
     if shutil.which(words[0]) is None:
         raise LoaderSpecError(f"{spec!r}: there is no program {words[0]!r} here or on the PATH")
     return words

@@ -174,13 +174,14 @@ def _rule(hazard: Hazard) -> dict[str, Any]:
     return {
         "id": hazard.code,
         "defaultConfiguration": {"level": level(hazard)},
-        "shortDescription": {"text": known.title if known else hazard.code},
+        "shortDescription": {"text": known.title if known else plain(hazard.code, 100)},
         "help": {"text": f"{known.fix} ({ask})" if known else ask},
     }
 
 
 def _hazard_result(record: FileRecord, hazard: Hazard, codes: list[str]) -> dict[str, Any]:
-    location = {"physicalLocation": {"artifactLocation": {"uri": quote(PurePath(record.path).as_posix())}}}
+    where = quote(PurePath(record.path).as_posix().encode(errors="surrogateescape"))
+    location = {"physicalLocation": {"artifactLocation": {"uri": where}}}
     return {
         "ruleId": hazard.code,
         "ruleIndex": codes.index(hazard.code),

@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.report.models import SweepRecord
 from harness.report.records import Run
 from harness.report.summary import place, short_title
-from harness.text import plain
+from harness.text import on_one_line
 from harness.verdict.verdict import Verdict
 
 Direction = Literal["up", "down", "any"]
@@ -60,7 +60,7 @@ class GateResult:
 
     def text(self) -> str:
         """Return the result as a line: rule, place, what happened."""
-        return plain(f"{self.rule}: {self.where}: {self.what}")
+        return on_one_line(f"{self.rule}: {self.where}: {self.what}")
 
 
 def parse_rule(text: str) -> Rule:

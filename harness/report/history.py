@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.outputs import LineWriter, damaged, only_writer, read_lines, saying, tell
 from harness.report.records import VIOLATIONS, Run, first_problem
 from harness.report.summary import OUTCOMES, WORDS, MatrixCell, cells, listed
-from harness.text import count, plain
+from harness.text import count, on_one_line
 from harness.verdict.verdict import Record
 
 _GREEN = "passed"  # a failure that is recorded as known is no better than it was
@@ -84,7 +84,7 @@ class Flip:
         versions = f" {old} -> {new}" if old and new and old != new else f" {new or old}" if new or old else ""
         changes = [f"law `{old_law}` -> `{new_law}`"] if old_law and new_law and old_law != new_law else []
         changes += [f"{WORDS.get(was, was)} -> {WORDS.get(now, now)}"] if was != now or not changes else []
-        return plain(f"{self.loader}{versions}: {', '.join(changes)} ({listed(self.places)})")
+        return on_one_line(f"{self.loader}{versions}: {', '.join(changes)} ({listed(self.places)})")
 
 
 def history_record(run: Run) -> HistoryRecord:
@@ -205,7 +205,7 @@ def history_text(history: Sequence[HistoryRecord], last: int = 30) -> str:
     """Return the history as printed by `lora-harness history`: a line per run, then the flips."""
     lines = [_line(record) for record in merge_history(history)[-last:]]
     changed = [f"  {flip.created[:10]}  {flip.text()}" for flip in flips(history)]
-    return plain("\n".join([*lines, *(["", "changes, the newest first", *changed] if changed else [])]))
+    return "\n".join(map(on_one_line, [*lines, *(["", "changes, the newest first", *changed] if changed else [])]))
 
 
 def _line(record: HistoryRecord) -> str:

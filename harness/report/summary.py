@@ -11,7 +11,7 @@ from functools import cached_property
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.report.models import PartRecord, PowerRecord, ProbeRecord, SweepRecord
 from harness.report.records import Run
-from harness.text import count, plain
+from harness.text import count, on_one_line
 from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import LawRecord, Verdict
 
@@ -101,13 +101,13 @@ class Cause:
 
 def pretty_formula(formula: str) -> str:
     """Return a law's formula with multiplication as a middle dot, made safe to print."""
-    return plain(formula.replace(" * ", " · "), 120)
+    return on_one_line(formula.replace(" * ", " · "), 120)
 
 
 def place(verdict: Verdict) -> str:
     """Return where a verdict was measured, as `format/bench`, with the variant unless it is a plain LoRA."""
     parts = [verdict.format, verdict.bench, verdict.variant if verdict.variant != "lora" else None]
-    return plain("/".join(part for part in parts if part) or verdict.check)
+    return on_one_line("/".join(part for part in parts if part) or verdict.check)
 
 
 def digest(*parts: object) -> str:
@@ -222,13 +222,13 @@ class LoaderSummary:
         """Return `diffsynth-2.0.4: alpha ignored (LH202), law strength, and 2 more`."""
         law = f", law {pretty_formula(self.worst.law.formula)}" if self.worst.law else ""
         more = f", and {self.more} more" if self.more else ""
-        return f"{plain(self.loader)}: {short_title(self.worst)}{law}{more}"
+        return f"{on_one_line(self.loader)}: {short_title(self.worst)}{law}{more}"
 
 
 def sentence(run: Run) -> str:
     """Return the verdict on the whole run: what was found, by whom, and what was not measured."""
     told = "; ".join(summary.text() for summary in loader_summaries(run))
-    missing = f"Not measured: {listed([plain(part.name) for part in run.missing])}." if run.missing else ""
+    missing = f"Not measured: {listed([on_one_line(part.name) for part in run.missing])}." if run.missing else ""
     return " ".join(part for part in (headline(run), told and f"{told}.", missing) if part)
 
 
@@ -240,7 +240,7 @@ def headline(run: Run) -> str:
     wrong = {verdict.loader for verdict in run.verdicts if not verdict.ok}
     tested = {v.loader for v in run.verdicts if v.outcome != "skipped"} | {s.loader for s in run.of(SweepRecord)}
     if wrong and all(verdict.ok or verdict.outcome == "refused" for verdict in run.verdicts):
-        return f"{cut}{listed([plain(name) for name in wrong])} refuses files that it declares."
+        return f"{cut}{listed([on_one_line(name) for name in wrong])} refuses files that it declares."
     if len(tested) == 1 and wrong:
         return f"{cut}The loader does not reproduce the training."
     if wrong:
@@ -271,7 +271,7 @@ def loader_summaries(run: Run) -> list[LoaderSummary]:
 
 def _all_right(run: Run, tested: int) -> str:
     passed = run.counts.get("passed", 0)
-    known = sorted({plain(verdict.loader) for verdict in run.verdicts if verdict.outcome == "xfailed"})
+    known = sorted({on_one_line(verdict.loader) for verdict in run.verdicts if verdict.outcome == "xfailed"})
     if known:
         some = f"{count(run.counts['xfailed'], 'known failure')} in {', '.join(known)}"
         return f"Nothing new is wrong: {passed} checks passed, {some}."
@@ -301,7 +301,7 @@ def _power(run: Run) -> str:
 
 def short_title(verdict: Verdict) -> str:
     """Return a verdict's title up to the measured fact, with the code: `alpha ignored (LH202)`."""
-    title = plain((verdict.title or f"{verdict.check} {verdict.outcome}").split(":")[0], 80)
+    title = on_one_line((verdict.title or f"{verdict.check} {verdict.outcome}").split(":")[0], 80)
     return f"{title} ({verdict.code})" if verdict.code else title
 
 

@@ -23,7 +23,7 @@ from harness.report.summary import (
     not_measured,
     sentence,
 )
-from harness.text import plain
+from harness.text import on_one_line
 from harness.verdict.verdict import Verdict
 
 STYLES = {
@@ -54,15 +54,16 @@ def print_run(run: Run, console: Console | None = None) -> None:
     if any(verdict.format for verdict in run.verdicts):
         console.print(matrix_table(run))
     for part in not_measured(run):
-        console.print(Text(f"– {plain(part.name)} not measured: {plain(part.reason)}", style="dim"), soft_wrap=True)
+        what = on_one_line(f"– {part.name} not measured: {part.reason}")
+        console.print(Text(what, style="dim"), soft_wrap=True)
     if run.footer and run.footer.reference:
-        console.print(Text(f"reference: {plain(run.footer.reference)}", style="dim"), soft_wrap=True)
+        console.print(Text(f"reference: {on_one_line(run.footer.reference)}", style="dim"), soft_wrap=True)
     console.print(Text(sentence(run), style="bold"), soft_wrap=True)
 
 
 def print_cause(cause: Cause, console: Console) -> None:
     """Print one cause as its worst verdict's text, and where else it was seen."""
-    head, _, rows = plain(cause.worst.text()).partition("\n")
+    head, _, rows = cause.worst.text().partition("\n")
     console.print(Text(head, style=STYLES.get(cause.worst.outcome, "")), soft_wrap=True)
     if rows:
         console.print(Text(rows), soft_wrap=True)
@@ -80,17 +81,17 @@ def matrix_table(run: Run) -> Table:
     widest = max((len(row.bench) + 2 for row in rows), default=0)
     table.add_column("", overflow="fold", min_width=min(widest, _WIDEST))
     for name in matrix_columns(grid):
-        table.add_column(Text(plain(name)), overflow="fold")
+        table.add_column(Text(on_one_line(name)), overflow="fold")
     above: tuple[str, str] = ("", "")
     for row in rows:
         name, place = row.name, (row.loader, row.bench)
         if row.loader != above[0]:
-            table.add_row(Text(plain(row.loader), style="bold"))
+            table.add_row(Text(on_one_line(row.loader), style="bold"))
         if row.variant != "lora":
             if place != above:
-                table.add_row(Text(f"  {plain(row.bench)}"))
+                table.add_row(Text(f"  {on_one_line(row.bench)}"))
             name = f"  {name.removeprefix(f'{row.bench} · ')}"
-        table.add_row(Text(f"  {plain(name)}"), *map(_cell, row.cells))
+        table.add_row(Text(f"  {on_one_line(name)}"), *map(_cell, row.cells))
         above = place
     return table
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from harness.text import on_one_line
+
 Outcome = Literal["passed", "failed", "errored", "refused", "skipped", "xfailed", "xpassed"]
 """refused: the loader said on purpose that it does not take what it declares."""
 
@@ -73,4 +75,5 @@ class Verdict(Record):
         """Return the failure as printed: a first line that stands alone, then one labelled row per line."""
         head = " ".join(part for part in (self.code, self.title or f"{self.check}: {self.outcome}") if part)
         width = max((len(label) for label, _ in self.rows), default=0)
-        return "\n".join([head, *(f"  {label:<{width}}  {value}" for label, value in self.rows)])
+        rows = (f"  {label:<{width}}  {value}" for label, value in self.rows)
+        return "\n".join(map(on_one_line, [head, *rows]))

