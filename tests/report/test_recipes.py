@@ -113,7 +113,7 @@ def fake(tmp_path: Path) -> dict[str, Any]:
         encoding="utf-8",
     )
     tool.chmod(0o755)
-    return dict(os.environ) | {"PATH": f"{tool.parent}:{os.environ['PATH']}", "LORA_NIGHTS": str(tmp_path / "nights")}
+    return dict(os.environ) | {"LORA_HARNESS_VENV": str(tmp_path), "LORA_NIGHTS": str(tmp_path / "nights")}
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
