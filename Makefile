@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
 EXAMPLES ?= 60
 
-.PHONY: report test test-slow test-core lint bench bench-gpu mutants clean
+.PHONY: report test test-slow test-core fuzz lint bench bench-gpu mutants clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
@@ -29,6 +29,9 @@ FLOORS ?= -c floors.txt
 	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check $(FLOORS) -e .
 	.venv-core/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis jsonschema pyyaml
 	touch $@
+
+fuzz: $(READY)  ## a million mutated files into every reader (a quarter of an hour); writes benchmarks/fuzz.md
+	$(BIN)/python -m tests.fuzz.run --write $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

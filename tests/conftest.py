@@ -28,8 +28,8 @@ NEEDS_TORCH = (
     "files/test_adapter.py", "files/test_bad_input.py", "files/test_blocks.py", "files/test_detect.py",
     "files/test_flux_readers.py", "files/test_formats.py", "files/test_gguf.py", "files/test_imports.py",
     "files/test_match.py", "files/test_other_readers.py", "files/test_patterns.py", "files/test_real_readers.py",
-    "files/test_roundtrip.py",
-    "files/test_roundtrip_special.py", "fixtures", "gpu", "images", "isolation", "law/test_grammar.py", "loaders",
+    "files/test_roundtrip.py", "files/test_roundtrip_special.py", "fixtures", "fuzz", "gpu", "images", "isolation",
+    "law/test_grammar.py", "loaders",
     "measure", "quality", "reference", "selftest", "variants", "verdict/test_blocks.py", "test_as_printed.py",
     "test_exports.py", "test_failures.py", "test_nights.py",
 )  # fmt: skip

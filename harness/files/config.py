@@ -171,7 +171,7 @@ def _unrolled(node: Any) -> int:
         return 0
     if isinstance(node, tuple) and any(node[0] is repeat for repeat in _REPEATS):  # the constants equal plain numbers
         least, _, inner = node[1]
-        return max(int(least), 1) * _unrolled(inner)
+        return max(int(least), 2) * _unrolled(inner)  # `regex` compiles twice over what may repeat
     return 1 + sum(_unrolled(part) for part in node)
 
 

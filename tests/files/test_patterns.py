@@ -67,6 +67,7 @@ BOMBS = {
     "|".join(f"m{number}" for number in range(5000)): "is a regular expression of [0-9,]+ characters",
     "(" * 200 + "a" + ")" * 200 + "(x{500}){500}": "is not a valid|repeats itself",
     "(?R)?x{1000}": "is not a valid regular expression",
+    "(?:" * 60 + "a" + ")*" * 60: "repeats itself to",
 }
 
 
