@@ -111,11 +111,10 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
     others = answer.get("others")
     if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
         return "measurements without their names"
+    shapes = {WEIGHT + name: tuple(weight.shape) for name, weight in base.items()}
+    shapes |= {DENSE + name: (4, len(weight)) for name, weight in base.items()}
     for key, tensor in (answer.get("tensors") or {}).items():
-        kind, name = key.partition(":")[0] + ":", key.partition(":")[2]
-        rows = base[name].shape[0] if name in base else -1
-        shape = {WEIGHT: tuple(base[name].shape), DENSE: (4, rows)}.get(kind) if name in base else None
-        if shape != tuple(tensor.shape) or str(tensor.dtype) != "torch.float64":
+        if shapes.get(key) != tuple(tensor.shape) or str(tensor.dtype) != "torch.float64":
             return f"a tensor that no layer of {cell.bench_name} has"
     return None
 

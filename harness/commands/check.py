@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -58,7 +57,7 @@ def command(
     from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
-    from harness.report.records import RunWriter, exit_code_of
+    from harness.report.records import RunWriter, counts_of, exit_code_of
     from harness.report.terminal import print_verdicts
 
     places = [names or None for names in (formats, benches, variants)]
@@ -78,5 +77,5 @@ def command(
         verdicts += shared.ask_reference(writer, cells, limits.workers)
     if not as_json:
         print_verdicts(verdicts, reference=writer.reference)
-    codes = {exit_code_of(Counter(v.outcome for v in verdicts if v.loader == spec)) for spec in loaders}
-    sys.exit(exit_code_of(Counter(v.outcome for v in verdicts)) or max(codes))  # 2: one of them was not measured
+    codes = {exit_code_of(counts_of(v for v in verdicts if v.loader == spec)) for spec in loaders}
+    sys.exit(exit_code_of(counts_of(verdicts)) or max(codes))  # 2: one of them was not measured

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +85,7 @@ def command(
 
     from harness.images import SweepOptions, read_prompts
     from harness.report.environment import new_header
-    from harness.report.records import RunWriter, exit_code_of
+    from harness.report.records import RunWriter, counts_of, exit_code_of
 
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
     wanted = SweepOptions(
@@ -101,7 +100,7 @@ def command(
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
         verdicts = sweep_into(writer, loader, wanted)
     shared.show(out, as_json=as_json)
-    sys.exit(exit_code_of(Counter(verdict.outcome for verdict in verdicts)))
+    sys.exit(exit_code_of(counts_of(verdicts)))
 
 
 def sweep_into(

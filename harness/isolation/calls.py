@@ -129,12 +129,12 @@ def _is_refusal(error: BaseException, text: str) -> bool:
     own = kind.__module__.partition(".")[0] not in {"builtins", *_LIBRARIES}
     if not (kind in _REFUSALS or own or _REFUSING.search(text)) or len(text.split()) < 2:
         return False
-    steps = list(traceback.walk_tb(error.__traceback__))
-    if not steps or _repeats_another(error):
+    innermost = _innermost(error.__traceback__)
+    if innermost is None or _repeats_another(error):
         return False
-    frame = steps[-1][0]
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return package not in _LIBRARIES and _stands_at_raise(error.__traceback__)
+    package = str(innermost.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    instruction = innermost.tb_frame.f_code.co_code[innermost.tb_lasti]
+    return package not in _LIBRARIES and dis.opname[instruction] == "RAISE_VARARGS"
 
 
 def _repeats_another(error: BaseException) -> bool:
@@ -143,12 +143,10 @@ def _repeats_another(error: BaseException) -> bool:
     return other is not None and str(other) != "" and str(other).strip("'\"") in str(error)
 
 
-def _stands_at_raise(trace: TracebackType | None) -> bool:
+def _innermost(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return False
-    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return trace
 
 
 def _frames(error: BaseException) -> Iterator[str]:

@@ -55,6 +55,28 @@ def _load(data: bytes) -> Any:
     return load(data)
 
 
+def wrapped(kind: str, content: Any, **fields: Any) -> dict[str, Any]:
+    """Return a message that has `content` under `kind`; the tensors in it go where a frame carries them."""
+    tensors = content.get(_TENSORS) if isinstance(content, dict) else None
+    if not tensors:
+        return {**fields, kind: content}
+    return {**fields, kind: {**content, _TENSORS: None}, _TENSORS: tensors}
+
+
+def unwrapped(message: dict[str, Any], kind: str) -> Any:
+    """Return the content that `wrapped` put under `kind`, its tensors back in their place.
+
+    Raises:
+        FrameError: there are tensors and no dictionary to hold them.
+    """
+    content, tensors = message[kind], message.get(_TENSORS)
+    if not tensors:
+        return content
+    if not isinstance(content, dict):
+        raise FrameError("tensors without a message")
+    return {**content, _TENSORS: tensors}
+
+
 class Frames:
     """The messages in what is read from a pipe, piece by piece."""
 

@@ -10,14 +10,14 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import one_line
 from harness.isolation.child import Ends, is_out_of_memory
-from harness.isolation.frames import FrameError
+from harness.isolation.frames import FrameError, unwrapped, wrapped
 from harness.isolation.limits import Channel, LocalChannel, SubjectExitError, TimeLimitExceeded, overdue
 from harness.isolation.process import POLL_SECONDS, Process, Status, wait_for
 from harness.isolation.processes import can_fork
@@ -115,7 +115,7 @@ class PipeChannel(Channel):
 
     def send(self, event: Any) -> None:
         """Send one event; TypeError when it is neither JSON nor has tensors under `tensors`."""
-        self._say({"event": event} | ({"tensors": event["tensors"]} if _has_tensors(event) else {}))
+        self._say(wrapped("event", event))
 
     @contextmanager
     def _watched(self, label: str, seconds: float | None) -> Iterator[None]:
@@ -127,17 +127,7 @@ class PipeChannel(Channel):
 
     def _say(self, message: dict[str, Any]) -> None:
         if os.getpid() == self._owner:  # else a process that was forked in a call, running on in a copy of the job
-            if _has_tensors(message):
-                message = {**message, "event": {**message["event"], "tensors": None}}
             self._ends.say(message)
-
-
-def _has_tensors(message: Any) -> bool:
-    return isinstance(message, Mapping) and bool(message.get("tensors"))
-
-
-def _event(message: dict[str, Any]) -> Any:
-    return {**message["event"], "tensors": message["tensors"]} if _has_tensors(message) else message["event"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +221,7 @@ class _Children:
             for message in child.process.take():
                 child.take(message)
                 if "event" in message:
-                    self._on_event(child.index, _event(message))
+                    self._on_event(child.index, unwrapped(message, "event"))
         except FrameError as error:
             child.late = child.late or str(error)
             child.process.kill()

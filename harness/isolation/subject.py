@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from harness.isolation.child import Ends
-from harness.isolation.frames import FrameError, Frames
+from harness.isolation.frames import FrameError, Frames, unwrapped, wrapped
 from harness.isolation.limits import GRACE_SECONDS
 from harness.isolation.process import READ_BYTES, Process, Status, wait_for
 from harness.isolation.processes import can_fork, kill_orphans
@@ -101,16 +101,11 @@ class Apart:
             answer = self._answer(message["order"], partial(_say_part, ends, number))
             if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
                 os._exit(0)
-            ends.say(_numbered("answer", answer, number))
+            ends.say(wrapped("answer", answer, number=number))
 
 
 def _say_part(ends: Ends, number: int, part: Any) -> None:
-    ends.say(_numbered("part", part, number))
-
-
-def _numbered(kind: str, message: Any, number: int) -> dict[str, Any]:
-    tensors = message.pop("tensors", None) if isinstance(message, dict) else None
-    return {"number": number, kind: message} | ({"tensors": tensors} if tensors else {})
+    ends.say(wrapped("part", part, number=number))
 
 
 def _orders(descriptor: int) -> Iterator[Any]:
@@ -129,16 +124,19 @@ class _Wait:
     parts: int
 
     def answer(self, on_part: Part) -> Any:
-        deadline = time.monotonic() + self.seconds + GRACE_SECONDS
+        deadline = self._deadline()
         while True:
             over = self.process.exit_code()  # before the last look at its messages
             for kind, content in self._messages():
                 if kind == "answer":
                     return content
                 on_part(content)
-                deadline = time.monotonic() + self.seconds + GRACE_SECONDS
+                deadline = self._deadline()
             self._raise_if_lost(over, deadline)
             wait_for([self.process], deadline - time.monotonic())
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.seconds + GRACE_SECONDS
 
     def _messages(self) -> Iterator[tuple[str, Any]]:
         try:
@@ -165,12 +163,7 @@ def _content(message: Any, number: int) -> tuple[str, Any]:
     kinds = [kind for kind in ("part", "answer") if isinstance(message, dict) and kind in message]
     if not kinds or message.get("number") != number:
         raise FrameError("a message that answers nothing")
-    content = message[kinds[0]]
-    if tensors := message.get("tensors"):
-        if not isinstance(content, dict):
-            raise FrameError("tensors without a message")
-        content["tensors"] = tensors
-    return kinds[0], content
+    return kinds[0], unwrapped(message, kinds[0])
 
 
 @contextlib.contextmanager

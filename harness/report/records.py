@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Verdicts by outcome, counted from the records themselves."""
-        return dict(Counter(verdict.outcome for verdict in self.verdicts))
+        return counts_of(self.verdicts)
 
     @cached_property
     def missing(self) -> tuple[PartRecord, ...]:
@@ -155,6 +155,11 @@ class RunWriter:
         worse = tuple(self.gate(replace(read_run(self.path), footer=footer, cut=None)))
         code = 1 if worse else 2 if footer.exit_code == 2 else 0
         return footer.model_copy(update={"gate": worse, "exit_code": code})
+
+
+def counts_of(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """Return how many verdicts have each outcome."""
+    return dict(Counter(str(verdict.outcome) for verdict in verdicts))
 
 
 def is_measured(counts: Mapping[str, int]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.report.models import Footer, Header
-from harness.report.records import Run, exit_code_of
+from harness.report.records import Run, counts_of, exit_code_of
 from harness.report.summary import (
     SYMBOLS,
     WORDS,
@@ -41,7 +40,7 @@ _WIDEST = 40
 def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None, *, reference: str = "") -> None:
     """Print the failures, the matrix, the reference and the summary sentence of verdicts that belong to one run."""
     told = tuple(verdicts)
-    counts = dict(Counter(str(verdict.outcome) for verdict in told))
+    counts = counts_of(told)
     footer = Footer(counts=counts, seconds=0.0, exit_code=exit_code_of(counts), reference=reference)
     print_run(Run(Header(run_id="", created="", command=""), told, footer), console)
 
