@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness.doctor.match import match_layers, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
+from harness.files.safetensors_file import torch_name
 from harness.text import parse_json, printable
 
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
-_FEW_BYTES = 1 << 19
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+_NORM_BYTES = 1 << 22
 _MODEL_FOLDERS = ("transformer", "unet")
 _MAX_INDEX_BYTES = 50_000_000
 
@@ -42,8 +35,7 @@ class Checkpoint:
     files: Mapping[str, SafetensorsFile]
     prefix: str = ""
     _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
-    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
-    _streams: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
+    _room: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -93,68 +85,46 @@ class Checkpoint:
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor as torch names it; unknown ones as the file does."""
-        return _DTYPES.get(self.info(name).dtype, self.info(name).dtype)
+        return torch_name(self.info(name).dtype)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions.
-
-        A few rows are read as bytes, because a page fault in a mapped file brings in megabytes around it.
+    def rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions; in `room` if given.
 
         Raises:
             LoraFileError: the file changed since its header was read, or this torch does not know its dtype.
         """
         key = self.names[name]
-        path = self.files[key].path
-        try:
-            part = self._few(name, start, stop)
-            if part is None:
-                part = self._mapped(path).get_slice(key)[start:stop]
-        except (SafetensorError, OSError, RuntimeError, AttributeError, ValueError) as error:
-            raise LoraFileError(path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+        part = self.files[key].rows(key, start, stop, room)
         return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
+
+    def chunks(self, name: str) -> Callable[[int, int], Tensor]:
+        """Return what reads rows of a tensor into one memory of this checkpoint; fresh memory costs as much as reading.
+
+        They hold until rows of any tensor are read so again.
+        """
+        info = self.info(name)
+        width = (info.end - info.start) // max((*info.shape, 1)[0], 1)
+
+        def read(start: int, stop: int) -> Tensor:
+            size = (stop - start) * width
+            if not self._room or len(self._room[0]) < size:
+                self._room[:] = [torch.empty(size, dtype=torch.uint8)]
+            return self.rows(name, start, stop, self._room[0])
+
+        return read
 
     def norm(self, name: str) -> float:
         """Return ||W||_F, accumulated in float64: torch's own float32 norm is off by 2e-3 at 40 million elements."""
         if name not in self._norms:
-            weight = self.rows(name, 0, (*self.info(name).shape, 1)[0])
-            weight = weight if weight.dtype.itemsize > 1 else weight.float()
-            self._norms[name] = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-            self.release()
+            info = self.info(name)
+            rows = info.shape[0] if info.shape else 1
+            step = max(1, _NORM_BYTES * rows // max(info.end - info.start, 1))
+            read = self.chunks(name)
+            parts = (read(start, start + step) for start in range(0, rows, step))
+            wide = (part if part.dtype.itemsize > 1 else part.float() for part in parts)
+            norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in wide]
+            self._norms[name] = math.hypot(*norms)
         return self._norms[name]
-
-    def release(self) -> None:
-        """Unmap the files, so that what was read of them no longer counts as memory of this process."""
-        self._handles.clear()
-
-    def _mapped(self, path: Path) -> Any:
-        if path not in self._handles:
-            self._handles[path] = safe_open(str(path), framework="pt")
-        return self._handles[path]
-
-    def _few(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return rows read as bytes; None when they are many."""
-        info, kind = self.info(name), getattr(torch, self.dtype(name), None)
-        rows = info.shape[0] if info.shape else 1
-        width = (info.end - info.start) // max(rows, 1)
-        size = (min(stop, rows) - start) * width
-        if kind is None or not 0 < size <= _FEW_BYTES or not hasattr(os, "pread"):
-            return None
-        raw = os.pread(self._descriptor(name), size, info.start + start * width)
-        if len(raw) < size:
-            raise ValueError("the file is shorter than it was")
-        return torch.frombuffer(bytearray(raw), dtype=kind).reshape(-1, *info.shape[1:])
-
-    def __del__(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-    def _descriptor(self, name: str) -> int:
-        path = self.files[self.names[name]].path
-        if path not in self._streams:
-            self._streams[path] = path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._streams[path].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return self._streams[path].fileno()
 
 
 def _weight_files(path: Path) -> Iterator[Path]:

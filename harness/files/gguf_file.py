@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
-from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, regular_size
+from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, regular_size, set_apart
 from harness.text import printable
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ALPHA_KEY = "adapter.lora.alpha"
 _MAGIC = b"GGUF"
 _ARRAY = 9  # GGUFValueType.ARRAY
+_MAX_HEADER_BYTES = 25_000_000
 _LONGEST_ARRAY = 65_536  # vocabularies, which only whole models have, cost the reader seconds
 _PLAIN = ("F16", "F32", "F64")
 _REFUSED = (ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, OSError, TypeError)
@@ -33,12 +35,19 @@ class GgufFile(TensorFile):
         Raises:
             LoraFileError: the file changed, or its type is unknown to `gguf`.
         """
-        if not self._opened:
-            self._opened.append({tensor.name: tensor for tensor in _reader(self.path).tensors})
         try:
-            return _decoded(self._opened[0][key])
+            return _decoded(self, self._layouts[key])
         except _REFUSED as error:
             raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+
+    @cached_property
+    def _layouts(self) -> dict[str, Any]:
+        """How the numbers of every tensor lie: their dtype, byte order and shape for numpy."""
+        return {tensor.name: tensor for tensor in _reader(self.path, self.size).tensors}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the header of `gguf`, which can be read again, behind too."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_layouts"}
 
 
 def is_gguf(path: Path) -> bool:
@@ -56,7 +65,7 @@ def read_gguf(path: Path) -> GgufFile:
         LoraFileError: `gguf` is not installed, or the file is malformed or a whole model.
     """
     size = regular_size(path)
-    reader = _reader(path)
+    reader = _reader(path, size)
     tensors = {tensor.name: _info(tensor) for tensor in reader.tensors}
     for name, info in tensors.items():
         if not reader.data_offset <= info.start <= info.end <= size:
@@ -79,7 +88,7 @@ def _info(tensor: Any) -> TensorInfo:
     return TensorInfo(tensor.tensor_type.name, shape, start, start + int(tensor.n_bytes))
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: Path, size: int) -> Any:
     gguf = _package(path)
 
     class Bounded(gguf.GGUFReader):  # type: ignore[name-defined,misc]
@@ -97,9 +106,21 @@ def _reader(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of overflows in hostile offsets, which are refused later
-            return Bounded(path)
+            reader = _of_header(path, size, Bounded)
     except _REFUSED as error:
         raise LoraFileError(path, f"not a valid GGUF adapter ({printable(error)})") from error
+
+    if reader.data_offset > _MAX_HEADER_BYTES:
+        raise LoraFileError(path, f"a header of more than {_MAX_HEADER_BYTES:,} bytes, which no adapter has")
+    return reader
+
+
+def _of_header(path: Path, size: int, reader: type) -> Any:
+    """Let the reader, which maps what it opens, open a copy of all that it looks at: of tensors it tells the places."""
+    with path.open("rb") as stream:
+        head = stream.read(min(size, _MAX_HEADER_BYTES))
+    with set_apart(head, size) as apart:
+        return reader(apart)
 
 
 def _package(path: Path) -> Any:
@@ -109,12 +130,12 @@ def _package(path: Path) -> Any:
         raise LoraFileError(path, "is a GGUF file: install `gguf` to have it read (lora-harness[gguf])") from None
 
 
-def _decoded(tensor: Any) -> Tensor:
-    import numpy
+def _decoded(file: GgufFile, tensor: Any) -> Tensor:
     import torch
 
-    name = tensor.tensor_type.name
-    native = numpy.array(tensor.data, dtype=tensor.data.dtype.newbyteorder("="))
+    name, stored = tensor.tensor_type.name, tensor.data.dtype
+    raw = file.elements(int(tensor.data_offset), int(tensor.data.nbytes), torch.uint8).numpy()
+    native = raw.view(stored).astype(stored.newbyteorder("="), copy=False).reshape(tensor.data.shape)
     if name in _PLAIN:
         return torch.from_numpy(native)
     if name == "BF16":

@@ -61,8 +61,6 @@ def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> boo
         before, after = (store.rows(name, start, min(start + step, rows)) for store in (base, merged))
         if not torch.equal(_bits(before.to(after.dtype)), _bits(after)):
             return True
-    base.release()
-    merged.release()
     return False
 
 

@@ -135,8 +135,6 @@ def _module(
         scale = wanted.expected
         measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
     fault = None if blends else _fault(layer, measured)
-    for store in stores:
-        store.release()
     note = BLENDED if blends else None
     return Module(_found(wanted, measured, layer), change.tensor, measured, dtype=layer.dtype, fault=fault, note=note)
 
