@@ -55,7 +55,7 @@ def read_record(
         adapter = read_lora(path, strict=False)
     except LoraFileError as error:
         return unreadable(path, _without_path(error, Path(path))), None
-    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
+    record = describe(adapter, path=shown_path(path), lora_alpha=lora_alpha)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
@@ -65,12 +65,12 @@ def read_record(
 
 def unreadable(path: Path | str, what: str) -> FileRecord:
     """Return the record of a file that could not be read, with hazard LH799."""
-    return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
+    return FileRecord(path=shown_path(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
 
 
 def not_judged(path: Path | str, what: str) -> FileRecord:
     """Return the record of a file that nobody could read for a reason which is not the file's, with hazard LH798."""
-    return FileRecord(path=_text(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
+    return FileRecord(path=shown_path(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
 
 
 def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
@@ -79,7 +79,7 @@ def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float
     different = distinct(modules)
     total = len(adapter.file.keys)
     return FileRecord(
-        path=path or _text(adapter.path),
+        path=path or shown_path(adapter.path),
         format=adapter.format,
         size=adapter.file.size,
         modules=len(modules),
@@ -124,7 +124,7 @@ def _histogram(modules: list[LoraModule], field: str, shown: Callable[[Any], str
     return dict(found.most_common())
 
 
-def _text(path: Path | str) -> str:
+def shown_path(path: Path | str) -> str:
     """Return a path as text that JSON can hold, whatever bytes the file name has."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
