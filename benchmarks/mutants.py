@@ -46,7 +46,7 @@ SUBJECTS = {
     "law/scale": "law/test_probes.py",
     "law/law": "law/test_law_text.py",
     "law/identify": "law/test_law_search.py",
-    "law/diagnosis": "law/test_diagnosis.py law/test_law.py",
+    "law/diagnosis": "law/test_diagnosis.py law/test_parts.py law/test_law.py",
     "law/known": "law/test_prescribe.py",
     "measure/tolerance": "measure/test_tolerance.py",
     "measure/compare": "measure/test_fit.py",

@@ -38,12 +38,6 @@ def _code(code: str) -> str:
     return code
 
 
-def _trait(trait: str) -> str:
-    if trait not in TRAITS:
-        raise ValueError(f"{trait!r} is none of {', '.join(TRAITS)}")
-    return trait
-
-
 def _versions(versions: str) -> str:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
@@ -55,10 +49,10 @@ def _versions(versions: str) -> str:
 
 
 def _among(known: Callable[[], Iterable[str]]) -> AfterValidator:
-    def check(names: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := next((name for name in names if name not in known()), None):
-            raise ValueError(f"{wrong!r} is none of {', '.join(known())}")
-        return names
+    def check(name: str) -> str:
+        if name not in known():
+            raise ValueError(f"{name!r} is none of {', '.join(known())}")
+        return name
 
     return AfterValidator(check)
 
@@ -80,10 +74,10 @@ class KnownFailure:
     code: Annotated[str, AfterValidator(_code)]
     reason: _Text
     link: _Text
-    formats: Annotated[tuple[str, ...], _among(lambda: FORMATS)] = ()
-    benches: Annotated[tuple[str, ...], _among(bench_names)] = ()
-    variants: Annotated[tuple[str, ...], _among(lambda: VARIANTS)] = ()
-    trait: Annotated[str, AfterValidator(_trait)] | None = None
+    formats: tuple[Annotated[str, _among(lambda: FORMATS)], ...] = ()
+    benches: tuple[Annotated[str, _among(bench_names)], ...] = ()
+    variants: tuple[Annotated[str, _among(lambda: VARIANTS)], ...] = ()
+    trait: Annotated[str, _among(lambda: TRAITS)] | None = None
     versions: Annotated[str, AfterValidator(_versions)] | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -176,7 +170,7 @@ def _parse(path: Path, number: int, table: object) -> KnownFailure:
         return _LINE.validate_python(table)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the table"
+        field = ".".join(part for part in first["loc"] if isinstance(part, str)) or "the table"
         raise UserError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -74,6 +74,7 @@ def command(
     from harness.isolation.limits import Limits
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
+    from harness.report.summary import power_sentence
     from harness.selftest.measure import measure
 
     if runs:
@@ -102,10 +103,11 @@ def command(
         writer.exit_code = 0 if all(result.right for result in results) else 1
     if out:
         shared.show(out, as_json=True)
+    records = [result.record() for result in results]
     if markdown and not as_json:
-        click.echo(power_markdown([result.record() for result in results]), nl=False)
+        click.echo(power_markdown(records), nl=False)
     if not quiet:
-        click.echo(summary(results))
+        click.echo(f"\n{power_sentence(records)}")
     sys.exit(writer.exit_code)
 
 
@@ -124,18 +126,6 @@ def _recorded(runs: Sequence[Path]) -> list[PowerRecord]:
     from harness.report.records import read_run
 
     return [record for path in runs for record in read_run(path).of(PowerRecord)]
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Return the totals: found and named broken loaders, false alarms on right ones."""
-    broken = [result for result in results if result.case.fault]
-    correct = [result for result in results if not result.case.fault]
-    found, named = sum(result.found for result in broken), sum(result.named for result in broken)
-    alarms, examples = sum(len(result.violations) for result in correct), sum(result.examples for result in correct)
-    return (
-        f"\nbroken loaders: {found} of {len(broken)} found, {named} named right\n"
-        f"right loaders:  {alarms} false alarms on {len(correct)} loaders in {examples} examples"
-    )
 
 
 def _line(result: Result) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.images.factor import Estimate
 from harness.images.fixture import base_pipeline, has_lora_for, lora_file, lora_for
 from harness.images.pipelines import OpenPipeline, open_pipeline, read_prompts
-from harness.images.recorder import SweepResult, contact_sheet
+from harness.images.recorder import SweepResult
 from harness.images.sweep import ALPHAS, SweepOptions, run_sweep
 from harness.images.verdict import Judgement, StrengthResult, judge
 
@@ -18,7 +18,6 @@ __all__ = [
     "SweepOptions",
     "SweepResult",
     "base_pipeline",
-    "contact_sheet",
     "has_lora_for",
     "judge",
     "lora_file",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,26 +37,6 @@ def save_image(image: Tensor, path: Path) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_bytes(image)).save(path, optimize=True)
-    return path
-
-
-def contact_sheet(rows: Mapping[str, Tensor], path: Path, *, scale: int = 2, label_width: int = 150) -> Path:
-    """Write one labelled row of pictures per entry, `rows: label -> [n, 3, height, width]`, enlarged `scale` times."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    first = next(iter(rows.values()))
-    height, width = (edge * scale for edge in first.shape[-2:])
-    gap = 2
-    sheet = Image.new("RGB", (label_width + len(first) * (width + gap), len(rows) * (height + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for line, (label, images) in enumerate(rows.items()):
-        top = line * (height + gap)
-        pen.multiline_text((6, top + height // 2 - 16), label, fill="black", font=font)
-        for column, image in enumerate(images):
-            picture = Image.fromarray(to_bytes(image)).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (label_width + column * (width + gap), top))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
     return path
 
 

@@ -32,6 +32,7 @@ def sweep_verdict(
         subject,
         studio,
         outcome,
+        observations,
         code=judgement.code,
         title=_title(judgement),
         estimated_factor=factor,
@@ -40,7 +41,6 @@ def sweep_verdict(
         prescription=prescription,
         rows=_rows(subject, studio, observations, judgement, prescription),
         reason=judgement.reason or None,
-        reproduce=_reproduce(subject, studio, observations),
         examples=len(studio.sampler.pairs),
         seconds=seconds,
         data={
@@ -56,30 +56,20 @@ def sweep_verdict(
 
 def crashed_verdict(subject: Subject, studio: Studio, raised: Raised) -> Verdict:
     """Return the verdict of a subject that raised, was stopped at its time limit, died, or refused the LoRA."""
-    title = f"{CODES[raised.code].title}: {raised.what}"
-    return _verdict(
-        subject,
-        studio,
-        _OUTCOMES[raised.code],
-        code=raised.code,
-        title=title,
-        reproduce=_reproduce(subject, studio, ()),
-        rows=tuple(raised.rows()),
-    )
+    code, title = raised.code, f"{CODES[raised.code].title}: {raised.what}"
+    return _verdict(subject, studio, _OUTCOMES[code], code=code, title=title, rows=tuple(raised.rows()))
 
 
 def died_verdict(subject: Subject, studio: Studio, end: JobEnd) -> Verdict:
     """Return the errored verdict of a subject whose process ended in another way than by finishing."""
-    printed = (("printed", line) for line in end.output_tail.strip().splitlines()[-3:])
-    return _errored(subject, studio, f"loader raised: {end.what}", rows=tuple(printed), seconds=end.seconds)
+    printed = tuple(("printed", line) for line in end.output_tail.strip().splitlines()[-3:])
+    title = f"loader raised: {end.what}"
+    return _verdict(subject, studio, "errored", code="LH901", title=title, rows=printed, seconds=end.seconds)
 
 
-def _errored(subject: Subject, studio: Studio, title: str, **fields: Any) -> Verdict:
-    reproduce = _reproduce(subject, studio, ())
-    return _verdict(subject, studio, "errored", code="LH901", title=title, reproduce=reproduce, **fields)
-
-
-def _verdict(subject: Subject, studio: Studio, outcome: Outcome, **fields: Any) -> Verdict:
+def _verdict(
+    subject: Subject, studio: Studio, outcome: Outcome, drawn: Sequence[StrengthResult] = (), **fields: Any
+) -> Verdict:
     return Verdict(
         loader=subject.spec,
         loader_version=subject.version,
@@ -87,6 +77,7 @@ def _verdict(subject: Subject, studio: Studio, outcome: Outcome, **fields: Any) 
         outcome=outcome,
         format=studio.adapter.format,
         bench=studio.opened.name,
+        reproduce=_reproduce(subject, studio, drawn),
         **fields,
     )
 
@@ -106,9 +97,8 @@ def lora_facts(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def _title(judgement: Judgement) -> str:
-    times = (
-        "" if judgement.factor is None else f"{judgement.factor:.3g} times the trained strength{_interval(judgement)}"
-    )
+    interval = " [{:.3g}, {:.3g}]".format(*judgement.interval) if judgement.interval else ""
+    times = "" if judgement.factor is None else f"{judgement.factor:.3g} times the trained strength{interval}"
     at = f" at strength {judgement.told_by.strength:g}" if judgement.told_by and judgement.told_by.strength != 1 else ""
     return {
         "as trained": f"pictures look as trained: {times}",
@@ -127,12 +117,6 @@ def _prescription(judgement: Judgement) -> float | None:
     if judgement.finding not in ("wrong strength", "noise") or judgement.reason or not factor or abs(factor) < 0.02:
         return None
     return float(f"{1 / factor:.3g}")
-
-
-def _interval(judgement: Judgement) -> str:
-    if judgement.interval is None:
-        return ""
-    return f" [{judgement.interval[0]:.3g}, {judgement.interval[1]:.3g}]"
 
 
 def _rows(

@@ -30,7 +30,7 @@ _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines a
 class Studio:
     """Takes the pictures of a sweep; references are drawn once per strength and kept.
 
-    `step` is called with a short text before every strength that is drawn.
+    `step` is called with a short text before every strength that is drawn; one load may take `seconds`, 0 for ever.
     """
 
     def __init__(
@@ -51,18 +51,13 @@ class Studio:
         shared = _shared(opened, lora, self.sampler.pairs, quick)
         self._drawn: dict[float, Tensor] = {} if shared is None else shared
         self._is_shared = shared is not None
-        self._seconds: float | None = None
+        self.seconds = 0.0
         self._share: Callable[[Any], object] | None = None
 
     def work_for(self, channel: Channel, seconds: float) -> None:
         """Take the pictures for a job from now on: tell `channel` of each step, and limit one load to `seconds`."""
-        self.step, self._seconds = lambda text: channel.send({"step": text}), seconds
+        self.step, self.seconds = lambda text: channel.send({"step": text}), seconds
         self._share = channel.send if self._is_shared else None
-
-    @property
-    def seconds(self) -> float:
-        """The seconds that one load may take."""
-        return self._seconds or 0.0
 
     def keep(self, strength: float, pictures: Tensor) -> None:
         """Take over a reference that another process drew."""
@@ -126,7 +121,7 @@ class Studio:
         """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
         self.step(f"{subject.spec} at {strength:g}")
         model = self.opened.fresh()
-        with quiet("diffusers", "transformers"), alarm(self._seconds) if self._seconds else nullcontext():
+        with quiet("diffusers", "transformers"), alarm(self.seconds) if self.seconds else nullcontext():
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 

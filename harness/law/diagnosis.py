@@ -36,8 +36,8 @@ def diagnose(probes: Sequence[Probe], *, unloaded: Iterable[str] = ()) -> Diagno
     usable = [p for p in probes if p.module not in skip]
     visible = any(abs(p.measured) > 4 * p.tolerance for p in usable)  # zeros alone fit many laws
     law = identify([p for p in usable if not p.permuted]) if visible else None
-    if law is not None and not (law.is_trained and any(not p.right for p in usable)):
-        return Diagnosis(law, None) if law.is_trained else _named(law, usable)
+    if law is not None and not law.is_trained:
+        return _named(law, usable)
     wrong = [p for p in usable if not p.right]
     if not wrong:
         return Diagnosis(law, None)
@@ -48,12 +48,12 @@ def _named(law: Law, probes: Sequence[Probe], trait: Trait | None = None) -> Dia
     """Name a wrong law, of several that explain the probes the one that is met most."""
     fused = all(p.fused for p in probes)
     readings = (law, *law.others)
-    likely = min(readings, key=lambda each: _rarity(each, fused_only=fused))
+    likely = min(readings, key=lambda each: _rarity(each, fused))
     found = replace(likely, others=tuple(each for each in readings if each is not likely), residual=law.residual)
     return Diagnosis(found, _code_under(trait, code_of(found, fused_only=fused)), trait)
 
 
-def _rarity(law: Law, *, fused_only: bool) -> int:
+def _rarity(law: Law, fused_only: bool) -> int:
     """Return the place of a law among those that explain the same probes, the one that is met most first."""
     code, plain = code_of(law, fused_only=fused_only), law.constant == 1.0
     factor = (law.exponents["alpha"], law.exponents["rank"]) == (1.0, -0.5 if law.root else -1.0)
@@ -114,17 +114,16 @@ def _code_under(trait: Trait | None, code: str) -> str:
 
 def _clamped(wrong: Sequence[Probe]) -> Diagnosis | None:
     """Name a bound when the wrong probes all behave as if alpha, or the strength, were one same number."""
-    seen = [p for p in wrong if p.alpha and p.strength]
-    if len(seen) < len(wrong):
+    if not all(p.alpha and p.strength for p in wrong):
         return None
-    alphas, strengths = [p.alpha or 0.0 for p in seen], [p.strength for p in seen]
-    for (word, code), values, others in zip(_INPUTS, (alphas, strengths), (strengths, alphas), strict=True):
-        units = [other / p.rank for other, p in zip(others, seen, strict=True)]
-        bound = median(p.measured / unit for p, unit in zip(seen, units, strict=True))
-        near = (abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in zip(seen, units, strict=True))
+    for name, code in _INPUTS:
+        units = [(p, p.expected / getattr(p, name)) for p in wrong]
+        bound = median(p.measured / unit for p, unit in units)
+        near = all(abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in units)
+        values = {getattr(p, name) for p in wrong}
         one_side = max(values) <= bound or min(values) >= bound
-        if len(set(values)) > 2 and one_side and all(near):
-            return Diagnosis(None, code, Trait(f"{word} beyond {bound:.4g}", word))
+        if len(values) > 2 and one_side and near:
+            return Diagnosis(None, code, Trait(f"{name} beyond {bound:.4g}", name))
     return None
 
 
@@ -135,10 +134,10 @@ def _per_block(usable: Sequence[Probe]) -> Diagnosis | None:
         blocks.setdefault(block_of(probe.module), []).append(probe)
     found = {block: _factor(group) for block, group in blocks.items()}
     factors = tuple((block, factor) for block, factor in found.items() if factor is not None)
-    if len({round(factor, 6) for _, factor in factors}) < 2 or len(factors) < len(blocks):
+    if None in found.values() or len({round(factor, 6) for _, factor in factors}) < 2:
         return None
-    rank = RANK[2] if all(p.root for p in usable) else RANK[0]
-    law = Law(STRENGTH[0], ALPHA[0], rank, factors=factors, root=rank is RANK[2])
+    root = all(p.root for p in usable)
+    law = Law(STRENGTH[0], ALPHA[0], RANK[2] if root else RANK[0], factors=factors, root=root)
     return Diagnosis(law, "LH209", Trait("each block of the model has a factor of its own", "part"))
 
 
@@ -155,11 +154,10 @@ def _factor(group: Sequence[Probe]) -> float | None:
 def _parts(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Iterator[tuple[Trait, Sequence[Probe]]]:
     """Yield the parts of the probes that hold every wrong one: by trait, then by module."""
     for trait in TRAITS.values():
-        part = [p for p in usable if trait(p)]
-        if len(part) < len(usable) and all(map(trait, wrong)):
-            yield trait, part
+        if all(map(trait, wrong)) and not all(map(trait, usable)):
+            yield trait, [p for p in usable if trait(p)]
     modules = {p.module for p in wrong}
-    if len(modules) < len({p.module for p in usable}):
+    if not all(p.module in modules for p in usable):
         yield Trait(f"{len(modules)} of the modules", "part"), [p for p in usable if p.module in modules]
 
 
@@ -220,5 +218,5 @@ def law_name(law: Law) -> str:
 
 
 def _reading(law: Law) -> str:
-    factor = replace(law, constant=1.0).is_trained and law.constant != 1.0
+    factor = replace(law, constant=1.0).is_trained
     return f"{law.constant:.4g} times the trained scale" if factor else CODES[code_of(law)].title

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from harness.errors import UserError
+from harness.outputs import replace_file, saying
 from harness.report.models import PowerRecord
 from harness.report.records import Run, merge_runs, rebased
 from harness.report.summary import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from harness.report.history import HistoryRecord
 
 _PACKAGE = "harness.report"
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"))
 _POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; img-src data:; "
     "base-uri 'none'; form-action 'none'; object-src 'none'"
@@ -60,16 +61,11 @@ def write_report(
     out, run = Path(out), merge_runs(runs)
     if run.path is None or run.path.resolve().parent != out.resolve():
         run = rebased(run)
-    try:
+    with saying(out, "the report cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         page = render(run, out, history=history or (), gate=gate, data=_machine_data(run, out))
-        target = out / "index.html"
-        partial = out / "index.html.part"
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise UserError(f"{out}: the report cannot be written: {error.strerror or error}") from None
-    return target
+        replace_file(out / "index.html", page.encode("utf-8"))
+    return out / "index.html"
 
 
 def render(
@@ -127,10 +123,10 @@ def when(stamp: str) -> str:
 
 
 def sized(count: float | None) -> str:
-    """Return a number of bytes in MiB or GiB."""
+    """Return a number of bytes, large ones in MiB or GiB."""
     if count is None:
         return "–"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return next((f"{count / unit:,.1f} {name}" for unit, name in _UNITS if count >= unit), f"{count:,} bytes")
 
 
 def environment() -> Environment:

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.law.known import known_laws
-from harness.outputs import replace_file
+from harness.outputs import replace_file, saying
 from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.html import asset, environment, policy
 from harness.text import count, plain
@@ -104,11 +104,9 @@ def write_lora_page(records: Sequence[FileRecord], path: Path | str, *, command:
     path = checked_target(path)
     if not records:
         raise UserError(f"{path}: there is no file to show")
-    try:
+    with saying(path, "the page cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, render_lora_page(records, command=command).encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise UserError(f"{path}: the page cannot be written ({error.strerror or error})") from None
     return path
 
 
@@ -166,7 +164,7 @@ def audit_page(rows: Sequence[FileRecord]) -> Iterator[str]:
 
 def _page(template: str, script: Any, **parts: Any) -> Iterator[str]:
     style, page = asset("report.css") + asset("lora.css"), environment()
-    page.filters |= {"sized": _sized, "counted": _counted}
+    page.filters["counted"] = _counted
     shared = {"policy": policy(script, style), "style": style, "script": script}
     return page.get_template(template).generate(**shared, **parts)
 
@@ -195,12 +193,6 @@ def _often(rows: Sequence[FileRecord]) -> list[tuple[Code, int]]:
     """Return every hazard with the number of files that have it."""
     files = Counter(code for row in rows for code in set(row.codes))
     return [(CODES[code], times) for code, times in files.most_common()]
-
-
-def _sized(size: int | None) -> str:
-    if size is None:
-        return "–"
-    return f"{size:,} bytes" if size < 1 << 20 else f"{size / (1 << 20):,.1f} MiB"
 
 
 def _counted(values: dict[str, int]) -> str:

@@ -248,7 +248,7 @@ def headline(run: Run) -> str:
         return f"{cut}{len(wrong)} of {len(tested)} loaders {verb} not reproduce the training."
     if any(verdict.outcome in ("passed", "xfailed") for verdict in run.verdicts):
         return cut + _all_right(run, len(tested)) + _but(run)
-    return cut + (_files(run) or _power(run) or "Nothing was measured.")
+    return cut + (_files(run) or power_sentence(run.of(PowerRecord)) or "Nothing was measured.")
 
 
 def _more(lines: Sequence[str]) -> str:
@@ -287,10 +287,10 @@ def _files(run: Run) -> str:
     return f"{bad} of {len(files)} LoRA files carry hazards." if bad else f"No hazard in {len(files)} LoRA files."
 
 
-def _power(run: Run) -> str:
+def power_sentence(records: Sequence[PowerRecord]) -> str:
     """Say how many of the faults put in on purpose were found and named, and how often a right loader was blamed."""
-    right = [record for record in run.of(PowerRecord) if record.factor == 1]
-    wrong = [record for record in run.of(PowerRecord) if record.factor != 1]
+    right = [record for record in records if record.factor == 1]
+    wrong = [record for record in records if record.factor != 1]
     faults, found = sum(r.trials for r in wrong), sum(r.detected for r in wrong)
     named = sum(r.detected if r.named is None else r.named for r in wrong)
     alarms, trials = sum(r.detected for r in right), sum(r.trials for r in right)

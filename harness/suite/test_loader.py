@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from harness.checks.plan import Plan
 
 
-def loaders_under_test(config: pytest.Config) -> list[str]:
-    """Return the loaders named by `--lora-loader`, or every loader that is installed here."""
-    from harness.loaders.registry import available
-
-    return config.getoption("--lora-loader") or available()
-
-
 def plan_of(config: pytest.Config) -> Plan:
     """Return the plan of the options; without `--lora-loader` the shipped known failures apply."""
     from harness.checks.known import known_failures
@@ -40,10 +33,11 @@ def plan_of(config: pytest.Config) -> Plan:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from harness.checks.parametrize import cell_tests
     from harness.isolation.limits import Limits
+    from harness.loaders.registry import available
 
     try:
         plan = plan_of(metafunc.config)
-        loaders = loaders_under_test(metafunc.config)
+        loaders = metafunc.config.getoption("--lora-loader") or available()
         tests = [test for spec in loaders for test in cell_tests(spec, plan=plan, limits=Limits(workers=1))]
     except UserError as error:
         raise pytest.Collector.CollectError(f"error: {error}") from None

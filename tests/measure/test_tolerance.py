@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, coarser, tolerance
+from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, coarser, scale_rounding, tolerance
 
 # |W|^2 + |W'|^2 + s^2 (4 + r) outer^2 = 49 + 23 + 4 * 9 * 1 = 108 = 3 * 6^2, so the noise is 6 u;
 # over 9 elements and |BA| = 2 the regression sees 6 u / (3 * 2) = 1 u of it.
@@ -48,6 +48,18 @@ def test_a_tolerance_is_roundings_of_the_scale_plus_six_sigma(dtype: str, roundi
 def test_the_noise_adds_the_squares_of_its_sources(change: dict[str, float], sum_of_squares: float) -> None:
     noise = tolerance(dtype="float32", **EVEN | change).noise
     assert noise == exactly(4 * 2.0**-24 * math.sqrt(sum_of_squares / 3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [("float64", 2.0**-49), ("float32", 2.0**-20), ("float16", 2.0**-10), ("bfloat16", 2.0**-7)],
+)
+def test_a_scale_is_rounded_sixteen_times_in_single_precision_and_twice_in_half(dtype: str, error: float) -> None:
+    assert scale_rounding(dtype) == error
+
+
+def test_the_scale_of_a_file_in_eight_bits_is_rounded_in_bfloat16() -> None:
+    assert scale_rounding("float8_e4m3fn") == scale_rounding("bfloat16")
 
 
 def test_more_elements_and_a_larger_product_sharpen_the_scale() -> None:

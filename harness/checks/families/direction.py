@@ -42,8 +42,8 @@ def check_direction(observation: Observation) -> list[Finding]:
 def misplaced(observation: Observation) -> list[str]:
     """Return the layers outside the file that changed along the B @ A of a module of the file."""
     outside = [name for name in observation.changes if name not in observation.fits]
-    changes = observation.changes
-    return [n for n in outside if any(_same(changes[n], product) for product in observation.products.values())]
+    changes, products = observation.changes, observation.products.values()
+    return [name for name in outside if any(_aligned(changes[name], product) for product in products)]
 
 
 def _finding(code: str, observation: Observation, names: list[str]) -> Finding:
@@ -69,11 +69,10 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | 
         return "LH302"
     if any(_aligned(change, other, least) for other in _laid_out(product, observation.kernels.get(name, ()))):
         return "LH303"
-    if product.shape[0] == product.shape[1] and _aligned(change, product.T, least):
+    if _aligned(change, product.T, least):
         return "LH301"
-    if any(_aligned(change, other, least) for other in _others(observation, name)):
-        return "LH104"
-    if _mispaired(change, product, [p for other, p in observation.products.items() if other != name]):
+    others = [other for module, other in observation.products.items() if module != name]
+    if any(_aligned(change, other, least) for other in others) or _mispaired(change, product, others):
         return "LH104"
     if _rows_moved(change, product, whole.relative_residual / 2):
         return "LH302" if slices else "LH301"
@@ -85,12 +84,8 @@ def _apart(whole: Fit, slices: tuple[Fit, ...]) -> bool:
     return math.hypot(*(fit.residual for fit in slices)) < whole.residual / 2
 
 
-def _same(change: Tensor, product: Tensor) -> bool:
-    return change.shape == product.shape and _aligned(change, product)
-
-
 def _aligned(change: Tensor, candidate: Tensor, least: float = _ALIGNED) -> bool:
-    return abs(alignment(change, candidate)) > least
+    return change.shape == candidate.shape and abs(alignment(change, candidate)) > least
 
 
 def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
@@ -123,11 +118,6 @@ def _in_one_column(change: Tensor, product: Tensor) -> bool:
     """Whether everything but one column, as a bias beside its weight is, lies along B @ A."""
     rest = torch.arange(change.shape[1]) != int(change.square().sum(0).argmax())
     return _aligned(change[:, rest], product[:, rest])
-
-
-def _others(observation: Observation, name: str) -> Iterator[Tensor]:
-    shape = observation.products[name].shape
-    return (p for other, p in observation.products.items() if other != name and p.shape == shape)
 
 
 def _reordered(product: Tensor, count: int) -> Iterator[Tensor]:
