@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,14 @@ SUBTLE_BELOW = 0.005
 STRONG_ABOVE = 0.25
 _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
+_QUANTISED_NAME = re.compile(r"(bnb-)?4-?bit|nf4|int4|int8|8-?bit|gptq|awq|fp8", re.I)
 
 
 def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None) -> Advice | None:
     """Return the outlook of a LoRA, or None when nothing can be said: no pair, or no base and nothing broken."""
     if broken := _broken(adapter, energies):
         return broken
-    matched = base.match(adapter) if base else {}
+    matched = base.readable(adapter) if base else {}
     pairs = {name: energy for name, energy in energies.items() if name in matched}
     if base is None or not pairs:
         return None
@@ -123,9 +125,10 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
     lost = weights is not None and not weights.match(adapter)
     note = f"no module of this LoRA is a layer of {printable(base, 200)}: is it the model that it was trained on?"
+    notes = [note] if lost else list(_of_base(adapter, weights)) if weights else []
     return record.model_copy(
         update={
-            "notes": (*record.notes, note) if lost else record.notes,
+            "notes": (*record.notes, *notes),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,
@@ -134,12 +137,29 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     )
 
 
+def _of_base(adapter: LoraAdapter, base: Checkpoint) -> Iterator[str]:
+    """Yield what quantisation of the base means for the shares: real weights, or not judged."""
+    matched = base.match(adapter)
+    unread = Counter(why for name in matched.values() if (why := base.unreadable(name)))
+    for why, times in unread.items():
+        yield f"{count(times, 'layer')} of the base not judged: {why}"
+    kinds = Counter(how for name in matched.values() if not base.unreadable(name) and (how := base.quantised(name)))
+    for how, times in kinds.items():
+        yield f"{count(times, 'layer')} of the base stored as {how}: the shares are of the dequantised weights"
+    said = str(adapter.config.get("base_model_name_or_path") or "")
+    if (trained := _QUANTISED_NAME.search(said)) and matched and not (kinds or unread):
+        yield (
+            f"trained on {printable(said, 80)}, a base in {trained[0]}, and these are full weights: "
+            "merged into them it corrects roundings that they do not have"
+        )
+
+
 def energies(adapter: LoraAdapter, base: Checkpoint | None = None) -> dict[str, ModuleEnergy]:
     """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts.
 
     One module is in memory at a time.
     """
-    matched = base.match(adapter) if base else {}
+    matched = base.readable(adapter) if base else {}
     found = {}
     for name, module in adapter.modules.items():
         pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
