@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnplacedError, aliases, sliced
+from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnjudgedError, UnplacedError, aliases, sliced
 from harness.files import LoraAdapter, LoraModule
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
@@ -21,6 +21,7 @@ _LEADING = (
 _FLAT_LEADING = re.compile(
     rf"(?:_orig_mod|module|{'|'.join(word for word in _LEADING if word != 'transformer')}|transformer(?!_blocks))_(?=.)"
 )
+_OF_OTHER_SHAPE = ("experts", "set", "tokens")  # whole tensors may have more rows than the base, experts lie otherwise
 # where a component of a pipeline lies in a checkpoint that holds several
 _HOMES: Mapping[str, tuple[str, ...]] = {
     "te": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."),
@@ -50,7 +51,7 @@ class Placement:
     """Where every module of a LoRA goes.
 
     `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
-    share one, and `misfits` those whose layer is known and whose shape or order of rows does not fit; both with the
+    share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
     reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
     whose two names for a layer were needed.
     """
@@ -195,10 +196,10 @@ class _Placer:
                 self.slots[name] = self._fitted(module, found)
             else:
                 self.missing.append(name)
+        except UnjudgedError as why:
+            self.ambiguous[name] = str(why)
         except UnplacedError as why:
             self.misfits[name] = str(why)
-        except LookupError as why:
-            self.ambiguous[name] = str(why.args[0])
 
     def result(self) -> Placement:
         """Return the placement without the modules that claim the same rows."""
@@ -259,7 +260,7 @@ class _Placer:
             except UnplacedError as why:
                 problems.append(why)
         if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
-            raise LookupError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
+            raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
         if not found and problems:
             raise problems[0]
         for family in found.values():
@@ -281,7 +282,7 @@ class _Placer:
 
 def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     if len({slot.layer for slot in slots}) > 1:
-        raise LookupError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
+        raise UnjudgedError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
     return (slots[0],)
 
 
@@ -295,7 +296,12 @@ def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape 
     Raises:
         UnplacedError: the shapes do not fit.
     """
-    if shape is None or not shape or _reshapes(adapter, module):
+    if (
+        not shape
+        or not module.out_features
+        or module.variant in ("experts", "set", "tokens")
+        or _reshapes(adapter, module)
+    ):
         return slot
     wanted = slot.part[1] - slot.part[0] if slot.part else module.out_features
     rows = slot.rows[1] - slot.rows[0] if slot.rows else shape[0]
@@ -304,7 +310,7 @@ def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape 
     if slot.rows and slot.rows[1] > shape[0]:
         raise UnplacedError(_misfit(module, slot, shape))
     turned = slot.rows is None and slot.part is None and shape[:2] == (module.in_features, module.out_features)
-    if turned or (wanted == rows and _columns_fit(module, shape)) or module.variant in ("experts", "tokens"):
+    if turned or (wanted == rows and _columns_fit(module, shape)):
         return slot
     raise UnplacedError(_misfit(module, slot, shape))
 
