@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.doctor.match import match_layers, shared_prefix
+from harness.doctor.architectures import Shape
+from harness.doctor.match import Placement, match_layers, place, shared_prefix
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
@@ -94,7 +95,7 @@ class Checkpoint:
 
     @cached_property
     def layers(self) -> dict[str, str]:
-        """The weight of every layer, by the layer's name with the prefix.
+        """The weight of every layer, by the layer's name with the prefix; llama.cpp's names as transformers has them.
 
         Raises:
             LoraFileError: no tensor is the weight of a layer.
@@ -106,23 +107,40 @@ class Checkpoint:
         layers = {key.removesuffix(_WEIGHT): key.removeprefix(self.prefix) for key in keys}
         if not layers:
             raise LoraFileError(self.path, "holds no weight of a layer")
-        return layers
+        return {self._names.get(layer, layer): weight for layer, weight in layers.items()}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The names in transformers of layers that llama.cpp gave others."""
+        file = next(iter(self.files.values()))
+        ends = [key.removesuffix(_WEIGHT) for key in self.files]
+        return model_names(file, ends) if isinstance(file, GgufFile) else {}
+
+    @property
+    def shapes(self) -> dict[str, Shape | None]:
+        """The shape of every layer by its name with the prefix; None where codes are stored that are no weights."""
+        return {layer: self._shape(weight) for layer, weight in self.layers.items()}
+
+    def _shape(self, name: str) -> Shape | None:
+        """Return the shape of a weight, as far as it is known."""
+        info = self.info(name)
+        return info.shape or None if name in self.schemes or is_float(info.dtype) else None
+
+    def place(self, adapter: LoraAdapter) -> Placement:
+        """Return where every module of the adapter goes; the layers of slots are keys of `layers`."""
+        if adapter.format != "gguf" or not self._names:
+            return place(adapter, self.shapes)
+        own = {new: old for old, new in self._names.items()}
+        placed = place(adapter, {own.get(layer, layer): shape for layer, shape in self.shapes.items()})
+        slots = {
+            module: tuple(slot._replace(layer=self._names.get(slot.layer, slot.layer)) for slot in some)
+            for module, some in placed.slots.items()
+        }
+        return replace(placed, slots=slots)
 
     def match(self, adapter: LoraAdapter) -> dict[str, str]:
         """Return {module of the adapter: name of the weight}."""
-        layers = self.layers if adapter.format == "gguf" else self._spelled
-        return {module: layers[found.layer] for module, found in match_layers(adapter, layers).items()}
-
-    @cached_property
-    def _spelled(self) -> dict[str, str]:
-        """`layers` under the names of transformers, where llama.cpp gave them others."""
-        file = next(iter(self.files.values()))
-        names = model_names(file, self.layers) if isinstance(file, GgufFile) else {}
-        return {names.get(layer, layer): weight for layer, weight in self.layers.items()}
-
-    def readable(self, adapter: LoraAdapter) -> dict[str, str]:
-        """Return what `match` does, without the layers whose real weight cannot be had."""
-        return {module: name for module, name in self.match(adapter).items() if self.unreadable(name) is None}
+        return {module: self.layers[found.layer] for module, found in match_layers(adapter, self.layers).items()}
 
     def quantised(self, name: str) -> str | None:
         """Name how a weight is stored, None when its numbers are the weights."""
