@@ -132,6 +132,8 @@ def _print(record: FileRecord) -> None:
 
 
 def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
+    if record.fit:
+        yield "base", record.fit.said
     yield "format", f"{record.format}; alpha from {record.alpha_source}"
     if record.modules:
         yield "modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"

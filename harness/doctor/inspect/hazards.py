@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
+from harness.doctor.inspect.fit import peft_hazards
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, cut
 from harness.text import count, first_of, parse_json, printable
@@ -202,7 +203,7 @@ def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (
     problems, no_alpha, mixed_ratios, fused_blocks, odd_alphas, not_understood, ambiguous_layouts, rounded_alphas,
-    disagreeing_metadata,
+    disagreeing_metadata, peft_hazards,
 )  # fmt: skip
 
 

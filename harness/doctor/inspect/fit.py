@@ -1,0 +1,255 @@
+"""What of a LoRA would apply: to a base, and in PEFT by the words of its own configuration; from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from harness.doctor.architectures import Shape, looks_like
+from harness.files import LoraAdapter
+from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
+from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
+from harness.text import count, first_of, printable
+from harness.verdict.blocks import family_of
+from harness.verdict.file_record import BaseFit, Hazard
+
+if TYPE_CHECKING:
+    from harness.doctor.checkpoint import Checkpoint
+    from harness.doctor.match import Placement
+
+_SHOWN = 50
+_PREFIX = "base_model.model."
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_LARGER = ("model.", "transformer.", "base_model.", "language_model.")  # what transformers puts before a bare model
+_TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
+_INDEX = r"(?P<idx>\d+)\."
+_SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
+Chosen = Callable[[str], bool]
+
+
+def fit_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> BaseFit:
+    """Return how much of a LoRA applies to a base, where its modules are placed so."""
+    missing = list(_left_out(base, placed))
+    return BaseFit(
+        base=printable(base.path, 200),
+        applied=len(placed.slots),
+        modules=len(adapter.modules),
+        foreign=tuple(printable(name, 120) for name in placed.missing[:_SHOWN]),
+        foreign_total=len(placed.missing),
+        misfits=_reasons(placed.misfits),
+        unplaced=_reasons(placed.ambiguous),
+        missing=tuple(printable(name, 120) for name in missing[:_SHOWN]),
+        missing_total=len(missing),
+        replaced=tuple(
+            f"{count(times, 'module')} matched after replacing {_quoted(old)} by {_quoted(new)}"
+            for old, new, times in placed.replaced
+        ),
+        names=placed.families,
+    )
+
+
+def _reasons(some: Mapping[str, str]) -> dict[str, str]:
+    return {printable(name, 120): printable(why, 200) for name, why in list(some.items())[:_SHOWN]}
+
+
+def _quoted(prefix: str) -> str:
+    return repr(printable(prefix, 80)) if prefix else "nothing"
+
+
+def _left_out(base: Checkpoint, placed: Placement) -> Iterator[str]:
+    """Yield the layers of the kinds that a LoRA adapts which it leaves alone."""
+    taken = {slot.layer for slots in placed.slots.values() for slot in slots}
+    kinds = {family_of(layer) for layer in taken if family_of(layer) != layer}
+    return (layer for layer in base.layers if layer not in taken and family_of(layer) in kinds)
+
+
+def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
+    """Yield LH716 for a base that this LoRA is not for, LH715 where a part has no layer, and what PEFT would ignore."""
+    if fit.modules and not fit.applied and not fit.unplaced:
+        yield Hazard(code="LH716", what=f"{_other_model(adapter, base)}{fit.said}")
+    elif fit.misfits:
+        other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
+        yield Hazard(code="LH716", what=f"{other}{fit.said}")
+    elif fit.foreign_total or fit.unplaced:
+        yield Hazard(code="LH715", what=fit.said)
+    yield from _peft_against(adapter, base, placed, fit)
+
+
+def _other_model(adapter: LoraAdapter, base: Checkpoint) -> str:
+    """Say what the file and the base look like, as far as names, widths and metadata tell it and they differ."""
+    modules = {module.name: _shape(module.out_features, module.in_features) for module in adapter.modules.values()}
+    mine, other = looks_like(modules), looks_like(base.shapes)
+    named = {**adapter.metadata, **{key: str(value) for key, value in adapter.config.items()}}
+    says = next((f"{key} = {printable(named[key], 80)}" for key in _SPEAKING if named.get(key)), None)
+    told = f" (it says {says})" if says else ""
+    if mine and mine != other:
+        return (
+            f"the file looks like a LoRA of {mine}{told}, the base {f'looks like {other}' if other else 'does not'}: "
+        )
+    return f"the file says {says}: " if says else ""
+
+
+def _shape(outputs: int, inputs: int) -> Shape | None:
+    return (outputs, inputs) if outputs and inputs else None
+
+
+def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
+    """Yield what PEFT would leave out, where the base has the names that modules have in memory.
+
+    transformers gives models of several towers other names in memory than in their files, and not the same in every
+    version, so that nothing is said of them.
+    """
+    if adapter.format != "peft" or not adapter.config or _towers(base):
+        return
+    odd = [name for name, slots in placed.slots.items() if _foreign(adapter.modules[name].name, slots[0].layer)]
+    odd = [name for name in odd if placed.slots[name][0].rows is None and not fit.names and not _wrapped(name)]
+    if odd:
+        what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
+        yield _ignored(len(odd), fit.modules, what, fit.replaced)
+    elif fit.missing_total and not fit.misfits and not adapter.problems and (chosen := _target(adapter)):
+        holes = [layer for layer in _left_out(base, placed) if chosen(layer)]
+        if holes:
+            what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
+            yield Hazard(code="LH718", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
+
+
+def _wrapped(name: str) -> bool:
+    return any(f".{wrapper}" in f".{name}" for wrapper in _WRAPPERS)
+
+
+def _towers(base: Checkpoint) -> bool:
+    return any(not _TOWERS.isdisjoint(layer.split(".")) for layer in base.layers)
+
+
+def _foreign(name: str, layer: str) -> bool:
+    """Tell whether a name is another than the layer's, apart from what a model with a head has before it."""
+    return not {name, *map(name.removeprefix, _LARGER)} & {layer, *(start + layer for start in _LARGER)}
+
+
+def _share(some: int, total: int) -> str:
+    return f"PEFT ignores all {total} modules" if some == total else f"PEFT ignores {some} of {count(total, 'module')}"
+
+
+def _ignored(some: int, total: int, what: str, more: tuple[str, ...] = ()) -> Hazard:
+    return Hazard(code="LH717" if some == total else "LH718", what="; ".join([what, *more]))
+
+
+def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """Yield LH717 for a PEFT folder that PEFT refuses or ignores, LH718 where it takes a part, LH719 and LH720."""
+    folder = adapter.file.path.parent
+    if adapter.format != "peft" or adapter.file.path.name != WEIGHTS_NAME:
+        return
+    if not (folder / CONFIG_NAME).exists():
+        yield Hazard(code="LH717", what=f"PEFT refuses a folder without {CONFIG_NAME}")
+        return
+    if (folder / "adapter_model.bin").exists():
+        what = (
+            "adapter_model.bin lies beside: PEFT takes the safetensors, older readers the other, which is not read here"
+        )
+        yield Hazard(code="LH719", what=what)
+    yield from (*_wrong_type(adapter), *_wrong_names(adapter), *_not_targeted(adapter), *_no_difference(adapter.config))
+
+
+def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
+    kind = method_of(adapter.config)
+    pairs = [name for name, module in adapter.modules.items() if {"A", "B"} & set(module.keys)]
+    if pairs and (kind not in ("lora", "adalora", "xlora", "poly") or kind in PAIRED - {"lora"}):
+        what = f"peft_type is {printable(adapter.config.get('peft_type'), 40)}, the tensors are LoRA's"
+        yield Hazard(code="LH717", what=f"{what} ({first_of(pairs)}): PEFT refuses or ignores them")
+    if adapter.config.get("lora_bias") and pairs and not any("bias" in adapter.modules[name].keys for name in pairs):
+        what = "lora_bias is set, and no module has a bias: PEFT starts them at zero"
+        yield Hazard(code="LH718", what=what)
+
+
+def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """PEFT looks for `base_model.model.` and the model's own names, and passes over what it does not find."""
+    keys = {name: next(iter(module.keys.values())) for name, module in adapter.modules.items()}
+    bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
+    if bare:
+        yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
+    for wrapper in _WRAPPERS:
+        wrapped = [name for name in keys if f".{wrapper}" in f".{name}." and name not in bare]
+        if wrapped:
+            what = f"{_share(len(wrapped), len(keys))} behind {wrapper} ({first_of(wrapped)})"
+            yield _ignored(len(wrapped), len(keys), f"{what} unless the model is wrapped so")
+
+
+def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """PEFT makes layers where its configuration says so, and passes over tensors of others."""
+    if not (chosen := _target(adapter)):
+        return
+    pairs = [module.name for module in adapter.modules.values() if "A" in module.keys and module.variant != "experts"]
+    try:
+        lost = [name for name in pairs if not chosen(name)]
+    except ConfigError:
+        return  # said by the reader
+    if lost:
+        what = f"{_share(len(lost), len(pairs))}: target_modules and what limits it leave them out ({first_of(lost)})"
+        yield _ignored(len(lost), len(pairs), what)
+
+
+def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
+    if config.get("alora_invocation_tokens"):
+        what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
+        yield Hazard(code="LH720", what=what)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.I):
+        what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
+        way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
+        yield Hazard(code="LH720", what=f"{what}; {way}")
+
+
+def _target(adapter: LoraAdapter) -> Chosen | None:
+    """Return what tells whether PEFT would adapt a module of that name; None where the configuration does not say."""
+    config = adapter.config
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str) and wanted == "all-linear":
+        return None
+    words = config.get("layers_pattern")
+    if not all(re.fullmatch(r"[\w.]*", word) for word in [words, *_names(words)] if isinstance(word, str)):
+        return None
+    if not isinstance(wanted, str) and not _names(wanted):
+        return None
+    budget = Budget()
+    named = _names_of(wanted, "target_modules", budget)
+    barred = _names_of(config.get("exclude_modules"), "exclude_modules", budget)
+    limited = (lambda name: True) if isinstance(wanted, str) else _in_layers(config)
+    return lambda name: named(name) and not barred(name) and limited(name)
+
+
+def _names(value: object) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
+
+
+def _names_of(wanted: object, key: str, budget: Budget) -> Chosen:
+    """Return PEFT's test of a name: a whole expression, or a list of names and endings."""
+    if isinstance(wanted, str):
+        patterns = Patterns({f"^(?:{wanted})": True}, key, budget)
+        return lambda name: bool(patterns.get(name, False))
+    listed = frozenset(_names(wanted))
+    return lambda name: any(end in listed for end in _ends(name))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name and what stands behind each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _in_layers(config: Mapping[str, Any]) -> Chosen:
+    """Return PEFT's test of `layers_to_transform`: the first number behind one of `layers_pattern`."""
+    wanted, words = config.get("layers_to_transform"), config.get("layers_pattern")
+    if wanted is None or wanted == []:
+        return lambda name: True
+    numbers = frozenset([wanted] if isinstance(wanted, int) else wanted if isinstance(wanted, list) else ())
+    words = [words] if isinstance(words, str) and words else _names(words)
+    starts = [rf"(?:^|.*?\.){re.escape(word)}\." for word in words] or [r".*?\.[^.]*\."]
+
+    def inside(name: str) -> bool:
+        found = next(filter(None, (re.match(start + _INDEX, name) for start in starts)), None)
+        return found is not None and int(found["idx"]) in numbers
+
+    return inside
