@@ -207,15 +207,15 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
 
 
 def effects(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Iterator[Hazard]:
-    """Yield LH712 when no module changes anything, LH713 when some do not."""
+    """Yield LH713 when no module changes anything, LH714 when some do not."""
     still = [name for name, energy in energies.items() if energy.finite and energy.norm == 0]
     scaled = [name for name in still if adapter.modules[name].alpha != 0]
     if still and len(still) == len(energies) == len(adapter.modules):
         why = "B @ A is zero" if scaled else "the scale is zero"
-        yield Hazard(code="LH712", what=f"{why} in every module: this LoRA changes nothing")
+        yield Hazard(code="LH713", what=f"{why} in every module: this LoRA changes nothing")
     elif scaled:
         what = f"B @ A is zero in {len(scaled)} of {count(len(energies), 'module')} ({first_of(scaled)})"
-        yield Hazard(code="LH713", what=what)
+        yield Hazard(code="LH714", what=what)
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:

@@ -65,14 +65,14 @@ def _left_out(base: Checkpoint, placed: Placement) -> Iterator[str]:
 
 
 def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
-    """Yield LH716 for a base that this LoRA is not for, LH715 where a part has no layer, and what PEFT would ignore."""
+    """Yield LH719 for a base that this LoRA is not for, LH718 where a part has no layer, and what PEFT would ignore."""
     if fit.modules and not fit.applied and not fit.unplaced:
-        yield Hazard(code="LH716", what=f"{_other_model(adapter, base)}{fit.said}")
+        yield Hazard(code="LH719", what=f"{_other_model(adapter, base)}{fit.said}")
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
-        yield Hazard(code="LH716", what=f"{other}{fit.said}")
+        yield Hazard(code="LH719", what=f"{other}{fit.said}")
     elif fit.foreign_total or fit.unplaced:
-        yield Hazard(code="LH715", what=fit.said)
+        yield Hazard(code="LH718", what=fit.said)
     yield from _peft_against(adapter, base, placed, fit)
 
 
@@ -111,7 +111,7 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
         holes = [layer for layer in _left_out(base, placed) if chosen(layer)]
         if holes:
             what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
-            yield Hazard(code="LH718", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
+            yield Hazard(code="LH721", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
 
 
 def _wrapped(name: str) -> bool:
@@ -132,22 +132,22 @@ def _share(some: int, total: int) -> str:
 
 
 def _ignored(some: int, total: int, what: str, more: tuple[str, ...] = ()) -> Hazard:
-    return Hazard(code="LH717" if some == total else "LH718", what="; ".join([what, *more]))
+    return Hazard(code="LH720" if some == total else "LH721", what="; ".join([what, *more]))
 
 
 def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
-    """Yield LH717 for a PEFT folder that PEFT refuses or ignores, LH718 where it takes a part, LH719 and LH720."""
+    """Yield LH720 for a PEFT folder that PEFT refuses or ignores, LH721 where it takes a part, LH722 and LH723."""
     folder = adapter.file.path.parent
     if adapter.format != "peft" or adapter.file.path.name != WEIGHTS_NAME:
         return
     if not (folder / CONFIG_NAME).exists():
-        yield Hazard(code="LH717", what=f"PEFT refuses a folder without {CONFIG_NAME}")
+        yield Hazard(code="LH720", what=f"PEFT refuses a folder without {CONFIG_NAME}")
         return
     if (folder / "adapter_model.bin").exists():
         what = (
             "adapter_model.bin lies beside: PEFT takes the safetensors, older readers the other, which is not read here"
         )
-        yield Hazard(code="LH719", what=what)
+        yield Hazard(code="LH722", what=what)
     yield from (*_wrong_type(adapter), *_wrong_names(adapter), *_not_targeted(adapter), *_no_difference(adapter.config))
 
 
@@ -156,10 +156,10 @@ def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
     pairs = [name for name, module in adapter.modules.items() if {"A", "B"} & set(module.keys)]
     if pairs and (kind not in ("lora", "adalora", "xlora", "poly") or kind in PAIRED - {"lora"}):
         what = f"peft_type is {printable(adapter.config.get('peft_type'), 40)}, the tensors are LoRA's"
-        yield Hazard(code="LH717", what=f"{what} ({first_of(pairs)}): PEFT refuses or ignores them")
+        yield Hazard(code="LH720", what=f"{what} ({first_of(pairs)}): PEFT refuses or ignores them")
     if adapter.config.get("lora_bias") and pairs and not any("bias" in adapter.modules[name].keys for name in pairs):
         what = "lora_bias is set, and no module has a bias: PEFT starts them at zero"
-        yield Hazard(code="LH718", what=what)
+        yield Hazard(code="LH721", what=what)
 
 
 def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
@@ -192,12 +192,12 @@ def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
 def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
     if config.get("alora_invocation_tokens"):
         what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
-        yield Hazard(code="LH720", what=what)
+        yield Hazard(code="LH723", what=what)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.I):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
         way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
-        yield Hazard(code="LH720", what=f"{what}; {way}")
+        yield Hazard(code="LH723", what=f"{what}; {way}")
 
 
 def _target(adapter: LoraAdapter) -> Chosen | None:
