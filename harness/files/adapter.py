@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,19 @@ class LoraAdapter:
         module = self.modules[name]
         tensor = self.file.tensor(module.keys[role])
         return tensor.t() if role in module.flipped else tensor
+
+
+def with_alpha(adapter: LoraAdapter, alpha: float | None) -> LoraAdapter:
+    """Return `adapter` with the alpha of the training in the modules that have none, or 0; as it is for None."""
+    if alpha is None:
+        return adapter
+    modules = {
+        name: module.changed(alpha=float(alpha)) if module.rank and not module.alpha else module
+        for name, module in adapter.modules.items()
+    }
+    if all(module.alpha == adapter.modules[name].alpha for name, module in modules.items()):
+        return adapter
+    return replace(adapter, modules=modules, alpha_source="option")
 
 
 @dataclass(frozen=True)

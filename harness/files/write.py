@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.files.adapter import LoraParts, LoraWeights
 from harness.files.alpha import MLX
@@ -108,7 +108,7 @@ def compose(
     if rslora and row.alpha[0] in ("tensor", "kv"):
         modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
-    config = _config(row, modules, rslora)
+    config = configuration(row, modules, rslora=rslora)
     if row.alpha[0] == "header":
         config = {f"{prefix}{key}": value for key, value in config.items()}
     return Content(tensors, row.metadata, config, _one("gguf", "alpha", modules) if row.alpha[0] == "kv" else None)
@@ -214,7 +214,28 @@ def _tail(row: Format, role: str, pair: str) -> str:
     return own.get(role) or _PART_TAILS.get(role, role)
 
 
-def _config(row: Format, modules: Modules, rslora: bool) -> dict[str, Any]:
+class Ranked(Protocol):
+    """What the configuration says of a module: its rank and alpha, and which parts it has."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of the pair."""
+
+    @property
+    def alpha(self) -> float | None:
+        """Its alpha, None without one."""
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Its tensors by role."""
+
+
+def configuration(row: Format, modules: Mapping[str, Ranked], *, rslora: bool = False) -> dict[str, Any]:
+    """Return the configuration of one component: PEFT's, mlx-lm's, or the header's; empty where there is none.
+
+    Raises:
+        ValueError: the format has one rank or alpha for all modules, and these differ.
+    """
     if row.alpha[0] == "scale":
         return _mlx_config(modules, rslora)
     alphas = {name: weights.alpha for name, weights in modules.items() if weights.alpha is not None}
@@ -239,7 +260,7 @@ def _peft_config(scales: dict[str, Any], roles: set[str]) -> dict[str, Any]:
     return {**_PEFT_COMMON, **_PEFT_LORA, **scales, **bias, "use_dora": "magnitude" in roles}
 
 
-def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
+def _mlx_config(modules: Mapping[str, Ranked], rslora: bool) -> dict[str, Any]:
     """Return mlx-lm's adapter_config.json; with `num_layers` 0 only the modules named in `keys` are adapted."""
     if missing := [name for name, weights in modules.items() if weights.alpha is None]:
         raise ValueError(f"modules[{missing[0]!r}].alpha=None: a mlx configuration always has a scale")
@@ -248,7 +269,7 @@ def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
     return {"fine_tune_type": "lora", "num_layers": 0, MLX: {**parameters, "keys": sorted(modules)}}
 
 
-def _one(format: str, what: str, modules: Modules) -> Any:
+def _one(format: str, what: str, modules: Mapping[str, Ranked]) -> Any:
     """Return the rank or alpha that all of `modules` share, for a format that stores one."""
     found = list(dict.fromkeys(getattr(weights, what) for weights in modules.values()))
     if len(found) > 1:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from harness.doctor import inspect_file, repair_file, verify_merge
 from harness.doctor.match import layers_by_spelling, match_layers
-from harness.doctor.repair.repair import names_from
+from harness.doctor.repair.naming import names_from
 from harness.files import LoraWeights, read_lora, write_lora
 
 QWEN = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
