@@ -31,12 +31,12 @@ def command(
     lora: Path, to: str, out: Path, model_names: Path | None, base: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair.naming import names_from
+    from harness.doctor.repair.naming import layers_from
     from harness.doctor.repair.repair import repair_file
     from harness.text import count, printable
 
     source = model_names or base
-    names = names_from(source) if source else None
+    names = layers_from(source) if source else None
     report = repair_file(lora, to, out, model_names=names, **options)
     if as_json:
         click.echo(report.model_dump_json())

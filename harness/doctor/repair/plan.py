@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain
-from harness.doctor.repair.naming import Home
+from harness.doctor.repair.naming import Home, Homes
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.keys import PAIRS, cut
@@ -25,7 +25,7 @@ _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})
 _LYCORIS = frozenset({"kohya", "comfyui"})  # formats whose readers share the tails of all that is no plain pair
 _GAINS = (("B", "bias"), ("hada_w2_a",), ("lokr_w1",), ("lokr_w1_a",))  # the parts that a product is linear in
 _FACTORS = re.compile(r"A|B|bias|mid|hada_.+|lokr_.+")
-_COPY = "base_copy"
+_COPIES = ("base_copy", "base_copy_bias")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
 _LIVE = (
     (re.compile(r"\.modules_to_save\.[^.]+(?=\.)"), ""),
@@ -38,9 +38,8 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor on its way: its keys in the file and in the new one, what it was and what it becomes."""
+    """One tensor on its way: its key in the new file, what it was and what it becomes."""
 
-    source: str
     key: str
     old: Tensor
     new: Tensor
@@ -48,12 +47,13 @@ class Part:
 
 @dataclass(frozen=True)
 class RepairedModule:
-    """One module on its way: its scale in training, the factor of its readers, its new alpha, and its parts by role.
+    """One module of the new file: its scale in training, the factor of its readers, its new alpha, its parts by role.
 
-    `plain` modules are a pair and nothing else, which every format spells in its own way.
+    `sources` are the modules of the file that it is made of. `plain` modules are a pair and nothing else, which every
+    format spells in its own way; their B was multiplied with the scale before it became `old`.
     """
 
-    source: str
+    sources: tuple[str, ...]
     module: LoraModule
     home: Home
     scale: float
@@ -65,53 +65,81 @@ class RepairedModule:
     @property
     def rank(self) -> int:
         """The rank, that of one expert where there are several."""
-        return self.module.rank
+        return int(self.parts["A"].new.shape[0]) if self.plain else self.module.rank
 
 
 @dataclass
 class Plan:
     """What the new file holds: repaired modules, tensors carried as {new key: key}; and the keys left out on purpose.
 
-    Every key of the source is in one of them.
+    Every key of the source is in one of them, or `converted`.
     """
 
     modules: list[RepairedModule] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
     carried: dict[str, str] = field(default_factory=dict)
     settled: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Folding:
+    """How scales are folded: the reader's factor, the scale and the dtype that were asked for."""
+
+    adapter: LoraAdapter
+    to: str
+    gain: Gain
+    scale: float | None
+    dtype: str | None
+
+
 def plan_repair(
-    adapter: LoraAdapter, to: str, places: Mapping[str, Home], gain: Gain, *, scale: float | None, dtype: str | None
+    adapter: LoraAdapter, to: str, places: Homes, gain: Gain, *, scale: float | None, dtype: str | None
 ) -> Plan:
     """Say for every tensor of `adapter` what becomes of it in a file of the format `to`.
 
     Raises:
         UserError: a trained tensor has no place there, or a module whose scale cannot be folded; the keys are named.
     """
-    plan, refused = Plan(), list[str]()
+    plan, refused, how = Plan(), list[str](), _Folding(adapter, to, gain, scale, dtype)
+    stacks: dict[tuple[str, str], list[tuple[str, Home]]] = {}
     for name, module in adapter.modules.items():
         _refuse_kind(adapter, module)
-        low_rank = module.variant in _LOW_RANK and module.rank > 0
-        kept = {role: key for role, key in module.keys.items() if _is_kept(role, low_rank=low_rank)}
-        copies = [key for role, key in kept.items() if role.startswith(_COPY)]
-        if not _takes(adapter, to):
-            plan.copies += copies
-            kept = {role: key for role, key in kept.items() if key not in copies}
-        plain = low_rank and module.variant in _PAIRS and not kept.keys() - {_COPY, f"{_COPY}_bias"}
-        if not plain and kept.keys() | module.keys.keys() - {"alpha"} and not _takes(adapter, to):
-            refused += [key for role, key in module.keys.items() if role != "alpha" and key not in copies]
+        kept, plain = _kept(adapter, to, module, plan)
+        if not plain and (module.keys.keys() - {"alpha", *_COPIES}) and not _takes(adapter, to, places[name]):
+            refused += [key for role, key in module.keys.items() if role not in ("alpha", *_COPIES)]
             continue
-        if low_rank:
-            plan.modules.append(_repaired(adapter, name, places[name], gain, to, plain, scale, dtype))
-            plan.settled += [module.keys["alpha"]] if "alpha" in module.keys else []
-        for key in kept.values():
-            plan.carried[_unused(plan, adapter, rekeyed(adapter, key, module, places[name], to))] = key
+        if _is_low_rank(module):
+            plan.converted += [key for key in module.keys.values() if key not in kept]
+            if plain:
+                for home in places[name]:
+                    stacks.setdefault((home.prefix, home.name), []).append((name, home))
+            else:
+                plan.modules.append(_scaled(how, name, places[name][0]))
+        for key in kept:
+            plan.carried[_unused(plan, adapter, rekeyed(adapter, key, module, places[name][0], to))] = key
     refused += _others(adapter, to, plan)
     if refused:
         raise UserError(f"{adapter.path}: {_refusal(refused, to, adapter.format)}")
+    plan.modules += [_assembled(how, pieces) for pieces in stacks.values()]
+    plan.scales = [_trained(how, adapter.modules[name]) for module in plan.modules for name in module.sources]
     _account(adapter, plan)
     return plan
+
+
+def _is_low_rank(module: LoraModule) -> bool:
+    return module.variant in _LOW_RANK and module.rank > 0
+
+
+def _kept(adapter: LoraAdapter, to: str, module: LoraModule, plan: Plan) -> tuple[list[str], bool]:
+    """Return the keys of a module that are carried, and whether it is a plain pair but for copies of the base."""
+    low_rank = _is_low_rank(module)
+    kept = {role: key for role, key in module.keys.items() if _is_kept(role, low_rank=low_rank)}
+    plain = low_rank and module.variant in _PAIRS and kept.keys() <= set(_COPIES)
+    if to != adapter.format:
+        plan.copies += [kept.pop(role) for role in _COPIES if role in kept]
+    return list(kept.values()), plain
 
 
 def _is_kept(role: str, *, low_rank: bool) -> bool:
@@ -119,9 +147,10 @@ def _is_kept(role: str, *, low_rank: bool) -> bool:
     return not (low_rank and (role == "alpha" or _FACTORS.fullmatch(role)))
 
 
-def _takes(adapter: LoraAdapter, to: str) -> bool:
+def _takes(adapter: LoraAdapter, to: str, places: Sequence[Home]) -> bool:
     """Tell whether a file of the format `to` says what is no plain pair as the source does."""
-    return to == adapter.format or {to, adapter.format} <= _LYCORIS
+    whole = len(places) == 1 and places[0][2:4] == (None, None)
+    return whole and (to == adapter.format or {to, adapter.format} <= _LYCORIS)
 
 
 def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
@@ -132,8 +161,7 @@ def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
 
 def _others(adapter: LoraAdapter, to: str, plan: Plan) -> list[str]:
     """Carry the keys that no module has within the same format; return those that another format has no place for."""
-    known = {key for module in adapter.modules.values() for key in module.keys.values()}
-    refused = []
+    refused, known = list[str](), {key for module in adapter.modules.values() for key in module.keys.values()}
     for key in adapter.file.keys:
         if key in known:
             continue
@@ -164,12 +192,11 @@ def _account(adapter: LoraAdapter, plan: Plan) -> None:
     Raises:
         UserError: naming the keys.
     """
-    parts = [part for module in plan.modules for part in module.parts.values()]
-    going = {part.source for part in parts} | {*plan.carried.values(), *plan.settled, *plan.copies}
+    going = {*plan.converted, *plan.carried.values(), *plan.settled, *plan.copies}
     if lost := [key for key in adapter.file.keys if key not in going]:
         raise UserError(f"{adapter.path}: {count(len(lost), 'tensor')} would be lost, such as {printable(lost[0])}")
-    times = Counter([part.key for part in parts] + [*plan.carried])
-    if twice := next((key for key, number in times.items() if number > 1), None):
+    keys = [part.key for module in plan.modules for part in module.parts.values()] + [*plan.carried]
+    if twice := next((key for key, number in Counter(keys).items() if number > 1), None):
         raise UserError(f"{adapter.path}: two tensors would be called {printable(twice)}: not written")
 
 
@@ -195,43 +222,78 @@ def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: 
     return key if key.startswith(home.prefix) else home.prefix + key
 
 
-def _repaired(
-    adapter: LoraAdapter,
-    name: str,
-    home: Home,
-    gain: Gain,
-    to: str,
-    plain: bool,
-    scale: float | None,
-    dtype: str | None,
-) -> RepairedModule:
-    module = adapter.modules[name]
-    trained = scale if scale is not None else trained_scale(adapter, module)
-    alpha = None if FORMATS[to].alpha[0] == "none" else float(module.rank)
-    here = gain.at_one(alpha, module.rank)
-    if not here:
-        raise UserError(f"this loader gives {printable(name)} the factor {here:g} at strength 1: nothing can be folded")
+def _assembled(how: _Folding, pieces: Sequence[tuple[str, Home]]) -> RepairedModule:
+    """Return the plain module that rows of one module or more make up: A stacked, B in blocks."""
+    adapter, home = how.adapter, pieces[0][1]
+    names = tuple(dict.fromkeys(name for name, _ in pieces))
+    halves = {name: adapter.tensors(name) for name in names}
+    scales = {name: _trained(how, adapter.modules[name]) for name in names}
+    exact = _blocks(pieces, {name: (a, b.double() * scales[name]) for name, (a, b) in halves.items()})
+    dtype = how.dtype or str(halves[names[0]][1].dtype).removeprefix("torch.")
+    module = adapter.modules[names[0]]
+    a = halves[names[0]][0] if len(names) == 1 else torch.cat([halves[name][0] for name in names])
+    rank = int(a.shape[0])
+    alpha, here = _alpha(how, rank, module.name)
+    source = module.keys["A"], module.keys["B"]
+    new_a = _folded(a, 1.0, how.dtype, source[0])
+    new_b = _folded(exact, 1.0 / here, dtype, source[1])
+    parts = {"A": Part(_spelled(how, "A", home), a, new_a), "B": Part(_spelled(how, "B", home), exact, new_b)}
+    return RepairedModule(names, module, home, scales[names[0]], here, alpha, parts, True)
+
+
+def _blocks(pieces: Sequence[tuple[str, Home]], halves: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Return B: [rows of the layer, all ranks], with the rows of every piece in their place and in their columns."""
+    name, home = pieces[0]
+    if len(pieces) == 1 and home.rows is None:
+        return halves[name][1][slice(*(home.part or (None,)))]
+    ranks = {name: int(a.shape[0]) for name, (a, _) in halves.items()}
+    starts = dict(zip(ranks, accumulate(ranks.values(), initial=0), strict=False))
+    first = halves[name][1]
+    height = home.height or max(home.rows[1] for _, home in pieces if home.rows)
+    whole = first.new_zeros(height, sum(ranks.values()), *first.shape[2:])
+    for name, home in pieces:
+        rows, part = home.rows or (None,), home.part or (None,)
+        columns = slice(starts[name], starts[name] + ranks[name])
+        whole[slice(*rows), columns] = halves[name][1][slice(*part)]
+    return whole
+
+
+def _scaled(how: _Folding, name: str, home: Home) -> RepairedModule:
+    """Return a module that is no plain pair: the scale goes into the part that its product is linear in."""
+    module, adapter = how.adapter.modules[name], how.adapter
+    trained = _trained(how, module)
+    alpha, here = _alpha(how, module.rank, name)
     gains = next(found for roles in _GAINS if (found := [role for role in roles if role in module.keys]))
     parts = {}
     for role, key in module.keys.items():
-        if not _FACTORS.fullmatch(role):
-            continue
-        old = adapter.part(name, role) if plain else adapter.file.tensor(key)
-        new = _folded(old, trained / here if role in gains else 1.0, dtype, key)
-        parts[role] = Part(key, _spelled(adapter, role, module, home, to, plain), old, new)
-    return RepairedModule(name, module, home, trained, here, alpha, parts, plain)
+        if _FACTORS.fullmatch(role):
+            old = adapter.file.tensor(key)
+            new = _folded(old, trained / here if role in gains else 1.0, how.dtype, key)
+            parts[role] = Part(rekeyed(adapter, key, module, home, how.to), old, new)
+    return RepairedModule((name,), module, home, trained, here, alpha, parts, False)
 
 
-def _spelled(adapter: LoraAdapter, role: str, module: LoraModule, home: Home, to: str, plain: bool) -> str:
-    """Return the new key of a factor: in the format's own spelling for a plain pair, else with its own tail."""
-    if not plain:
-        return rekeyed(adapter, module.keys[role], module, home, to)
-    row = FORMATS[to]
+def _alpha(how: _Folding, rank: int, name: str) -> tuple[float | None, float]:
+    """Return the alpha that is written, and the factor that its readers then use."""
+    alpha = None if FORMATS[how.to].alpha[0] == "none" else float(rank)
+    here = how.gain.at_one(alpha, rank)
+    if not here:
+        raise UserError(f"this loader gives {printable(name)} the factor {here:g} at strength 1: nothing can be folded")
+    return alpha, here
+
+
+def _spelled(how: _Folding, role: str, home: Home) -> str:
+    """Return the new key of a half in the format's own spelling."""
+    row = FORMATS[how.to]
     try:
         stem = stem_of(row, home.name)
     except ValueError as error:
-        raise UserError(f"cannot be written as {to}: {error}") from None
+        raise UserError(f"cannot be written as {how.to}: {error}") from None
     return f"{home.prefix}{stem}.{PAIRS[row.pairs[0]]['AB'.index(role)].replace('*', 'default')}"
+
+
+def _trained(how: _Folding, module: LoraModule) -> float:
+    return how.scale if how.scale is not None else trained_scale(how.adapter, module)
 
 
 def trained_scale(adapter: LoraAdapter, module: LoraModule) -> float:
@@ -264,35 +326,6 @@ def _folded(old: Tensor, factor: float, dtype: str | None, key: str) -> Tensor:
     if not new.double().isfinite().all():
         raise UserError(f"{printable(key)}: folding the scale overflows {into}; choose float32")
     return new
-
-
-def config_with(
-    source: Mapping[str, Any], generated: Mapping[str, Any], *, renamed: bool, names: Sequence[str]
-) -> dict[str, Any]:
-    """Return a configuration that says alpha = rank for every module and keeps all other fields of the source's.
-
-    Ranks stay where the source has them, so that whatever it meant, alpha follows them; where modules are `renamed`,
-    or its target_modules leave some of `names` out, they are named one by one.
-    """
-    config = {**generated, **source}
-    if renamed:
-        config |= {name: generated[name] for name in ("r", "rank_pattern", "alpha_pattern") if name in generated}
-    ranks = config.get("rank_pattern") or {}
-    alpha = "alpha" if "alpha" in generated else "lora_alpha"
-    config |= {alpha: config.setdefault("r", 8), "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
-    config |= {"use_rslora": False} if "use_rslora" in config else {}
-    if names and (renamed or not all(_selects(config, name) for name in names)):
-        config["target_modules"] = sorted(names)
-        config |= {
-            name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if name in config
-        }
-    return config
-
-
-def _selects(config: Mapping[str, Any], name: str) -> bool:
-    """Tell whether target_modules choose a module; expressions are left to PEFT."""
-    targets = config.get("target_modules")
-    return not isinstance(targets, list | tuple) or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def notes_of(plan: Plan) -> Iterator[str]:

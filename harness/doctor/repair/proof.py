@@ -73,8 +73,10 @@ def _error(adapter: LoraAdapter, back: LoraAdapter, module: RepairedModule, name
     bias = [_vector_error(module.parts["bias"], factor, module.scale)] if "bias" in module.parts else []
     if module.module.variant in _PRODUCTS:
         make = _PRODUCTS[module.module.variant]
-        return max([_product_error(make(adapter, module.source), make(back, name), module.scale, factor), *bias])
-    pairs = _pairs(adapter, module.source), _pairs(back, name)
+        return max([_product_error(make(adapter, module.sources[0]), make(back, name), module.scale, factor), *bias])
+    if module.plain:
+        return _pair_error(back.tensors(name), factor, (module.parts["A"].old, module.parts["B"].old), 1.0)
+    pairs = _pairs(adapter, module.sources[0]), _pairs(back, name)
     every = (_pair_error(now, factor, old, module.scale) for old, now in zip(*pairs, strict=True))
     return max([*every, *bias])
 

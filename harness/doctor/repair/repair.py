@@ -6,7 +6,7 @@ import dataclasses
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain, gain_of
-from harness.doctor.repair.naming import homes, missing_from
-from harness.doctor.repair.plan import Plan, RepairedModule, config_with, notes_of, plan_repair
+from harness.doctor.repair.naming import Layers, homes, notes_on
+from harness.doctor.repair.plan import Plan, RepairedModule, notes_of, plan_repair
 from harness.doctor.repair.proof import proved
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alpha
@@ -57,8 +57,9 @@ class RepairOptions:
 
     `scale` is the trained factor on B @ A for every module, `lora_alpha` the alpha of the training; one of them is
     needed where the file carries none. With `loader` its law is measured and B is folded for that loader. `model_names`
-    are the model's layers, needed to undo flattened (kohya) names. `dtype` converts the halves (`float32`, `bfloat16`,
-    `float16`); without it they keep theirs. `force` replaces a file that is there.
+    are the model's layers (or these with their shapes), needed to undo flattened (kohya) names and to split or stack
+    what the model has as several layers or as one. `dtype` converts the factors (`float32`, `bfloat16`, `float16`);
+    without it they keep theirs. `force` replaces a file that is there.
     """
 
     scale: float | None = None
@@ -84,15 +85,15 @@ def repair_file(
     options = dataclasses.replace(options or RepairOptions(), **fields)
     adapter = with_alpha(read_lora(lora), options.lora_alpha)
     target = _target(adapter, to, Path(out), options.force)
-    names = None if options.model_names is None else list(dict.fromkeys(options.model_names))
+    layers = _layers(options.model_names)
     gain = gain_of(options.loader, to) if options.loader else Gain()
-    places = homes(adapter, to, names)
+    places = homes(adapter, to, layers)
     plan = plan_repair(adapter, to, places, gain, scale=options.scale, dtype=options.dtype)
     with _beside(target) as folder:
         written = _written(folder / target.name, to, _content(adapter, to, plan))
         errors = proved(adapter, written, plan, gain)
         _moved(written, target)
-    scales = [module.scale for module in plan.modules] or [1.0]
+    scales = plan.scales or [1.0]
     return RepairReport(
         path=str(target),
         format=to,
@@ -104,8 +105,12 @@ def repair_file(
         measured=gain.measured,
         rounded=sum(error > 0 for error in errors),
         error=max(errors, default=0.0),
-        notes=(*_notes(gain, plan, errors), *missing_from(adapter, names)),
+        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers)),
     )
+
+
+def _layers(names: Iterable[str] | None) -> Layers | None:
+    return names if names is None or isinstance(names, Mapping) else dict.fromkeys(names)
 
 
 def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
@@ -177,7 +182,36 @@ def _config(
         return {**source, MLX: {**source[MLX], "scale": generated[MLX]["scale"]}}
     renamed = any(module.home.name != module.module.name for module in modules)
     names = [module.home.name for module in modules if module.module.variant != "experts"]
-    return config_with(source, generated, renamed=renamed, names=names)
+    return _config_with(source, generated, renamed=renamed, names=names)
+
+
+def _config_with(
+    source: Mapping[str, Any], generated: Mapping[str, Any], *, renamed: bool, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return a configuration that says alpha = rank for every module and keeps all other fields of the source's.
+
+    Ranks stay where the source has them, so that whatever it meant, alpha follows them; where modules are `renamed`,
+    or its target_modules leave some of `names` out, they are named one by one.
+    """
+    config = {**generated, **source}
+    if renamed:
+        config |= {name: generated[name] for name in ("r", "rank_pattern", "alpha_pattern") if name in generated}
+    ranks = config.get("rank_pattern") or {}
+    alpha = "alpha" if "alpha" in generated else "lora_alpha"
+    config |= {alpha: config.setdefault("r", 8), "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
+    config |= {"use_rslora": False} if "use_rslora" in config else {}
+    if names and (renamed or not all(_selects(config, name) for name in names)):
+        config["target_modules"] = sorted(names)
+        config |= {
+            name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if name in config
+        }
+    return config
+
+
+def _selects(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether target_modules choose a module; expressions are left to PEFT."""
+    targets = config.get("target_modules")
+    return not isinstance(targets, list | tuple) or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _metadata(adapter: LoraAdapter, to: str) -> dict[str, str]:
