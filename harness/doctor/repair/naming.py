@@ -226,7 +226,8 @@ def notes_on(adapter: LoraAdapter, layers: Layers | None) -> Iterator[str]:
     if layers is None:
         return
     found = place(adapter, layers)
-    lost = [name for name in adapter.modules if name not in found.slots]
+    seen = {adapter.modules[name].component for name in found.slots} | _DENOISER
+    lost = [name for name, one in adapter.modules.items() if name not in found.slots and one.component in seen]
     if lost:
         yield f"{len(lost)} of {len(adapter.modules)} modules have no layer in the model, such as {printable(lost[0])}"
     for old, new, modules in found.replaced if not adapter.flattened else ():

@@ -27,6 +27,8 @@ from harness.files.write import Content, compose, configuration, save, stem_of
 from harness.text import count
 from harness.verdict.verdict import Record
 
+_WRAPPER = "text_model."
+
 
 class RepairReport(Record):
     """What `repair_file` wrote.
@@ -148,7 +150,7 @@ def _of_component(adapter: LoraAdapter, to: str, prefix: str, modules: list[Repa
     row, plain = FORMATS[to], [module for module in modules if module.plain]
     try:
         tensors = _plain_tensors(to, prefix, plain)
-        generated = configuration(row, {module.home.name: module for module in modules})
+        generated = _generated(to, modules)
     except ValueError as error:
         raise UserError(f"cannot be written as {to}: {error}") from None
     for module in modules:
@@ -161,6 +163,19 @@ def _of_component(adapter: LoraAdapter, to: str, prefix: str, modules: list[Repa
     if row.alpha[0] == "header":
         config = {f"{prefix}{key}": value for key, value in config.items()}
     return Content(tensors, {}, config)
+
+
+def _generated(to: str, modules: list[RepairedModule]) -> dict[str, Any]:
+    """Return the configuration of one component; names in a text encoder go without the `text_model.` that it may lack.
+
+    transformers 5 has no such module: diffusers takes the word out of the keys, and leaves the names in the header.
+    """
+    start = _WRAPPER if modules[0].home.prefix.startswith("text_encoder") else ""
+    config = configuration(FORMATS[to], {module.home.name.removeprefix(start): module for module in modules})
+    for name in ("rank_pattern", "alpha_pattern") if start else ():
+        if name in config:
+            config[name] = {pattern.removeprefix("^"): value for pattern, value in config[name].items()}
+    return config
 
 
 def _plain_tensors(to: str, prefix: str, plain: list[RepairedModule]) -> dict[str, Tensor]:
