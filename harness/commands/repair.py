@@ -31,11 +31,12 @@ def command(
     lora: Path, to: str, out: Path, model_names: Path | None, base: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
-    from harness.doctor.repair.repair import names_from, repair_file
-    from harness.text import printable
+    from harness.doctor.repair.naming import layers_from
+    from harness.doctor.repair.repair import repair_file
+    from harness.text import count, printable
 
     source = model_names or base
-    names = names_from(source) if source else None
+    names = layers_from(source) if source else None
     report = repair_file(lora, to, out, model_names=names, **options)
     if as_json:
         click.echo(report.model_dump_json())
@@ -48,6 +49,7 @@ def command(
     if report.loader:
         how = "measured here" if report.measured else "from the committed table"
         click.echo(f"  law       {printable(report.loader)}: {report.law} ({how}); pass strength 1.0")
-    click.echo(f"  read back {'lossless' if report.rounded == 0 else f'off by {report.error:.1e} at most'}")
+    carried = f", {count(report.carried, 'more tensor')} carried bit for bit" if report.carried else ""
+    click.echo(f"  read back {'lossless' if report.rounded == 0 else f'off by {report.error:.1e} at most'}{carried}")
     for note in report.notes:
         click.echo(f"  note      {printable(note, 300)}")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from harness.doctor import inspect_file, repair_file, verify_merge
 from harness.doctor.match import layers_by_spelling, match_layers
-from harness.doctor.repair.repair import names_from
+from harness.doctor.repair.naming import layers_from
 from harness.files import LoraWeights, read_lora, write_lora
 
 QWEN = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
@@ -56,7 +56,7 @@ def test_verify_measures_every_module(files: Files) -> None:
 @pytest.mark.parametrize("to", ["peft", "kohya"])
 def test_repair_writes_the_names_of_the_lora_with_dots(files: Files, tmp_path: Path, to: str) -> None:
     base, merged, lora, names = files
-    repaired = read_lora(repair_file(lora, to, tmp_path / "new", model_names=names_from(base)).path)
+    repaired = read_lora(repair_file(lora, to, tmp_path / "new", model_names=layers_from(base)).path)
     wanted = [name.replace(".", "_") for name in names] if to == "kohya" else names
     assert sorted(module.name for module in repaired.modules.values()) == sorted(wanted)
     assert verify_merge(base, merged, repaired.path).ok

@@ -1,0 +1,342 @@
+"""What becomes of every tensor of a file: its scale is folded into it, it is carried bit for bit, or it is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from harness.doctor.loader_law import Gain
+from harness.doctor.repair.naming import Home, Homes
+from harness.errors import UserError
+from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.keys import PAIRS, cut
+from harness.files.write import stem_of
+from harness.text import count, printable
+
+_PAIRS = ("lora", "conv")  # what every format can say
+_LOW_RANK = frozenset({*_PAIRS, "embedding", "experts", "dora", "lora_bias", "lora_diff", "tucker", "loha", "lokr"})
+_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})
+_LYCORIS = frozenset({"kohya", "comfyui"})  # formats whose readers share the tails of all that is no plain pair
+_GAINS = (("B", "bias"), ("hada_w2_a",), ("lokr_w1",), ("lokr_w1_a",))  # the parts that a product is linear in
+_FACTORS = re.compile(r"A|B|bias|mid|hada_.+|lokr_.+")
+_COPIES = ("base_copy", "base_copy_bias")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
+_LIVE = (
+    (re.compile(r"\.modules_to_save\.[^.]+(?=\.)"), ""),
+    (re.compile(r"(\.lora_magnitude_vector)(\.[^.]+)?(\.weight)?$"), r"\1"),
+    (re.compile(r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$"), r"\1\2"),
+    (re.compile(r"(\.(?:lora_embedding_[AB]|trainable_tokens_delta))\.[^.]+$"), r"\1"),
+)  # names of a live PEFT model, as PEFT saves them
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor on its way: its key in the new file, what it was and what it becomes."""
+
+    key: str
+    old: Tensor
+    new: Tensor
+
+
+@dataclass(frozen=True)
+class RepairedModule:
+    """One module of the new file: its scale in training, the factor of its readers, its new alpha, its parts by role.
+
+    `sources` are the modules of the file that it is made of. `plain` modules are a pair and nothing else, which every
+    format spells in its own way; their B was multiplied with the scale before it became `old`.
+    """
+
+    sources: tuple[str, ...]
+    module: LoraModule
+    home: Home
+    scale: float
+    gain: float
+    alpha: float | None
+    parts: Mapping[str, Part]
+    plain: bool
+
+    @property
+    def rank(self) -> int:
+        """The rank, that of one expert where there are several."""
+        return int(self.parts["A"].new.shape[0]) if self.plain else self.module.rank
+
+
+@dataclass
+class Plan:
+    """What the new file holds: repaired modules, tensors carried as {new key: key}; and the keys left out on purpose.
+
+    Every key of the source is in one of them, or `converted`.
+    """
+
+    modules: list[RepairedModule] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    carried: dict[str, str] = field(default_factory=dict)
+    settled: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """How scales are folded: the reader's factor, the scale and the dtype that were asked for."""
+
+    adapter: LoraAdapter
+    to: str
+    gain: Gain
+    scale: float | None
+    dtype: str | None
+
+
+def plan_repair(
+    adapter: LoraAdapter, to: str, places: Homes, gain: Gain, *, scale: float | None, dtype: str | None
+) -> Plan:
+    """Say for every tensor of `adapter` what becomes of it in a file of the format `to`.
+
+    Raises:
+        UserError: a trained tensor has no place there, or a module whose scale cannot be folded; the keys are named.
+    """
+    plan, refused, how = Plan(), list[str](), _Folding(adapter, to, gain, scale, dtype)
+    stacks: dict[tuple[str, str], list[tuple[str, Home]]] = {}
+    for name, module in adapter.modules.items():
+        _refuse_kind(adapter, module)
+        kept, plain = _kept(adapter, to, module, plan)
+        if not plain and (module.keys.keys() - {"alpha", *_COPIES}) and not _takes(adapter, to, places[name]):
+            refused += [key for role, key in module.keys.items() if role not in ("alpha", *_COPIES)]
+            continue
+        if _is_low_rank(module):
+            plan.converted += [key for key in module.keys.values() if key not in kept]
+            if plain:
+                for home in places[name]:
+                    stacks.setdefault((home.prefix, home.name), []).append((name, home))
+            else:
+                plan.modules.append(_scaled(how, name, places[name][0]))
+        for key in kept:
+            plan.carried[_unused(plan, adapter, rekeyed(adapter, key, module, places[name][0], to))] = key
+    refused += _others(adapter, to, plan)
+    if refused:
+        raise UserError(f"{adapter.path}: {_refusal(refused, to, adapter.format)}")
+    plan.modules += [_assembled(how, pieces) for pieces in stacks.values()]
+    plan.scales = [_trained(how, adapter.modules[name]) for module in plan.modules for name in module.sources]
+    _account(adapter, plan)
+    return plan
+
+
+def _is_low_rank(module: LoraModule) -> bool:
+    return module.variant in _LOW_RANK and module.rank > 0
+
+
+def _kept(adapter: LoraAdapter, to: str, module: LoraModule, plan: Plan) -> tuple[list[str], bool]:
+    """Return the keys of a module that are carried, and whether it is a plain pair but for copies of the base."""
+    low_rank = _is_low_rank(module)
+    kept = {role: key for role, key in module.keys.items() if _is_kept(role, low_rank=low_rank)}
+    plain = low_rank and module.variant in _PAIRS and kept.keys() <= set(_COPIES)
+    if to != adapter.format:
+        plan.copies += [kept.pop(role) for role in _COPIES if role in kept]
+    return list(kept.values()), plain
+
+
+def _is_kept(role: str, *, low_rank: bool) -> bool:
+    """Tell whether a part is carried as it is."""
+    return not (low_rank and (role == "alpha" or _FACTORS.fullmatch(role)))
+
+
+def _takes(adapter: LoraAdapter, to: str, places: Sequence[Home]) -> bool:
+    """Tell whether a file of the format `to` says what is no plain pair as the source does."""
+    whole = len(places) == 1 and places[0][2:4] == (None, None)
+    return whole and (to == adapter.format or {to, adapter.format} <= _LYCORIS)
+
+
+def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
+    if module.variant not in _LOW_RANK | _WHOLE:
+        what = f"{printable(module.name)} is a {module.variant} module, whose scale is no alpha / rank to be repaired"
+        raise UserError(f"{adapter.path}: {what}")
+
+
+def _others(adapter: LoraAdapter, to: str, plan: Plan) -> list[str]:
+    """Carry the keys that no module has within the same format; return those that another format has no place for."""
+    refused, known = list[str](), {key for module in adapter.modules.values() for key in module.keys.values()}
+    for key in adapter.file.keys:
+        if key in known:
+            continue
+        if (parts := cut(key)) and parts[1] == "alpha":
+            plan.settled.append(key)  # a scale of nothing, or one that the configuration overrides
+        elif to == adapter.format:
+            plan.carried[_unused(plan, adapter, plain_key(key, to))] = key
+        else:
+            refused.append(key)
+    return refused
+
+
+def _refusal(keys: Sequence[str], to: str, own: str) -> str:
+    shown = ", ".join(printable(key, 80) for key in keys[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
+    tensors = "1 trained tensor has" if len(keys) == 1 else f"{count(len(keys), 'trained tensor')} have"
+    return f"{tensors} no place in a {to} file ({shown}); --to {own} keeps all of them"
+
+
+def _unused(plan: Plan, adapter: LoraAdapter, key: str) -> str:
+    if key in plan.carried:
+        raise UserError(f"{adapter.path}: two tensors would be called {printable(key)}: not written")
+    return key
+
+
+def _account(adapter: LoraAdapter, plan: Plan) -> None:
+    """Refuse to go on when a tensor of the source would be lost, or two would get one name.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    going = {*plan.converted, *plan.carried.values(), *plan.settled, *plan.copies}
+    if lost := [key for key in adapter.file.keys if key not in going]:
+        raise UserError(f"{adapter.path}: {count(len(lost), 'tensor')} would be lost, such as {printable(lost[0])}")
+    keys = [part.key for module in plan.modules for part in module.parts.values()] + [*plan.carried]
+    if twice := next((key for key, number in Counter(keys).items() if number > 1), None):
+        raise UserError(f"{adapter.path}: two tensors would be called {printable(twice)}: not written")
+
+
+def plain_key(key: str, format: str) -> str:
+    """Return a key without what torch.compile, FSDP and a live PEFT model put into it."""
+    key = _WRAPPERS.sub("", key)
+    if format in ("peft", "diffusers"):
+        for pattern, short in _LIVE:
+            key = pattern.sub(short, key)
+    return key
+
+
+def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: str) -> str:
+    """Return a key with the new prefix and name of its module, and its own tail."""
+    key, row = plain_key(key, to), FORMATS[adapter.format]
+    try:
+        stem, new = stem_of(row, module.name), home.prefix + stem_of(FORMATS[to], home.name)
+    except ValueError:
+        return key
+    for start in sorted({*row.prefixes, home.prefix, ""}, key=len, reverse=True):
+        if key.startswith(f"{start}{stem}."):
+            return new + key[len(start) + len(stem) :]
+    return key if key.startswith(home.prefix) else home.prefix + key
+
+
+def _assembled(how: _Folding, pieces: Sequence[tuple[str, Home]]) -> RepairedModule:
+    """Return the plain module that rows of one module or more make up: A stacked, B in blocks."""
+    adapter, home = how.adapter, pieces[0][1]
+    names = tuple(dict.fromkeys(name for name, _ in pieces))
+    halves = {name: adapter.tensors(name) for name in names}
+    scales = {name: _trained(how, adapter.modules[name]) for name in names}
+    exact = _blocks(pieces, {name: (a, b.double() * scales[name]) for name, (a, b) in halves.items()})
+    dtype = how.dtype or str(halves[names[0]][1].dtype).removeprefix("torch.")
+    module = adapter.modules[names[0]]
+    a = halves[names[0]][0] if len(names) == 1 else torch.cat([halves[name][0] for name in names])
+    rank = int(a.shape[0])
+    alpha, here = _alpha(how, rank, module.name)
+    source = module.keys["A"], module.keys["B"]
+    new_a = _folded(a, 1.0, how.dtype, source[0])
+    new_b = _folded(exact, 1.0 / here, dtype, source[1])
+    parts = {"A": Part(_spelled(how, "A", home), a, new_a), "B": Part(_spelled(how, "B", home), exact, new_b)}
+    return RepairedModule(names, module, home, scales[names[0]], here, alpha, parts, True)
+
+
+def _blocks(pieces: Sequence[tuple[str, Home]], halves: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Return B: [rows of the layer, all ranks], with the rows of every piece in their place and in their columns."""
+    name, home = pieces[0]
+    if len(pieces) == 1 and home.rows is None:
+        return halves[name][1][slice(*(home.part or (None,)))]
+    ranks = {name: int(a.shape[0]) for name, (a, _) in halves.items()}
+    starts = dict(zip(ranks, accumulate(ranks.values(), initial=0), strict=False))
+    first = halves[name][1]
+    height = home.height or max(home.rows[1] for _, home in pieces if home.rows)
+    whole = first.new_zeros(height, sum(ranks.values()), *first.shape[2:])
+    for name, home in pieces:
+        rows, part = home.rows or (None,), home.part or (None,)
+        columns = slice(starts[name], starts[name] + ranks[name])
+        whole[slice(*rows), columns] = halves[name][1][slice(*part)]
+    return whole
+
+
+def _scaled(how: _Folding, name: str, home: Home) -> RepairedModule:
+    """Return a module that is no plain pair: the scale goes into the part that its product is linear in."""
+    module, adapter = how.adapter.modules[name], how.adapter
+    trained = _trained(how, module)
+    alpha, here = _alpha(how, module.rank, name)
+    gains = next(found for roles in _GAINS if (found := [role for role in roles if role in module.keys]))
+    parts = {}
+    for role, key in module.keys.items():
+        if _FACTORS.fullmatch(role):
+            old = adapter.file.tensor(key)
+            new = _folded(old, trained / here if role in gains else 1.0, how.dtype, key)
+            parts[role] = Part(rekeyed(adapter, key, module, home, how.to), old, new)
+    return RepairedModule((name,), module, home, trained, here, alpha, parts, False)
+
+
+def _alpha(how: _Folding, rank: int, name: str) -> tuple[float | None, float]:
+    """Return the alpha that is written, and the factor that its readers then use."""
+    alpha = None if FORMATS[how.to].alpha[0] == "none" else float(rank)
+    here = how.gain.at_one(alpha, rank)
+    if not here:
+        raise UserError(f"this loader gives {printable(name)} the factor {here:g} at strength 1: nothing can be folded")
+    return alpha, here
+
+
+def _spelled(how: _Folding, role: str, home: Home) -> str:
+    """Return the new key of a half in the format's own spelling."""
+    row = FORMATS[how.to]
+    try:
+        stem = stem_of(row, home.name)
+    except ValueError as error:
+        raise UserError(f"cannot be written as {how.to}: {error}") from None
+    return f"{home.prefix}{stem}.{PAIRS[row.pairs[0]]['AB'.index(role)].replace('*', 'default')}"
+
+
+def _trained(how: _Folding, module: LoraModule) -> float:
+    return how.scale if how.scale is not None else trained_scale(how.adapter, module)
+
+
+def trained_scale(adapter: LoraAdapter, module: LoraModule) -> float:
+    """Return the factor that training put on a module.
+
+    Raises:
+        UserError: the file does not say.
+    """
+    if module.alpha is None:
+        raise UserError(f"{adapter.path}: carries no alpha; give lora_alpha of the training, or the scale it used")
+    if module.alpha == 0:
+        what = "alpha is 0, which readers take as 0, 1 or the rank; give lora_alpha of the training, or the scale"
+        raise UserError(f"{adapter.path}: {what}")
+    return module.trained_scale
+
+
+def _folded(old: Tensor, factor: float, dtype: str | None, key: str) -> Tensor:
+    """Return factor * old in its dtype or another.
+
+    Raises:
+        UserError: it holds NaN or infinity, or does not fit the dtype.
+    """
+    exact = old.double()
+    if not exact.isfinite().all():
+        raise UserError(f"{printable(key)}: holds NaN or infinity, which no repair makes right")
+    if factor == 1.0 and dtype is None:
+        return old
+    into = dtype or str(old.dtype).removeprefix("torch.")
+    new = (exact * factor).to(getattr(torch, into))
+    if not new.double().isfinite().all():
+        raise UserError(f"{printable(key)}: folding the scale overflows {into}; choose float32")
+    return new
+
+
+def notes_of(plan: Plan) -> Iterator[str]:
+    """Yield what a user should know about tensors that were not converted."""
+    if plan.carried:
+        yield f"carried bit for bit: {_some(list(plan.carried.values()))}"
+    if plan.copies:
+        yield f"left out as copies of the base's own weights: {_some(plan.copies)}"
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(printable(key, 60) for key in keys[:_SHOWN]) + (
+        f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    )
