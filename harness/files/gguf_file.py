@@ -152,7 +152,7 @@ def _of_header(path: Path, size: int, reader: type) -> Any:
     """Let the reader, which maps what it opens, open a copy of all that it looks at: of tensors it tells the places."""
     with path.open("rb") as stream:
         head = stream.read(min(size, _MAX_HEADER_BYTES))
-    with set_apart(head, size) as apart:
+    with set_apart(path, head, size) as apart:
         return reader(apart)
 
 

@@ -140,7 +140,7 @@ def _validated(path: Path, raw: bytes, size: int) -> Any:
     try:
         if not os.path.isdir(_DESCRIPTORS):
             return safe_open(os.fspath(path), framework="np")
-        with set_apart(len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, size) as stream:
+        with set_apart(path, len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, size) as stream:
             return safe_open(f"{_DESCRIPTORS}/{stream.fileno()}", framework="np")
     except (SafetensorError, OSError, MemoryError, UnicodeError, ValueError) as error:
         reason = printable(error).removeprefix("Error while deserializing header: ")

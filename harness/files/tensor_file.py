@@ -151,19 +151,25 @@ class TensorFile:
 
 
 @contextmanager
-def set_apart(head: bytes, size: int) -> Iterator[IO[bytes]]:
-    """Yield a file of `size` bytes that begins with `head`, to be mapped: nobody else can cut it.
+def set_apart(path: Path, head: bytes, size: int) -> Iterator[IO[bytes]]:
+    """Yield a file of `size` bytes that begins as `path` does, with `head`, to be mapped: nobody else can cut it.
 
-    The rest is a hole, so that it takes no more room than its head.
+    The rest is a hole, so that it takes no more room than its head. Where this process may write nothing it is the file
+    itself.
 
     Raises:
-        OSError: the system gives no such file.
+        OSError: the file cannot be read.
     """
     memory = hasattr(os, "memfd_create")
     with FileIO(os.memfd_create("header"), "w+") if memory else tempfile.TemporaryFile() as stream:
-        stream.write(head)
-        stream.truncate(size)
-        yield stream
+        try:
+            stream.write(head)
+            stream.truncate(size)
+        except OSError:
+            with path.open("rb", buffering=0) as itself:
+                yield itself
+        else:
+            yield stream
 
 
 def _read_into(stream: FileIO, view: memoryview, at: int) -> int:

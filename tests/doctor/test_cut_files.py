@@ -139,3 +139,19 @@ def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:
     pair = adapter.tensors(next(iter(adapter.modules)))
     path.write_bytes(bytes(path.stat().st_size))
     assert all(bool((half == 1).all()) for half in pair)
+
+
+@pytest.mark.parametrize("format", ["kohya", "gguf"])
+def test_a_process_that_may_write_nothing_reads(tmp_path: Path, format: str) -> None:
+    """As a loader's, which may have taken that right from itself."""
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    name = "blk.0.attn_q" if format == "gguf" else "x.to_q"
+    path = write_lora(tmp_path / "a", format, {name: LoraWeights(torch.ones(4, 32), torch.ones(9, 4), 4.0)})
+    program = (
+        "import resource, sys\nfrom harness.files import read_lora\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "adapter = read_lora(sys.argv[1])\n"
+        "sys.exit(0 if adapter.tensors(next(iter(adapter.modules)))[0].shape == (4, 32) else 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(path)], timeout=120, check=False).returncode == 0

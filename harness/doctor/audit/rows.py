@@ -146,8 +146,9 @@ def _parsed(line: bytes) -> FileRecord:
 
 @contextmanager
 def scratch() -> Iterator[RowStore]:
-    """Yield a store that is gone after the block."""
+    """Yield a store of which nothing is left after the block, nor when the process is killed in it."""
     with TemporaryDirectory(prefix="lora-harness-audit-") as folder, closing(RowStore(Path(folder, "rows"))) as store:
+        store.forget()
         yield store
 
 
