@@ -33,6 +33,8 @@ _BLOCKS_SHOWN = 16
 @click.option("--base", type=shared.PATH, help="Base checkpoint: adds the strength relative to its weights.")
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
+@click.option("--for", "engine", metavar="ENGINE", help="What vllm or sglang would do with it, by their own rules.")
+@click.option("--max-lora-rank", type=click.IntRange(1), help="The limit that the engine of --for was started with.")
 @shared.lora_alpha_option
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
 @click.option("--sarif", "sarif_file", type=shared.FILE, help="Write SARIF 2.1.0 here too.")
@@ -47,6 +49,8 @@ def command(
     base: Path | None,
     energy: bool,
     loaders: tuple[str, ...],
+    engine: str | None,
+    max_lora_rank: int | None,
     lora_alpha: float | None,
     strict: bool,
     sarif_file: Path | None,
@@ -63,6 +67,8 @@ def command(
     worst, records = 0, []
     for path in files:
         record = inspect_file(path, energy=energy or html is not None, base=base, lora_alpha=lora_alpha)
+        if engine:
+            record = _with_engine(record, path, engine, max_lora_rank)
         if loaders:
             record = _with_loaders(record, path, loaders, lora_alpha)
         worst = max(worst, _exit_code(record, strict))
@@ -98,6 +104,16 @@ def _write_sarif(records: Iterable[FileRecord], path: Path, exit_code: int) -> N
 def _exit_code(record: FileRecord, strict: bool) -> int:
     exits = {None: 0, "warning": int(strict), "error": 1, "fatal": 2}
     return exits[record.severity]
+
+
+def _with_engine(record: FileRecord, path: Path, engine: str, max_lora_rank: int | None) -> FileRecord:
+    from harness.doctor.inspect.engines import engine_hazards
+    from harness.files import read_lora
+
+    if record.format is None:
+        return record
+    found = tuple(engine_hazards(read_lora(path, strict=False), engine, max_lora_rank))
+    return record.model_copy(update={"hazards": (*record.hazards, *found)})
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:

@@ -194,7 +194,7 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
         what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
         yield Hazard(code="LH723", what=what)
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.I):
+    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.I):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
         way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
         yield Hazard(code="LH723", what=f"{what}; {way}")
