@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_LARGER = ("model.", "transformer.", "base_model.", "language_model.")  # what transformers puts before a bare model
+_EMBEDDING = re.compile(r"\w*embed\w*|wte|wpe|shared")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
 _INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
@@ -102,8 +102,11 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
     """
     if adapter.format != "peft" or not adapter.config or _towers(base):
         return
-    odd = [name for name, slots in placed.slots.items() if _foreign(adapter.modules[name].name, slots[0].layer)]
-    odd = [name for name in odd if placed.slots[name][0].rows is None and not fit.names and not _wrapped(name)]
+    whole = {name: slots[0].layer for name, slots in placed.slots.items() if slots[0].rows is None and not fit.names}
+    reached = _reached(adapter, base)
+    odd = [
+        name for name, layer in whole.items() if not _wrapped(name) and not reached(adapter.modules[name].name, layer)
+    ]
     if odd:
         what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
         yield _ignored(len(odd), fit.modules, what, fit.replaced)
@@ -122,9 +125,20 @@ def _towers(base: Checkpoint) -> bool:
     return any(not _TOWERS.isdisjoint(layer.split(".")) for layer in base.layers)
 
 
-def _foreign(name: str, layer: str) -> bool:
-    """Tell whether a name is another than the layer's, apart from what a model with a head has before it."""
-    return not {name, *map(name.removeprefix, _LARGER)} & {layer, *(start + layer for start in _LARGER)}
+def _reached(adapter: LoraAdapter, base: Checkpoint) -> Callable[[str, str], bool]:
+    """Return what tells whether a name is that of a layer in memory, where its name in the file is another.
+
+    transformers puts the name of the inner model before the layers of a checkpoint without a head, whose embeddings
+    stand outermost, and takes it away where a model without a head is asked for.
+    """
+    bare = any(_EMBEDDING.fullmatch(layer.partition(".")[0]) for layer in base.layers)
+    headless = not adapter.config.get("task_type")
+
+    def same(name: str, layer: str) -> bool:
+        longer = (bare and name.partition(".")[2] == layer) or (headless and layer.partition(".")[2] == name)
+        return name == layer or longer
+
+    return same
 
 
 def _share(some: int, total: int) -> str:

@@ -12,8 +12,8 @@ from harness.text import first_of, printable
 from harness.verdict.blocks import family_of
 from harness.verdict.file_record import Hazard
 
-# Of 69 adapters trained on tiny Llama, GPT-2 and BERT (AdamW and SGD, learning rates 1e-4 to 3e-2) the largest ratio was
-# 19, and none passed both bounds. Of 2,400 drawn with blocks up to e**1 apart and Student-t elements 18 did, nearly all
+# Of 69 adapters trained on tiny Llama, GPT-2 and BERT (AdamW and SGD, learning rates 1e-4 to 3e-2) the largest ratio is
+# 19, and none passes both bounds. Of 2,400 drawn with blocks up to e**1 apart and Student-t elements 18 do, nearly all
 # with 2.5 degrees of freedom, whose variance hardly exists.
 RATIO = 25.0
 SPREAD = 8.0
