@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,11 @@ def base_model() -> LlamaForCausalLM:
     torch.manual_seed(1)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             vocab_size=96,
         )  # fmt: skip
     )
@@ -53,7 +58,9 @@ def write(case: Case, folder: Path) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:
             parameter.data = torch.randn_like(parameter) * 0.02
-    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that embeddings are saved too
+        model.save_pretrained(folder)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = case.weights(load_file(file))
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata={"format": "pt"})
