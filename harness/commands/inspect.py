@@ -27,7 +27,8 @@ _BLOCKS_SHOWN = 16
     epilog="\b\nExamples:\n"
     "  lora-harness inspect my_lora.safetensors\n"
     "  lora-harness inspect first.safetensors second.safetensors --html page.html\n"
-    "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
+    "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4\n"
+    "  lora-harness inspect my_peft_folder --for vllm --max-lora-rank 64"
 )
 @click.argument("files", nargs=-1, required=True, type=shared.PATH, metavar="LORA...")
 @click.option("--base", type=shared.PATH, help="Base checkpoint: adds the strength relative to its weights.")

@@ -47,7 +47,7 @@ def base_model() -> LlamaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=96,
-        )  # fmt: skip
+        )
     )
 
 
