@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.fit import base_hazards, fit_of
+from harness.doctor.inspect.outliers import outliers
 from harness.text import count, first_of, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
@@ -124,7 +125,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     placed = weights.place(adapter) if weights else None
     found = energies(adapter, weights, placed)
     fit = fit_of(adapter, weights, placed) if weights and placed else None
-    hazards = [*record.hazards, *effects(adapter, found)]
+    hazards = [*record.hazards, *effects(adapter, found), *outliers(adapter, _largest(adapter))]
     hazards += base_hazards(adapter, weights, placed, fit) if weights and placed and fit else []
     if what := _not_finite(found):
         hazards.append(Hazard(code="LH707", what=what))
@@ -158,6 +159,16 @@ def energies(
                 norm = base_norm(base, placed.slots[name])
                 energy = energy.model_copy(update={"relative": energy.norm / norm if norm else None})
             found[name] = energy
+    return found
+
+
+def _largest(adapter: LoraAdapter) -> dict[str, float]:
+    """Return max |x| of both halves of every pair, by key."""
+    found = {}
+    for name, module in adapter.modules.items():
+        for role in ("A", "B") if {"A", "B"} <= module.keys.keys() else ():
+            part = adapter.part(name, role)
+            found[module.keys[role]] = float(part.float().abs().max()) if part.numel() else 0.0
     return found
 
 
