@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.fit import base_hazards, fit_of
+from harness.doctor.inspect.fit import base_hazards, fit_of, notes
 from harness.doctor.inspect.outliers import outliers
 from harness.text import count, first_of, printable
 from harness.verdict.blocks import family_of, norm_of
@@ -134,6 +134,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     return record.model_copy(
         update={
             "fit": fit,
+            "notes": (*record.notes, *(notes(adapter, weights) if weights else ())),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,

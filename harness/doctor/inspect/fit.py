@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.architectures import Shape, looks_like
+from harness.doctor.match import core
 from harness.files import LoraAdapter
 from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_EMBEDDING = re.compile(r"\w*embed\w*|wte|wpe|shared")
+_EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
 _INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
@@ -95,12 +96,8 @@ def _shape(outputs: int, inputs: int) -> Shape | None:
 
 
 def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
-    """Yield what PEFT would leave out, where the base has the names that modules have in memory.
-
-    transformers gives models of several towers other names in memory than in their files, and not the same in every
-    version, so that nothing is said of them.
-    """
-    if adapter.format != "peft" or not adapter.config or _towers(base):
+    """Yield what PEFT would leave out, as far as the names in the base's file tell those in memory."""
+    if adapter.format != "peft" or not adapter.config:
         return
     whole = {name: slots[0].layer for name, slots in placed.slots.items() if slots[0].rows is None and not fit.names}
     reached = _reached(adapter, base)
@@ -121,6 +118,13 @@ def _wrapped(name: str) -> bool:
     return any(f".{wrapper}" in f".{name}" for wrapper in _WRAPPERS)
 
 
+def notes(adapter: LoraAdapter, base: Checkpoint) -> Iterator[str]:
+    """Say what is not judged of a LoRA against a base."""
+    if adapter.format == "peft" and adapter.config and _towers(base):
+        what = "this base has several towers, whose layers transformers names otherwise in memory than in the file"
+        yield f"{what}, depending on its version: whether PEFT finds all names is not judged"
+
+
 def _towers(base: Checkpoint) -> bool:
     return any(not _TOWERS.isdisjoint(layer.split(".")) for layer in base.layers)
 
@@ -129,8 +133,11 @@ def _reached(adapter: LoraAdapter, base: Checkpoint) -> Callable[[str, str], boo
     """Return what tells whether a name is that of a layer in memory, where its name in the file is another.
 
     transformers puts the name of the inner model before the layers of a checkpoint without a head, whose embeddings
-    stand outermost, and takes it away where a model without a head is asked for.
+    stand outermost, and takes it away where a model without a head is asked for. Models of several towers have other
+    names in memory than in their files, and not the same in every version: only foreign words tell.
     """
+    if _towers(base):
+        return lambda name, layer: core(name) == core(layer)
     bare = any(_EMBEDDING.fullmatch(layer.partition(".")[0]) for layer in base.layers)
     headless = not adapter.config.get("task_type")
 
