@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,7 @@ from torch import Tensor
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.fit import base_hazards, fit_of, notes
-from harness.doctor.inspect.outliers import outliers
-from harness.text import count, first_of, printable
+from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
@@ -125,9 +124,9 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     placed = weights.place(adapter) if weights else None
     found = energies(adapter, weights, placed)
     fit = fit_of(adapter, weights, placed) if weights and placed else None
-    hazards = [*record.hazards, *effects(adapter, found), *outliers(adapter, _largest(adapter))]
+    hazards = [*record.hazards]
     hazards += base_hazards(adapter, weights, placed, fit) if weights and placed and fit else []
-    if what := _not_finite(found):
+    if (what := _not_finite(found)) and "LH707" not in record.codes:
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
@@ -163,16 +162,6 @@ def energies(
     return found
 
 
-def _largest(adapter: LoraAdapter) -> dict[str, float]:
-    """Return max |x| of both halves of every pair, by key."""
-    found = {}
-    for name, module in adapter.modules.items():
-        for role in ("A", "B") if {"A", "B"} <= module.keys.keys() else ():
-            part = adapter.part(name, role)
-            found[module.keys[role]] = float(part.float().abs().max()) if part.numel() else 0.0
-    return found
-
-
 def base_norm(base: Checkpoint, slots: Iterable[Slot]) -> float:
     """Return ||W|| over the rows of the base that a module changes."""
     return norm_of(_slot_norm(base, base.layers[slot.layer], slot) for slot in slots)
@@ -185,18 +174,6 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
     weight = weight if weight.dtype.itemsize > 1 else weight.float()
     base.release()
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-
-
-def effects(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Iterator[Hazard]:
-    """Yield LH713 when no module changes anything, LH714 when some do not."""
-    still = [name for name, energy in energies.items() if energy.finite and energy.norm == 0]
-    scaled = [name for name in still if adapter.modules[name].alpha != 0]
-    if still and len(still) == len(energies) == len(adapter.modules):
-        why = "B @ A is zero" if scaled else "the scale is zero"
-        yield Hazard(code="LH713", what=f"{why} in every module: this LoRA changes nothing")
-    elif scaled:
-        what = f"B @ A is zero in {len(scaled)} of {count(len(energies), 'module')} ({first_of(scaled)})"
-        yield Hazard(code="LH714", what=what)
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:

@@ -189,11 +189,6 @@ def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
     if bare:
         yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
-    for wrapper in _WRAPPERS:
-        wrapped = [name for name in keys if f".{wrapper}" in f".{name}." and name not in bare]
-        if wrapped:
-            what = f"{_share(len(wrapped), len(keys))} behind {wrapper} ({first_of(wrapped)})"
-            yield _ignored(len(wrapped), len(keys), f"{what} unless the model is wrapped so")
 
 
 def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:

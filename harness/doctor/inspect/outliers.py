@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from statistics import median
 
 from harness.files import LoraAdapter
 from harness.text import first_of, printable
-from harness.verdict.blocks import family_of
+from harness.verdict.blocks import block_of, family_of
 from harness.verdict.file_record import Hazard
 
 # Of 69 adapters trained on tiny Llama, GPT-2 and BERT (AdamW and SGD, learning rates 1e-4 to 3e-2) the largest ratio is
@@ -31,7 +31,7 @@ def outliers(adapter: LoraAdapter, largest: Mapping[str, float]) -> Iterator[Haz
     found = sorted(_excesses(adapter, largest).items(), key=lambda item: -item[1])
     if found:
         name, ratio = found[0]
-        what = "the whole module" if _whole(adapter, name, ratio) else "a few of its elements"
+        what = _what(adapter, name, ratio)
         kind = family_of(adapter.modules[name].name)
         more = f"; {len(found) - 1} more" if len(found) > 1 else ""
         said = f"{first_of([name])}: {what} {ratio:.3g} times as large as usual in {printable(kind, 80)}{more}"
@@ -63,9 +63,18 @@ def _over(family: Mapping[str, float]) -> Iterator[tuple[str, float]]:
     yield from ((name, value - middle) for name, value in family.items() if value - middle > limit)
 
 
-def _whole(adapter: LoraAdapter, name: str, ratio: float) -> bool:
-    """Tell whether a module is large as a whole: most of its elements come near the largest one."""
-    part = adapter.part(name, "B").flatten()
-    step = max(1, part.numel() // _SAMPLED)
-    usual = float(part[::step].abs().double().median())
-    return usual * ratio > _ONE * float(part.abs().max())
+def _what(adapter: LoraAdapter, name: str, ratio: float) -> str:
+    """Say whether a module is large as a whole, as far as torch is there to read it."""
+    try:
+        part = adapter.part(name, "B").flatten()
+    except ImportError:
+        return "its largest elements are"
+    usual = float(part[:: max(1, part.numel() // _SAMPLED)].abs().double().median())
+    return "the whole module is" if usual * ratio > _ONE * float(part.abs().max()) else "a few of its elements are"
+
+
+def lonely(adapter: LoraAdapter, dead: Collection[str]) -> list[str]:
+    """Return dead modules in a block that training reached, but for experts, which a short training may pass over."""
+    blocks = {name: (module.component, block_of(module.name)) for name, module in adapter.modules.items()}
+    live = {blocks[name] for name in adapter.modules if name not in dead}
+    return [name for name in dead if blocks[name] in live and "experts" not in name]
