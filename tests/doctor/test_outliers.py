@@ -1,4 +1,4 @@
-"""A module or an element that is far larger than its like is seen; healthy adapters, however spread, are not accused."""
+"""A module or an element that is far larger than its like is seen; healthy adapters are not accused."""
 
 from __future__ import annotations
 
