@@ -135,9 +135,14 @@ def _table() -> _Ends:
     return table
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a file of the package's own data holds."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 @cache
 def _data() -> dict[str, Any]:
-    return tomllib.loads(_DATA.read_text(encoding="utf-8"))
+    return read_toml(_DATA)
 
 
 @cache

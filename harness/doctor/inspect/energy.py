@@ -14,8 +14,8 @@ from torch import Tensor
 
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.fit import base_hazards, fit_of
-from harness.text import count, first_of, printable
+from harness.doctor.inspect.fit import base_hazards, fit_of, notes
+from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
@@ -127,17 +127,17 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     placed = weights.place(adapter) if weights else None
     found = energies(adapter, weights, placed)
     fit = fit_of(adapter, weights, placed) if weights and placed else None
-    hazards = [*record.hazards, *effects(adapter, found)]
+    hazards = [*record.hazards]
     hazards += base_hazards(adapter, weights, placed, fit) if weights and placed and fit else []
-    if what := _not_finite(found):
+    if (what := _not_finite(found)) and "LH707" not in record.codes:
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
-    notes = _of_base(adapter, weights, placed) if weights and placed else ()
+    said = (*notes(adapter, weights), *_of_base(adapter, weights, placed)) if weights and placed else ()
     return record.model_copy(
         update={
             "fit": fit,
-            "notes": (*record.notes, *notes),
+            "notes": (*record.notes, *said),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,
@@ -204,18 +204,6 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
     weight = base.rows(tensor, *slot.rows)
     weight = weight if weight.dtype.itemsize > 1 else weight.float()
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-
-
-def effects(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Iterator[Hazard]:
-    """Yield LH713 when no module changes anything, LH714 when some do not."""
-    still = [name for name, energy in energies.items() if energy.finite and energy.norm == 0]
-    scaled = [name for name in still if adapter.modules[name].alpha != 0]
-    if still and len(still) == len(energies) == len(adapter.modules):
-        why = "B @ A is zero" if scaled else "the scale is zero"
-        yield Hazard(code="LH713", what=f"{why} in every module: this LoRA changes nothing")
-    elif scaled:
-        what = f"B @ A is zero in {len(scaled)} of {count(len(energies), 'module')} ({first_of(scaled)})"
-        yield Hazard(code="LH714", what=what)
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:

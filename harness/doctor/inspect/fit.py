@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.architectures import Shape, looks_like
+from harness.doctor.match import core
 from harness.files import LoraAdapter
 from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_LARGER = ("model.", "transformer.", "base_model.", "language_model.")  # what transformers puts before a bare model
+_EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
 _INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
@@ -95,15 +96,14 @@ def _shape(outputs: int, inputs: int) -> Shape | None:
 
 
 def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
-    """Yield what PEFT would leave out, where the base has the names that modules have in memory.
-
-    transformers gives models of several towers other names in memory than in their files, and not the same in every
-    version, so that nothing is said of them.
-    """
-    if adapter.format != "peft" or not adapter.config or _towers(base):
+    """Yield what PEFT would leave out, as far as the names in the base's file tell those in memory."""
+    if adapter.format != "peft" or not adapter.config:
         return
-    odd = [name for name, slots in placed.slots.items() if _foreign(adapter.modules[name].name, slots[0].layer)]
-    odd = [name for name in odd if placed.slots[name][0].rows is None and not fit.names and not _wrapped(name)]
+    whole = {name: slots[0].layer for name, slots in placed.slots.items() if slots[0].rows is None and not fit.names}
+    reached = _reached(adapter, base)
+    odd = [
+        name for name, layer in whole.items() if not _wrapped(name) and not reached(adapter.modules[name].name, layer)
+    ]
     if odd:
         what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
         yield _ignored(len(odd), fit.modules, what, fit.replaced)
@@ -118,13 +118,34 @@ def _wrapped(name: str) -> bool:
     return any(f".{wrapper}" in f".{name}" for wrapper in _WRAPPERS)
 
 
+def notes(adapter: LoraAdapter, base: Checkpoint) -> Iterator[str]:
+    """Say what is not judged of a LoRA against a base."""
+    if adapter.format == "peft" and adapter.config and _towers(base):
+        what = "this base has several towers, whose layers transformers names otherwise in memory than in the file"
+        yield f"{what}, depending on its version: whether PEFT finds all names is not judged"
+
+
 def _towers(base: Checkpoint) -> bool:
     return any(not _TOWERS.isdisjoint(layer.split(".")) for layer in base.layers)
 
 
-def _foreign(name: str, layer: str) -> bool:
-    """Tell whether a name is another than the layer's, apart from what a model with a head has before it."""
-    return not {name, *map(name.removeprefix, _LARGER)} & {layer, *(start + layer for start in _LARGER)}
+def _reached(adapter: LoraAdapter, base: Checkpoint) -> Callable[[str, str], bool]:
+    """Return what tells whether a name is that of a layer in memory, where its name in the file is another.
+
+    transformers puts the name of the inner model before the layers of a checkpoint without a head, whose embeddings
+    stand outermost, and takes it away where a model without a head is asked for. Models of several towers have other
+    names in memory than in their files, and not the same in every version: only foreign words tell.
+    """
+    if _towers(base):
+        return lambda name, layer: core(name) == core(layer)
+    bare = any(_EMBEDDING.fullmatch(layer.partition(".")[0]) for layer in base.layers)
+    headless = not adapter.config.get("task_type")
+
+    def same(name: str, layer: str) -> bool:
+        longer = (bare and name.partition(".")[2] == layer) or (headless and layer.partition(".")[2] == name)
+        return name == layer or longer
+
+    return same
 
 
 def _share(some: int, total: int) -> str:
@@ -168,11 +189,6 @@ def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
     if bare:
         yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
-    for wrapper in _WRAPPERS:
-        wrapped = [name for name in keys if f".{wrapper}" in f".{name}." and name not in bare]
-        if wrapped:
-            what = f"{_share(len(wrapped), len(keys))} behind {wrapper} ({first_of(wrapped)})"
-            yield _ignored(len(wrapped), len(keys), f"{what} unless the model is wrapped so")
 
 
 def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
@@ -194,7 +210,7 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
         what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
         yield Hazard(code="LH723", what=what)
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.I):
+    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.I):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
         way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
         yield Hazard(code="LH723", what=f"{what}; {way}")
