@@ -53,9 +53,10 @@ class FileRecord(Record):
     `ranks`, `alphas`, `variants`, `dtypes` and `components` count modules by value (alpha `none`: the file has none).
     `scales` gives, for each convention (`alpha / rank`, `alpha / sqrt(rank)`, `alpha`, `1`), the smallest and largest
     factor on B @ A that a loader of that convention applies at strength 1. `trained` is the same for the trained scale.
-    `coverage` is the share of keys that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without
-    a base. `prescription` maps a loader that reads this format to the strength that reproduces training; null when no
-    single value can or the file does not say enough.
+    `ranks` leaves out what has no rank; `full` are LoKr modules of two full factors. `coverage` is the share of keys
+    that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without a base. `prescription` maps a
+    loader that reads this format to the strength that reproduces training, null when there is none; `refusals` then
+    says why. `weights_read` says that every weight was looked at, and not only the header.
 
     An audit adds: `size` and `mtime` (ns), which tell whether the file is the one that was read; `fingerprint`, a hash
     of the tensors' names, shapes and a few kilobytes; `digest` of all of their bytes (only where fingerprints agree,
@@ -85,6 +86,9 @@ class FileRecord(Record):
     energies: dict[str, ModuleEnergy] | None = None
     advice: Advice | None = None
     prescription: dict[str, float | None] = Field(default_factory=dict)
+    refusals: dict[str, str] = Field(default_factory=dict)
+    dialect: str = ""
+    weights_read: bool = False
     mtime: int | None = None
     seconds: float | None = None
     fingerprint: str | None = None

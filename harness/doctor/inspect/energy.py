@@ -117,7 +117,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     weights = Checkpoint.open(base) if base is not None else None
     found = energies(adapter, weights)
     hazards = list(record.hazards)
-    if what := _not_finite(found):
+    if (what := _not_finite(found)) and "LH707" not in record.codes:
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
