@@ -22,12 +22,11 @@ from harness.text import count, printable
 
 _PAIRS = ("lora", "conv")  # what every format can say
 _LOW_RANK = frozenset({*_PAIRS, "embedding", "experts", "dora", "lora_bias", "lora_diff", "tucker", "loha", "lokr"})
-_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})
+_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy", "textual_inversion"})
 _LYCORIS = frozenset({"kohya", "comfyui"})  # formats whose readers share the tails of all that is no plain pair
 _GAINS = (("B", "bias"), ("hada_w2_a",), ("lokr_w1",), ("lokr_w1_a",))  # the parts that a product is linear in
 _FACTORS = re.compile(r"A|B|bias|mid|hada_.+|lokr_.+")
 _COPIES = ("base_copy", "base_copy_bias")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
 _LIVE = (
     (re.compile(r"\.modules_to_save\.[^.]+(?=\.)"), ""),
     (re.compile(r"(\.lora_magnitude_vector)(\.[^.]+)?(\.weight)?$"), r"\1"),
@@ -173,7 +172,7 @@ def _others(adapter: LoraAdapter, to: str, plan: Plan) -> list[str]:
         if (parts := cut(key)) and parts[1] == "alpha":
             plan.settled.append(key)  # a scale of nothing, or one that the configuration overrides
         elif to == adapter.format:
-            plan.carried[_unused(plan, adapter, plain_key(key, to))] = key
+            plan.carried[_unused(plan, adapter, plain_key(adapter, key))] = key
         else:
             refused.append(key)
     return refused
@@ -205,10 +204,10 @@ def _account(adapter: LoraAdapter, plan: Plan) -> None:
         raise UserError(f"{adapter.path}: two tensors would be called {printable(twice)}: not written")
 
 
-def plain_key(key: str, format: str) -> str:
+def plain_key(adapter: LoraAdapter, key: str) -> str:
     """Return a key without what torch.compile, FSDP and a live PEFT model put into it."""
-    key = _WRAPPERS.sub("", key)
-    if format in ("peft", "diffusers"):
+    key = adapter.plain(key)
+    if adapter.format in ("peft", "diffusers"):
         for pattern, short in _LIVE:
             key = pattern.sub(short, key)
     return key
@@ -216,7 +215,7 @@ def plain_key(key: str, format: str) -> str:
 
 def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: str) -> str:
     """Return a key with the new prefix and name of its module, and its own tail."""
-    key, row = plain_key(key, to), FORMATS[adapter.format]
+    key, row = plain_key(adapter, key), FORMATS[adapter.format]
     try:
         stem, new = stem_of(row, module.name), home.prefix + stem_of(FORMATS[to], home.name)
     except ValueError:
@@ -224,7 +223,7 @@ def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: 
     for start in sorted({*row.prefixes, home.prefix, ""}, key=len, reverse=True):
         if key.startswith(f"{start}{stem}."):
             return new + key[len(start) + len(stem) :]
-    return key if key.startswith(home.prefix) else home.prefix + key
+    return key if key.startswith(home.prefix) or to != "peft" else home.prefix + key
 
 
 def _assembled(how: _Folding, pieces: Pieces) -> RepairedModule:
@@ -318,16 +317,20 @@ def _folded(old: Tensor, factor: float, dtype: str | None, key: str) -> Tensor:
     Raises:
         UserError: it holds NaN or infinity, or does not fit the dtype.
     """
-    exact = old.double()
-    if not exact.isfinite().all():
+    if not _is_finite(old):
         raise UserError(f"{printable(key)}: holds NaN or infinity, which no repair makes right")
     if factor == 1.0 and dtype is None:
         return old
     into = dtype or str(old.dtype).removeprefix("torch.")
-    new = (exact * factor).to(getattr(torch, into))
-    if not new.double().isfinite().all():
+    new = (old.double() * factor).to(getattr(torch, into))
+    if not _is_finite(new):
         raise UserError(f"{printable(key)}: folding the scale overflows {into}; choose float32")
     return new
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.double()  # torch has no such test for 8-bit floats
+    return bool(wide.isfinite().all())
 
 
 def notes_of(plan: Plan) -> Iterator[str]:

@@ -106,6 +106,8 @@ def _pair_error(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Te
     (a, b), (old_a, old_b) = ([half.double().flatten(1) for half in pair] for pair in (new, old))
     same = torch.equal(a, old_a)
     left = factor * b - scale * old_b if same else torch.cat([factor * b, -scale * old_b], 1)
+    if same and not left.any():
+        return 0.0
     right = a if same else torch.cat([a, old_a])
     whole = _norm(scale * old_b, old_a)
     return _norm(left, right) / whole if whole else 0.0
