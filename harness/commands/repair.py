@@ -22,15 +22,23 @@ from harness.commands import options as shared
 @click.option("--scale", type=float, callback=shared.finite, help="Trained factor on B @ A.  [default: the file's]")
 @shared.lora_alpha_option
 @click.option("--for", "loader", metavar="LOADER", help="Measure this loader and fold the scale for it.")
-@click.option("--model-names", type=shared.PATH, metavar="FILE", help="The model's layers, a line each (for kohya).")
-@click.option("--base", type=shared.PATH, metavar="CKPT", help="The same, read from a checkpoint.")
+@click.option("--model-names", type=shared.PATH, metavar="FILE", help="The model's layers, a line each.")
+@click.option(
+    "--base",
+    type=shared.PATH,
+    metavar="CKPT",
+    help="The same, read from a checkpoint with their shapes: names get their dots back, fused layers are split.",
+)
 @click.option("--dtype", type=shared.DTYPE, help="Dtype of the new file.")
 @click.option("--force", is_flag=True, help="Replace NEW when it exists.")
 @shared.json_option
 def command(
     lora: Path, to: str, out: Path, model_names: Path | None, base: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0."""
+    """Write LORA again as NEW, with an explicit alpha: keys of FORMAT, the trained effect at strength 1.0.
+
+    Nothing that was trained is left out: what FORMAT has no place for is named, and nothing is written (exit code 2).
+    """
     from harness.doctor.repair.naming import layers_from
     from harness.doctor.repair.repair import repair_file
     from harness.text import count, printable

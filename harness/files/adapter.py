@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import LoraFileError
 from harness.files.config import method_of
 from harness.files.formats import FORMATS
-from harness.files.keys import OTHER_VARIANTS
+from harness.files.keys import OTHER_VARIANTS, Spelling
 from harness.files.tensor_file import TensorFile
 from harness.law.scale import trained_scale
 from harness.text import printable
@@ -106,6 +106,11 @@ class LoraAdapter:
     def dialect(self) -> str:
         """A hint at the kind of model or the trainer within the format (`flux`, `musubi`, ...), empty without one."""
         return FORMATS[self.format].dialect(self.file)
+
+    @cached_property
+    def plain(self) -> Callable[[str], str]:
+        """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
+        return Spelling(self.file.keys).plain
 
     @cached_property
     def kind(self) -> str:

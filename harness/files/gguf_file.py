@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALPHA_KEY = "adapter.lora.alpha"
+ARCHITECTURE_KEY = "general.architecture"
 _MAGIC = b"GGUF"
 _ARRAY = 9  # GGUFValueType.ARRAY
 _MAX_HEADER_BYTES = 25_000_000
@@ -179,8 +180,8 @@ def _decoded(file: GgufFile, tensor: Any, start: int, stop: int) -> Tensor:
     return torch.from_numpy(import_module("gguf.quants").dequantize(native, tensor.tensor_type).copy())
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None) -> None:
-    """Write the halves and one alpha (None: no such key, which llama.cpp takes as scale 1) as an adapter of `llama`.
+def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None, architecture: str = "llama") -> None:
+    """Write the halves and one alpha (None: no such key, which llama.cpp takes as scale 1) as an adapter.
 
     Raises:
         LoraFileError: `gguf` is not installed.
@@ -188,7 +189,7 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None) -
     """
     gguf = _package(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    writer = gguf.GGUFWriter(temporary, "llama")
+    writer = gguf.GGUFWriter(temporary, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
     if alpha is not None:

@@ -15,7 +15,7 @@ from harness.files.alpha import MLX
 from harness.files.config import build
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
-from harness.files.gguf_file import write_gguf
+from harness.files.gguf_file import ARCHITECTURE_KEY, write_gguf
 from harness.files.keys import PAIRS
 from harness.law.scale import trained_scale
 from harness.outputs import replace_file
@@ -125,7 +125,7 @@ def save(path: Path | str, format: str, content: Content) -> Path:
     target = path / row.weights_name if row.folder else _with_suffix(path, row.suffix)
     if row.alpha[0] == "kv":
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(target, dict(content.tensors), content.alpha)
+        write_gguf(target, content.tensors, content.alpha, content.metadata.get(ARCHITECTURE_KEY, "llama"))
         return target
     config = json.dumps(content.config, indent=2, sort_keys=True)
     header = {HEADER_KEY: config} if row.alpha[0] == "header" and content.config else {}

@@ -173,6 +173,15 @@ def test_comfyui_has_its_names_for_the_text_encoders(tmp_path: Path) -> None:
         assert f"text_encoders.{encoder}.transformer.text_model.encoder.layers.1.mlp.fc1.lora_A.weight" in keys
 
 
+def test_text_encoders_alone_stay_apart(tmp_path: Path) -> None:
+    source, _ = kohya_file("sdxl", tmp_path / "old.safetensors")
+    encoders = {key: one for key, one in load_file(source).items() if "unet" not in key}
+    save_file(encoders, source)
+    there = repair_file(source, "comfyui", tmp_path / "there")
+    back = repair_file(repair_file(there.path, "diffusers", tmp_path / "again").path, "kohya", tmp_path / "back")
+    assert load_file(back.path).keys() == encoders.keys()
+
+
 @pytest.mark.parametrize("to", ["peft", "diffsynth", "mlx", "gguf", "xlabs"])
 def test_a_format_of_one_component_is_refused(tmp_path: Path, to: str) -> None:
     source, _ = kohya_file("sd", tmp_path / "old.safetensors")

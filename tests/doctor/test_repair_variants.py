@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from harness.benches import get_bench
 from harness.commands.repair import command
 from harness.doctor import repair_file
 from harness.errors import UserError
-from harness.files import read_lora
+from harness.files import LoraWeights, read_lora
+from harness.files.write import compose, save
 
 Parts = dict[str, Tensor]
 LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k")
@@ -185,3 +187,12 @@ def test_dtype_converts_the_factors_and_leaves_replaced_weights(tmp_path: Path) 
     new = load_file(repair_file(source, "kohya", tmp_path / "new", dtype="bfloat16").path)
     assert {tensor.dtype for key, tensor in new.items() if key.endswith("weight")} == {torch.bfloat16}
     assert {tensor.dtype for key, tensor in new.items() if key.endswith("dora_scale")} == {torch.float32}
+
+
+def test_the_architecture_of_a_gguf_adapter_stays(tmp_path: Path) -> None:
+    weights = LoraWeights(torch.randn(2, 4), torch.randn(6, 2), 4.0)
+    content = compose("gguf", {"blk.0.attn_q": weights})
+    source = save(tmp_path / "old.gguf", "gguf", replace(content, metadata={"general.architecture": "qwen2"}))
+    new = read_lora(repair_file(source, "gguf", tmp_path / "new").path)
+    assert new.metadata["general.architecture"] == "qwen2"
+    assert {module.alpha for module in new.modules.values()} == {2.0}

@@ -62,14 +62,12 @@ def homes(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:
             the format has no place for.
     """
     components = {module.component for module in adapter.modules.values()}
-    if len(components) > 1 and len(FORMATS[to].prefixes) < 2:
+    denoisers = components & _DENOISER if to != adapter.format else ()
+    if len(components) > 1 and (len(FORMATS[to].prefixes) < 2 or len(denoisers) > 1):
         listed = ", ".join(sorted(component or "no prefix" for component in components))
-        raise UserError(f"{adapter.path}: adapts several components ({listed}); a {to} file holds one")
+        raise UserError(f"{adapter.path}: adapts several components ({listed}); a {to} file cannot keep them apart")
     names = _names(adapter, to, layers)
-    places = {name: tuple(_home(adapter, name, home, to) for home in names[name]) for name in adapter.modules}
-    if len({home.prefix for some in places.values() for home in some}) < len(components - _DENOISER):
-        raise UserError(f"{adapter.path}: {to} cannot keep its components {', '.join(sorted(components))} apart")
-    return places
+    return {name: tuple(_home(adapter, name, home, to) for home in names[name]) for name in adapter.modules}
 
 
 def _names(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +22,11 @@ from harness.text import count, printable
 
 _PAIRS = ("lora", "conv")  # what every format can say
 _LOW_RANK = frozenset({*_PAIRS, "embedding", "experts", "dora", "lora_bias", "lora_diff", "tucker", "loha", "lokr"})
-_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})
+_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy", "textual_inversion"})
 _LYCORIS = frozenset({"kohya", "comfyui"})  # formats whose readers share the tails of all that is no plain pair
 _GAINS = (("B", "bias"), ("hada_w2_a",), ("lokr_w1",), ("lokr_w1_a",))  # the parts that a product is linear in
 _FACTORS = re.compile(r"A|B|bias|mid|hada_.+|lokr_.+")
 _COPIES = ("base_copy", "base_copy_bias")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
 _LIVE = (
     (re.compile(r"\.modules_to_save\.[^.]+(?=\.)"), ""),
     (re.compile(r"(\.lora_magnitude_vector)(\.[^.]+)?(\.weight)?$"), r"\1"),
@@ -36,31 +36,37 @@ _LIVE = (
 _SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor on its way: its key in the new file, what it was and what it becomes."""
+class Part(NamedTuple):
+    """One factor of the new file: its key and what it holds."""
 
     key: str
-    old: Tensor
     new: Tensor
+
+
+Pieces = tuple[tuple[str, Home], ...]  # modules of the file, with the rows that go to one place
 
 
 @dataclass(frozen=True)
 class RepairedModule:
     """One module of the new file: its scale in training, the factor of its readers, its new alpha, its parts by role.
 
-    `sources` are the modules of the file that it is made of. `plain` modules are a pair and nothing else, which every
-    format spells in its own way; their B was multiplied with the scale before it became `old`.
+    `pieces` are the modules of the file that it is made of. `plain` modules are a pair and nothing else, which every
+    format spells in its own way.
     """
 
-    sources: tuple[str, ...]
+    pieces: Pieces
     module: LoraModule
     home: Home
-    scale: float
+    scales: Mapping[str, float]
     gain: float
     alpha: float | None
     parts: Mapping[str, Part]
     plain: bool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The modules of the file, each once."""
+        return tuple(dict.fromkeys(name for name, _ in self.pieces))
 
     @property
     def rank(self) -> int:
@@ -77,7 +83,6 @@ class Plan:
 
     modules: list[RepairedModule] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
     carried: dict[str, str] = field(default_factory=dict)
     settled: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
@@ -122,8 +127,7 @@ def plan_repair(
     refused += _others(adapter, to, plan)
     if refused:
         raise UserError(f"{adapter.path}: {_refusal(refused, to, adapter.format)}")
-    plan.modules += [_assembled(how, pieces) for pieces in stacks.values()]
-    plan.scales = [_trained(how, adapter.modules[name]) for module in plan.modules for name in module.sources]
+    plan.modules += [_assembled(how, tuple(pieces)) for pieces in stacks.values()]
     _account(adapter, plan)
     return plan
 
@@ -168,7 +172,7 @@ def _others(adapter: LoraAdapter, to: str, plan: Plan) -> list[str]:
         if (parts := cut(key)) and parts[1] == "alpha":
             plan.settled.append(key)  # a scale of nothing, or one that the configuration overrides
         elif to == adapter.format:
-            plan.carried[_unused(plan, adapter, plain_key(key, to))] = key
+            plan.carried[_unused(plan, adapter, plain_key(adapter, key))] = key
         else:
             refused.append(key)
     return refused
@@ -200,10 +204,10 @@ def _account(adapter: LoraAdapter, plan: Plan) -> None:
         raise UserError(f"{adapter.path}: two tensors would be called {printable(twice)}: not written")
 
 
-def plain_key(key: str, format: str) -> str:
+def plain_key(adapter: LoraAdapter, key: str) -> str:
     """Return a key without what torch.compile, FSDP and a live PEFT model put into it."""
-    key = _WRAPPERS.sub("", key)
-    if format in ("peft", "diffusers"):
+    key = adapter.plain(key)
+    if adapter.format in ("peft", "diffusers"):
         for pattern, short in _LIVE:
             key = pattern.sub(short, key)
     return key
@@ -211,7 +215,7 @@ def plain_key(key: str, format: str) -> str:
 
 def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: str) -> str:
     """Return a key with the new prefix and name of its module, and its own tail."""
-    key, row = plain_key(key, to), FORMATS[adapter.format]
+    key, row = plain_key(adapter, key), FORMATS[adapter.format]
     try:
         stem, new = stem_of(row, module.name), home.prefix + stem_of(FORMATS[to], home.name)
     except ValueError:
@@ -219,43 +223,40 @@ def rekeyed(adapter: LoraAdapter, key: str, module: LoraModule, home: Home, to: 
     for start in sorted({*row.prefixes, home.prefix, ""}, key=len, reverse=True):
         if key.startswith(f"{start}{stem}."):
             return new + key[len(start) + len(stem) :]
-    return key if key.startswith(home.prefix) else home.prefix + key
+    return key if key.startswith(home.prefix) or to != "peft" else home.prefix + key
 
 
-def _assembled(how: _Folding, pieces: Sequence[tuple[str, Home]]) -> RepairedModule:
+def _assembled(how: _Folding, pieces: Pieces) -> RepairedModule:
     """Return the plain module that rows of one module or more make up: A stacked, B in blocks."""
-    adapter, home = how.adapter, pieces[0][1]
-    names = tuple(dict.fromkeys(name for name, _ in pieces))
-    halves = {name: adapter.tensors(name) for name in names}
-    scales = {name: _trained(how, adapter.modules[name]) for name in names}
-    exact = _blocks(pieces, {name: (a, b.double() * scales[name]) for name, (a, b) in halves.items()})
-    dtype = how.dtype or str(halves[names[0]][1].dtype).removeprefix("torch.")
-    module = adapter.modules[names[0]]
-    a = halves[names[0]][0] if len(names) == 1 else torch.cat([halves[name][0] for name in names])
-    rank = int(a.shape[0])
-    alpha, here = _alpha(how, rank, module.name)
-    source = module.keys["A"], module.keys["B"]
-    new_a = _folded(a, 1.0, how.dtype, source[0])
-    new_b = _folded(exact, 1.0 / here, dtype, source[1])
-    parts = {"A": Part(_spelled(how, "A", home), a, new_a), "B": Part(_spelled(how, "B", home), exact, new_b)}
-    return RepairedModule(names, module, home, scales[names[0]], here, alpha, parts, True)
+    module, home = how.adapter.modules[pieces[0][0]], pieces[0][1]
+    scales = {name: _trained(how, how.adapter.modules[name]) for name, _ in pieces}
+    a, exact = wanted(how.adapter, pieces, scales)
+    alpha, here = _alpha(how, len(a), module.name)
+    dtype = how.dtype or str(how.adapter.part(pieces[0][0], "B").dtype).removeprefix("torch.")
+    new_a = _folded(a, 1.0, how.dtype, module.keys["A"])
+    new_b = _folded(exact, 1.0 / here, dtype, module.keys["B"])
+    parts = {"A": Part(_spelled(how, "A", home), new_a), "B": Part(_spelled(how, "B", home), new_b)}
+    return RepairedModule(pieces, module, home, scales, here, alpha, parts, True)
 
 
-def _blocks(pieces: Sequence[tuple[str, Home]], halves: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Return B: [rows of the layer, all ranks], with the rows of every piece in their place and in their columns."""
+def wanted(adapter: LoraAdapter, pieces: Pieces, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Return A: [all ranks, in] and scale * B: [rows of the layer, all ranks] in float64, as training had them.
+
+    The rows of every piece stand in their place and in the columns of its module.
+    """
     name, home = pieces[0]
+    halves = {name: adapter.tensors(name) for name, _ in pieces}
+    a, scaled = halves[name][0], {name: b.double() * scales[name] for name, (_, b) in halves.items()}
     if len(pieces) == 1 and home.rows is None:
-        return halves[name][1][slice(*(home.part or (None,)))]
-    ranks = {name: int(a.shape[0]) for name, (a, _) in halves.items()}
-    starts = dict(zip(ranks, accumulate(ranks.values(), initial=0), strict=False))
-    first = halves[name][1]
+        return a, scaled[name][slice(*(home.part or (None,)))]
+    starts = dict(zip(halves, accumulate((len(one) for one, _ in halves.values()), initial=0), strict=False))
+    ranks = sum(len(one) for one, _ in halves.values())
     height = home.height or max(home.rows[1] for _, home in pieces if home.rows)
-    whole = first.new_zeros(height, sum(ranks.values()), *first.shape[2:])
+    whole = scaled[name].new_zeros(height, ranks, *scaled[name].shape[2:])
     for name, home in pieces:
-        rows, part = home.rows or (None,), home.part or (None,)
-        columns = slice(starts[name], starts[name] + ranks[name])
-        whole[slice(*rows), columns] = halves[name][1][slice(*part)]
-    return whole
+        columns = slice(starts[name], starts[name] + len(halves[name][0]))
+        whole[slice(*(home.rows or (None,))), columns] = scaled[name][slice(*(home.part or (None,)))]
+    return torch.cat([one for one, _ in halves.values()]) if len(halves) > 1 else a, whole
 
 
 def _scaled(how: _Folding, name: str, home: Home) -> RepairedModule:
@@ -269,8 +270,8 @@ def _scaled(how: _Folding, name: str, home: Home) -> RepairedModule:
         if _FACTORS.fullmatch(role):
             old = adapter.file.tensor(key)
             new = _folded(old, trained / here if role in gains else 1.0, how.dtype, key)
-            parts[role] = Part(rekeyed(adapter, key, module, home, how.to), old, new)
-    return RepairedModule((name,), module, home, trained, here, alpha, parts, False)
+            parts[role] = Part(rekeyed(adapter, key, module, home, how.to), new)
+    return RepairedModule(((name, home),), module, home, {name: trained}, here, alpha, parts, False)
 
 
 def _alpha(how: _Folding, rank: int, name: str) -> tuple[float | None, float]:
@@ -316,16 +317,20 @@ def _folded(old: Tensor, factor: float, dtype: str | None, key: str) -> Tensor:
     Raises:
         UserError: it holds NaN or infinity, or does not fit the dtype.
     """
-    exact = old.double()
-    if not exact.isfinite().all():
+    if not _is_finite(old):
         raise UserError(f"{printable(key)}: holds NaN or infinity, which no repair makes right")
     if factor == 1.0 and dtype is None:
         return old
     into = dtype or str(old.dtype).removeprefix("torch.")
-    new = (exact * factor).to(getattr(torch, into))
-    if not new.double().isfinite().all():
+    new = (old.double() * factor).to(getattr(torch, into))
+    if not _is_finite(new):
         raise UserError(f"{printable(key)}: folding the scale overflows {into}; choose float32")
     return new
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.double()  # torch has no such test for 8-bit floats
+    return bool(wide.isfinite().all())
 
 
 def notes_of(plan: Plan) -> Iterator[str]:

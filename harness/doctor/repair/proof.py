@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain
-from harness.doctor.repair.plan import Part, Plan, RepairedModule
+from harness.doctor.repair.plan import Part, Plan, RepairedModule, wanted
 from harness.doctor.verify.products import Product, loha_product, lokr_product, pair_product
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, read_lora
@@ -70,14 +70,16 @@ def _error(adapter: LoraAdapter, back: LoraAdapter, module: RepairedModule, name
         raise UserError(f"{printable(module.home.name)}: reads back as another kind of module: not written")
     if not all(identical(back.file.tensor(part.key), stored) for part, stored in _stored(back, module, name)):
         raise UserError(f"{printable(module.home.name)}: did not arrive as written: not written")
-    bias = [_vector_error(module.parts["bias"], factor, module.scale)] if "bias" in module.parts else []
+    if module.plain:
+        return _pair_error(back.tensors(name), factor, wanted(adapter, module.pieces, module.scales), 1.0)
+    source = module.sources[0]
+    scale, old_bias = module.scales[source], module.module.keys.get("bias", "")
+    bias = [_vector_error(module.parts["bias"].new, factor, adapter.file.tensor(old_bias), scale)] if old_bias else []
     if module.module.variant in _PRODUCTS:
         make = _PRODUCTS[module.module.variant]
-        return max([_product_error(make(adapter, module.sources[0]), make(back, name), module.scale, factor), *bias])
-    if module.plain:
-        return _pair_error(back.tensors(name), factor, (module.parts["A"].old, module.parts["B"].old), 1.0)
-    pairs = _pairs(adapter, module.sources[0]), _pairs(back, name)
-    every = (_pair_error(now, factor, old, module.scale) for old, now in zip(*pairs, strict=True))
+        return max([_product_error(make(adapter, source), make(back, name), scale, factor), *bias])
+    pairs = _pairs(adapter, source), _pairs(back, name)
+    every = (_pair_error(now, factor, old, scale) for old, now in zip(*pairs, strict=True))
     return max([*every, *bias])
 
 
@@ -93,10 +95,10 @@ def _stored(back: LoraAdapter, module: RepairedModule, name: str) -> Iterator[tu
         yield part, part.new.t() if module.plain and role in flipped else part.new
 
 
-def _vector_error(part: Part, factor: float, scale: float) -> float:
-    old = scale * part.old.double()
-    whole = float(old.norm())
-    return float((factor * part.new.double() - old).norm()) / whole if whole else 0.0
+def _vector_error(new: Tensor, factor: float, old: Tensor, scale: float) -> float:
+    was = scale * old.double()
+    whole = float(was.norm())
+    return float((factor * new.double() - was).norm()) / whole if whole else 0.0
 
 
 def _pair_error(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Tensor], scale: float) -> float:
@@ -104,6 +106,8 @@ def _pair_error(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Te
     (a, b), (old_a, old_b) = ([half.double().flatten(1) for half in pair] for pair in (new, old))
     same = torch.equal(a, old_a)
     left = factor * b - scale * old_b if same else torch.cat([factor * b, -scale * old_b], 1)
+    if same and not left.any():
+        return 0.0
     right = a if same else torch.cat([a, old_a])
     whole = _norm(scale * old_b, old_a)
     return _norm(left, right) / whole if whole else 0.0

@@ -95,7 +95,7 @@ def repair_file(
         written = _written(folder / target.name, to, _content(adapter, to, plan))
         errors = proved(adapter, written, plan, gain)
         _moved(written, target)
-    scales = plan.scales or [1.0]
+    scales = [scale for module in plan.modules for scale in module.scales.values()] or [1.0]
     return RepairReport(
         path=str(target),
         format=to,
@@ -172,6 +172,8 @@ def _generated(to: str, modules: list[RepairedModule]) -> dict[str, Any]:
     """
     start = _WRAPPER if modules[0].home.prefix.startswith("text_encoder") else ""
     config = configuration(FORMATS[to], {module.home.name.removeprefix(start): module for module in modules})
+    if config and any("magnitude" in module.module.keys for module in modules):
+        config["use_dora"] = True
     for name in ("rank_pattern", "alpha_pattern") if start else ():
         if name in config:
             config[name] = {pattern.removeprefix("^"): value for pattern, value in config[name].items()}
