@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harness.doctor.verify.products import Hadamard, Kronecker, LowRank, Product, Whole, sums_by_chunk
+from harness.doctor.verify.rows import Rounding
 
 torch.manual_seed(0)
 PAIRS = [(torch.randn(12, 3), torch.randn(3, 20)) for _ in range(2)]
@@ -38,10 +39,13 @@ def test_the_sums_of_rows_are_those_of_the_matrix(product: Product, dense: torch
     after[7] = before[7]
     stored = (lambda *run: before[slice(*run)]), (lambda *run: after[slice(*run)])
     change = (after - before).double()
-    for sums in (product.row_sums(*stored, dtype="float32"), sums_by_chunk(product, *stored, dtype="float32")):
+    rounding = Rounding(0.5, "float32", 2.0**-24, float(dense.square().mean().sqrt()))
+    for sums in (product.row_sums(*stored, rounding), sums_by_chunk(product, *stored, rounding)):
         assert torch.allclose(torch.from_numpy(sums.overlap).double(), (change * dense).sum(1), rtol=1e-4, atol=1e-5)
         assert torch.allclose(torch.from_numpy(sums.product).double(), dense.double().square().sum(1), rtol=1e-4)
+        assert torch.allclose(torch.from_numpy(sums.energy).double(), change.square().sum(1), rtol=1e-4)
         assert sums.changed.tolist() == [row != 7 for row in range(12)]
+        assert (sums.misfit > 1).tolist() == [row == 7 for row in range(12)]
 
 
 def test_a_low_rank_product_is_padded_with_rows_of_zeros() -> None:

@@ -57,7 +57,7 @@ class Module:
     @property
     def tells_scale(self) -> bool:
         """True when the scale is known."""
-        return self.state in ("merged", "partly", "twice", "two roundings")
+        return self.state in ("merged", "partly", "damaged", "twice", "two roundings")
 
     @property
     def fits(self) -> tuple[float, float]:
@@ -105,24 +105,32 @@ def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) 
 
 def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     """Return the code a module deserves, None when it is right, and one sentence."""
-    measured, found = module.measured, module.found
+    measured = module.measured
     if measured is None:
         what = module.problem.what if module.problem else ""
         said = f"skipped: {what}" if module.obstacle == "not read" else what
         return ("LH103" if module.obstacle in LOST else "LH902"), said
     if measured.state == "not finite":
-        return module.fault or ("LH502", "NaN or infinite values in the merged or the base weight")
-    if measured.state == "hidden":
-        return None, f"the update is below half a step of {module.dtype} everywhere: merged or not cannot be told"
-    if measured.state == "not merged":
-        return "LH102", "not merged: the weight is the base's"
-    if measured.state == "unexplained":
-        return "LH101", "changed, but not by this LoRA"
-    if measured.state == "twice":
-        return "LH206", f"merged twice at {measured.scale / 2:.4g}"
+        rows = f" in {damage_of(module)}" if measured.damaged else ""
+        return module.fault or ("LH502", f"NaN or infinite values in the merged or the base weight{rows}")
+    plain: dict[str, tuple[str | None, str]] = {
+        "hidden": (None, f"the update is below half a step of {module.dtype} everywhere: merged or not cannot be told"),
+        "not merged": ("LH102", "not merged: the weight is the base's"),
+        "unexplained": ("LH101", "changed, but not by this LoRA"),
+        "twice": ("LH206", f"merged twice at {measured.scale / 2:.4g}"),
+    }
+    return plain.get(measured.state) or _judged_scale(module, law_code)
+
+
+def _judged_scale(module: Module, law_code: str | None) -> tuple[str | None, str]:
+    measured, found = module.measured, module.found
+    assert measured is not None
     scale = "; ".join(filter(None, (f"scale {measured.scale:.4g}, expected {found.expected:.4g}", module.vague)))
     if measured.state == "partly":
         return "LH102", f"not merged in {where(module)}; elsewhere {scale}"
+    if measured.state == "damaged":
+        still = f"; not merged in {where(module)}" if measured.unmerged else ""
+        return "LH401", f"not what the merge gives in {damage_of(module)}{still}; elsewhere {scale}"
     if module.fault:
         return module.fault[0], f"{module.fault[1]}; {scale}"
     if measured.state == "mixed":
@@ -148,6 +156,13 @@ def where(module: Module) -> str:
     )
 
 
+def damage_of(module: Module) -> str:
+    """Name the rows that are not what the merge gives, and how they differ."""
+    damaged = module.measured.damaged if module.measured else ()
+    rest = f" and {count(len(damaged) - _SHOWN, 'more run')}" if len(damaged) > _SHOWN else ""
+    return ", ".join(damage.text() for damage in damaged[:_SHOWN]) + rest
+
+
 def _numbers(module: Module) -> dict[str, Any]:
     assert module.measured is not None
     measured, expected = module.measured, module.found.expected
@@ -166,6 +181,7 @@ def _numbers(module: Module) -> dict[str, Any]:
             "changed": round(measured.changed, 5),
             "elements": measured.elements,
             "unmerged_rows": [list(pair) for pair in measured.unmerged],
+            "damaged_rows": [damage.text() for damage in measured.damaged[:_SHOWN]],
         },
     }
 

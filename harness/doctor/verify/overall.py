@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.doctor.verify.measurement import State
-from harness.doctor.verify.modules import CHECK, LOST, Module, survival, where
+from harness.doctor.verify.modules import CHECK, LOST, Module, damage_of, survival, where
 from harness.doctor.verify.untouched import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
 from harness.text import count, first_of, printable
@@ -61,7 +61,8 @@ def _scale_facts(
     if ill := [module for module in _in(found, "not finite") if module.fault]:
         yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
     if broken := [module for module in _in(found, "not finite") if not module.fault]:
-        yield "LH502", f"NaN or infinite values in {_listed(broken, found)}"
+        rows = f": {damage_of(broken[0])}" if broken[0].measured and broken[0].measured.damaged else ""
+        yield "LH502", f"NaN or infinite values in {_listed(broken, found)}{rows}"
     unexplained = _in(found, "unexplained")
     if unexplained and untouched.is_other_model:
         changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
@@ -117,6 +118,8 @@ def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]
     """Yield what changed beside the LoRA."""
     if mixed := [module for module in _in(found, "mixed") if not module.fault]:
         yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
+    if damaged := _in(found, "damaged"):
+        yield "LH401", f"rows that are not what the merge gives: {_listed(damaged, found)}; {damage_of(damaged[0])}"
     if untouched.changed:
         names = first_of(untouched.changed)
         yield "LH401", f"{count(len(untouched.changed), 'tensor')} that the LoRA does not name changed: {names}"
