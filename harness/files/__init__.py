@@ -10,6 +10,7 @@ from harness.files.adapter import (
     Problem,
     flattened_collisions,
     match_modules,
+    with_alpha,
 )
 from harness.files.format import Format, Naming, Source
 from harness.files.formats import FORMATS
@@ -36,5 +37,6 @@ __all__ = [
     "match_modules",
     "read_header",
     "read_lora",
+    "with_alpha",
     "write_lora",
 ]

@@ -9,14 +9,16 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import AdapterConfig, Budget, ConfigError, pattern_problems
+from harness.files.config import PAIRED, AdapterConfig, Budget, ConfigError, method_of, pattern_problems
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
+from harness.files.peft_folder import experts
 from harness.files.tensor_file import scalar_problem
 from harness.text import parse_json, printable
 
 Modules = dict[tuple[str, str], LoraModule]
 MLX = "lora_parameters"
+_WITHOUT_ALPHA = frozenset({"diff", "norm", "set", "tokens", "copy"})
 _LARGEST = 1e300  # a JSON integer may be longer than any float
 
 
@@ -104,6 +106,8 @@ def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
 def _from_configs(
     modules: Modules, configs: Mapping[str, Mapping[str, Any]], place: str, problems: list[Problem]
 ) -> Modules:
+    if method_of(next(iter(configs.values()))) not in PAIRED | {"adalora"}:
+        return modules
     budget = Budget()
     try:
         parsed = {component: AdapterConfig.parse(raw, budget) for component, raw in configs.items()}
@@ -121,8 +125,16 @@ def _from_configs(
 
 
 def _configured(module: LoraModule, config: AdapterConfig, problems: list[Problem]) -> LoraModule:
+    if module.variant in _WITHOUT_ALPHA:
+        return module
+    if module.variant == "adalora":  # its rank_pattern tells which of the ranks are left; the tensors have those only
+        return module.changed(alpha=config.alpha if config.alpha > 0 else float(module.rank))
     rank, alpha = config.of(module.name)
-    if module.variant in ("diff", "norm", "set"):
+    if module.variant == "experts":
+        if found := experts(module, rank):
+            return found.changed(alpha=alpha, rslora=config.rslora)
+        what = f"the tensors hold {module.rank} rows, which are no experts of the configured rank {rank}"
+        problems.append(Problem("LH706", printable(module.name), what, fatal=True))
         return module
     if module.variant == "lokr":  # PEFT divides by the configured rank even where both factors are full
         return module.changed(rank=rank, alpha=alpha, rslora=config.rslora)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from harness.errors import LoraFileError
+from harness.files.config import PAIRED, method_of
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
@@ -34,6 +35,8 @@ def detect(source: Source) -> Format:
     Raises:
         LoraFileError: no format fits, or the keys mix formats.
     """
+    if method_of(source.config or {}) not in PAIRED:
+        return FORMATS["peft"]  # whose other methods have no halves
     taken = _taken(source)
     if len(taken) == 1:
         return FORMATS[next(iter(taken))]

@@ -28,6 +28,10 @@ class Source:
     file: TensorFile
     config: Mapping[str, Any] | None = None
 
+    def plain(self, key: str) -> str:
+        """Return a key without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
+        return key
+
     @cached_property
     def stems(self) -> dict[str, list[tuple[str, str]]]:
         """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""

@@ -32,6 +32,17 @@ FULL_PARTS: Mapping[str, str] = {
 }
 """Roles of whole tensors, which no alpha scales; readers of low-rank pairs ignore them."""
 
+OTHER_PARTS: Mapping[str, str] = {
+    "oft_blocks": "oft", "oft_R.weight": "oft", "oft_diag": "oft", "rescale": "oft",
+    "on_input": "ia3", "ia3_l": "ia3",
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "glora"),
+    "lora_E": "adalora", "ranknum": "adalora",
+}  # fmt: skip
+"""Roles of other methods than low-rank pairs, with the variant of the module that has one."""
+
+OTHER_NAMES = {"oft": "OFT / BOFT", "boft": "BOFT", "ia3": "IA3", "glora": "GLoRA", "adalora": "AdaLoRA"}
+OTHER_VARIANTS = frozenset(OTHER_NAMES)
+
 EXTRAS: Mapping[str, str] = {
     "alpha": "alpha",
     "lora_mid.weight": "mid",
@@ -44,21 +55,13 @@ EXTRAS: Mapping[str, str] = {
     "lora_B.*.bias": "bias",
     **{tail: tail for tail in _LYCORIS},
     **{tail: tail for tail in FULL_PARTS},
+    **{tail: tail for tail in OTHER_PARTS},
 }
 """Tails that belong to a module in any format, with their role."""
 
 NOT_LORA: Mapping[str, str] = {
     **FULL_PARTS,
     "scale": "A1111 scale, which replaces alpha / rank there",
-    "rescale": "OFT rescale",
-    "oft_blocks": "OFT / BOFT",
-    "oft_R.weight": "OFT / BOFT",
-    "on_input": "IA3",
-    "a1.weight": "GLoRA",
-    "a2.weight": "GLoRA",
-    "b1.weight": "GLoRA",
-    "b2.weight": "GLoRA",
-    "bm.weight": "GLoRA",
     "base_layer.weight": "a copy of the base weight",
     "base_layer.bias": "a copy of the base bias",
     "m": "mlx-lm magnitude",
@@ -67,8 +70,18 @@ NOT_LORA: Mapping[str, str] = {
 }
 """Tails whose meaning is known but which are no low-rank pair: named when they are reported as not understood."""
 
-WHOLE_ROLES = frozenset({*FULL_PARTS, "query_norm", "key_norm"})
-WEIGHT_ROLES = frozenset({"A", "B", *_LYCORIS})
+WHOLE_ROLES = frozenset({*FULL_PARTS, "set_bias", "token_rows", "query_norm", "key_norm"})
+COPIES = frozenset({"base_copy", "base_copy_bias"})
+"""Roles of what is a copy of the base's own tensor."""
+
+OTHER_METHODS: Mapping[str, str] = {
+    "vera": "vera_", "pvera": "pvera_", "prefix_tuning": "prompt_", "prompt_tuning": "prompt_", "p_tuning": "prompt_",
+    "multitask_prompt_tuning": "prompt_", "cpt": "prompt_", "adaption_prompt": "adaption_", "bone": "bone_",
+    "adalora": "lora_", "loha": "hada_",
+}  # fmt: skip
+"""PEFT's methods whose parameters do not begin with the method's own name, and how they begin."""
+
+WEIGHT_ROLES = frozenset({"A", "B", *_LYCORIS, *OTHER_PARTS})
 
 
 def tails(pairs: Iterable[str]) -> dict[str, str]:

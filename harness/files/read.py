@@ -9,11 +9,12 @@ from typing import Any
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraAdapter, LoraModule, Problem
 from harness.files.alpha import find_alphas
+from harness.files.config import method_of
 from harness.files.detect import Sorted, detect, sort_keys
 from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import is_gguf, read_gguf
-from harness.files.keys import WHOLE_ROLES
+from harness.files.peft_folder import add_peft_parts
 from harness.files.safetensors_file import read_header
 from harness.files.shapes import Signature, measure
 from harness.files.tensor_file import os_problem
@@ -109,13 +110,15 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     """Return the adapter that `source` holds under the format `row`, with everything that is wrong with it."""
     keys = sort_keys(source, row)
     problems = [*_key_problems(source, keys)]
+    stacked = add_peft_parts(source, row, keys, problems) if row.name == "peft" else frozenset()
+    method = method_of(source.config or {}) if row.name == "peft" else "lora"
     measured: dict[Place, LoraModule] = {}
     known: dict[Signature, LoraModule] = {}
     for place, roles in keys.modules.items():
         if len(roles) == 1 and "alpha" in roles:
             continue
-        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known):
-            measured[place] = module
+        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known, method=method):
+            measured[place] = module.changed(variant="experts") if place in stacked else module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)
     return LoraAdapter(
@@ -155,10 +158,5 @@ def _hostile(keys: Sequence[str]) -> Iterator[Problem]:
 
 
 def _in_file_order(source: Source, modules: Mapping[str, LoraModule]) -> Iterator[str]:
-    used: set[str] = set()
-    for module in modules.values():
-        if WHOLE_ROLES.isdisjoint(module.keys):
-            used.update(module.keys.values())
-        else:
-            used.update(key for role, key in module.keys.items() if role not in WHOLE_ROLES)
+    used = {key for module in modules.values() for key in module.keys.values()}
     return (key for key in source.file.keys if key not in used)

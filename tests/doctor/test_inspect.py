@@ -180,12 +180,12 @@ def test_halves_that_tools_store_in_either_order_are_lh709(tmp_path: Path) -> No
 
 
 def test_keys_not_understood_are_counted_by_kind(tmp_path: Path) -> None:
-    extra = {"lora_unet_x.diff_b": floats(3), "lora_unet_y.diff_b": floats(3), "something.else": floats(1)}
+    extra = {"lora_unet_x.scale": floats(1), "lora_unet_y.scale": floats(1), "something.else": floats(1)}
     (tmp_path / "x.safetensors").write_bytes(tensors_file(kohya() | extra))
     record = inspect_file(tmp_path / "x.safetensors")
     assert record.coverage == 0.5
     assert "3 of 6 keys not understood (50%)" in what(record, "LH708")
-    assert "2 full bias difference (lora_unet_x.diff_b)" in what(record, "LH708")
+    assert "2 A1111 scale, which replaces alpha / rank there (lora_unet_x.scale)" in what(record, "LH708")
     assert set(record.unused) == set(extra)
 
 

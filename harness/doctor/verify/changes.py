@@ -12,7 +12,7 @@ from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.products import Product, loha_product, lokr_product, pair_product, whole_product
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, cut
+from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
 
 _WEIGHT, _BIAS = ".weight", ".bias"
@@ -53,7 +53,8 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
     if len(weights) > 1 and tensor is not None:
         why = "a low-rank update and a whole difference of one weight are not told apart"
         found = [change for change in found if change not in weights] + [Change(name, name, tensor, unread=why)]
-    yield from found or [Change(name, name, tensor, unread=f"parts {', '.join(sorted(keys))} are not read")]
+    what = OTHER_NAMES.get(adapter.modules[name].variant) or f"parts {', '.join(sorted(keys))}"
+    yield from found or [Change(name, name, tensor, unread=f"{what} is not read")]
 
 
 def _low_rank(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
