@@ -57,10 +57,11 @@ def _in_one_dtype(
 
 def _squares(change: Tensor) -> Tensor:
     """Return |ΔW|^2 of rows, to the precision of their dtype: half the time of asking for float32."""
-    return torch.linalg.vector_norm(change, dim=1).float().square()
+    norms: Tensor = torch.linalg.vector_norm(change, dim=1)
+    return norms.float().square()
 
 
-def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Tensor:
+def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Passed:
     """Convert each chunk into buffers that are used again: fresh memory costs as much as the product."""
     turned = right.float().t().contiguous()
     change, old = (torch.empty(spans[0][1], right.shape[1]) for _ in range(2))
