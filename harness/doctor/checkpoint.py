@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.doctor.match import match_layers, shared_prefix
+from harness.doctor.architectures import Shape
+from harness.doctor.match import Placement, match_layers, place, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
+from harness.files.tensor_file import is_float
 from harness.text import parse_json, printable
 
 _INDEX = ".safetensors.index.json"
@@ -81,6 +83,16 @@ class Checkpoint:
         if not layers:
             raise LoraFileError(self.path, "holds no weight of a layer")
         return layers
+
+    @property
+    def shapes(self) -> dict[str, Shape | None]:
+        """The shape of every layer by its name with the prefix; None where codes are stored that are no weights."""
+        infos = {layer: self.info(tensor) for layer, tensor in self.layers.items()}
+        return {layer: info.shape if is_float(info.dtype) else None for layer, info in infos.items()}
+
+    def place(self, adapter: LoraAdapter) -> Placement:
+        """Return where every module of the adapter goes; the layers of slots are keys of `layers`."""
+        return place(adapter, self.shapes)
 
     def match(self, adapter: LoraAdapter) -> dict[str, str]:
         """Return {module of the adapter: tensor name without the prefix}."""
