@@ -35,14 +35,22 @@ _SHOWN = 20
     help="Strength that the merge was asked for.",
 )
 @shared.lora_alpha_option
-@click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
+@click.option("--full", is_flag=True, help="Judge every row instead of a sample from each block of rows.")
+@click.option(
+    "--allow-unjudged",
+    type=click.Choice(["alpha", "ambiguous", "unsupported", "quantised", "component", "hidden"]),
+    multiple=True,
+    metavar="KIND",
+    help="Let pass what is not judged for this reason: alpha, ambiguous, unsupported, quantised, component, hidden.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option
 def command(base: Path, merged: Path, lora: Path, as_json: bool, **options: Any) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
-    Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
-    Tucker cores, whole differences and biases are measured too; what is not read is listed.
+    Exit 0 when every trained weight of the file is right and nothing else changed, 1 when anything is wrong, 3 when
+    nothing is wrong but something could not be judged. DoRA, LoHa, LoKr, experts, whole differences, saved heads, token
+    rows and biases are judged too, and other methods of PEFT by PEFT's own merge of each layer.
     """
     from harness.doctor.verify.verify import verify_merge
 

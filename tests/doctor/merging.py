@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +34,9 @@ class Case:
         save_file({**tensors, **changes}, self.folder / "merged.safetensors")
         return self.folder / "merged.safetensors"
 
-    def verify(self, merged: Path, lora: str = "lora.safetensors", **options: float | bool) -> MergeReport:
+    def verify(
+        self, merged: Path, lora: str = "lora.safetensors", **options: float | bool | tuple[str, ...]
+    ) -> MergeReport:
         return verify_merge(self.folder / "base.safetensors", merged, self.folder / lora, **options)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Product, window
 from harness.doctor.verify.row_products import Rows
 from harness.doctor.verify.rows import Rounding, RowSums, Window
@@ -57,8 +57,8 @@ class MergedLayer:
     """W: [out, in] of `base` and of `merged`, and the product that a LoRA would add to it."""
 
     tensor: str
-    base: Checkpoint
-    merged: Checkpoint
+    base: Weights
+    merged: Weights
     product: Product
     lora_dtype: str
 

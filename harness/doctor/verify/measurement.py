@@ -14,7 +14,7 @@ from harness.doctor.verify.vote import Array, Flags, Vote, bounds, vote, vote_wi
 
 State = Literal[
     "merged", "partly", "damaged", "twice", "two roundings", "not merged", "hidden", "mixed", "unexplained",
-    "not finite",
+    "not finite", "replaced",
 ]  # fmt: skip
 
 # Elements sampled, and the relative width of the interval at which that is enough
@@ -35,7 +35,8 @@ class MergeMeasurement:
     explains to the last bit, `explained` the share it explains when the delta itself was rounded too. `overlap` and
     `product` are <ΔW, BA> and <BA, BA> over the rows seen, `aligned` the share of ||ΔW||^2 along B @ A.
     `unmerged` are the rows, as (start, stop), in which nothing happened although something should have; `damaged` are
-    the others that are not what the merge makes of them. `seen` is the share of the rows that was read.
+    the others that are not what the merge makes of them. `seen` is the share of the rows that was read. `replaces` says
+    what a tensor was compared with where no scale is measured; it is then `replaced` when it is right.
     """
 
     state: State
@@ -52,6 +53,7 @@ class MergeMeasurement:
     unmerged: tuple[tuple[int, int], ...] = ()
     damaged: tuple[Damage, ...] = ()
     seen: float = 1.0
+    replaces: str = ""
 
     @property
     def survived(self) -> float | None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.doctor.verify.measurement import State
-from harness.doctor.verify.modules import CHECK, LOST, Module, damage_of, survival, where
-from harness.doctor.verify.untouched import Untouched
+from harness.doctor.verify.modules import CHECK, LOST, Module, Unjudged, damage_of, survival, where
+from harness.doctor.verify.pairing import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
 from harness.text import count, first_of, printable
 from harness.verdict.codes import CODES
@@ -26,31 +26,38 @@ def overall_verdict(
     untouched: Untouched,
     diagnosis: Diagnosis,
     frame: dict[str, Any],
+    *,
+    allowed: Sequence[Unjudged] = (),
 ) -> Verdict:
-    """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers."""
+    """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers.
+
+    Right when every module is judged right, or not judged for a reason that is `allowed`.
+    """
     known = [module for module in found if module.tells_scale]
-    law = diagnosis_record(diagnosis) if known else None
+    open_ = [module for module in found if module.unjudged and module.unjudged not in allowed]
+    law = diagnosis_record(diagnosis) if any(not module.alpha_unknown for module in known) else None
     facts = [
         *_scale_facts(found, untouched, law, diagnosis.code),
         *_missing_facts(found),
         *_file_facts(found, untouched),
     ]
-    code, title = facts[0] if facts else (None, _right(found, known))
+    code, title = facts[0] if facts else (None, _right(found, open_))
+    title += _sampled(found)
     left = _survived(known)
     return Verdict(
         **frame,
         check=CHECK,
-        outcome="failed" if facts else "passed" if known else "skipped",
+        outcome="failed" if facts else "skipped" if open_ or not found else "passed",
         code=code,
         title=title,
-        reason=None if facts or known else title,
+        reason=title if open_ and not facts else None,
         law=law,
         survived=left,
         modules_failed=sum(not verdict.ok for verdict in verdicts),
         modules_total=len(verdicts),
-        rows=tuple(_rows(frame, law, left, facts, found)),
+        rows=tuple(_rows(frame, law, left, facts, found, untouched)),
         data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
-        **_numbers(known),
+        **_numbers([module for module in known if not module.alpha_unknown]),
     )
 
 
@@ -74,7 +81,8 @@ def _scale_facts(
     if faulty := [module for module in found if module.fault and module.state != "not finite"]:
         code, fault = faulty[0].fault or ("", "")
         yield code, f"{fault} in {_listed(faulty, found)}"
-    wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
+    told = [module for module in found if module.tells_scale and not module.alpha_unknown]
+    wrong = [module for module in told if not module.found.right and module not in twice]
     if wrong and law:
         code = law_code or "LH209"
         name = f"one of these: {law.name}" if law.ambiguous else CODES[code].title
@@ -97,13 +105,10 @@ def _ratios(modules: Sequence[Module]) -> list[float]:
 
 def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
     """Yield what was not merged, in whole or in part."""
-    same, hidden = _in(found, "not merged"), _in(found, "hidden")
+    same = _in(found, "not merged")
     others = [module for module in found if module.measured and module.state not in ("not merged", "hidden")]
     if same and not others:
         yield "LH101", "byte-identical to the base: nothing was merged"
-    elif hidden and not others:
-        step = f"the update is below half a step of {hidden[0].dtype} everywhere"
-        yield "LH501", f"byte-identical to the base: {step}, so a right merge changes nothing; merge in float32"
     elif same:
         yield "LH102", f"not merged: {_listed(same, found)}"
     if partly := _in(found, "partly"):
@@ -120,6 +125,8 @@ def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]
         yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
     if damaged := _in(found, "damaged"):
         yield "LH401", f"rows that are not what the merge gives: {_listed(damaged, found)}; {damage_of(damaged[0])}"
+    if untouched.broken:
+        yield "LH502", f"NaN or infinite values in a tensor that the LoRA does not name: {first_of(untouched.broken)}"
     if untouched.changed:
         names = first_of(untouched.changed)
         yield "LH401", f"{count(len(untouched.changed), 'tensor')} that the LoRA does not name changed: {names}"
@@ -142,12 +149,21 @@ def _why(some: Sequence[Module]) -> str:
     return next((module.problem.what for module in some if module.problem), "")
 
 
-def _right(found: Sequence[Module], known: Sequence[Module]) -> str:
-    if not known:
-        return "nothing could be measured: every module was skipped"
-    skipped = sum(module.skipped for module in found)
-    rest = f", {count(skipped, 'module')} skipped" if skipped else ""
-    return f"base + strength * alpha / rank * B @ A in {len(known)} of {count(len(found), 'module')}{rest}"
+def _right(found: Sequence[Module], open_: Sequence[Module]) -> str:
+    judged = sum(not module.unjudged for module in found)
+    if open_:
+        names = first_of([module.name for module in open_])
+        return f"{judged} of {len(found)} right, {len(open_)} NOT JUDGED: {names} ({open_[0].why_unjudged})"
+    let_through = len(found) - judged
+    rest = f", {let_through} not judged, as allowed" if let_through else ""
+    return f"{judged} of {len(found)} right: base + strength * alpha / rank * B @ A and nothing else{rest}"
+
+
+def _sampled(found: Sequence[Module]) -> str:
+    """Say how much of the layers was read, when not all of it."""
+    read = [(m.measured.seen * m.measured.rows, m.measured.rows) for m in found if m.measured]
+    share = math.fsum(rows for rows, _ in read) / max(sum(total for _, total in read), 1) if read else 1.0
+    return "" if share >= 1 else f"; sampled: {min(100 * share, 99):.2g} % of rows"
 
 
 def _survived(known: Sequence[Module]) -> float | None:
@@ -178,6 +194,7 @@ def _rows(
     left: float | None,
     facts: Sequence[Fact],
     found: Sequence[Module],
+    untouched: Untouched,
 ) -> Iterator[tuple[str, str]]:
     yield "merged", printable(frame["loader"])
     if law:
@@ -193,6 +210,8 @@ def _rows(
         yield "also", f"{code} {fact}"
     for reason, names in _not_judged(found).items():
         yield "not judged", f"{reason}: {count(len(names), 'module')} ({first_of(names)})"
+    for note in untouched.notes[:_SHOWN]:
+        yield "note", printable(note, 200)
     if facts:
         yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
@@ -208,11 +227,11 @@ def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
 
 
 def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
-    """Return the modules that are not read, by the reason."""
+    """Return the modules that are not judged, by the kind and the reason."""
     reasons: dict[str, list[str]] = {}
     for module in found:
-        if module.problem and module.obstacle == "not read":
-            reasons.setdefault(module.problem.what, []).append(module.name)
+        if module.unjudged:
+            reasons.setdefault(f"{module.unjudged}: {module.why_unjudged}", []).append(module.name)
     return dict(list(reasons.items())[:_SHOWN])
 
 

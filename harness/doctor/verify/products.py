@@ -44,9 +44,9 @@ class Product(ABC):
     def turned(self) -> Product:
         """Return the transpose."""
 
-    def padded(self, rows: int) -> Product:
-        """Return the product with rows of zeros added up to `rows`, where it can have them."""
-        return self
+    def sliced(self, start: int, stop: int) -> Product:
+        """Return rows [start, stop)."""
+        return Slice(self, start, stop)
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Compare with every row of W and W' in one pass; `device` may make the products."""
@@ -76,7 +76,8 @@ def sums_by_chunk(
         return *(np.einsum("ij,ij->i", *pair) for pair in pairs), seen.changed.any(axis=1)
 
     found = [np.concatenate(parts) for parts in zip(*map(sums, range(0, rows, step)), strict=True)]
-    return RowSums(*found, np.concatenate(looks.misfit), np.concatenate(looks.allowed), _EXACT["float64"])
+    looked = np.concatenate(looks.misfit), np.concatenate(looks.allowed)
+    return RowSums(found[0], found[1], found[2], found[3], *looked, _EXACT["float64"])
 
 
 def window(product: Product, before: Rows, after: Rows, dtype: str, run: tuple[int, int], factors: Factors) -> Window:
@@ -111,10 +112,9 @@ class LowRank(Product):
         """Return the transpose."""
         return LowRank(self.right.t(), self.left.t())
 
-    def padded(self, rows: int) -> Product:
-        """Return the product with rows of zeros added."""
-        missing = max(rows - len(self.left), 0)
-        return LowRank(torch.nn.functional.pad(self.left, (0, 0, 0, missing)), self.right) if missing else self
+    def sliced(self, start: int, stop: int) -> Product:
+        """Return rows [start, stop)."""
+        return LowRank(self.left[start:stop], self.right)
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is formed for a few columns only."""
@@ -172,6 +172,55 @@ class Whole(Product):
 
 
 @dataclass(frozen=True)
+class Slice(Product):
+    """Some rows of a product."""
+
+    whole: Product
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.stop - self.start, self.whole.shape[1]
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.whole.part(rows + self.start, columns, work)
+
+    def turned(self) -> Product:
+        """Refuse: rows are cut from what lies as the weight does."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Experts(Product):
+    """left[e] @ right[e] of every expert e, one below the other: [experts, rows, r] @ [experts, r, columns]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns), the rows of all experts."""
+        return self.left.shape[0] * self.left.shape[1], self.right.shape[2]
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        own = self.right[:, :, columns]
+        found = torch.empty(len(rows), own.shape[2], dtype=work)
+        owners = rows // self.left.shape[1]
+        for expert in sorted(set(owners.tolist())):
+            picked = owners == expert
+            found[picked] = self.left[expert][rows[picked] % self.left.shape[1]].to(work) @ own[expert].to(work)
+        return found
+
+    def turned(self) -> Product:
+        """Return that of the transposed matrices."""
+        return Experts(self.right.transpose(1, 2), self.left.transpose(1, 2))
+
+
+@dataclass(frozen=True)
 class Combined(Product):
     """A product of two others."""
 
@@ -220,6 +269,12 @@ def pair_product(adapter: LoraAdapter, name: str) -> Product:
     if "mid" not in adapter.modules[name].keys:
         return LowRank(b, a)
     return LowRank(b, _cored(adapter.part(name, "mid"), a))
+
+
+def experts_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return B @ A of every expert."""
+    a, b = adapter.tensors(name)
+    return Experts(b, a)
 
 
 def loha_product(adapter: LoraAdapter, name: str) -> Product:

@@ -1,0 +1,384 @@
+"""Two checkpoints as one list of tensors, whatever their names and fusions, and what changed beside the LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.doctor.architectures import Shape
+from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.match import Placement, place
+from harness.errors import LoraFileError
+from harness.files import LoraAdapter, LoraModule, TensorInfo
+from harness.files.tensor_file import TensorFile, is_float
+
+_WEIGHT = ".weight"
+_WHOLE_BYTES = 1 << 16  # read completely up to this size
+_ROWS = 4
+_BETWEEN = (torch.bfloat16, torch.float16)  # a base may have been loaded in before it was stored in another dtype
+_EMA = re.compile(r"(?:^|\.)(?:model_ema|ema_model|ema)\.")
+_LEFT_OVER = re.compile(r"\.lora_\w+(?:\.|$)|\.original_module\.|\.ranknum\.")
+_BUFFERS = re.compile(
+    r"(?:inv_freq|position_ids|masked_bias|num_batches_tracked|\.attn\.bias|token_type_ids|original_inv_freq)$"
+)
+_COMPONENTS = re.compile(
+    r"(first_stage_model|cond_stage_model|conditioner|text_encoders?(?:_\d)?|vae|image_encoder|safety_checker)\."
+)
+_TIED = re.compile(
+    r"(?:lm_head|embed_out|output|head|embed_tokens|wte|shared|word_embeddings|tok_embeddings|decoder)\.weight$"
+)
+_SAVED = re.compile(r"\.modules_to_save\.\w+(?=\.)|\.base_layer(?=\.)")
+
+
+class Piece(NamedTuple):
+    """Rows [start, stop) of a tensor of a checkpoint; all of them where `stop` is None."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class Weights:
+    """A checkpoint whose tensors have the names of another: each is one of its own, rows of one, or several stacked."""
+
+    store: Checkpoint
+    pieces: dict[str, tuple[Piece, ...]]
+    names: Mapping[str, str] = field(default_factory=dict)
+    folds: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: Checkpoint) -> Weights:
+        """Return a checkpoint under its own names."""
+        return cls(store, {}, store.names)
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.store.path
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Its layers by their names with the prefix of the file: weights, and parameters that have no other name."""
+        found = {}
+        for name in self.names:
+            if name.endswith(_WEIGHT):
+                found[self.store.prefix + name.removesuffix(_WEIGHT)] = name
+            elif len(self.info(name).shape) > 2:
+                found[self.store.prefix + name] = name
+        if not found:
+            raise LoraFileError(self.path, "holds no weight of a layer")
+        return found
+
+    def place(self, adapter: LoraAdapter) -> Placement:
+        """Return where the modules of an adapter go; those that replace what they name need not have its shape."""
+        layers = self.layers
+        infos = {layer: self.info(name) for layer, name in layers.items()}
+        shapes: dict[str, Shape | None] = {name: i.shape if is_float(i.dtype) else None for name, i in infos.items()}
+        whole = {
+            name: module for name, module in adapter.modules.items() if not module.rank or module.variant == "embedding"
+        }
+        low = {name: module for name, module in adapter.modules.items() if name not in whole}
+        first = place(_with(adapter, low), shapes)
+        second = place(_with(adapter, whole), dict.fromkeys(shapes)) if whole else first
+        return Placement(
+            {**first.slots, **second.slots},
+            tuple(dict.fromkeys((*first.missing, *second.missing))),
+            {**first.ambiguous, **second.ambiguous},
+            {**first.misfits, **second.misfits},
+            first.replaced or second.replaced,
+            first.families or second.families,
+        )
+
+    def slice(self, name: str, rows: tuple[int, int]) -> str:
+        """Return a name for some rows of a tensor."""
+        found = f"{name}[{rows[0]}:{rows[1]}]"
+        self.pieces[found] = tuple(Piece(*cut) for cut in _cut(self._pieces(name), *rows, self._stop))
+        return found
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header says, of stacked rows with the size that they have together."""
+        if name in self.folds:
+            whole = self.info(self.folds[name])
+            return whole._replace(shape=(whole.shape[0] * whole.shape[1], *whole.shape[2:]))
+        pieces = self._pieces(name)
+        first = self.store.info(pieces[0].name)
+        if len(pieces) == 1 and pieces[0].stop is None:
+            return first
+        rows = sum(self._stop(piece) - piece.start for piece in pieces)
+        width = (first.end - first.start) // max(first.shape[0], 1)
+        return TensorInfo(first.dtype, (rows, *first.shape[1:]), 0, rows * width)
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor as torch names it."""
+        return self.store.dtype(self._pieces(self.folds.get(name, name))[0].name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop), flattened to two dimensions."""
+        if name in self.folds:
+            return self._unfolded(self.folds[name], start, stop)
+        parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor in its own shape."""
+        info = self.info(name)
+        return self.rows(name, 0, (*info.shape, 1)[0]).reshape(info.shape)
+
+    def folded(self, name: str) -> str:
+        """Return a name for the matrices of a tensor [experts, rows, columns], one below the other."""
+        self.folds[f"{name}[*]"] = name
+        return f"{name}[*]"
+
+    def _unfolded(self, name: str, start: int, stop: int) -> Tensor:
+        height, width = self.info(name).shape[1:]
+        first = start // height
+        whole = self.rows(name, first, -(-stop // height)).reshape(-1, width)
+        return whole[start - first * height : stop - first * height]
+
+    def release(self) -> None:
+        """Unmap what was read."""
+        if release := getattr(self.store, "release", None):
+            release()
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        return self.pieces.get(name) or (Piece(name),)
+
+    def _stop(self, piece: Piece) -> int:
+        return (*self.store.info(piece.name).shape, 1)[0] if piece.stop is None else piece.stop
+
+
+def _cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
+    """Yield the pieces that rows [start, stop) of what they stack lie in."""
+    at = 0
+    for piece in pieces:
+        last = end(piece)
+        height = last - piece.start
+        first, final = max(start - at, 0), min(stop - at, height)
+        if first < final:
+            yield piece.name, piece.start + first, piece.start + final
+        at += height
+
+
+def _with(adapter: LoraAdapter, modules: Mapping[str, LoraModule]) -> LoraAdapter:
+    return replace(adapter, modules=modules)
+
+
+def paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
+    """Return both under the names of the base, as far as the merged one has what it names."""
+    before, after = Weights.of(base), Weights.of(merged)
+    found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in base.names if name in merged.names}
+    used = set(found)
+    lost = [name for name in base.names if name not in found]
+    left = {_plain(name): name for name in merged.names if name not in used and not _is_left_over(name)}
+    for name in lost:
+        if _plain(name) in left and (own := left.pop(_plain(name))):
+            found[name] = (Piece(own),)
+    used = {piece.name for pieces in found.values() for piece in pieces}
+    lost = [name for name in lost if name not in found and not _EMA.search(name)]
+    rest = [name for name in merged.names if name not in used and not _is_left_over(name)]
+    found |= _renamed(before, after, lost, rest) if lost and rest else {}
+    used = {piece.name for pieces in found.values() for piece in pieces}
+    found |= {own: (Piece(own),) for own in merged.names if own not in used and own not in found}
+    return before, Weights(merged, found, {name: name for name in found})
+
+
+def _plain(name: str) -> str:
+    return _SAVED.sub("", name)
+
+
+def _is_left_over(name: str) -> bool:
+    return bool(_LEFT_OVER.search(name))
+
+
+def _renamed(before: Weights, after: Weights, lost: Sequence[str], rest: Sequence[str]) -> dict[str, tuple[Piece, ...]]:
+    """Return where the merged file has the tensors that it calls otherwise: the layers of the base, as if a LoRA's."""
+    modules = {}
+    for name in lost:
+        shape = before.info(name).shape
+        stem = _plain(name).removesuffix(_WEIGHT)
+        rows, columns = (*shape, 1)[0], shape[1] if len(shape) > 1 else 0
+        modules[name] = LoraModule(stem, 0, columns, rows, None, False, "F32", {}, "set")
+    layers = {_plain(name).removesuffix(_WEIGHT): name for name in rest}
+    shapes: dict[str, Shape | None] = {layer: after.info(name).shape for layer, name in layers.items()}
+    file = TensorFile(before.path, {}, {}, 0)
+    model = LoraAdapter(before.path, "peft", modules, {}, (), "none", False, file)
+    found = {}
+    for name, slots in place(model, shapes).slots.items():
+        parts = sorted(slots, key=lambda slot: slot.part or (0, 0))
+        found[name] = tuple(Piece(layers[slot.layer], *(slot.rows or (0, None))) for slot in parts)
+    return found
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What was compared: how many tensors, which changed, which only one side has; `notes` are right conversions.
+
+    `broken` are those of `changed` that are NaN or infinite now.
+    """
+
+    compared: int
+    changed: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_other_model(self) -> bool:
+        """True when most tensors differ: the merge did not start from this base."""
+        return self.compared > 1 and 2 * len(self.changed) > self.compared
+
+
+Touched = Mapping[str, Sequence[tuple[int, int]] | None]  # rows of a tensor that the LoRA names; None: all of them
+
+
+def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full: bool = False) -> Untouched:
+    """Compare every tensor, or the rows of it, that is not in `touched`: a few rows of each, everything with `full`.
+
+    A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype, also by way of 16 bits. A
+    vocabulary of another size is unchanged when the rows that both have are.
+    """
+    common = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
+    resized = [name for name in common if _is_resized(base, merged, name)]
+    fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
+    others = [name for name in common if name in fits and not _BUFFERS.search(name)]
+    changed = [name for name in others if _differs(base, merged, name, touched.get(name) or (), full=full)]
+    changed = [name for name in changed if not _follows_tie(base, merged, name)]
+    missing, gone = _split(base, merged, touched)
+    extra, more = _split_extra(base, merged, touched)
+    notes = [*gone, *more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
+    return Untouched(
+        compared=len(others),
+        changed=tuple(changed),
+        missing=tuple(missing),
+        extra=tuple(extra),
+        reshaped=tuple(name for name in common if name not in fits),
+        broken=tuple(name for name in changed if _is_broken(merged, name)),
+        notes=tuple(notes),
+    )
+
+
+def _is_resized(base: Weights, merged: Weights, name: str) -> bool:
+    first, second = base.info(name).shape, merged.info(name).shape
+    return len(first) > 0 and first != second and first[1:] == second[1:] and bool(_TIED.search(_plain(name)))
+
+
+def _rows_of(base: Weights, merged: Weights, name: str) -> str:
+    first, second = base.info(name).shape[0], merged.info(name).shape[0]
+    return f"{second} rows for {first}; those that both have are compared"
+
+
+def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
+    """Return the tensors that the merged file lost, and in words what it may leave out."""
+    gone = [name for name in base.names if name not in merged.names and name not in touched]
+    kept = {found[1] for name in merged.names if (found := _COMPONENTS.match(name))}
+    lost, notes = [], dict[str, int]()
+    for name in gone:
+        why = _left_out(base, merged, name, kept)
+        if why:
+            notes[why] = notes.get(why, 0) + 1
+        else:
+            lost.append(name)
+    return lost, [f"{why} left out: {times} tensors" for why, times in notes.items()]
+
+
+def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
+    if _EMA.search(name):
+        return "EMA weights"
+    if _BUFFERS.search(name) or _is_left_over(name):
+        return "buffers"
+    component = _COMPONENTS.match(base.store.names.get(name, name)) or _COMPONENTS.match(name)
+    if component and component[1] not in kept:
+        return f"the component {component[1]}"
+    return "tied weights" if _twin(base, name, base, merged) else ""
+
+
+def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
+    """Return the tensors that only the merged file has, and in words those that may be there."""
+    more = [name for name in merged.names if name not in base.names and name not in touched]
+    fine = [name for name in more if _is_left_over(name) or _BUFFERS.search(name) or _EMA.search(name)]
+    tied = [
+        name
+        for name in more
+        if name not in fine and (_twin(merged, name, merged, merged) or _twin(merged, name, base, base))
+    ]
+    notes = [f"only in the merged checkpoint, and no part of the model: {len(fine)} tensors"] if fine else []
+    notes += [f"{name} is a copy of a weight that the model ties it to" for name in tied]
+    return [name for name in more if name not in fine and name not in tied], notes
+
+
+def _twin(store: Weights, name: str, other: Weights, among: Weights) -> str | None:
+    """Return a tensor of `other`, whose name `among` has too, that an embedding or a head `name` equals bit by bit."""
+    if not _TIED.search(_plain(name)):
+        return None
+    info = store.info(name)
+    for twin in other.names:
+        alike = twin != name and twin in among.names and bool(_TIED.search(_plain(twin)))
+        if alike and other.info(twin).shape == info.shape and _same(store, name, other, twin):
+            return twin
+    return None
+
+
+def _same(first: Weights, name: str, second: Weights, other: str) -> bool:
+    rows = first.info(name).shape[0]
+    step = max(1, _WHOLE_BYTES * 16 // max(1, (first.info(name).end - first.info(name).start) // max(rows, 1)))
+    runs = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(_unchanged(second.rows(other, *run), first.rows(name, *run)) for run in runs)
+
+
+def _follows_tie(base: Weights, merged: Weights, name: str) -> bool:
+    """Tell whether a head changed because it is the embedding, in both checkpoints."""
+    twin = _twin(base, name, base, merged)
+    return twin is not None and base.info(name).shape == merged.info(name).shape and _same(merged, name, merged, twin)
+
+
+def _is_broken(store: Weights, name: str) -> bool:
+    whole = store.rows(name, 0, (*store.info(name).shape, 1)[0])
+    return not bool(torch.isfinite(whole if whole.dtype.itemsize > 1 else whole.float()).all())
+
+
+def _differs(base: Weights, merged: Weights, name: str, without: Sequence[tuple[int, int]], *, full: bool) -> bool:
+    info = base.info(name)
+    rows = min((*info.shape, 1)[0], (*merged.info(name).shape, 1)[0])
+    if rows == 0:
+        return False
+    size = max(1, (info.end - info.start) // max((*info.shape, 1)[0], 1))
+    step = rows if info.end - info.start <= _WHOLE_BYTES else max(1, _WHOLE_BYTES * 16 // size) if full else 1
+    starts = range(0, rows, step) if full or step == rows else [rows * part // _ROWS for part in range(_ROWS)]
+    for start in starts:
+        for run in _outside((start, min(start + step, rows)), without):
+            if not _unchanged(base.rows(name, *run), merged.rows(name, *run)):
+                return True
+    base.release()
+    merged.release()
+    return False
+
+
+def _outside(run: tuple[int, int], without: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    at = run[0]
+    for start, stop in sorted(without):
+        if at < min(start, run[1]):
+            yield at, min(start, run[1])
+        at = max(at, stop)
+    if at < run[1]:
+        yield at, run[1]
+
+
+def _unchanged(before: Tensor, after: Tensor) -> bool:
+    ways = [before.to(after.dtype)]
+    if after.dtype != before.dtype:
+        ways += [before.to(between).to(after.dtype) for between in _BETWEEN]
+    return any(torch.equal(_bits(way), _bits(after)) for way in ways)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View the numbers as bytes, so that NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
