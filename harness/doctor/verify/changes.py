@@ -43,9 +43,10 @@ class Change:
     """One tensor, or some rows of it, that a module changes.
 
     `product` returns what one unit of scale adds to it, `part` are the rows of the product that go there; `saved` is
-    the role of the tensor that replaces it; `method` says that PEFT's own merge must tell. `name` is the module's, with
-    the tensor behind it where that is a bias. `scaled` says that alpha / rank is in its scale; whole differences have
-    the strength alone. `unread` says why it is not judged, `kind` of what kind that is.
+    the role of the tensor that replaces it; `method` says that PEFT's own merge must tell, `largest` the size of the
+    largest layer of its kind. `name` is the module's, with the tensor behind it where that is a bias. `scaled` says
+    that alpha / rank is in its scale; whole differences have the strength alone. `unread` says why it is not judged,
+    `kind` of what kind that is.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Change:
     unread: str | None = None
     saved: str | None = None
     method: bool = False
+    largest: tuple[int, int] = (1, 1)
     part: tuple[int, int] | None = None
     kind: str = "unsupported"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ _CHUNK = 1 << 20  # elements
 _BETWEEN = (torch.bfloat16, torch.float16)
 _LITERAL = re.compile(r"[\w.]+")  # a pattern of a configuration that is no more than a name
 _DEEPEST = 40
+_SHARING = ("vera", "pvera", "randlora")  # methods whose layers share matrices of the largest layer's size
 _ROUGH = 3.0  # times the rounding of PEFT's own merge in the stored dtype, root mean square
 _FOREIGN = (
     "base_model_name_or_path", "revision", "auto_mapping", "task_type", "exclude_modules", "layers_to_transform",
@@ -143,28 +145,73 @@ class CannotMergeError(Exception):
     """Why PEFT could not merge one layer by itself."""
 
 
-def judge_method(
-    adapter: LoraAdapter, name: str, tensors: Mapping[str, str], stores: tuple[Weights, Weights]
-) -> Iterator[tuple[str, MergeMeasurement]]:
-    """Yield the tensors that PEFT's own merge of module `name` changes, each compared row by row.
+@dataclass(frozen=True)
+class MethodLayer:
+    """One layer that another method than low-rank pairs adapts: module `name`, and its tensors as {`weight`: name, …}.
 
-    `tensors` maps `weight`, and `bias` where there is one, to their names. PEFT merges the layer alone, once in double
-    precision and once in the dtype of the merge: a row may be off by what these two differ, and by its rounding.
-
-    Raises:
-        CannotMergeError: PEFT does not know the method, cannot merge it, or the tensors do not fit.
+    `largest` is the size [out, in] that the adapted layers of the model have at most: VeRA draws matrices of that size
+    and takes the part that fits each layer.
     """
-    before, after = stores
-    base = {what: before.whole(tensor) for what, tensor in tensors.items()}
-    exact = _merged(adapter, name, base, torch.float64)
-    dtype = next(iter(base.values())).dtype
-    rough = _merged(adapter, name, base, dtype if dtype.itemsize > 1 else torch.float32)
-    for what, tensor in tensors.items():
-        if what == "weight" or not torch.equal(exact[what].to(base[what].dtype), base[what]):
-            if before.info(tensor).shape != after.info(tensor).shape:
-                raise CannotMergeError("the merged weight has another shape than the base's")
-            parts = base[what], exact[what], rough[what], after.whole(tensor)
-            yield tensor, _method_rows(*parts, what=f"{adapter.kind}, as PEFT merges it")
+
+    adapter: LoraAdapter
+    name: str
+    tensors: Mapping[str, str]
+    largest: tuple[int, int]
+
+    def judged(self, before: Weights, after: Weights) -> Iterator[tuple[str, MergeMeasurement]]:
+        """Yield the tensors that PEFT's own merge of the layer changes, each compared row by row.
+
+        PEFT merges the layer alone, in double precision and in the dtype of the base: a row may be off by what these
+        two differ, and by its rounding.
+
+        Raises:
+            CannotMergeError: PEFT does not know the method, cannot merge it, or the tensors do not fit.
+        """
+        base = {what: before.whole(tensor) for what, tensor in self.tensors.items()}
+        exact = self._merged(base, torch.float64)
+        dtype = base["weight"].dtype
+        rough = self._merged(base, dtype if dtype.itemsize > 1 else torch.float32)
+        for what, tensor in self.tensors.items():
+            if what == "weight" or not torch.equal(exact[what].to(base[what].dtype), base[what]):
+                if before.info(tensor).shape != after.info(tensor).shape:
+                    raise CannotMergeError("the merged weight has another shape than the base's")
+                parts = base[what], exact[what], rough[what], after.whole(tensor)
+                yield tensor, _method_rows(*parts, what=f"{self.adapter.kind}, as PEFT merges it")
+
+    @torch.no_grad()
+    def _merged(self, base: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return what PEFT's merge makes of the layer, in a model that has it alone."""
+        import peft
+
+        adapter = self.adapter
+        module = adapter.modules[self.name].name
+        own = {f"base_model.model.{module}.{key.rpartition(f'{module}.')[2]}": tensor for key, tensor in self._own()}
+        turned = bool(adapter.config.get("fan_in_fan_out"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = _Alone(module, _layer(base, dtype, turned=turned), self._largest())
+                wrapped: Any = peft.get_peft_model(model, _config(adapter, module, own), autocast_adapter_dtype=False)
+                found = peft.set_peft_model_state_dict(wrapped, {**self._shared(), **own})
+                layer = wrapped.to(dtype).merge_and_unload().get_submodule(module)
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+            raise CannotMergeError(f"PEFT cannot merge {adapter.kind} in this layer ({error})") from error
+        if unexpected := getattr(found, "unexpected_keys", None):
+            raise CannotMergeError(f"PEFT does not use {unexpected[0]}")
+        return {what: getattr(layer, what).detach().reshape(base[what].shape) for what in base}
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        for key in self.adapter.modules[self.name].keys.values():
+            yield key, self.adapter.file.tensor(key)
+
+    def _shared(self) -> dict[str, Tensor]:
+        """Return the tensors that all layers share."""
+        keys = [key for other in self.adapter.modules.values() if not other.name for key in other.keys.values()]
+        return {key: self.adapter.file.tensor(key) for key in keys}
+
+    def _largest(self) -> nn.Module | None:
+        out, columns = self.largest
+        return nn.Linear(columns, out, bias=False) if self.adapter.kind in _SHARING else None
 
 
 def _method_rows(base: Tensor, exact: Tensor, rough: Tensor, merged: Tensor, *, what: str) -> MergeMeasurement:
@@ -184,46 +231,6 @@ def _method_rows(base: Tensor, exact: Tensor, rough: Tensor, merged: Tensor, *, 
     rows = Rows(right & (settled | ~same).numpy(), same.numpy(), finite.numpy())
     found = rows.measured(new.shape[1], what=what)
     return replace(found, state="hidden") if bool((same & settled).all()) else found
-
-
-@torch.no_grad()
-def _merged(adapter: LoraAdapter, name: str, base: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what PEFT's merge makes of one layer, in a model that has that layer alone."""
-    import warnings
-
-    import peft
-
-    module = adapter.modules[name].name
-    shared = {
-        key: tensor
-        for other in adapter.modules.values()
-        if not other.name
-        for key, tensor in _parts(adapter, other.keys)
-    }
-    own = {
-        f"base_model.model.{module}.{key.rpartition(f'{module}.')[2]}": tensor
-        for key, tensor in _parts(adapter, adapter.modules[name].keys)
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = _config(adapter, module, own)
-            model = _Alone(
-                module, _layer(base, dtype, turned=bool(adapter.config.get("fan_in_fan_out"))), _largest(shared)
-            )
-            wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-            found = peft.set_peft_model_state_dict(wrapped, {**shared, **own})
-            wrapped.to(dtype)
-            layer = wrapped.merge_and_unload().get_submodule(module)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
-        raise CannotMergeError(f"PEFT cannot merge {adapter.kind} in this layer ({error})") from error
-    if unexpected := getattr(found, "unexpected_keys", None):
-        raise CannotMergeError(f"PEFT does not use {unexpected[0]}")
-    return {what: getattr(layer, what).detach().reshape(base[what].shape) for what in base}
-
-
-def _parts(adapter: LoraAdapter, keys: Mapping[str, str]) -> list[tuple[str, Tensor]]:
-    return [(key, adapter.file.tensor(key)) for key in keys.values()]
 
 
 class _Alone(nn.Module):
@@ -246,14 +253,6 @@ class _Alone(nn.Module):
         return inputs
 
 
-def _largest(shared: Mapping[str, Tensor]) -> nn.Module | None:
-    """Return a layer as wide as the matrices that all layers share (VeRA): a layer takes the part that fits it."""
-    pair = [next((tensor for key, tensor in shared.items() if key.endswith(f"vera_{half}")), None) for half in "AB"]
-    if pair[0] is None or pair[1] is None:
-        return None
-    return nn.Linear(pair[0].shape[1], pair[1].shape[0], bias=False)
-
-
 def _layer(base: Mapping[str, Tensor], dtype: torch.dtype, *, turned: bool) -> nn.Module:
     """Return a layer with these tensors: a norm, linear, Conv1D where `turned`, or a convolution, by their shapes."""
     weight = base["weight"]
@@ -271,7 +270,7 @@ def _layer(base: Mapping[str, Tensor], dtype: torch.dtype, *, turned: bool) -> n
         made = kind(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias="bias" in base)
     made = made.to(dtype)
     for what, tensor in base.items():
-        getattr(made, what).data = tensor.to(dtype)
+        getattr(made, what).data = tensor.to(dtype, copy=True)  # PEFT merges in place
     return made
 
 

@@ -18,7 +18,7 @@ from harness.doctor.verify.measurement import MergeMeasurement, measure, measure
 from harness.doctor.verify.modules import BLENDED, UNJUDGED, Module, NotMeasured, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
 from harness.doctor.verify.pairing import Untouched, Weights, compare_untouched, paired
-from harness.doctor.verify.replaced import CannotMergeError, judge_method, judge_saved, judge_tokens
+from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
 from harness.doctor.verify.vote import DTYPES
 from harness.errors import UserError
 from harness.files import LoraAdapter, read_lora, with_alpha
@@ -134,13 +134,16 @@ def _usable(options: VerifyOptions) -> None:
 def _changes(adapter: LoraAdapter, stores: Stores, placement: Placement) -> Iterator[Change]:
     """Yield every tensor, or rows of one, that the file changes."""
     layers = stores[0].layers
+    shapes = [stores[0].info(layers[slot.layer]).shape for slots in placement.slots.values() for slot in slots]
+    wide = [shape for shape in shapes if len(shape) > 1]
+    largest = max((shape[0] for shape in wide), default=1), max((shape[1] for shape in wide), default=1)
     for name in adapter.modules:
         slots = placement.slots.get(name, ())
         if not slots:
             yield from _homeless(adapter, name, stores, placement)
         else:
             for change in changes(adapter, name, layers[slots[0].layer]):
-                yield from slots_of(change, slots, stores)
+                yield from slots_of(replace(change, largest=largest), slots, stores)
     yield from unused_keys(adapter, stores[0])
 
 
@@ -195,7 +198,7 @@ def _by_method(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stor
     try:
         if wanted.strength != 1:
             raise CannotMergeError(f"PEFT has no strength for {adapter.kind}")
-        for tensor, measured in judge_method(adapter, change.module, tensors, stores):
+        for tensor, measured in MethodLayer(adapter, change.module, tensors, change.largest).judged(*stores):
             shown = wanted if tensor == change.tensor else replace(wanted, module=f"{wanted.module} (bias)")
             yield Module(shown, tensor, measured, dtype=dtype)
     except CannotMergeError as why:
