@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
 _LOOKED_AT = 16_000  # elements
+_MOST_ROWS = 0.9  # share of the rows that must be values of a coarser dtype: some may be damaged
 Runs = list[tuple[int, int]]
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -72,10 +73,18 @@ class MergedLayer:
         """The number of columns."""
         return self.product.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """The dtype the merge was stored in."""
-        return self.merged.dtype(self.tensor)
+        """The dtype the merge was made in: that it is stored in, or a coarser one that holds what is stored."""
+        stored = self.merged.dtype(self.tensor)
+        if stored not in ("float64", "float32", "float16"):
+            return stored
+        rows = torch.cat([self.merged.rows(self.tensor, *run) for run in self._runs(min(BLOCKS, self.rows), 1)])
+        fits = {
+            name: float((rows.to(getattr(torch, name)).to(rows.dtype) == rows).all(dim=1).float().mean())
+            for name in ("bfloat16", "float16")
+        }
+        return next((name for name, share in fits.items() if share >= _MOST_ROWS and bool(rows.any())), stored)
 
     @property
     def streams(self) -> bool:
@@ -96,7 +105,7 @@ class MergedLayer:
             change=(after - before).numpy(),
             product=product.numpy(),
             half=half_step(after.numpy(), self.dtype),
-            changed=(base.to(merged.dtype).to(work) != after).numpy(),
+            changed=(base.to(getattr(torch, self.dtype)).to(work) != after).numpy(),
             block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
             index=index_of(runs).numpy(),
             finite=finite,

@@ -33,6 +33,8 @@ _COMPONENTS = re.compile(
 _TIED = re.compile(
     r"(?:lm_head|embed_out|output|head|embed_tokens|wte|shared|word_embeddings|tok_embeddings|decoder)\.weight$"
 )
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|shared|word_embeddings)\.weight$")
 _SAVED = re.compile(r"\.modules_to_save\.\w+(?=\.)|\.base_layer(?=\.)")
 
 
@@ -81,9 +83,7 @@ class Weights:
         layers = self.layers
         infos = {layer: self.info(name) for layer, name in layers.items()}
         shapes: dict[str, Shape | None] = {name: i.shape if is_float(i.dtype) else None for name, i in infos.items()}
-        whole = {
-            name: module for name, module in adapter.modules.items() if not module.rank or module.variant == "embedding"
-        }
+        whole = {name: module for name, module in adapter.modules.items() if _is_whole(module)}
         low = {name: module for name, module in adapter.modules.items() if name not in whole}
         first = place(_with(adapter, low), shapes)
         second = place(_with(adapter, whole), dict.fromkeys(shapes)) if whole else first
@@ -131,6 +131,15 @@ class Weights:
         info = self.info(name)
         return self.rows(name, 0, (*info.shape, 1)[0]).reshape(info.shape)
 
+    def tie(self, head: str, embedding: str) -> None:
+        """Let a head be the embedding."""
+        self.pieces[head] = self._pieces(embedding)
+        self.names = {**self.names, head: head}
+
+    def owner(self, name: str) -> str:
+        """Return the tensor that `name` is, or is cut from."""
+        return self._pieces(name.partition("[")[0])[0].name
+
     def folded(self, name: str) -> str:
         """Return a name for the matrices of a tensor [experts, rows, columns], one below the other."""
         self.folds[f"{name}[*]"] = name
@@ -154,6 +163,11 @@ class Weights:
         return (*self.store.info(piece.name).shape, 1)[0] if piece.stop is None else piece.stop
 
 
+def _is_whole(module: LoraModule) -> bool:
+    """Tell whether a module may have another shape than the layer of its name: it replaces it, or has a vocabulary."""
+    return not module.rank or module.variant == "embedding" or bool(_TIED.search(f".{module.name}{_WEIGHT}"))
+
+
 def _cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
     """Yield the pieces that rows [start, stop) of what they stack lie in."""
     at = 0
@@ -170,8 +184,26 @@ def _with(adapter: LoraAdapter, modules: Mapping[str, LoraModule]) -> LoraAdapte
     return replace(adapter, modules=modules)
 
 
-def paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
-    """Return both under the names of the base, as far as the merged one has what it names."""
+def paired(base: Checkpoint, merged: Checkpoint, adapter: LoraAdapter) -> tuple[Weights, Weights]:
+    """Return both under the names of the base, as far as the merged one has what it names.
+
+    A head that a model ties to its embedding is in neither, or in one of them: it is then the embedding.
+    """
+    before, after = _paired(base, merged)
+    heads = [name for store in (before, after) for name in store.names if _HEAD.search(name)]
+    named = any(_HEAD.search(f"{module.name}{_WEIGHT}") for module in adapter.modules.values())
+    head = next(iter(heads), "lm_head.weight" if named else None)
+    pairs = [next((name for name in store.names if _EMBEDDING.search(name)), None) for store in (before, after)]
+    if head and pairs[0] and pairs[1]:
+        for store, embedding, other in ((before, pairs[0], after), (after, pairs[1], before)):
+            fits = head not in other.names or other.info(head).shape == store.info(embedding).shape
+            tied = store is before or head not in before.names or _same(before, head, before, pairs[0])
+            if head not in store.names and fits and tied:
+                store.tie(head, embedding)
+    return before, after
+
+
+def _paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
     before, after = Weights.of(base), Weights.of(merged)
     found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in base.names if name in merged.names}
     used = set(found)
@@ -250,7 +282,9 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     resized = [name for name in common if _is_resized(base, merged, name)]
     fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
     others = [name for name in common if name in fits and not _BUFFERS.search(name)]
-    changed = [name for name in others if _differs(base, merged, name, touched.get(name) or (), full=full)]
+    changed = [
+        name for name in others if _differs(base, merged, name, touched.get(name) or (), full=full or name in resized)
+    ]
     changed = [name for name in changed if not _follows_tie(base, merged, name)]
     missing, gone = _split(base, merged, touched)
     extra, more = _split_extra(base, merged, touched)

@@ -84,7 +84,7 @@ def window(product: Product, before: Rows, after: Rows, dtype: str, run: tuple[i
     """Return some rows, with what they were multiplied by taken out."""
     work = torch.float64 if dtype in ("float32", "float64") else torch.float32
     stored, merged = before(*run), after(*run)
-    changed = (stored.to(merged.dtype).to(work) != merged.to(work)).numpy()
+    changed = (stored.to(getattr(torch, dtype)).to(work) != merged.to(work)).numpy()
     update = product.part(torch.arange(*run), _ALL, work).double().numpy()
     old, new = (part.to(work).double().numpy() for part in (stored, merged))
     with np.errstate(all="ignore"):

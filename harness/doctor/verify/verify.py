@@ -93,7 +93,7 @@ def verify_merge(
     options = replace(options or VerifyOptions(), **fields)
     _usable(options)
     adapter = with_alpha(read_lora(lora), options.lora_alpha)
-    stores = paired(Checkpoint.open(base), Checkpoint.open(merged))
+    stores = paired(Checkpoint.open(base), Checkpoint.open(merged), adapter)
     placement = stores[0].place(adapter)
     if not placement.slots and not placement.misfits and not placement.ambiguous:
         raise UserError(_no_match(adapter, stores[0]))
@@ -114,7 +114,7 @@ def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, i
             continue
         name, _, rows = module.tensor.partition("[")
         if not rows or rows == "*]":
-            touched[name] = None
+            touched |= {name: None, stores[0].owner(name): None}  # a head may be the embedding
         elif (runs := touched.setdefault(name, [])) is not None:
             start, stop = rows.rstrip("]").split(":")
             runs.append((int(start), int(stop)))
@@ -158,22 +158,14 @@ def _homeless(adapter: LoraAdapter, name: str, stores: Stores, placement: Placem
     module = adapter.modules[name]
     if module.variant in ("set", "tokens"):
         own = stores[1].place(replace(adapter, modules={name: module})).slots.get(name, ())
-        tied = _tied(module.name, stores)
-        if own or tied:
-            yield from changes(adapter, name, stores[1].layers[own[0].layer] if own else tied)
+        if own:
+            yield from changes(adapter, name, stores[1].layers[own[0].layer])
             return
     placed = {other.component for key, other in adapter.modules.items() if key in placement.slots}
     if module.component and placed and module.component not in placed:
         yield Change(name, name, None, unread=f"the component {module.component} is not in this base", kind="component")
         return
     yield from changes(adapter, name, None)
-
-
-def _tied(name: str, stores: Stores) -> str | None:
-    """Return the embedding that a head which neither checkpoint holds is tied to."""
-    if name.rpartition(".")[2] not in ("lm_head", "embed_out", "output"):
-        return None
-    return next((tensor for tensor in stores[1].names if tensor.endswith(("embed_tokens.weight", "wte.weight"))), None)
 
 
 def _judged(adapter: LoraAdapter, change: Change, stores: Stores, options: VerifyOptions) -> Iterator[Module]:
