@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
     from harness.doctor.verify.measurement import MergeMeasurement
     from harness.doctor.verify.modules import Module, NotMeasured
-    from harness.doctor.verify.pairing import Untouched
+    from harness.doctor.verify.untouched import Untouched
     from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
 AuditRow = FileRecord  # with what an audit adds filled in
@@ -30,7 +30,7 @@ _LATER = {
     "NotMeasured": "verify.modules",
     "RepairOptions": "repair.repair",
     "RepairReport": "repair.repair",
-    "Untouched": "verify.pairing",
+    "Untouched": "verify.untouched",
     "VerifyOptions": "verify.verify",
     "audit_files": "audit.audit",
     "read_rows": "audit.output",

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.doctor.verify.measurement import State
 from harness.doctor.verify.modules import CHECK, LOST, Module, Unjudged, damage_of, survival, where
-from harness.doctor.verify.pairing import Untouched
+from harness.doctor.verify.untouched import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
 from harness.text import count, first_of, printable
 from harness.verdict.codes import CODES

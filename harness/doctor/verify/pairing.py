@@ -1,4 +1,4 @@
-"""Two checkpoints as one list of tensors, whatever their names and fusions, and what changed beside the LoRA."""
+"""Two checkpoints as one list of tensors, whatever their names, fusions and ties."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.tensor_file import TensorFile, is_float
 
 _WEIGHT = ".weight"
-_WHOLE_BYTES = 1 << 16  # read completely up to this size
-_ROWS = 4
+WHOLE_BYTES = 1 << 16  # read completely up to this size
 _BETWEEN = (torch.bfloat16, torch.float16)  # a base may have been loaded in before it was stored in another dtype
-_EMA = re.compile(r"(?:^|\.)(?:model_ema|ema_model|ema)\.")
+EMA = re.compile(r"(?:^|\.)(?:model_ema|ema_model|ema)\.")
 _LEFT_OVER = re.compile(r"\.lora_\w+(?:\.|$)|\.original_module\.|\.ranknum\.")
-_BUFFERS = re.compile(
-    r"(?:inv_freq|position_ids|masked_bias|num_batches_tracked|\.attn\.bias|token_type_ids|original_inv_freq)$"
-)
-_COMPONENTS = re.compile(
-    r"(first_stage_model|cond_stage_model|conditioner|text_encoders?(?:_\d)?|vae|image_encoder|safety_checker)\."
-)
-_TIED = re.compile(
+TIED = re.compile(
     r"(?:lm_head|embed_out|output|head|embed_tokens|wte|shared|word_embeddings|tok_embeddings|decoder)\.weight$"
 )
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
@@ -165,7 +158,7 @@ class Weights:
 
 def _is_whole(module: LoraModule) -> bool:
     """Tell whether a module may have another shape than the layer of its name: it replaces it, or has a vocabulary."""
-    return not module.rank or module.variant == "embedding" or bool(_TIED.search(f".{module.name}{_WEIGHT}"))
+    return not module.rank or module.variant == "embedding" or bool(TIED.search(f".{module.name}{_WEIGHT}"))
 
 
 def _cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
@@ -184,20 +177,21 @@ def _with(adapter: LoraAdapter, modules: Mapping[str, LoraModule]) -> LoraAdapte
     return replace(adapter, modules=modules)
 
 
-def paired(base: Checkpoint, merged: Checkpoint, adapter: LoraAdapter) -> tuple[Weights, Weights]:
+def paired(base: Checkpoint, merged: Checkpoint, adapters: Sequence[LoraAdapter]) -> tuple[Weights, Weights]:
     """Return both under the names of the base, as far as the merged one has what it names.
 
     A head that a model ties to its embedding is in neither, or in one of them: it is then the embedding.
     """
     before, after = _paired(base, merged)
     heads = [name for store in (before, after) for name in store.names if _HEAD.search(name)]
-    named = any(_HEAD.search(f"{module.name}{_WEIGHT}") for module in adapter.modules.values())
+    modules = [module for adapter in adapters for module in adapter.modules.values()]
+    named = any(_HEAD.search(f"{module.name}{_WEIGHT}") for module in modules)
     head = next(iter(heads), "lm_head.weight" if named else None)
     pairs = [next((name for name in store.names if _EMBEDDING.search(name)), None) for store in (before, after)]
     if head and pairs[0] and pairs[1]:
         for store, embedding, other in ((before, pairs[0], after), (after, pairs[1], before)):
             fits = head not in other.names or other.info(head).shape == store.info(embedding).shape
-            tied = store is before or head not in before.names or _same(before, head, before, pairs[0])
+            tied = store is before or head not in before.names or same_tensor(before, head, before, pairs[0])
             if head not in store.names and fits and tied:
                 store.tie(head, embedding)
     return before, after
@@ -208,24 +202,26 @@ def _paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
     found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in base.names if name in merged.names}
     used = set(found)
     lost = [name for name in base.names if name not in found]
-    left = {_plain(name): name for name in merged.names if name not in used and not _is_left_over(name)}
+    left = {plain_name(name): name for name in merged.names if name not in used and not is_left_over(name)}
     for name in lost:
-        if _plain(name) in left and (own := left.pop(_plain(name))):
+        if plain_name(name) in left and (own := left.pop(plain_name(name))):
             found[name] = (Piece(own),)
     used = {piece.name for pieces in found.values() for piece in pieces}
-    lost = [name for name in lost if name not in found and not _EMA.search(name)]
-    rest = [name for name in merged.names if name not in used and not _is_left_over(name)]
+    lost = [name for name in lost if name not in found and not EMA.search(name)]
+    rest = [name for name in merged.names if name not in used and not is_left_over(name)]
     found |= _renamed(before, after, lost, rest) if lost and rest else {}
     used = {piece.name for pieces in found.values() for piece in pieces}
     found |= {own: (Piece(own),) for own in merged.names if own not in used and own not in found}
     return before, Weights(merged, found, {name: name for name in found})
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a name without what PEFT puts around a layer."""
     return _SAVED.sub("", name)
 
 
-def _is_left_over(name: str) -> bool:
+def is_left_over(name: str) -> bool:
+    """Tell whether a tensor belongs to an adapter that was left in a checkpoint."""
     return bool(_LEFT_OVER.search(name))
 
 
@@ -234,10 +230,10 @@ def _renamed(before: Weights, after: Weights, lost: Sequence[str], rest: Sequenc
     modules = {}
     for name in lost:
         shape = before.info(name).shape
-        stem = _plain(name).removesuffix(_WEIGHT)
+        stem = plain_name(name).removesuffix(_WEIGHT)
         rows, columns = (*shape, 1)[0], shape[1] if len(shape) > 1 else 0
         modules[name] = LoraModule(stem, 0, columns, rows, None, False, "F32", {}, "set")
-    layers = {_plain(name).removesuffix(_WEIGHT): name for name in rest}
+    layers = {plain_name(name).removesuffix(_WEIGHT): name for name in rest}
     shapes: dict[str, Shape | None] = {layer: after.info(name).shape for layer, name in layers.items()}
     file = TensorFile(before.path, {}, {}, 0)
     model = LoraAdapter(before.path, "peft", modules, {}, (), "none", False, file)
@@ -248,165 +244,16 @@ def _renamed(before: Weights, after: Weights, lost: Sequence[str], rest: Sequenc
     return found
 
 
-@dataclass(frozen=True)
-class Untouched:
-    """What was compared: how many tensors, which changed, which only one side has; `notes` are right conversions.
-
-    `broken` are those of `changed` that are NaN or infinite now.
-    """
-
-    compared: int
-    changed: tuple[str, ...]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
-    reshaped: tuple[str, ...]
-    broken: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def is_other_model(self) -> bool:
-        """True when most tensors differ: the merge did not start from this base."""
-        return self.compared > 1 and 2 * len(self.changed) > self.compared
-
-
-Touched = Mapping[str, Sequence[tuple[int, int]] | None]  # rows of a tensor that the LoRA names; None: all of them
-
-
-def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full: bool = False) -> Untouched:
-    """Compare every tensor, or the rows of it, that is not in `touched`: a few rows of each, everything with `full`.
-
-    A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype, also by way of 16 bits. A
-    vocabulary of another size is unchanged when the rows that both have are.
-    """
-    common = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
-    resized = [name for name in common if _is_resized(base, merged, name)]
-    fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
-    others = [name for name in common if name in fits and not _BUFFERS.search(name)]
-    changed = [
-        name for name in others if _differs(base, merged, name, touched.get(name) or (), full=full or name in resized)
-    ]
-    changed = [name for name in changed if not _follows_tie(base, merged, name)]
-    missing, gone = _split(base, merged, touched)
-    extra, more = _split_extra(base, merged, touched)
-    notes = [*gone, *more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
-    return Untouched(
-        compared=len(others),
-        changed=tuple(changed),
-        missing=tuple(missing),
-        extra=tuple(extra),
-        reshaped=tuple(name for name in common if name not in fits),
-        broken=tuple(name for name in changed if _is_broken(merged, name)),
-        notes=tuple(notes),
-    )
-
-
-def _is_resized(base: Weights, merged: Weights, name: str) -> bool:
-    first, second = base.info(name).shape, merged.info(name).shape
-    return len(first) > 0 and first != second and first[1:] == second[1:] and bool(_TIED.search(_plain(name)))
-
-
-def _rows_of(base: Weights, merged: Weights, name: str) -> str:
-    first, second = base.info(name).shape[0], merged.info(name).shape[0]
-    return f"{second} rows for {first}; those that both have are compared"
-
-
-def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
-    """Return the tensors that the merged file lost, and in words what it may leave out."""
-    gone = [name for name in base.names if name not in merged.names and name not in touched]
-    kept = {found[1] for name in merged.names if (found := _COMPONENTS.match(name))}
-    lost, notes = [], dict[str, int]()
-    for name in gone:
-        why = _left_out(base, merged, name, kept)
-        if why:
-            notes[why] = notes.get(why, 0) + 1
-        else:
-            lost.append(name)
-    return lost, [f"{why} left out: {times} tensors" for why, times in notes.items()]
-
-
-def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
-    if _EMA.search(name):
-        return "EMA weights"
-    if _BUFFERS.search(name) or _is_left_over(name):
-        return "buffers"
-    component = _COMPONENTS.match(base.store.names.get(name, name)) or _COMPONENTS.match(name)
-    if component and component[1] not in kept:
-        return f"the component {component[1]}"
-    return "tied weights" if _twin(base, name, base, merged) else ""
-
-
-def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
-    """Return the tensors that only the merged file has, and in words those that may be there."""
-    more = [name for name in merged.names if name not in base.names and name not in touched]
-    fine = [name for name in more if _is_left_over(name) or _BUFFERS.search(name) or _EMA.search(name)]
-    tied = [
-        name
-        for name in more
-        if name not in fine and (_twin(merged, name, merged, merged) or _twin(merged, name, base, base))
-    ]
-    notes = [f"only in the merged checkpoint, and no part of the model: {len(fine)} tensors"] if fine else []
-    notes += [f"{name} is a copy of a weight that the model ties it to" for name in tied]
-    return [name for name in more if name not in fine and name not in tied], notes
-
-
-def _twin(store: Weights, name: str, other: Weights, among: Weights) -> str | None:
-    """Return a tensor of `other`, whose name `among` has too, that an embedding or a head `name` equals bit by bit."""
-    if not _TIED.search(_plain(name)):
-        return None
-    info = store.info(name)
-    for twin in other.names:
-        alike = twin != name and twin in among.names and bool(_TIED.search(_plain(twin)))
-        if alike and other.info(twin).shape == info.shape and _same(store, name, other, twin):
-            return twin
-    return None
-
-
-def _same(first: Weights, name: str, second: Weights, other: str) -> bool:
+def same_tensor(first: Weights, name: str, second: Weights, other: str) -> bool:
+    """Tell whether two tensors hold the same numbers, read in chunks."""
     rows = first.info(name).shape[0]
-    step = max(1, _WHOLE_BYTES * 16 // max(1, (first.info(name).end - first.info(name).start) // max(rows, 1)))
+    step = max(1, WHOLE_BYTES * 16 // max(1, (first.info(name).end - first.info(name).start) // max(rows, 1)))
     runs = ((start, min(start + step, rows)) for start in range(0, rows, step))
-    return all(_unchanged(second.rows(other, *run), first.rows(name, *run)) for run in runs)
+    return all(unchanged(second.rows(other, *run), first.rows(name, *run)) for run in runs)
 
 
-def _follows_tie(base: Weights, merged: Weights, name: str) -> bool:
-    """Tell whether a head changed because it is the embedding, in both checkpoints."""
-    twin = _twin(base, name, base, merged)
-    return twin is not None and base.info(name).shape == merged.info(name).shape and _same(merged, name, merged, twin)
-
-
-def _is_broken(store: Weights, name: str) -> bool:
-    whole = store.rows(name, 0, (*store.info(name).shape, 1)[0])
-    return not bool(torch.isfinite(whole if whole.dtype.itemsize > 1 else whole.float()).all())
-
-
-def _differs(base: Weights, merged: Weights, name: str, without: Sequence[tuple[int, int]], *, full: bool) -> bool:
-    info = base.info(name)
-    rows = min((*info.shape, 1)[0], (*merged.info(name).shape, 1)[0])
-    if rows == 0:
-        return False
-    size = max(1, (info.end - info.start) // max((*info.shape, 1)[0], 1))
-    step = rows if info.end - info.start <= _WHOLE_BYTES else max(1, _WHOLE_BYTES * 16 // size) if full else 1
-    starts = range(0, rows, step) if full or step == rows else [rows * part // _ROWS for part in range(_ROWS)]
-    for start in starts:
-        for run in _outside((start, min(start + step, rows)), without):
-            if not _unchanged(base.rows(name, *run), merged.rows(name, *run)):
-                return True
-    base.release()
-    merged.release()
-    return False
-
-
-def _outside(run: tuple[int, int], without: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    at = run[0]
-    for start, stop in sorted(without):
-        if at < min(start, run[1]):
-            yield at, min(start, run[1])
-        at = max(at, stop)
-    if at < run[1]:
-        yield at, run[1]
-
-
-def _unchanged(before: Tensor, after: Tensor) -> bool:
+def unchanged(before: Tensor, after: Tensor) -> bool:
+    """Tell whether rows are those of the base in the dtype of the merge, also by way of a type of 16 bits."""
     ways = [before.to(after.dtype)]
     if after.dtype != before.dtype:
         ways += [before.to(between).to(after.dtype) for between in _BETWEEN]

@@ -221,6 +221,26 @@ class Experts(Product):
 
 
 @dataclass(frozen=True)
+class Total(Product):
+    """The sum of products, each times a factor."""
+
+    parts: tuple[tuple[Product, float], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.parts[0][0].shape
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return torch.stack([factor * one.part(rows, columns, work) for one, factor in self.parts]).sum(0)
+
+    def turned(self) -> Product:
+        """Return the transpose."""
+        return Total(tuple((one.turned(), factor) for one, factor in self.parts))
+
+
+@dataclass(frozen=True)
 class Combined(Product):
     """A product of two others."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,19 @@ import torch
 
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement
-from harness.doctor.verify.changes import Change, changes, merged_layer, slots_of, unused_keys
-from harness.doctor.verify.layer import MergedLayer
-from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
-from harness.doctor.verify.modules import BLENDED, UNJUDGED, Module, NotMeasured, Unjudged, module_verdict
+from harness.doctor.verify.changes import Change, changes, slots_of, unused_keys
+from harness.doctor.verify.judging import Given, Reading, Stores, judged
+from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
-from harness.doctor.verify.pairing import Untouched, Weights, compare_untouched, paired
-from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
-from harness.doctor.verify.vote import DTYPES
+from harness.doctor.verify.pairing import Weights, paired
+from harness.doctor.verify.untouched import Untouched, compare_untouched
 from harness.errors import UserError
 from harness.files import LoraAdapter, read_lora, with_alpha
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.probe import Probe
-from harness.measure.tolerance import scale_rounding
 from harness.text import count, printable
 from harness.verdict.verdict import Verdict
 
-_LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
-_SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
-_FOREIGN = "is of a component that this base does not have"
-Stores = tuple[Weights, Weights]
+Paths = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True)
@@ -63,13 +56,13 @@ class MergeReport:
 class VerifyOptions:
     """How a merge is verified.
 
-    `strength` is what the merge was asked for. `full` judges every row instead of a sample from every fused slice.
-    `lora_alpha` is the alpha of the training for a file that carries none, or 0. `allow_unjudged` are the kinds of
-    what is not judged that may pass. `device` makes the products of a full read. `on_module` gets the name of each
-    tensor before it is measured.
+    `strength` is what the merge was asked for, one number for every LoRA or one for each. `full` judges every row
+    instead of a sample from every fused slice. `lora_alpha` is the alpha of the training for a file that carries none,
+    or 0. `allow_unjudged` are the kinds of what is not judged that may pass. `device` makes the products of a full
+    read. `on_module` gets the name of each tensor before it is measured.
     """
 
-    strength: float = 1.0
+    strength: float | tuple[float, ...] = 1.0
     full: bool = False
     lora_alpha: float | None = None
     allow_unjudged: tuple[Unjudged, ...] = ()
@@ -78,32 +71,86 @@ class VerifyOptions:
 
 
 def verify_merge(
-    base: Path | str, merged: Path | str, lora: Path | str, options: VerifyOptions | None = None, **fields: Any
+    base: Paths, merged: Path | str, lora: Paths, options: VerifyOptions | None = None, **fields: Any
 ) -> MergeReport:
     """Measure what was done to every tensor that `lora` trained; one module is in memory at a time.
 
     `base` and `merged` are safetensors files, folders of them, or `*.safetensors.index.json`; their names and fusions
-    may differ. Pairs, convolutions, Tucker cores, LoHa, LoKr, DoRA, experts, whole differences and biases have a scale;
+    may differ. Of several bases the one that fits best is taken; several LoRAs are told apart where they change one
+    tensor. Pairs, convolutions, Tucker cores, LoHa, LoKr, DoRA, experts, whole differences and biases have a scale;
     saved tensors and token rows are compared bit by bit; other methods of PEFT with PEFT's own merge of the layer.
-    Whatever else the file holds is a skipped verdict that says so. The fields of `options` may be given by keyword.
+    Whatever else a file holds is a skipped verdict that says so. The fields of `options` may be given by keyword.
 
     Raises:
-        UserError: a file cannot be read, no module of the LoRA is in the base, or there is no such device.
+        UserError: a file cannot be read, no module of a LoRA is in the base, or there is no such device.
     """
     options = replace(options or VerifyOptions(), **fields)
     _usable(options)
-    adapter = with_alpha(read_lora(lora), options.lora_alpha)
-    stores = paired(Checkpoint.open(base), Checkpoint.open(merged), adapter)
-    placement = stores[0].place(adapter)
-    if not placement.slots and not placement.misfits and not placement.ambiguous:
-        raise UserError(_no_match(adapter, stores[0]))
-    found: list[Module] = []
-    for change in _changes(adapter, stores, placement):
-        options.on_module(change.name)
-        found += _judged(adapter, change, stores, options)
-    touched = _touched(stores, found)
-    untouched = compare_untouched(*stores, touched, full=options.full)
-    return _report(adapter, found, untouched, Path(merged).name, _command(base, merged, lora, options), options)
+    bases, loras = _several(base), _several(lora)
+    given = list(_given(loras, options))
+    after = Checkpoint.open(merged)
+    stores, notes = _best([Checkpoint.open(path) for path in bases], after, given)
+    claims = _claims(given, stores)
+    reading = Reading(options.full, options.device, options.on_module)
+    found = [module for claim in claims.values() for module in judged(claim, stores, reading)]
+    untouched = compare_untouched(*stores, _touched(stores, found), full=options.full)
+    untouched = replace(untouched, notes=(*notes, *untouched.notes))
+    command = _command(bases, merged, loras, options)
+    return _report(given[0].adapter, found, untouched, Path(merged).name, command, options)
+
+
+def _claims(given: list[Given], stores: Stores) -> dict[str, list[tuple[Given, Change]]]:
+    """Return what the LoRAs change, by the tensor."""
+    claims: dict[str, list[tuple[Given, Change]]] = {}
+    owners: dict[str, set[tuple[str, int]]] = {}
+    for index, one in enumerate(given):
+        label = "" if len(given) == 1 else f"{one.adapter.path.name}: "
+        for change in _changes(one.adapter, stores):
+            key = change.tensor if change.tensor and not change.unread else f"{index} {change.name}"
+            claims.setdefault(key, []).append((one, replace(change, name=label + change.name)))
+            if change.tensor:
+                owners.setdefault(stores[0].owner(change.tensor), set()).add((key, index))
+    for shared in owners.values():
+        if len({key for key, _ in shared}) > 1 and len({index for _, index in shared}) > 1:
+            why = "another of the LoRAs changes other rows of the same tensor, which may overlap"
+            for key, _ in shared:
+                claims[key] = [(one, replace(change, unread=why, kind="ambiguous")) for one, change in claims[key]]
+    return claims
+
+
+def _several(paths: Paths) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def _given(loras: Sequence[Path], options: VerifyOptions) -> Iterator[Given]:
+    strengths = options.strength if isinstance(options.strength, tuple) else (options.strength,)
+    if len(strengths) not in (1, len(loras)):
+        raise UserError(
+            f"{count(len(strengths), 'strength')} for {count(len(loras), 'LoRA')}: give one, or one for each"
+        )
+    for path, strength in zip(loras, strengths * (len(loras) if len(strengths) == 1 else 1), strict=True):
+        yield Given(with_alpha(read_lora(path), options.lora_alpha), strength)
+
+
+def _best(bases: list[Checkpoint], merged: Checkpoint, given: list[Given]) -> tuple[Stores, list[str]]:
+    """Return the checkpoints as one, with the base in which the fewest tensors that no LoRA names differ."""
+    found = []
+    for base in bases:
+        stores = paired(base, merged, [one.adapter for one in given])
+        slots = [slot for one in given for some in stores[0].place(one.adapter).slots.values() for slot in some]
+        if not slots and len(bases) > 1:
+            found.append((1.0, "none of the modules is in it", stores))
+            continue
+        touched = dict.fromkeys(stores[0].layers[slot.layer] for slot in slots)
+        if len(bases) == 1:
+            return stores, []
+        other = compare_untouched(*stores, touched)
+        wrong = len(other.changed) + len(other.missing) + len(other.extra) + len(other.reshaped)
+        total = max(other.compared + len(other.missing) + len(other.extra), 1)
+        found.append((wrong / total, f"{wrong} of {total} tensors that no LoRA names differ", stores))
+    best = min(found, key=lambda one: one[0])
+    others = [f"{one[2][0].path}: {one[1]}" for one in found if one is not best]
+    return best[2], [f"of the bases given {best[2][0].path} fits best: {best[1]}; {'; '.join(others)}"]
 
 
 def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, int]] | None]:
@@ -131,9 +178,15 @@ def _usable(options: VerifyOptions) -> None:
         raise UserError(f"device {options.device!r}: {printable(error, 120)}") from None
 
 
-def _changes(adapter: LoraAdapter, stores: Stores, placement: Placement) -> Iterator[Change]:
-    """Yield every tensor, or rows of one, that the file changes."""
-    layers = stores[0].layers
+def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
+    """Yield every tensor, or rows of one, that the file changes.
+
+    Raises:
+        UserError: none of its modules is in the base.
+    """
+    layers, placement = stores[0].layers, stores[0].place(adapter)
+    if not placement.slots and not placement.misfits and not placement.ambiguous:
+        raise UserError(_no_match(adapter, stores[0]))
     shapes = [stores[0].info(layers[slot.layer]).shape for slots in placement.slots.values() for slot in slots]
     wide = [shape for shape in shapes if len(shape) > 1]
     largest = max((shape[0] for shape in wide), default=1), max((shape[1] for shape in wide), default=1)
@@ -166,144 +219,6 @@ def _homeless(adapter: LoraAdapter, name: str, stores: Stores, placement: Placem
         yield Change(name, name, None, unread=f"the component {module.component} is not in this base", kind="component")
         return
     yield from changes(adapter, name, None)
-
-
-def _judged(adapter: LoraAdapter, change: Change, stores: Stores, options: VerifyOptions) -> Iterator[Module]:
-    """Yield what was found of one change."""
-    wanted = _wanted(adapter, change, options.strength)
-    problem = _unmeasured(change, stores)
-    if problem or change.tensor is None:
-        yield Module(wanted, change.tensor, None, problem)
-    elif change.method:
-        yield from _by_method(adapter, change, wanted, stores)
-    elif change.saved:
-        yield _saved(adapter, change, wanted, stores)
-    else:
-        yield _module(adapter, change, wanted, stores, options)
-
-
-def _by_method(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) -> Iterator[Module]:
-    assert change.tensor is not None
-    bias = change.tensor.removesuffix(".weight") + ".bias"
-    tensors = {"weight": change.tensor} | ({"bias": bias} if all(bias in store.names for store in stores) else {})
-    dtype = stores[1].dtype(change.tensor)
-    try:
-        if wanted.strength != 1:
-            raise CannotMergeError(f"PEFT has no strength for {adapter.kind}")
-        for tensor, measured in MethodLayer(adapter, change.module, tensors, change.largest).judged(*stores):
-            shown = wanted if tensor == change.tensor else replace(wanted, module=f"{wanted.module} (bias)")
-            yield Module(shown, tensor, measured, dtype=dtype)
-    except CannotMergeError as why:
-        yield Module(wanted, change.tensor, None, NotMeasured("unsupported", printable(why, 200)))
-
-
-def _saved(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) -> Module:
-    """Compare a tensor that the file saved whole, or rows of it."""
-    assert change.tensor is not None
-    assert change.saved is not None
-    saved, shape = adapter.part(change.module, change.saved), stores[1].info(change.tensor).shape
-    if saved.shape[1:] != shape[1:] or saved.dim() != len(shape):
-        what = f"the saved tensor {list(saved.shape)} does not fit the weight {list(shape)}"
-        return Module(wanted, change.tensor, None, NotMeasured("misfit", what))
-    if change.saved != "token_rows":
-        measured = judge_saved(saved, change.tensor, *stores)
-    else:
-        rows = adapter.token_indices(change.module)
-        if len(rows) != len(saved) or change.tensor not in stores[0].names:
-            what = "which rows of the embedding these are is not said by any configuration"
-            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
-        measured = judge_tokens(saved, rows, change.tensor, *stores)
-    fault = None if bool(torch.isfinite(saved.float()).all()) else ("LH707", "NaN or infinite weights in the LoRA")
-    return Module(wanted, change.tensor, measured, dtype=stores[1].dtype(change.tensor), fault=fault)
-
-
-def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores, options: VerifyOptions) -> Module:
-    """Measure one tensor that a module changes."""
-    assert change.tensor is not None
-    layer = merged_layer(adapter, change, *stores)
-    if layer is None:
-        shape = "x".join(map(str, stores[0].info(change.tensor).shape))
-        return Module(
-            wanted, change.tensor, None, NotMeasured("misfit", f"the update does not fit the weight [{shape}]")
-        )
-    every = options.full and layer.streams
-    measured = measure_fully(layer, wanted.expected, options.device) if every else measure(layer, wanted.expected)
-    # a strength other than 1 may stand outside DoRA's norm; what it means there is left to the merger
-    blends = wanted.strength not in (0.0, 1.0) and layer.blends(wanted.expected / wanted.strength, wanted.strength)
-    if blends:
-        scale = wanted.expected
-        measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
-    if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
-        measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
-    fault = None if blends else _fault(layer, measured)
-    for store in stores:
-        store.release()
-    note = BLENDED if blends else None
-    lora = adapter.modules[change.module]
-    unknown = change.scaled and lora.rank > 0 and not lora.alpha
-    return Module(
-        _found(wanted, measured, layer), change.tensor, measured,
-        dtype=layer.dtype, fault=fault, note=note, alpha_unknown=unknown,
-    )  # fmt: skip
-
-
-def _fault(layer: MergedLayer, measured: MergeMeasurement) -> tuple[str, str] | None:
-    """Return the code and the sentence of what is wrong beside the scale; None when nothing is."""
-    if measured.state == "not finite":
-        return None if layer.update_is_finite() else ("LH707", "NaN or infinite weights in the LoRA")
-    if measured.state in ("merged", "partly", "damaged", "two roundings", "mixed"):
-        said = layer.fault(measured.scale)
-        return ("LH304", said) if said else None
-    return None
-
-
-def _wanted(adapter: LoraAdapter, change: Change, strength: float) -> Probe:
-    """Return what the scale should come from; a whole difference has the strength alone."""
-    lora = adapter.modules.get(change.module)
-    if lora is None or not change.scaled or not lora.rank or change.method:
-        return Probe(change.name, strength, 0, (None,), (1,), 0.0, 0.0)
-    scaled = {name: module for name, module in adapter.modules.items() if module.rank}
-    alphas = tuple(module.alpha for module in scaled.values())
-    ranks, place = tuple(module.rank for module in scaled.values()), list(scaled).index(change.module)
-    fused = "qkv" in lora.name.rpartition(".")[2]
-    return Probe(change.name, strength, place, alphas, ranks, 0.0, 0.0, fused=fused, root=lora.rslora)
-
-
-def _found(wanted: Probe, measured: MergeMeasurement, layer: MergedLayer) -> Probe:
-    spread = max(measured.interval[1] - measured.scale, measured.scale - measured.interval[0], 0.0)
-    rounding = max(scale_rounding(layer.dtype), scale_rounding(layer.lora_dtype), _LEAST)
-    slack = spread + rounding * abs(measured.scale)
-    return replace(wanted, measured=measured.scale, tolerance=slack, dtype=layer.dtype)
-
-
-def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
-    """Say why a tensor cannot be measured; None when it can."""
-    if change.unread:
-        return NotMeasured(change.kind, change.unread)  # type: ignore[arg-type]
-    if change.tensor is None:
-        return NotMeasured("missing layer", "no layer of this name in the base")
-    if change.saved and change.tensor in stores[1].names:
-        return _odd_dtype([stores[1].dtype(change.tensor)])
-    whole = change.tensor.partition("[")[0]
-    if whole not in stores[0].names:
-        return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if any(whole.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
-        return NotMeasured("quantised", "the weight is stored with a separate quantisation scale")
-    return _misfit(whole, *stores)
-
-
-def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
-    if tensor not in merged.names:
-        return NotMeasured("misfit", "the merged checkpoint lacks this weight")
-    first, second = base.info(tensor).shape, merged.info(tensor).shape
-    if first[1:] != second[1:] or (first != second and len(first) != 2):
-        return NotMeasured("misfit", "the merged weight has another shape than the base's")
-    return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
-
-
-def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:
-    odd = [str(dtype) for dtype in dtypes if dtype not in DTYPES]
-    return NotMeasured("quantised", f"{odd[0]} weights are not read") if odd else None
 
 
 def _report(
@@ -339,9 +254,11 @@ def _first(names: Iterator[str]) -> str:
     return printable(next(names, "none"), 80)
 
 
-def _command(base: Path | str, merged: Path | str, lora: Path | str, options: VerifyOptions) -> str:
-    parts = ["lora-harness", "verify", "--base", str(base), "--merged", str(merged), "--lora", str(lora)]
-    parts += ["--strength", f"{options.strength:g}"] if options.strength != 1 else []
+def _command(bases: Sequence[Path], merged: Path | str, loras: Sequence[Path], options: VerifyOptions) -> str:
+    parts = ["lora-harness", "verify", *(part for base in bases for part in ("--base", str(base)))]
+    parts += ["--merged", str(merged), *(part for lora in loras for part in ("--lora", str(lora)))]
+    strengths = options.strength if isinstance(options.strength, tuple) else (options.strength,)
+    parts += [part for one in strengths for part in ("--strength", f"{one:g}")] if set(strengths) != {1.0} else []
     parts += ["--lora-alpha", f"{options.lora_alpha:g}"] if options.lora_alpha is not None else []
     parts += [part for kind in options.allow_unjudged for part in ("--allow-unjudged", kind)]
     return shlex.join([*parts, "--full"] if options.full else parts)
