@@ -25,6 +25,8 @@ from harness.text import printable
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
 _SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 _ELEMENTS = 100_000
+_ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
+_ABOVE = 5.0  # medians; singular values of noise lie below
 _NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
 Stores = tuple[Weights, Weights]
 
@@ -119,6 +121,23 @@ def _separated(layers: list[MergedLayer]) -> list[float]:
     return [float(scale) for scale in found]
 
 
+def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
+    """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
+    if measured.state not in ("mixed", "unexplained"):
+        return None
+    seen = layer.window(0, min(layer.rows, _ROWS_LEFT))
+    scale = measured.scale if measured.state == "mixed" else 0.0
+    rest = seen.after - seen.before - scale * seen.product
+    if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
+        return None
+    values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
+    rank = int((values > _ABOVE * np.median(values)).sum())
+    low = 0 < rank <= len(values) / 3
+    return (
+        f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
+    )
+
+
 def _release(stores: Stores) -> None:
     for store in stores:
         store.release()
@@ -193,7 +212,7 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
     _release(stores)
-    note = BLENDED if blends else None
+    note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]
     unknown = change.scaled and lora.rank > 0 and not lora.alpha
     return Module(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,19 @@ from harness.verdict.verdict import LawRecord, Verdict
 Fact = tuple[str, str]  # code and sentence
 _SHOWN = 20
 _READINGS_SHOWN = 3
+_SAME, _APART = 0.02, 0.05  # relative; factors that differ by less are one, those that differ by more are two
+_FIXES = {
+    "LH101": "merge again with this file; see that the merger's names for the layers are those of the base",
+    "LH102": "merge again: the merger left these layers out, or lost them when it saved",
+    "LH103": "see that --base is the model, and the component of it, that the LoRA was trained on",
+    "LH206": "merge again from the base, once",
+    "LH207": "merge again with the strength as it is, or pass the one that was meant with --strength",
+    "LH304": "merge again with a merger that follows the formula of this variant",
+    "LH401": "merge again from this base; if another LoRA was merged too, pass it with a second --lora",
+    "LH502": "do not use this checkpoint; merge again, the sum in float32",
+    "LH902": "save the merged checkpoint again: it must have the base's tensors in the base's shapes",
+}  # what to do with a checkpoint; the codes' own fixes speak to the author of a loader
+_BY_SCALE = "merge again at strength * alpha / rank of each module"
 
 
 def overall_verdict(
@@ -65,28 +79,77 @@ def _scale_facts(
     found: Sequence[Module], untouched: Untouched, law: LawRecord | None, law_code: str | None
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
+    told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
+    if swapped := bool(told) and all(abs(m.found.measured / m.found.expected + 1) <= _SAME for m in told):
+        yield "LH209", f"every scale is -1 times the expected one: are base and merged swapped? {_listed(told, found)}"
     if ill := [module for module in _in(found, "not finite") if module.fault]:
         yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
     if broken := [module for module in _in(found, "not finite") if not module.fault]:
         rows = f": {damage_of(broken[0])}" if broken[0].measured and broken[0].measured.damaged else ""
         yield "LH502", f"NaN or infinite values in {_listed(broken, found)}{rows}"
     unexplained = _in(found, "unexplained")
-    if unexplained and untouched.is_other_model:
+    if untouched.is_other_model and (unexplained or _in(found, "mixed")):
         changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
         yield "LH401", f"wrong base: {changed}"
     elif unexplained:
-        yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(unexplained, found)}"
+        what = next((f"; {module.note}" for module in unexplained if module.note), "")
+        yield (
+            "LH101",
+            f"another LoRA or another edit: changed, but not by this LoRA: {_listed(unexplained, found)}{what}",
+        )
     if twice := _in(found, "twice"):
         yield "LH206", f"merged twice: {_listed(twice, found)}"
     if faulty := [module for module in found if module.fault and module.state != "not finite"]:
         code, fault = faulty[0].fault or ("", "")
         yield code, f"{fault} in {_listed(faulty, found)}"
-    told = [module for module in found if module.tells_scale and not module.alpha_unknown]
-    wrong = [module for module in told if not module.found.right and module not in twice]
-    if wrong and law:
-        code = law_code or "LH209"
-        name = f"one of these: {law.name}" if law.ambiguous else CODES[code].title
-        yield code, f"{name}: {_wrong_scale(wrong, law)} in {_listed(wrong, found)}"
+    wrong = [m for m in found if m.tells_scale and not m.alpha_unknown and not m.found.right and m not in twice]
+    if wrong and law and not swapped:
+        yield _wrong_law(wrong, told, law, law_code or "LH209", found)
+
+
+def _wrong_law(
+    wrong: Sequence[Module], told: Sequence[Module], law: LawRecord, law_code: str, found: Sequence[Module]
+) -> Fact:
+    """Name what the wrong scales have in common: a second merge, a factor of each block, or a law."""
+    listed, ratios = _listed(wrong, found), [module.found.measured / module.found.expected for module in told]
+    if law_code == "LH206" and len(wrong) == len(told) and all(abs(ratio / 2 - 1) <= _SAME for ratio in ratios):
+        first = wrong[0].found
+        scale = f"scale {first.measured:.4g}, expected {first.expected:.4g}"
+        return "LH206", f"merged twice, or once at twice the scale: {scale}, in {listed}"
+    if (law.constant is None or law.ambiguous) and (factors := _factors(told)):
+        return "LH209", f"{factors}: {listed}"
+    name = f"one of these: {law.name}" if law.ambiguous else CODES[law_code].title
+    return law_code, f"{name}: {_wrong_scale(wrong, law)} in {listed}"
+
+
+def _factors(told: Sequence[Module]) -> str:
+    """Say which factor each block, or each kind of layer, has, where all modules of one agree; else empty."""
+    for what, of in (("block", _block), ("kind of layer", _kind)):
+        groups: dict[str, list[float]] = {}
+        for module in told:
+            groups.setdefault(of(module.name), []).append(module.found.measured / module.found.expected)
+        middle = {name: statistics.median(some) for name, some in groups.items()}
+        agree = all(max(some) - min(some) <= _SAME * max(map(abs, some)) for some in groups.values())
+        differ = max(middle.values()) - min(middle.values()) > _APART * max(map(abs, middle.values()))
+        if agree and differ and 1 < len(groups) < len(told):
+            shown = [f"{factor:.3g}x in {printable(name)}" for name, factor in middle.items()]
+            more = ", …" if len(shown) > _READINGS_SHOWN + 1 else ""
+            return f"one factor per {what} ({', '.join(shown[: _READINGS_SHOWN + 1])}{more})"
+    ratios = _ratios(told)
+    if len({round(ratio, 2) for ratio in ratios}) == len(told) > 2:
+        return f"one factor per module: {ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
+    return ""
+
+
+def _block(name: str) -> str:
+    """Return a name up to its first number."""
+    found = re.match(r".*?(?<![a-z0-9])\d+(?![0-9])", name)
+    return found[0] if found else name
+
+
+def _kind(name: str) -> str:
+    """Return a name with its numbers left out, as the last of its parts that tell it."""
+    return re.sub(r"[._]?\d+[._]?", "*", name).rpartition("*")[2] or name
 
 
 def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
@@ -121,8 +184,9 @@ def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
 
 def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]:
     """Yield what changed beside the LoRA."""
-    if mixed := [module for module in _in(found, "mixed") if not module.fault]:
-        yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
+    if mixed := [m for m in _in(found, "mixed") if not m.fault and not untouched.is_other_model]:
+        what = next((f"; {module.note}" for module in mixed if module.note), "")
+        yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}{what}"
     if damaged := _in(found, "damaged"):
         yield "LH401", f"rows that are not what the merge gives: {_listed(damaged, found)}; {damage_of(damaged[0])}"
     if untouched.broken:
@@ -213,13 +277,15 @@ def _rows(
     for note in untouched.notes[:_SHOWN]:
         yield "note", printable(note, 200)
     if facts:
-        yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
+        yield "fix", f"{_fix(*facts[0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
 
 
-def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
+def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) -> str:
     """Return what to do; another factor in all modules may be the strength that somebody wanted."""
-    fix = CODES[code].fix
+    fix = _FIXES.get(code) or (_BY_SCALE if code.startswith("LH2") else CODES[code].fix)
+    if "swapped" in title:
+        return "swap --base and --merged"
     factor_alone = law is not None and law.constant not in (None, 1.0) and law.exponents["strength"] == 1.0
     if code != "LH209" or law is None or law.constant is None or not factor_alone:
         return fix

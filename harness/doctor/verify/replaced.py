@@ -93,10 +93,12 @@ def judge_tokens(
     saved: Tensor, indices: Sequence[int], tensor: str, before: Weights, after: Weights
 ) -> MergeMeasurement:
     """Compare the rows of an embedding that the file replaces, and all others with the base's."""
-    rows = min(store.info(tensor).shape[0] for store in (before, after))
+    known, rows = before.info(tensor).shape[0], after.info(tensor).shape[0]
 
     def wanted(start: int, stop: int) -> Tensor:
-        found = before.rows(tensor, start, stop).clone()
+        parts = [before.rows(tensor, start, min(stop, known))] if start < known else []
+        parts += [after.rows(tensor, max(start, known), stop)] if stop > known else []  # new rows, of which only the
+        found = torch.cat([part.to(parts[-1].dtype) for part in parts])  # trained ones can be compared
         for place, index in enumerate(indices):
             if start <= index < stop:
                 found[index - start] = saved[place].to(found.dtype)
