@@ -31,15 +31,20 @@ def llama(*, tie: bool = False, bias: bool = False, classes: int = 0) -> PreTrai
     torch.manual_seed(1)
     config = LlamaConfig(**_LLAMA, tie_word_embeddings=tie, attention_bias=bias, num_labels=classes or 2)
     model = LlamaForSequenceClassification(config) if classes else LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(std=0.05)
-    return model
+    return with_biases(model)
 
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=2, n_head=4, vocab_size=150))
+    return with_biases(GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=2, n_head=4, vocab_size=150)))
+
+
+def with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw the biases, which are zero at first."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.05)
+    return model
 
 
 def lora(**fields: Any) -> peft.PeftConfig:

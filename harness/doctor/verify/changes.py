@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from harness.doctor.architectures import Slot
 from harness.doctor.match import layers_by_spelling
 from harness.doctor.verify.dora import DoraLayer
@@ -44,7 +46,8 @@ class Change:
 
     `product` returns what one unit of scale adds to it, `part` are the rows of the product that go there; `saved` is
     the role of the tensor that replaces it; `method` says that PEFT's own merge must tell, `largest` the size of the
-    largest layer of its kind. `name` is the module's, with the tensor behind it where that is a bias. `scaled` says
+    largest layer of its kind. `turned` says that experts lie as [in, out] in this model, None where all are square and
+    nothing tells. `name` is the module's, with the tensor behind it where that is a bias. `scaled` says
     that alpha / rank is in its scale; whole differences have the strength alone. `unread` says why it is not judged,
     `kind` of what kind that is.
     """
@@ -59,6 +62,7 @@ class Change:
     method: bool = False
     largest: tuple[int, int] = (1, 1)
     part: tuple[int, int] | None = None
+    turned: bool | None = None
     kind: str = "unsupported"
 
 
@@ -83,6 +87,16 @@ def _by_method(adapter: LoraAdapter, module: LoraModule) -> bool:
     """Tell whether only PEFT's own merge says what a module does."""
     own = module.variant == adapter.kind and adapter.kind not in ("lora", "loha", "lokr")
     return adapter.format == "peft" and "peft_type" in adapter.config and own
+
+
+def experts_turned(adapter: LoraAdapter, slots: Mapping[str, tuple[Slot, ...]], base: Weights) -> bool | None:
+    """Tell whether a model stores its experts as [experts, in, out]; None where all of them are square."""
+    for name, some in slots.items():
+        module = adapter.modules[name]
+        if module.variant == "experts" and module.in_features != module.out_features:
+            shape = base.info(base.layers[some[0].layer]).shape
+            return shape[1:] == (module.in_features, module.out_features)
+    return None
 
 
 def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Weights]) -> Iterator[Change]:
@@ -156,6 +170,9 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     product = change.product() if change.part is None else change.product().sliced(*change.part)
     if module.variant == "experts" and len(base.info(tensor).shape) > 2:
         tensor = [store.folded(tensor) for store in (base, merged)].pop()
+        product = product.turned() if change.turned else product
+    if "base_copy" in module.keys and base.info(tensor).shape != merged.info(tensor).shape:
+        tensor = _copied(adapter, change.module, tensor, base, merged)
     fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
     if fitted is None:
         return None
@@ -169,6 +186,16 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     return None if axis is None else DoraLayer(*parts, magnitude, axis)
 
 
+def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged: Weights) -> str:
+    """Return a name for a grown vocabulary whose base the file holds: the copy in it instead of the checkpoint's."""
+    copy, rows = adapter.part(name, "base_copy"), base.info(tensor).shape[0]
+    first = copy[:rows].to(base.rows(tensor, 0, 1).dtype)
+    if copy.shape != merged.info(tensor).shape or not torch.equal(first, base.rows(tensor, 0, len(first))):
+        return tensor
+    merged.hold(tensor, None)
+    return base.hold(tensor, copy)
+
+
 def _fitted(
     adapter: LoraAdapter, module: LoraModule, product: Product, infos: tuple[TensorInfo, TensorInfo]
 ) -> Product | None:
@@ -178,13 +205,9 @@ def _fitted(
     """
     sizes = [(info.shape[0] if info.shape else 1, info.elements // max((*info.shape, 1)[0], 1)) for info in infos]
     turned = bool(adapter.config.get("fan_in_fan_out")) or module.variant == "embedding"
+    ways = [product.turned(), product] if turned else [product, product.turned()]
     for shape in sizes:
-        found = None
-        if product.shape[::-1] == shape and (turned or product.shape != shape):
-            found = product.turned()
-        elif product.shape == shape:
-            found = product
-        if found is not None:
+        if found := next((way for way in ways if way.shape == shape), None):
             rows = min(size for size, _ in sizes)
             return found if rows == shape[0] else found.sliced(0, rows)
     return None

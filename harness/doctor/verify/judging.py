@@ -121,6 +121,15 @@ def _separated(layers: list[MergedLayer]) -> list[float]:
     return [float(scale) for scale in found]
 
 
+def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Reading) -> MergeMeasurement | None:
+    """Return what a square layer shows when the update was merged transposed; None when it was not."""
+    turned = layer.product.turned()
+    if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.part or turned is layer.product:
+        return None
+    measured = reading.measure(replace(layer, product=turned), wanted.expected)
+    return measured if measured.state in ("merged", "two roundings") else None
+
+
 def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
     if measured.state not in ("mixed", "unexplained"):
@@ -211,6 +220,11 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
+    if measured.state == "unexplained" and (other := _transposed(change, layer, wanted, reading)):
+        if adapter.modules[change.module].variant == "experts" and change.turned is None:
+            what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
+            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+        measured, fault = other, ("LH301", "the update was merged transposed")
     _release(stores)
     note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]
@@ -218,6 +232,7 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     return Module(
         _found(wanted, measured, layer), change.tensor, measured,
         dtype=layer.dtype, fault=fault, note=note, alpha_unknown=unknown,
+        expert_rows=layer.rows // lora.experts if lora.variant == "experts" else 0,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from harness.doctor.verify.measurement import MergeMeasurement, State
 from harness.law.probe import Probe
-from harness.text import count, printable
+from harness.text import count, first_of, printable
 from harness.verdict.verdict import Outcome, Verdict
 
 CHECK = "verify"
@@ -39,6 +39,7 @@ class Module:
 
     `fault` is the code and the sentence of what is wrong beside the scale: DoRA's magnitude, NaN in the LoRA. `note`
     says what a reader of the scale should know. `alpha_unknown`: the file has no alpha, or 0; no scale is then right.
+    `expert_rows`: the rows of each expert, where the tensor holds several.
     """
 
     found: Probe
@@ -49,6 +50,7 @@ class Module:
     fault: tuple[str, str] | None = None
     note: str | None = None
     alpha_unknown: bool = False
+    expert_rows: int = 0
 
     @property
     def name(self) -> str:
@@ -169,6 +171,9 @@ def _judged_scale(module: Module, law_code: str | None) -> tuple[str | None, str
 def where(module: Module) -> str:
     """Name the rows in which nothing happened, as q, k, v where the layer's name says so."""
     assert module.measured is not None
+    if height := module.expert_rows:
+        experts = {row // height for start, stop in module.measured.unmerged for row in range(start, stop, height)}
+        return f"{count(len(experts), 'expert')} ({first_of([str(expert) for expert in sorted(experts)])})"
     parts = next((parts for word, parts in _PARTS if word in module.name.rpartition(".")[2]), ())
     rows = module.measured.rows
     names = [

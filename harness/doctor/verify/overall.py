@@ -80,7 +80,8 @@ def _scale_facts(
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
     told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
-    if swapped := bool(told) and all(abs(m.found.measured / m.found.expected + 1) <= _SAME for m in told):
+    inverse = (abs(m.found.measured / m.found.expected + 1) <= _SAME and m.found.strength > 0 for m in told)
+    if swapped := bool(told) and all(inverse):
         yield "LH209", f"every scale is -1 times the expected one: are base and merged swapped? {_listed(told, found)}"
     if ill := [module for module in _in(found, "not finite") if module.fault]:
         yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"

@@ -47,6 +47,7 @@ class Weights:
     pieces: dict[str, tuple[Piece, ...]]
     names: Mapping[str, str] = field(default_factory=dict)
     folds: dict[str, str] = field(default_factory=dict)
+    held: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Checkpoint) -> Weights:
@@ -97,6 +98,9 @@ class Weights:
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says, of stacked rows with the size that they have together."""
+        if name in self.held:
+            tensor = self.held[name]
+            return TensorInfo(str(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
         if name in self.folds:
             whole = self.info(self.folds[name])
             return whole._replace(shape=(whole.shape[0] * whole.shape[1], *whole.shape[2:]))
@@ -110,10 +114,14 @@ class Weights:
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor as torch names it."""
+        if name in self.held:
+            return str(self.held[name].dtype).removeprefix("torch.")
         return self.store.dtype(self._pieces(self.folds.get(name, name))[0].name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), flattened to two dimensions."""
+        if name in self.held:
+            return self.held[name][start:stop].flatten(1)
         if name in self.folds:
             return self._unfolded(self.folds[name], start, stop)
         parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
@@ -128,6 +136,14 @@ class Weights:
         """Let a head be the embedding."""
         self.pieces[head] = self._pieces(embedding)
         self.names = {**self.names, head: head}
+
+    def hold(self, name: str, tensor: Tensor | None) -> str:
+        """Return a name for a tensor that is not the checkpoint's own; None: for the one of that name."""
+        if tensor is None:
+            self.pieces[f"{name}[copy]"] = self._pieces(name)
+        else:
+            self.held[f"{name}[copy]"] = tensor
+        return f"{name}[copy]"
 
     def owner(self, name: str) -> str:
         """Return the tensor that `name` is, or is cut from."""

@@ -189,8 +189,8 @@ class Slice(Product):
         return self.whole.part(rows + self.start, columns, work)
 
     def turned(self) -> Product:
-        """Refuse: rows are cut from what lies as the weight does."""
-        raise NotImplementedError
+        """Return itself: rows are cut from what lies as the weight does."""
+        return self
 
 
 @dataclass(frozen=True)

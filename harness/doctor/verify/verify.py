@@ -12,7 +12,7 @@ import torch
 
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement
-from harness.doctor.verify.changes import Change, changes, slots_of, unused_keys
+from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
 from harness.doctor.verify.judging import Given, Reading, Stores, judged
 from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
@@ -189,6 +189,7 @@ def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
         raise UserError(_no_match(adapter, stores[0]))
     shapes = [stores[0].info(layers[slot.layer]).shape for slots in placement.slots.values() for slot in slots]
     wide = [shape for shape in shapes if len(shape) > 1]
+    turned = experts_turned(adapter, placement.slots, stores[0])
     largest = max((shape[0] for shape in wide), default=1), max((shape[1] for shape in wide), default=1)
     for name in adapter.modules:
         slots = placement.slots.get(name, ())
@@ -196,7 +197,7 @@ def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
             yield from _homeless(adapter, name, stores, placement)
         else:
             for change in changes(adapter, name, layers[slots[0].layer]):
-                yield from slots_of(replace(change, largest=largest), slots, stores)
+                yield from slots_of(replace(change, largest=largest, turned=turned), slots, stores)
     yield from unused_keys(adapter, stores[0])
 
 
