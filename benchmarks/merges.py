@@ -29,6 +29,7 @@ from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import measure
 from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
+from harness.doctor.verify.rows import Rounding
 from harness.files import LoraWeights, read_lora, write_lora
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,8 @@ def verification(quick: bool) -> list[str]:
 def verify_row(shape: tuple[int, int], rank: int) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         layer = merged_layer(Path(name), shape, rank, 1e-2)
-        ways = {"ours": layer.stream, "float32": lambda: products(layer, torch.float32)}
+        rounding = Rounding.of(layer.sample(16_000), 0.5)
+        ways = {"ours": lambda: layer.stream(rounding), "float32": lambda: products(layer, torch.float32)}
         if bfloat16_is_quicker():
             ways["bfloat16"] = lambda: products(layer, torch.bfloat16)
         seconds = best_of(ways, 5)

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
     from harness.doctor.verify.measurement import MergeMeasurement
     from harness.doctor.verify.modules import Module, NotMeasured
+    from harness.doctor.verify.rows import Damage
     from harness.doctor.verify.untouched import Untouched
     from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
 AuditRow = FileRecord  # with what an audit adds filled in
 _LATER = {
     "AuditOptions": "audit.audit",
+    "Damage": "verify.rows",
     "MergeMeasurement": "verify.measurement",
     "MergeReport": "verify.verify",
     "Module": "verify.modules",
@@ -44,6 +46,7 @@ __all__ = [
     "Advice",
     "AuditOptions",
     "AuditRow",
+    "Damage",
     "FileRecord",
     "Hazard",
     "MergeMeasurement",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from harness.doctor.verify.layer import BLOCKS, UNIT_ROUNDOFF, MergedLayer, Runs, Sample, index_of
-from harness.doctor.verify.products import RowSums, sums_by_chunk
+from harness.doctor.verify.products import sums_by_chunk
+from harness.doctor.verify.rows import Rounding, RowSums
 from harness.doctor.verify.vote import Array, Flags, half_step
 
 _ROWS_TO_FIT = 8  # rows of each block: a factor of each column is fitted to 96 elements
@@ -56,9 +57,14 @@ class DoraLayer(MergedLayer):
         """False where a factor belongs to a column, which no chunk of rows can tell."""
         return self.axis == 0
 
-    def stream(self, device: str = "cpu") -> RowSums:
+    def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
         """Read every row once, on the processor whatever the `device`, with its factor taken out."""
-        return sums_by_chunk(self.product, *self._stored(), dtype=self.dtype, unscaled=_without_factor)
+        return sums_by_chunk(self.product, *self._stored(), rounding, self._factors)
+
+    def _factors(self, before: Array, after: Array, product: Array) -> Array:
+        factor, _, _ = _free_factors(before, after, product, 0)
+        found: Array = np.where(np.isfinite(factor) & (factor != 0), factor, 1)[:, None]
+        return found
 
     def fault(self, scale: float) -> str | None:
         """Say how the factor differs from m / |W + scale * P|; None when it does not, or cannot be compared."""
@@ -132,12 +138,6 @@ def _free_factors(before: Array, after: Array, p: Array, axis: int) -> tuple[Arr
     determinant = ww * pp - wp**2
     with np.errstate(divide="ignore", invalid="ignore"):
         return (wa * pp - pa * wp) / determinant, (pa * ww - wa * wp) / determinant, determinant / ww
-
-
-def _without_factor(before: Array, after: Array, product: Array) -> Array:
-    factor, _, _ = _free_factors(before, after, product, 0)
-    found: Array = after / np.where(np.isfinite(factor) & (factor != 0), factor, 1)[:, None]
-    return found
 
 
 def _unscaled(sample: Sample, seen: Flags, scale: float, axis: int) -> Sample:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.verify.products import Product, RowSums
+from harness.doctor.verify.pairing import Weights
+from harness.doctor.verify.products import Product, window
 from harness.doctor.verify.row_products import Rows
-from harness.doctor.verify.vote import Array, half_step, work_dtype
+from harness.doctor.verify.rows import Rounding, RowSums, Window
+from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
 _LOOKED_AT = 16_000  # elements
+_MOST_ROWS = 0.9  # share of the rows that must be values of a coarser dtype: some may be damaged
 Runs = list[tuple[int, int]]
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -24,7 +26,8 @@ UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, 
 class Sample:
     """Rows of one layer as arrays [rows, columns]; of a layer of `rows`.
 
-    `block` gives each row's block, `roundoff` is that of the delta.
+    `block` gives each row's block, `index` its number, `finite` says that everything read of it is, also in the columns
+    left out; `roundoff` is that of the delta.
     """
 
     base: Array
@@ -33,9 +36,16 @@ class Sample:
     half: Array
     changed: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     block: np.ndarray[tuple[int], np.dtype[np.int_]]
+    index: np.ndarray[tuple[int], np.dtype[np.int_]]
+    finite: np.ndarray[tuple[int], np.dtype[np.bool_]]
     dtype: str
     roundoff: float
     rows: int
+
+    def of(self, rows: Flags) -> Sample:
+        """Return the sample of the flagged rows alone."""
+        names = ("base", "change", "product", "half", "changed", "block", "index", "finite")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def rounded(self, values: Array) -> Array:
         """Return `values` rounded to the dtype of the merge."""
@@ -48,8 +58,8 @@ class MergedLayer:
     """W: [out, in] of `base` and of `merged`, and the product that a LoRA would add to it."""
 
     tensor: str
-    base: Checkpoint
-    merged: Checkpoint
+    base: Weights
+    merged: Weights
     product: Product
     lora_dtype: str
 
@@ -63,10 +73,18 @@ class MergedLayer:
         """The number of columns."""
         return self.product.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """The dtype the merge was stored in."""
-        return self.merged.dtype(self.tensor)
+        """The dtype the merge was made in: that it is stored in, or a coarser one that holds what is stored."""
+        stored = self.merged.dtype(self.tensor)
+        if stored not in ("float64", "float32", "float16"):
+            return stored
+        rows = torch.cat([self.merged.rows(self.tensor, *run) for run in self._runs(min(BLOCKS, self.rows), 1)])
+        fits = {
+            name: float((rows.to(getattr(torch, name)).to(rows.dtype) == rows).all(dim=1).float().mean())
+            for name in ("bfloat16", "float16")
+        }
+        return next((name for name, share in fits.items() if share >= _MOST_ROWS and bool(rows.any())), stored)
 
     @property
     def streams(self) -> bool:
@@ -76,7 +94,9 @@ class MergedLayer:
     def sample(self, elements: int) -> Sample:
         """Return about `elements` elements: the same columns of at least one row from every block of rows."""
         runs, columns = self._grid(elements)
-        base, merged = (torch.cat([rows(*run)[:, columns] for run in runs]) for rows in self._stored())
+        read = [torch.cat([rows(*run) for run in runs]) for rows in self._stored()]
+        finite = torch.stack([_finite(part) for part in read]).all(dim=0).numpy()
+        base, merged = (part[:, columns] for part in read)
         work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
         before, after = base.to(work), merged.to(work)
         product = self.product.part(index_of(runs), columns, work)
@@ -85,8 +105,10 @@ class MergedLayer:
             change=(after - before).numpy(),
             product=product.numpy(),
             half=half_step(after.numpy(), self.dtype),
-            changed=(base.to(merged.dtype).to(work) != after).numpy(),
+            changed=(base.to(getattr(torch, self.dtype)).to(work) != after).numpy(),
             block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
+            index=index_of(runs).numpy(),
+            finite=finite,
             dtype=self.dtype,
             roundoff=self.roundoff,
             rows=self.rows,
@@ -113,10 +135,23 @@ class MergedLayer:
         coarse = UNIT_ROUNDOFF["bfloat16"]
         return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
 
-    def stream(self, device: str = "cpu") -> RowSums:
+    @property
+    def on_grid(self) -> bool:
+        """True when W is stored in the dtype of W'."""
+        return self.base.dtype(self.tensor) == self.dtype
+
+    def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
         """Read every row once, in chunks; the products of the rows may be made on `device`."""
         chunks = (store.chunks(self.tensor) for store in (self.base, self.merged))
-        return self.product.row_sums(*chunks, dtype=self.dtype, device=device)
+        return self.product.row_sums(*chunks, rounding, device=device)
+
+    def window(self, start: int, stop: int) -> Window:
+        """Return rows [start, stop) whole."""
+        return window(self.product, *self._stored(), self.dtype, (start, stop), self._factors)
+
+    def _factors(self, before: Array, after: Array, product: Array) -> Array:
+        """Return what each row of W' was multiplied by: [rows, 1]."""
+        return np.ones((len(after), 1))
 
     def fault(self, scale: float) -> str | None:
         """Say what is wrong beside the scale; None when nothing is."""
@@ -129,6 +164,12 @@ class MergedLayer:
     def _stored(self) -> tuple[Rows, Rows]:
         """Return what reads rows of W and of W'."""
         return partial(self.base.rows, self.tensor), partial(self.merged.rows, self.tensor)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Tell which rows are finite; quick for the types that cannot be summed as they are."""
+    wide = rows if rows.dtype.itemsize > 1 else rows.bfloat16()
+    return torch.isfinite(torch.linalg.vector_norm(wide, float("inf"), dim=1))
 
 
 def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
