@@ -65,8 +65,9 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Every tensor by its name without the prefix."""
-        return {key.removeprefix(self.prefix): key for key in self.files}
+        """Every tensor by its name without the prefix, and the weight of a layer whose codes have another name."""
+        own = {key.removeprefix(self.prefix): key for key in self.files}
+        return {name: scheme.owned[0] for name, scheme in self.schemes.items()} | own
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -91,7 +92,7 @@ class Checkpoint:
     def owned(self) -> frozenset[str]:
         """Tensors that belong to a quantised layer, such as scales, or to none: all but the weights' own names."""
         parts = {key.removeprefix(self.prefix) for scheme in self.schemes.values() for key in scheme.owned}
-        return frozenset(parts | idle(self.names)) - self.schemes.keys()
+        return frozenset(parts | idle(self.files)) - self.schemes.keys()
 
     @cached_property
     def layers(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
+from harness.doctor.verify.coded import in_codes, obstacle, one_step, told
 from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
@@ -23,7 +24,6 @@ from harness.measure.tolerance import scale_rounding
 from harness.text import printable
 
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
-_SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 _ELEMENTS = 100_000
 _ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
 _ABOVE = 5.0  # medians; singular values of noise lie below
@@ -205,7 +205,14 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         return Module(
             wanted, change.tensor, None, NotMeasured("misfit", f"the update does not fit the weight [{shape}]")
         )
+    if (step := one_step(stores[1], change.tensor)) is not None:
+        if isinstance(layer, DoraLayer):
+            return Module(wanted, change.tensor, None, NotMeasured("quantised", "DoRA in scaled codes is not judged"))
+        layer = in_codes(layer, step)
     measured = reading.measure(layer, wanted.expected)
+    if stores[0].scheme(change.tensor) is not None and step is None and not told(measured):
+        what = "the base is known through its codes alone, and what was added to it is not clear"
+        return Module(wanted, change.tensor, None, NotMeasured("quantised", what))
     # a strength other than 1 may stand outside DoRA's norm; what it means there is left to the merger
     blends = wanted.strength not in (0.0, 1.0) and layer.blends(wanted.expected / wanted.strength, wanted.strength)
     if blends:
@@ -269,8 +276,8 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     whole = change.tensor.partition("[")[0]
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if any(whole.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
-        return NotMeasured("quantised", "the weight is stored with a separate quantisation scale")
+    if whole in stores[1].names and (why := obstacle(whole, *stores)):
+        return NotMeasured("quantised", why)
     return _misfit(whole, *stores)
 
 
@@ -280,7 +287,7 @@ def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     first, second = base.info(tensor).shape, merged.info(tensor).shape
     if first[1:] != second[1:] or (first != second and len(first) != 2):
         return NotMeasured("misfit", "the merged weight has another shape than the base's")
-    return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
+    return _odd_dtype([store.dtype(tensor) for store in (base, merged) if store.scheme(tensor) is None])
 
 
 def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:

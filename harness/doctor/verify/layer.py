@@ -142,8 +142,8 @@ class MergedLayer:
 
     def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
         """Read every row once, in chunks; the products of the rows may be made on `device`."""
-        chunks = (store.chunks(self.tensor) for store in (self.base, self.merged))
-        return self.product.row_sums(*chunks, rounding, device=device)
+        before, after = (store.chunks(self.tensor) for store in (self.base, self.merged))
+        return self.product.row_sums(before, after, rounding, device=device)
 
     def window(self, start: int, stop: int) -> Window:
         """Return rows [start, stop) whole."""

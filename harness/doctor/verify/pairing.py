@@ -78,7 +78,10 @@ class Weights:
         """Return where the modules of an adapter go; those that replace what they name need not have its shape."""
         layers = self.layers
         infos = {layer: self.info(name) for layer, name in layers.items()}
-        shapes: dict[str, Shape | None] = {name: i.shape if is_float(i.dtype) else None for name, i in infos.items()}
+        shapes: dict[str, Shape | None] = {
+            layer: info.shape or None if is_float(info.dtype) or self.scheme(layers[layer]) else None
+            for layer, info in infos.items()
+        }
         whole = {name: module for name, module in adapter.modules.items() if _is_whole(module)}
         low = {name: module for name, module in adapter.modules.items() if name not in whole}
         first = place(_with(adapter, low), shapes)
@@ -95,7 +98,7 @@ class Weights:
     def slice(self, name: str, rows: tuple[int, int]) -> str:
         """Return a name for some rows of a tensor."""
         found = f"{name}[{rows[0]}:{rows[1]}]"
-        self.pieces[found] = tuple(Piece(*cut) for cut in _cut(self._pieces(name), *rows, self._stop))
+        self.pieces[found] = tuple(Piece(*cut) for cut in cut(self._pieces(name), *rows, self._stop))
         return found
 
     def info(self, name: str) -> TensorInfo:
@@ -126,7 +129,7 @@ class Weights:
             return self.held[name][start:stop].flatten(1)
         if name in self.folds:
             return self._unfolded(self.folds[name], start, stop)
-        parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
+        parts = [self.store.rows(*piece) for piece in cut(self._pieces(name), start, stop, self._stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self, name: str) -> Tensor:
@@ -188,7 +191,7 @@ def _is_whole(module: LoraModule) -> bool:
     return not module.rank or module.variant == "embedding" or bool(TIED.search(f".{module.name}{_WEIGHT}"))
 
 
-def _cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
+def cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
     """Yield the pieces that rows [start, stop) of what they stack lie in."""
     at = 0
     for piece in pieces:
