@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,10 @@ class Checkpoint:
         """
         infos = {key: file.tensors[key] for key, file in self.files.items()}
         try:
-            found = schemes(
-                Tensors(infos, lambda key, start, stop: self.files[key].rows(key, start, stop), self.config)
-            )
+            found = schemes(Tensors(infos, partial(_read, self.files), self.config))
         except ValueError as error:
             raise LoraFileError(self.path, printable(error)) from error
         return {key.removeprefix(self.prefix): scheme for key, scheme in found.items()}
-
-    def _read(self, key: str, start: int, stop: int) -> Tensor:
-        return self.files[key].rows(key, start, stop)
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -224,6 +219,10 @@ class Checkpoint:
             norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in wide]
             self._norms[name] = math.hypot(*norms)
         return self._norms[name]
+
+
+def _read(files: Mapping[str, SafetensorsFile | GgufFile], key: str, start: int, stop: int) -> Tensor:
+    return files[key].rows(key, start, stop)
 
 
 def _opened(path: Path) -> SafetensorsFile | GgufFile:
