@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from io import FileIO
 
+from harness.doctor.inspect.fit import peft_hazards
+from harness.doctor.inspect.outliers import lonely, outliers
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, Spelling, cut
 from harness.text import count, first_of, parse_json, printable
@@ -268,18 +270,18 @@ def weigh(adapter: LoraAdapter) -> Weighed:
     found = [_not_finite([name for name, keys in parts.items() if not broken.isdisjoint(keys)])]
     dead = {name: part for name, module in modules.items() if (part := _zero_part(module, zeros))}
     odd = [name for name in dead if modules[name].keys.get("A") in zeros and modules[name].keys.get("B") not in zeros]
+    odd += lonely(adapter, dead)
     said = f"{next(iter(dead.values()))} is all zero in {len(dead)} of {count(len(modules), 'module')}" if dead else ""
     said += f" ({first_of(list(dead))})" if dead else ""
     if dead and len(dead) == len(modules):
         found.append(Hazard(code="LH713", what=f"{said}: this LoRA changes nothing"))
     elif odd or 2 * len(dead) > len(modules):
         found.append(Hazard(code="LH714", what=f"{said}: these change nothing"))
+    found += outliers(adapter, {key: extent.largest for key, extent in extents.items()})
     notes = (f"{said}: these change nothing, as is usual where training reaches no weight",) if dead else ()
-    return Weighed(tuple(filter(None, found)), notes if not any(map(_is_dead, found)) else (), read=True)
-
-
-def _is_dead(hazard: Hazard | None) -> bool:
-    return hazard is not None and hazard.code in ("LH713", "LH714")
+    hazards = tuple(filter(None, found))
+    said_already = any(hazard.code in ("LH713", "LH714") for hazard in hazards)
+    return Weighed(hazards, () if said_already else notes, read=True)
 
 
 def _not_finite(names: Sequence[str]) -> Hazard | None:
@@ -301,7 +303,7 @@ def _zero_part(module: LoraModule, zeros: Collection[str]) -> str:
 
 CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (
     problems, no_alpha, mixed_ratios, fused_blocks, odd_alphas, not_understood, ambiguous_layouts, rounded_alphas,
-    disagreeing_metadata, wrapped_names, two_schemes, scale_of_versions,
+    disagreeing_metadata, wrapped_names, two_schemes, scale_of_versions, peft_hazards,
 )  # fmt: skip
 
 
