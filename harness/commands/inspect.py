@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ENERGIES_SHOWN = 3
 _BLOCKS_SHOWN = 16
+_NAMED_TOOLS = ("loralib", "torchtune")  # what only their own names tell
 
 
 @click.command(
@@ -127,7 +128,11 @@ def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_a
     if record.format is None:
         return record
     found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
-    reasons = {name: record.refusals.get(name, "no single strength") for name, value in found.items() if value is None}
+    reasons = {
+        name: record.refusals.get(name, "no single strength, or not measured on such modules")
+        for name, value in found.items()
+        if value is None
+    }
     return record.model_copy(update={"prescription": found, "refusals": reasons})
 
 
@@ -156,7 +161,7 @@ def _print(record: FileRecord) -> None:
 def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
     if record.fit:
         yield "base", record.fit.said
-    dialect = f" ({record.dialect})" if record.dialect else ""
+    dialect = f" (names of {record.dialect})" if record.dialect in _NAMED_TOOLS else ""
     yield "format", f"{record.format}{dialect}; alpha from {record.alpha_source}"
     if record.modules:
         yield "modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"

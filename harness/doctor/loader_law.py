@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError, UserError
-from harness.files import LoraModule, read_lora
-from harness.law.known import ScaleLaw, known_laws, wanted_scale
+from harness.files import LoraAdapter, LoraModule, read_lora
+from harness.law.known import ScaleLaw, known_laws, not_applied, wanted_scale
 from harness.law.law import Law
 from harness.law.probe import Probe
 from harness.law.scale import trained_scale
@@ -123,11 +123,23 @@ class MeasuredLoader:
         return self.stabilised if module.rslora else self.law
 
 
+def _is_plain(adapter: LoraAdapter) -> bool:
+    return {module.variant for module in adapter.modules.values()} <= {
+        "lora",
+        "conv",
+        "embedding",
+        "set",
+        "tokens",
+        "copy",
+    }
+
+
 def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
     """Measure the law of `loader` on the file's format and return the strength that reproduces its training.
 
     None when no single strength does, when no law explains the loader, when it declares formats and this is none of
-    them, or when the file carries no alpha and `lora_alpha` is not given either.
+    them, when the file carries no alpha and `lora_alpha` is not given either, when the loader is known to apply only a
+    part of this file, or when the file holds more than plain pairs, on which the law is measured.
 
     Raises:
         UserError: `loader` names no loader, or it raised while being measured.
@@ -135,7 +147,10 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     from harness.loaders.registry import resolve
 
     adapter, subject = read_lora(path, strict=False), resolve(loader)
-    modules = list(adapter.modules.values())
+    row = known_laws().get(loader)
+    if (row and not_applied(adapter, row.profile)) or not _is_plain(adapter):
+        return None
+    modules = [module for module in adapter.modules.values() if module.rank]
     wanted = [wanted_scale(module, lora_alpha) for module in modules]
     known = [scale for scale in wanted if scale is not None]
     reads = adapter.format in subject.formats

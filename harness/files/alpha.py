@@ -44,9 +44,23 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
         found = _from_tensors(source, found, problems)
-    if row.alpha[0] == "none" or ("software" in source.file.metadata and row.dialect(source.file) == "ai-toolkit"):
+    if row.alpha[0] == "none" or _is_toolkit(source, row) or _is_extracted(row, found):
         found.modules = {at: m.changed(unscaled=m.alpha is None and m.rank > 0) for at, m in found.modules.items()}
     return _refuse_non_finite(found, problems)
+
+
+def _is_toolkit(source: Source, row: Format) -> bool:
+    """Tell whether ai-toolkit wrote the file: it sets alpha = rank and saves none."""
+    return "software" in source.file.metadata and row.dialect(source.file) == "ai-toolkit"
+
+
+def _is_extracted(row: Format, found: Alphas) -> bool:
+    """Tell whether the pairs were extracted from the difference of two models: whole differences of the rest beside."""
+    if row.name != "comfyui" or found.source != "none":
+        return False
+    ends = {key.rpartition(".")[2] for module in found.modules.values() for key in module.keys.values()}
+    halves = [module.keys["A"] for module in found.modules.values() if "A" in module.keys]
+    return bool({"diff", "diff_b"} & ends) and all(key.endswith(".lora_down.weight") for key in halves)
 
 
 def _from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
@@ -133,6 +147,8 @@ def _configured(module: LoraModule, config: AdapterConfig, problems: list[Proble
     if module.variant == "adalora":  # its rank_pattern tells which of the ranks are left; the tensors have those only
         return module.changed(alpha=config.alpha if config.alpha > 0 else float(module.rank))
     rank, alpha = config.of(module.name)
+    if module.variant == "experts" and module.flipped:  # AutoModel may give experts a rank of their own
+        return module.changed(alpha=alpha, rslora=config.rslora)
     if module.variant == "experts":
         if found := experts(module, rank):
             return found.changed(alpha=alpha, rslora=config.rslora)

@@ -18,7 +18,7 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "weight.lora_a": ("weight.lora_a", "weight.lora_b"),
     "lora_a.weight": ("lora_a.weight", "lora_b.weight"),
     "bare.down": ("down", "up"),
-    "bare.lora_down": ("lora_down", "lora_up"),
+    "adapter.linear_in": ("adapter.linear_in.weight", "adapter.linear_out.weight"),
 }
 """Spellings of the two halves, A: [r, in] first; `*` stands for an adapter's name."""
 
@@ -41,7 +41,8 @@ OTHER_PARTS: Mapping[str, str] = {
     "oft_R.weight": "oft", "oft_diag": "oft", "rescale": "oft",
     "on_input": "ia3", "ia3_l": "ia3", "ia3_weight": "ia3",
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "glora"),
-    "lora_E": "adalora", "ranknum": "adalora", "embedded_vectors": "textual_inversion",
+    "lora_down": "nunchaku", "lora_up": "nunchaku", "lora_E": "adalora", "ranknum": "adalora",
+    "embedded_vectors": "textual_inversion",
 }  # fmt: skip
 """Roles of other methods than low-rank pairs, with the variant of the module that has one."""
 
@@ -52,6 +53,7 @@ OTHER_NAMES = {
     "glora": "GLoRA",
     "adalora": "AdaLoRA",
     "textual_inversion": "embedded textual inversion",
+    "nunchaku": "nunchaku's packed layout",
 }
 OTHER_VARIANTS = frozenset(OTHER_NAMES)
 
@@ -114,6 +116,12 @@ _SPELLINGS = (  # what is in such a key, its pattern, what is written instead
     ("module.", re.compile(r"(?:^|(?<=^base_model\.model\.))(module)\."), ""),
     ("_lora_", re.compile(r"^([^.]+)_(lora_(?:down|up)\.weight)$"), r"\1.\2"),
     (":", re.compile(r"^(\w+:\d+):(down|up)$"), r"\1.\2.weight"),
+    (
+        ".default",
+        re.compile(r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|hada_\w+|lokr_\w+|ia3_l)\.default$"),
+        r".\1",
+    ),
+    ("lora_down_", re.compile(r"\.lora_(gate_and_up|down)_([AB])$"), r".\1_projs.lora_\2"),
     (".on_input", re.compile(r"^([^.]+)\.weight$"), r"\1.ia3_weight"),
 )
 _WRAPPERS = 3  # so many of them strip what `torch.compile`, FSDP, DeepSpeed and DDP put into names

@@ -12,6 +12,7 @@ from harness.text import printable
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
+GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
 _NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
 _KNOWN_ROLES = frozenset({"A", "B", *EXTRAS.values(), *WHOLE_ROLES, *COPIES})
 
@@ -46,11 +47,14 @@ def measure(
     first = roles.get("A", "")
     table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
     parts = [file.tensors[key][:2] for key in roles.values()]
-    signature = (table, flips, *roles, *parts)
+    flips = ("A", "B") if first.endswith(GROUPED) else flips
+    signature = (table, flips, first.endswith(GROUPED), *roles, *parts)
     kind = known.get(signature)
     try:
         if kind is None:
-            kind = known[signature] = _kind(dict(zip(roles, parts, strict=True)), flips, table=table, method=method)
+            shapes = dict(zip(roles, parts, strict=True))
+            grouped = first.endswith(GROUPED)
+            kind = known[signature] = _kind(shapes, flips, table=table, method=method, grouped=grouped)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
@@ -59,7 +63,7 @@ def measure(
 
 
 def _kind(
-    parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool, method: str
+    parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool, method: str, grouped: bool
 ) -> LoraModule:
     """Return the nameless module that tensors of these dtypes and shapes are; `table`: A is an embedding's.
 
@@ -67,9 +71,9 @@ def _kind(
         ShapeError: they fit no module.
     """
     stored = {role: shape for role, (_, shape) in parts.items()}
-    flipped = tuple(role for role in flips if len(stored.get(role, ())) == 2)
-    shapes = {role: shape[::-1] if role in flipped else shape for role, shape in stored.items()}
-    experts = bool(flips) and not flipped and len(shapes.get("A", ())) == 3
+    flipped = flips if grouped else tuple(role for role in flips if len(stored.get(role, ())) == 2)
+    shapes = {role: (*shape[:-2], *shape[:-3:-1]) if role in flipped else shape for role, shape in stored.items()}
+    experts = bool(flips) and (grouped or not flipped) and len(shapes.get("A", ())) == 3
     variant = "experts" if experts else _variant(shapes, table=table, method=method)
     sizes = (_SIZES.get(variant) or (_pair if "A" in shapes or "B" in shapes else _unsized))(shapes)
     _refuse_dtypes(parts)

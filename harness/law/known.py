@@ -194,14 +194,14 @@ def _refusal(adapter: Adapter, law: ScaleLaw, lora_alpha: float | None) -> str:
         return "no strength is defined for this method"
     if reason := not_applied(adapter, law.profile):
         return reason
+    if any(module.rank and module.alpha == 0 for module in modules):
+        return "alpha is 0 in the file"
     if prescribe(law, modules, lora_alpha=lora_alpha) is not None:
         return ""
-    unknown = {module.rank for module in modules if wanted_scale(module, lora_alpha) is None}
-    zero = any(module.alpha == 0 for module in modules)
-    if unknown and not zero:
+    if unknown := {module.rank for module in modules if wanted_scale(module, lora_alpha) is None}:
         ranks = f"{unknown.pop()}" if len(unknown) == 1 else "rank"
         return f"alpha unknown: lora_alpha / {ranks}, with the lora_alpha of the training"
-    return "alpha is 0" if zero else "the modules need different strengths"
+    return "the modules need different strengths"
 
 
 _REPLACING = frozenset({"set", "tokens", "copy", "textual_inversion"})

@@ -116,7 +116,7 @@ def describe(
         variants=_histogram(modules, "variant"),
         dtypes=_histogram(modules, "dtype"),
         components=_histogram(modules, "component"),
-        trained=_range(module.trained_scale for module in different if module.alpha is not None),
+        trained=_range(module.trained_scale for module in different if module.rank),
         scales=_scales(different),
         hazards=tuple(sorted((*hazards(adapter), *weighed.hazards), key=lambda hazard: hazard.code)),
         notes=(*_notes(adapter, given, lora_alpha), *weighed.notes),

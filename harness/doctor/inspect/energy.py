@@ -42,11 +42,14 @@ def advise(
     whole = norm_of(base_norm(base, placed.slots[name]) for name in pairs)
     share = norm_of(energy.norm for energy in pairs.values()) / whole if whole else math.inf
     said = f"||ΔW|| / ||W|| is {share:.2g} over {count(len(pairs), 'module')}"
+    unknown = any(m.alpha is None and m.rank and not m.unscaled for m in adapter.modules.values())
+    said += ", measured at scale 1, since alpha is unknown" if unknown else ""
+    at = "at scale 1" if unknown else "at the trained strength"
     if share < SUBTLE_BELOW:
-        reason = f"{said}, below {SUBTLE_BELOW:g}: loaded as trained, it changes little"
+        reason = f"{said}, below {SUBTLE_BELOW:g}: {at} it changes little"
         return Advice(outlook="subtle", reason=reason, advice=_stronger(adapter, energies, untargeted(base, placed)))
     if share > STRONG_ABOVE:
-        reason = f"{said}, above {STRONG_ABOVE:g}: expect artifacts at the trained strength"
+        reason = f"{said}, above {STRONG_ABOVE:g}: expect artifacts {at}"
         return Advice(outlook="too strong", reason=reason, advice=_weaker(adapter))
     return Advice(outlook="fine", reason=said)
 
@@ -57,6 +60,9 @@ def _broken(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> Advic
         reason, advice = fatal[0].text(), "save the file again from the training run"
     elif not_finite := _not_finite(energies):
         reason, advice = not_finite, "go back to a checkpoint from before the loss diverged"
+    elif energies and all(adapter.modules[name].trained_scale == 0 for name in energies):
+        reason = "alpha is 0: the scale is 0, whatever B @ A is"
+        advice = "look up lora_alpha in the training configuration and give it with --lora-alpha"
     elif energies and all(energy.norm == 0 for energy in energies.values()):
         reason = "B @ A is zero in every module: this LoRA changes nothing"
         advice = "check that training took steps and that the trained weights, not the initial ones, were saved"
@@ -82,7 +88,7 @@ def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], missin
 
 def _weaker(adapter: LoraAdapter) -> tuple[str, ...]:
     sure = "train shorter or with a lower learning rate, or use a lower strength until then"
-    if adapter.alpha_source == "none":
+    if adapter.alpha_source == "none" and not any(module.unscaled for module in adapter.modules.values()):
         return ("the file has no alpha, so this assumes scale 1: training may have used lora_alpha / rank", sure)
     return ("check that this is the base it was trained on", sure)
 
@@ -154,7 +160,7 @@ def energies(
     for name, module in adapter.modules.items():
         pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
         if pair and math.isfinite(module.trained_scale):
-            energy = pair_energy(*adapter.tensors(name), module.trained_scale)
+            energy = _energy(adapter, name)
             if base and placed and name in placed.slots and energy.finite:
                 norm = base_norm(base, placed.slots[name])
                 energy = energy.model_copy(update={"relative": energy.norm / norm if norm else None})
@@ -174,6 +180,19 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
     weight = weight if weight.dtype.itemsize > 1 else weight.float()
     base.release()
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+
+
+def _energy(adapter: LoraAdapter, name: str) -> ModuleEnergy:
+    """Return the energy of one pair, or of all experts of one parameter together."""
+    module, (a, b) = adapter.modules[name], adapter.tensors(name)
+    if module.variant != "experts":
+        return pair_energy(a, b, module.trained_scale)
+    found = [pair_energy(one_a, one_b, module.trained_scale) for one_a, one_b in zip(a, b, strict=True)]
+    if not all(energy.finite for energy in found):
+        return ModuleEnergy(norm=0.0, finite=False)
+    strongest = max(found, key=lambda energy: energy.spectral)
+    used = sum(energy.effective_rank for energy in found) / len(found)
+    return strongest.model_copy(update={"norm": norm_of(one.norm for one in found), "effective_rank": used})
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:

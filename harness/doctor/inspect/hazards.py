@@ -214,8 +214,8 @@ def wrapped_names(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 _ORIGINAL = re.compile(r"(input|output)_blocks[._]\d|middle_block[._]|(double|single)_blocks[._]\d")
 _DIFFUSERS = re.compile(r"(down|up)_blocks[._]\d|mid_block[._]|(single_)?transformer_blocks[._]\d")
-_FUSED = re.compile(r"(.*[._])?(?:to_)?(?:w?qkv|query_key_value|qkv_proj|qkv_mlp|added_qkv)$", re.IGNORECASE)
-_SPLIT = re.compile(r"(.*[._])?(?:to_q|q_proj|q|query|wq|q_lin)$", re.IGNORECASE)
+_FUSED = re.compile(r"(.*?[._])?(?:to_)?(?:w?qkv|query_key_value|qkv_proj|qkv_mlp|added_qkv)$", re.IGNORECASE)
+_SPLIT = re.compile(r"(.*?[._])?(?:to_q|q_proj|q|query|wq|q_lin)$", re.IGNORECASE)
 
 
 def two_schemes(adapter: LoraAdapter) -> Iterator[Hazard]:
