@@ -115,7 +115,8 @@ class MergedLayer:
 
     def stream(self, device: str = "cpu") -> RowSums:
         """Read every row once, in chunks; the products of the rows may be made on `device`."""
-        return self.product.row_sums(*self._stored(), dtype=self.dtype, device=device)
+        chunks = (store.chunks(self.tensor) for store in (self.base, self.merged))
+        return self.product.row_sums(*chunks, dtype=self.dtype, device=device)
 
     def fault(self, scale: float) -> str | None:
         """Say what is wrong beside the scale; None when nothing is."""

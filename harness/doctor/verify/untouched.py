@@ -38,7 +38,7 @@ def compare_untouched(
     A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype.
     """
     common = [name for name in base.names if name in merged.names]
-    fits = {name: base.info(name).shape == merged.info(name).shape for name in common}
+    fits = {name: base.stored(name).shape == merged.stored(name).shape for name in common}
     others = [name for name in common if fits[name] and name not in touched]
     return Untouched(
         compared=len(others),
@@ -50,7 +50,7 @@ def compare_untouched(
 
 
 def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> bool:
-    info = base.info(name)
+    info = base.stored(name)
     rows = info.shape[0] if info.shape else 1
     if rows == 0:
         return False
@@ -58,11 +58,9 @@ def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> boo
     step = rows if info.end - info.start <= _WHOLE_BYTES else max(1, _WHOLE_BYTES * 16 // size) if full else 1
     starts = range(0, rows, step) if full or step == rows else [rows * part // _ROWS for part in range(_ROWS)]
     for start in starts:
-        before, after = (store.rows(name, start, min(start + step, rows)) for store in (base, merged))
+        before, after = (store.stored_rows(name, start, min(start + step, rows)) for store in (base, merged))
         if not torch.equal(_bits(before.to(after.dtype)), _bits(after)):
             return True
-    base.release()
-    merged.release()
     return False
 
 

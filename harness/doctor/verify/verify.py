@@ -27,7 +27,6 @@ from harness.text import count, printable
 from harness.verdict.verdict import Verdict
 
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
-_SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,6 @@ def _module(
         scale = wanted.expected
         measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
     fault = None if blends else _fault(layer, measured)
-    for store in stores:
-        store.release()
     note = BLENDED if blends else None
     return Module(_found(wanted, measured, layer), change.tensor, measured, dtype=layer.dtype, fault=fault, note=note)
 
@@ -176,10 +173,11 @@ def _unmeasured(change: Change, stores: tuple[Checkpoint, Checkpoint]) -> NotMea
         return NotMeasured("not read", change.unread)
     if change.tensor is None:
         return NotMeasured("missing layer", "no layer of this name in the base")
+    quantised = next((how for store in stores if (how := store.quantised(change.tensor))), None)
+    if quantised:
+        return NotMeasured("not read", f"{quantised} weights are not judged")
     if change.tensor not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if any(change.tensor.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
-        return NotMeasured("not read", "the weight is stored with a separate quantisation scale")
     return _misfit(change.tensor, *stores)
 
 
