@@ -93,10 +93,12 @@ class Checkpoint:
     def layers(self) -> dict[str, str]:
         """The weight of every layer, by the layer's name with the prefix; llama.cpp's names as transformers has them.
 
+        Parameters of three dimensions are layers too, under their own names: they stack experts.
+
         Raises:
             LoraFileError: no tensor is the weight of a layer.
         """
-        plain = [key for key in self.files if key.endswith(_WEIGHT)]
+        plain = [key for key, file in self.files.items() if key.endswith(_WEIGHT) or len(file.tensors[key].shape) == 3]
         keys = dict.fromkeys(
             [*plain, *(self.prefix + name for name in self.schemes if self.prefix + name not in plain)]
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.fit import base_hazards, fit_of, notes
+from harness.doctor.inspect.fit import base_hazards, fit_of, towers_note
 from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
@@ -139,11 +139,11 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
-    said = (*notes(adapter, weights), *_of_base(adapter, weights, placed)) if weights and placed else ()
+    notes = [*_of_base(adapter, weights, placed), *towers_note(adapter, weights)] if weights and placed else []
     return record.model_copy(
         update={
             "fit": fit,
-            "notes": (*record.notes, *said),
+            "notes": (*record.notes, *notes),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,

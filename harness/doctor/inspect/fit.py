@@ -118,8 +118,8 @@ def _wrapped(name: str) -> bool:
     return any(f".{wrapper}" in f".{name}" for wrapper in _WRAPPERS)
 
 
-def notes(adapter: LoraAdapter, base: Checkpoint) -> Iterator[str]:
-    """Say what is not judged of a LoRA against a base."""
+def towers_note(adapter: LoraAdapter, base: Checkpoint) -> Iterator[str]:
+    """Say that names are not judged where the base has several towers."""
     if adapter.format == "peft" and adapter.config and _towers(base):
         what = "this base has several towers, whose layers transformers names otherwise in memory than in the file"
         yield f"{what}, depending on its version: whether PEFT finds all names is not judged"

@@ -10,7 +10,7 @@ from statistics import median
 
 from harness.files import LoraAdapter
 from harness.text import first_of, printable
-from harness.verdict.blocks import block_of
+from harness.verdict.blocks import block_of, group_of, in_order
 from harness.verdict.file_record import Hazard
 
 # Of 69 adapters trained on tiny Llama, GPT-2 and BERT (AdamW and SGD, learning rates 1e-4 to 3e-2) the largest ratio is
@@ -76,7 +76,12 @@ def _what(adapter: LoraAdapter, name: str, ratio: float) -> str:
 
 
 def lonely(adapter: LoraAdapter, dead: Collection[str]) -> list[str]:
-    """Return dead modules in a block that training reached, but for experts, which a short training may pass over."""
-    blocks = {name: (module.component, block_of(module.name)) for name, module in adapter.modules.items()}
+    """Return dead modules in a block that training reached.
+
+    Experts are left out, which a short training may pass over, and the last block, of which models use a part only.
+    """
+    blocks = {name: (module.component, *group_of(block_of(module.name))) for name, module in adapter.modules.items()}
     live = {blocks[name] for name in adapter.modules if name not in dead}
-    return [name for name in dead if blocks[name] in live and "experts" not in name]
+    last = {block[:2]: block for block in sorted(blocks.values(), key=lambda block: in_order(block[2]))}
+    alone = [name for name in dead if blocks[name] in live and blocks[name] not in last.values()]
+    return [name for name in alone if "experts" not in name]
