@@ -26,6 +26,7 @@ _LEAST = 1e-4  # a quotient of small integers in single precision, and the sampl
 _SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 _ELEMENTS = 100_000
 _ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
+_OWN = 1e-4  # relative; singular values of this LoRA's update
 _ABOVE = 5.0  # medians; singular values of noise lie below
 _NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
 Stores = tuple[Weights, Weights]
@@ -139,6 +140,9 @@ def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     rest = seen.after - seen.before - scale * seen.product
     if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
         return None
+    _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
+    own = own[sizes > _OWN * sizes.max()]  # the scale is not exact: what it leaves of this LoRA counts for nothing
+    rest = rest - rest @ own.T @ own
     values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
     rank = int((values > _ABOVE * np.median(values)).sum())
     low = 0 < rank <= len(values) / 3
