@@ -37,7 +37,11 @@ class Slot(NamedTuple):
 
 
 class UnplacedError(Exception):
-    """Why a module that has a layer cannot be placed."""
+    """Why a module that has a layer cannot be placed: its shape does not fit."""
+
+
+class UnjudgedError(UnplacedError):
+    """Why a module that has a layer is not placed: names and shapes do not tell the rows."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,23 @@ def _table() -> _Ends:
     return table
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a file of the package's own data holds."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return read_toml(_DATA)
+
+
 @cache
 def rows() -> tuple[Row, ...]:
     """Return every row of the table."""
-    families = tomllib.loads(_DATA.read_text(encoding="utf-8"))
     return tuple(
         row
-        for family in families.values()
+        for family in _data().values()
+        if isinstance(family, dict)
         for left, right in family["layers"].items()
         for row in _rows(family["title"], left, right if isinstance(right, dict) else {"rows": right})
     )
@@ -176,14 +190,14 @@ def sliced(
     alias, layer = group[0]
     row = alias.row
     if row.order:
-        raise UnplacedError(f"{layer}: {row.order}")
+        raise UnjudgedError(f"{layer}: {row.order}")
     if len(row.right) == 1:
         yield from _turned(alias, layer, outputs, inputs)
     elif alias.fused:
         shape = layers[layer]
         rows = row.rows(alias.place, row.heights({alias.place: outputs}, shape[0] if shape else None))
         if rows is None:
-            raise UnplacedError(f"{layer}: which of its rows these are cannot be told")
+            raise UnjudgedError(f"{layer}: which of its rows these are cannot be told")
         yield Slot(layer, alias.name, rows)
     else:
         yield from _stacked(group, outputs, layers)
@@ -207,9 +221,40 @@ def _stacked(group: Sequence[tuple[Alias, str]], outputs: int, layers: Mapping[s
     for alias, layer in sorted(group, key=lambda pair: pair[0].place):
         part = row.rows(alias.place, heights)
         if part is None:
-            raise UnplacedError(f"{layer}: which rows of the module go there cannot be told")
+            raise UnjudgedError(f"{layer}: which rows of the module go there cannot be told")
         if part[0] < outputs:
             yield Slot(layer, alias.others[alias.place], None, part)
     ends = {part[1] for alias, _ in group if (part := row.rows(alias.place, heights))}
     if outputs not in ends:
         raise UnplacedError(f"{group[0][1]}: the layers that it stacks have other heights than its {outputs} rows")
+
+
+def looks_like(layers: Mapping[str, Shape | None]) -> str | None:
+    """Return what model has layers of these names and shapes [out, in, ...]; None when no sign of one is known.
+
+    Names may be flattened.
+    """
+    for look, pattern in _signs():
+        for name, shape in layers.items():
+            if pattern.search(name) and _is_as_wide(look, shape):
+                return str(look["title"])
+    return None
+
+
+def _is_as_wide(look: Mapping[str, Any], shape: Shape | None) -> bool:
+    if not {"inputs", "ratio"} & look.keys():
+        return True
+    if not shape or len(shape) < 2:
+        return False
+    high, wide = shape[:2]
+    return bool(look.get("inputs", wide) == wide and look.get("ratio", high / wide) * wide == high)
+
+
+@cache
+def _signs() -> list[tuple[Mapping[str, Any], re.Pattern[str]]]:
+    return [(look, re.compile("|".join(map(_sign, look["any"])))) for look in _data()["looks"]]
+
+
+def _sign(template: str) -> str:
+    parts = ({"*": r"\d+", "**": ".+"}.get(part, part) for part in template.split("."))
+    return f"(?:^|[._]){'[._]'.join(parts)}$"

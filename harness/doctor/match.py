@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnplacedError, aliases, sliced
+from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnjudgedError, UnplacedError, aliases, sliced
 from harness.files import LoraAdapter, LoraModule
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
@@ -21,6 +21,7 @@ _LEADING = (
 _FLAT_LEADING = re.compile(
     rf"(?:_orig_mod|module|{'|'.join(word for word in _LEADING if word != 'transformer')}|transformer(?!_blocks))_(?=.)"
 )
+_OF_OTHER_SHAPE = ("experts", "set", "tokens")  # whole tensors may have more rows than the base, experts lie otherwise
 # where a component of a pipeline lies in a checkpoint that holds several
 _HOMES: Mapping[str, tuple[str, ...]] = {
     "te": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."),
@@ -50,7 +51,7 @@ class Placement:
     """Where every module of a LoRA goes.
 
     `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
-    share one, and `misfits` those whose layer is known and whose shape or order of rows does not fit; both with the
+    share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
     reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
     whose two names for a layer were needed.
     """
@@ -124,12 +125,12 @@ def _flat_core(name: str) -> str:
 
 
 class _Scope:
-    """The names under which the layers of one component can be found."""
+    """The names under which the layers of one component can be found; `names` maps a name in the component to each."""
 
-    def __init__(self, layers: Mapping[str, Shape | None], flattened: bool) -> None:
-        self.layers, self.flattened = layers, flattened
+    def __init__(self, names: Mapping[str, str], flattened: bool) -> None:
+        self.names, self.flattened = names, flattened
         self.exact: dict[str, set[str]] = defaultdict(set)
-        self.dotted = layers_by_spelling(layers, flattened=flattened)
+        self.dotted = layers_by_spelling(names, flattened=flattened)
         for spelling in self.dotted:
             self.exact[self.key(spelling)].add(spelling)
         self._cores: dict[str, list[str]] | None = None
@@ -141,13 +142,13 @@ class _Scope:
 
     @property
     def cores(self) -> dict[str, list[str]]:
-        """Layers by the core of their names."""
+        """Names by their core."""
         if self._cores is None:
             self._cores = defaultdict(list)
             self._others = defaultdict(list)
-            for layer in self.layers:
-                self._cores[self.key(core(layer))].append(layer)
-                for alias in aliases(core(layer)):
+            for own, layer in self.names.items():
+                self._cores[self.key(core(own))].append(own)
+                for alias in aliases(core(own)):
                     self._others[self.key(alias.name)].append((alias, layer))
             for name in [*self._cores, *self._others]:
                 for tail in self.tails(name):
@@ -195,10 +196,10 @@ class _Placer:
                 self.slots[name] = self._fitted(module, found)
             else:
                 self.missing.append(name)
+        except UnjudgedError as why:
+            self.ambiguous[name] = str(why)
         except UnplacedError as why:
             self.misfits[name] = str(why)
-        except LookupError as why:
-            self.ambiguous[name] = str(why.args[0])
 
     def result(self) -> Placement:
         """Return the placement without the modules that claim the same rows."""
@@ -218,31 +219,33 @@ class _Placer:
             self._scopes[component] = _Scope(self._of_component(component), self.adapter.flattened)
         return self._scopes[component]
 
-    def _of_component(self, component: str) -> Mapping[str, Shape | None]:
-        """Return the layers of a component where a checkpoint holds several, else all of them."""
+    def _of_component(self, component: str) -> dict[str, str]:
+        """Return the layers of a component by their names in it where a checkpoint holds several, else all of them."""
         own = _HOMES.get(_ALIKE.get(component, component), ())
         if any(layer.startswith(own) for layer in self.layers if own):
-            return {layer: shape for layer, shape in self.layers.items() if layer.startswith(own)}
+            homes = {layer: next((home for home in own if layer.startswith(home)), None) for layer in self.layers}
+            return {layer.removeprefix(home): layer for layer, home in homes.items() if home}
         others = tuple(home for homes in _HOMES.values() for home in homes if home not in own)
-        return {layer: shape for layer, shape in self.layers.items() if not layer.startswith(others)} or self.layers
+        left = {layer: layer for layer in self.layers if not layer.startswith(others)}
+        return left or {layer: layer for layer in self.layers}
 
     def _find(self, module: LoraModule) -> tuple[Slot, ...]:
         scope, name = self._scope(module.component), module.name
         if spellings := scope.exact.get(name):
-            return _one(name, [Slot(scope.dotted[spelling], spelling) for spelling in spellings])
+            return _one(name, [Slot(scope.names[scope.dotted[spelling]], spelling) for spelling in spellings])
         short = _flat_core(name) if scope.flattened else core(name)
         for found in (short, *filter(None, [scope.ending(short)] if short not in scope.cores else [])):
             slots = self._by_core(scope, module, found)
             if slots:
-                self._note(module, slots, found)
+                self._note(module, slots)
                 return slots
         return ()
 
     def _by_core(self, scope: _Scope, module: LoraModule, short: str) -> tuple[Slot, ...]:
-        layers = scope.cores.get(short, [])
-        if layers:
+        names = scope.cores.get(short, [])
+        if names:
             spelling = core if scope.flattened else lambda _: module.name
-            return _one(module.name, [Slot(layer, spelling(layer)) for layer in layers])
+            return _one(module.name, [Slot(scope.names[own], spelling(own)) for own in names])
         by_row: dict[tuple[object, ...], list[tuple[Alias, str]]] = defaultdict(list)
         for alias, layer in scope.others(short):
             by_row[alias.row, alias.values].append((alias, layer))
@@ -259,7 +262,7 @@ class _Placer:
             except UnplacedError as why:
                 problems.append(why)
         if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
-            raise LookupError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
+            raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
         if not found and problems:
             raise problems[0]
         for family in found.values():
@@ -267,21 +270,28 @@ class _Placer:
             break
         return next(iter(found), ())
 
-    def _note(self, module: LoraModule, slots: tuple[Slot, ...], short: str) -> None:
+    def _note(self, module: LoraModule, slots: tuple[Slot, ...]) -> None:
         """Count the prefix that had to be replaced, where a whole layer was found by the end of its name."""
-        layer = self._scope(module.component).key(slots[0].layer)
-        if len(slots) == 1 and slots[0].rows is None and layer.endswith(short) and module.name != layer:
-            old = module.name.removesuffix(short) if module.name.endswith(short) else ""
-            if (new := layer.removesuffix(short)) != old:
-                self.replaced[old, new] += 1
+        scope = self._scope(module.component)
+        name, layer = module.name, scope.key(slots[0].layer)
+        if len(slots) == 1 and slots[0].rows is None and slots[0].spelling in (module.name, core(slots[0].layer)):
+            end = _common_end(name, layer, "_" if scope.flattened else ".")
+            self.replaced[name.removesuffix(end), layer.removesuffix(end)] += name != layer
 
     def _fitted(self, module: LoraModule, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
         return tuple(_checked(self.adapter, module, slot, self.layers[slot.layer]) for slot in slots)
 
 
+def _common_end(name: str, other: str, mark: str) -> str:
+    """Return the longest ending of whole words that two names share."""
+    parts, others = name.split(mark)[::-1], other.split(mark)[::-1]
+    same = next((at for at, (one, two) in enumerate(zip(parts, others, strict=False)) if one != two), None)
+    return mark.join(parts[: min(len(parts), len(others)) if same is None else same][::-1])
+
+
 def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     if len({slot.layer for slot in slots}) > 1:
-        raise LookupError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
+        raise UnjudgedError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
     return (slots[0],)
 
 
@@ -295,7 +305,12 @@ def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape 
     Raises:
         UnplacedError: the shapes do not fit.
     """
-    if shape is None or not shape or _reshapes(adapter, module):
+    if (
+        not shape
+        or not module.out_features
+        or module.variant in ("experts", "set", "tokens")
+        or _reshapes(adapter, module)
+    ):
         return slot
     wanted = slot.part[1] - slot.part[0] if slot.part else module.out_features
     rows = slot.rows[1] - slot.rows[0] if slot.rows else shape[0]
@@ -304,7 +319,7 @@ def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape 
     if slot.rows and slot.rows[1] > shape[0]:
         raise UnplacedError(_misfit(module, slot, shape))
     turned = slot.rows is None and slot.part is None and shape[:2] == (module.in_features, module.out_features)
-    if turned or (wanted == rows and _columns_fit(module, shape)) or module.variant in ("experts", "tokens"):
+    if turned or (wanted == rows and _columns_fit(module, shape)):
         return slot
     raise UnplacedError(_misfit(module, slot, shape))
 

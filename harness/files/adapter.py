@@ -47,7 +47,8 @@ class LoraModule:
     `flipped` are the roles that the file stores transposed (mlx-lm). `rank` is 0, and the scale 1, where alpha scales
     nothing: a LoKr of two full factors, whole tensors (`diff`, `norm`, `set`, `tokens`), whose `in_features` is 0 when
     only a vector is changed, and the modules of other methods (`ia3`, `oft`, …), known by name only. `experts` matrices
-    of that rank each are stacked in the tensors of a module of the variant `experts`.
+    of that rank each are stacked in the tensors of a module of the variant `experts`. `unscaled` says that its writer
+    trains at scale 1 and never saves an alpha.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LoraModule:
     kernel: tuple[int, ...] = ()
     flipped: tuple[str, ...] = ()
     experts: int = 1
+    unscaled: bool = False
 
     def changed(self, **fields: Any) -> LoraModule:
         """Return what `replace` does, several times quicker: files have hundreds of modules."""
@@ -153,7 +155,7 @@ class LoraAdapter:
         if module.variant == "experts" and tensor.ndim == 2:  # PEFT's: A [e r, in] by expert, B [out, r e] by rank
             stacked = (module.experts, module.rank, -1) if role == "A" else (-1, module.rank, module.experts)
             return tensor.reshape(stacked) if role == "A" else tensor.reshape(stacked).permute(2, 0, 1)
-        return tensor.t() if role in module.flipped else tensor
+        return tensor.mT if role in module.flipped else tensor
 
 
 def with_alpha(adapter: LoraAdapter, alpha: float | None) -> LoraAdapter:
@@ -161,7 +163,7 @@ def with_alpha(adapter: LoraAdapter, alpha: float | None) -> LoraAdapter:
     if alpha is None:
         return adapter
     modules = {
-        name: module.changed(alpha=float(alpha)) if module.rank and not module.alpha else module
+        name: module.changed(alpha=float(alpha), unscaled=False) if module.rank and not module.alpha else module
         for name, module in adapter.modules.items()
     }
     if all(module.alpha == adapter.modules[name].alpha for name, module in modules.items()):

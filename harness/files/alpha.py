@@ -12,6 +12,7 @@ from harness.files.adapter import LoraModule, Problem
 from harness.files.config import PAIRED, AdapterConfig, Budget, ConfigError, method_of, pattern_problems
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
+from harness.files.keys import OTHER_VARIANTS
 from harness.files.peft_folder import experts
 from harness.files.tensor_file import scalar_problem
 from harness.text import parse_json, printable
@@ -43,6 +44,8 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
         found = _from_tensors(source, found, problems)
+    if row.alpha[0] == "none" or ("software" in source.file.metadata and row.dialect(source.file) == "ai-toolkit"):
+        found.modules = {at: m.changed(unscaled=m.alpha is None and m.rank > 0) for at, m in found.modules.items()}
     return _refuse_non_finite(found, problems)
 
 
@@ -150,7 +153,7 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
     values = source.file.numbers(readable)
     modules = dict(found.modules)
     for place, module in found.modules.items():
-        key = module.keys.get("alpha", "")
+        key = "" if module.variant in OTHER_VARIANTS else module.keys.get("alpha", "")  # OFT's is a constraint
         if module.alpha is None and key in values:
             modules[place] = module.changed(alpha=values[key])
         elif module.alpha is not None and key:
@@ -165,7 +168,7 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
 def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list[str]:
     keys = []
     for module in modules.values():
-        if key := module.keys.get("alpha"):
+        if (key := module.keys.get("alpha")) and module.variant not in OTHER_VARIANTS:
             info = source.file.tensors[key]
             if problem := scalar_problem(info.dtype, info.elements):
                 problems.append(Problem("LH705", printable(key), f"alpha {problem}", fatal=True))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import PAIRED, method_of
+from harness.files.config import PAIRED
 from harness.files.detect import Sorted
 from harness.files.format import Format, Place, Source
 from harness.files.keys import OTHER_METHODS
@@ -36,7 +36,7 @@ def add_peft_parts(source: Source, row: Format, found: Sorted, problems: list[Pr
     taken = {key for roles in found.modules.values() for key in roles.values()}
     for key in source.file.keys:
         path = _path(source.plain(key), row, source.config is not None and not prefixed)
-        if path and key not in taken and (part := _part(path, config)):
+        if path and key not in taken and (part := _part(path, config, source.method)):
             found.modules.setdefault(("", part[0]), {}).setdefault(part[1], key)
     return frozenset(_name_experts(found, config, problems))
 
@@ -47,11 +47,11 @@ def _path(key: str, row: Format, bare: bool) -> str:
     return key[len(start) :] if start else key if bare or key.startswith("prompt_") else ""
 
 
-def _part(path: str, config: Mapping[str, Any]) -> tuple[str, str] | None:
+def _part(path: str, config: Mapping[str, Any], kind: str) -> tuple[str, str] | None:
     """Return (module, role) of one key that is no half of a pair."""
     if tokens := _TOKENS.fullmatch(path):
         return tokens[1], "token_rows"
-    if method := _of_method(path, config):
+    if method := _of_method(path, kind):
         return method
     if _OWN.search(path):
         return None
@@ -74,9 +74,8 @@ def _copied(what: str, config: Mapping[str, Any]) -> str:
     return "set_bias" if config.get("bias", "none") not in (None, "none") else "base_copy_bias"
 
 
-def _of_method(path: str, config: Mapping[str, Any]) -> tuple[str, str] | None:
+def _of_method(path: str, kind: str) -> tuple[str, str] | None:
     """Return (module, what stands behind it) of a parameter that only another method has, such as `ia3_l`."""
-    kind = method_of(config)
     start = OTHER_METHODS.get(kind, f"{kind}_")
     parts = path.split(".")
     at = next((at for at, part in enumerate(parts) if part.startswith(start)), None)

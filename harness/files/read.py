@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraAdapter, LoraModule, Problem
 from harness.files.alpha import find_alphas
-from harness.files.config import method_of
 from harness.files.detect import Sorted, detect, sort_keys
 from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Format, Place, Source
 from harness.files.formats import FORMATS
@@ -23,6 +23,7 @@ from harness.text import count, is_printable, parse_json, printable
 _MAX_CONFIG_BYTES = 8_000_000
 _PICKLED = "adapter_model.bin"
 _NAMED = (WEIGHTS_NAME, MLX_WEIGHTS_NAME)  # the names that have a configuration beside them
+_STEP = re.compile(r"\d+_adapters\.safetensors")
 _SUFFIXES = (".safetensors", ".gguf")
 
 
@@ -39,16 +40,27 @@ def open_source(path: Path | str) -> Source:
     try:
         weights = _weights_in(path) if path.is_dir() else path
         file = read_gguf(weights) if is_gguf(weights) else read_header(weights)
-        config = _config(weights.parent / CONFIG_NAME) if weights.name in _NAMED else None
+        config = _config(weights.parent / CONFIG_NAME) if _is_named(weights) else None
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error
-    return Source(weights.parent if config is not None else weights, file, config)
+    return Source(weights.parent if config is not None and weights.name in _NAMED else weights, file, config)
+
+
+def _is_named(weights: Path) -> bool:
+    """Tell whether a configuration beside the weights is theirs: by name, as a step of mlx-lm, or as the only file."""
+    if weights.name in _NAMED or _STEP.fullmatch(weights.name):
+        return True
+    return (weights.parent / CONFIG_NAME).exists() and len(_candidates(weights.parent)) == 1
+
+
+def _candidates(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
 
 
 def _weights_in(folder: Path) -> Path:
     if named := next((folder / name for name in _NAMED if (folder / name).exists()), None):
         return named
-    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
+    found = _candidates(folder)
     if len(found) == 1:
         return folder / found[0]
     if found:
@@ -110,8 +122,10 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     """Return the adapter that `source` holds under the format `row`, with everything that is wrong with it."""
     keys = sort_keys(source, row)
     problems = [*_key_problems(source, keys)]
+    _add_vectors(source, keys)
+    _add_whole(source, row, keys)
     stacked = add_peft_parts(source, row, keys, problems) if row.name == "peft" else frozenset()
-    method = method_of(source.config or {}) if row.name == "peft" else "lora"
+    method = source.method if row.name == "peft" else "lora"
     measured: dict[Place, LoraModule] = {}
     known: dict[Signature, LoraModule] = {}
     for place, roles in keys.modules.items():
@@ -126,7 +140,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
         format=row.name,
         modules=modules,
         metadata=source.file.metadata,
-        unused_keys=tuple(_in_file_order(source, modules)),
+        unused_keys=tuple(key for key in _in_file_order(source, modules) if key not in row.marks),
         alpha_source=found.source,
         flattened=row.flattened,
         file=source.file,
@@ -135,11 +149,31 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     )
 
 
+def _add_whole(source: Source, row: Format, found: Sorted) -> None:
+    """Take the weights and biases that a file of a marked format replaces."""
+    taken = {key for roles in found.modules.values() for key in roles.values()}
+    for key in (key for key in source.file.keys if row.marks and key not in taken):
+        name, _, what = key.rpartition(".")
+        if name and what in ("weight", "bias"):
+            found.modules.setdefault(("", name), {}).setdefault(f"set_{what}", key)
+
+
+_VECTORS = re.compile(r"<[^<>]+>|bundle_emb\..+")
+
+
+def _add_vectors(source: Source, found: Sorted) -> None:
+    """Take the textual inversions that cloneofsimo's trainer and OneTrainer save inside a LoRA."""
+    for key in filter(_VECTORS.fullmatch, source.file.keys):
+        found.modules.setdefault(("", key), {"embedded_vectors": key})
+
+
 def _named(measured: dict[Place, LoraModule]) -> dict[str, LoraModule]:
     """Key modules by name; every component after the first is named, so that equal paths stay apart."""
     first = next(iter(measured), ("", ""))[0]
     return {
-        (name if component == first else f"{component}:{name}"): module
+        name
+        if component == first or (not component and (first, name) not in measured)
+        else f"{component}:{name}": module
         for (component, name), module in measured.items()
     }
 

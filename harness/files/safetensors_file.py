@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from harness.errors import LoraFileError
+from harness.errors import LoraFileError, NoLoraError
 from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size
 from harness.text import printable
 
@@ -81,7 +81,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
             head = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(head, "little")
             if length > size - _LENGTH_BYTES:
-                raise LoraFileError(path, _other_kind(path, head, size))
+                raise _other_kind(path, head, size)
             if length > MAX_HEADER_BYTES:
                 raise LoraFileError(path, f"a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
             return stream.read(length)
@@ -89,17 +89,18 @@ def _header_bytes(path: Path, size: int) -> bytes:
         raise LoraFileError(path, os_problem(error)) from error
 
 
-def _other_kind(path: Path, head: bytes, size: int) -> str:
+def _other_kind(path: Path, head: bytes, size: int) -> LoraFileError:
     """Say what a file is whose first bytes are no possible header length."""
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
-            return f"{kind}; {_CONVERT}" if "pickle" in kind else kind
+            return LoraFileError(path, f"{kind}; {_CONVERT}") if "pickle" in kind else NoLoraError(path, kind)
     if path.suffix.lower() in _PICKLES:
-        return f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}"
+        return LoraFileError(path, f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}")
     if size < _LENGTH_BYTES:
-        return f"empty or truncated: {size} bytes, a safetensors file has more"
+        return LoraFileError(path, f"empty or truncated: {size} bytes, a safetensors file has more")
     length = int.from_bytes(head, "little")
-    return f"truncated or not a safetensors file: it announces a header of {length:,} bytes and has {size:,}"
+    what = f"truncated or not a safetensors file: it announces a header of {length:,} bytes and has {size:,}"
+    return LoraFileError(path, what)
 
 
 def _validated(path: Path, framework: str) -> Any:

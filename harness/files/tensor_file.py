@@ -29,6 +29,11 @@ _CODES = {
 }  # fmt: skip
 _STRUCT = {dtype: struct.Struct(f"<{code}") for dtype, code in _CODES.items()}
 _HALVES = {"BF16": "<f", "F8_E5M2": "<e"}  # the upper half of a float of this code
+_BITS = {  # bytes of an element, and its bits without the sign from which on it is not finite
+    "F64": (8, 0x7FF << 52), "F32": (4, 0xFF << 23), "F16": (2, 0x7C00), "BF16": (2, 0x7F80),
+    "F8_E5M2": (1, 0x7C), "F8_E4M3": (1, 0x7F),
+}  # fmt: skip
+_BUFFER_BYTES = 1 << 20
 _FLOATS = frozenset({"F64", "F32", "F16", *_HALVES, "F8_E4M3"})
 
 
@@ -44,6 +49,13 @@ class TensorInfo(NamedTuple):
     def elements(self) -> int:
         """The number of elements (1 for a scalar)."""
         return math.prod(self.shape)
+
+
+class Extent(NamedTuple):
+    """How large the elements of a tensor are: the largest absolute value, infinite where one is not finite."""
+
+    largest: float
+    finite: bool
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,41 @@ class TensorFile:
         for key in run:
             dtype, _, start, end = self.tensors[key]
             yield key, decoded(dtype, raw[start - first : end - first])
+
+    def extents(self, keys: Iterable[str]) -> dict[str, Extent]:
+        """Read tensors of floats, each once, and say how large their elements are; other dtypes are left out.
+
+        Works on the bits, in a buffer of a few megabytes: nothing is converted or kept.
+
+        Raises:
+            LoraFileError: the file cannot be read, or is shorter than its header says.
+        """
+        buffer = memoryview(bytearray(_BUFFER_BYTES))
+        able = sorted((self.tensors[key].start, key) for key in keys if self.tensors[key].dtype in _BITS)
+        try:
+            with self.path.open("rb", buffering=0) as stream:
+                return {key: self._extent(stream, self.tensors[key], buffer) for _, key in able}
+        except OSError as error:
+            raise LoraFileError(self.path, os_problem(error)) from error
+
+    def _extent(self, stream: FileIO, info: TensorInfo, buffer: memoryview) -> Extent:
+        import numpy as np
+
+        code, infinite = _BITS[info.dtype]
+        unsigned, signed = np.dtype(f"<u{code}"), np.dtype(f"<i{code}")
+        largest, left = 0, info.end - info.start
+        stream.seek(info.start)
+        while left > 0:
+            got = stream.readinto(buffer[: min(left, len(buffer))])
+            if not got or got % code:
+                raise LoraFileError(self.path, "is shorter than its header says")
+            bits = np.frombuffer(buffer[:got], unsigned)
+            positive, negative = int(bits.view(signed).max()), int(bits.max())  # by size, both begin with their sign
+            largest = max(largest, positive, negative & (1 << 8 * code - 1) - 1)
+            left -= got
+        finite = largest < infinite
+        value = decoded(info.dtype, largest.to_bytes(code, "little")) if finite else math.inf
+        return Extent(value, finite)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return one tensor as stored (dtype, shape); needs torch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import assume, given
@@ -134,6 +134,7 @@ class File:
     modules: dict[str, LoraModule]
     problems: tuple[Problem, ...] = ()
     format: str = "peft"
+    config: dict[str, str] = field(default_factory=lambda: {"peft_type": "LORA"})
 
 
 def test_a_file_has_a_strength_for_every_loader_that_reads_its_format() -> None:

@@ -24,9 +24,9 @@ def audit_file(path: str, *, energy: bool = False) -> FileRecord:
     try:
         if remote.is_url(path):
             with remote.local_copy(path) as copy:
-                record, mark = read_record(copy)[0].model_copy(update={"path": path}), None
+                record, mark = read_record(copy, headers_only=True)[0].model_copy(update={"path": path}), None
         else:
-            record, adapter = read_record(path, energy=energy)
+            record, adapter = read_record(path, energy=energy, headers_only=not energy)
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return unreadable(path, str(error))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.inspect.hazards import hazards
-from harness.errors import LoraFileError
-from harness.files import LoraAdapter, LoraModule, read_lora
-from harness.law.known import conventions, distinct, prescriptions
-from harness.text import printable
+from harness.doctor.inspect.hazards import Weighed, hazards, weigh
+from harness.errors import LoraFileError, NoLoraError
+from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
+from harness.files.keys import OTHER_NAMES, cut
+from harness.law.known import conventions, distinct, not_applied, prescriptions, refusals
+from harness.text import count, first_of, printable
 from harness.verdict.file_record import FileRecord, Hazard
 
 _UNUSED_SHOWN = 50
@@ -33,39 +34,52 @@ _TRAINERS = (
 
 
 def inspect_file(
-    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+    path: Path | str,
+    *,
+    energy: bool = False,
+    base: Path | str | None = None,
+    lora_alpha: float | None = None,
+    headers_only: bool = False,
 ) -> FileRecord:
-    """Return what is in a LoRA file or PEFT folder; a file that cannot be read is a record with hazard LH799.
+    """Return what is in a LoRA file or PEFT folder.
 
-    Without `energy` only the header and the alphas are read and torch is not imported. `base` is a safetensors file or
-    a folder of them with the base weights, and implies `energy`. `lora_alpha` is the alpha of the training, for files
-    that carry none.
+    A file that cannot be read is a record with hazard LH799, an intact file that is no LoRA one with LH797. The weights
+    are looked at once, for what is not finite or all zero, unless `headers_only`; torch is imported for `energy` alone.
+    `base` is a safetensors file or a folder of them with the base weights, and implies `energy`. `lora_alpha` is the
+    alpha of the training, for files that carry none.
 
     Raises:
         LoraFileError: `base` cannot be read.
     """
-    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha)[0]
+    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha, headers_only=headers_only)[0]
 
 
 def read_record(
-    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+    path: Path | str,
+    *,
+    energy: bool = False,
+    base: Path | str | None = None,
+    lora_alpha: float | None = None,
+    headers_only: bool = False,
 ) -> tuple[FileRecord, LoraAdapter | None]:
     """Return what `inspect_file` does, and the parsed file (None when it cannot be read)."""
     try:
         adapter = read_lora(path, strict=False)
+        weighed = Weighed() if headers_only else weigh(adapter)
     except LoraFileError as error:
-        return unreadable(path, _without_path(error, Path(path))), None
-    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
+        code = "LH797" if isinstance(error, NoLoraError) else "LH799"
+        return unreadable(path, _without_path(error, Path(path)), code), None
+    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha, weighed=weighed)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
-        return with_energy(record, adapter, base), adapter
+        return with_energy(record, with_alpha(adapter, lora_alpha), base), adapter
     return record, adapter
 
 
-def unreadable(path: Path | str, what: str) -> FileRecord:
-    """Return the record of a file that could not be read, with hazard LH799."""
-    return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
+def unreadable(path: Path | str, what: str, code: str = "LH799") -> FileRecord:
+    """Return the record of a file that could not be read, or is no LoRA."""
+    return FileRecord(path=_text(path), hazards=(Hazard(code=code, what=printable(what, 400)),))
 
 
 def not_judged(path: Path | str, what: str) -> FileRecord:
@@ -73,31 +87,47 @@ def not_judged(path: Path | str, what: str) -> FileRecord:
     return FileRecord(path=_text(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
 
 
-def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
-    """Return the record of a parsed file."""
+def describe(
+    adapter: LoraAdapter,
+    *,
+    path: str | None = None,
+    lora_alpha: float | None = None,
+    weighed: Weighed | None = None,
+) -> FileRecord:
+    """Return the record of a parsed file; `weighed` is what its weights say, where they were looked at."""
+    weighed = weighed or Weighed()
+    given, total = adapter, len(adapter.file.keys)
+    adapter = with_alpha(given, lora_alpha)
     modules = list(adapter.modules.values())
-    different = distinct(modules)
-    total = len(adapter.file.keys)
+    low_rank = [module for module in modules if module.rank or module.variant == "lokr"]
+    different = [m for m in distinct(low_rank) if m.alpha is not None or m.unscaled or not m.rank]
     return FileRecord(
         path=path or _text(adapter.path),
         format=adapter.format,
         size=adapter.file.size,
         modules=len(modules),
-        ranks=_histogram(modules, "rank"),
-        alphas=_histogram(modules, "alpha", lambda alpha: "none" if alpha is None else f"{alpha:.6g}"),
+        ranks=_histogram(low_rank, "rank", lambda rank: str(rank or "full")),
+        alphas=_histogram(
+            [module for module in low_rank if module.rank],
+            "alpha",
+            lambda alpha: "none" if alpha is None else f"{alpha:.6g}",
+        ),
         alpha_source=adapter.alpha_source,
         variants=_histogram(modules, "variant"),
         dtypes=_histogram(modules, "dtype"),
         components=_histogram(modules, "component"),
         trained=_range(module.trained_scale for module in different if module.alpha is not None),
         scales=_scales(different),
-        hazards=hazards(adapter),
-        notes=tuple(_notes(modules)),
+        hazards=tuple(sorted((*hazards(adapter), *weighed.hazards), key=lambda hazard: hazard.code)),
+        notes=(*_notes(adapter, given, lora_alpha), *weighed.notes),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
         trainer=_trainer(adapter.metadata),
         metadata=_shown(adapter.metadata),
-        prescription=prescriptions(adapter, lora_alpha=lora_alpha),
+        prescription=prescriptions(given, lora_alpha=lora_alpha),
+        refusals=refusals(given, lora_alpha=lora_alpha),
+        dialect=adapter.dialect,
+        weights_read=weighed.read,
     )
 
 
@@ -106,10 +136,43 @@ def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
     return {name: found for name, found in ranges.items() if found}
 
 
-def _notes(modules: list[LoraModule]) -> Iterable[str]:
+def _notes(adapter: LoraAdapter, given: LoraAdapter, lora_alpha: float | None) -> Iterator[str]:
+    modules = list(adapter.modules.values())
     if any(module.rslora for module in modules):
         root = max(module.rank for module in modules) ** 0.5
         yield f"rank-stabilised: readers that know only alpha / rank are up to sqrt(rank) = {root:.3g} times too weak"
+    if lora_alpha is not None and adapter is given:
+        yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
+    if any(module.unscaled for module in modules):
+        yield "no alpha by construction: what wrote this file trains at scale 1"
+    yield from _parts(adapter)
+
+
+_PARTS = (
+    ("set", "replaced weights", "PEFT copies them over the base's, whatever the strength"),
+    ("tokens", "trained token rows", "they replace rows of the embedding, whatever the strength"),
+    ("copy", "copies of base weights", "PEFT copies them over the base's"),
+    ("diff", "whole differences", "readers of low-rank pairs leave them out"),
+    ("lora_diff", "whole differences beside pairs", "readers of low-rank pairs leave them out"),
+    ("norm", "norm differences or replaced norm scales", "readers of low-rank pairs leave them out"),
+    *((kind, what, "readers of low-rank pairs leave it out") for kind, what in OTHER_NAMES.items()),
+)
+
+
+def _parts(adapter: LoraAdapter) -> Iterator[str]:
+    """Name what the file holds beside low-rank pairs, and who leaves it out."""
+    by_variant: dict[str, list[str]] = {}
+    for name, module in adapter.modules.items():
+        by_variant.setdefault(module.variant, []).append(name)
+    for variant, what, effect in _PARTS:
+        if names := by_variant.get(variant):
+            yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
+    if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
+        tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
+        told = filter(None, (not_applied(adapter, profile) for profile in ("diffusers", "diffsynth")))
+        yield ": ".join(
+            filter(None, (f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}", "; ".join(told)))
+        )
 
 
 def _range(values: Iterable[float]) -> tuple[float, float] | None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.inspect.fit import base_hazards, fit_of, notes
 from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
+    from harness.doctor.match import Placement
     from harness.files import LoraAdapter
 
 # ||ΔW|| / ||W|| over all adapted layers. On the tiny Qwen-Image pipeline of the image tests 0.016 to 0.08 is a clear
@@ -27,19 +30,21 @@ _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
 
 
-def advise(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None) -> Advice | None:
+def advise(
+    adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint | None, placed: Placement | None = None
+) -> Advice | None:
     """Return the outlook of a LoRA, or None when nothing can be said: no pair, or no base and nothing broken."""
     if broken := _broken(adapter, energies):
         return broken
-    matched = base.match(adapter) if base else {}
-    pairs = {name: energy for name, energy in energies.items() if name in matched}
-    if base is None or not pairs:
+    pairs = {name: energy for name, energy in energies.items() if placed and name in placed.slots}
+    if base is None or placed is None or not pairs:
         return None
-    share = norm_of(energy.norm for energy in pairs.values()) / norm_of(base.norm(matched[name]) for name in pairs)
+    whole = norm_of(base_norm(base, placed.slots[name]) for name in pairs)
+    share = norm_of(energy.norm for energy in pairs.values()) / whole if whole else math.inf
     said = f"||ΔW|| / ||W|| is {share:.2g} over {count(len(pairs), 'module')}"
     if share < SUBTLE_BELOW:
         reason = f"{said}, below {SUBTLE_BELOW:g}: loaded as trained, it changes little"
-        return Advice(outlook="subtle", reason=reason, advice=_stronger(adapter, energies, base))
+        return Advice(outlook="subtle", reason=reason, advice=_stronger(adapter, energies, untargeted(base, placed)))
     if share > STRONG_ABOVE:
         reason = f"{said}, above {STRONG_ABOVE:g}: expect artifacts at the trained strength"
         return Advice(outlook="too strong", reason=reason, advice=_weaker(adapter))
@@ -65,10 +70,10 @@ def _not_finite(energies: Mapping[str, ModuleEnergy]) -> str | None:
     return f"NaN or infinite weights in {count(len(bad), 'module')} ({printable(bad[0], 80)})" if bad else None
 
 
-def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], base: Checkpoint) -> tuple[str, ...]:
+def _stronger(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy], missing: list[str]) -> tuple[str, ...]:
     """Return what makes a subtle LoRA stronger; alpha and strength are right already and are not the way."""
     advice = ["train longer, or raise the learning rate", _about_rank(adapter, energies)]
-    if missing := untargeted(adapter, base):
+    if missing:
         names = ", ".join(missing[:_FAMILIES_SHOWN]) + (", …" if len(missing) > _FAMILIES_SHOWN else "")
         advice.append(f"add target modules; not targeted in this base: {names}")
     advice.append("the scale is the trained one: a larger strength would only amplify an under-trained update")
@@ -91,9 +96,10 @@ def _about_rank(adapter: LoraAdapter, energies: Mapping[str, ModuleEnergy]) -> s
     return f"a higher rank matters less: {used:.3g} of {rank:.3g} are in use"
 
 
-def untargeted(adapter: LoraAdapter, base: Checkpoint) -> list[str]:
+def untargeted(base: Checkpoint, placed: Placement) -> list[str]:
     """Return the kinds of layers of the base that the LoRA leaves alone, the largest first."""
-    targeted = {family_of(tensor.removesuffix(".weight")) for tensor in base.match(adapter).values()}
+    tensors = (base.layers[slot.layer] for slots in placed.slots.values() for slot in slots)
+    targeted = {family_of(tensor.removesuffix(".weight")) for tensor in tensors}
     sizes: Counter[str] = Counter()
     for tensor in base.layers.values():
         info = base.info(tensor)
@@ -115,41 +121,59 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
         LoraFileError: `base` cannot be read.
     """
     weights = Checkpoint.open(base) if base is not None else None
-    found = energies(adapter, weights)
-    hazards = list(record.hazards)
-    if what := _not_finite(found):
+    placed = weights.place(adapter) if weights else None
+    found = energies(adapter, weights, placed)
+    fit = fit_of(adapter, weights, placed) if weights and placed else None
+    hazards = [*record.hazards]
+    hazards += base_hazards(adapter, weights, placed, fit) if weights and placed and fit else []
+    if (what := _not_finite(found)) and "LH707" not in record.codes:
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
-    lost = weights is not None and not weights.match(adapter)
-    note = f"no module of this LoRA is a layer of {printable(base, 200)}: is it the model that it was trained on?"
     return record.model_copy(
         update={
-            "notes": (*record.notes, note) if lost else record.notes,
+            "fit": fit,
+            "notes": (*record.notes, *(notes(adapter, weights) if weights else ())),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,
-            "advice": advise(adapter, found, weights),
+            "advice": advise(adapter, found, weights, placed),
         }
     )
 
 
-def energies(adapter: LoraAdapter, base: Checkpoint | None = None) -> dict[str, ModuleEnergy]:
+def energies(
+    adapter: LoraAdapter, base: Checkpoint | None = None, placed: Placement | None = None
+) -> dict[str, ModuleEnergy]:
     """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts.
 
     One module is in memory at a time.
     """
-    matched = base.match(adapter) if base else {}
+    placed = base.place(adapter) if base and placed is None else placed
     found = {}
     for name, module in adapter.modules.items():
         pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
         if pair and math.isfinite(module.trained_scale):
             energy = pair_energy(*adapter.tensors(name), module.trained_scale)
-            if base and name in matched and energy.finite:
-                norm = base.norm(matched[name])
+            if base and placed and name in placed.slots and energy.finite:
+                norm = base_norm(base, placed.slots[name])
                 energy = energy.model_copy(update={"relative": energy.norm / norm if norm else None})
             found[name] = energy
     return found
+
+
+def base_norm(base: Checkpoint, slots: Iterable[Slot]) -> float:
+    """Return ||W|| over the rows of the base that a module changes."""
+    return norm_of(_slot_norm(base, base.layers[slot.layer], slot) for slot in slots)
+
+
+def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
+    if slot.rows is None:
+        return base.norm(tensor)
+    weight = base.rows(tensor, *slot.rows)
+    weight = weight if weight.dtype.itemsize > 1 else weight.float()
+    base.release()
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:
