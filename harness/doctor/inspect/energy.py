@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ SUBTLE_BELOW = 0.005
 STRONG_ABOVE = 0.25
 _FULL_RANK = 0.8  # effective rank / rank above which the rank is used up
 _FAMILIES_SHOWN = 8
+_QUANTISED_NAME = re.compile(r"(bnb-)?4-?bit|nf4|int4|int8|8-?bit|gptq|awq|fp8", re.I)
 
 
 def advise(
@@ -36,7 +38,8 @@ def advise(
     """Return the outlook of a LoRA, or None when nothing can be said: no pair, or no base and nothing broken."""
     if broken := _broken(adapter, energies):
         return broken
-    pairs = {name: energy for name, energy in energies.items() if placed and name in placed.slots}
+    matched = readable(base, placed) if base and placed else {}
+    pairs = {name: energy for name, energy in energies.items() if name in matched}
     if base is None or placed is None or not pairs:
         return None
     whole = norm_of(base_norm(base, placed.slots[name]) for name in pairs)
@@ -130,16 +133,43 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
     relative = {name: energy.relative for name, energy in known.items() if energy.relative is not None}
+    own = _of_base(adapter, weights, placed) if weights and placed else ()
     return record.model_copy(
         update={
             "fit": fit,
-            "notes": (*record.notes, *(notes(adapter, weights) if weights else ())),
+            "notes": (*record.notes, *own, *(notes(adapter, weights) if weights else ())),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},
             "energies": found,
             "advice": advise(adapter, found, weights, placed),
         }
     )
+
+
+def _of_base(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> Iterator[str]:
+    """Yield what quantisation of the base means for the shares: real weights, or not judged."""
+    weights = dict.fromkeys(base.layers[slot.layer] for some in placed.slots.values() for slot in some)
+    unread = Counter(why for name in weights if (why := base.unreadable(name)))
+    for why, times in unread.items():
+        yield f"{count(times, 'layer')} of the base not judged: {why}"
+    kinds = Counter(how for name in weights if not base.unreadable(name) and (how := base.quantised(name)))
+    for how, times in kinds.items():
+        yield f"{count(times, 'layer')} of the base stored as {how}: the shares are of the dequantised weights"
+    said = str(adapter.config.get("base_model_name_or_path") or "")
+    if (trained := _QUANTISED_NAME.search(said)) and weights and not (kinds or unread):
+        yield (
+            f"trained on {printable(said, 80)}, a base in {trained[0]}, and these are full weights: "
+            "merged into them it corrects roundings that they do not have"
+        )
+
+
+def readable(base: Checkpoint, placed: Placement) -> dict[str, tuple[Slot, ...]]:
+    """Return the slots of every module whose layers' real weights can be had."""
+    return {
+        module: slots
+        for module, slots in placed.slots.items()
+        if all(base.unreadable(base.layers[slot.layer]) is None for slot in slots)
+    }
 
 
 def energies(
@@ -150,13 +180,14 @@ def energies(
     One module is in memory at a time.
     """
     placed = base.place(adapter) if base and placed is None else placed
+    slots = readable(base, placed) if base and placed else {}
     found = {}
     for name, module in adapter.modules.items():
         pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
         if pair and math.isfinite(module.trained_scale):
             energy = pair_energy(*adapter.tensors(name), module.trained_scale)
-            if base and placed and name in placed.slots and energy.finite:
-                norm = base_norm(base, placed.slots[name])
+            if base and name in slots and energy.finite:
+                norm = base_norm(base, slots[name])
                 energy = energy.model_copy(update={"relative": energy.norm / norm if norm else None})
             found[name] = energy
     return found
@@ -172,7 +203,6 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
         return base.norm(tensor)
     weight = base.rows(tensor, *slot.rows)
     weight = weight if weight.dtype.itemsize > 1 else weight.float()
-    base.release()
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 

@@ -23,7 +23,6 @@ from harness.measure.tolerance import scale_rounding
 from harness.text import printable
 
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
-_SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
 _ELEMENTS = 100_000
 _ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
 _OWN = 1e-4  # relative; singular values of this LoRA's update
@@ -70,7 +69,6 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
         )
         return
     yield from _together(claims, wanted, [layer for layer in layers if layer], reading)
-    _release(stores)
 
 
 def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | None:
@@ -151,11 +149,6 @@ def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     )
 
 
-def _release(stores: Stores) -> None:
-    for store in stores:
-        store.release()
-
-
 def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> Iterator[Module]:
     """Yield what was found of one change."""
     adapter = given.adapter
@@ -229,7 +222,6 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
             what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
             return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
         measured, fault = other, ("LH301", "the update was merged transposed")
-    _release(stores)
     note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]
     unknown = change.scaled and lora.rank > 0 and not lora.alpha
@@ -278,10 +270,12 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     if change.saved and change.tensor in stores[1].names:
         return _odd_dtype([stores[1].dtype(change.tensor)])
     whole = change.tensor.partition("[")[0]
+    if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
+        return NotMeasured("quantised", why)
+    if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, whole, stores[1]):
+        return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if any(whole.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
-        return NotMeasured("quantised", "the weight is stored with a separate quantisation scale")
     return _misfit(whole, *stores)
 
 
@@ -292,6 +286,13 @@ def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     if first[1:] != second[1:] or (first != second and len(first) != 2):
         return NotMeasured("misfit", "the merged weight has another shape than the base's")
     return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
+
+
+def _has_steps(change: Change, tensor: str, merged: Weights) -> bool:
+    """Tell whether the rounding of codes is known: numbers of eight bits that a scale multiplies, all rows of them."""
+    scheme = merged.store.schemes.get(tensor)
+    fits = scheme is not None and scheme.step is not None and change.tensor == tensor and change.product is not None
+    return fits and scheme is not None and merged.store.dtype(scheme.codes.removeprefix(merged.store.prefix)) in DTYPES
 
 
 def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:

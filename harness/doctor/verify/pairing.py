@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
+from harness.doctor.quantised import Rows
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.tensor_file import TensorFile, is_float
@@ -48,11 +49,12 @@ class Weights:
     names: Mapping[str, str] = field(default_factory=dict)
     folds: dict[str, str] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
+    coded: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Checkpoint) -> Weights:
         """Return a checkpoint under its own names."""
-        return cls(store, {}, store.names)
+        return cls(store, {}, _listed(store))
 
     @property
     def path(self) -> Path:
@@ -98,6 +100,8 @@ class Weights:
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says, of stacked rows with the size that they have together."""
+        if name in self.coded:
+            return self.info(self.coded[name][0])
         if name in self.held:
             tensor = self.held[name]
             return TensorInfo(str(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
@@ -113,15 +117,27 @@ class Weights:
         return TensorInfo(first.dtype, (rows, *first.shape[1:]), 0, rows * width)
 
     def dtype(self, name: str) -> str:
-        """Return the dtype of a tensor as torch names it."""
+        """Return the dtype of a tensor as torch names it; a real weight behind codes is float32."""
         if name in self.held:
             return str(self.held[name].dtype).removeprefix("torch.")
-        return self.store.dtype(self._pieces(self.folds.get(name, name))[0].name)
+        own, step = self.coded.get(name, (name, None))
+        plain = name not in self.coded and self.quantised(own) is None
+        return (
+            self.store.dtype(self._pieces(self.folds.get(own, own))[0].name) if plain else self._code_dtype(own, step)
+        )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), flattened to two dimensions."""
         if name in self.held:
             return self.held[name][start:stop].flatten(1)
+        if name in self.coded:
+            own, step = self.coded[name]
+            key = self.store.schemes[own].codes.removeprefix(self.store.prefix) if step is None else ""
+            return (
+                self.store.stored_rows(key, start, stop)
+                if step is None
+                else self.rows(own, start, stop) / step(start, stop)
+            )
         if name in self.folds:
             return self._unfolded(self.folds[name], start, stop)
         parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
@@ -145,6 +161,16 @@ class Weights:
             self.held[f"{name}[copy]"] = tensor
         return f"{name}[copy]"
 
+    def in_codes(self, name: str, step: Rows | None) -> str:
+        """Return a name for a weight divided by the scales `step` of each row; None: for the codes stored for it."""
+        self.coded[f"{name}[codes]"] = name, step
+        return f"{name}[codes]"
+
+    def _code_dtype(self, name: str, step: Rows | None) -> str:
+        if f"{name}[codes]" not in self.coded or step is not None:
+            return "float32"
+        return self.store.dtype(self.store.schemes[name].codes.removeprefix(self.store.prefix))
+
     def owner(self, name: str) -> str:
         """Return the tensor that `name` is, or is cut from."""
         return self._pieces(name.partition("[")[0])[0].name
@@ -160,16 +186,25 @@ class Weights:
         whole = self.rows(name, first, -(-stop // height)).reshape(-1, width)
         return whole[start - first * height : stop - first * height]
 
-    def release(self) -> None:
-        """Unmap what was read."""
-        if release := getattr(self.store, "release", None):
-            release()
+    def quantised(self, name: str) -> str | None:
+        """Name how a weight is stored, None when its numbers are the weights."""
+        return self.store.quantised(self.owner(name)) if name not in self.held else None
+
+    def unreadable(self, name: str) -> str | None:
+        """Say why the real weight cannot be had; None when it can."""
+        return self.store.unreadable(self.owner(name)) if name not in self.held else None
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         return self.pieces.get(name) or (Piece(name),)
 
     def _stop(self, piece: Piece) -> int:
         return (*self.store.info(piece.name).shape, 1)[0] if piece.stop is None else piece.stop
+
+
+def _listed(store: Checkpoint) -> dict[str, str]:
+    """Return the tensors of a checkpoint by name: real weights, without the scales and codes behind them."""
+    names = [name for name in store.names if name not in store.owned]
+    return {name: name for name in dict.fromkeys([*names, *store.schemes])}
 
 
 def _is_whole(module: LoraModule) -> bool:
@@ -215,19 +250,19 @@ def paired(base: Checkpoint, merged: Checkpoint, adapters: Sequence[LoraAdapter]
 
 def _paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
     before, after = Weights.of(base), Weights.of(merged)
-    found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in base.names if name in merged.names}
+    found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in before.names if name in after.names}
     used = set(found)
-    lost = [name for name in base.names if name not in found]
-    left = {plain_name(name): name for name in merged.names if name not in used and not is_left_over(name)}
+    lost = [name for name in before.names if name not in found]
+    left = {plain_name(name): name for name in after.names if name not in used and not is_left_over(name)}
     for name in lost:
         if plain_name(name) in left and (own := left.pop(plain_name(name))):
             found[name] = (Piece(own),)
     used = {piece.name for pieces in found.values() for piece in pieces}
     lost = [name for name in lost if name not in found and not EMA.search(name)]
-    rest = [name for name in merged.names if name not in used and not is_left_over(name)]
+    rest = [name for name in after.names if name not in used and not is_left_over(name)]
     found |= _renamed(before, after, lost, rest) if lost and rest else {}
     used = {piece.name for pieces in found.values() for piece in pieces}
-    found |= {own: (Piece(own),) for own in merged.names if own not in used and own not in found}
+    found |= {own: (Piece(own),) for own in after.names if own not in used and own not in found}
     return before, Weights(merged, found, {name: name for name in found})
 
 

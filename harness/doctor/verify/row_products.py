@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored
+Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored; they hold until the next call
 
 _CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it in 32
 _NARROW_BYTES = 1 << 21  # of one chunk that stays in 16 bits
@@ -48,11 +48,15 @@ def _spans(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
 def _in_one_dtype(
     before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, device: str
 ) -> Passed:
+    """Make the change of each chunk in one buffer: fresh memory costs as much as the product."""
     turned = right.to(device, dtype).t()
-    changes = (after(*span).to(device, dtype) - before(*span).to(device, dtype) for span in spans)
-    found = [((change @ turned).float(), _squares(change)) for change in changes]
-    products, energies = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    return Passed(products, energies)
+    change = torch.empty(spans[0][1], right.shape[1], dtype=dtype, device=device)
+    seen, energies = (torch.empty(spans[-1][1], *size, device=device) for size in ((right.shape[0],), ()))
+    for start, stop in spans:
+        part = change[: stop - start]
+        torch.sub(after(start, stop).to(device, dtype), before(start, stop).to(device, dtype), out=part)
+        seen[start:stop], energies[start:stop] = part @ turned, _squares(part)
+    return Passed(seen.cpu(), energies.cpu())
 
 
 def _squares(change: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def _squares(change: Tensor) -> Tensor:
 
 
 def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Passed:
-    """Convert each chunk into buffers that are used again: fresh memory costs as much as the product."""
+    """Convert each chunk into buffers that are used again."""
     turned = right.float().t().contiguous()
     change, old = (torch.empty(spans[0][1], right.shape[1]) for _ in range(2))
     seen, energies = torch.empty(spans[-1][1], right.shape[0]), torch.empty(spans[-1][1])

@@ -168,8 +168,6 @@ def _differs(base: Weights, merged: Weights, name: str, without: Sequence[tuple[
         for run in _outside((start, min(start + step, rows)), without):
             if not unchanged(base.rows(name, *run), merged.rows(name, *run)):
                 return True
-    base.release()
-    merged.release()
     return False
 
 
