@@ -10,11 +10,13 @@ import torch
 
 from harness.doctor.architectures import Slot
 from harness.doctor.match import layers_by_spelling
+from harness.doctor.quantised import Rows
 from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import (
     Product,
+    Scaled,
     experts_product,
     loha_product,
     lokr_product,
@@ -176,6 +178,9 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
     if fitted is None:
         return None
+    if step := _steps(tensor, merged):
+        fitted = Scaled(fitted, step)
+        tensor = [base.in_codes(tensor, step), merged.in_codes(tensor, None)].pop()
     first = next(role for role in ("B", *module.keys) if role in module.keys and role != "alpha")
     dtype = str(adapter.part(change.module, first).dtype).removeprefix("torch.")
     parts = (tensor, base, merged, fitted, dtype)
@@ -184,6 +189,12 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     magnitude = adapter.part(change.module, "magnitude")
     axis = _axis(tuple(magnitude.shape), product.shape, adapter.format)
     return None if axis is None else DoraLayer(*parts, magnitude, axis)
+
+
+def _steps(tensor: str, merged: Weights) -> Rows | None:
+    """Return the scales of the rows of a merged weight that is stored in codes; None where it is stored as it is."""
+    scheme = merged.store.schemes.get(tensor)
+    return scheme.step if scheme else None
 
 
 def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged: Weights) -> str:

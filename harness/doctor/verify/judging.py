@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
-from harness.doctor.verify.coded import in_codes, obstacle, one_step, told
 from harness.doctor.verify.dora import DoraLayer
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
@@ -26,6 +25,7 @@ from harness.text import printable
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
 _ELEMENTS = 100_000
 _ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
+_OWN = 1e-4  # relative; singular values of this LoRA's update
 _ABOVE = 5.0  # medians; singular values of noise lie below
 _NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
 Stores = tuple[Weights, Weights]
@@ -138,6 +138,9 @@ def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     rest = seen.after - seen.before - scale * seen.product
     if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
         return None
+    _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
+    own = own[sizes > _OWN * sizes.max()]  # the scale is not exact: what it leaves of this LoRA counts for nothing
+    rest = rest - rest @ own.T @ own
     values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
     rank = int((values > _ABOVE * np.median(values)).sum())
     low = 0 < rank <= len(values) / 3
@@ -205,14 +208,7 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         return Module(
             wanted, change.tensor, None, NotMeasured("misfit", f"the update does not fit the weight [{shape}]")
         )
-    if (step := one_step(stores[1], change.tensor)) is not None:
-        if isinstance(layer, DoraLayer):
-            return Module(wanted, change.tensor, None, NotMeasured("quantised", "DoRA in scaled codes is not judged"))
-        layer = in_codes(layer, step)
     measured = reading.measure(layer, wanted.expected)
-    if stores[0].scheme(change.tensor) is not None and step is None and not told(measured):
-        what = "the base is known through its codes alone, and what was added to it is not clear"
-        return Module(wanted, change.tensor, None, NotMeasured("quantised", what))
     # a strength other than 1 may stand outside DoRA's norm; what it means there is left to the merger
     blends = wanted.strength not in (0.0, 1.0) and layer.blends(wanted.expected / wanted.strength, wanted.strength)
     if blends:
@@ -274,10 +270,12 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     if change.saved and change.tensor in stores[1].names:
         return _odd_dtype([stores[1].dtype(change.tensor)])
     whole = change.tensor.partition("[")[0]
+    if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
+        return NotMeasured("quantised", why)
+    if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, whole, stores[1]):
+        return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if whole in stores[1].names and (why := obstacle(whole, *stores)):
-        return NotMeasured("quantised", why)
     return _misfit(whole, *stores)
 
 
@@ -287,7 +285,14 @@ def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     first, second = base.info(tensor).shape, merged.info(tensor).shape
     if first[1:] != second[1:] or (first != second and len(first) != 2):
         return NotMeasured("misfit", "the merged weight has another shape than the base's")
-    return _odd_dtype([store.dtype(tensor) for store in (base, merged) if store.scheme(tensor) is None])
+    return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
+
+
+def _has_steps(change: Change, tensor: str, merged: Weights) -> bool:
+    """Tell whether the rounding of codes is known: numbers of eight bits that a scale multiplies, all rows of them."""
+    scheme = merged.store.schemes.get(tensor)
+    fits = scheme is not None and scheme.step is not None and change.tensor == tensor and change.product is not None
+    return fits and scheme is not None and merged.store.dtype(scheme.codes.removeprefix(merged.store.prefix)) in DTYPES
 
 
 def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
-from harness.doctor.quantised import Scheme
+from harness.doctor.quantised import Rows
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.tensor_file import TensorFile, is_float
@@ -50,11 +50,12 @@ class Weights:
     names: Mapping[str, str] = field(default_factory=dict)
     folds: dict[str, str] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
+    coded: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Checkpoint) -> Weights:
         """Return a checkpoint under its own names."""
-        return cls(store, {}, store.names)
+        return cls(store, {}, _listed(store))
 
     @property
     def path(self) -> Path:
@@ -78,10 +79,7 @@ class Weights:
         """Return where the modules of an adapter go; those that replace what they name need not have its shape."""
         layers = self.layers
         infos = {layer: self.info(name) for layer, name in layers.items()}
-        shapes: dict[str, Shape | None] = {
-            layer: info.shape or None if is_float(info.dtype) or self.scheme(layers[layer]) else None
-            for layer, info in infos.items()
-        }
+        shapes: dict[str, Shape | None] = {name: i.shape if is_float(i.dtype) else None for name, i in infos.items()}
         whole = {name: module for name, module in adapter.modules.items() if _is_whole(module)}
         low = {name: module for name, module in adapter.modules.items() if name not in whole}
         first = place(_with(adapter, low), shapes)
@@ -98,11 +96,13 @@ class Weights:
     def slice(self, name: str, rows: tuple[int, int]) -> str:
         """Return a name for some rows of a tensor."""
         found = f"{name}[{rows[0]}:{rows[1]}]"
-        self.pieces[found] = tuple(Piece(*cut) for cut in cut(self._pieces(name), *rows, self._stop))
+        self.pieces[found] = tuple(Piece(*cut) for cut in _cut(self._pieces(name), *rows, self._stop))
         return found
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says, of stacked rows with the size that they have together."""
+        if name in self.coded:
+            return self.info(self.coded[name][0])
         if name in self.held:
             tensor = self.held[name]
             return TensorInfo(str(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
@@ -118,18 +118,30 @@ class Weights:
         return TensorInfo(first.dtype, (rows, *first.shape[1:]), 0, rows * width)
 
     def dtype(self, name: str) -> str:
-        """Return the dtype of a tensor as torch names it."""
+        """Return the dtype of a tensor as torch names it; a real weight behind codes is float32."""
         if name in self.held:
             return str(self.held[name].dtype).removeprefix("torch.")
-        return self.store.dtype(self._pieces(self.folds.get(name, name))[0].name)
+        own, step = self.coded.get(name, (name, None))
+        plain = name not in self.coded and self.quantised(own) is None
+        return (
+            self.store.dtype(self._pieces(self.folds.get(own, own))[0].name) if plain else self._code_dtype(own, step)
+        )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), flattened to two dimensions."""
         if name in self.held:
             return self.held[name][start:stop].flatten(1)
+        if name in self.coded:
+            own, step = self.coded[name]
+            key = self.store.schemes[own].codes.removeprefix(self.store.prefix) if step is None else ""
+            return (
+                self.store.stored_rows(key, start, stop)
+                if step is None
+                else self.rows(own, start, stop) / step(start, stop)
+            )
         if name in self.folds:
             return self._unfolded(self.folds[name], start, stop)
-        parts = [self.store.rows(*piece) for piece in cut(self._pieces(name), start, stop, self._stop)]
+        parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self, name: str) -> Tensor:
@@ -149,6 +161,16 @@ class Weights:
         else:
             self.held[f"{name}[copy]"] = tensor
         return f"{name}[copy]"
+
+    def in_codes(self, name: str, step: Rows | None) -> str:
+        """Return a name for a weight divided by the scales `step` of each row; None: for the codes stored for it."""
+        self.coded[f"{name}[codes]"] = name, step
+        return f"{name}[codes]"
+
+    def _code_dtype(self, name: str, step: Rows | None) -> str:
+        if f"{name}[codes]" not in self.coded or step is not None:
+            return "float32"
+        return self.store.dtype(self.store.schemes[name].codes.removeprefix(self.store.prefix))
 
     def owner(self, name: str) -> str:
         """Return the tensor that `name` is, or is cut from."""
@@ -171,13 +193,18 @@ class Weights:
         They hold until rows of any tensor are read so again.
         """
         pieces = self._pieces(name)
-        if name in self.held or name in self.folds or len(pieces) > 1 or pieces[0].stop is not None:
+        own = name in self.held or name in self.folds or name in self.coded
+        if own or len(pieces) > 1 or pieces[0].stop is not None:
             return partial(self.rows, name)
         return self.store.chunks(pieces[0].name)
 
-    def scheme(self, name: str) -> Scheme | None:
-        """Say how a tensor is quantised, None when its numbers are the weights."""
-        return self.store.schemes.get(self.owner(name))
+    def quantised(self, name: str) -> str | None:
+        """Name how a weight is stored, None when its numbers are the weights."""
+        return self.store.quantised(self.owner(name)) if name not in self.held else None
+
+    def unreadable(self, name: str) -> str | None:
+        """Say why the real weight cannot be had; None when it can."""
+        return self.store.unreadable(self.owner(name)) if name not in self.held else None
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:
         return self.pieces.get(name) or (Piece(name),)
@@ -186,12 +213,18 @@ class Weights:
         return (*self.store.info(piece.name).shape, 1)[0] if piece.stop is None else piece.stop
 
 
+def _listed(store: Checkpoint) -> dict[str, str]:
+    """Return the tensors of a checkpoint by name: real weights, without the scales and codes behind them."""
+    names = [name for name in store.names if name not in store.owned]
+    return {name: name for name in dict.fromkeys([*names, *store.schemes])}
+
+
 def _is_whole(module: LoraModule) -> bool:
     """Tell whether a module may have another shape than the layer of its name: it replaces it, or has a vocabulary."""
     return not module.rank or module.variant == "embedding" or bool(TIED.search(f".{module.name}{_WEIGHT}"))
 
 
-def cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
+def _cut(pieces: Iterable[Piece], start: int, stop: int, end: Callable[[Piece], int]) -> Iterator[tuple[str, int, int]]:
     """Yield the pieces that rows [start, stop) of what they stack lie in."""
     at = 0
     for piece in pieces:
@@ -229,19 +262,19 @@ def paired(base: Checkpoint, merged: Checkpoint, adapters: Sequence[LoraAdapter]
 
 def _paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
     before, after = Weights.of(base), Weights.of(merged)
-    found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in base.names if name in merged.names}
+    found: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in before.names if name in after.names}
     used = set(found)
-    lost = [name for name in base.names if name not in found]
-    left = {plain_name(name): name for name in merged.names if name not in used and not is_left_over(name)}
+    lost = [name for name in before.names if name not in found]
+    left = {plain_name(name): name for name in after.names if name not in used and not is_left_over(name)}
     for name in lost:
         if plain_name(name) in left and (own := left.pop(plain_name(name))):
             found[name] = (Piece(own),)
     used = {piece.name for pieces in found.values() for piece in pieces}
     lost = [name for name in lost if name not in found and not EMA.search(name)]
-    rest = [name for name in merged.names if name not in used and not is_left_over(name)]
+    rest = [name for name in after.names if name not in used and not is_left_over(name)]
     found |= _renamed(before, after, lost, rest) if lost and rest else {}
     used = {piece.name for pieces in found.values() for piece in pieces}
-    found |= {own: (Piece(own),) for own in merged.names if own not in used and own not in found}
+    found |= {own: (Piece(own),) for own in after.names if own not in used and own not in found}
     return before, Weights(merged, found, {name: name for name in found})
 
 

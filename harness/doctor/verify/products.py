@@ -194,6 +194,30 @@ class Slice(Product):
 
 
 @dataclass(frozen=True)
+class Scaled(Product):
+    """A product in the codes of a weight: each row over its scale, which `step` returns: [rows or 1, 1]."""
+
+    whole: Product
+    step: Rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.whole.shape
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        first, last = int(rows.min()), int(rows.max()) + 1
+        step = self.step(first, last).to(work)
+        own = step if len(step) == 1 else step[rows - first]
+        return self.whole.part(rows, columns, work) / own
+
+    def turned(self) -> Product:
+        """Return itself: rows have their scales as the weight lies."""
+        return self
+
+
+@dataclass(frozen=True)
 class Experts(Product):
     """left[e] @ right[e] of every expert e, one below the other: [experts, rows, r] @ [experts, r, columns]."""
 

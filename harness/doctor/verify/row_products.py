@@ -51,7 +51,7 @@ def _in_one_dtype(
     """Make the change of each chunk in one buffer: fresh memory costs as much as the product."""
     turned = right.to(device, dtype).t()
     change = torch.empty(spans[0][1], right.shape[1], dtype=dtype, device=device)
-    seen, energies = (torch.empty(spans[-1][1], *more, device=device) for more in ((right.shape[0],), ()))
+    seen, energies = (torch.empty(spans[-1][1], *size, device=device) for size in ((right.shape[0],), ()))
     for start, stop in spans:
         part = change[: stop - start]
         torch.sub(after(start, stop).to(device, dtype), before(start, stop).to(device, dtype), out=part)
@@ -66,7 +66,7 @@ def _squares(change: Tensor) -> Tensor:
 
 
 def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Passed:
-    """Convert each chunk into buffers that are used again: fresh memory costs as much as the product."""
+    """Convert each chunk into buffers that are used again."""
     turned = right.float().t().contiguous()
     change, old = (torch.empty(spans[0][1], right.shape[1]) for _ in range(2))
     seen, energies = torch.empty(spans[-1][1], right.shape[0]), torch.empty(spans[-1][1])

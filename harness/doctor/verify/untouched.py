@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -58,9 +58,6 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype, also by way of 16 bits. A
     vocabulary of another size is unchanged when the rows that both have are.
     """
-    base, merged = _without_parts(base), _without_parts(merged)
-    unlike = [name for name in base.names if name in merged.names and _stored_apart(base, merged, name)]
-    touched = {**touched, **dict.fromkeys(unlike)}
     common = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
     resized = [name for name in common if _is_resized(base, merged, name)]
     fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
@@ -72,7 +69,6 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     missing, gone = _split(base, merged, touched)
     extra, more = _split_extra(base, merged, touched)
     notes = [*gone, *more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
-    notes += [f"{len(unlike)} quantised tensors that one side stores otherwise: not compared"] if unlike else []
     return Untouched(
         compared=len(others),
         changed=tuple(changed),
@@ -82,20 +78,6 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
         broken=tuple(name for name in changed if _is_broken(merged, name)),
         notes=tuple(notes),
     )
-
-
-def _without_parts(store: Weights) -> Weights:
-    """Return the weights without the scales of quantised layers, which say nothing by themselves."""
-    owned = store.store.owned
-    return replace(store, names={name: key for name, key in store.names.items() if store.owner(name) not in owned})
-
-
-def _stored_apart(base: Weights, merged: Weights, name: str) -> bool:
-    """Tell whether a tensor is quantised, and stored in two ways or in one that is not read."""
-    first, second = base.scheme(name), merged.scheme(name)
-    if first is None and second is None:
-        return False
-    return first is None or second is None or first.name != second.name or first.rows is None
 
 
 def _is_resized(base: Weights, merged: Weights, name: str) -> bool:
