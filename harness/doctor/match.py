@@ -68,7 +68,7 @@ def place(adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> Placement
     """Return where every module of `adapter` goes in a model; `layers` maps its layers to [out, in, ...], if known.
 
     Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
-    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that one layer alone has.
+    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
     """
     placer = _Placer(adapter, layers)
     for name, module in adapter.modules.items():
