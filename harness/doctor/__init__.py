@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.doctor.inspect.describe import describe, inspect_file
 from harness.law.known import Adapter, Scaled, ScaleLaw, conventions, known_laws, prescribe, prescriptions
-from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
+from harness.verdict.file_record import Advice, BaseFit, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
     from harness.doctor.audit.audit import AuditOptions, audit_files
@@ -46,6 +46,7 @@ __all__ = [
     "Advice",
     "AuditOptions",
     "AuditRow",
+    "BaseFit",
     "Damage",
     "FileRecord",
     "Hazard",

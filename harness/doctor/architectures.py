@@ -195,6 +195,8 @@ def sliced(
         yield from _turned(alias, layer, outputs, inputs)
     elif alias.fused:
         shape = layers[layer]
+        if shape and len(shape) == 3:
+            raise UnjudgedError(f"{layer}: how experts stack their parts differs between models")
         rows = row.rows(alias.place, row.heights({alias.place: outputs}, shape[0] if shape else None))
         if rows is None:
             raise UnjudgedError(f"{layer}: which of its rows these are cannot be told")

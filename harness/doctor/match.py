@@ -67,9 +67,8 @@ class Placement:
 def place(adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> Placement:
     """Return where every module of `adapter` goes in a model; `layers` maps its layers to [out, in, ...], if known.
 
-    Tried in this order: the name as it is or with the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
-    prefixes of larger models (`language_model.`); the other name that an architecture has for the layer; the longest
-    part of the name that one layer alone ends in. A shape of the layer that is unknown is not compared.
+    Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
+    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
     """
     placer = _Placer(adapter, layers)
     for name, module in adapter.modules.items():
@@ -194,6 +193,8 @@ class _Placer:
             found = self._find(module)
             if found:
                 self.slots[name] = self._fitted(module, found)
+            elif module.variant == "experts" and (first := self._first_expert(module)):
+                self.ambiguous[name] = f"{first}: this base keeps its experts one by one, which is not judged"
             else:
                 self.missing.append(name)
         except UnjudgedError as why:
@@ -218,6 +219,11 @@ class _Placer:
         if component not in self._scopes:
             self._scopes[component] = _Scope(self._of_component(component), self.adapter.flattened)
         return self._scopes[component]
+
+    def _first_expert(self, module: LoraModule) -> str | None:
+        """Return a layer of the first expert where a base keeps apart what the module has in one parameter."""
+        owner = core(module.name.rpartition(".")[0])
+        return next((layer for layer in self.layers if core(layer).startswith(f"{owner}.0.")), None)
 
     def _of_component(self, component: str) -> dict[str, str]:
         """Return the layers of a component by their names in it where a checkpoint holds several, else all of them."""
@@ -265,9 +271,7 @@ class _Placer:
             raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
         if not found and problems:
             raise problems[0]
-        for family in found.values():
-            self.families[family] = None
-            break
+        self.families |= dict.fromkeys(list(found.values())[:1])
         return next(iter(found), ())
 
     def _note(self, module: LoraModule, slots: tuple[Slot, ...]) -> None:

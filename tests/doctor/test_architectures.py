@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "Lumina 2": ("convert_lumina2_to_diffusers", {"Q": 2304, "K": 768}, {}),
     "Stable Diffusion 3": ("convert_sd3_transformer_checkpoint_to_diffusers", {}, {}),
     "Sana": ("convert_sana_transformer_to_diffusers", {}, {}),
+    "Mochi": ("convert_mochi_transformer_checkpoint_to_diffusers", {}, {}),
     "AuraFlow": ("convert_auraflow_transformer_checkpoint_to_diffusers", {}, {}),
     "Cosmos": ("convert_cosmos_transformer_checkpoint_to_diffusers", {}, {}),
     "LTX-Video": ("convert_ltx2_transformer_to_diffusers", {}, {}),

@@ -72,7 +72,7 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
         yield Hazard(code="LH719", what=f"{other}{fit.said}")
-    elif fit.foreign_total or fit.unplaced:
+    elif fit.foreign_total or any(adapter.modules[name].variant != "experts" for name in placed.ambiguous):
         yield Hazard(code="LH718", what=fit.said)
     yield from _peft_against(adapter, base, placed, fit)
 
