@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError, UserError
-from harness.files import LoraAdapter, LoraModule, read_lora
+from harness.files import LoraModule, read_lora
 from harness.law.known import ScaleLaw, known_laws, not_applied, wanted_scale
 from harness.law.law import Law
 from harness.law.probe import Probe
@@ -123,15 +123,8 @@ class MeasuredLoader:
         return self.stabilised if module.rslora else self.law
 
 
-def _is_plain(adapter: LoraAdapter) -> bool:
-    return {module.variant for module in adapter.modules.values()} <= {
-        "lora",
-        "conv",
-        "embedding",
-        "set",
-        "tokens",
-        "copy",
-    }
+_MEASURED = frozenset({"lora", "conv", "embedding", "lora_diff", "diff"})
+_REPLACING = frozenset({"set", "tokens", "copy"})
 
 
 def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
@@ -139,7 +132,7 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
 
     None when no single strength does, when no law explains the loader, when it declares formats and this is none of
     them, when the file carries no alpha and `lora_alpha` is not given either, when the loader is known to apply only a
-    part of this file, or when the file holds more than plain pairs, on which the law is measured.
+    part of this file, or when the file holds other kinds than those on which the law is measured.
 
     Raises:
         UserError: `loader` names no loader, or it raised while being measured.
@@ -148,9 +141,11 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
 
     adapter, subject = read_lora(path, strict=False), resolve(loader)
     row = known_laws().get(loader)
-    if (row and not_applied(adapter, row.profile)) or not _is_plain(adapter):
+    if row and not_applied(adapter, row.profile):
         return None
-    modules = [module for module in adapter.modules.values() if module.rank]
+    modules = [module for module in adapter.modules.values() if module.variant not in _REPLACING]
+    if not {module.variant for module in modules} <= _MEASURED:
+        return None
     wanted = [wanted_scale(module, lora_alpha) for module in modules]
     known = [scale for scale in wanted if scale is not None]
     reads = adapter.format in subject.formats

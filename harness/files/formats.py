@@ -207,7 +207,7 @@ _ROWS = (
         folder=True,
         metadata={"format": "mlx"},
         extras={"m": "magnitude"},
-        trait=lambda source: any(key.endswith(".lora_a") for key in source.file.keys),
+        trait=lambda source: any(key.endswith((".lora_a", ".lora_b")) for key in source.file.keys),
         flips=lambda name: ("A", "B"),
         weights_name=MLX_WEIGHTS_NAME,
     ),

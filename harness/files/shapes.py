@@ -59,6 +59,8 @@ def measure(
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
+    if kind.variant == "adalora":  # whose product has a third factor: nobody shall take the two for a pair
+        roles = {f"lora_{role}" if role in ("A", "B") else role: key for role, key in roles.items()}
     return kind.changed(name=place[1], component=place[0], keys=roles)
 
 

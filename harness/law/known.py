@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -222,7 +222,24 @@ def not_applied(adapter: Adapter, profile: str) -> str:
             return str(found)
         if any(map(_WRAPPED.search, module.keys.values())):
             return f"it looks for plain names, not for those of a wrapper ({printable(name, 60)})"
-    return _foreign(adapter, known)
+    return _foreign(adapter, known) or _fault(adapter, known)
+
+
+def _fault(adapter: Adapter, known: Mapping[str, Any]) -> str:
+    """Say which measured fault of a loader this file meets."""
+    for fault in known.get("faults", ()):
+        keys = re.compile(fault["keys"])
+        found = [module for module in adapter.modules.values() if any(map(keys.match, module.keys.values()))]
+        if _WHEN[fault["when"]](found):
+            return str(fault["why"])
+    return ""
+
+
+_WHEN: Mapping[str, Callable[[Sequence[Scaled]], bool]] = {
+    "negative": lambda modules: any(module.alpha is not None and module.alpha < 0 for module in modules),
+    "alpha": lambda modules: any("alpha" in module.keys and module.alpha != module.rank for module in modules),
+    "mixed": lambda modules: len({m.alpha / m.rank for m in modules if m.alpha is not None and m.rank}) > 1,
+}
 
 
 _WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")

@@ -193,6 +193,7 @@ def test_adalora_has_its_ranks(tmp_path: Path) -> None:
     module = adapter.modules["layers.0.q_proj"]
     assert (adapter.kind, module.variant, adapter.unused_keys) == ("adalora", "adalora", ())
     assert (module.rank, module.alpha) == (4, 6.0)
+    assert set(module.keys) == {"lora_A", "lora_B", "lora_E"}
 
 
 def test_alpha_of_the_training_counts_where_the_file_has_none_or_zero(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.inspect.hazards import Weighed, hazards, weigh
+from harness.doctor.inspect.hazards import hazards
+from harness.doctor.inspect.weights import Weighed, weigh
 from harness.errors import LoraFileError, NoLoraError
 from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
 from harness.files.keys import OTHER_NAMES, cut

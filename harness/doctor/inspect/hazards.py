@@ -6,12 +6,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
 from harness.doctor.inspect.fit import peft_hazards
-from harness.doctor.inspect.outliers import lonely, outliers
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, Spelling, cut
 from harness.text import count, first_of, parse_json, printable
@@ -239,66 +237,6 @@ def scale_of_versions(adapter: LoraAdapter) -> Iterator[Hazard]:
     if all(isinstance(number, int | float) and number for number in (alpha, scale, rank)) and alpha != rank:
         old = f"before June 2024 mlx-lm trained with scale * alpha / rank = {scale * alpha / rank:.4g}"  # type: ignore[operator]
         yield Hazard(code="LH716", what=f"{old}, later versions load this file with scale = {scale:.4g}")
-
-
-_MOST_BYTES = 1 << 35  # of weights that are read unasked: half a minute, and more than any LoRA has
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """What the weights of a file say: hazards, notes, and whether they were read at all."""
-
-    hazards: tuple[Hazard, ...] = ()
-    notes: tuple[str, ...] = ()
-    read: bool = False
-
-
-def weigh(adapter: LoraAdapter) -> Weighed:
-    """Read every weight once, for what is not finite (LH707) and for factors that are all zero (LH713, LH714).
-
-    Raises:
-        LoraFileError: the file cannot be read, or has changed.
-    """
-    modules, tensors = adapter.modules, adapter.file.tensors
-    parts = {name: [key for role, key in module.keys.items() if role != "alpha"] for name, module in modules.items()}
-    keys = [key for found in parts.values() for key in found]
-    if sum(tensors[key].end - tensors[key].start for key in keys) > _MOST_BYTES:
-        return Weighed(notes=("the weights are too many to be read unasked: NaN and zeros were not looked for",))
-    extents = adapter.file.extents(keys)
-    broken = {key for key, extent in extents.items() if not extent.finite}
-    zeros = {key for key, extent in extents.items() if extent.largest == 0}
-    found = [_not_finite([name for name, keys in parts.items() if not broken.isdisjoint(keys)])]
-    dead = {name: part for name, module in modules.items() if (part := _zero_part(module, zeros))}
-    odd = [name for name in dead if modules[name].keys.get("A") in zeros and modules[name].keys.get("B") not in zeros]
-    odd += lonely(adapter, dead)
-    said = f"{next(iter(dead.values()))} is all zero in {len(dead)} of {count(len(modules), 'module')}" if dead else ""
-    said += f" ({first_of(list(dead))})" if dead else ""
-    if dead and len(dead) == len(modules):
-        found.append(Hazard(code="LH713", what=f"{said}: this LoRA changes nothing"))
-    elif odd or 2 * len(dead) > len(modules):
-        found.append(Hazard(code="LH714", what=f"{said}: these change nothing"))
-    found += outliers(adapter, {key: extent.largest for key, extent in extents.items()})
-    notes = (f"{said}: these change nothing, as is usual where training reaches no weight",) if dead else ()
-    hazards = tuple(filter(None, found))
-    said_already = any(hazard.code in ("LH713", "LH714") for hazard in hazards)
-    return Weighed(hazards, () if said_already else notes, read=True)
-
-
-def _not_finite(names: Sequence[str]) -> Hazard | None:
-    where = f"{count(len(names), 'module')} ({first_of(names)})" if names else ""
-    return Hazard(code="LH707", what=f"NaN or infinite weights in {where}") if names else None
-
-
-_FACTORS = frozenset({"A", "B", "mid", "diff", *(f"hada_w{i}_{half}" for i in "12" for half in "ab"), "lora_E"})
-_ADDED = frozenset({"diff_b", "bias", "w_norm", "b_norm", "magnitude", "set_weight", "set_bias", "token_rows"})
-
-
-def _zero_part(module: LoraModule, zeros: Collection[str]) -> str:
-    """Return the role of a factor that is zero and makes all of the module's update zero, empty when none does."""
-    if any(role in _ADDED and key not in zeros for role, key in module.keys.items()):
-        return ""
-    parts = [role for role, key in module.keys.items() if role in _FACTORS or role.startswith("lokr_w")]
-    return next((role for role in parts if module.keys[role] in zeros), "")
 
 
 CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (

@@ -1,15 +1,16 @@
-"""One module, or one element, that is far larger than its like: in other blocks the same layer has no such values."""
+"""What the weights of a file show: NaN, factors that are zero, and one module or element far larger than its like."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
-from harness.files import LoraAdapter
-from harness.text import first_of, printable
+from harness.files import LoraAdapter, LoraModule
+from harness.text import count, first_of, printable
 from harness.verdict.blocks import block_of, group_of, in_order
 from harness.verdict.file_record import Hazard
 
@@ -85,3 +86,65 @@ def lonely(adapter: LoraAdapter, dead: Collection[str]) -> list[str]:
     last = {block[:2]: block for block in sorted(blocks.values(), key=lambda block: in_order(block[2]))}
     alone = [name for name in dead if blocks[name] in live and blocks[name] not in last.values()]
     return [name for name in alone if "experts" not in name]
+
+
+_MOST_BYTES = 1 << 35  # of weights that are read unasked: half a minute, and more than any LoRA has
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What the weights of a file say: hazards, notes, and whether they were read at all."""
+
+    hazards: tuple[Hazard, ...] = ()
+    notes: tuple[str, ...] = ()
+    read: bool = False
+
+
+def weigh(adapter: LoraAdapter) -> Weighed:
+    """Read every weight once, for what is not finite (LH707) and for factors that are all zero (LH713, LH714).
+
+    Raises:
+        LoraFileError: the file cannot be read, or has changed.
+    """
+    modules, tensors = adapter.modules, adapter.file.tensors
+    parts = {name: [key for role, key in module.keys.items() if role != "alpha"] for name, module in modules.items()}
+    keys = [key for found in parts.values() for key in found]
+    if sum(tensors[key].end - tensors[key].start for key in keys) > _MOST_BYTES:
+        return Weighed(notes=("the weights are too many to be read unasked: NaN and zeros were not looked for",))
+    extents = adapter.file.extents(keys)
+    broken = {key for key, extent in extents.items() if not extent.finite}
+    zeros = {key for key, extent in extents.items() if extent.largest == 0}
+    found = [_not_finite([name for name, keys in parts.items() if not broken.isdisjoint(keys)])]
+    dead = {name: part for name, module in modules.items() if (part := _zero_part(module, zeros))}
+    odd = [name for name in dead if modules[name].keys.get("A") in zeros and modules[name].keys.get("B") not in zeros]
+    odd += lonely(adapter, dead)
+    said = f"{next(iter(dead.values()))} is all zero in {len(dead)} of {count(len(modules), 'module')}" if dead else ""
+    said += f" ({first_of(list(dead))})" if dead else ""
+    if dead and len(dead) == len(modules):
+        found.append(Hazard(code="LH713", what=f"{said}: this LoRA changes nothing"))
+    elif odd or 2 * len(dead) > len(modules):
+        found.append(Hazard(code="LH714", what=f"{said}: these change nothing"))
+    found += outliers(adapter, {key: extent.largest for key, extent in extents.items()})
+    notes = (f"{said}: these change nothing, as is usual where training reaches no weight",) if dead else ()
+    hazards = tuple(filter(None, found))
+    said_already = any(hazard.code in ("LH713", "LH714") for hazard in hazards)
+    return Weighed(hazards, () if said_already else notes, read=True)
+
+
+def _not_finite(names: Sequence[str]) -> Hazard | None:
+    where = f"{count(len(names), 'module')} ({first_of(names)})" if names else ""
+    return Hazard(code="LH707", what=f"NaN or infinite weights in {where}") if names else None
+
+
+_FACTORS = frozenset(
+    {"A", "B", "mid", "diff", *(f"hada_w{i}_{half}" for i in "12" for half in "ab"), "lora_A", "lora_B", "lora_E"}
+)
+_ADDED = frozenset({"diff_b", "bias", "w_norm", "b_norm", "magnitude", "set_weight", "set_bias", "token_rows"})
+
+
+def _zero_part(module: LoraModule, zeros: Collection[str]) -> str:
+    """Return the role of a factor that is zero and makes all of the module's update zero, empty when none does."""
+    if any(role in _ADDED and key not in zeros for role, key in module.keys.items()):
+        return ""
+    parts = [role for role, key in module.keys.items() if role in _FACTORS or role.startswith("lokr_w")]
+    return next((role for role in parts if module.keys[role] in zeros), "")
