@@ -204,3 +204,14 @@ def test_a_method_without_a_scale_is_refused_by_its_name(tmp_path: Path) -> None
     with pytest.raises(UserError, match="ia3"):
         repair_file(source, "peft", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("field", [{"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1, 2]}])
+def test_what_only_the_configuration_does_stays_in_it(tmp_path: Path, field: dict[str, object]) -> None:
+    source = trained(tmp_path / "old", KINDS["plain"])
+    config = json.loads((source / CONFIG).read_text()) | field
+    (source / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=next(iter(field))):
+        repair_file(source, "diffsynth", tmp_path / "new")
+    repair_file(source, "peft", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / CONFIG).read_text()).items() >= field.items()
