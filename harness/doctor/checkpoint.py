@@ -75,17 +75,13 @@ class Checkpoint:
         Raises:
             LoraFileError: what the file says of one of them cannot be read.
         """
-        infos = {key: file.tensors[key] for key, file in self.files.items()}
+        files = self.files  # not `self`: a cycle would keep its files open
+        infos = {key: file.tensors[key] for key, file in files.items()}
         try:
-            found = schemes(
-                Tensors(infos, lambda key, start, stop: self.files[key].rows(key, start, stop), self.config)
-            )
+            found = schemes(Tensors(infos, lambda key, start, stop: files[key].rows(key, start, stop), self.config))
         except ValueError as error:
             raise LoraFileError(self.path, printable(error)) from error
         return {key.removeprefix(self.prefix): scheme for key, scheme in found.items()}
-
-    def _read(self, key: str, start: int, stop: int) -> Tensor:
-        return self.files[key].rows(key, start, stop)
 
     @cached_property
     def owned(self) -> frozenset[str]:
