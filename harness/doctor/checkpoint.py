@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,10 @@ class Checkpoint:
         Raises:
             LoraFileError: what the file says of one of them cannot be read.
         """
-        infos = {key: file.tensors[key] for key, file in self.files.items()}
+        files = self.files  # not `self`: a cycle would keep its files open
+        infos = {key: file.tensors[key] for key, file in files.items()}
         try:
-            found = schemes(Tensors(infos, partial(_read, self.files), self.config))
+            found = schemes(Tensors(infos, lambda key, start, stop: files[key].rows(key, start, stop), self.config))
         except ValueError as error:
             raise LoraFileError(self.path, printable(error)) from error
         return {key.removeprefix(self.prefix): scheme for key, scheme in found.items()}
@@ -221,10 +222,6 @@ class Checkpoint:
             norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in wide]
             self._norms[name] = math.hypot(*norms)
         return self._norms[name]
-
-
-def _read(files: Mapping[str, SafetensorsFile | GgufFile], key: str, start: int, stop: int) -> Tensor:
-    return files[key].rows(key, start, stop)
 
 
 def _opened(path: Path) -> SafetensorsFile | GgufFile:
