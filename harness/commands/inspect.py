@@ -152,8 +152,8 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     for loader, strength in record.prescription.items():
-        use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
-        yield "  pass", printable(loader, 120), use
+        why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
+        yield "  pass", printable(loader, 120), f"no number: {printable(why, 400)}" if strength is None else f"strength {strength:g}"
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

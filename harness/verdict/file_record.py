@@ -54,8 +54,9 @@ class FileRecord(Record):
     `scales` gives, for each convention (`alpha / rank`, `alpha / sqrt(rank)`, `alpha`, `1`), the smallest and largest
     factor on B @ A that a loader of that convention applies at strength 1. `trained` is the same for the trained scale.
     `coverage` is the share of keys that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without
-    a base. `prescription` maps a loader that reads this format to the strength that reproduces training; null when no
-    single value can or the file does not say enough.
+    a base. `prescription` maps a tool that reads this format to the strength that reproduces training; null when no
+    single value can, a finding says that the tool breaks the file, or the file does not say enough: `unprescribed` then
+    has the reason and what to do. `findings` are the pages of docs/findings whose fault the file meets.
 
     An audit adds: `size` and `mtime` (ns), which tell whether the file is the one that was read; `fingerprint`, a hash
     of the tensors' names, shapes and a few kilobytes; `digest` of all of their bytes (only where fingerprints agree,
@@ -85,6 +86,8 @@ class FileRecord(Record):
     energies: dict[str, ModuleEnergy] | None = None
     advice: Advice | None = None
     prescription: dict[str, float | None] = Field(default_factory=dict)
+    unprescribed: dict[str, str] = Field(default_factory=dict)
+    findings: tuple[str, ...] = ()
     mtime: int | None = None
     seconds: float | None = None
     fingerprint: str | None = None

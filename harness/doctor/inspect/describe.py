@@ -9,10 +9,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from harness.doctor.answers import Asked, answers, why_not
 from harness.doctor.inspect.hazards import hazards
+from harness.doctor.traits import Traits
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, read_lora
-from harness.law.known import conventions, distinct, prescriptions
+from harness.law.findings import met
+from harness.law.known import conventions, distinct
 from harness.text import printable
 from harness.verdict.file_record import FileRecord, Hazard
 
@@ -95,10 +98,20 @@ def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float
         notes=tuple(_notes(modules)),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
-        trainer=_trainer(adapter.metadata),
+        trainer=trainer_of(adapter.metadata),
         metadata=_shown(adapter.metadata),
-        prescription=prescriptions(adapter, lora_alpha=lora_alpha),
+        **_for_tools(Traits(adapter), lora_alpha),
     )
+
+
+def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
+    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
+    found = answers(traits, Asked(lora_alpha=lora_alpha))
+    return {
+        "prescription": {name: each.strength for name, each in found.items()},
+        "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
+        "findings": tuple(finding.page for finding in met(traits.words)),
+    }
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
@@ -142,7 +155,7 @@ def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
     return {printable(key, 60): printable(metadata[key], _SHOWN_CHARACTERS) for key in keys}
 
 
-def _trainer(metadata: Mapping[str, str]) -> str | None:
+def trainer_of(metadata: Mapping[str, str]) -> str | None:
     """Name the tool that wrote the metadata, as far as it can be told."""
     texts = [*metadata, *(value[:_SHOWN_CHARACTERS] for value in metadata.values())]
     return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)

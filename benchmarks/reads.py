@@ -1,0 +1,354 @@
+"""Measure what every tool reads: `python -m benchmarks.reads [--tool NAME]... [--family NAME]...`.
+
+Writes `harness/law/reads.json`: tool x release x architecture x names x scheme of keys -> the scale on B @ A that each
+layer got from the tool's own code, for one alpha / rank in the whole file (`uniform`) and for several (`mixed`), on all
+layers of a tiny model, on those inside blocks, on attention alone and on a random half of them. With `--tool` or
+`--family` only those rows are measured again. What needs a checkout (ComfyUI, sd-scripts) or a release (InvokeAI,
+DiffSynth) is kept as it was where that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.zoo import Animal, Parts, zoo
+from harness.errors import one_line
+from harness.law.reads import TABLE, pattern_of
+
+MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (24, 33.0), (7, 3.5))  # rank, alpha; whole and fractional ratios
+UNIFORM = ((8, 4.0),)
+PREFIXES = {"transformer": "{component}.", "diffusion_model": "diffusion_model.", "bare": "", "base_model": "base_model.model."}
+FLAT = {"lora_unet": "lora_unet_", "lora_unet__": "lora_unet__", "lora_transformer": "lora_transformer_", "lycoris": "lycoris_", "lora_te": "lora_te_"}
+PAIRS = {
+    "A": ("lora_A.weight", "lora_B.weight"),
+    "default": ("lora_A.default.weight", "lora_B.default.weight"),
+    "down": ("lora_down.weight", "lora_up.weight"),
+    "lora.down": ("lora.down.weight", "lora.up.weight"),
+}
+SCHEMES = (
+    "transformer.A.none", "transformer.A.header", "transformer.A.tensor", "transformer.down.none",
+    "transformer.down.tensor", "transformer.lora.down.none", "diffusion_model.A.none", "diffusion_model.A.tensor",
+    "diffusion_model.down.none", "diffusion_model.down.tensor", "bare.A.none", "bare.A.tensor", "bare.default.none",
+    "bare.default.tensor", "bare.down.tensor", "base_model.A.none", "lora_unet.down.none", "lora_unet.down.tensor",
+    "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
+)  # fmt: skip
+BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
+TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
+LIVE = ("comfyui", "sd-scripts", "invokeai", "lycoris", "diffsynth", "diffsynth-2.0.4", "diffsynth-flux")
+SECONDS = 20
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    """A LoRA file and what a right loader makes of it: layer -> (B @ A, trained scale)."""
+
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str]
+    expected: Mapping[str, tuple[torch.Tensor, float]]
+    where: Mapping[str, str]  # layer -> its name in the file
+
+
+def make_file(
+    names: Parts, shapes: Mapping[str, Shape], scheme: str, numbers: Sequence[tuple[int, float]], component: str
+) -> File:
+    """Write every name of `names` in the spelling `scheme`, ranks and alphas taken from `numbers` in turn."""
+    prefix, rest = scheme.split(".", 1)
+    pair, _, alpha = rest.rpartition(".")
+    generator = torch.Generator().manual_seed(5)
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, tuple[torch.Tensor, float]] = {}
+    where: dict[str, str] = {}
+    ranks: dict[str, tuple[int, float]] = {}
+    for index, (name, layers) in enumerate(names.items()):
+        rank, number = numbers[index % len(numbers)]
+        rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
+        a = torch.randn(rank, *kernel, generator=generator) / 8
+        b = torch.randn(sum(rows), rank, *(1 for _ in kernel[1:]), generator=generator) / 8
+        stem = f"{FLAT[prefix]}{name.replace('.', '_')}" if prefix in FLAT else PREFIXES[prefix].format(component=component) + name
+        down, up = PAIRS[pair]
+        tensors |= {f"{stem}.{down}": a, f"{stem}.{up}": b}
+        tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
+        ranks[name] = (rank, number)
+        scale, at = 1.0 if alpha == "none" else number / rank, 0
+        for layer, height in zip(layers, rows, strict=True):
+            expected[layer] = (b[at : at + height].flatten(1).double() @ a.flatten(1).double(), scale)
+            where[layer], at = name, at + height
+    return File(tensors, _header(ranks, component) if alpha == "header" else {}, expected, where)
+
+
+def _header(ranks: Mapping[str, tuple[int, float]], component: str) -> dict[str, str]:
+    from harness.files.config import build
+
+    config = build({n: r for n, (r, _) in ranks.items()}, {n: a for n, (_, a) in ranks.items()}, rslora=False)
+    config |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in config.items()})}
+
+
+Deltas = dict[str, torch.Tensor]
+Reader = Callable[[Path], Deltas]  # what every layer got, for the file at a path
+
+
+def outcome(reader: Reader, file: File) -> Any:
+    """Return `ok`, `nothing`, {"raises": ...}, or what was dropped, has another factor, or got something else."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
+        try:
+            with torch.no_grad(), limited(), quiet():
+                deltas = reader(path)
+        except TimeoutError:
+            return {"hangs": f"no answer in {SECONDS} s"}
+        except Exception as error:  # whatever a loader raises is what it does
+            return {"raises": re.split(r"['\"`{\[]", one_line(error))[0].strip()[:90]}
+    return _judged(file, deltas)
+
+
+def _judged(file: File, deltas: Deltas) -> Any:
+    found: dict[str, Any] = {}
+    fits = {layer: _fit(deltas.get(layer), *expected) for layer, expected in file.expected.items()}
+    if _ignores_alpha(file, fits):
+        return "alpha ignored"
+    for layer, (kind, value) in fits.items():
+        if kind == "factor":
+            found.setdefault("factor", {}).setdefault(pattern_of(file.where[layer]), set()).add(value)
+        else:
+            found.setdefault(kind, set()).add(pattern_of(file.where[layer]))
+    if set(found) <= {"ok"}:
+        return "ok"
+    if set(found) == {"dropped"}:
+        return "nothing"
+    shown = {kind: sorted(each) for kind, each in found.items() if kind in ("dropped", "other")}
+    if "factor" in found:
+        shown["factor"] = {name: sorted(each) for name, each in sorted(found["factor"].items())}
+    return shown
+
+
+def _ignores_alpha(file: File, fits: Mapping[str, tuple[str, float]]) -> bool:
+    """Tell whether every layer got B @ A times 1, where alpha / rank asks for something else in some."""
+    scales = [(file.expected[layer][1] * (value or 0.0), kind) for layer, (kind, value) in fits.items()]
+    return all(abs(s - 1) < 0.005 and k in ("ok", "factor") for s, k in scales) and ("factor" in {k for _, k in scales})
+
+
+def _fit(delta: torch.Tensor | None, product: torch.Tensor, scale: float) -> tuple[str, float]:
+    if delta is None or not delta.abs().max() > 1e-9:
+        return "dropped", 0.0
+    delta = delta.double().reshape(product.shape)
+    measured = float((delta * product).sum() / product.square().sum())
+    residual = float((delta - measured * product).norm() / delta.norm())
+    if residual > 0.01:
+        return "other", measured
+    ratio = measured / scale
+    return ("ok", 1.0) if abs(ratio - 1) < 0.005 else ("factor", float(f"{ratio:.3g}"))
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Raise TimeoutError when the block takes longer than a load may."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what loaders print and warn of."""
+    import io
+    import logging
+
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def diffusers_reader(animal: Animal) -> Reader:
+    """Return what loads a file with the pipeline mixin of `animal` and reads PEFT's own delta of each layer."""
+    import copy
+
+    from diffusers.loaders import lora_pipeline
+
+    template = animal.build()
+
+    def read(path: Path) -> Deltas:
+        model = copy.deepcopy(template)
+        kind: Any = getattr(lora_pipeline, str(animal.mixin))
+        parts = {**dict.fromkeys(kind._lora_loadable_modules), animal.component: model}
+        pipeline = type("Pipeline", (kind,), {**parts, "components": parts, "hf_device_map": None})()
+        pipeline.load_lora_weights(str(path), adapter_name="a")
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight") and "a" in m.lora_A}
+        return {name: layer.get_delta_weight("a") for name, layer in layers.items()}
+
+    return read
+
+
+def live_reader(tool: str, bench_name: str) -> Reader:
+    """Return what loads a file with the live loader `tool` and reads the effective weight of each layer."""
+    from harness.benches import get_bench
+    from harness.loaders.registry import resolve
+    from harness.measure.effective import effective_weights
+
+    bench, subject = get_bench(bench_name), resolve(tool)
+    subject.prepare()
+    layers = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
+    before = effective_weights(bench.base(), layers)
+
+    def read(path: Path) -> Deltas:
+        model = bench.build()
+        model = subject.load(model, path, strength=1.0) or model
+        return {name: weight - before[name] for name, weight in effective_weights(model, layers).items()}
+
+    return read
+
+
+def subsets(names: Parts) -> dict[str, Parts]:
+    """Return the parts of a model that people train: all of it, its blocks, attention alone; and a random half."""
+    blocks = {n: p for n, p in names.items() if re.search(r"(blocks|layers|refiner|resnets|attentions)\.\d+\.", n)}
+    attention = {n: p for n, p in names.items() if re.search(r"att", n) and n in blocks}
+    chosen = random.Random(3).sample(sorted(blocks), (len(blocks) + 1) // 2)
+    found = {"all": names, "blocks": blocks, "attention": attention, "half": {n: names[n] for n in names if n in chosen}}
+    return {name: part for name, part in found.items() if part}
+
+
+def row(reader: Reader, names: Parts, shapes: Mapping[str, Shape], scheme: str, component: str) -> dict[str, Any]:
+    """Measure one scheme of keys."""
+    found: dict[str, Any] = {}
+    for kind, numbers in (("uniform", UNIFORM), ("mixed", MIXED)):
+        every = {
+            part: outcome(reader, make_file(some, shapes, scheme, numbers, component)) for part, some in subsets(names).items()
+        }
+        same = {json.dumps(each, sort_keys=True) for each in every.values()}
+        found[kind] = next(iter(every.values())) if len(same) == 1 else every
+    return found if found["uniform"] != found["mixed"] else {"uniform": found["uniform"]}
+
+
+def namings(animal: Animal) -> list[str]:
+    return ["own", *(["original"] if animal.original else []), *(["sgm"] if animal.kind == "UNet2DConditionModel" else [])]
+
+
+def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import diffusers
+
+    for family, animal in zoo().items():
+        if (families and family not in families) or animal.mixin is None:
+            continue
+        reader = diffusers_reader(animal)
+        for naming in namings(animal):
+            for scheme in SCHEMES:
+                place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
+                yield {**place, "scheme": scheme, **row(reader, animal.names(naming), animal.layers, scheme, animal.component)}
+
+
+def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from harness.benches import get_bench
+    from harness.loaders.registry import resolve
+
+    release = resolve(tool).version
+    for family, bench_name in BENCHES.items():
+        if families and family not in families:
+            continue
+        bench, animal = get_bench(bench_name), zoo().get(family)
+        linear = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
+        shapes = {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in linear.items()}
+        reader = live_reader(tool, bench_name)
+        for naming in namings(animal) if animal else ["own"]:
+            names = animal.names(naming) if animal and naming != "own" else {name: [name] for name in shapes}
+            names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
+            for scheme in SCHEMES if animal else TEXT:
+                place = {"tool": tool, "release": release, "family": family, "names": naming}
+                yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, bench.component)}
+
+
+def layer_patterns() -> dict[str, dict[str, list[str]]]:
+    """Return, per architecture and naming, what its layers are called, with `#` for numbers: how a file is told."""
+    from harness.benches import get_bench
+
+    every = {
+        family: {naming: sorted({pattern_of(name) for name in animal.names(naming)}) for naming in namings(animal)}
+        for family, animal in zoo().items()
+    }
+    text = {pattern_of(name) for name in get_bench("clip-text").lora_layers}
+    bare = {name.removeprefix("text_model_") for name in text}
+    return {**every, "clip-text": {"own": sorted(bare | {f"text_model_{name}" for name in bare})}}
+
+
+def depths() -> dict[str, list[int]]:
+    """Return how many blocks the real models have, as the defaults of their classes say: what tells twins apart."""
+    import inspect
+
+    import diffusers
+
+    found = {}
+    for family, animal in zoo().items():
+        every = inspect.signature(getattr(diffusers, animal.kind).__init__).parameters
+        numbers = {p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int}
+        found[family] = sorted(number for number in numbers if number > 1)
+    return found
+
+
+def measure(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measure one tool on the architectures it can be run on here."""
+    from harness.errors import LoaderSpecError
+
+    if tool == "diffusers":
+        yield from measure_diffusers(families)
+        families = [family for family in families or ["clip-text"] if family == "clip-text"]
+    try:
+        yield from () if tool == "diffusers" and not families else measure_live(tool, families)
+    except LoaderSpecError as error:
+        print(f"{tool}: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and write the table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--tool", action="append", default=[])
+    options.add_argument("--family", action="append", default=[])
+    given = options.parse_args(argv)
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}
+    rows = {tuple(r[k] for k in ("tool", "family", "names", "scheme")): r for r in table["rows"]}
+    for tool in given.tool or ("diffusers", *LIVE):
+        for each in measure(tool, given.family):
+            rows[each["tool"], each["family"], each["names"], each["scheme"]] = each
+            print(json.dumps(each)[:200], flush=True)
+        write(list(rows.values()))
+
+
+def write(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table, one row a line so that a change can be read."""
+    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths()}
+    head["titles"] = {**{family: animal.title for family, animal in zoo().items()}, "clip-text": "CLIP text encoder"}
+    lines = [json.dumps(head)[:-1] + ',\n"layers": {']
+    lines.append(",\n".join(f"{json.dumps(f)}: {json.dumps(names)}" for f, names in layer_patterns().items()))
+    lines.append('},\n"rows": [\n' + ",\n".join(json.dumps(each) for each in rows) + "\n]}\n")
+    TABLE.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

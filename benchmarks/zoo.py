@@ -1,0 +1,104 @@
+"""The zoo: a tiny model of every architecture that diffusers loads LoRA into, and the original authors' names for it.
+
+`zoo.json` has a row per architecture: class, pipeline mixin, component, a tiny configuration; `original` says how the
+authors' own code calls the layers: `fused` stacks several of them (pattern of the first, name, parts), `renamed` are
+substitutions in order, `only` the names that are meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Parts = dict[str, list[str]]  # name in the file -> the layers whose rows it stacks
+
+
+@dataclass(frozen=True)
+class Animal:
+    """One architecture of the zoo."""
+
+    family: str
+    title: str
+    kind: str
+    mixin: str | None
+    component: str
+    config: Mapping[str, Any] = field(hash=False)
+    original: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def build(self) -> Any:
+        """Return a fresh model, the same every time."""
+        import diffusers
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(20)
+            return getattr(diffusers, self.kind)(**self.config).eval().requires_grad_(False)
+
+    @cached_property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the weight of every linear layer, and in a UNet of every convolution."""
+        import torch
+
+        kinds = (torch.nn.Linear, torch.nn.Conv2d) if "UNet" in self.kind else (torch.nn.Linear,)
+        every = self.build().named_modules()
+        return {name: tuple(module.weight.shape) for name, module in every if isinstance(module, kinds)}
+
+    def names(self, naming: str) -> Parts:
+        """Return {name in a file: layers} under the model's `own` or the authors' `original` names."""
+        if naming == "own":
+            return {name: [name] for name in self.layers}
+        if naming == "sgm":
+            return {_sgm(name, self.config["layers_per_block"]): [name] for name in self.layers}
+        return _original(list(self.layers), self.original or {})
+
+
+def zoo() -> dict[str, Animal]:
+    """Return every architecture by name."""
+    rows = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
+    animals = (
+        Animal(r["family"], r["title"], r["class"], r["mixin"], r["component"], r["config"], r.get("original")) for r in rows
+    )
+    return {animal.family: animal for animal in animals}
+
+
+def _original(layers: list[str], rules: Mapping[str, Any]) -> Parts:
+    found: Parts = {}
+    used: set[str] = set()
+    for name in layers:
+        for pattern, whole, parts in rules.get("fused", ()):
+            if match := re.fullmatch(pattern, name):
+                stacked = [match.expand(part) for part in parts]
+                if set(stacked) <= set(layers):
+                    found[match.expand(whole)] = stacked
+                    used |= set(stacked)
+    for name in (name for name in layers if name not in used):
+        renamed = name
+        for pattern, there in rules.get("renamed", ()):
+            renamed = re.sub(pattern, there, renamed)
+        found[renamed] = [name]
+    return {name: parts for name, parts in found.items() if re.search(rules.get("only", ""), name)}
+
+
+_INNER = {"time_emb_proj": "emb_layers.1", "conv1": "in_layers.2", "conv2": "out_layers.3"}
+
+
+def _sgm(name: str, each: int) -> str:
+    """Return the name of a UNet's layer in the original Stable Diffusion code, which SDXL files of kohya have."""
+    parts = name.split(".")
+    if parts[0] in ("down_blocks", "up_blocks") and parts[2] in ("resnets", "attentions"):
+        block, index = int(parts[1]), int(parts[3])
+        down = parts[0] == "down_blocks"
+        number = block * (each + 1) + index + int(down)
+        head = f"{'input' if down else 'output'}_blocks.{number}.{int(parts[2] == 'attentions')}"
+    elif parts[0] == "mid_block":
+        head = f"middle_block.{1 if parts[1] == 'attentions' else 2 * int(parts[2])}"
+        parts = ["", *parts]
+    else:
+        return name
+    rest = [_INNER.get(part, part) for part in parts[4:]]
+    return ".".join([head, *rest])

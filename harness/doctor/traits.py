@@ -1,0 +1,152 @@
+"""What of a file decides what a tool makes of it: spelling of keys, architecture, where alpha is and how it varies."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.files import LoraAdapter, LoraModule
+from harness.files.keys import PAIRS
+from harness.law.findings import Words
+from harness.law.known import distinct
+from harness.law.reads import Place, depths_of, pattern_of, places_of
+
+_TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
+_PREFIXES = {
+    "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
+    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "base_model.model.": "base_model", "": "bare",
+}  # fmt: skip
+_PAIRS = {
+    "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
+    "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
+}  # fmt: skip
+_BLOCK = re.compile(r"(\D*?)[._]?(\d+)[._]")
+_NAMED = PAIRS["lora_A.default"][0].split("*")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The modules of one part of the pipeline: their layers by pattern, what they can belong to, spellings of keys."""
+
+    text_encoder: bool
+    counts: Mapping[str, int]
+    places: tuple[Place, ...]
+    schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The traits of a parsed file."""
+
+    adapter: LoraAdapter
+
+    @cached_property
+    def modules(self) -> list[LoraModule]:
+        """One module for every combination of numbers that a scale depends on."""
+        return distinct(self.adapter.modules.values())
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The denoiser's modules, then those of text encoders."""
+        by_part: dict[bool, list[LoraModule]] = {}
+        for module in self.adapter.modules.values():
+            by_part.setdefault(bool(_TEXT.fullmatch(module.component)), []).append(module)
+        return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
+
+    def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
+        counts = Counter(pattern_of(module.name) for module in modules)
+        places = [place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder]
+        if len(places) > 1:
+            places = _of_depth(places, modules) or places
+        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))))
+
+    def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
+        source, found = self.adapter.alpha_source, set()
+        for module in modules:
+            key = module.keys.get("A") or next(iter(module.keys.values()))
+            before, _, after = key.partition(module.name)
+            found.add((before, after, "alpha" in module.keys))
+        return {
+            f"{_prefix_name(before)}.{_pair_name(after)}."
+            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}"
+            for before, after, tensor in found
+        }
+
+    @cached_property
+    def alphas(self) -> frozenset[str]:
+        """Words about alpha: where it is, and how it varies."""
+        scaled = [module for module in self.modules if module.rank]
+        known = [module for module in scaled if module.alpha is not None]
+        values = {module.alpha for module in known if module.alpha is not None}
+        words = {
+            "none": not known,
+            "some-missing": 0 < len(known) < len(scaled),
+            "several": len(values) > 1,
+            "mixed": len({round(module.trained_scale, 6) for module in known}) > 1,
+            "ranks": len({module.rank for module in scaled}) > 1,
+            "negative": any(value < 0 for value in values),
+            "zero": 0.0 in values,
+            "rslora": any(module.rslora for module in scaled),
+            self.adapter.alpha_source: bool(known),
+        }
+        return frozenset(word for word, holds in words.items() if holds)
+
+    @property
+    def varied(self) -> bool:
+        """Tell whether ranks or alphas differ between modules."""
+        return bool(self.alphas & {"several", "ranks"})
+
+    @cached_property
+    def words(self) -> Words:
+        """The traits that predicates of findings name."""
+        adapter, modules = self.adapter, self.adapter.modules.values()
+        places = [place for group in self.groups if not group.text_encoder for place in group.places]
+        kernels = {"x".join(map(str, module.kernel)) for module in modules if module.kernel}
+        lists = {
+            "format": [adapter.format],
+            "scheme": [scheme for group in self.groups for scheme in group.schemes],
+            "component": {module.component for module in modules},
+            "family": [family for family, _ in places],
+            "names": [names for _, names in places],
+            "variant": {module.variant for module in modules},
+            "alpha": self.alphas,
+            "layer": [pattern for group in self.groups for pattern in group.counts],
+            "text_encoder": [name for group in self.groups if group.text_encoder for name in group.counts],
+            "dtype": {module.dtype for module in modules},
+            "magnitude": set(self._magnitudes()),
+            "kernel": kernels,
+        }
+        return {trait: frozenset(values) for trait, values in lists.items()}
+
+    def _magnitudes(self) -> Iterable[str]:
+        """Yield the axis of every DoRA magnitude: one number per `out` row or per `in` column."""
+        for module in self.adapter.modules.values():
+            if key := module.keys.get("magnitude"):
+                shape = self.adapter.file.tensors[key].shape
+                yield "out" if shape and shape[0] == module.out_features else "in"
+
+
+def _prefix_name(before: str) -> str:
+    if before.startswith("lora_te"):
+        return "lora_te"
+    return _PREFIXES.get(before, "transformer" if before.endswith(".") else "other")
+
+
+def _pair_name(after: str) -> str:
+    tail = after.lstrip(".")
+    if tail in _PAIRS:
+        return _PAIRS[tail]
+    return "named" if tail.startswith(_NAMED[0]) and tail.endswith(_NAMED[1]) else "other"
+
+
+def _of_depth(places: list[Place], modules: Iterable[LoraModule]) -> list[Place]:
+    """Return the architectures whose real models have as many blocks as the file."""
+    deepest: dict[str, int] = {}
+    for module in modules:
+        if found := _BLOCK.match(module.name):
+            deepest[found[1]] = max(deepest.get(found[1], 0), int(found[2]) + 1)
+    have = set(deepest.values())
+    return [place for place in places if have and have <= set(depths_of(place[0]))]
