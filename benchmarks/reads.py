@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import re
 import signal
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 
 from benchmarks.zoo import Animal, Parts, zoo
 from harness.errors import one_line
-from harness.law.reads import TABLE, pattern_of
+from harness.law.reads import TABLE, in_part, pattern_of
 
 MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (24, 33.0), (7, 3.5))  # rank, alpha; whole and fractional ratios
 UNIFORM = ((8, 4.0),)
@@ -47,6 +48,9 @@ SCHEMES = (
     "bare.default.tensor", "bare.down.tensor", "base_model.A.none", "lora_unet.down.none", "lora_unet.down.tensor",
     "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
 )  # fmt: skip
+VARIANTS = tuple(
+    f"{prefix}.{kind}.tensor" for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris") for kind in ("lokr", "loha")
+)
 BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
 TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
 LIVE = ("comfyui", "sd-scripts", "invokeai", "lycoris", "diffsynth", "diffsynth-2.0.4", "diffsynth-flux")
@@ -55,12 +59,30 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Low:
+    """The matrix b @ a [rows, columns], never formed where another one of low rank is compared with it."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        return self.b.double() @ self.a.double()
+
+    def dot(self, other: Low) -> float:
+        """Return the sum over elements of the product with `other`."""
+        return float(((self.b.double().T @ other.b.double()) * (self.a.double() @ other.a.double().T)).sum())
+
+
+Update = Low | torch.Tensor
+
+
+@dataclass(frozen=True)
 class File:
     """A LoRA file and what a right loader makes of it: layer -> (B @ A, trained scale)."""
 
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
-    expected: Mapping[str, tuple[torch.Tensor, float]]
+    expected: Mapping[str, tuple[Update, float]]
     where: Mapping[str, str]  # layer -> its name in the file
 
 
@@ -72,24 +94,48 @@ def make_file(
     pair, _, alpha = rest.rpartition(".")
     generator = torch.Generator().manual_seed(5)
     tensors: dict[str, torch.Tensor] = {}
-    expected: dict[str, tuple[torch.Tensor, float]] = {}
+    expected: dict[str, tuple[Update, float]] = {}
     where: dict[str, str] = {}
     ranks: dict[str, tuple[int, float]] = {}
     for index, (name, layers) in enumerate(names.items()):
         rank, number = numbers[index % len(numbers)]
         rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
-        a = torch.randn(rank, *kernel, generator=generator) / 8
-        b = torch.randn(sum(rows), rank, *(1 for _ in kernel[1:]), generator=generator) / 8
         stem = f"{FLAT[prefix]}{name.replace('.', '_')}" if prefix in FLAT else PREFIXES[prefix].format(component=component) + name
-        down, up = PAIRS[pair]
-        tensors |= {f"{stem}.{down}": a, f"{stem}.{up}": b}
+        parts, product = _parts(pair, rank, sum(rows), kernel, generator)
+        tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
         ranks[name] = (rank, number)
         scale, at = 1.0 if alpha == "none" else number / rank, 0
         for layer, height in zip(layers, rows, strict=True):
-            expected[layer] = (b[at : at + height].flatten(1).double() @ a.flatten(1).double(), scale)
+            expected[layer] = product(slice(at, at + height)), scale
             where[layer], at = name, at + height
     return File(tensors, _header(ranks, component) if alpha == "header" else {}, expected, where)
+
+
+Rows = Callable[[slice], Update]  # rows of the update without its scale, [rows, columns]
+
+
+def _parts(pair: str, rank: int, height: int, kernel: Shape, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], Rows]:
+    """Draw the tensors of one module, by the tail of their keys, and say what they multiply to."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / 8
+
+    columns = math.prod(kernel)
+    if pair == "lokr":
+        out, into = _factor(height), _factor(columns)
+        parts = {"lokr_w1": draw(out, into), "lokr_w2_a": draw(height // out, rank), "lokr_w2_b": draw(rank, columns // into)}
+        return parts, lambda rows: torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])[rows]
+    if pair == "loha":
+        parts = {f"hada_w{i}_{half}": draw(*((height, rank) if half == "a" else (rank, columns))) for i in "12" for half in "ab"}
+        return parts, lambda rows: (parts["hada_w1_a"][rows] @ parts["hada_w1_b"]) * (parts["hada_w2_a"][rows] @ parts["hada_w2_b"])
+    down, up = PAIRS[pair]
+    parts = {down: draw(rank, *kernel), up: draw(height, rank, *(1 for _ in kernel[1:]))}
+    return parts, lambda rows: Low(parts[up][rows].flatten(1), parts[down].flatten(1))
+
+
+def _factor(number: int) -> int:
+    return next(each for each in (4, 3, 2, 1) if number % each == 0)
 
 
 def _header(ranks: Mapping[str, tuple[int, float]], component: str) -> dict[str, str]:
@@ -100,18 +146,18 @@ def _header(ranks: Mapping[str, tuple[int, float]], component: str) -> dict[str,
     return {"format": "pt", "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in config.items()})}
 
 
-Deltas = dict[str, torch.Tensor]
-Reader = Callable[[Path], Deltas]  # what every layer got, for the file at a path
+Deltas = Mapping[str, Update]
+Reader = Callable[[Path, float], Deltas]  # what every layer got, for the file at a path and the strength passed
 
 
-def outcome(reader: Reader, file: File) -> Any:
+def outcome(reader: Reader, file: File, strength: float = 1.0) -> Any:
     """Return `ok`, `nothing`, {"raises": ...}, or what was dropped, has another factor, or got something else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
         try:
             with torch.no_grad(), limited(), quiet():
-                deltas = reader(path)
+                deltas = reader(path, strength)
         except TimeoutError:
             return {"hangs": f"no answer in {SECONDS} s"}
         except Exception as error:  # whatever a loader raises is what it does
@@ -141,16 +187,22 @@ def _judged(file: File, deltas: Deltas) -> Any:
 
 def _ignores_alpha(file: File, fits: Mapping[str, tuple[str, float]]) -> bool:
     """Tell whether every layer got B @ A times 1, where alpha / rank asks for something else in some."""
-    scales = [(file.expected[layer][1] * (value or 0.0), kind) for layer, (kind, value) in fits.items()]
+    scales = [(file.expected[layer][1] * value, kind) for layer, (kind, value) in fits.items()]
     return all(abs(s - 1) < 0.005 and k in ("ok", "factor") for s, k in scales) and ("factor" in {k for _, k in scales})
 
 
-def _fit(delta: torch.Tensor | None, product: torch.Tensor, scale: float) -> tuple[str, float]:
-    if delta is None or not delta.abs().max() > 1e-9:
+def _fit(delta: Update | None, product: Update, scale: float) -> tuple[str, float]:
+    if delta is None:
         return "dropped", 0.0
-    delta = delta.double().reshape(product.shape)
-    measured = float((delta * product).sum() / product.square().sum())
-    residual = float((delta - measured * product).norm() / delta.norm())
+    if isinstance(delta, Low) and isinstance(product, Low):
+        own, dot, whole = delta.dot(delta), delta.dot(product), product.dot(product)
+    else:
+        dense = product.dense() if isinstance(product, Low) else product.double()
+        given = (delta.dense() if isinstance(delta, Low) else delta.detach().double()).reshape(dense.shape)
+        own, dot, whole = float((given * given).sum()), float((given * dense).sum()), float((dense * dense).sum())
+    if not own > 1e-16:
+        return "dropped", 0.0
+    measured, residual = dot / whole, math.sqrt(max(own - dot * dot / whole, 0.0) / own)
     if residual > 0.01:
         return "other", measured
     ratio = measured / scale
@@ -190,22 +242,28 @@ def quiet() -> Iterator[None]:
 
 def diffusers_reader(animal: Animal) -> Reader:
     """Return what loads a file with the pipeline mixin of `animal` and reads PEFT's own delta of each layer."""
-    import copy
-
     from diffusers.loaders import lora_pipeline
 
-    template = animal.build()
-
-    def read(path: Path) -> Deltas:
-        model = copy.deepcopy(template)
+    def read(path: Path, strength: float) -> Deltas:
+        model = animal.build()
         kind: Any = getattr(lora_pipeline, str(animal.mixin))
         parts = {**dict.fromkeys(kind._lora_loadable_modules), animal.component: model}
         pipeline = type("Pipeline", (kind,), {**parts, "components": parts, "hf_device_map": None})()
         pipeline.load_lora_weights(str(path), adapter_name="a")
-        layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight") and "a" in m.lora_A}
-        return {name: layer.get_delta_weight("a") for name, layer in layers.items()}
+        pipeline.set_adapters("a", adapter_weights=strength)
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+        return {name: _delta(layer) for name, layer in layers.items()}
 
     return read
+
+
+def _delta(layer: Any) -> Update:
+    """Return what PEFT's layer adds to the weight."""
+    if "a" not in getattr(layer, "lora_A", ()) or type(layer).__name__ not in ("Linear", "Conv2d"):
+        delta: torch.Tensor = layer.get_delta_weight("a")
+        return delta
+    a, b = layer.lora_A["a"].weight, layer.lora_B["a"].weight
+    return Low(b.flatten(1) * layer.scaling["a"], a.flatten(1))
 
 
 def live_reader(tool: str, bench_name: str) -> Reader:
@@ -219,9 +277,9 @@ def live_reader(tool: str, bench_name: str) -> Reader:
     layers = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
     before = effective_weights(bench.base(), layers)
 
-    def read(path: Path) -> Deltas:
+    def read(path: Path, strength: float) -> Deltas:
         model = bench.build()
-        model = subject.load(model, path, strength=1.0) or model
+        model = subject.load(model, path, strength=strength) or model
         return {name: weight - before[name] for name, weight in effective_weights(model, layers).items()}
 
     return read
@@ -229,10 +287,10 @@ def live_reader(tool: str, bench_name: str) -> Reader:
 
 def subsets(names: Parts) -> dict[str, Parts]:
     """Return the parts of a model that people train: all of it, its blocks, attention alone; and a random half."""
-    blocks = {n: p for n, p in names.items() if re.search(r"(blocks|layers|refiner|resnets|attentions)\.\d+\.", n)}
-    attention = {n: p for n, p in names.items() if re.search(r"att", n) and n in blocks}
+    found = {part: {n: p for n, p in names.items() if in_part(part, pattern_of(n))} for part in ("all", "blocks", "attention")}
+    blocks = found["blocks"]
     chosen = random.Random(3).sample(sorted(blocks), (len(blocks) + 1) // 2)
-    found = {"all": names, "blocks": blocks, "attention": attention, "half": {n: names[n] for n in names if n in chosen}}
+    found["half"] = {name: names[name] for name in names if name in chosen}
     return {name: part for name, part in found.items() if part}
 
 
@@ -243,9 +301,17 @@ def row(reader: Reader, names: Parts, shapes: Mapping[str, Shape], scheme: str, 
         every = {
             part: outcome(reader, make_file(some, shapes, scheme, numbers, component)) for part, some in subsets(names).items()
         }
-        same = {json.dumps(each, sort_keys=True) for each in every.values()}
-        found[kind] = next(iter(every.values())) if len(same) == 1 else every
+        found[kind] = _folded(every)
     return found if found["uniform"] != found["mixed"] else {"uniform": found["uniform"]}
+
+
+def _folded(every: Any) -> Any:
+    """Return one outcome for all parts of a model where it is the same; an error is, whichever keys it names."""
+    if not isinstance(every, dict) or "all" not in every:
+        return every
+    same = {json.dumps(each, sort_keys=True) for each in every.values()}
+    failed = all(isinstance(each, dict) and "raises" in each for each in every.values())
+    return next(iter(every.values())) if len(same) == 1 or failed else every
 
 
 def namings(animal: Animal) -> list[str]:
@@ -258,11 +324,12 @@ def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
     for family, animal in zoo().items():
         if (families and family not in families) or animal.mixin is None:
             continue
-        reader = diffusers_reader(animal)
         for naming in namings(animal):
-            for scheme in SCHEMES:
+            meant = animal.of_width(naming)
+            reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
+            for scheme in SCHEMES + VARIANTS:
                 place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
-                yield {**place, "scheme": scheme, **row(reader, animal.names(naming), animal.layers, scheme, animal.component)}
+                yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, animal.component)}
 
 
 def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -280,7 +347,7 @@ def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]
         for naming in namings(animal) if animal else ["own"]:
             names = animal.names(naming) if animal and naming != "own" else {name: [name] for name in shapes}
             names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
-            for scheme in SCHEMES if animal else TEXT:
+            for scheme in SCHEMES + VARIANTS if animal else TEXT:
                 place = {"tool": tool, "release": release, "family": family, "names": naming}
                 yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, bench.component)}
 
@@ -344,6 +411,7 @@ def write(rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the table, one row a line so that a change can be read."""
     head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths()}
     head["titles"] = {**{family: animal.title for family, animal in zoo().items()}, "clip-text": "CLIP text encoder"}
+    rows = [{**each, **{kind: _folded(each[kind]) for kind in ("uniform", "mixed") if kind in each}} for each in rows]
     lines = [json.dumps(head)[:-1] + ',\n"layers": {']
     lines.append(",\n".join(f"{json.dumps(f)}: {json.dumps(names)}" for f, names in layer_patterns().items()))
     lines.append('},\n"rows": [\n' + ",\n".join(json.dumps(each) for each in rows) + "\n]}\n")

@@ -2,7 +2,8 @@
 
 `zoo.json` has a row per architecture: class, pipeline mixin, component, a tiny configuration; `original` says how the
 authors' own code calls the layers: `fused` stacks several of them (pattern of the first, name, parts), `renamed` are
-substitutions in order, `only` the names that are meant.
+substitutions in order, `only` the names that are meant. `wide` is what a tiny model must have of the real one's widths
+where diffusers' converter has these numbers in its code.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,20 @@ class Animal:
     component: str
     config: Mapping[str, Any] = field(hash=False)
     original: Mapping[str, Any] | None = field(default=None, hash=False)
+    wide: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def build(self) -> Any:
-        """Return a fresh model, the same every time."""
+        """Return a fresh model; its weights do not matter, and those of a wide one are never touched."""
         import diffusers
         import torch
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(20)
-            return getattr(diffusers, self.kind)(**self.config).eval().requires_grad_(False)
+        with torch.device("meta"):
+            model = getattr(diffusers, self.kind)(**self.config)
+        return model.to_empty(device="cpu").eval().requires_grad_(False)
+
+    def of_width(self, naming: str) -> Animal:
+        """Return the model on which files with these names are measured."""
+        return replace(self, config={**self.config, **self.wide}) if self.wide and naming != "own" else self
 
     @cached_property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -61,7 +67,7 @@ def zoo() -> dict[str, Animal]:
     """Return every architecture by name."""
     rows = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
     animals = (
-        Animal(r["family"], r["title"], r["class"], r["mixin"], r["component"], r["config"], r.get("original")) for r in rows
+        Animal(r["family"], r["title"], r["class"], r["mixin"], r["component"], r["config"], r.get("original"), r.get("wide")) for r in rows
     )
     return {animal.family: animal for animal in animals}
 

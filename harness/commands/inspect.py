@@ -101,12 +101,15 @@ def _exit_code(record: FileRecord, strict: bool) -> int:
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
-    from harness.doctor.loader_law import measured_prescription
+    from harness.doctor.loader_law import measured_prescription, own_bench
 
     if record.format is None:
         return record
-    found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
-    return record.model_copy(update={"prescription": found})
+    found, notes = {}, []
+    for name in loaders:
+        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
+        notes.append(f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture")
+    return record.model_copy(update={"prescription": found, "unprescribed": {}, "notes": (*record.notes, *notes)})
 
 
 def _print(record: FileRecord) -> None:
@@ -117,6 +120,7 @@ def _print(record: FileRecord) -> None:
     console = stdout_console()
     console.print(Text(printable(record.path, 500), style="bold"))
     if record.format is not None:
+        console.print(Text(f"  {record.headline}"))
         console.print(grid((f"  {label}", value) for label, value in _facts(record)))
     for hazard in record.hazards:
         head = f"{hazard.code} {CODES[hazard.code].title}: "

@@ -11,7 +11,7 @@ from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within, met
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
-from harness.law.reads import Place, Reading, has_other_names, reading
+from harness.law.reads import Place, Reading, has_other_names, reading, title_of
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
@@ -91,6 +91,7 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
         return Answer(tool, read.effect, read.what, sure, findings=tuple(hit), notes=notes)
     ignores = read.alpha_ignored or any(finding.effect == "alpha ignored" for finding in blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
+    notes += (read.what,) if read.what and read.effect == "law" else ()
     return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
 
 
@@ -153,11 +154,18 @@ def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     known = [(place, each) for place, each in found if each.effect != "unknown"]
     if not known or len(known) < len(found):
         return _by_name(tool, group, known)
-    effects = {each.effect for _, each in known}
-    if len(effects) > 1:
-        able = "; ".join(f"{place[0]}: {each.what or 'reads it'}" for place, each in known)
-        return Reading("unknown", f"depends on the model, which the layer names leave open ({able[:300]})")
-    return known[0][1]
+    (place, first), *others = known
+    differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
+    if not differ:
+        return first
+    elsewhere = "; ".join(f"{title}: {each.what or 'as trained'}" for title, each in differ.items())[:200]
+    if first.effect == "law" and all(each.effect in _LOUD for each in differ.values()):
+        return replace(first, what=f"as trained on {title_of(place[0])}, but {elsewhere}")
+    return Reading("unknown", f"depends on the model, which the layer names leave open ({title_of(place[0])}: "
+                   f"{first.what or 'as trained'}; {elsewhere})")  # fmt: skip
+
+
+_LOUD = ("raises", "nothing", "drops")  # a user of the other model is not left with a wrong scale
 
 
 def _by_name(tool: Tool, group: Group, known: list[tuple[Place, Reading]]) -> Reading:
@@ -169,7 +177,7 @@ def _by_name(tool: Tool, group: Group, known: list[tuple[Place, Reading]]) -> Re
         return Reading("law")
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
-    which = " or ".join(dict.fromkeys(family for family, _ in group.places))
+    which = " or ".join(dict.fromkeys(title_of(family) for family, _ in group.places))
     return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.schemes)[:120]}")
 
 

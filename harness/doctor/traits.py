@@ -82,7 +82,6 @@ class Traits:
         known = [module for module in scaled if module.alpha is not None]
         values = {module.alpha for module in known if module.alpha is not None}
         words = {
-            "none": not known,
             "some-missing": 0 < len(known) < len(scaled),
             "several": len(values) > 1,
             "mixed": len({round(module.trained_scale, 6) for module in known}) > 1,
@@ -90,7 +89,7 @@ class Traits:
             "negative": any(value < 0 for value in values),
             "zero": 0.0 in values,
             "rslora": any(module.rslora for module in scaled),
-            self.adapter.alpha_source: bool(known),
+            self.adapter.alpha_source if known else "none": True,
         }
         return frozenset(word for word, holds in words.items() if holds)
 

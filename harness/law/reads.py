@@ -100,23 +100,35 @@ def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, 
     """
     row = _rows().get((tool, *place, scheme))
     if row is None:
-        return Reading("unknown", f"not measured on {place[0]} with keys as {scheme}")
+        return Reading("unknown", f"was not measured on {title_of(place[0])} with keys as {scheme}")
     outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
-    if isinstance(outcome, dict) and "all" in outcome:
-        outcome = outcome.get(_part(counts), outcome["all"])
-    return _read(outcome, counts)
+    if not isinstance(outcome, dict) or "all" not in outcome:
+        return _read(outcome, counts)
+    part = _part(counts, layers_of(place))
+    found = [_read(each, counts) for name, each in outcome.items() if part is None or name == part]
+    if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
+        seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
+        return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
+    return found[0]
 
 
-def _part(counts: Mapping[str, int]) -> str:
-    """Return which measured part of a model a file is most like."""
+_BLOCKS = re.compile(r"(blocks|layers|refiner|resnets|attentions)_#")
+
+
+def in_part(part: str, pattern: str) -> bool:
+    """Tell whether a layer is in a part of the model that people train: `all`, its `blocks`, `attention`."""
+    return part == "all" or bool(_BLOCKS.search(pattern) and (part == "blocks" or "att" in pattern))
+
+
+def _part(counts: Mapping[str, int], layers: frozenset[str]) -> str | None:
+    """Return which part of the model the file has in full, None when it has another choice of layers."""
     by_block: dict[str, set[int]] = {}
     for pattern, number in counts.items():
         by_block.setdefault(pattern.partition("#")[0], set()).add(number)
     if any(len(each) > 1 for each in by_block.values()):
-        return "half"  # some blocks have layers that others lack
-    if all("att" in pattern for pattern in counts):
-        return "attention"
-    return "blocks" if all("#" in pattern for pattern in counts) else "all"
+        return None  # some blocks have layers that others lack
+    parts = {part: {name for name in layers if in_part(part, name)} for part in ("all", "blocks", "attention")}
+    return next((part for part, names in parts.items() if names == set(counts)), None)
 
 
 def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:

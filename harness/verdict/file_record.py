@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -98,6 +99,20 @@ class FileRecord(Record):
     def readable(self) -> bool:
         """Tell whether the file could be read at all."""
         return self.format is not None
+
+    @property
+    def headline(self) -> str:
+        """What the scales mean for a person who loads the file, in one sentence or two."""
+        if self.trained is None or not self.modules:
+            return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if lora_alpha was the rank."
+        low, high = self.trained
+        if not math.isclose(low, high, rel_tol=1e-6):
+            return f"Standard: alpha / rank = {low:.4g} to {high:.4g} by module. Loaders that ignore alpha have no right strength."
+        said = f"Standard: alpha / rank = {low:.4g}."
+        if low == 1 or low <= 0:
+            return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
+        times = f"{1 / low:.4g}x too strong" if low < 1 else f"{low:.4g}x too weak"
+        return f"{said} Loaders that ignore alpha are {times}."
 
     @property
     def codes(self) -> tuple[str, ...]:
