@@ -15,7 +15,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from benchmarks.reads import BENCHES, LIVE, MIXED, UNIFORM, File, Reader, diffusers_reader, live_reader, make_file, outcome
+from benchmarks.reads import (
+    BENCHES,
+    LIVE,
+    MIXED,
+    UNIFORM,
+    File,
+    Reader,
+    diffusers_reader,
+    live_reader,
+    make_file,
+    outcome,
+)
 from benchmarks.zoo import zoo
 from harness.errors import LoaderSpecError, LoraFileError
 
@@ -105,7 +116,9 @@ def pairs(tools: Sequence[str] = (), families: Sequence[str] = ()) -> Iterator[P
         if lora_alpha is not None:
             expected = {layer: (product, lora_alpha / 8) for layer, (product, _) in file.expected.items()}
             file = File(file.tensors, file.metadata, expected, file.where)
-        shown = f"{animal.title}, {naming} names, `{scheme}`, {what}" + (f", lora_alpha {lora_alpha:g}" if lora_alpha else "")
+        shown = f"{animal.title}, {naming} names, `{scheme}`, {what}" + (
+            f", lora_alpha {lora_alpha:g}" if lora_alpha else ""
+        )
         for name, given in found.items():
             if (not tools or name in tools) and (reader := readers(name, family)):
                 yield _judge(shown, name, given, reader, file)
@@ -148,7 +161,9 @@ def page(found: Sequence[Pair]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     mark = {True: "right", False: "**wrong**", None: "not judged"}
-    lines += [f"| {p.file} | {p.tool} | {p.answered} | {p.measured.replace('|', '/')} | {mark[p.agrees]} |" for p in found]
+    lines += [
+        f"| {p.file} | {p.tool} | {p.answered} | {p.measured.replace('|', '/')} | {mark[p.agrees]} |" for p in found
+    ]
     return "\n".join(lines) + "\n"
 
 

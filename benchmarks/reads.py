@@ -33,8 +33,19 @@ from harness.law.reads import TABLE, in_part, pattern_of
 
 MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (24, 33.0), (7, 3.5))  # rank, alpha; whole and fractional ratios
 UNIFORM = ((8, 4.0),)
-PREFIXES = {"transformer": "{component}.", "diffusion_model": "diffusion_model.", "bare": "", "base_model": "base_model.model."}
-FLAT = {"lora_unet": "lora_unet_", "lora_unet__": "lora_unet__", "lora_transformer": "lora_transformer_", "lycoris": "lycoris_", "lora_te": "lora_te_"}
+PREFIXES = {
+    "transformer": "{component}.",
+    "diffusion_model": "diffusion_model.",
+    "bare": "",
+    "base_model": "base_model.model.",
+}
+FLAT = {
+    "lora_unet": "lora_unet_",
+    "lora_unet__": "lora_unet__",
+    "lora_transformer": "lora_transformer_",
+    "lycoris": "lycoris_",
+    "lora_te": "lora_te_",
+}
 PAIRS = {
     "A": ("lora_A.weight", "lora_B.weight"),
     "default": ("lora_A.default.weight", "lora_B.default.weight"),
@@ -49,7 +60,9 @@ SCHEMES = (
     "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
 )  # fmt: skip
 VARIANTS = tuple(
-    f"{prefix}.{kind}.tensor" for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris") for kind in ("lokr", "loha")
+    f"{prefix}.{kind}.tensor"
+    for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris")
+    for kind in ("lokr", "loha")
 )
 BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
 TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
@@ -100,7 +113,11 @@ def make_file(
     for index, (name, layers) in enumerate(names.items()):
         rank, number = numbers[index % len(numbers)]
         rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
-        stem = f"{FLAT[prefix]}{name.replace('.', '_')}" if prefix in FLAT else PREFIXES[prefix].format(component=component) + name
+        stem = (
+            f"{FLAT[prefix]}{name.replace('.', '_')}"
+            if prefix in FLAT
+            else PREFIXES[prefix].format(component=component) + name
+        )
         parts, product = _parts(pair, rank, sum(rows), kernel, generator)
         tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
@@ -115,7 +132,9 @@ def make_file(
 Rows = Callable[[slice], Update]  # rows of the update without its scale, [rows, columns]
 
 
-def _parts(pair: str, rank: int, height: int, kernel: Shape, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], Rows]:
+def _parts(
+    pair: str, rank: int, height: int, kernel: Shape, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], Rows]:
     """Draw the tensors of one module, by the tail of their keys, and say what they multiply to."""
 
     def draw(*shape: int) -> torch.Tensor:
@@ -124,11 +143,24 @@ def _parts(pair: str, rank: int, height: int, kernel: Shape, generator: torch.Ge
     columns = math.prod(kernel)
     if pair == "lokr":
         out, into = _factor(height), _factor(columns)
-        parts = {"lokr_w1": draw(out, into), "lokr_w2_a": draw(height // out, rank), "lokr_w2_b": draw(rank, columns // into)}
+        parts = {
+            "lokr_w1": draw(out, into),
+            "lokr_w2_a": draw(height // out, rank),
+            "lokr_w2_b": draw(rank, columns // into),
+        }
         return parts, lambda rows: torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])[rows]
     if pair == "loha":
-        parts = {f"hada_w{i}_{half}": draw(*((height, rank) if half == "a" else (rank, columns))) for i in "12" for half in "ab"}
-        return parts, lambda rows: (parts["hada_w1_a"][rows] @ parts["hada_w1_b"]) * (parts["hada_w2_a"][rows] @ parts["hada_w2_b"])
+        parts = {
+            f"hada_w{i}_{half}": draw(*((height, rank) if half == "a" else (rank, columns)))
+            for i in "12"
+            for half in "ab"
+        }
+        return (
+            parts,
+            lambda rows: (
+                (parts["hada_w1_a"][rows] @ parts["hada_w1_b"]) * (parts["hada_w2_a"][rows] @ parts["hada_w2_b"])
+            ),
+        )
     down, up = PAIRS[pair]
     parts = {down: draw(rank, *kernel), up: draw(height, rank, *(1 for _ in kernel[1:]))}
     return parts, lambda rows: Low(parts[up][rows].flatten(1), parts[down].flatten(1))
@@ -233,7 +265,11 @@ def quiet() -> Iterator[None]:
 
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -287,7 +323,10 @@ def live_reader(tool: str, bench_name: str) -> Reader:
 
 def subsets(names: Parts) -> dict[str, Parts]:
     """Return the parts of a model that people train: all of it, its blocks, attention alone; and a random half."""
-    found = {part: {n: p for n, p in names.items() if in_part(part, pattern_of(n))} for part in ("all", "blocks", "attention")}
+    found = {
+        part: {n: p for n, p in names.items() if in_part(part, pattern_of(n))}
+        for part in ("all", "blocks", "attention")
+    }
     blocks = found["blocks"]
     chosen = random.Random(3).sample(sorted(blocks), (len(blocks) + 1) // 2)
     found["half"] = {name: names[name] for name in names if name in chosen}
@@ -299,7 +338,8 @@ def row(reader: Reader, names: Parts, shapes: Mapping[str, Shape], scheme: str, 
     found: dict[str, Any] = {}
     for kind, numbers in (("uniform", UNIFORM), ("mixed", MIXED)):
         every = {
-            part: outcome(reader, make_file(some, shapes, scheme, numbers, component)) for part, some in subsets(names).items()
+            part: outcome(reader, make_file(some, shapes, scheme, numbers, component))
+            for part, some in subsets(names).items()
         }
         found[kind] = _folded(every)
     return found if found["uniform"] != found["mixed"] else {"uniform": found["uniform"]}
@@ -315,7 +355,11 @@ def _folded(every: Any) -> Any:
 
 
 def namings(animal: Animal) -> list[str]:
-    return ["own", *(["original"] if animal.original else []), *(["sgm"] if animal.kind == "UNet2DConditionModel" else [])]
+    return [
+        "own",
+        *(["original"] if animal.original else []),
+        *(["sgm"] if animal.kind == "UNet2DConditionModel" else []),
+    ]
 
 
 def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -374,7 +418,9 @@ def depths() -> dict[str, list[int]]:
     found = {}
     for family, animal in zoo().items():
         every = inspect.signature(getattr(diffusers, animal.kind).__init__).parameters
-        numbers = {p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int}
+        numbers = {
+            p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int
+        }
         found[family] = sorted(number for number in numbers if number > 1)
     return found
 

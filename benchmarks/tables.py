@@ -27,7 +27,7 @@ def findings_page() -> str:
             "# Findings",
             "",
             "Wrong or undocumented behaviour found in current releases of LoRA loaders. Each page has a script of its own that needs",
-            "only the loader; `tests/test_findings.py` runs it and compares its output. \"Known\" says what a search of the project's",
+            'only the loader; `tests/test_findings.py` runs it and compares its output. "Known" says what a search of the project\'s',
             'issues found; "related" and "similar" are other effects of nearby code.',
             "",
             "The rows are `harness/law/findings.toml`, which also says which files meet a finding: `inspect`, `diagnose` and `audit`",
@@ -91,7 +91,15 @@ def tools_page() -> str:
     for tool in tools().values():
         if tool.release:
             law = tool.law.law.formula
-            cells = (tool.title, f"`{tool.field}`", f"`{law}`", tool.without_alpha, tool.alpha_zero, ", ".join(tool.formats), tool.provenance)
+            cells = (
+                tool.title,
+                f"`{tool.field}`",
+                f"`{law}`",
+                tool.without_alpha,
+                tool.alpha_zero,
+                ", ".join(tool.formats),
+                tool.provenance,
+            )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

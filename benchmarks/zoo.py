@@ -67,7 +67,17 @@ def zoo() -> dict[str, Animal]:
     """Return every architecture by name."""
     rows = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
     animals = (
-        Animal(r["family"], r["title"], r["class"], r["mixin"], r["component"], r["config"], r.get("original"), r.get("wide")) for r in rows
+        Animal(
+            r["family"],
+            r["title"],
+            r["class"],
+            r["mixin"],
+            r["component"],
+            r["config"],
+            r.get("original"),
+            r.get("wide"),
+        )
+        for r in rows
     )
     return {animal.family: animal for animal in animals}
 

@@ -13,6 +13,7 @@ from harness.example import Example, Target
 from harness.law.scale import word_of
 from harness.verdict.verdict import Verdict
 
+
 @dataclass(frozen=True)
 class StrengthRow:
     """At `strength` the loader gives `factor` times the trained effect."""

@@ -27,7 +27,9 @@ _SAW = ("noise", "nothing", "weak", "strong")
     "  lora-harness diagnose my_lora.safetensors --tool diffusers --saw noise"
 )
 @click.argument("file", type=shared.PATH, metavar="FILE")
-@click.option("--tool", metavar="TOOL", help="The tool you load it with: comfyui, forge, diffusers, ...  [default: all]")
+@click.option(
+    "--tool", metavar="TOOL", help="The tool you load it with: comfyui, forge, diffusers, ...  [default: all]"
+)
 @click.option("--tool-version", metavar="V", help="Its release.  [default: the one that is known]")
 @shared.lora_alpha_option
 @click.option("--base", type=shared.PATH, metavar="CKPT", help="The model: says how many modules of FILE apply to it.")

@@ -108,7 +108,9 @@ def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_a
     found, notes = {}, []
     for name in loaders:
         found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
-        notes.append(f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture")
+        notes.append(
+            f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
+        )
     return record.model_copy(update={"prescription": found, "unprescribed": {}, "notes": (*record.notes, *notes)})
 
 
@@ -157,7 +159,11 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     for loader, strength in record.prescription.items():
         why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
-        yield "  pass", printable(loader, 120), f"no number: {printable(why, 400)}" if strength is None else f"strength {strength:g}"
+        yield (
+            "  pass",
+            printable(loader, 120),
+            f"no number: {printable(why, 400)}" if strength is None else f"strength {strength:g}",
+        )
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

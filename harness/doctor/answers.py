@@ -233,7 +233,11 @@ def repaired_to(tool: Tool, traits: Traits, asked: Asked | None = None) -> str |
     """
     if any(set(module.keys) - {"A", "B", "alpha"} for module in traits.modules):
         return None
-    if not (asked and (asked.lora_alpha is not None or asked.as_rank)) and traits.alphas & {"none", "zero", "some-missing"}:
+    if not (asked and (asked.lora_alpha is not None or asked.as_rank)) and traits.alphas & {
+        "none",
+        "zero",
+        "some-missing",
+    }:
         return None
     able = [form for form in _WRITTEN if form in tool.formats and form != traits.adapter.format]
     return next((form for form in (traits.adapter.format, *able) if _reads_repaired(tool, form, traits)), None)

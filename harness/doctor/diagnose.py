@@ -104,7 +104,9 @@ def tool_named(name: str) -> Tool:
     wanted, every = name.strip().lower(), tools()
     if wanted in every:
         return every[wanted]
-    found = [tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())]
+    found = [
+        tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())
+    ]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(tool.name for tool in found or every.values())
@@ -186,7 +188,10 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     if given.strength is not None:
         yield "pass", f"{_field(tool, given.strength)}{_steps(found, given.strength)}"
     else:
-        yield "pass", "no number makes this right there" if given.effect in _CANNOT else "not known from this file alone"
+        yield (
+            "pass",
+            "no number makes this right there" if given.effect in _CANNOT else "not known from this file alone",
+        )
     yield "do", _what_to_do(found, given)
     yield "sure", how_sure(given)
 
@@ -209,7 +214,9 @@ def _steps(found: Diagnosis, right: float) -> str:
 
 def _what_to_do(found: Diagnosis, given: Answer) -> str:
     if given.instead:
-        return f"lora-harness repair {printable(found.path, 200)} --to {given.instead} --out NEW" + _needs(found, given.instead)
+        return f"lora-harness repair {printable(found.path, 200)} --to {given.instead} --out NEW" + _needs(
+            found, given.instead
+        )
     workaround = next((each.says for each in given.findings if each.blocks and not given.strength), None)
     if given.effect in _CANNOT and workaround:
         return f"use a tool that reads it: {able(found) or 'none is known'}"
@@ -231,7 +238,9 @@ def _needs(found: Diagnosis, to: str) -> str:
 def able(found: Diagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
     every = answers(found.traits, found._asked)
-    return ", ".join(f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release)
+    return ", ".join(
+        f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release
+    )
 
 
 def how_sure(given: Answer) -> str:
@@ -243,7 +252,9 @@ def how_sure(given: Answer) -> str:
         "read": f"not measured: {tool.provenance}",
         "unknown": "not measured",
     }
-    pages = [finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")]
+    pages = [
+        finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
+    ]
     return "; ".join([ways[given.sure], *given.notes, *pages])
 
 
@@ -266,7 +277,10 @@ _RANKED = ("pass", "wrong", "ask", "unknown")
 def _kind(given: Answer) -> tuple[str, str]:
     if given.strength is not None:
         how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
-        return "pass", f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})"
+        return (
+            "pass",
+            f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})",
+        )
     if given.effect == "law":
         return "ask", given.says
     return ("unknown", given.says) if given.effect == "unknown" else ("wrong", why_not(given))
@@ -282,7 +296,9 @@ def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
     if found.rule:
         yield "alpha", f"none in the file; {found.rule}, so 1 is as trained; if yours was N, pass N / {rank}"
     else:
-        worst = f"passing {most} would be {most}x too strong if it was {most}" if len(ranks) == 1 else "never pass the rank"
+        worst = (
+            f"passing {most} would be {most}x too strong if it was {most}" if len(ranks) == 1 else "never pass the rank"
+        )
         yield "alpha", f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
 
 
@@ -297,7 +313,9 @@ def _strength_cause(found: Diagnosis) -> Cause:
         f"{each.tool.name} {each.says}" for each in found.answers.values()
         if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
     ]  # fmt: skip
-    right = "; ".join(f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None)
+    right = "; ".join(
+        f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None
+    )
     test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
     return Cause("wrong strength", test, "; ".join(wrong[:2]))
 
@@ -316,9 +334,13 @@ def _model_cause(found: Diagnosis) -> Cause:
 
 def _noise(found: Diagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
-    yield Cause("NaN or infinite weights", f"lora-harness inspect {printable(found.path, 120)} --energy names them (LH707)")
+    yield Cause(
+        "NaN or infinite weights", f"lora-harness inspect {printable(found.path, 120)} --energy names them (LH707)"
+    )
     yield _model_cause(found)
-    yield Cause("a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?")
+    yield Cause(
+        "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
+    )
     yield _dropped_cause(found)
 
 
@@ -333,15 +355,23 @@ def _nothing(found: Diagnosis) -> Iterator[Cause]:
 def _weak(found: Diagnosis) -> Iterator[Cause]:
     yield from list(_nothing(found))[2:3]
     missing = ", ".join(untargeted(found.traits)) or "none that is known"
-    yield Cause("trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate")
-    yield Cause("a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full")
+    yield Cause(
+        "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"
+    )
+    yield Cause(
+        "a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full"
+    )
     yield Cause(f"too few layers targeted (left alone: {missing})", "add them to target_modules and train again")
     yield Cause("a strength below what you want", "raise it up to 1.5: style grows, and artifacts with it")
 
 
 def _strong(found: Diagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
-    calls = [f.says for f in findings().values() if f.effect == "call" and "LH207" in f.codes and found.tool and found.tool.name in f.tools]
+    calls = [
+        f.says
+        for f in findings().values()
+        if f.effect == "call" and "LH207" in f.codes and found.tool and found.tool.name in f.tools
+    ]
     yield Cause("applied twice", "restart the tool and load it once: does the picture change?", "; ".join(calls))
     yield _model_cause(found)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -100,8 +101,8 @@ class Tool:
     by_name: tuple[str, ...] = ()
     original_names: bool = False
     families: tuple[str, ...] | None = None
-    variants: Mapping[str, str] = field(default_factory=dict, hash=False)
-    limits: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
 
     @property
     def provenance(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-
 # Boundaries of the words, in times the trained effect; the pictures behind them are in the image tests.
 _WORDS = (
     (0.01, "no effect"),
@@ -14,7 +13,6 @@ _WORDS = (
     (1.25, "slightly stronger than trained"),
     (8.0, "too strong: artifacts expected"),
 )
-
 
 
 def trained_scale(alpha: float | None, rank: int, *, rslora: bool = False) -> float:

@@ -104,7 +104,9 @@ class FileRecord(Record):
     def headline(self) -> str:
         """What the scales mean for a person who loads the file, in one sentence or two."""
         if self.trained is None or not self.modules:
-            return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if lora_alpha was the rank."
+            return (
+                "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if lora_alpha was the rank."
+            )
         low, high = self.trained
         if not math.isclose(low, high, rel_tol=1e-6):
             return f"Standard: alpha / rank = {low:.4g} to {high:.4g} by module. Loaders that ignore alpha have no right strength."
