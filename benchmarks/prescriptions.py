@@ -70,6 +70,16 @@ FILES: Sequence[tuple[str, str, str, str, float | None]] = (
 )  # fmt: skip
 
 
+_HEAD = """# Every number, held against the tool
+
+Measured on {today} by `python -m benchmarks.prescriptions` with the tools' own code: {judged} pairs of file and tool
+judged, {wrong} wrong; {unknown} answered *not known*. A number counts when every layer got its trained scale within
+0.5 %; where there is none, the tool must do what was said.
+
+| file | tool | answered | measured | |
+| --- | --- | --- | --- | --- |"""
+
+
 @dataclass(frozen=True)
 class Pair:
     """One file and tool: what was answered, what was measured, and whether the two agree (None: not judged)."""
@@ -150,16 +160,8 @@ def page(found: Sequence[Pair]) -> str:
     """Return the table as Markdown."""
     judged = [pair for pair in found if pair.agrees is not None]
     wrong = sum(not pair.agrees for pair in judged)
-    lines = [
-        "# Every number, held against the tool",
-        "",
-        f"Measured on {date.today()} by `python -m benchmarks.prescriptions` with the tools' own code: {len(judged)} pairs of "
-        f"file and tool judged, {wrong} wrong; {len(found) - len(judged)} answered *not known*. A number counts when every "
-        "layer got its trained scale within 0.5 %; where there is none, the tool must do what was said.",
-        "",
-        "| file | tool | answered | measured | |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    unknown = len(found) - len(judged)
+    lines = [_HEAD.format(today=date.today(), judged=len(judged), wrong=wrong, unknown=unknown)]
     mark = {True: "right", False: "**wrong**", None: "not judged"}
     lines += [
         f"| {p.file} | {p.tool} | {p.answered} | {p.measured.replace('|', '/')} | {mark[p.agrees]} |" for p in found

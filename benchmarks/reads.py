@@ -64,9 +64,23 @@ VARIANTS = tuple(
     for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris")
     for kind in ("lokr", "loha")
 )
+# what a tool is measured on: only models that the live loader gives it under the names they have there
+FAITHFUL: Mapping[str, Sequence[tuple[str, str]]] = {
+    "comfyui": (
+        ("qwen-image", "own"), ("sd-unet", "own"), ("sd-unet", "sgm"), ("flux", "own"), ("flux", "original"),
+        ("clip-text", "own"),
+    ),
+    "sd-scripts": (("sd-unet", "own"), ("clip-text", "own")),
+    "invokeai": (("qwen-image", "own"), ("sd-unet", "own"), ("clip-text", "own")),
+    "lycoris": (("qwen-image", "own"), ("sd-unet", "own"), ("flux", "own"), ("clip-text", "own")),
+    "diffsynth": (("qwen-image", "own"),),
+    "diffsynth-2.0.4": (("qwen-image", "own"),),
+    "diffsynth-flux": (("flux", "own"), ("flux", "original")),
+    "diffusers": (("clip-text", "own"),),
+}  # fmt: skip
 BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
 TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
-LIVE = ("comfyui", "sd-scripts", "invokeai", "lycoris", "diffsynth", "diffsynth-2.0.4", "diffsynth-flux")
+LIVE = tuple(tool for tool in FAITHFUL if tool != "diffusers")
 SECONDS = 20
 Shape = tuple[int, ...]
 
@@ -371,7 +385,7 @@ def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
         for naming in namings(animal):
             meant = animal.of_width(naming)
             reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
-            for scheme in SCHEMES + VARIANTS:
+            for scheme in SCHEMES if meant is not animal else SCHEMES + VARIANTS:
                 place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
                 yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, animal.component)}
 
@@ -388,8 +402,9 @@ def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]
         linear = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
         shapes = {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in linear.items()}
         reader = live_reader(tool, bench_name)
-        for naming in namings(animal) if animal else ["own"]:
-            names = animal.names(naming) if animal and naming != "own" else {name: [name] for name in shapes}
+        for naming in (names for there, names in FAITHFUL[tool] if there == family):
+            own = {name: [name] for name in shapes}
+            names = animal.names(naming) if animal and naming != "own" else own
             names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
             for scheme in SCHEMES + VARIANTS if animal else TEXT:
                 place = {"tool": tool, "release": release, "family": family, "names": naming}

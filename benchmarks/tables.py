@@ -12,35 +12,49 @@ from harness.law.known import tools
 from harness.law.reads import TABLE, title_of
 
 DOCS = Path(__file__).parents[1] / "docs"
-_LABEL = {"ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs", "alpha ignored": "alpha ignored",
-          "partly": "some layers only", "depends": "depends on the layers"}  # fmt: skip
+_LABEL = {
+    "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
+    "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
+}  # fmt: skip
+_FINDINGS = """# Findings
+
+Wrong or undocumented behaviour found in current releases of LoRA loaders. Each page has a script of its own that needs
+only the loader; `tests/test_findings.py` runs it and compares its output. "Known" says what a search of the project's
+issues found; "related" and "similar" are other effects of nearby code.
+
+The rows are `harness/law/findings.toml`, which also says which files meet a finding: `inspect`, `diagnose` and `audit`
+give no number for a file that a tool breaks. This page is written by `python -m benchmarks.tables`.
+
+| page | loader | what | effect | codes | known upstream |
+| --- | --- | --- | --- | --- | --- |
+"""
+_READS = """# What each tool reads
+
+Measured on {measured} by `python -m benchmarks.reads`, which runs each tool's own code on a tiny model of every
+architecture, for one alpha / rank in the whole file and for several. A spelling is prefix, halves and home of alpha:
+`transformer.A.header` is `transformer.<module>.lora_A.weight` with alpha in the header. Names: the model's own (as
+in diffusers), its authors' original ones, or sgm (Stable Diffusion's). Written by `python -m benchmarks.tables`.
+
+| tool | architecture | names | what becomes of the spellings |
+| --- | --- | --- | --- |
+"""
+_TOOLS = """# Tools
+
+What `diagnose` knows of each tool (`harness/law/tools.toml`); written by `python -m benchmarks.tables`.
+
+| tool | field | scale on B @ A | without alpha | alpha 0 | reads | known |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
 
 
 def findings_page() -> str:
     """Return the index of `docs/findings`."""
-    rows = [
-        f"| [{f.page}]({f.page}.md) | {f.loader} {f.measured} | {f.what} | {f.effect} | {', '.join(f.codes)} | {f.known} |"
+    lines = [
+        f"| [{f.page}]({f.page}.md) | {f.loader} {f.measured} | {f.what} | {f.effect} "
+        f"| {', '.join(f.codes)} | {f.known} |\n"
         for f in findings().values()
     ]
-    return "\n".join(
-        [
-            "# Findings",
-            "",
-            "Wrong or undocumented behaviour found in current releases of LoRA loaders. Each page has a script of its own that needs",
-            'only the loader; `tests/test_findings.py` runs it and compares its output. "Known" says what a search of the project\'s',
-            'issues found; "related" and "similar" are other effects of nearby code.',
-            "",
-            "The rows are `harness/law/findings.toml`, which also says which files meet a finding: `inspect`, `diagnose` and `audit`",
-            "ask it and give no number for a file that a tool breaks. This page is written by `python -m benchmarks.tables`.",
-            "",
-            "| page | loader | what | effect | codes | known upstream |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "`lora-harness explain CODE` says what a code means.",
-            "",
-        ]
-    )
+    return _FINDINGS + "".join(lines) + "\n`lora-harness explain CODE` says what a code means.\n"
 
 
 def kind_of(outcome: Any) -> str:
@@ -61,33 +75,16 @@ def reads_page() -> str:
         found, mixed = kind_of(row["uniform"]), kind_of(row.get("mixed", row["uniform"]))
         label = _LABEL[found] if found == mixed else f"{_LABEL[found]}; ranks or alphas that differ: {_LABEL[mixed]}"
         by_place.setdefault(place, {}).setdefault(label, []).append(row["scheme"])
-    lines = [
-        "# What each tool reads",
-        "",
-        f"Measured on {table['measured']} by `python -m benchmarks.reads`, which runs each tool's own code on a tiny model of every",
-        "architecture, for one alpha / rank in the whole file and for several. A spelling is prefix, halves and home of alpha:",
-        "`transformer.A.header` is `transformer.<module>.lora_A.weight` with alpha in the header. Names: the model's own (as in",
-        "diffusers), its authors' original ones, or sgm (Stable Diffusion's). Written by `python -m benchmarks.tables`.",
-        "",
-        "| tool | architecture | names | what becomes of the spellings |",
-        "| --- | --- | --- | --- |",
-    ]
+    lines = []
     for (tool, release, family, names), found in by_place.items():
         said = "<br>".join(f"**{label}**: {', '.join(schemes)}" for label, schemes in found.items())
         lines.append(f"| {tool} {release} | {title_of(family)} | {names} | {said} |")
-    return "\n".join(lines) + "\n"
+    return _READS.format(measured=table["measured"]) + "\n".join(lines) + "\n"
 
 
 def tools_page() -> str:
     """Return the tools, their fields and laws."""
-    lines = [
-        "# Tools",
-        "",
-        "What `diagnose` knows of each tool (`harness/law/tools.toml`); written by `python -m benchmarks.tables`.",
-        "",
-        "| tool | field | scale on B @ A | without alpha | alpha 0 | reads | known |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for tool in tools().values():
         if tool.release:
             law = tool.law.law.formula
@@ -101,7 +98,7 @@ def tools_page() -> str:
                 tool.provenance,
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return _TOOLS + "\n".join(lines) + "\n"
 
 
 PAGES = {"findings/README.md": findings_page, "reads.md": reads_page, "tools.md": tools_page}

@@ -68,10 +68,10 @@ def _about(code: Code) -> dict[str, Any]:
 
 
 def _about_finding(finding: Finding) -> dict[str, Any]:
-    rows = {
-        "kind": "finding", "code": ", ".join(finding.codes), "title": f"{finding.loader} {finding.measured}: {finding.what}",
-        "effect": finding.effect, "says": f"{finding.loader} {finding.says}", "upstream": finding.known, "page": finding.link,
-    }  # fmt: skip
+    title = f"{finding.loader} {finding.measured}: {finding.what}"
+    says = f"{finding.loader} {finding.says}"
+    rows = {"kind": "finding", "code": ", ".join(finding.codes), "title": title, "effect": finding.effect, "says": says}
+    rows |= {"upstream": finding.known, "page": finding.link}
     return {name: value for name, value in rows.items() if value}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -112,7 +112,11 @@ def _sure(tool: Tool) -> Sure:
 def _how_sure(tool: Tool, traits: Traits) -> Sure:
     if tool.known != "measured":
         return "read"
-    return "measured" if all(_rows(tool, group) for group in traits.groups) else "by name"
+    return (
+        "measured"
+        if all(group.places and _rows(tool, group.places[0], group, mixed=False) for group in traits.groups)
+        else "by name"
+    )
 
 
 def _limits(tool: Tool, traits: Traits) -> Iterator[Finding]:
@@ -125,7 +129,7 @@ def _limits(tool: Tool, traits: Traits) -> Iterator[Finding]:
 def _read(tool: Tool, traits: Traits) -> Reading:
     """Return the worst of what becomes of the file's variants and groups."""
     found = [*_variants(tool, traits), *(_read_group(tool, group, traits) for group in traits.groups)]
-    return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
+    return _worst(found)
 
 
 def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
@@ -137,43 +141,43 @@ def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
             yield Reading("drops", says)
 
 
-def _rows(tool: Tool, group: Group) -> list[Reading]:
-    """Return what was measured of a group: on each architecture it can belong to, in each spelling it has."""
-    found = (_row(tool, place, scheme, group, True) for place in group.places for scheme in group.schemes)
-    return [each for each in found if each.effect != "unknown"]
+def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
+    """Return what was measured of a group on one architecture, a reading per spelling; None where one was not."""
+    engine = _ENGINES.get((tool.name, place[0]), tool.name)
+    found = [reading(engine, place, scheme, group.counts, mixed=mixed) for scheme in group.schemes]
+    return None if None in found else [each for each in found if each]
 
 
-def _row(tool: Tool, place: Place, scheme: str, group: Group, mixed: bool) -> Reading:
-    return reading(_ENGINES.get((tool.name, place[0]), tool.name), place, scheme, group.counts, mixed=mixed)
+def _worst(found: Iterable[Reading]) -> Reading:
+    return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
 
 
 def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
-    found = [
-        (place, _row(tool, place, scheme, group, traits.varied)) for place in group.places for scheme in group.schemes
-    ]
-    known = [(place, each) for place, each in found if each.effect != "unknown"]
-    if not known or len(known) < len(found):
-        return _by_name(tool, group, known)
-    (place, first), *others = known
+    """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
+    every = {place: _rows(tool, place, group, mixed=traits.varied) for place in group.places}
+    known = {place: _worst(rows) for place, rows in every.items() if rows}
+    if not known or next(iter(every)) not in known:
+        return _by_name(tool, group, known.values())
+    (place, first), *others = known.items()
     differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
     if not differ:
         return first
     elsewhere = "; ".join(f"{title}: {each.what or 'as trained'}" for title, each in differ.items())[:200]
+    usual = f"{title_of(place[0])}: {first.what or 'as trained'}"
     if first.effect == "law" and all(each.effect in _LOUD for each in differ.values()):
-        return replace(first, what=f"as trained on {title_of(place[0])}, but {elsewhere}")
-    return Reading("unknown", f"depends on the model, which the layer names leave open ({title_of(place[0])}: "
-                   f"{first.what or 'as trained'}; {elsewhere})")  # fmt: skip
+        return replace(first, what=f"{usual}, but {elsewhere}")
+    return Reading("unknown", f"depends on the model, which the layer names leave open ({usual}; {elsewhere})")
 
 
-_LOUD = ("raises", "nothing", "drops")  # a user of the other model is not left with a wrong scale
+_LOUD = ("raises", "nothing", "drops", "unknown")  # a user of the other model is not left with a wrong scale
 
 
-def _by_name(tool: Tool, group: Group, known: list[tuple[Place, Reading]]) -> Reading:
+def _by_name(tool: Tool, group: Group, known: Iterable[Reading]) -> Reading:
     """Return the reading of a group that was not measured: by the model's own names, or unknown."""
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
     named = not tool.original_names or not group.places or any(map(_is_original, group.places))
-    if fits and in_family and named and all(each.effect == "law" for _, each in known):
+    if fits and in_family and named and all(each.effect == "law" for each in known):
         return Reading("law")
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
@@ -253,13 +257,11 @@ def _reads_repaired(tool: Tool, form: str, traits: Traits) -> bool:
     if form not in _WRITTEN or form not in tool.formats or len(traits.groups) != 1 or not traits.groups[0].places:
         return False
     group = replace(traits.groups[0], schemes=(_WRITTEN[form],))
-    if not _rows(tool, group):
-        return False
     words = {**traits.words, "scheme": frozenset(group.schemes), "format": frozenset([form])}
     words["alpha"] = traits.alphas & {"ranks"} | {"tensor" if "tensor" in group.schemes[0] else "header"}
     words["alpha"] |= {"several"} if "ranks" in traits.alphas else set()
-    every = [_row(tool, place, group.schemes[0], group, "ranks" in traits.alphas) for place in group.places]
-    return all(each.effect == "law" for each in every) and not any(f.blocks for f in met(words, tool=tool.name))
+    every = _rows(tool, group.places[0], group, mixed="ranks" in traits.alphas)
+    return bool(every) and _worst(every).effect == "law" and not any(f.blocks for f in met(words, tool=tool.name))
 
 
 def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:

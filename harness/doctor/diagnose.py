@@ -157,7 +157,8 @@ def what_it_is(found: Diagnosis) -> str:
     numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(found.traits)}"
     kinds = _spread(module.variant for module in adapter.modules.values())
     what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
-    return f"{model_of(found.traits)} {what} ({adapter.format} keys{by}): {count(len(adapter.modules), 'module')}, {numbers}"
+    model, total = model_of(found.traits), count(len(adapter.modules), "module")
+    return f"{model} {what} ({adapter.format} keys{by}): {total}, {numbers}"
 
 
 def model_of(traits: Traits) -> str:

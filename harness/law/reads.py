@@ -93,19 +93,18 @@ def has_other_names(family: str) -> bool:
     return len(_table()["layers"].get(family, ())) > 1
 
 
-def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, mixed: bool) -> Reading:
-    """Return what `tool` makes of a file whose keys are spelled as `scheme`, on one architecture.
+def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, mixed: bool) -> Reading | None:
+    """Return what `tool` makes of a file whose keys are spelled as `scheme`, on one architecture; None: not measured.
 
     `counts` has the file's layer patterns with the number of modules of each; `mixed`: several ranks or alphas.
     """
     row = _rows().get((tool, *place, scheme))
     if row is None:
-        return Reading("unknown", f"was not measured on {title_of(place[0])} with keys as {scheme}")
+        return None
     outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
     if not isinstance(outcome, dict) or "all" not in outcome:
         return _read(outcome, counts)
-    part = _part(counts, layers_of(place))
-    found = [_read(each, counts) for name, each in outcome.items() if part is None or name == part]
+    found = [_read(outcome[part], counts) for part in _parts(counts, layers_of(place)) if part in outcome]
     if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
         seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
         return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
@@ -120,15 +119,17 @@ def in_part(part: str, pattern: str) -> bool:
     return part == "all" or bool(_BLOCKS.search(pattern) and (part == "blocks" or "att" in pattern))
 
 
-def _part(counts: Mapping[str, int], layers: frozenset[str]) -> str | None:
-    """Return which part of the model the file has in full, None when it has another choice of layers."""
+def _parts(counts: Mapping[str, int], layers: frozenset[str]) -> tuple[str, ...]:
+    """Return which part of the model the file has in full; with another choice of layers, the parts that tell of it."""
+    inside = all(in_part("blocks", pattern) for pattern in counts)
+    others = ("blocks", "attention", "half") if inside else ("all", "half")
     by_block: dict[str, set[int]] = {}
     for pattern, number in counts.items():
         by_block.setdefault(pattern.partition("#")[0], set()).add(number)
     if any(len(each) > 1 for each in by_block.values()):
-        return None  # some blocks have layers that others lack
+        return others  # some blocks have layers that others lack
     parts = {part: {name for name in layers if in_part(part, name)} for part in ("all", "blocks", "attention")}
-    return next((part for part, names in parts.items() if names == set(counts)), None)
+    return next(((part,) for part, names in parts.items() if names == set(counts)), others)
 
 
 def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:

@@ -104,12 +104,11 @@ class FileRecord(Record):
     def headline(self) -> str:
         """What the scales mean for a person who loads the file, in one sentence or two."""
         if self.trained is None or not self.modules:
-            return (
-                "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if lora_alpha was the rank."
-            )
+            return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
         low, high = self.trained
         if not math.isclose(low, high, rel_tol=1e-6):
-            return f"Standard: alpha / rank = {low:.4g} to {high:.4g} by module. Loaders that ignore alpha have no right strength."
+            span = f"alpha / rank = {low:.4g} to {high:.4g} by module"
+            return f"Standard: {span}. No strength makes loaders right that ignore alpha."
         said = f"Standard: alpha / rank = {low:.4g}."
         if low == 1 or low <= 0:
             return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
