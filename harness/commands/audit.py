@@ -167,6 +167,8 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
         click.echo(f"and {count(len(bad) - _SHOWN, 'more file')} with hazards")
     for code, times in Counter(code for row in rows for code in set(row.codes)).most_common():
         click.echo(f"  {times:6,}  {code} {CODES[code].title}")
+    for page, times in Counter(page for row in rows for page in row.findings).most_common():
+        click.echo(f"  {times:6,}  {'file hits' if times == 1 else 'files hit'} {page}")
     twins = sum(row.duplicate_of is not None for row in rows)
     click.echo(
         f"{count(len(rows), 'file')}, {len(rows) - len(bad)} without hazards, {twins} with the weights of another"

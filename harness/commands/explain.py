@@ -52,8 +52,12 @@ def _tell(found: dict[str, Any], as_json: bool) -> None:
     found.pop("kind")
     click.echo(head)
     for label, value in found.items():
-        for line in value if isinstance(value, list) else str(value).splitlines():
+        for line in value if isinstance(value, list) else _text(value).splitlines():
             click.echo(f"  {label:<8}  {line}")
+
+
+def _text(value: object) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _about(code: Code) -> dict[str, Any]:
@@ -62,8 +66,7 @@ def _about(code: Code) -> dict[str, Any]:
     example: Mapping[str, str] = _examples()["code"].get(code.code, {})
     known = [f"{f.loader} {f.measured}: {f.what} ({f.link})" for f in findings().values() if code.code in f.codes]
     rows: dict[str, Any] = {"kind": "code", **dataclasses.asdict(code)}
-    rows["checks"] = ", ".join(code.checks)
-    rows |= {"explains": ", ".join(code.explains), **example, "known": known}
+    rows |= {**example, "known": known}
     return {name: value for name, value in rows.items() if value}
 
 

@@ -30,7 +30,8 @@ def audit_file(path: str, *, energy: bool = False) -> FileRecord:
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return unreadable(path, str(error))
-    return record.model_copy(update={"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark})
+    told = {"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark, "unprescribed": {}}
+    return record.model_copy(update=told)
 
 
 def fingerprint(file: TensorFile) -> str:
