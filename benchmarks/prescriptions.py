@@ -7,7 +7,7 @@ loader, and the scale on B @ A is measured in every layer; where no number is gi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,19 +16,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from benchmarks.reads import (
-    BENCHES,
-    LIVE,
-    MIXED,
-    UNIFORM,
-    File,
-    Reader,
-    diffusers_reader,
-    live_reader,
-    make_file,
+    BENCHES, FAITHFUL, MIXED, UNIFORM, File, Reader, Shape, bench_shapes, diffusers_reader, live_reader, make_file,
     outcome,
-)
-from benchmarks.zoo import zoo
-from harness.errors import LoaderSpecError, LoraFileError
+)  # fmt: skip
+from benchmarks.zoo import Parts, zoo
+from harness.doctor.answers import Answer, Asked, answer
+from harness.doctor.traits import Traits
+from harness.errors import LoaderSpecError
+from harness.files import read_lora
+from harness.law.known import Tool
+from harness.law.known import tools as known_tools
+from harness.law.reads import in_part, pattern_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "prescriptions.md"
 NEGATIVE = ((4, -2.0),)
@@ -91,50 +89,57 @@ class Pair:
     agrees: bool | None
 
 
-def readers(tool: str, family: str) -> Reader | None:
-    """Return what loads a file with the tool's own code, None where it is not here."""
+def measured_with(tool: str, family: str, naming: str) -> tuple[Reader, Parts, Mapping[str, Shape]] | None:
+    """Return what loads a file with the tool's own code, the file's names and shapes; None where it is not here."""
+    animal = zoo()[family].of_width(naming)
     if tool == "diffusers":
-        return diffusers_reader(zoo()[family])
+        return diffusers_reader(animal), animal.names(naming), animal.layers
     engine = "diffsynth-flux" if (tool, family) == ("diffsynth", "flux") else tool
-    if engine not in LIVE or family not in BENCHES:
+    if (family, naming) not in FAITHFUL.get(engine, ()):
         return None
     try:
-        return live_reader(engine, BENCHES[family])
+        reader = live_reader(engine, BENCHES[family])
     except LoaderSpecError:
         return None
+    shapes = bench_shapes(BENCHES[family])
+    return reader, {name: parts for name, parts in animal.names(naming).items() if set(parts) <= set(shapes)}, shapes
 
 
 def pairs(tools: Sequence[str] = (), families: Sequence[str] = ()) -> Iterator[Pair]:
     """Ask and measure every pair."""
-    from harness.doctor.answers import Asked, answers
-    from harness.doctor.traits import Traits
-    from harness.files import read_lora
-
     for family, naming, scheme, what, lora_alpha in FILES:
         if families and family not in families:
             continue
-        animal = zoo()[family]
-        names = {n: p for n, p in animal.names(naming).items() if "mod" not in n or naming != "original"}
-        file = make_file(names, animal.layers, scheme, NUMBERS[what], animal.component)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "lora.safetensors"
-            save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
-            try:
-                found = answers(Traits(read_lora(path, strict=False)), Asked(lora_alpha=lora_alpha))
-            except LoraFileError:
-                continue
-        if lora_alpha is not None:
-            expected = {layer: (product, lora_alpha / 8) for layer, (product, _) in file.expected.items()}
-            file = File(file.tensors, file.metadata, expected, file.where)
-        shown = f"{animal.title}, {naming} names, `{scheme}`, {what}" + (
-            f", lora_alpha {lora_alpha:g}" if lora_alpha else ""
-        )
-        for name, given in found.items():
-            if (not tools or name in tools) and (reader := readers(name, family)):
-                yield _judge(shown, name, given, reader, file)
+        title = zoo()[family].title
+        shown = f"{title}, {naming} names, `{scheme}`, {what}" + (f", lora_alpha {lora_alpha:g}" if lora_alpha else "")
+        for tool in known_tools().values():
+            if (not tools or tool.name in tools) and (way := measured_with(tool.name, family, naming)):
+                reader, names, shapes = way
+                blocks = {name: parts for name, parts in names.items() if in_part("blocks", pattern_of(name))}
+                file = make_file(blocks, shapes, scheme, NUMBERS[what], zoo()[family].component)
+                if (given := _asked(file, tool, lora_alpha)) is not None:
+                    yield _judge(shown, tool.name, given, reader, _trained_with(file, lora_alpha))
 
 
-def _judge(shown: str, tool: str, given: Any, reader: Reader, file: File) -> Pair:
+def _asked(file: File, tool: Tool, lora_alpha: float | None) -> Answer | None:
+    """Return the tool's answer for the file, None where it does not read the format."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
+        traits = Traits(read_lora(path, strict=False))
+        asked = Asked(lora_alpha=lora_alpha)
+        return answer(tool, traits, asked) if traits.adapter.format in tool.formats else None
+
+
+def _trained_with(file: File, lora_alpha: float | None) -> File:
+    if lora_alpha is None:
+        return file
+    rank = UNIFORM[0][0]
+    expected = {layer: (product, lora_alpha / rank) for layer, (product, _) in file.expected.items()}
+    return File(file.tensors, file.metadata, expected, file.where)
+
+
+def _judge(shown: str, tool: str, given: Answer, reader: Reader, file: File) -> Pair:
     number = given.strength
     seen = outcome(reader, file, 1.0 if number is None else number)
     measured = seen if isinstance(seen, str) else next(iter(seen))

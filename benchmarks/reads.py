@@ -300,7 +300,8 @@ def diffusers_reader(animal: Animal) -> Reader:
         parts = {**dict.fromkeys(kind._lora_loadable_modules), animal.component: model}
         pipeline = type("Pipeline", (kind,), {**parts, "components": parts, "hf_device_map": None})()
         pipeline.load_lora_weights(str(path), adapter_name="a")
-        pipeline.set_adapters("a", adapter_weights=strength)
+        if strength != 1:
+            pipeline.set_adapters("a", adapter_weights=strength)  # raises where nothing was loaded
         layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
         return {name: _delta(layer) for name, layer in layers.items()}
 
@@ -390,6 +391,14 @@ def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
                 yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, animal.component)}
 
 
+def bench_shapes(bench_name: str) -> dict[str, Shape]:
+    """Return the shape of the weight of every linear layer and convolution of a bench."""
+    from harness.benches import get_bench
+
+    layers = {n: layer for n, layer in get_bench(bench_name).layers.items() if layer.kind in ("linear", "conv")}
+    return {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in layers.items()}
+
+
 def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
     from harness.benches import get_bench
     from harness.loaders.registry import resolve
@@ -399,8 +408,7 @@ def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]
         if families and family not in families:
             continue
         bench, animal = get_bench(bench_name), zoo().get(family)
-        linear = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
-        shapes = {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in linear.items()}
+        shapes = bench_shapes(bench_name)
         reader = live_reader(tool, bench_name)
         for naming in (names for there, names in FAITHFUL[tool] if there == family):
             own = {name: [name] for name in shapes}

@@ -83,9 +83,9 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))
     blocking = [finding for finding in hit if finding.blocks]
     read = _read(tool, traits)
-    for effect, says in ((finding.effect, finding.says) for finding in blocking):
-        if effect != "alpha ignored":
-            return Answer(tool, _effect(effect), says, _sure(tool), findings=tuple(hit), notes=notes)
+    for finding in (each for each in blocking if each.effect != "alpha ignored"):
+        seen = read.effect if read.effect not in ("law", "unknown") else _effect(finding.effect)
+        return Answer(tool, seen, finding.says, _sure(tool), findings=tuple(hit), notes=notes)
     if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
         sure: Sure = "unknown" if read.effect == "unknown" else _sure(tool)
         return Answer(tool, read.effect, read.what, sure, findings=tuple(hit), notes=notes)

@@ -20,11 +20,11 @@ from harness.law.known import Tool, tools
 from harness.law.reads import layers_of, measured_on, title_of
 from harness.law.scale import word_of
 from harness.text import count, printable
-from harness.verdict.blocks import family_of
 
 Saw = Literal["noise", "nothing", "weak", "strong"]
 SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
 _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_LAYER = re.compile(r"(_#)+(_proj)?$")
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
 
 
@@ -384,8 +384,9 @@ def untargeted(traits: Traits) -> list[str]:
     """Return the kinds of layers of the model that the file leaves alone."""
     for group in traits.groups:
         if group.places:
-            every = layers_of(group.places[0])
-            return sorted({family_of(name.replace("_#_", ".0.")) for name in every - set(group.counts)})[:8]
+            left = layers_of(group.places[0]) - set(group.counts)
+            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
+            return sorted({kind for kind in kinds if kind})
     return []
 
 

@@ -66,7 +66,7 @@ class Traits:
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
         source, found = self.adapter.alpha_source, set()
         for module in modules:
-            key = module.keys.get("A") or next(iter(module.keys.values()))
+            key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name)
             found.add((before, after, "alpha" in module.keys))
         return {
@@ -138,6 +138,9 @@ def _pair_name(after: str) -> str:
     tail = after.lstrip(".")
     if tail in _PAIRS:
         return _PAIRS[tail]
+    for start, kind in (("lokr_", "lokr"), ("hada_", "loha")):
+        if tail.startswith(start):
+            return kind
     return "named" if tail.startswith(_NAMED[0]) and tail.endswith(_NAMED[1]) else "other"
 
 
