@@ -16,7 +16,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from benchmarks.reads import (
-    BENCHES, FAITHFUL, MIXED, UNIFORM, File, Reader, Shape, bench_shapes, diffusers_reader, live_reader, make_file,
+    BENCHES,
+    FAITHFUL,
+    MIXED,
+    UNIFORM,
+    File,
+    Reader,
+    Shape,
+    bench_shapes,
+    diffusers_reader,
+    live_reader,
+    make_file,
     outcome,
 )  # fmt: skip
 from benchmarks.zoo import Parts, zoo

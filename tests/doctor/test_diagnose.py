@@ -24,6 +24,7 @@ from harness.law.known import tools
 
 Numbers = Sequence[tuple[int, float | None]]
 QWEN = [f"transformer_blocks.{i}.attn.{n}" for i in range(3) for n in ("to_q", "to_k", "to_v", "to_out.0")]
+FULL = [*QWEN, "transformer_blocks.0.img_mlp.net.2"]
 WAN = [f"blocks.{i}.{part}" for i in range(40) for part in ("self_attn.q", "self_attn.k", "cross_attn.o", "ffn.0")]
 UNET = [
     f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn1.{n}" for i in range(2) for n in ("to_q", "to_k", "to_v")
@@ -32,9 +33,16 @@ FLUX = [f"double_blocks.{i}.{n}" for i in range(19) for n in ("img_attn.qkv", "i
 
 
 def write(
-    path: Path, names: Sequence[str], form: str, numbers: Numbers = ((4, 2.0),), *, metadata: Mapping[str, str] | None = None,
-    pair: str = "lora_A", prefix: str = "", flat: bool = False,
-) -> Path:  # fmt: skip
+    path: Path,
+    names: Sequence[str],
+    form: str,
+    numbers: Numbers = ((4, 2.0),),
+    *,
+    metadata: Mapping[str, str] | None = None,
+    pair: str = "lora_A",
+    prefix: str = "",
+    flat: bool = False,
+) -> Path:
     """Write a file in the spelling `prefix` + name + `pair`; `form` is checked against what it is read as."""
     halves = {
         "lora_A": ("lora_A", "lora_B"),
@@ -130,23 +138,72 @@ FILES_OF_FINDINGS = {
     "diffusers-negative-alpha-hang": ("diffusers", lambda p: kohya(p, QWEN, ((4, -4.0),))),
     "diffusers-unet-mixed-alphas-ignored": ("diffusers", lambda p: kohya(p, UNET, ((4, 1.0), (4, 4.0)))),
     "diffusers-missing-alpha-takes-the-most-common": ("diffusers", lambda p: kohya(p, UNET, ((4, 1.0), (4, None)))),
-    "diffusers-qwen-transformer-prefix-doubled": ("diffusers", lambda p: write(p, QWEN + ["transformer_blocks.0.img_mlp.net.2"], "diffusers", prefix="transformer.")),
-    "diffusers-qwen-double-underscore": ("diffusers", lambda p: write(p, QWEN + ["transformer_blocks.0.img_mlp.net.2"], "kohya", pair="down", prefix="lora_unet__", flat=True)),
-    "diffusers-flux-kohya-outer-modules-dropped": ("diffusers", lambda p: kohya(p, [*FLUX, "img_in", "vector_in.in_layer"])),
-    "diffusers-flux-kohya-final-layer-alpha-ignored": ("diffusers", lambda p: kohya(p, [*FLUX, "vector_in.in_layer", "final_layer.linear"])),
-    "diffsynth-dora-and-unknown-keys-silent": ("diffsynth", lambda p: write_lora(p / "d", "diffsynth", {"a.b": dora()})),
-    "comfyui-dora-output-axis-norm": ("comfyui", lambda p: write_lora(p / "d", "comfyui", {"blocks.0.self_attn.q": dora()})),
-    "comfyui-header-alpha-ignored": ("comfyui", lambda p: write_lora(p / "d", "diffusers", {n: weights(4, (1.0, 4.0)[i % 2]) for i, n in enumerate(QWEN)})),
-    "comfyui-unet-attention-names": ("comfyui", lambda p: write_lora(p / "d", "diffusers", {n: weights(4, 4.0) for n in UNET}, prefix="unet.")),
-    "invokeai-qwen-alpha-beside-lora-a-dropped": ("invokeai", lambda p: write(p, [*QWEN, "transformer_blocks.0.img_mlp.net.2"], "diffsynth", ((4, 1.0), (4, 4.0)), pair="default")),
+    "diffusers-qwen-transformer-prefix-doubled": (
+        "diffusers",
+        lambda p: write(p, FULL, "diffusers", prefix="transformer."),
+    ),
+    "diffusers-qwen-double-underscore": (
+        "diffusers",
+        lambda p: write(p, FULL, "kohya", pair="down", prefix="lora_unet__", flat=True),
+    ),
+    "diffusers-flux-kohya-outer-modules-dropped": (
+        "diffusers",
+        lambda p: kohya(p, [*FLUX, "img_in", "vector_in.in_layer"]),
+    ),
+    "diffusers-flux-kohya-final-layer-alpha-ignored": (
+        "diffusers",
+        lambda p: kohya(p, [*FLUX, "vector_in.in_layer", "final_layer.linear"]),
+    ),
+    "diffsynth-dora-and-unknown-keys-silent": (
+        "diffsynth",
+        lambda p: write_lora(p / "d", "diffsynth", {"a.b": dora()}),
+    ),
+    "comfyui-dora-output-axis-norm": (
+        "comfyui",
+        lambda p: write_lora(p / "d", "comfyui", {"blocks.0.self_attn.q": dora()}),
+    ),
+    "comfyui-header-alpha-ignored": (
+        "comfyui",
+        lambda p: write_lora(p / "d", "diffusers", {n: weights(4, (1.0, 4.0)[i % 2]) for i, n in enumerate(QWEN)}),
+    ),
+    "comfyui-unet-attention-names": (
+        "comfyui",
+        lambda p: write_lora(p / "d", "diffusers", {n: weights(4, 4.0) for n in UNET}, prefix="unet."),
+    ),
+    "invokeai-qwen-alpha-beside-lora-a-dropped": (
+        "invokeai",
+        lambda p: write(p, FULL, "diffsynth", ((4, 1.0), (4, 4.0)), pair="default"),
+    ),
     "lycoris-missing-alpha": ("lycoris", lambda p: kohya(p, UNET, ((4, None),))),
     "lycoris-loha-lokr-merge-squares-alpha": ("lycoris", lambda p: write_lora(p / "d", "kohya", {"a.b": loha()})),
     "lycoris-dora-bfloat16": ("lycoris", lambda p: write_lora(p / "d", "kohya", {"a.b": dora()})),
-    "diffsynth-sdxl-alpha-ignored": ("diffsynth", lambda p: kohya(p, ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out"])),
-    "diffusers-text-encoder-mlp-alone": ("diffusers", lambda p: write(p, ["text_model.encoder.layers.0.mlp.fc1"], "diffusers", ((4, None),), prefix="text_encoder.")),
-    "diffusers-text-encoder-without-out-proj": ("diffusers", lambda p: write(p, ["text_model.encoder.layers.0.self_attn.q_proj"], "kohya", pair="down", prefix="lora_te_", flat=True)),
-    "diffusers-text-encoder-mixed-alphas-ignored": ("diffusers", lambda p: write(p, [f"text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")], "kohya", ((4, 1.0), (4, 4.0)), pair="down", prefix="lora_te_", flat=True)),
-}  # fmt: skip
+    "diffsynth-sdxl-alpha-ignored": (
+        "diffsynth",
+        lambda p: kohya(p, ["input_blocks.4.1.proj_in", "input_blocks.4.1.proj_out"]),
+    ),
+    "diffusers-text-encoder-mlp-alone": (
+        "diffusers",
+        lambda p: write(p, ["text_model.encoder.layers.0.mlp.fc1"], "diffusers", ((4, None),), prefix="text_encoder."),
+    ),
+    "diffusers-text-encoder-without-out-proj": (
+        "diffusers",
+        lambda p: write(
+            p, ["text_model.encoder.layers.0.self_attn.q_proj"], "kohya", pair="down", prefix="lora_te_", flat=True
+        ),
+    ),
+    "diffusers-text-encoder-mixed-alphas-ignored": (
+        "diffusers",
+        lambda p: write(
+            p,
+            [f"text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")],
+            "kohya",
+            ((4, 1.0), (4, 4.0)),
+            pair="down",
+            prefix="lora_te_",
+            flat=True,
+        ),
+    ),
+}
 
 
 def weights(rank: int, alpha: float | None) -> LoraWeights:
@@ -220,16 +277,14 @@ def test_noise_is_traced_to_what_the_file_speaks_for_first(tmp_path: Path) -> No
 
 
 def test_nothing_seen_is_traced_to_dropped_modules(tmp_path: Path) -> None:
-    path = write(tmp_path, [*QWEN, "transformer_blocks.0.img_mlp.net.2"], "diffsynth", ((4, None),))
+    path = write(tmp_path, FULL, "diffsynth", ((4, None),))
     first, *_ = causes(diagnose(path, tool="diffusers", saw="nothing"))
     assert first.what == "modules dropped or misplaced"
     assert "loads none of its modules" in first.evidence
 
 
 def test_a_weak_effect_names_the_layers_left_alone(tmp_path: Path) -> None:
-    found = diagnose(
-        write(tmp_path, [*QWEN, "transformer_blocks.0.img_mlp.net.2"], "diffsynth", pair="default"), saw="weak"
-    )
+    found = diagnose(write(tmp_path, FULL, "diffsynth", pair="default"), saw="weak")
     assert any("mod" in kind or "mlp" in kind for kind in untargeted(found.traits))
     assert len(causes(found)) >= 4
 

@@ -49,21 +49,57 @@ def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() 
 @pytest.mark.parametrize(
     ("traits", "page", "hit"),
     [
-        (words(alpha=["several", "tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"), "diffusers-unet-mixed-alphas-ignored", True),
-        (words(alpha=["tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"), "diffusers-unet-mixed-alphas-ignored", False),
-        (words(alpha=["several"], scheme="lora_unet.down.tensor", layer="blocks_#_x"), "diffusers-unet-mixed-alphas-ignored", False),
-        (words(alpha="negative", scheme="lora_unet.down.tensor", layer="blocks_#_x"), "diffusers-negative-alpha-hang", True),
-        (words(alpha="negative", scheme="lora_unet.down.tensor", layer="down_blocks_#_x"), "diffusers-negative-alpha-hang", False),
-        (words(scheme="transformer.A.tensor", family=["qwen-image", "qwen-image-21"]), "diffusers-qwen-transformer-prefix-doubled", True),
-        (words(scheme="transformer.A.tensor", family=["qwen-image", "sd3"]), "diffusers-qwen-transformer-prefix-doubled", False),
+        (
+            words(alpha=["several", "tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
+            "diffusers-unet-mixed-alphas-ignored",
+            True,
+        ),
+        (
+            words(alpha=["tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
+            "diffusers-unet-mixed-alphas-ignored",
+            False,
+        ),
+        (
+            words(alpha=["several"], scheme="lora_unet.down.tensor", layer="blocks_#_x"),
+            "diffusers-unet-mixed-alphas-ignored",
+            False,
+        ),
+        (
+            words(alpha="negative", scheme="lora_unet.down.tensor", layer="blocks_#_x"),
+            "diffusers-negative-alpha-hang",
+            True,
+        ),
+        (
+            words(alpha="negative", scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
+            "diffusers-negative-alpha-hang",
+            False,
+        ),
+        (
+            words(scheme="transformer.A.tensor", family=["qwen-image", "qwen-image-21"]),
+            "diffusers-qwen-transformer-prefix-doubled",
+            True,
+        ),
+        (
+            words(scheme="transformer.A.tensor", family=["qwen-image", "sd3"]),
+            "diffusers-qwen-transformer-prefix-doubled",
+            False,
+        ),
         (words(scheme="transformer.A.tensor", family=[]), "diffusers-qwen-transformer-prefix-doubled", False),
-        (words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj"]), "diffusers-text-encoder-without-out-proj", True),
-        (words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj", "x_self_attn_out_proj"]), "diffusers-text-encoder-without-out-proj", False),
+        (
+            words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj"]),
+            "diffusers-text-encoder-without-out-proj",
+            True,
+        ),
+        (
+            words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj", "x_self_attn_out_proj"]),
+            "diffusers-text-encoder-without-out-proj",
+            False,
+        ),
         (words(scheme="base_model.A.none"), "diffsynth-dora-and-unknown-keys-silent", True),
         (words(variant="dora", format="diffsynth"), "diffsynth-dora-and-unknown-keys-silent", True),
         (words(), "diffusers-fuse-scale-compounds", False),
     ],
-)  # fmt: skip
+)
 def test_a_predicate_hits_the_files_it_describes(traits: Mapping[str, frozenset[str]], page: str, hit: bool) -> None:
     assert (page in {finding.page for finding in met(traits)}) is hit
 
