@@ -15,20 +15,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from benchmarks.reads import (
-    BENCHES,
-    FAITHFUL,
-    MIXED,
-    UNIFORM,
-    File,
-    Reader,
-    Shape,
-    bench_shapes,
-    diffusers_reader,
-    live_reader,
-    make_file,
-    outcome,
-)  # fmt: skip
+from benchmarks.lora_file import MIXED, UNIFORM, File, Reader, Shape, make_file, outcome
+from benchmarks.reads import BENCHES, FAITHFUL, bench_shapes, diffusers_reader, live_reader
 from benchmarks.zoo import Parts, zoo
 from harness.doctor.answers import Answer, Asked, answer
 from harness.doctor.traits import Traits

@@ -11,7 +11,7 @@ from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within, met
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
-from harness.law.reads import Place, Reading, has_other_names, reading, title_of
+from harness.law.reads import Place, Reading, has_other_names, measured_on, reading, title_of
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
@@ -261,7 +261,7 @@ def _reads_repaired(tool: Tool, form: str, traits: Traits) -> bool:
     words["alpha"] = traits.alphas & {"ranks"} | {"tensor" if "tensor" in group.schemes[0] else "header"}
     words["alpha"] |= {"several"} if "ranks" in traits.alphas else set()
     every = _rows(tool, group.places[0], group, mixed="ranks" in traits.alphas)
-    return bool(every) and _worst(every).effect == "law" and not any(f.blocks for f in met(words, tool=tool.name))
+    return every is not None and _worst(every).effect == "law" and not any(f.blocks for f in met(words, tool=tool.name))
 
 
 def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:
@@ -275,3 +275,27 @@ def why_not(found: Answer) -> str:
     if found.instead:
         parts.append(f"`lora-harness repair --to {found.instead}` writes a file that it reads")
     return "; ".join(dict.fromkeys(part for part in parts if part))
+
+
+def how_sure(given: Answer) -> str:
+    """Return how the answer is known, with the pages of the findings behind it."""
+    tool = given.tool
+    ways = {
+        "measured": f"measured on {tool.release}, on this architecture and spelling of keys ({measured_on()})",
+        "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names",
+        "read": f"not measured: {tool.provenance}",
+        "unknown": "not measured",
+    }
+    pages = [
+        finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
+    ]
+    return "; ".join([ways[given.sure], *given.notes, *pages])
+
+
+def field_of(tool: Tool, strength: float) -> str:
+    """Return what to write into the field of `tool`."""
+    if tool.field.startswith("("):
+        return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
+    if ":weight>" in tool.field:
+        return tool.field.replace("weight", f"{strength:.6g}")
+    return f"{tool.field} = {strength:.6g}"

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.doctor.answers import Answer, Asked, Effect, answer, answers, why_not
+from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
 from harness.doctor.inspect.describe import trainer_of
-from harness.doctor.traits import Traits
+from harness.doctor.traits import Traits, model_of, rule_of, untargeted, what_it_is
 from harness.errors import UserError
 from harness.files import read_lora
 from harness.law.findings import findings
 from harness.law.known import Tool, tools
-from harness.law.reads import layers_of, measured_on, title_of
 from harness.law.scale import word_of
 from harness.text import count, printable
 
 Saw = Literal["noise", "nothing", "weak", "strong"]
 SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
-_LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
-_LAYER = re.compile(r"(_#)+(_proj)?$")
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
 
 
@@ -58,7 +53,7 @@ class Diagnosis:
         """The rule of the trainer that a file without alpha goes by, None where there is an alpha or no such rule."""
         if "none" not in self.traits.alphas or self.asked.lora_alpha is not None:
             return None
-        return _rule_of(self.traits, self.trainer)
+        return rule_of(self.traits, self.trainer)
 
     @cached_property
     def _asked(self) -> Asked:
@@ -120,23 +115,9 @@ def _placed(traits: Traits, base: Path) -> str:
     return f"applies to {matched} of {count(total, 'module')} in {printable(base, 80)}"
 
 
-def _rule_of(traits: Traits, trainer: str | None) -> str | None:
-    adapter = traits.adapter
-    schemes = {scheme for group in traits.groups for scheme in group.schemes}
-    if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
-        return "ai-toolkit trains with alpha = rank"
-    if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
-        return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
-    if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
-        return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
-    if schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
-        return "diffusers' scripts without alpha in the header train with alpha = rank"
-    return None
-
-
 def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Yield the answer, line by line: a label and a sentence."""
-    yield "file", what_it_is(found)
+    yield "file", what_it_is(found.traits, found.trainer)
     if found.placed:
         yield "base", found.placed
     if found.tool:
@@ -150,44 +131,11 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
             yield "  test", cause.test
 
 
-def what_it_is(found: Diagnosis) -> str:
-    """Return model, format, trainer, number of modules, rank and alpha in one line."""
-    adapter = found.traits.adapter
-    by = f", written by {found.trainer}" if found.trainer else ""
-    numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(found.traits)}"
-    kinds = _spread(module.variant for module in adapter.modules.values())
-    what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
-    model, total = model_of(found.traits), count(len(adapter.modules), "module")
-    return f"{model} {what} ({adapter.format} keys{by}): {total}, {numbers}"
-
-
-def model_of(traits: Traits) -> str:
-    """Return what models have these layers, as far as their names tell."""
-    families = [family for group in traits.groups for family, _ in group.places]
-    titles = list(dict.fromkeys(map(title_of, families)))
-    if titles:
-        return " or ".join(titles[:3]) + (f" (or {len(titles) - 3} more)" if len(titles) > 3 else "")
-    patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return "language model" if patterns and all(map(_LANGUAGE.search, patterns)) else "unknown model"
-
-
-def _spread(values: Iterable[object]) -> str:
-    counts = Counter(str(value) for value in values)
-    shown = ", ".join(value for value, _ in counts.most_common(3))
-    return shown + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")
-
-
-def _alphas(traits: Traits) -> str:
-    values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
-    where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
-    return _spread(values) + where.get(traits.adapter.alpha_source, "")
-
-
 def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     tool = given.tool
     yield "tool", f"{tool.title} {found.asked.version or tool.release}: {given.says}"
     if given.strength is not None:
-        yield "pass", f"{_field(tool, given.strength)}{_steps(found, given.strength)}"
+        yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
     else:
         yield (
             "pass",
@@ -195,14 +143,6 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
         )
     yield "do", _what_to_do(found, given)
     yield "sure", how_sure(given)
-
-
-def _field(tool: Tool, strength: float) -> str:
-    if tool.field.startswith("("):
-        return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
-    if ":weight>" in tool.field:
-        return tool.field.replace("weight", f"{strength:.6g}")
-    return f"{tool.field} = {strength:.6g}"
 
 
 def _steps(found: Diagnosis, right: float) -> str:
@@ -242,21 +182,6 @@ def able(found: Diagnosis) -> str:
     return ", ".join(
         f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release
     )
-
-
-def how_sure(given: Answer) -> str:
-    """Return how the answer is known, with the pages of the findings behind it."""
-    tool = given.tool
-    ways = {
-        "measured": f"measured on {tool.release}, on this architecture and spelling of keys ({measured_on()})",
-        "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names",
-        "read": f"not measured: {tool.provenance}",
-        "unknown": "not measured",
-    }
-    pages = [
-        finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
-    ]
-    return "; ".join([ways[given.sure], *given.notes, *pages])
 
 
 def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -380,22 +305,12 @@ def _strong(found: Diagnosis) -> Iterator[Cause]:
 _CAUSES: dict[str, Any] = {"noise": _noise, "nothing": _nothing, "weak": _weak, "strong": _strong}
 
 
-def untargeted(traits: Traits) -> list[str]:
-    """Return the kinds of layers of the model that the file leaves alone."""
-    for group in traits.groups:
-        if group.places:
-            left = layers_of(group.places[0]) - set(group.counts)
-            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
-            return sorted({kind for kind in kinds if kind})
-    return []
-
-
 def as_data(found: Diagnosis) -> dict[str, Any]:
     """Return the diagnosis as JSON."""
     return {
         "kind": "diagnosis",
         "path": str(found.path).encode("utf-8", "backslashreplace").decode(),
-        "file": what_it_is(found),
+        "file": what_it_is(found.traits, found.trainer),
         "model": model_of(found.traits),
         "trainer": found.trainer,
         "rule": found.rule,

@@ -12,7 +12,8 @@ from harness.files import LoraAdapter, LoraModule
 from harness.files.keys import PAIRS
 from harness.law.findings import Words
 from harness.law.known import distinct
-from harness.law.reads import Place, depths_of, pattern_of, places_of
+from harness.law.reads import Place, depths_of, layers_of, pattern_of, places_of, title_of
+from harness.text import count
 
 _TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
 _PREFIXES = {
@@ -24,6 +25,8 @@ _PAIRS = {
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
 _BLOCK = re.compile(r"(\D*?)[._]?(\d+)[._]")
+_LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_LAYER = re.compile(r"(_#)+(_proj)?$")
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 
@@ -152,3 +155,61 @@ def _of_depth(places: list[Place], modules: Iterable[LoraModule]) -> list[Place]
             deepest[found[1]] = max(deepest.get(found[1], 0), int(found[2]) + 1)
     have = set(deepest.values())
     return [place for place in places if have and have <= set(depths_of(place[0]))]
+
+
+def what_it_is(traits: Traits, trainer: str | None) -> str:
+    """Return model, format, trainer, number of modules, rank and alpha in one line."""
+    adapter = traits.adapter
+    by = f", written by {trainer}" if trainer else ""
+    numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
+    kinds = _spread(module.variant for module in adapter.modules.values())
+    what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
+    model, total = model_of(traits), count(len(adapter.modules), "module")
+    return f"{model} {what} ({adapter.format} keys{by}): {total}, {numbers}"
+
+
+def model_of(traits: Traits) -> str:
+    """Return what models have these layers, as far as their names tell."""
+    families = [family for group in traits.groups for family, _ in group.places]
+    titles = list(dict.fromkeys(map(title_of, families)))
+    if titles:
+        return " or ".join(titles[:3]) + (f" (or {len(titles) - 3} more)" if len(titles) > 3 else "")
+    patterns = [pattern for group in traits.groups for pattern in group.counts]
+    return "language model" if patterns and all(map(_LANGUAGE.search, patterns)) else "unknown model"
+
+
+def _spread(values: Iterable[object]) -> str:
+    counts = Counter(str(value) for value in values)
+    shown = ", ".join(value for value, _ in counts.most_common(3))
+    return shown + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")
+
+
+def _alphas(traits: Traits) -> str:
+    values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
+    where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
+    return _spread(values) + where.get(traits.adapter.alpha_source, "")
+
+
+def rule_of(traits: Traits, trainer: str | None) -> str | None:
+    """Return the rule by which the trainer of a file without alpha chose it, None where none is known."""
+    adapter = traits.adapter
+    schemes = {scheme for group in traits.groups for scheme in group.schemes}
+    if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
+        return "ai-toolkit trains with alpha = rank"
+    if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
+        return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
+    if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
+        return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
+    if schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
+        return "diffusers' scripts without alpha in the header train with alpha = rank"
+    return None
+
+
+def untargeted(traits: Traits) -> list[str]:
+    """Return the kinds of layers of the model that the file leaves alone."""
+    for group in traits.groups:
+        if group.places:
+            left = layers_of(group.places[0]) - set(group.counts)
+            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
+            return sorted({kind for kind in kinds if kind})
+    return []

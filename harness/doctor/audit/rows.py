@@ -30,7 +30,11 @@ def audit_file(path: str, *, energy: bool = False) -> FileRecord:
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return unreadable(path, str(error))
-    told = {"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark, "unprescribed": {}}
+    told: dict[str, object] = {
+        "seconds": round(time.perf_counter() - began, 4),
+        "fingerprint": mark,
+        "unprescribed": {},
+    }
     return record.model_copy(update=told)
 
 
