@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 
 from benchmarks.zoo import Parts
 from harness.errors import one_line
+from harness.files import FORMATS
 from harness.files.config import build
 from harness.law.reads import pattern_of
 
 MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (24, 33.0), (7, 3.5))  # rank, alpha; whole and fractional ratios
 UNIFORM = ((8, 4.0),)
 PREFIXES = {
+    "": "",
     "transformer": "{component}.",
     "diffusion_model": "diffusion_model.",
     "bare": "",
@@ -40,6 +42,7 @@ FLAT = {
     "lora_te": "lora_te_",
 }
 PAIRS = {
+    "processor": ("down.weight", "up.weight"),
     "A": ("lora_A.weight", "lora_B.weight"),
     "default": ("lora_A.default.weight", "lora_B.default.weight"),
     "down": ("lora_down.weight", "lora_up.weight"),
@@ -81,8 +84,8 @@ def make_file(
     names: Parts, shapes: Mapping[str, Shape], scheme: str, numbers: Sequence[tuple[int, float]], component: str
 ) -> File:
     """Write every name of `names` in the spelling `scheme`, ranks and alphas taken from `numbers` in turn."""
-    prefix, rest = scheme.split(".", 1)
-    pair, _, alpha = rest.rpartition(".")
+    own = FORMATS[scheme].naming if scheme in FORMATS else None
+    prefix, pair, alpha = ("", "processor", "none") if own else _spelled(scheme)
     generator = torch.Generator().manual_seed(5)
     tensors: dict[str, torch.Tensor] = {}
     expected: dict[str, tuple[Update, float]] = {}
@@ -91,11 +94,13 @@ def make_file(
     for index, (name, layers) in enumerate(names.items()):
         rank, number = numbers[index % len(numbers)]
         rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
-        stem = (
-            f"{FLAT[prefix]}{name.replace('.', '_')}"
-            if prefix in FLAT
-            else PREFIXES[prefix].format(component=component) + name
-        )
+        written = own.write(name) if own else name
+        if scheme == "xlabs" and name.startswith("single_blocks"):
+            continue  # its B has fewer rows than the layer
+        if written is None:
+            continue  # the format has no such module
+        flat = f"{FLAT[prefix]}{written.replace('.', '_')}" if prefix in FLAT else ""
+        stem = flat or PREFIXES[prefix].format(component=component) + written
         parts, product = _parts(pair, rank, sum(rows), kernel, generator)
         tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
@@ -105,6 +110,13 @@ def make_file(
             expected[layer] = product(slice(at, at + height)), scale
             where[layer], at = name, at + height
     return File(tensors, _header(ranks, component) if alpha == "header" else {}, expected, where)
+
+
+def _spelled(scheme: str) -> tuple[str, str, str]:
+    """Cut `transformer.lora.down.none` into prefix, halves and home of alpha."""
+    prefix, rest = scheme.split(".", 1)
+    pair, _, alpha = rest.rpartition(".")
+    return prefix, pair, alpha
 
 
 Rows = Callable[[slice], Update]  # rows of the update without its scale, [rows, columns]

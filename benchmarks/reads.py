@@ -1,10 +1,10 @@
-"""Measure what every tool reads: `python -m benchmarks.reads [--tool NAME]... [--family NAME]...`.
+"""Measure what every tool reads: `python -m benchmarks.reads [--tool NAME]... [--family NAME]... [--scheme NAME]...`.
 
 Writes `harness/law/reads.json`: tool x release x architecture x names x scheme of keys -> the scale on B @ A that each
 layer got from the tool's own code, for one alpha / rank in the whole file (`uniform`) and for several (`mixed`), on all
-layers of a tiny model, on those inside blocks, on attention alone and on a random half of them. With `--tool` or
-`--family` only those rows are measured again. What needs a checkout (ComfyUI, sd-scripts) or a release (InvokeAI,
-DiffSynth) is kept as it was where that is missing.
+layers of a tiny model, on those inside blocks, on attention alone and on a random half of them. What needs a checkout
+(ComfyUI, sd-scripts) or a release (InvokeAI, DiffSynth) is kept as it was where that is missing; with `--tool`,
+`--family` or `--scheme` only those rows are measured again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCHEMES = (
     "bare.default.tensor", "bare.down.tensor", "base_model.A.none", "lora_unet.down.none", "lora_unet.down.tensor",
     "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
 )  # fmt: skip
+PROCESSORS = ("attn-procs", "xlabs")
 VARIANTS = tuple(
     f"{prefix}.{kind}.tensor"
     for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris")
@@ -114,14 +115,14 @@ def subsets(names: Parts) -> dict[str, Parts]:
 
 
 def row(reader: Reader, names: Parts, shapes: Mapping[str, Shape], scheme: str, component: str) -> dict[str, Any]:
-    """Measure one scheme of keys."""
+    """Measure one scheme of keys; nothing where it can spell none of the names."""
     found: dict[str, Any] = {}
     for kind, numbers in (("uniform", UNIFORM), ("mixed", MIXED)):
-        every = {
-            part: outcome(reader, make_file(some, shapes, scheme, numbers, component))
-            for part, some in subsets(names).items()
-        }
-        found[kind] = _folded(every)
+        files = {part: make_file(some, shapes, scheme, numbers, component) for part, some in subsets(names).items()}
+        every = {part: outcome(reader, file) for part, file in files.items() if file.tensors}
+        if not every:
+            return {}
+        found[kind] = _folded(every if "all" in every else {"all": next(iter(every.values())), **every})
     return found if found["uniform"] != found["mixed"] else {"uniform": found["uniform"]}
 
 
@@ -142,7 +143,7 @@ def namings(animal: Animal) -> list[str]:
     ]
 
 
-def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure_diffusers(families: Sequence[str], schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
     import diffusers
 
     for family, animal in zoo().items():
@@ -151,9 +152,15 @@ def measure_diffusers(families: Sequence[str]) -> Iterator[dict[str, Any]]:
         for naming in namings(animal):
             meant = animal.of_width(naming)
             reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
-            for scheme in SCHEMES if meant is not animal else SCHEMES + VARIANTS:
+            for scheme in chosen(schemes, *SCHEMES, *PROCESSORS, *(() if meant.is_wide else VARIANTS)):
                 place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
-                yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, animal.component)}
+                if found := row(reader, names, shapes, scheme, animal.component):
+                    yield {**place, "scheme": scheme, **found}
+
+
+def chosen(schemes: Sequence[str], *every: str) -> list[str]:
+    """Return the spellings to measure: those asked for, or all."""
+    return [scheme for scheme in every if not schemes or scheme in schemes]
 
 
 def bench_shapes(bench_name: str) -> dict[str, Shape]:
@@ -164,7 +171,7 @@ def bench_shapes(bench_name: str) -> dict[str, Shape]:
     return {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in layers.items()}
 
 
-def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure_live(tool: str, families: Sequence[str], schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
     from harness.benches import get_bench
     from harness.loaders.registry import resolve
 
@@ -179,9 +186,10 @@ def measure_live(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]
             own = {name: [name] for name in shapes}
             names = animal.names(naming) if animal and naming != "own" else own
             names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
-            for scheme in SCHEMES + VARIANTS if animal else TEXT:
+            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *VARIANTS) if animal else TEXT)):
                 place = {"tool": tool, "release": release, "family": family, "names": naming}
-                yield {**place, "scheme": scheme, **row(reader, names, shapes, scheme, bench.component)}
+                if found := row(reader, names, shapes, scheme, bench.component):
+                    yield {**place, "scheme": scheme, **found}
 
 
 def layer_patterns() -> dict[str, dict[str, list[str]]]:
@@ -213,15 +221,15 @@ def depths() -> dict[str, list[int]]:
     return found
 
 
-def measure(tool: str, families: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(tool: str, families: Sequence[str], schemes: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Measure one tool on the architectures it can be run on here."""
     from harness.errors import LoaderSpecError
 
     if tool == "diffusers":
-        yield from measure_diffusers(families)
+        yield from measure_diffusers(families, schemes)
         families = [family for family in families or ["clip-text"] if family == "clip-text"]
     try:
-        yield from () if tool == "diffusers" and not families else measure_live(tool, families)
+        yield from () if tool == "diffusers" and not families else measure_live(tool, families, schemes)
     except LoaderSpecError as error:
         print(f"{tool}: {error}")
 
@@ -231,11 +239,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--tool", action="append", default=[])
     options.add_argument("--family", action="append", default=[])
+    options.add_argument("--scheme", action="append", default=[])
     given = options.parse_args(argv)
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}
     rows = {tuple(r[k] for k in ("tool", "family", "names", "scheme")): r for r in table["rows"]}
     for tool in given.tool or ("diffusers", *LIVE):
-        for each in measure(tool, given.family):
+        for each in measure(tool, given.family, given.scheme):
             rows[each["tool"], each["family"], each["names"], each["scheme"]] = each
             print(json.dumps(each)[:200], flush=True)
         write(list(rows.values()))

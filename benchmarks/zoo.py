@@ -31,19 +31,25 @@ class Animal:
     config: Mapping[str, Any] = field(hash=False)
     original: Mapping[str, Any] | None = field(default=None, hash=False)
     wide: Mapping[str, Any] | None = field(default=None, hash=False)
+    is_wide: bool = False
 
     def build(self) -> Any:
         """Return a fresh model; its weights do not matter, and those of a wide one are never touched."""
         import diffusers
         import torch
 
+        make = getattr(diffusers, self.kind)
+        if not self.is_wide:
+            return make(**self.config).eval().requires_grad_(False)
         with torch.device("meta"):
-            model = getattr(diffusers, self.kind)(**self.config)
+            model = make(**self.config)
         return model.to_empty(device="cpu").eval().requires_grad_(False)
 
     def of_width(self, naming: str) -> Animal:
         """Return the model on which files with these names are measured."""
-        return replace(self, config={**self.config, **self.wide}) if self.wide and naming != "own" else self
+        if not self.wide or naming == "own":
+            return self
+        return replace(self, config={**self.config, **self.wide}, is_wide=True)
 
     @cached_property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -59,7 +65,7 @@ class Animal:
         if naming == "own":
             return {name: [name] for name in self.layers}
         if naming == "sgm":
-            return {_sgm(name, self.config["layers_per_block"]): [name] for name in self.layers}
+            return {_sgm(name, self.config): [name] for name in self.layers}
         return _original(list(self.layers), self.original or {})
 
 
@@ -100,21 +106,33 @@ def _original(layers: list[str], rules: Mapping[str, Any]) -> Parts:
     return {name: parts for name, parts in found.items() if re.search(rules.get("only", ""), name)}
 
 
-_INNER = {"time_emb_proj": "emb_layers.1", "conv1": "in_layers.2", "conv2": "out_layers.3"}
+_INNER = {
+    "time_emb_proj": "emb_layers.1",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+}  # fmt: skip
 
 
-def _sgm(name: str, each: int) -> str:
+def _sgm(name: str, config: Mapping[str, Any]) -> str:
     """Return the name of a UNet's layer in the original Stable Diffusion code, which SDXL files of kohya have."""
-    parts = name.split(".")
-    if parts[0] in ("down_blocks", "up_blocks") and parts[2] in ("resnets", "attentions"):
-        block, index = int(parts[1]), int(parts[3])
-        down = parts[0] == "down_blocks"
-        number = block * (each + 1) + index + int(down)
-        head = f"{'input' if down else 'output'}_blocks.{number}.{int(parts[2] == 'attentions')}"
-    elif parts[0] == "mid_block":
+    parts, each = name.split("."), config["layers_per_block"]
+    if parts[0] == "mid_block":
         head = f"middle_block.{1 if parts[1] == 'attentions' else 2 * int(parts[2])}"
-        parts = ["", *parts]
-    else:
-        return name
-    rest = [_INNER.get(part, part) for part in parts[4:]]
-    return ".".join([head, *rest])
+        return ".".join([head, *(_INNER.get(part, part) for part in parts[3:])])
+    if parts[0] not in ("down_blocks", "up_blocks"):
+        return _OUTER.get(name, name)
+    block, down = int(parts[1]), parts[0] == "down_blocks"
+    if parts[2] == "downsamplers":
+        return f"input_blocks.{(block + 1) * (each + 1)}.0.op"
+    if parts[2] == "upsamplers":
+        place = 2 if "CrossAttn" in config["up_block_types"][block] else 1
+        return f"output_blocks.{block * (each + 1) + each}.{place}.conv"
+    number = block * (each + 1) + int(parts[3]) + int(down)
+    head = f"{'input' if down else 'output'}_blocks.{number}.{int(parts[2] == 'attentions')}"
+    return ".".join([head, *(_INNER.get(part, part) for part in parts[4:])])

@@ -194,7 +194,8 @@ def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
     without = [module for module in traits.modules if module.rank and module.alpha is None]
     if without and tool.without_alpha == "raises":
-        return Answer(tool, "raises", f"raises for {'a module' if traits.varied else 'a file'} without alpha", "read")
+        needs = "adapter_config.json beside it, where lora_alpha stands" if "peft" in tool.formats else "alpha"
+        return Answer(tool, "raises", f"cannot load a file without {needs}", "read")
     wanted = [_wanted(module, asked) for module in traits.modules]
     known = [scale for scale in wanted if scale is not None]
     gains = [law.at_one(module) for module in traits.modules]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.files import LoraAdapter, LoraModule
+from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.keys import PAIRS
 from harness.law.findings import Words
 from harness.law.known import distinct
@@ -25,6 +25,7 @@ _PAIRS = {
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
 _BLOCK = re.compile(r"(\D*?)[._]?(\d+)[._]")
+_DEEP = 6
 _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _NAMED = PAIRS["lora_A.default"][0].split("*")
@@ -64,9 +65,12 @@ class Traits:
         places = [place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder]
         if len(places) > 1:
             places = _of_depth(places, modules) or places
+            places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
         return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))))
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
+        if FORMATS[self.adapter.format].naming:
+            return {self.adapter.format}
         source, found = self.adapter.alpha_source, set()
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
@@ -92,7 +96,7 @@ class Traits:
             "negative": any(value < 0 for value in values),
             "zero": 0.0 in values,
             "rslora": any(module.rslora for module in scaled),
-            self.adapter.alpha_source if known else "none": True,
+            self.adapter.alpha_source if known else "none": bool(scaled),
         }
         return frozenset(word for word, holds in words.items() if holds)
 
@@ -124,10 +128,11 @@ class Traits:
         return {trait: frozenset(values) for trait, values in lists.items()}
 
     def _magnitudes(self) -> Iterable[str]:
-        """Yield the axis of every DoRA magnitude: one number per `out` row or per `in` column."""
+        """Yield of every DoRA magnitude its tail, and its axis: one number per `out` row or per `in` column."""
         for module in self.adapter.modules.values():
             if key := module.keys.get("magnitude"):
                 shape = self.adapter.file.tensors[key].shape
+                yield "dora_scale" if key.endswith("dora_scale") else "magnitude"
                 yield "out" if shape and shape[0] == module.out_features else "in"
 
 
@@ -148,13 +153,15 @@ def _pair_name(after: str) -> str:
 
 
 def _of_depth(places: list[Place], modules: Iterable[LoraModule]) -> list[Place]:
-    """Return the architectures whose real models have as many blocks as the file."""
-    deepest: dict[str, int] = {}
+    """Return the architectures whose real models have as many blocks as the file, where it has all of some model's."""
+    blocks: dict[str, set[int]] = {}
     for module in modules:
         if found := _BLOCK.match(module.name):
-            deepest[found[1]] = max(deepest.get(found[1], 0), int(found[2]) + 1)
-    have = set(deepest.values())
-    return [place for place in places if have and have <= set(depths_of(place[0]))]
+            blocks.setdefault(found[1], set()).add(int(found[2]))
+    have = {len(each) for each in blocks.values() if len(each) == max(each) + 1}  # every block from the first on
+    if len(have) < len(blocks) or not have or min(have) < _DEEP:
+        return []
+    return [place for place in places if have <= set(depths_of(place[0]))]
 
 
 def what_it_is(traits: Traits, trainer: str | None) -> str:
@@ -187,7 +194,7 @@ def _spread(values: Iterable[object]) -> str:
 def _alphas(traits: Traits) -> str:
     values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
     where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
-    return _spread(values) + where.get(traits.adapter.alpha_source, "")
+    return (_spread(values) or "scales nothing") + where.get(traits.adapter.alpha_source, "")
 
 
 def rule_of(traits: Traits, trainer: str | None) -> str | None:
