@@ -28,7 +28,6 @@ from harness.law.reads import pattern_of
 MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (24, 33.0), (7, 3.5))  # rank, alpha; whole and fractional ratios
 UNIFORM = ((8, 4.0),)
 PREFIXES = {
-    "": "",
     "transformer": "{component}.",
     "diffusion_model": "diffusion_model.",
     "bare": "",
@@ -100,7 +99,8 @@ def make_file(
         if written is None:
             continue  # the format has no such module
         flat = f"{FLAT[prefix]}{written.replace('.', '_')}" if prefix in FLAT else ""
-        stem = flat or PREFIXES[prefix].format(component=component) + written
+        before = FORMATS[scheme].write_prefix if own else PREFIXES.get(prefix, "").format(component=component)
+        stem = flat or before + written
         parts, product = _parts(pair, rank, sum(rows), kernel, generator)
         tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}

@@ -69,8 +69,10 @@ class Traits:
         return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))))
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
-        if FORMATS[self.adapter.format].naming:
-            return {self.adapter.format}
+        if (row := FORMATS[self.adapter.format]).naming:
+            keys = [next(iter(module.keys.values())) for module in modules]
+            usual = [key.startswith(row.write_prefix or row.starts) == bool(row.write_prefix) for key in keys]
+            return {row.name if fits else f"{row.name}.other" for fits in usual}
         source, found = self.adapter.alpha_source, set()
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
