@@ -151,8 +151,9 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     from harness.verdict.codes import CODES
 
     bad = twins = 0
-    codes: Counter[str] = Counter()
+    codes, pages = Counter[str](), Counter[str]()
     for row in rows:
+        pages.update(row.findings)
         codes.update(set(row.codes))
         twins += row.duplicate_of is not None
         bad += bool(row.hazards)
@@ -162,6 +163,8 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
         click.echo(f"and {count(bad - _SHOWN, 'more file')} with hazards")
     for code, times in codes.most_common():
         click.echo(f"  {times:6,}  {code} {CODES[code].title}")
+    for page, times in pages.most_common():
+        click.echo(f"  {times:6,}  {'file hits' if times == 1 else 'files hit'} {page}")
     click.echo(f"{count(len(rows), 'file')}, {len(rows) - bad} without hazards, {twins} with the weights of another")
     for out in outs:
         click.echo(f"rows: {out}")

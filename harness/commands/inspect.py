@@ -123,17 +123,17 @@ def _with_engine(record: FileRecord, path: Path, engine: str, max_lora_rank: int
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
-    from harness.doctor.loader_law import measured_prescription
+    from harness.doctor.loader_law import measured_prescription, own_bench
 
     if record.format is None:
         return record
-    found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
-    reasons = {
-        name: record.refusals.get(name, "no single strength, or not measured on such modules")
-        for name, value in found.items()
-        if value is None
-    }
-    return record.model_copy(update={"prescription": found, "refusals": reasons})
+    found, notes = {}, []
+    for name in loaders:
+        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
+        notes.append(
+            f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
+        )
+    return record.model_copy(update={"prescription": found, "unprescribed": {}, "notes": (*record.notes, *notes)})
 
 
 def _print(record: FileRecord) -> None:
@@ -144,6 +144,7 @@ def _print(record: FileRecord) -> None:
     console = stdout_console()
     console.print(Text(printable(record.path, 500), style="bold"))
     if record.format is not None:
+        console.print(Text(f"  {record.headline}"))
         console.print(grid((f"  {label}", value) for label, value in _facts(record)))
     for hazard in record.hazards:
         head = f"{hazard.code} {CODES[hazard.code].title}: "
@@ -184,9 +185,12 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     for loader, strength in record.prescription.items():
-        reason = record.refusals.get(loader, "no single strength")
-        use = printable(f"no strength: {reason}", 200) if strength is None else f"strength {strength:g}"
-        yield "  pass", printable(loader, 120), use
+        why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
+        yield (
+            "  pass",
+            printable(loader, 120),
+            f"no number: {printable(why, 400)}" if strength is None else f"strength {strength:g}",
+        )
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

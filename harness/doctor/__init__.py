@@ -8,8 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from harness.doctor.answers import prescriptions
 from harness.doctor.inspect.describe import describe, inspect_file
-from harness.law.known import Adapter, Scaled, ScaleLaw, conventions, known_laws, prescribe, prescriptions
+from harness.law.known import Scaled, ScaleLaw, conventions, known_laws, prescribe
 from harness.verdict.file_record import Advice, BaseFit, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ _LATER = {
 }
 
 __all__ = [
-    "Adapter",
     "Advice",
     "AuditOptions",
     "AuditRow",

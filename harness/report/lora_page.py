@@ -45,7 +45,7 @@ class Shown:
         if bad:
             said = "; ".join(dict.fromkeys(CODES[hazard.code].title for hazard in bad[:_TITLES]))
             return ("xfailed" if record.severity == "warning" else "failed"), count(len(bad), "hazard"), said
-        return "passed", "no hazard", "readers agree about this file; the option --base tells how strong it is"
+        return "passed", "no hazard", f"{record.headline} The option --base tells how strong it is."
 
     @cached_property
     def blocks(self) -> list[BlockEnergy]:

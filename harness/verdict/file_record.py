@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -99,9 +100,10 @@ class FileRecord(Record):
     factor on B @ A that a loader of that convention applies at strength 1. `trained` is the same for the trained scale.
     `ranks` leaves out what has no rank; `full` are LoKr modules of two full factors. `coverage` is the share of keys
     that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without a base. `prescription` maps a
-    loader that reads this format to the strength that reproduces training, null when there is none; `refusals` then
-    says why. `weights_read` says that every weight was looked at, and not only the header. `fit` is how much of it
-    applies to the base, where one is given.
+    tool that reads this format to the strength that reproduces training; null when no single value can, a finding says
+    that the tool breaks the file, or the file does not say enough: `unprescribed` then has the reason and what to do.
+    `findings` are the pages of docs/findings whose fault the file meets. `weights_read` says that every weight was
+    looked at, and not only the header. `fit` is how much of it applies to the base, where one is given.
 
     An audit adds: `size` and `mtime` (ns), which tell whether the file is the one that was read; `fingerprint`, a hash
     of the tensors' names, shapes and a few kilobytes; `digest` of all of their bytes (only where fingerprints agree,
@@ -132,7 +134,8 @@ class FileRecord(Record):
     advice: Advice | None = None
     fit: BaseFit | None = None
     prescription: dict[str, float | None] = Field(default_factory=dict)
-    refusals: dict[str, str] = Field(default_factory=dict)
+    unprescribed: dict[str, str] = Field(default_factory=dict)
+    findings: tuple[str, ...] = ()
     dialect: str = ""
     weights_read: bool = False
     mtime: int | None = None
@@ -145,6 +148,21 @@ class FileRecord(Record):
     def readable(self) -> bool:
         """Tell whether the file could be read at all."""
         return self.format is not None
+
+    @property
+    def headline(self) -> str:
+        """What the scales mean for a person who loads the file, in one sentence or two."""
+        if self.trained is None or not self.modules:
+            return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
+        low, high = self.trained
+        if not math.isclose(low, high, rel_tol=1e-6):
+            span = f"alpha / rank = {low:.4g} to {high:.4g} by module"
+            return f"Standard: {span}. No strength makes loaders right that ignore alpha."
+        said = f"Standard: alpha / rank = {low:.4g}."
+        if low == 1 or low <= 0:
+            return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
+        times = f"{1 / low:.4g}x too strong" if low < 1 else f"{low:.4g}x too weak"
+        return f"{said} Loaders that ignore alpha are {times}."
 
     @property
     def codes(self) -> tuple[str, ...]:

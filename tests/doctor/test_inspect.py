@@ -90,11 +90,11 @@ def test_a_header_that_says_nothing_of_the_modules_leaves_them_without_alpha(tmp
 
 
 def test_the_alpha_of_the_training_turns_a_file_without_alpha_into_a_prescription(tmp_path: Path) -> None:
-    modules = {f"blocks.0.self_attn.{name}": weights(32, None) for name in "qk"}
-    path = write_lora(tmp_path / "x", "comfyui", modules)
-    assert inspect_file(path, lora_alpha=16).prescription == {
-        "diffsynth": 0.5, "diffsynth-2.0.4": 0.5, "diffusers": 0.5, "diffusers-fused": 0.5, "raw alpha": 0.5,
-    }  # fmt: skip
+    path = write_lora(tmp_path / "x", "diffsynth", {"a.b": weights(32, None), "a.c": weights(32, None)})
+    record = inspect_file(path, lora_alpha=16)
+    known = {name: strength for name, strength in record.prescription.items() if strength is not None}
+    assert known == {"diffsynth": 0.5, "diffsynth-2.0.4": 0.5, "raw alpha": 0.5}
+    assert "was not measured on an architecture with these layers" in record.unprescribed["diffusers"]
 
 
 def test_partly_missing_alpha_is_lh702(tmp_path: Path) -> None:
@@ -194,7 +194,9 @@ def test_rank_stabilised_scaling_is_noted(tmp_path: Path) -> None:
     record = inspect_file(write_lora(tmp_path / "x", "peft", {"a": weights(16, 4.0)}, rslora=True))
     assert record.trained == (1.0, 1.0)
     assert "sqrt(rank) = 4" in record.notes[0]
-    assert record.prescription == {"peft": 1.0, "raw alpha": 0.25}
+    known = {name: strength for name, strength in record.prescription.items() if strength is not None}
+    assert known == {"peft": 1.0, "transformers": 1.0, "vllm": 1.0, "raw alpha": 0.25}
+    assert "divide by r whatever use_rslora says" in record.unprescribed["sglang"]
 
 
 def test_text_encoders_are_components(tmp_path: Path) -> None:

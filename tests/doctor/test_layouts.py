@@ -115,9 +115,9 @@ def judge(layout: Layout, truth: Truth, folder: Path) -> None:
     assert set(record.ranks) == set(truth.ranks.split())
     assert " ".join(record.codes) == truth.codes, record.hazards
     assert (record.coverage, record.weights_read) == (1.0, True)
-    assert record.prescription.get(truth.loader) == truth.strength, record.refusals
+    assert record.prescription.get(truth.loader) == truth.strength, record.unprescribed
     refused = {loader for loader, strength in record.prescription.items() if strength is None}
-    assert refused == set(record.refusals)
+    assert refused == set(record.unprescribed)
 
 
 @pytest.mark.parametrize("name", SEEN_TRUTH)

@@ -113,7 +113,7 @@ def test_alpha_of_the_training_counts_in_every_line(tmp_path: Path) -> None:
     )
     assert (plain.alphas, plain.trained, plain.codes) == ({"none": 1}, None, ("LH701",))
     assert (record.prescription["diffusers"], plain.prescription["diffusers"]) == (1 / 16, None)
-    assert "lora_alpha / 128" in plain.refusals["diffusers"]
+    assert "lora_alpha / 128" in plain.unprescribed["diffusers"]
     assert record.energy is not None
     assert plain.energy is not None
     assert record.energy["transformer_blocks.0.attn.to_q"] == pytest.approx(
@@ -133,7 +133,7 @@ def test_an_alpha_of_0_is_a_scale_of_0_and_no_zero_product(tmp_path: Path) -> No
     assert record.codes == ("LH705",)
     assert record.advice is not None
     assert record.advice.reason == "alpha is 0: the scale is 0, whatever B @ A is"
-    assert (record.prescription["peft"], record.refusals["peft"]) == (None, "alpha is 0 in the file")
+    assert (record.prescription["peft"], record.unprescribed["peft"]) == (None, "alpha is 0 in the file")
     given = inspect_file(path, energy=True, lora_alpha=8.0)
     assert (given.trained, given.codes) == ((2.0, 2.0), ())
 

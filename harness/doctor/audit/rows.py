@@ -39,7 +39,12 @@ def audit_file(path: str, *, energy: bool = False) -> FileRecord:
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return unreadable(path, str(error))
-    return record.model_copy(update={"seconds": round(time.perf_counter() - began, 4), "fingerprint": mark})
+    told: dict[str, object] = {
+        "seconds": round(time.perf_counter() - began, 4),
+        "fingerprint": mark,
+        "unprescribed": {},
+    }
+    return record.model_copy(update=told)
 
 
 def fingerprint(file: TensorFile) -> str:

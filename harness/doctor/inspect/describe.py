@@ -9,12 +9,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from harness.doctor.answers import Asked, answers, why_not
 from harness.doctor.inspect.hazards import hazards
 from harness.doctor.inspect.weights import Weighed, weigh
+from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, NoLoraError
 from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
 from harness.files.keys import OTHER_NAMES, cut
-from harness.law.known import conventions, distinct, not_applied, prescriptions, refusals
+from harness.law.findings import met
+from harness.law.known import conventions, distinct, tools
 from harness.text import count, first_of, printable
 from harness.verdict.file_record import FileRecord, Hazard
 
@@ -123,13 +126,22 @@ def describe(
         notes=(*_notes(adapter, given, lora_alpha), *weighed.notes),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
-        trainer=_trainer(adapter.metadata),
+        trainer=trainer_of(adapter.metadata),
         metadata=_shown(adapter.metadata),
-        prescription=prescriptions(given, lora_alpha=lora_alpha),
-        refusals=refusals(given, lora_alpha=lora_alpha),
         dialect=adapter.dialect,
         weights_read=weighed.read,
+        **_for_tools(Traits(given), lora_alpha),
     )
+
+
+def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
+    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
+    found = answers(traits, Asked(lora_alpha=lora_alpha))
+    return {
+        "prescription": {name: each.strength for name, each in found.items()},
+        "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
+        "findings": tuple(finding.page for finding in met(traits.words)),
+    }
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
@@ -170,7 +182,9 @@ def _parts(adapter: LoraAdapter) -> Iterator[str]:
             yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
     if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
         tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
-        told = filter(None, (not_applied(adapter, profile) for profile in ("diffusers", "diffsynth")))
+        told = (
+            f"{each.title} {says}" for each in tools().values() if (says := each.variants.get("dora", "ok")) != "ok"
+        )
         yield ": ".join(
             filter(None, (f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}", "; ".join(told)))
         )
@@ -206,7 +220,7 @@ def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
     return {printable(key, 60): printable(metadata[key], _SHOWN_CHARACTERS) for key in keys}
 
 
-def _trainer(metadata: Mapping[str, str]) -> str | None:
+def trainer_of(metadata: Mapping[str, str]) -> str | None:
     """Name the tool that wrote the metadata, as far as it can be told."""
     texts = [*metadata, *(value[:_SHOWN_CHARACTERS] for value in metadata.values())]
     return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)
