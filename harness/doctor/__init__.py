@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.doctor.answers import prescriptions
 from harness.doctor.inspect.describe import describe, inspect_file
+from harness.doctor.inspect.weights import Weighed
 from harness.law.known import Scaled, ScaleLaw, conventions, known_laws, prescribe
 from harness.verdict.file_record import Advice, BaseFit, FileRecord, Hazard, ModuleEnergy
 
@@ -61,6 +62,7 @@ __all__ = [
     "Scaled",
     "Untouched",
     "VerifyOptions",
+    "Weighed",
     "audit_files",
     "conventions",
     "describe",

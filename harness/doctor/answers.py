@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from harness.doctor.inspect.fit import peft_hazards
 from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within, met
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
 from harness.law.reads import Place, Reading, has_other_names, measured_on, reading, title_of
+from harness.text import printable
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
 _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "unknown", "law")
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _PLAIN = ("lora", "conv")
+_WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")
+_BY_CONFIG = ("peft", "transformers")
+_AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -80,6 +86,8 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
         what = f"was not measured in {asked.version}, only in {tool.release}"
         return Answer(tool, "unknown", f"{what}; `lora-harness check` measures the one installed here", "unknown")
     hit = [*met(traits.words, tool=tool.name, version=asked.version), *_limits(tool, traits)]
+    if lost := _lost(tool, traits):
+        return Answer(tool, "nothing", lost, _sure(tool), findings=tuple(hit))
     notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))
     blocking = [finding for finding in hit if finding.blocks]
     read = _read(tool, traits)
@@ -93,6 +101,17 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     notes += (read.what,) if read.what and read.effect == "law" else ()
     return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
+
+
+def _lost(tool: Tool, traits: Traits) -> str:
+    """Say why the tool finds no layer, or not all, by what the file alone says; empty when nothing tells."""
+    keys = [key for module in traits.adapter.modules.values() for key in module.keys.values()]
+    if tool.name in _BY_CONFIG and any(key.endswith(_AUTOMODEL) for key in keys):
+        return "does not know AutoModel's names of experts"
+    if wrapped := next(filter(_WRAPPED.search, keys), None):
+        return f"looks for plain names, not for those of a wrapper ({printable(wrapped, 70)})"
+    ignored = peft_hazards(traits.adapter) if tool.name in _BY_CONFIG else ()
+    return next((hazard.what for hazard in ignored if hazard.code in ("LH720", "LH721")), "")
 
 
 def _effect(found: str) -> Effect:
@@ -133,7 +152,7 @@ def _read(tool: Tool, traits: Traits) -> Reading:
 
 
 def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
-    for variant in sorted({module.variant for module in traits.modules}):
+    for variant in sorted({module.variant for module in traits.adapter.modules.values()}):
         says = tool.variants.get(variant)
         if says is None:
             yield Reading("unknown", f"was not measured on {variant} modules")
@@ -214,13 +233,18 @@ def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
 def _wanted(module: LoraModule, asked: Asked) -> float | None:
     if asked.as_rank and module.rank and module.alpha is None:
         return 1.0
+    if module.rank and module.alpha == 0 and asked.lora_alpha is None:
+        return None  # nobody trains at scale 0
     return wanted_scale(module, asked.lora_alpha)
 
 
 def _what_is_missing(tool: Tool, traits: Traits) -> str:
-    if "zero" in traits.alphas:
+    if any(module.rank and module.alpha == 0 for module in traits.modules):
         return f"takes alpha 0 as scale {tool.alpha_zero}; what the training meant, the file does not say"
-    return "applies modules without alpha at scale 1; which alpha was trained with, the file does not say"
+    ranks = {module.rank for module in traits.modules if module.rank and module.alpha is None}
+    over = f"{ranks.pop()}" if len(ranks) == 1 else "rank"
+    what = "applies modules without alpha at scale 1; which alpha was trained with, the file does not say"
+    return f"{what}: lora_alpha / {over}, once it is known"
 
 
 def _strong(span: tuple[float, float] | None) -> str:

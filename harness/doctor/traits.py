@@ -76,7 +76,7 @@ class Traits:
         source, found = self.adapter.alpha_source, set()
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
-            before, _, after = key.partition(module.name)
+            before, _, after = key.partition(module.name) if module.name else ("", "", key)
             found.add((before, after, "alpha" in module.keys))
         return {
             f"{_prefix_name(before)}.{_pair_name(after)}."

@@ -16,11 +16,12 @@ from harness.files.format import Format, Naming, Source
 from harness.files.formats import FORMATS
 from harness.files.read import detect_format, read_lora
 from harness.files.safetensors_file import SafetensorsFile, read_header
-from harness.files.tensor_file import TensorFile, TensorInfo
+from harness.files.tensor_file import Extent, TensorFile, TensorInfo
 from harness.files.write import write_lora
 
 __all__ = [
     "FORMATS",
+    "Extent",
     "Format",
     "LoraAdapter",
     "LoraModule",

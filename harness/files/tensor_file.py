@@ -75,7 +75,7 @@ class TensorFile:
     metadata: Mapping[str, str]
     size: int
     duplicates: tuple[str, ...] = ()
-    _opened: list[FileIO] = field(default_factory=list, repr=False, compare=False)
+    _opened: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -186,7 +186,8 @@ class TensorFile:
             self._opened.append(self.path.open("rb", buffering=0))
             if hasattr(os, "posix_fadvise"):  # else a few rows bring in megabytes around them
                 os.posix_fadvise(self._opened[0].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return self._opened[0]
+        stream: FileIO = self._opened[0]
+        return stream
 
     def __del__(self) -> None:
         for stream in self._opened:

@@ -117,6 +117,13 @@ class Tool:
         """How the row is known: `measured on 0.42.1`, or `read in the code of 2026-06`."""
         return f"measured on {self.release}" if self.known == "measured" else f"read in the code of {self.release}"
 
+    def without(self, variant: str) -> str:
+        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known."""
+        if (says := self.variants.get(variant, "ok")) != "ok":
+            return says
+        limits = (each for each in self.limits if each["effect"] == "drops")
+        return next((str(each["says"]) for each in limits if variant in each["file"].get("variant", ())), "")
+
 
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")
 

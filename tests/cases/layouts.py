@@ -210,7 +210,7 @@ def built() -> Iterator[Layout]:
             "base_model.model.model.language_model.layers.0.self_attn.q_proj "
             "base_model.model.model.visual.blocks.0.attn.qkv"
         ),
-        config={**_CONFIG, "target_modules": r"(?:.*?(?:language|vision).*?)"},
+        config={**_CONFIG, "target_modules": r"(?:.*?(?:language|visual).*?)"},
     )
     yield of(
         "llama_factory_head",

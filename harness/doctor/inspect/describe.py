@@ -182,12 +182,9 @@ def _parts(adapter: LoraAdapter) -> Iterator[str]:
             yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
     if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
         tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
-        told = (
-            f"{each.title} {says}" for each in tools().values() if (says := each.variants.get("dora", "ok")) != "ok"
-        )
-        yield ": ".join(
-            filter(None, (f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}", "; ".join(told)))
-        )
+        told = "; ".join(f"{each.title} {why}" for each in tools().values() if (why := each.without("dora")))
+        head = f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}"
+        yield f"{head}: {told}" if told else head
 
 
 def _range(values: Iterable[float]) -> tuple[float, float] | None:
