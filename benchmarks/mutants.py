@@ -52,7 +52,7 @@ SUBJECTS = {
     "law/known": "law/test_prescribe.py",
     "measure/tolerance": "measure/test_tolerance.py",
     "measure/compare": "measure/test_fit.py",
-    "measure/effective": "measure/test_reading.py measure/test_plain.py",
+    "measure/effective": "measure/test_reading.py measure/test_plain.py measure/test_dense.py",
     "reference/closed_form": "reference/test_closed_form.py reference/test_variants_by_hand.py",
     "verdict/verdict": "verdict/test_verdict.py",
 }
