@@ -142,7 +142,9 @@ class MergedLayer:
 
     def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
         """Read every row once, in chunks; the products of the rows may be made on `device`."""
-        return self.product.row_sums(*self._stored(), rounding, device=device)
+        return self.product.row_sums(
+            *(store.chunks(self.tensor) for store in (self.base, self.merged)), rounding, device=device
+        )
 
     def window(self, start: int, stop: int) -> Window:
         """Return rows [start, stop) whole."""
