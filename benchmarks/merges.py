@@ -27,6 +27,7 @@ from harness.doctor.verify.changes import changes
 from harness.doctor.verify.changes import merged_layer as layer_of
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import measure
+from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
 from harness.doctor.verify.rows import Rounding
@@ -52,7 +53,7 @@ def merged_layer(folder: Path, shape: tuple[int, int], rank: int, ratio: float) 
         {"x.weight": torch.cat([(w + 0.5 * (part @ a)).bfloat16() for w, part in parts])}, folder / "merged.safetensors"
     )
     lora = write_lora(folder / "lora", "diffsynth", {"x": LoraWeights(a.bfloat16(), b.bfloat16(), 0.5 * rank)})
-    stores = Checkpoint.open(folder / "base.safetensors"), Checkpoint.open(folder / "merged.safetensors")
+    stores = [Weights.of(Checkpoint.open(folder / f"{name}.safetensors")) for name in ("base", "merged")]
     adapter = read_lora(lora)
     layer = layer_of(adapter, next(changes(adapter, "x", "x.weight")), *stores)
     assert layer is not None

@@ -144,6 +144,14 @@ class Weights:
         parts = [self.store.rows(*piece) for piece in _cut(self._pieces(name), start, stop, self._stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def chunks(self, name: str) -> Rows:
+        """Return what reads rows into one memory, where they are those of one tensor; they hold until the next call."""
+        piece, *others = self._pieces(name)
+        plain = (
+            not others and piece.stop is None and not any(name in own for own in (self.held, self.coded, self.folds))
+        )
+        return self.store.chunks(piece.name) if plain else partial(self.rows, name)
+
     def whole(self, name: str) -> Tensor:
         """Return a tensor in its own shape."""
         info = self.info(name)

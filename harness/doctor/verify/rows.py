@@ -14,7 +14,7 @@ from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
 if TYPE_CHECKING:
     from harness.doctor.verify.layer import MergedLayer, Sample
 
-_LOOKED_AT = 48  # columns of every row that are compared element by element in the quick pass
+_LOOKED_AT = 32  # columns of every row that are compared element by element in the quick pass
 _TOO_FAR = 0.6  # mean square of error / allowance; 1/3 where errors spread evenly
 _GROSS = 8.0  # allowances: no rounding leaves one element so far off
 _LEAST = 5  # elements of a row that must be off, and as a share of its columns, or of those that should change
