@@ -14,7 +14,6 @@ from harness.doctor.inspect.hazards import hazards
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, read_lora
-from harness.law.findings import met
 from harness.law.known import conventions, distinct
 from harness.text import printable
 from harness.verdict.file_record import FileRecord, Hazard
@@ -110,7 +109,7 @@ def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
     return {
         "prescription": {name: each.strength for name, each in found.items()},
         "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
-        "findings": tuple(finding.page for finding in met(traits.words)),
+        "findings": tuple(finding.page for finding in traits.findings),
     }
 
 
