@@ -184,13 +184,16 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
+    from harness.doctor.answers import field_of
+    from harness.law.known import tools
+
     for loader, strength in record.prescription.items():
         why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
-        yield (
-            "  pass",
-            printable(loader, 120),
-            f"no number: {printable(why, 400)}" if strength is None else f"strength {strength:g}",
-        )
+        if strength is None:
+            said = f"no number: {printable(why, 400)}"
+        else:
+            said = field_of(tools()[loader], strength) if loader in tools() else f"strength {strength:g}"
+        yield "  pass", printable(loader, 120), said
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

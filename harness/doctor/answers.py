@@ -85,7 +85,8 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     if not _is_known_release(tool, asked.version):
         what = f"was not measured in {asked.version}, only in {tool.release}"
         return Answer(tool, "unknown", f"{what}; `lora-harness check` measures the one installed here", "unknown")
-    hit = [*met(traits.words, tool=tool.name, version=asked.version), *_limits(tool, traits)]
+    known = (each for each in traits.findings if tool.name in each.tools and each.in_release(asked.version))
+    hit = [*known, *_limits(tool, traits)]
     if lost := _lost(tool, traits):
         return Answer(tool, "nothing", lost, _sure(tool), findings=tuple(hit))
     notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.keys import PAIRS
-from harness.law.findings import Words
+from harness.law.findings import Finding, Words, findings
 from harness.law.known import distinct
 from harness.law.reads import Place, depths_of, layers_of, pattern_of, places_of, title_of
 from harness.text import count
@@ -24,7 +24,7 @@ _PAIRS = {
     "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
-_BLOCK = re.compile(r"(\D*?)[._]?(\d+)[._]")
+_BLOCK = re.compile(r"(\D*)(\d+)[._]")
 _DEEP = 6
 _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
@@ -128,6 +128,11 @@ class Traits:
             "kernel": kernels,
         }
         return {trait: frozenset(values) for trait, values in lists.items()}
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The findings that the file meets, in any tool and release."""
+        return tuple(finding for finding in findings().values() if finding.hits(self.words))
 
     def _magnitudes(self) -> Iterable[str]:
         """Yield of every DoRA magnitude its tail, and its axis: one number per `out` row or per `in` column."""

@@ -324,6 +324,14 @@ def test_a_tool_is_found_by_its_name_or_its_title() -> None:
         tool_named("diff")
 
 
+def test_an_audit_counts_the_files_by_finding(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        kohya(tmp_path / name, UNET, ((4, 1.0), (4, 4.0)))
+    done = CliRunner().invoke(main, ["audit", str(tmp_path)])
+    assert "2  files hit diffusers-unet-mixed-alphas-ignored" in done.output
+
+
 def test_names_out_of_a_file_are_safe_to_show(tmp_path: Path) -> None:
     path = write(tmp_path, ["a\x1b[2J.b"], "diffusers", prefix="transformer.")
     assert "\x1b" not in run(path).output

@@ -16,7 +16,6 @@ from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, NoLoraError
 from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
 from harness.files.keys import OTHER_NAMES, cut
-from harness.law.findings import met
 from harness.law.known import conventions, distinct, tools
 from harness.text import count, first_of, printable
 from harness.verdict.file_record import FileRecord, Hazard
@@ -140,7 +139,7 @@ def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
     return {
         "prescription": {name: each.strength for name, each in found.items()},
         "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
-        "findings": tuple(finding.page for finding in met(traits.words)),
+        "findings": tuple(finding.page for finding in traits.findings),
     }
 
 

@@ -195,17 +195,6 @@ class Weights:
         whole = self.rows(name, first, -(-stop // height)).reshape(-1, width)
         return whole[start - first * height : stop - first * height]
 
-    def chunks(self, name: str) -> Callable[[int, int], Tensor]:
-        """Return what reads rows of a tensor, into one memory of the checkpoint where they lie in one piece.
-
-        They hold until rows of any tensor are read so again.
-        """
-        pieces = self._pieces(name)
-        own = name in self.held or name in self.folds or name in self.coded
-        if own or len(pieces) > 1 or pieces[0].stop is not None:
-            return partial(self.rows, name)
-        return self.store.chunks(pieces[0].name)
-
     def quantised(self, name: str) -> str | None:
         """Name how a weight is stored, None when its numbers are the weights."""
         return self.store.quantised(self.owner(name)) if name not in self.held else None
