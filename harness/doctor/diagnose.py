@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
 from harness.doctor.inspect.describe import trainer_of
+from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.traits import Traits, model_of, rule_of, untargeted, what_it_is
 from harness.errors import UserError
 from harness.files import read_lora
-from harness.law.findings import findings
+from harness.law.findings import findings, is_within
 from harness.law.known import Tool, tools
 from harness.law.scale import word_of
 from harness.text import count, printable
+from harness.verdict.file_record import Hazard
 
 Saw = Literal["noise", "nothing", "weak", "strong"]
 SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
+_GRAVE = ("LH707", "LH713")
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
 
 
@@ -42,6 +46,7 @@ class Diagnosis:
     tool: Tool | None = None
     saw: Saw | None = None
     placed: str | None = None
+    weighed: Weighed = field(default_factory=Weighed)
 
     @cached_property
     def trainer(self) -> str | None:
@@ -67,9 +72,14 @@ class Diagnosis:
         return answers(self.traits, self._asked)
 
     @property
+    def grave(self) -> tuple[Hazard, ...]:
+        """What the weights themselves say is wrong: NaN (LH707), no effect (LH713), dead modules (LH714)."""
+        return tuple(hazard for hazard in self.weighed.hazards if hazard.code in _GRAVE)
+
+    @property
     def exit_code(self) -> int:
         """0 answered, 1 the file is broken or the tool that was asked for does not apply it as trained."""
-        broken = any(problem.fatal for problem in self.traits.adapter.problems)
+        broken = any(problem.fatal for problem in self.traits.adapter.problems) or bool(self.grave)
         bad = self.tool and self.answers[self.tool.name].effect in _CANNOT
         return int(broken or bool(bad))
 
@@ -78,27 +88,30 @@ def diagnose(
     path: Path | str, *, tool: str | None = None, asked: Asked | None = None, saw: Saw | None = None,
     base: Path | None = None,
 ) -> Diagnosis:  # fmt: skip
-    """Read a file and return its diagnosis; only its header and alphas are read, unless there is a `base`.
+    """Read a file and return its diagnosis; every weight is looked at once, for NaN and for factors that are zero.
 
     Raises:
         LoraFileError: the file, or the base, cannot be read.
         UserError: nobody knows the tool.
     """
     traits = Traits(read_lora(path, strict=False))
-    known = tool_named(tool) if tool else None
+    asked = asked or Asked()
+    known = tool_named(tool, asked.version) if tool else None
     placed = _placed(traits, base) if base else None
-    return Diagnosis(Path(path), traits, asked or Asked(), known, saw, placed)
+    return Diagnosis(Path(path), traits, asked, known, saw, placed, weigh(traits.adapter))
 
 
-def tool_named(name: str) -> Tool:
-    """Return a tool by its name, or the beginning of its name or title.
+def tool_named(name: str, version: str | None = None) -> Tool:
+    """Return a tool by its name, or the beginning of its name or title; of its rows the one for `version`.
 
     Raises:
         UserError: there is no such tool, or several.
     """
     wanted, every = name.strip().lower(), tools()
     if wanted in every:
-        return every[wanted]
+        rows = [tool for tool in every.values() if tool.name == wanted or tool.name.startswith(f"{wanted}-")]
+        fits = (tool for tool in rows if version and tool.versions and is_within(version, tool.versions))
+        return next(fits, every[wanted])
     found = [
         tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())
     ]
@@ -118,6 +131,8 @@ def _placed(traits: Traits, base: Path) -> str:
 def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Yield the answer, line by line: a label and a sentence."""
     yield "file", what_it_is(found.traits, found.trainer)
+    for hazard in found.grave:
+        yield "broken", f"{hazard.code} {hazard.what}"
     if found.placed:
         yield "base", found.placed
     if found.tool:
@@ -133,7 +148,8 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
 
 def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     tool = given.tool
-    yield "tool", f"{tool.title} {found.asked.version or tool.release}: {given.says}"
+    title = re.sub(r" [<>]=.*", "", tool.title)
+    yield "tool", f"{title} {found.asked.version or tool.release}: {given.says}"
     if given.strength is not None:
         yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
     else:
@@ -231,7 +247,8 @@ def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
 def causes(found: Diagnosis) -> list[Cause]:
     """Return what could be behind what was seen, what the file itself speaks for first."""
     every = list(_CAUSES[found.saw or "noise"](found))
-    return sorted(every, key=lambda cause: not cause.evidence)
+    sure = {hazard.what for hazard in found.weighed.hazards}
+    return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
 
 
 def _strength_cause(found: Diagnosis) -> Cause:
@@ -258,11 +275,14 @@ def _model_cause(found: Diagnosis) -> Cause:
     return Cause(f"another model than {model_of(found.traits)}", test, none)
 
 
+def _said(found: Diagnosis, code: str) -> str:
+    return next((hazard.what for hazard in found.weighed.hazards if hazard.code == code), "")
+
+
 def _noise(found: Diagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
-    yield Cause(
-        "NaN or infinite weights", f"lora-harness inspect {printable(found.path, 120)} --energy names them (LH707)"
-    )
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
+    yield Cause("NaN or infinite weights", test, _said(found, "LH707"))
     yield _model_cause(found)
     yield Cause(
         "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
@@ -275,7 +295,8 @@ def _nothing(found: Diagnosis) -> Iterator[Cause]:
     yield _model_cause(found)
     weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
     yield Cause("far too weak", "load it at 10 times the strength: does anything change?", "; ".join(weak[:2]))
-    yield Cause("an untrained B (all zero)", f"lora-harness inspect {printable(found.path, 120)} --energy shows norm 0")
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH713, LH714)"
+    yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
 
 
 def _weak(found: Diagnosis) -> Iterator[Cause]:

@@ -343,3 +343,26 @@ def test_a_large_file_is_answered_from_its_header_alone(tmp_path: Path) -> None:
     began = time.process_time()
     diagnose(path)
     assert time.process_time() - began < 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "saw", "code", "cause"),
+    [(float("nan"), "noise", "LH707", "NaN"), (0.0, "nothing", "LH713", "untrained B")],
+)
+def test_what_the_weights_show_is_said_first(value: float, saw: str, code: str, cause: str, tmp_path: Path) -> None:
+    path = write_lora(
+        tmp_path / "x", "diffsynth", {QWEN[0]: LoraWeights(torch.randn(4, 8), torch.full((8, 4), value), 4)}
+    )
+    assert run(path).exit_code == 1
+    found = diagnose(path, saw=saw)  # type: ignore[arg-type]
+    assert ("broken", code) in [(label, text[:5]) for label, text in lines(found)]
+    assert causes(found)[0].what.startswith(("NaN", "an untrained"))
+    assert cause in causes(found)[0].what
+
+
+def test_the_release_decides_which_row_of_a_tool_answers(tmp_path: Path) -> None:
+    path = write(tmp_path, QWEN, "diffsynth", [(4, 2.0)])
+    old = run(path, "--tool", "diffsynth", "--tool-version", "2.0.4")
+    assert "DiffSynth-Studio 2.0.4: applies modules 2 times" in old.output
+    assert "alpha = 0.5" in old.output
+    assert "alpha = 1 " in run(path, "--tool", "diffsynth", "--tool-version", "2.1.12").output
