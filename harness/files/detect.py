@@ -182,6 +182,7 @@ _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_p
 _WEIGHT = re.compile(r".+\.(weight|bias|weight_scale|scale_weight|qweight|gamma|beta|running_mean)$|.+_embed\w*$")
 _HALF = re.compile(r"(^|[._])(lora|lokr|hada|oft|glora)[._]", re.IGNORECASE)
 _MOST_EMBEDDINGS = 16
+_ENOUGH = 200  # characters of a key
 
 
 def _kind(source: Source) -> str:
@@ -195,7 +196,7 @@ def _kind(source: Source) -> str:
     few = len(tensors) <= _MOST_EMBEDDINGS and not any("." in key for key in tensors)
     if vectors and (few or _EMBEDDINGS & tensors.keys()):
         return "a textual-inversion embedding"
-    weights = sum(bool(_WEIGHT.match(key)) for key in tensors)
+    weights = sum(bool(_WEIGHT.match(key[-_ENOUGH:])) for key in tensors)
     if 2 * weights > len(tensors) and not any(map(_HALF.search, tensors)):
         return f"a full checkpoint or a part of one ({count(weights, 'weight')})"
     return ""

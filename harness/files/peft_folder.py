@@ -20,6 +20,7 @@ _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _COPY = re.compile(r"(.+?)\.(?:base_layer|original_module)(?:\..*)?\.(weight|bias)")
 _TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.\w+)?")
+_LONGEST = 2_000  # characters of a name; a hostile one may make the patterns slow
 _NESTED = ".base_layer"
 _FIRST = re.compile(r"gate|up|w1|w3|w13|fc1|wi|c_fc")  # declared before its partner in every model that is known
 _LAST = re.compile(r"down|w2|fc2|wo|c_proj")
@@ -36,7 +37,7 @@ def add_peft_parts(source: Source, row: Format, found: Sorted, problems: list[Pr
     taken = {key for roles in found.modules.values() for key in roles.values()}
     for key in source.file.keys:
         path = _path(source.plain(key), row, source.config is not None and not prefixed)
-        if path and key not in taken and (part := _part(path, config, source.method)):
+        if 0 < len(path) <= _LONGEST and key not in taken and (part := _part(path, config, source.method)):
             found.modules.setdefault(("", part[0]), {}).setdefault(part[1], key)
     return frozenset(_name_experts(found, config, problems))
 

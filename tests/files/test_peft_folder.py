@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from fixtures.build_malformed import floats, tensors_file
 from harness.files import read_lora, with_alpha
 
 E, D, H = 6, 16, 12
@@ -205,3 +207,20 @@ def test_alpha_of_the_training_counts_where_the_file_has_none_or_zero(tmp_path: 
     given = with_alpha(read_lora(tmp_path), 12.0)
     assert {module.trained_scale for module in given.modules.values()} == {3.0}
     assert given.alpha_source == "option"
+
+
+@pytest.mark.parametrize(
+    "word", [".base_layer", ".trainable_tokens_delta.a", "_embed", ".modules_to_save", "_orig_mod."]
+)
+def test_a_name_of_a_million_characters_is_read_in_no_time(word: str, tmp_path: Path) -> None:
+    keys = {
+        f"base_model.model.{word * (200_000 // len(word))}!": floats(3),
+        "base_model.model.q.lora_A.weight": floats(2, 4),
+    }
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        tensors_file({**keys, "base_model.model.q.lora_B.weight": floats(3, 2)})
+    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    start = time.process_time()
+    assert "q" in read_lora(tmp_path).modules
+    assert time.process_time() - start < 2
