@@ -1,6 +1,6 @@
 """`verify` beside deltalint on the same merges: those of this repository's tests, whose true answer is known.
 
-    python -m benchmarks.verify_peers --deltalint PATH
+    python -m benchmarks.verify_peers --deltalint PYTHON
 
 Prints the table of docs/peers.md. Every merge is made by PEFT; `right` says how many of a group got the true answer.
 """
@@ -8,11 +8,9 @@ Prints the table of docs/peers.md. Every merge is made by PEFT; `right` says how
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.tools import table
+from harness.doctor import verify_merge
+from harness.errors import UserError
 from harness.files import LoraWeights, write_lora
 from tests.doctor import damage
 from tests.doctor.peft_merges import METHODS, llama, lora, lost, scaled, write
@@ -89,47 +89,60 @@ def damaged(folder: Path, kind: str, count: int) -> Paths:
     return folder / "base", folder / "merged", write_lora(folder / "peft", "peft", pair)
 
 
-def ours(paths: Paths) -> list[str]:
-    base, merged, adapter = map(str, paths)
-    options = ["--base", base, "--merged", merged, "--lora", adapter, "--full"]
-    return [sys.executable, "-m", "harness", "verify", *options]
+def ours(paths: Paths) -> int:
+    base, merged, adapter = paths
+    try:
+        return verify_merge(base, merged, adapter, full=True).exit_code
+    except UserError:
+        return 2
 
 
-def deltalint(program: str, paths: Paths) -> list[str]:
-    base, merged, adapter = map(str, paths)
-    return [program, "check", "--base", base, "--merged", merged, "--adapter", adapter, "--quiet"]
+_LOOP = """
+import contextlib, io, sys
+from deltalint.cli import main
+for line in sys.stdin:
+    base, merged, adapter = line.split()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(["check", "--base", base, "--merged", merged, "--adapter", adapter, "--quiet"])
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            code = 2
+    print(code, flush=True)
+"""
 
 
-def answer(command: Sequence[str]) -> tuple[int, float]:
-    """Return the exit code and the processor seconds."""
-    before, began = os.times(), time.perf_counter()
-    code = subprocess.run(command, capture_output=True, check=False, timeout=600).returncode
-    after = os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return code, used or time.perf_counter() - began
+def deltalint(python: str, paths: Sequence[Paths]) -> list[int]:
+    """Return its exit codes, all from one process."""
+    lines = "\n".join(" ".join(map(str, one)) for one in paths)
+    done = subprocess.run([python, "-c", _LOOP], input=lines, capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--deltalint", required=True)
-    program = parser.parse_args(argv).deltalint
-    counts: dict[str, list[float]] = {}
-    for merge in merges():
-        with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            paths = merge.make(Path(name))
-            row = counts.setdefault(merge.group, [0.0] * 9)
-            row[0] += 1
-            for place, command in ((1, ours(paths)), (5, deltalint(program, paths))):
-                code, seconds = answer(command)
-                row[place] += code == (0 if merge.right else 1)
-                row[place + 1] += code in (2, 3)
-                row[place + 2] += code == (1 if merge.right else 0)
-                row[place + 3] += seconds
+    parser.add_argument("--deltalint", required=True, help="a Python in which deltalint is installed")
+    python = parser.parse_args(argv).deltalint
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = list(merges())
+        folders = [Path(name) / str(number) for number in range(len(wanted))]
+        for folder in folders:
+            folder.mkdir()
+        paths = [merge.make(folder) for merge, folder in zip(wanted, folders, strict=True)]
+        answers = list(map(ours, paths)), deltalint(python, paths)
+    counts: dict[str, list[int]] = {}
+    for merge, *codes in zip(wanted, *answers, strict=True):
+        row = counts.setdefault(merge.group, [0] * 7)
+        row[0] += 1
+        for place, code in zip((1, 4), codes, strict=True):
+            row[place] += code == (0 if merge.right else 1)
+            row[place + 1] += code in (2, 3)
+            row[place + 2] += code == (1 if merge.right else 0)
     head = ["merges", "", "ours: right", "not judged", "false", "deltalint: right", "not judged", "false"]
-    body = [[group, *(f"{row[at]:.0f}" for at in (0, 1, 2, 3, 5, 6, 7))] for group, row in counts.items()]
-    print("\n".join(table(head, body)))
+    print("\n".join(table(head, [[group, *map(str, row)] for group, row in counts.items()])))
     return 0
 
 

@@ -7,25 +7,72 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from harness.doctor.architectures import Slot
 from harness.doctor.match import layers_by_spelling
 from harness.doctor.quantised import Rows
-from harness.doctor.verify.dora import DoraLayer
-from harness.doctor.verify.layer import MergedLayer
+from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.pairing import Weights
-from harness.doctor.verify.products import (
-    Product,
-    Scaled,
-    experts_product,
-    loha_product,
-    lokr_product,
-    pair_product,
-    whole_product,
-)
+from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
+
+
+def pair_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return B @ A, or with a Tucker core the product of the core with both: rank columns on the left either way.
+
+    Tucker: delta[o, i, k] = sum_pq B[o, p] mid[p, q, k] A[q, i].
+    """
+    a, b = (half.flatten(1) for half in adapter.tensors(name))
+    if "mid" not in adapter.modules[name].keys:
+        return LowRank(b, a)
+    return LowRank(b, _cored(adapter.part(name, "mid"), a))
+
+
+def experts_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return B @ A of every expert."""
+    a, b = adapter.tensors(name)
+    return Experts(b, a)
+
+
+def loha_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return (w1_a w1_b) * (w2_a w2_b); with a Tucker core t: [r, r, *kernel], w_a is [r, out]."""
+    halves = []
+    for number in "12":
+        a, b = (adapter.part(name, f"hada_w{number}_{side}") for side in "ab")
+        core = f"hada_t{number}"
+        tucker = core in adapter.modules[name].keys
+        halves.append(LowRank(a.t(), _cored(adapter.part(name, core), b)) if tucker else LowRank(a, b))
+    return Hadamard(halves[0], halves[1])
+
+
+def lokr_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return w1 ⊗ w2, each full or low-rank; the kernel of a convolution lies in the columns of w2."""
+    return Kronecker(_lokr_factor(adapter, name, "lokr_w1"), _lokr_factor(adapter, name, "lokr_w2"))
+
+
+def _lokr_factor(adapter: LoraAdapter, name: str, role: str) -> Product:
+    keys = adapter.modules[name].keys
+    if role in keys:
+        return Whole(adapter.part(name, role).flatten(1))
+    a, b = adapter.part(name, f"{role}_a"), adapter.part(name, f"{role}_b")
+    if role == "lokr_w2" and "lokr_t2" in keys:
+        return LowRank(a.t(), _cored(adapter.part(name, "lokr_t2"), b))
+    return LowRank(a, b.flatten(1))
+
+
+def _cored(core: Tensor, right: Tensor) -> Tensor:
+    """Return sum_q core[p, q, k] right[q, i]: [p, i * k]."""
+    return torch.einsum("pq...,qi->pi...", core.float(), right.float()).flatten(1)
+
+
+def whole_product(adapter: LoraAdapter, name: str, role: str) -> Product:
+    """Return a tensor of the file as a matrix; a vector is one column."""
+    tensor = adapter.part(name, role)
+    return Whole(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1))
+
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _PRODUCTS: Mapping[str, Callable[[LoraAdapter, str], Product]] = {

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
-from harness.doctor.verify.dora import DoraLayer
-from harness.doctor.verify.layer import MergedLayer
+from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.pairing import Weights
