@@ -90,12 +90,11 @@ def make_file(
     expected: dict[str, tuple[Update, float]] = {}
     where: dict[str, str] = {}
     ranks: dict[str, tuple[int, float]] = {}
-    for index, (name, layers) in enumerate(names.items()):
+    for index, (name, every) in enumerate(names.items()):
+        layers = every[:3] if scheme == "xlabs" else every  # its B has the rows of q, k and v alone, not of the MLP
         rank, number = numbers[index % len(numbers)]
         rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
         written = own.write(name) if own else name
-        if scheme == "xlabs" and name.startswith("single_blocks"):
-            continue  # its B has fewer rows than the layer
         if written is None:
             continue  # the format has no such module
         flat = f"{FLAT[prefix]}{written.replace('.', '_')}" if prefix in FLAT else ""

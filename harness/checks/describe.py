@@ -82,6 +82,8 @@ class NamedFinding:
             return None
         pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in self.example.targets]
         by_law, measured = self.law.prescription(pairs), self._measured_use(self.law)
+        if not self.example.strength or not self.law.strength.apply(self.example.strength):
+            return by_law  # loaded at strength 0: what was measured says nothing
         agree = by_law is not None and measured is not None and math.isclose(by_law, measured, rel_tol=_AGREE)
         return by_law if agree else measured
 
@@ -89,9 +91,9 @@ class NamedFinding:
         """Return the strength that turns what the counterexample's modules got into what they should have got."""
         here, one = law.strength.apply(self.example.strength), law.strength.apply(1.0)
         fits = [fit for t in self.example.targets for fit in self.finding.observation.fits.get(t.name, ())]
-        if not here or not self.example.strength or not all(fit.finite and fit.direction_right for fit in fits):
+        if not here or not all(fit.finite and fit.direction_right for fit in fits):
             return None
-        wanted = [fit.expected / self.example.strength for fit in fits]
+        wanted = [fit.expected / (self.example.strength or 1.0) for fit in fits]
         each = [law.strength_for([f.scale / here * one], [scale]) for f, scale in zip(fits, wanted, strict=True)]
         needed = [strength for strength in each if strength is not None]
         alike = len(needed) == len(fits) and all(math.isclose(needed[0], one, rel_tol=_AGREE) for one in needed)
