@@ -11,7 +11,8 @@ from torch import Tensor
 
 from harness.doctor.loader_law import Gain
 from harness.doctor.repair.plan import Part, Plan, RepairedModule, wanted
-from harness.doctor.verify.products import Product, loha_product, lokr_product, pair_product
+from harness.doctor.verify.changes import loha_product, lokr_product, pair_product
+from harness.doctor.verify.products import Product
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, read_lora
 from harness.text import printable
