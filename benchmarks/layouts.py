@@ -64,7 +64,12 @@ def _merge(adapter: LoraAdapter, alpha: float | None) -> tuple[dict[str, Tensor]
     base: dict[str, Tensor] = {}
     merged: dict[str, Tensor] = {}
     for name, module in adapter.modules.items():
-        for tensor, before, after in _tensors(adapter, name, module, alpha):
+        found = list(_tensors(adapter, name, module, alpha))
+        if not found:
+            raise LookupError(f"no formula for {module.variant} here")
+        for tensor, before, after in found:
+            if tensor in base:
+                raise LookupError("several components with layers of one name")
             base[tensor], merged[tensor] = before, after
     return base, merged
 
@@ -75,13 +80,17 @@ def _tensors(
     own = module.variant == "experts"
     weight, bias = module.name if own else f"{module.name}.weight", f"{module.name}.bias"
     delta = _delta(adapter, name)
+    delta = delta.t() if delta is not None and adapter.config.get("fan_in_fan_out") else delta
+    if delta is None and "set_bias" in module.keys and "set_weight" not in module.keys:
+        yield weight, torch.ones(4), torch.ones(4)
     if delta is not None:
         scale = alpha / module.rank if alpha and module.alpha is None and module.rank else module.trained_scale
         before = torch.randn(delta.shape) * delta.std() * scale
         yield weight, before, before + scale * delta
-    if "diff_b" in module.keys:
-        change = adapter.part(name, "diff_b").float()
-        yield bias, torch.zeros_like(change), change
+    for role, tensor in (("diff_b", bias), ("b_norm", bias), ("w_norm", weight), ("bias", bias)):
+        if role in module.keys:
+            change = adapter.part(name, role).float() * (module.trained_scale if role == "bias" else 1)
+            yield tensor, torch.zeros_like(change), change
     for role, tensor in (("set_weight", weight), ("set_bias", bias), ("base_copy", weight)):
         if role in module.keys and not (role == "base_copy" and delta is not None):
             new = adapter.part(name, role)
@@ -126,10 +135,8 @@ def _read(record: FileRecord) -> str:
 def _verified(adapter: LoraAdapter, path: Path, folder: Path, alpha: float | None, told: list[str]) -> str:
     try:
         base, merged = _merge(adapter, alpha)
-    except (LoraFileError, RuntimeError) as error:
-        return f"not tried: {error}"
-    if not base:
-        return "not tried: no formula here"
+    except (LoraFileError, RuntimeError, LookupError) as error:
+        return f"not tried: {error.args[0] if isinstance(error, LookupError) else error}"
     for name, tensors in (("base", base), ("merged", merged)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
     code, said = _asked(

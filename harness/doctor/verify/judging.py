@@ -93,7 +93,7 @@ def _together(
         lora = given.adapter.modules[change.module]
         yield Module(
             found, change.tensor, alone, dtype=layer.dtype,
-            alpha_unknown=change.scaled and lora.rank > 0 and not lora.alpha,
+            alpha_unknown=change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled,
         )  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         measured, fault = other, ("LH301", "the update was merged transposed")
     note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]
-    unknown = change.scaled and lora.rank > 0 and not lora.alpha
+    unknown = change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled
     return Module(
         _found(wanted, measured, layer), change.tensor, measured,
         dtype=layer.dtype, fault=fault, note=note, alpha_unknown=unknown,
