@@ -58,6 +58,8 @@ FILES: Sequence[tuple[str, str, str, str, float | None]] = (
     ("sd-unet", "own", "lora_unet.down.none", "alpha / rank 0.5", 4.0),
     ("sd-unet", "sgm", "lora_unet.down.tensor", "alpha / rank 0.5", None),
     ("sd-unet", "sgm", "lora_unet.down.tensor", "alpha / rank differs", None),
+    ("sdxl-unet", "sgm", "lora_unet.down.tensor", "alpha / rank 0.5", None),
+    ("sdxl-unet", "sgm", "lora_unet.down.tensor", "alpha / rank differs", None),
     ("sd-unet", "own", "transformer.A.header", "alpha / rank differs", None),
     ("sd-unet", "own", "transformer.lora.down.none", "alpha / rank 0.5", 4.0),
     ("wan21-t2v", "original", "diffusion_model.A.tensor", "alpha / rank differs", None),
@@ -90,6 +92,10 @@ class Pair:
 def measured_with(tool: str, family: str, naming: str) -> tuple[Reader, Parts, Mapping[str, Shape]] | None:
     """Return what loads a file with the tool's own code, the file's names and shapes; None where it is not here."""
     animal = zoo()[family].of_width(naming)
+    if (tool, family, naming) == ("diffusers", "sd-unet", "sgm"):
+        return (
+            None  # SDXL's names: the answer is about SDXL, and says itself that a Stable Diffusion 1.x UNet drops them
+        )
     if tool == "diffusers":
         return diffusers_reader(animal), animal.names(naming), animal.layers
     engine = "diffsynth-flux" if (tool, family) == ("diffsynth", "flux") else tool
