@@ -96,7 +96,7 @@ class NamedFinding:
         wanted = [fit.expected / (self.example.strength or 1.0) for fit in fits]
         each = [law.strength_for([f.scale / here * one], [scale]) for f, scale in zip(fits, wanted, strict=True)]
         needed = [strength for strength in each if strength is not None]
-        alike = len(needed) == len(fits) and all(math.isclose(needed[0], one, rel_tol=_AGREE) for one in needed)
+        alike = len(needed) == len(fits) and all(math.isclose(needed[0], other, rel_tol=_AGREE) for other in needed)
         return float(f"{needed[0]:.3g}") if needed and alike else None
 
     def verdict(self, examples: int) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -171,12 +172,8 @@ def _steps(found: Diagnosis, right: float) -> str:
 
 def _what_to_do(found: Diagnosis, given: Answer) -> str:
     if given.instead:
-        return f"lora-harness repair {printable(found.path, 200)} --to {given.instead} --out NEW" + _needs(
-            found, given.instead
-        )
-    workaround = next((each.says for each in given.findings if each.blocks and not given.strength), None)
-    if given.effect in _CANNOT and workaround:
-        return f"use a tool that reads it: {able(found) or 'none is known'}"
+        file = shlex.quote(printable(found.path, 200))
+        return f"lora-harness repair {file} --to {given.instead} --out NEW" + _needs(found, given.instead)
     if given.effect == "law" and given.strength is None:
         return "give the alpha of the training: --lora-alpha N"
     if given.effect in _CANNOT:
