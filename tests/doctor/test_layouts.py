@@ -56,7 +56,7 @@ SEEN_TRUTH = {
     "fal_kontext": Truth("peft", "lora", "16", "LH701", None, "peft"),
     "aitoolkit_flux_diffusers": Truth("diffusers", "lora", "16", "", 1.0),
     "mlx_checkpoint_name": Truth("mlx", "lora", "8"),
-    "xlabs_with_single_blocks": Truth("xlabs", "lora", "16"),
+    "xlabs_with_single_blocks": Truth("xlabs", "lora", "16", "", 1.0),
     "real_cloneofsimo_disney": Truth("cloneofsimo", "lora textual_inversion", "1"),
     "real_02_new": Truth("kohya", "lora", "4", "LH701"),
     "real_03_my_lora": Truth("diffusers", "lora", "4", "LH701"),
