@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from harness.doctor.inspect.fit import peft_hazards
 from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within, met
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
 from harness.law.reads import Place, Reading, has_other_names, measured_on, reading, title_of
-from harness.text import printable
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
 _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "unknown", "law")
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _PLAIN = ("lora", "conv")
-_WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")
 _BY_CONFIG = ("peft", "transformers")
-_AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -106,13 +101,7 @@ def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
 
 def _lost(tool: Tool, traits: Traits) -> str:
     """Say why the tool finds no layer, or not all, by what the file alone says; empty when nothing tells."""
-    keys = [key for module in traits.adapter.modules.values() for key in module.keys.values()]
-    if tool.name in _BY_CONFIG and any(key.endswith(_AUTOMODEL) for key in keys):
-        return "does not know AutoModel's names of experts"
-    if wrapped := next(filter(_WRAPPED.search, keys), None):
-        return f"looks for plain names, not for those of a wrapper ({printable(wrapped, 70)})"
-    ignored = peft_hazards(traits.adapter) if tool.name in _BY_CONFIG else ()
-    return next((hazard.what for hazard in ignored if hazard.code in ("LH720", "LH721")), "")
+    return traits.wrapped or (traits.ignored_by_peft if tool.name in _BY_CONFIG else "")
 
 
 def _effect(found: str) -> Effect:

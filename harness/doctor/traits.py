@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from harness.doctor.inspect.fit import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.keys import PAIRS
 from harness.law.findings import Finding, Words, findings
 from harness.law.known import distinct
 from harness.law.reads import Place, depths_of, layers_of, pattern_of, places_of, title_of
-from harness.text import count
+from harness.text import count, printable
 
 _TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
+_WRAPPERS = ("_orig_mod", "_wrapped_module", "_forward_module", "module.")
+_WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")
+_AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _PREFIXES = {
     "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
     "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "base_model.model.": "base_model", "": "bare",
@@ -51,6 +55,25 @@ class Traits:
     def modules(self) -> list[LoraModule]:
         """One module for every combination of numbers that a scale depends on."""
         return distinct(self.adapter.modules.values())
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [key for module in self.adapter.modules.values() for key in module.keys.values()]
+
+    @cached_property
+    def wrapped(self) -> str:
+        """Why no tool finds the layers of a file whose names are those of a wrapper, empty for other files."""
+        if not any(word in key for word in _WRAPPERS for key in self._keys):
+            return ""
+        found = next(filter(_WRAPPED.search, self._keys), None)
+        return f"looks for plain names, not for those of a wrapper ({printable(found, 70)})" if found else ""
+
+    @cached_property
+    def ignored_by_peft(self) -> str:
+        """What PEFT ignores of the file by its configuration or its names, empty when nothing is known."""
+        if any(key.endswith(_AUTOMODEL) for key in self._keys):
+            return "does not know AutoModel's names of experts"
+        return next((hazard.what for hazard in peft_hazards(self.adapter) if hazard.code in ("LH720", "LH721")), "")
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
