@@ -137,7 +137,7 @@ def main(argv: Sequence[str] = ()) -> list[str]:
         return ["\t".join(file_row(argv[1], Path(argv[2])))]
     names = list(FILES)[:1] if "--quick" in argv else [*FILES, DRAWN]
     aims = f"1.5 passes up to rank 64 and 4 at rank 128, {LEAST_DENSE} times quicker than the dense norm on the first"
-    aims += f", {LEAST_SVD:,} times quicker than a dense SVD, {MOST_MEGABYTES} MB more memory than the mapped file"
+    aims += f", {LEAST_SVD:,} times quicker than a dense SVD, {MOST_MEGABYTES} MB more memory than the file has"
     text = f"Aims: {aims}. Whole files in bfloat16; the dense way on {DENSE_LAYERS} of their layers."
     head = ["file", "rank", "MB", "s", "passes over the bytes as float32", "of it products", "dense norm /"]
     found = table([*head, "MB over the file"], list(rows(names)))

@@ -27,8 +27,10 @@ from harness.doctor.verify.changes import changes
 from harness.doctor.verify.changes import merged_layer as layer_of
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import measure
+from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
+from harness.doctor.verify.rows import Rounding
 from harness.files import LoraWeights, read_lora, write_lora
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ def merged_layer(folder: Path, shape: tuple[int, int], rank: int, ratio: float) 
         {"x.weight": torch.cat([(w + 0.5 * (part @ a)).bfloat16() for w, part in parts])}, folder / "merged.safetensors"
     )
     lora = write_lora(folder / "lora", "diffsynth", {"x": LoraWeights(a.bfloat16(), b.bfloat16(), 0.5 * rank)})
-    stores = Checkpoint.open(folder / "base.safetensors"), Checkpoint.open(folder / "merged.safetensors")
+    stores = [Weights.of(Checkpoint.open(folder / f"{name}.safetensors")) for name in ("base", "merged")]
     adapter = read_lora(lora)
     layer = layer_of(adapter, next(changes(adapter, "x", "x.weight")), *stores)
     assert layer is not None
@@ -79,7 +81,8 @@ def verification(quick: bool) -> list[str]:
 def verify_row(shape: tuple[int, int], rank: int) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         layer = merged_layer(Path(name), shape, rank, 1e-2)
-        ways = {"ours": layer.stream, "float32": lambda: products(layer, torch.float32)}
+        rounding = Rounding.of(layer.sample(16_000), 0.5)
+        ways = {"ours": lambda: layer.stream(rounding), "float32": lambda: products(layer, torch.float32)}
         if bfloat16_is_quicker():
             ways["bfloat16"] = lambda: products(layer, torch.bfloat16)
         seconds = best_of(ways, 5)

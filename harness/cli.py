@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Check loaders: does strength * alpha / rank * B @ A reach the model? Which law instead?",
     "sweep": "Make images across strengths and judge them: as trained, wrong strength, noise.",
     "inspect": "Say what is in a LoRA file: format, rank, alpha, hazards, the strength to pass.",
+    "diagnose": "One answer: what this file is, what your tool does with it, the number to pass there.",
     "verify": "Say which scale was really merged into a checkpoint: base, merged file and LoRA in.",
     "audit": "Read a whole library of LoRA files: one row each.",
     "repair": "Write a new LoRA file whose scale every reader agrees on.",

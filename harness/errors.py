@@ -21,6 +21,10 @@ class LoraFileError(UserError):
         super().__init__(f"{path}: {key}: {problem}" if key else f"{path}: {problem}")
 
 
+class NoLoraError(LoraFileError):
+    """An intact file that is no LoRA of any layout that is known; the problem says what it looks like."""
+
+
 class LoaderSpecError(UserError):
     """A string that names no loader (unknown name, missing file or attribute, import that fails)."""
 

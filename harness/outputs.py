@@ -116,11 +116,13 @@ class LineWriter:
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) != b"\n"
 
-    def write(self, line: str) -> None:
-        """Append `line`, which has no newline."""
-        self._append(line.encode("utf-8", "backslashreplace") + b"\n")
+    def write(self, line: str) -> int:
+        """Append `line`, which has no newline; return how many bytes there are now more."""
+        raw = line.encode("utf-8", "backslashreplace") + b"\n"
+        self._append(raw)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
+        return len(raw)
 
     def _append(self, raw: bytes) -> None:
         left = memoryview(raw)

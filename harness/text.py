@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 MAX_JSON_CHARACTERS = 8_000_000
@@ -62,6 +63,15 @@ def parse_json(text: str | bytes, *, limit: int = MAX_JSON_CHARACTERS) -> Any:
         raise ValueError("not valid JSON (the text is not UTF-8)") from None
     except (ValueError, MemoryError) as error:
         raise ValueError(f"a value in the JSON cannot be read ({printable(error, 60)})") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file of this package."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def on_one_line(text: str, limit: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
 
 _SHOWN_MODULES = 4
+_AGREE = 0.01  # a strength that is further off would be harmful
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
 
 
@@ -75,9 +77,27 @@ class NamedFinding:
 
     @cached_property
     def use(self) -> float | None:
-        """The strength that makes up for the law, where one value does."""
+        """The strength that makes up for what was measured: by the law, where the law agrees with the measurement."""
+        if not self.law:
+            return None
         pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in self.example.targets]
-        return self.law.prescription(pairs) if self.law else None
+        by_law, measured = self.law.prescription(pairs), self._measured_use(self.law)
+        if not self.example.strength or not self.law.strength.apply(self.example.strength):
+            return by_law  # loaded at strength 0: what was measured says nothing
+        agree = by_law is not None and measured is not None and math.isclose(by_law, measured, rel_tol=_AGREE)
+        return by_law if agree else measured
+
+    def _measured_use(self, law: Law) -> float | None:
+        """Return the strength that turns what the counterexample's modules got into what they should have got."""
+        here, one = law.strength.apply(self.example.strength), law.strength.apply(1.0)
+        fits = [fit for t in self.example.targets for fit in self.finding.observation.fits.get(t.name, ())]
+        if not here or not all(fit.finite and fit.direction_right for fit in fits):
+            return None
+        wanted = [fit.expected / (self.example.strength or 1.0) for fit in fits]
+        each = [law.strength_for([f.scale / here * one], [scale]) for f, scale in zip(fits, wanted, strict=True)]
+        needed = [strength for strength in each if strength is not None]
+        alike = len(needed) == len(fits) and all(math.isclose(needed[0], other, rel_tol=_AGREE) for other in needed)
+        return float(f"{needed[0]:.3g}") if needed and alike else None
 
     def verdict(self, examples: int) -> Verdict:
         """Return the verdict, with the rows a person reads; it took `examples` to find it."""

@@ -10,17 +10,8 @@ from harness.checks.apart import done_apart
 from harness.checks.cell import Cell
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
+from harness.law.scale import word_of
 from harness.verdict.verdict import Verdict
-
-# Boundaries of the words, in times the trained effect; the pictures behind them are in the image tests.
-_WORDS = (
-    (0.01, "no effect"),
-    (0.8, "weaker than trained"),
-    (0.99, "slightly weaker than trained"),
-    (1.01, "as trained"),
-    (1.25, "slightly stronger than trained"),
-    (8.0, "too strong: artifacts expected"),
-)
 
 
 @dataclass(frozen=True)
@@ -51,13 +42,6 @@ def _factor(cell: Cell, rank: int, alpha: float, strength: float) -> float:
     if observation.raised:
         raise RuntimeError(observation.raised.what)
     return median(fits[0].scale for fits in observation.fits.values()) / (alpha / rank)
-
-
-def word_of(factor: float) -> str:
-    """Say what to expect of a picture made at `factor` times the trained strength."""
-    if factor < 0:
-        return "inverted"
-    return next((word for limit, word in _WORDS if factor <= limit), "noise expected")
 
 
 def table_verdicts(cell: Cell, rank: int, alpha: float, rows: Sequence[StrengthRow]) -> list[Verdict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from harness.text import count, printable
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from harness.doctor.audit.rows import RowStore
     from harness.verdict.file_record import FileRecord
 
 _SHOWN = 30
@@ -60,67 +61,58 @@ def command(
 
     Exit 1 when any file is broken, 2 when one could not be judged; a file that cannot be read is a row with LH799.
     """
-    from harness.doctor.audit.audit import audit_files
-    from harness.doctor.audit.output import beside, write_rows
+    from harness.doctor.audit.audit import AuditOptions, audit_into
+    from harness.doctor.audit.output import write_rows
 
     known = _known(outs, resume)
     expanded = [path if "://" in path else str(Path(path).expanduser()) for path in paths]
-    with _executor(dask) as executor, progress("auditing", quiet=shared.quiet_on(as_json)) as line, _kept(outs) as keep:
-
-        def on_row(row: FileRecord) -> None:
-            keep(row)
-            line.advance()
-
-        rows = audit_files(
-            expanded,
+    with (
+        _executor(dask) as executor,
+        progress("auditing", quiet=shared.quiet_on(as_json)) as line,
+        _store(outs) as store,
+    ):
+        wanted = AuditOptions(
             workers=shared.worker_count(workers),
             executor=executor,
             memory=memory << 20,
             known=known,
             duplicates=not no_duplicates,
             on_start=line.start,
-            on_row=on_row,
+            on_row=lambda row: line.advance(),
             **options,
         )
-        rows += _others(known, rows)
+        rows = audit_into(store, expanded, wanted, resume=resume)
         for out in outs:
             write_rows(out, rows)
-    if outs:
-        beside(outs[0]).unlink(missing_ok=True)
-    code = int(any(row.severity in ("fatal", "error") for row in rows))
-    code = code or 2 * any("LH798" in row.codes for row in rows)
-    print_json(rows, code) if as_json else _print(rows, outs)
+        store.forget()
+        code = _exit_code(rows)
+        print_json(rows, code) if as_json else _print(rows, outs)
     sys.exit(code)
 
 
 @contextmanager
-def _kept(outs: Sequence[Path]) -> Iterator[Callable[[FileRecord], None]]:
-    """Append rows as they come to a file beside the first output, so that an audit that is killed can be resumed.
+def _store(outs: Sequence[Path]) -> Iterator[RowStore]:
+    """Keep rows as they come in a file beside the first output, so that an audit that is killed can be resumed.
 
     The outputs themselves are replaced in one step when all rows are there: until then they stay as they are.
     """
     from harness.doctor.audit.output import beside
-    from harness.outputs import LineWriter, only_writer, saying
+    from harness.doctor.audit.rows import RowStore, scratch
+    from harness.outputs import only_writer
 
     with ExitStack() as opened:
         for out in outs:
             opened.enter_context(only_writer(out))
-        if not outs:
-            yield lambda row: None
-            return
-        with saying(outs[0]):
-            lines = opened.enter_context(closing(LineWriter(beside(outs[0]))))
-        yield lambda row: lines.write(row.model_dump_json())
+        yield opened.enter_context(closing(RowStore(beside(outs[0]))) if outs else scratch())
 
 
-def _others(known: Sequence[FileRecord], rows: Sequence[FileRecord]) -> list[FileRecord]:
-    """Return the rows of an earlier audit whose files were not asked for now: they are kept."""
-    asked = {row.path for row in rows}
-    return list({row.path: row for row in known if row.path not in asked}.values())
+def _exit_code(rows: Sequence[FileRecord]) -> int:
+    worst = Counter(("LH798" in row.codes, row.severity in ("fatal", "error")) for row in rows)
+    return int(any(bad for _, bad in worst)) or 2 * any(unknown for unknown, _ in worst)
 
 
-def _known(outs: Sequence[Path], resume: bool) -> list[FileRecord]:
-    from harness.doctor.audit.output import check_target, read_rows, refuse_other_file
+def _known(outs: Sequence[Path], resume: bool) -> Iterator[FileRecord]:
+    from harness.doctor.audit.output import check_target, refuse_other_file, written_rows
     from harness.errors import UserError
 
     for out in outs:
@@ -128,10 +120,10 @@ def _known(outs: Sequence[Path], resume: bool) -> list[FileRecord]:
         if not resume:
             refuse_other_file(out)
     if not resume:
-        return []
+        return iter(())
     if not outs:
         raise UserError("--resume needs --out FILE: the rows of an earlier audit (.jsonl, .json or .parquet)")
-    return read_rows(outs[0])
+    return written_rows(outs[0])
 
 
 @contextmanager
@@ -158,18 +150,27 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
 def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     from harness.verdict.codes import CODES
 
-    bad = [row for row in rows if row.hazards]
-    for row in bad[:_SHOWN]:
-        first = row.hazards[0]
-        more = f" (and {len(row.hazards) - 1} more)" if len(row.hazards) > 1 else ""
-        click.echo(f"{printable(row.path, 200)}: {first.code} {printable(first.what, 200)}{more}")
-    if len(bad) > _SHOWN:
-        click.echo(f"and {count(len(bad) - _SHOWN, 'more file')} with hazards")
-    for code, times in Counter(code for row in rows for code in set(row.codes)).most_common():
+    bad = twins = 0
+    codes, pages = Counter[str](), Counter[str]()
+    for row in rows:
+        pages.update(row.findings)
+        codes.update(set(row.codes))
+        twins += row.duplicate_of is not None
+        bad += bool(row.hazards)
+        if row.hazards and bad <= _SHOWN:
+            click.echo(_line(row))
+    if bad > _SHOWN:
+        click.echo(f"and {count(bad - _SHOWN, 'more file')} with hazards")
+    for code, times in codes.most_common():
         click.echo(f"  {times:6,}  {code} {CODES[code].title}")
-    twins = sum(row.duplicate_of is not None for row in rows)
-    click.echo(
-        f"{count(len(rows), 'file')}, {len(rows) - len(bad)} without hazards, {twins} with the weights of another"
-    )
+    for page, times in pages.most_common():
+        click.echo(f"  {times:6,}  {'file hits' if times == 1 else 'files hit'} {page}")
+    click.echo(f"{count(len(rows), 'file')}, {len(rows) - bad} without hazards, {twins} with the weights of another")
     for out in outs:
         click.echo(f"rows: {out}")
+
+
+def _line(row: FileRecord) -> str:
+    first = row.hazards[0]
+    more = f" (and {len(row.hazards) - 1} more)" if len(row.hazards) > 1 else ""
+    return f"{printable(row.path, 200)}: {first.code} {printable(first.what, 200)}{more}"

@@ -1,26 +1,139 @@
-"""`lora-harness explain`: what a code means and how to fix it."""
+"""`lora-harness explain`: what a code means, which codes a symptom leads to, what a finding says."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.commands import options as shared
 
+if TYPE_CHECKING:
+    from harness.law.findings import Finding
+    from harness.verdict.codes import Code
 
-@click.command(epilog="\b\nExample:\n  lora-harness explain LH201")
-@click.argument("code")
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  lora-harness explain\n"
+    "  lora-harness explain LH201\n"
+    "  lora-harness explain noise\n"
+    '  lora-harness explain "no effect"'
+)
+@click.argument("asked", nargs=-1, metavar="[CODE or SYMPTOM]")
 @shared.json_option
-def command(code: str, as_json: bool) -> None:
-    """Say what CODE means, how grave it is, which checks emit it, its likely cause and its fix."""
-    from harness.verdict.codes import explain
+def command(asked: tuple[str, ...], as_json: bool) -> None:
+    """Say what a CODE means and how to fix it, which codes a SYMPTOM leads to; without an argument list them."""
+    from harness.law.findings import findings
+    from harness.verdict.codes import CODES
 
-    found = explain(code)
+    text = " ".join(asked).strip()
+    if text.upper() in CODES:
+        _tell(_about(CODES[text.upper()]), as_json)
+    elif text.lower() in findings():
+        _tell(_about_finding(findings()[text.lower()]), as_json)
+    elif text:
+        _search(text, as_json)
+    else:
+        _list(as_json)
+
+
+def _tell(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"kind": "code", **dataclasses.asdict(found)}))
+        click.echo(json.dumps(found))
         return
-    rows = {"severity": found.severity, "checks": ", ".join(found.checks), "cause": found.cause, "fix": found.fix}
-    rows |= {"explains": ", ".join(found.explains)} if found.explains else {}
-    click.echo("\n".join([f"{found.code} {found.title}", *(f"  {label:<8}  {text}" for label, text in rows.items())]))
+    head = f"{found.pop('code', '')} {found.pop('title', '')}".strip()
+    found.pop("kind")
+    click.echo(head)
+    for label, value in found.items():
+        for line in value if isinstance(value, list) else _text(value).splitlines():
+            click.echo(f"  {label:<8}  {line}")
+
+
+def _text(value: object) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _about(code: Code) -> dict[str, Any]:
+    from harness.law.findings import findings
+
+    example: Mapping[str, str] = _examples()["code"].get(code.code, {})
+    known = [f"{f.loader} {f.measured}: {f.what} ({f.link})" for f in findings().values() if code.code in f.codes]
+    rows: dict[str, Any] = {"kind": "code", **dataclasses.asdict(code)}
+    rows |= {**example, "known": known}
+    return {name: value for name, value in rows.items() if value}
+
+
+def _about_finding(finding: Finding) -> dict[str, Any]:
+    title = f"{finding.loader} {finding.measured}: {finding.what}"
+    says = f"{finding.loader} {finding.says}"
+    rows = {"kind": "finding", "code": ", ".join(finding.codes), "title": title, "effect": finding.effect, "says": says}
+    rows |= {"upstream": finding.known, "page": finding.link}
+    return {name: value for name, value in rows.items() if value}
+
+
+@cache
+def _examples() -> dict[str, Any]:
+    from harness.text import read_toml
+    from harness.verdict import codes
+
+    return read_toml(Path(codes.__file__).with_name("examples.toml"))
+
+
+def _search(text: str, as_json: bool) -> None:
+    """List the codes that a symptom leads to, or whose text has its words.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    from harness.errors import UserError
+    from harness.law.findings import findings
+    from harness.text import printable
+    from harness.verdict.codes import CODES
+
+    found = list(dict.fromkeys(_codes_of(text.lower())))
+    if not found:
+        known = [*CODES, *_examples()["symptom"], *findings()]
+        near = difflib.get_close_matches(text, known, n=3, cutoff=0.5) or difflib.get_close_matches(text.upper(), CODES)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CODES)}"
+        raise UserError(f"{printable(text, 60)!r}: no such code or symptom; {hint}")
+    if as_json:
+        click.echo(json.dumps({"kind": "symptom", "symptom": text, "codes": found}))
+        return
+    click.echo(f"{printable(text, 60)}: {len(found)} codes can be behind it, the most usual first")
+    for code in found:
+        click.echo(f"  {code}  {CODES[code].title}: {CODES[code].cause}")
+    click.echo("`lora-harness diagnose FILE --saw ...` ranks the causes for one file; `explain CODE` says more")
+
+
+def _codes_of(text: str) -> Iterator[str]:
+    from harness.verdict.codes import CODES
+
+    symptoms: Mapping[str, list[str]] = _examples()["symptom"]
+    for symptom, codes in symptoms.items():
+        if symptom in text or text in symptom:
+            yield from codes
+    words = text.split()
+    for code in CODES.values():
+        said = f"{code.title} {code.cause} {code.fix}".lower()
+        if all(word in said for word in words):
+            yield code.code
+
+
+def _list(as_json: bool) -> None:
+    from harness.verdict.codes import CODES
+
+    symptoms = list(_examples()["symptom"])
+    if as_json:
+        titles = {code.code: code.title for code in CODES.values()}
+        click.echo(json.dumps({"kind": "codes", "codes": titles, "symptoms": symptoms}))
+        return
+    for code in CODES.values():
+        click.echo(f"{code.code}  {code.title}")
+    click.echo(f"symptoms: {', '.join(symptoms)}")

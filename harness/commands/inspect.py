@@ -1,4 +1,4 @@
-"""`lora-harness inspect`: what is in a LoRA file, from its header alone."""
+"""`lora-harness inspect`: what is in a LoRA file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 
 _ENERGIES_SHOWN = 3
 _BLOCKS_SHOWN = 16
+_NAMED_TOOLS = ("loralib", "torchtune")  # what only their own names tell
 
 
 @click.command(
     epilog="\b\nExamples:\n"
     "  lora-harness inspect my_lora.safetensors\n"
     "  lora-harness inspect first.safetensors second.safetensors --html page.html\n"
-    "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4"
+    "  lora-harness inspect my_peft_folder --base model.safetensors --loader diffsynth-2.0.4\n"
+    "  lora-harness inspect my_peft_folder --for vllm --max-lora-rank 64"
 )
 @click.argument("files", nargs=-1, required=True, type=shared.PATH, metavar="LORA...")
 @click.option("--base", type=shared.PATH, help="Base checkpoint: adds the strength relative to its weights.")
 @click.option("--energy", is_flag=True, help="Norm, spectral norm and effective rank of each module's update.")
+@click.option("--headers-only", is_flag=True, help="Do not read the weights: quicker, and blind to NaN and zeros.")
 @click.option("--loader", "loaders", multiple=True, metavar="LOADER", help="Measure this loader and prescribe for it.")
+@click.option("--for", "engine", metavar="ENGINE", help="What vllm or sglang would do with it, by their own rules.")
+@click.option("--max-lora-rank", type=click.IntRange(1), help="The limit that the engine of --for was started with.")
 @shared.lora_alpha_option
 @click.option("--strict", is_flag=True, help="Exit 1 for every hazard, not only for broken files.")
 @click.option("--sarif", "sarif_file", type=shared.FILE, help="Write SARIF 2.1.0 here too.")
@@ -46,7 +51,10 @@ def command(
     files: tuple[Path, ...],
     base: Path | None,
     energy: bool,
+    headers_only: bool,
     loaders: tuple[str, ...],
+    engine: str | None,
+    max_lora_rank: int | None,
     lora_alpha: float | None,
     strict: bool,
     sarif_file: Path | None,
@@ -62,7 +70,11 @@ def command(
         checked_target(html)
     worst, records = 0, []
     for path in files:
-        record = inspect_file(path, energy=energy or html is not None, base=base, lora_alpha=lora_alpha)
+        record = inspect_file(
+            path, energy=energy or html is not None, base=base, lora_alpha=lora_alpha, headers_only=headers_only
+        )
+        if engine:
+            record = _with_engine(record, path, engine, max_lora_rank)
         if loaders:
             record = _with_loaders(record, path, loaders, lora_alpha)
         worst = max(worst, _exit_code(record, strict))
@@ -100,13 +112,28 @@ def _exit_code(record: FileRecord, strict: bool) -> int:
     return exits[record.severity]
 
 
-def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
-    from harness.doctor.loader_law import measured_prescription
+def _with_engine(record: FileRecord, path: Path, engine: str, max_lora_rank: int | None) -> FileRecord:
+    from harness.doctor.inspect.engines import engine_hazards
+    from harness.files import read_lora
 
     if record.format is None:
         return record
-    found = {name: measured_prescription(name, path, lora_alpha=lora_alpha) for name in loaders}
-    return record.model_copy(update={"prescription": found})
+    found = tuple(engine_hazards(read_lora(path, strict=False), engine, max_lora_rank))
+    return record.model_copy(update={"hazards": (*record.hazards, *found)})
+
+
+def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
+    from harness.doctor.loader_law import measured_prescription, own_bench
+
+    if record.format is None:
+        return record
+    found, notes = {}, []
+    for name in loaders:
+        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
+        notes.append(
+            f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
+        )
+    return record.model_copy(update={"prescription": found, "unprescribed": {}, "notes": (*record.notes, *notes)})
 
 
 def _print(record: FileRecord) -> None:
@@ -117,6 +144,7 @@ def _print(record: FileRecord) -> None:
     console = stdout_console()
     console.print(Text(printable(record.path, 500), style="bold"))
     if record.format is not None:
+        console.print(Text(f"  {record.headline}"))
         console.print(grid((f"  {label}", value) for label, value in _facts(record)))
     for hazard in record.hazards:
         head = f"{hazard.code} {CODES[hazard.code].title}: "
@@ -132,15 +160,20 @@ def _print(record: FileRecord) -> None:
 
 
 def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
-    yield "format", f"{record.format}; alpha from {record.alpha_source}"
+    if record.fit:
+        yield "base", record.fit.said
+    dialect = f" (names of {record.dialect})" if record.dialect in _NAMED_TOOLS else ""
+    yield "format", f"{record.format}{dialect}; alpha from {record.alpha_source}"
     if record.modules:
         yield "modules", f"{record.modules} ({_counts(record.variants)}; {_counts(record.dtypes)})"
-        yield "rank", _counts(record.ranks)
-        yield "alpha", _counts(record.alphas)
+        yield "rank", _counts(record.ranks) or "-"
+        yield "alpha", _counts(record.alphas) or "-"
     else:
         yield "modules", "none that can be read"
     for name, (low, high) in record.scales.items():
         yield f"scale {name}", f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    if "none" in record.alphas and not record.scales:
+        yield "scale", "unknown, as alpha is: readers take 1"
     yield "understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"
     if record.trainer:
         yield "trainer", record.trainer
@@ -151,9 +184,16 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
+    from harness.doctor.answers import field_of
+    from harness.law.known import tools
+
     for loader, strength in record.prescription.items():
-        use = "no single strength, or the file does not say enough" if strength is None else f"strength {strength:g}"
-        yield "  pass", printable(loader, 120), use
+        why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
+        if strength is None:
+            said = f"no number: {printable(why, 400)}"
+        else:
+            said = field_of(tools()[loader], strength) if loader in tools() else f"strength {strength:g}"
+        yield "  pass", printable(loader, 120), said
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

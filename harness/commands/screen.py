@@ -120,5 +120,6 @@ def print_json(records: Iterable[Any], exit_code: int) -> None:
     from harness.report.records import RunWriter
 
     with RunWriter(None, new_header(), echo=sys.stdout) as writer:
-        writer.write(*records)
+        for record in records:  # there may be a million
+            writer.write(record)
         writer.exit_code = exit_code

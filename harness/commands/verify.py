@@ -23,26 +23,47 @@ _SHOWN = 20
     "  lora-harness verify --base model.safetensors --merged merged.safetensors --lora my_lora.safetensors\n"
     "  lora-harness verify --base base_folder --merged merged_folder --lora my_peft_folder --strength 0.8 --full"
 )
-@click.option("--base", required=True, type=shared.PATH, help="Checkpoint before the merge: file, folder or index.")
+@click.option(
+    "--base",
+    required=True,
+    multiple=True,
+    type=shared.PATH,
+    help="Checkpoint before the merge: file, folder or index. Of several the one that fits best is taken.",
+)
 @click.option("--merged", required=True, type=shared.PATH, help="Checkpoint after the merge.")
-@click.option("--lora", required=True, type=shared.PATH, help="LoRA file or PEFT folder.")
+@click.option(
+    "--lora",
+    required=True,
+    multiple=True,
+    type=shared.PATH,
+    help="LoRA file or PEFT folder; again for each that was merged.",
+)
 @click.option(
     "--strength",
     type=float,
-    callback=shared.finite,
-    default=1.0,
-    show_default=True,
-    help="Strength that the merge was asked for.",
+    callback=lambda ctx, param, values: tuple(shared.finite(ctx, param, value) for value in values),
+    multiple=True,
+    default=(1.0,),
+    show_default="1",
+    help="Strength that the merge was asked for; with several LoRAs one for all, or one for each.",
 )
 @shared.lora_alpha_option
-@click.option("--full", is_flag=True, help="Read every row instead of a sample from each block of rows.")
+@click.option("--full", is_flag=True, help="Judge every row instead of a sample from each block of rows.")
+@click.option(
+    "--allow-unjudged",
+    type=click.Choice(["alpha", "ambiguous", "unsupported", "quantised", "component", "hidden"]),
+    multiple=True,
+    metavar="KIND",
+    help="Let pass what is not judged for this reason: alpha, ambiguous, unsupported, quantised, component, hidden.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Device of the products of --full, such as cuda.")
 @shared.json_option
-def command(base: Path, merged: Path, lora: Path, as_json: bool, **options: Any) -> None:
+def command(base: tuple[Path, ...], merged: Path, lora: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
-    Exit 1 when it is not strength * alpha / rank, or when anything else than this LoRA was merged. DoRA, LoHa, LoKr,
-    Tucker cores, whole differences and biases are measured too; what is not read is listed.
+    Exit 0 when every trained weight of the file is right and nothing else changed, 1 when anything is wrong, 3 when
+    nothing is wrong but something could not be judged. DoRA, LoHa, LoKr, experts, whole differences, saved heads, token
+    rows and biases are judged too, and other methods of PEFT by PEFT's own merge of each layer.
     """
     from harness.doctor.verify.verify import verify_merge
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from harness.doctor.answers import prescriptions
 from harness.doctor.inspect.describe import describe, inspect_file
-from harness.law.known import Adapter, Scaled, ScaleLaw, conventions, known_laws, prescribe, prescriptions
-from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
+from harness.doctor.inspect.weights import Weighed
+from harness.law.known import Scaled, ScaleLaw, conventions, known_laws, prescribe
+from harness.verdict.file_record import Advice, BaseFit, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
     from harness.doctor.audit.audit import AuditOptions, audit_files
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
     from harness.doctor.repair.repair import RepairOptions, RepairReport, repair_file
     from harness.doctor.verify.measurement import MergeMeasurement
     from harness.doctor.verify.modules import Module, NotMeasured
+    from harness.doctor.verify.rows import Damage
     from harness.doctor.verify.untouched import Untouched
     from harness.doctor.verify.verify import MergeReport, VerifyOptions, verify_merge
 
 AuditRow = FileRecord  # with what an audit adds filled in
 _LATER = {
     "AuditOptions": "audit.audit",
+    "Damage": "verify.rows",
     "MergeMeasurement": "verify.measurement",
     "MergeReport": "verify.verify",
     "Module": "verify.modules",
@@ -40,10 +44,11 @@ _LATER = {
 }
 
 __all__ = [
-    "Adapter",
     "Advice",
     "AuditOptions",
     "AuditRow",
+    "BaseFit",
+    "Damage",
     "FileRecord",
     "Hazard",
     "MergeMeasurement",
@@ -57,6 +62,7 @@ __all__ = [
     "Scaled",
     "Untouched",
     "VerifyOptions",
+    "Weighed",
     "audit_files",
     "conventions",
     "describe",

@@ -1,32 +1,30 @@
-"""A model's weights on disk: one safetensors file, a folder of them, or shards with an index; rows only on demand."""
+"""A model's weights on disk: a safetensors or GGUF file, a folder, or shards with an index; rows only on demand."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.doctor.match import match_layers, shared_prefix
+from harness.doctor.architectures import Shape
+from harness.doctor.match import Placement, match_layers, place, shared_prefix
+from harness.doctor.quantised import Scheme, Tensors, idle, schemes
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
+from harness.files.gguf_file import GgufFile, is_gguf, model_names, read_gguf
+from harness.files.safetensors_file import torch_name
+from harness.files.tensor_file import is_float
 from harness.text import parse_json, printable
 
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
-_FEW_BYTES = 1 << 19
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+_NORM_ELEMENTS = 1 << 21
 _MODEL_FOLDERS = ("transformer", "unet")
 _MAX_INDEX_BYTES = 50_000_000
 
@@ -35,15 +33,16 @@ _MAX_INDEX_BYTES = 50_000_000
 class Checkpoint:
     """Tensors by name without the checkpoint's own prefix (`model.diffusion_model.`); nothing is loaded.
 
-    `names` maps each such name to the key in the file, `files` maps that key to the file that has it.
+    `names` maps each such name to the key in the file, `files` maps that key to the file that has it. `config` is the
+    model's own config.json, as far as there is one. Weights are the real ones where the file holds quantised codes.
     """
 
     path: Path
-    files: Mapping[str, SafetensorsFile]
+    files: Mapping[str, SafetensorsFile | GgufFile]
     prefix: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
-    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
-    _streams: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
+    _room: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -53,108 +52,189 @@ class Checkpoint:
             LoraFileError: nothing readable there, a shard is missing, or two files have the same tensor.
         """
         path = Path(path)
-        files: dict[str, SafetensorsFile] = {}
-        for file in (read_header(found) for found in _weight_files(path)):
+        files: dict[str, SafetensorsFile | GgufFile] = {}
+        for file in map(_opened, _weight_files(path)):
             twice = next((key for key in file.keys if key in files), None)
             if twice is not None:
                 raise LoraFileError(path, f"is in {files[twice].path.name} and {file.path.name}", key=printable(twice))
             files.update(dict.fromkeys(file.keys, file))
         if not files:
             raise LoraFileError(path, "holds no tensor")
-        return cls(path, files, shared_prefix([key for key in files if key.endswith(_WEIGHT)]))
+        config = _config_beside(next(iter(files.values())).path)
+        return cls(path, files, shared_prefix([key for key in files if key.endswith(_WEIGHT)]), config)
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Every tensor by its name without the prefix."""
-        return {key.removeprefix(self.prefix): key for key in self.files}
+        """Every tensor by its name without the prefix, and the weight of a layer whose codes have another name."""
+        own = {key.removeprefix(self.prefix): key for key in self.files}
+        return {name: scheme.owned[0] for name, scheme in self.schemes.items()} | own
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """How the weights that are quantised are stored, by name.
+
+        Raises:
+            LoraFileError: what the file says of one of them cannot be read.
+        """
+        files = self.files  # not `self`: a cycle would keep its files open
+        infos = {key: file.tensors[key] for key, file in files.items()}
+        try:
+            found = schemes(Tensors(infos, lambda key, start, stop: files[key].rows(key, start, stop), self.config))
+        except ValueError as error:
+            raise LoraFileError(self.path, printable(error)) from error
+        return {key.removeprefix(self.prefix): scheme for key, scheme in found.items()}
+
+    @cached_property
+    def owned(self) -> frozenset[str]:
+        """Tensors that belong to a quantised layer, such as scales, or to none: all but the weights' own names."""
+        parts = {key.removeprefix(self.prefix) for scheme in self.schemes.values() for key in scheme.owned}
+        return frozenset(parts | idle(self.files)) - self.schemes.keys()
 
     @cached_property
     def layers(self) -> dict[str, str]:
-        """The tensor of every layer with a weight, by the layer's name with the prefix.
+        """The weight of every layer, by the layer's name with the prefix; llama.cpp's names as transformers has them.
+
+        Parameters of three dimensions are layers too, under their own names: they stack experts.
 
         Raises:
             LoraFileError: no tensor is the weight of a layer.
         """
-        layers = {
-            key.removesuffix(_WEIGHT): key.removeprefix(self.prefix) for key in self.files if key.endswith(_WEIGHT)
-        }
+        plain = [key for key, file in self.files.items() if key.endswith(_WEIGHT) or len(file.tensors[key].shape) == 3]
+        keys = dict.fromkeys(
+            [*plain, *(self.prefix + name for name in self.schemes if self.prefix + name not in plain)]
+        )
+        layers = {key.removesuffix(_WEIGHT): key.removeprefix(self.prefix) for key in keys}
         if not layers:
             raise LoraFileError(self.path, "holds no weight of a layer")
-        return layers
+        return {self._names.get(layer, layer): weight for layer, weight in layers.items()}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The names in transformers of layers that llama.cpp gave others."""
+        file = next(iter(self.files.values()))
+        ends = [key.removesuffix(_WEIGHT) for key in self.files]
+        return model_names(file, ends) if isinstance(file, GgufFile) else {}
+
+    @property
+    def shapes(self) -> dict[str, Shape | None]:
+        """The shape of every layer by its name with the prefix; None where codes are stored that are no weights."""
+        return {layer: self._shape(weight) for layer, weight in self.layers.items()}
+
+    def _shape(self, name: str) -> Shape | None:
+        """Return the shape of a weight, as far as it is known."""
+        info = self.info(name)
+        return info.shape or None if name in self.schemes or is_float(info.dtype) else None
+
+    def place(self, adapter: LoraAdapter) -> Placement:
+        """Return where every module of the adapter goes; the layers of slots are keys of `layers`."""
+        if adapter.format != "gguf" or not self._names:
+            return place(adapter, self.shapes)
+        own = {new: old for old, new in self._names.items()}
+        placed = place(adapter, {own.get(layer, layer): shape for layer, shape in self.shapes.items()})
+        slots = {
+            module: tuple(slot._replace(layer=self._names.get(slot.layer, slot.layer)) for slot in some)
+            for module, some in placed.slots.items()
+        }
+        return replace(placed, slots=slots)
 
     def match(self, adapter: LoraAdapter) -> dict[str, str]:
-        """Return {module of the adapter: tensor name without the prefix}."""
+        """Return {module of the adapter: name of the weight}."""
         return {module: self.layers[found.layer] for module, found in match_layers(adapter, self.layers).items()}
 
-    def info(self, name: str) -> TensorInfo:
-        """Return what the header says of a tensor."""
+    def quantised(self, name: str) -> str | None:
+        """Name how a weight is stored, None when its numbers are the weights."""
+        return self.schemes[name].name if name in self.schemes else None
+
+    def unreadable(self, name: str) -> str | None:
+        """Say why the real weight cannot be had; None when it can."""
+        scheme = self.schemes.get(name)
+        if scheme:
+            return scheme.why or None
+        kind = self.info(name).dtype
+        return None if is_float(kind) else f"{torch_name(kind)} codes without a scale"
+
+    def stored(self, name: str) -> TensorInfo:
+        """Return what the header says of a tensor of the file."""
         key = self.names[name]
         return self.files[key].tensors[key]
 
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header says of a weight, with the shape of the real one where it is quantised."""
+        scheme = self.schemes.get(name)
+        if scheme is None:
+            return self.stored(name)
+        return self.stored(name if name in self.names else scheme.owned[0].removeprefix(self.prefix))._replace(
+            shape=scheme.shape
+        )
+
     def dtype(self, name: str) -> str:
-        """Return the dtype of a tensor as torch names it; unknown ones as the file does."""
-        return _DTYPES.get(self.info(name).dtype, self.info(name).dtype)
+        """Return the dtype of what is stored as torch names it; unknown ones as the file does."""
+        return torch_name(self.info(name).dtype)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions.
-
-        A few rows are read as bytes, because a page fault in a mapped file brings in megabytes around it.
+    def stored_rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Return rows [start, stop) of a tensor, as stored, flattened to two dimensions; in `room` if given.
 
         Raises:
             LoraFileError: the file changed since its header was read, or this torch does not know its dtype.
         """
         key = self.names[name]
-        path = self.files[key].path
-        try:
-            part = self._few(name, start, stop)
-            if part is None:
-                part = self._mapped(path).get_slice(key)[start:stop]
-        except (SafetensorError, OSError, RuntimeError, AttributeError, ValueError) as error:
-            raise LoraFileError(path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+        part = self.files[key].rows(key, start, stop, room)
         return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
+
+    def rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Return rows [start, stop) of a weight in two dimensions: as stored, or float32 where it is quantised.
+
+        Raises:
+            LoraFileError: as `stored_rows`, or the real weight cannot be had.
+        """
+        scheme = self.schemes.get(name)
+        if scheme is None:
+            return self.stored_rows(name, start, stop, room)
+        if scheme.rows is None:
+            raise LoraFileError(self.path, scheme.why, key=printable(name))
+        return scheme.rows(start, min(stop, (*scheme.shape, 1)[0]))
+
+    def chunks(self, name: str) -> Callable[[int, int], Tensor]:
+        """Return what reads rows of a tensor into one memory of this checkpoint; fresh memory costs as much as reading.
+
+        They hold until rows of any tensor are read so again.
+        """
+        info = self.info(name)
+        width = (info.end - info.start) // max((*info.shape, 1)[0], 1)
+
+        def read(start: int, stop: int) -> Tensor:
+            size = (stop - start) * width
+            if not self._room or len(self._room[0]) < size:
+                self._room[:] = [torch.empty(size, dtype=torch.uint8)]
+            return self.rows(name, start, stop, self._room[0])
+
+        return read
 
     def norm(self, name: str) -> float:
         """Return ||W||_F, accumulated in float64: torch's own float32 norm is off by 2e-3 at 40 million elements."""
         if name not in self._norms:
-            weight = self.rows(name, 0, (*self.info(name).shape, 1)[0])
-            weight = weight if weight.dtype.itemsize > 1 else weight.float()
-            self._norms[name] = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-            self.release()
+            info = self.info(name)
+            rows = info.shape[0] if info.shape else 1
+            step = max(1, _NORM_ELEMENTS * rows // max(info.elements, 1))
+            read = self.chunks(name)
+            parts = (read(start, start + step) for start in range(0, rows, step))
+            wide = (part if part.dtype.itemsize > 1 else part.float() for part in parts)
+            norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in wide]
+            self._norms[name] = math.hypot(*norms)
         return self._norms[name]
 
-    def release(self) -> None:
-        """Unmap the files, so that what was read of them no longer counts as memory of this process."""
-        self._handles.clear()
 
-    def _mapped(self, path: Path) -> Any:
-        if path not in self._handles:
-            self._handles[path] = safe_open(str(path), framework="pt")
-        return self._handles[path]
+def _opened(path: Path) -> SafetensorsFile | GgufFile:
+    return read_gguf(path, model=True) if is_gguf(path) else read_header(path)
 
-    def _few(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return rows read as bytes; None when they are many."""
-        info, kind = self.info(name), getattr(torch, self.dtype(name), None)
-        rows = info.shape[0] if info.shape else 1
-        width = (info.end - info.start) // max(rows, 1)
-        size = (min(stop, rows) - start) * width
-        if kind is None or not 0 < size <= _FEW_BYTES or not hasattr(os, "pread"):
-            return None
-        raw = os.pread(self._descriptor(name), size, info.start + start * width)
-        if len(raw) < size:
-            raise ValueError("the file is shorter than it was")
-        return torch.frombuffer(bytearray(raw), dtype=kind).reshape(-1, *info.shape[1:])
 
-    def __del__(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-    def _descriptor(self, name: str) -> int:
-        path = self.files[self.names[name]].path
-        if path not in self._streams:
-            self._streams[path] = path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._streams[path].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return self._streams[path].fileno()
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return the model's config.json, empty when there is none or it cannot be read: only quantisation needs it."""
+    try:
+        found = parse_json((path.parent / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _weight_files(path: Path) -> Iterator[Path]:

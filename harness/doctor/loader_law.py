@@ -74,6 +74,7 @@ class MeasuredLoader:
 
     subject: Subject
     format: str | None
+    bench: str | None = None
 
     @cached_property
     def law(self) -> Law:
@@ -94,7 +95,7 @@ class MeasuredLoader:
         from harness.checks.law import measure_law
 
         name = self.subject.spec
-        found = measure_law(self.subject, format=self.format, alpha=alpha, variant=variant)
+        found = measure_law(self.subject, format=self.format, bench=self.bench, alpha=alpha, variant=variant)
         if found.raised:
             raise UserError(f"{name}: cannot be measured: {found.raised[0]}")
         if found.diagnosis.law is None:
@@ -123,11 +124,17 @@ class MeasuredLoader:
         return self.stabilised if module.rslora else self.law
 
 
+_MEASURED = frozenset({"lora", "conv", "embedding", "lora_diff", "diff"})
+_REPLACING = frozenset({"set", "tokens", "copy"})
+
+
 def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
     """Measure the law of `loader` on the file's format and return the strength that reproduces its training.
 
-    None when no single strength does, when no law explains the loader, when it declares formats and this is none of
-    them, or when the file carries no alpha and `lora_alpha` is not given either.
+    It is measured on the bench of the file's own architecture (`own_bench`), else on the first that the loader
+    declares. None when no single strength does, when no law explains the loader, when it declares formats and this is
+    none of them, when the file carries no alpha and `lora_alpha` is not given either, or when the file holds other
+    kinds than those on which the law is measured.
 
     Raises:
         UserError: `loader` names no loader, or it raised while being measured.
@@ -135,11 +142,24 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     from harness.loaders.registry import resolve
 
     adapter, subject = read_lora(path, strict=False), resolve(loader)
-    modules = list(adapter.modules.values())
+    modules = [module for module in adapter.modules.values() if module.variant not in _REPLACING]
+    if not {module.variant for module in modules} <= _MEASURED:
+        return None
     wanted = [wanted_scale(module, lora_alpha) for module in modules]
     known = [scale for scale in wanted if scale is not None]
     reads = adapter.format in subject.formats
     if len(known) < len(wanted) or not modules or not (reads or subject.declaration.formats is None):
         return None
-    measured = MeasuredLoader(subject, adapter.format if reads else None)
+    measured = MeasuredLoader(subject, adapter.format if reads else None, own_bench(loader, path))
     return measured.law.strength_for(measured.gains(modules), known)
+
+
+def own_bench(loader: str, path: Path) -> str | None:
+    """Return the bench of the file's architecture, where the loader declares it for this format; else None."""
+    from harness.doctor.traits import Traits
+    from harness.loaders.registry import resolve
+
+    adapter, subject = read_lora(path, strict=False), resolve(loader)
+    families = [family for group in Traits(adapter).groups for family, _ in group.places]
+    able = [bench for form, bench in subject.cells if form == adapter.format]
+    return next((family for family in families if family in able), None)

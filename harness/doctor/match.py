@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.files import LoraAdapter, match_modules
+from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnjudgedError, UnplacedError, aliases, sliced
+from harness.files import LoraAdapter, LoraModule
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
 _LIKE_A_NAME = "transformer."  # flattened it would make `transformer_blocks_0` of a layer `blocks.0`
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+_LEADING = (
+    "base_model", "model", "diffusion_model", "transformer", "unet", "language_model", "text_model", "net", "dit",
+    "pipe",
+)  # fmt: skip
+_FLAT_LEADING = re.compile(
+    rf"(?:_orig_mod|module|{'|'.join(word for word in _LEADING if word != 'transformer')}|transformer(?!_blocks))_(?=.)"
+)
+_OF_OTHER_SHAPE = ("experts", "set", "tokens")  # whole tensors may have more rows than the base, experts lie otherwise
+# where a component of a pipeline lies in a checkpoint that holds several
+_HOMES: Mapping[str, tuple[str, ...]] = {
+    "te": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."),
+    "te2": ("conditioner.embedders.1.", "text_encoder_2.", "text_encoders.clip_g.", "text_encoders.t5xxl."),
+    "te3": ("text_encoder_3.", "text_encoders.t5xxl."),
+}
+_ALIKE = {"te1": "te", "text_encoder": "te", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
 class Match(NamedTuple):
@@ -19,28 +38,64 @@ class Match(NamedTuple):
     spelling: str
 
 
-def match_layers(adapter: LoraAdapter, layers: Collection[str]) -> dict[str, Match]:
-    """Return {module of the adapter: its layer}; `layers` are names in the model or checkpoint.
+class Replaced(NamedTuple):
+    """A prefix of the LoRA's names that had to be replaced by another for `modules` modules to fit."""
 
-    Names are compared as they are, and with the prefix of a checkpoint (`model.diffusion_model.`, `model.`) left out or
-    replaced on either side. A name that fits several layers and a layer that several modules claim are left out.
+    old: str
+    new: str
+    modules: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every module of a LoRA goes.
+
+    `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
+    share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
+    reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
+    whose two names for a layer were needed.
     """
-    by_spelling = layers_by_spelling(layers, flattened=adapter.flattened)
-    found = {module: Match(by_spelling[name], name) for module, name in match_modules(adapter, by_spelling)[0].items()}
-    claims = Counter(match.layer for match in found.values())
-    return {module: match for module, match in found.items() if claims[match.layer] == 1}
+
+    slots: Mapping[str, tuple[Slot, ...]]
+    missing: tuple[str, ...] = ()
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
+    misfits: Mapping[str, str] = field(default_factory=dict)
+    replaced: tuple[Replaced, ...] = ()
+    families: tuple[str, ...] = ()
 
 
-def layers_by_spelling(layers: Collection[str], *, flattened: bool) -> dict[str, str]:
+def place(adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> Placement:
+    """Return where every module of `adapter` goes in a model; `layers` maps its layers to [out, in, ...], if known.
+
+    Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
+    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
+    """
+    placer = _Placer(adapter, layers)
+    for name, module in adapter.modules.items():
+        placer.add(name, module)
+    return placer.result()
+
+
+def match_layers(adapter: LoraAdapter, layers: Collection[str]) -> dict[str, Match]:
+    """Return {module of the adapter: its layer} for the modules that change the whole of one layer.
+
+    A name that fits several layers and a layer that several modules claim are left out.
+    """
+    slots = place(adapter, dict.fromkeys(layers)).slots
+    whole = {name: some[0] for name, some in slots.items() if len(some) == 1 and some[0][2:] == (None, None)}
+    return {name: Match(slot.layer, slot.spelling) for name, slot in whole.items()}
+
+
+def layers_by_spelling(layers: Iterable[str], *, flattened: bool) -> dict[str, str]:
     """Return {spelling: layer} for all spellings that mean one layer; a layer's own name always means that layer."""
     found: dict[str, str] = {}
-    shared = set()
-    for layer in layers:
+    shared, own = set(), dict.fromkeys(layers)
+    for layer in own:
         for spelling in _spellings(layer):
             if found.setdefault(spelling, layer) != layer:
                 shared.add(spelling)
     odd = {name for name in found if flattened and name.startswith(_LIKE_A_NAME)}
-    return {name: layer for name, layer in found.items() if name not in shared | odd} | {name: name for name in layers}
+    return {name: layer for name, layer in found.items() if name not in shared | odd} | {name: name for name in own}
 
 
 def _spellings(layer: str) -> Iterator[str]:
@@ -53,3 +108,241 @@ def shared_prefix(names: Collection[str]) -> str:
     """Return the known prefix that most names share, empty when there is none."""
     best = max(_PREFIXES, key=lambda prefix: sum(name.startswith(prefix) for name in names))
     return best if 2 * sum(name.startswith(best) for name in names) > len(names) else ""
+
+
+def core(name: str) -> str:
+    """Return a dotted name without wrappers and without the prefixes of larger models."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS] or [name]
+    start = next((place for place, part in enumerate(parts) if part not in _LEADING), len(parts) - 1)
+    return ".".join(parts[start:])
+
+
+def _flat_core(name: str) -> str:
+    while found := _FLAT_LEADING.match(name):
+        name = name[found.end() :]
+    return name
+
+
+class _Scope:
+    """The names under which the layers of one component can be found; `names` maps a name in the component to each."""
+
+    def __init__(self, names: Mapping[str, str], flattened: bool) -> None:
+        self.names, self.flattened = names, flattened
+        self.exact: dict[str, set[str]] = defaultdict(set)
+        self.dotted = layers_by_spelling(names, flattened=flattened)
+        for spelling in self.dotted:
+            self.exact[self.key(spelling)].add(spelling)
+        self._cores: dict[str, list[str]] | None = None
+        self._others: dict[str, list[tuple[Alias, str]]] = {}
+        self._tails: dict[str, set[str]] = {}
+
+    def key(self, name: str) -> str:
+        return name.replace(".", "_") if self.flattened else name
+
+    @property
+    def cores(self) -> dict[str, list[str]]:
+        """Names by their core."""
+        if self._cores is None:
+            self._cores = defaultdict(list)
+            self._others = defaultdict(list)
+            for own, layer in self.names.items():
+                self._cores[self.key(core(own))].append(own)
+                for alias in aliases(core(own)):
+                    self._others[self.key(alias.name)].append((alias, layer))
+            for name in [*self._cores, *self._others]:
+                for tail in self.tails(name):
+                    self._tails.setdefault(tail, set()).add(name)
+        return self._cores
+
+    def others(self, name: str) -> list[tuple[Alias, str]]:
+        """Return the layers that an architecture calls `name`."""
+        return self._others.get(name, []) if self.cores else []
+
+    def tails(self, name: str) -> list[str]:
+        """Return the endings of a name that still hold its first number and the word before it, the longest first."""
+        mark = "_" if self.flattened else "."
+        parts = name.split(mark)
+        first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+        return [mark.join(parts[start:]) for start in range(1, first)]
+
+    def ending(self, name: str) -> str | None:
+        """Return the one name of a layer that `name` ends in, or that ends in `name`."""
+        known = self.cores
+        longer = self._tails.get(name, set())
+        if not longer:
+            return next((tail for tail in self.tails(name) if tail in known or tail in self._others), None)
+        return next(iter(longer)) if len(longer) == 1 else None
+
+
+class _Placer:
+    """Place modules one by one, then tell which of them are in each other's way."""
+
+    def __init__(self, adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> None:
+        self.adapter, self.layers = adapter, layers
+        self.slots: dict[str, tuple[Slot, ...]] = {}
+        self.missing: list[str] = []
+        self.ambiguous: dict[str, str] = {}
+        self.misfits: dict[str, str] = {}
+        self.replaced: Counter[tuple[str, str]] = Counter()
+        self.families: dict[str, None] = {}
+        self._scopes: dict[str, _Scope] = {}
+
+    def add(self, name: str, module: LoraModule) -> None:
+        """Find the place of one module."""
+        try:
+            found = self._find(module)
+            if found:
+                self.slots[name] = self._fitted(module, found)
+            elif module.variant == "experts" and (first := self._first_expert(module)):
+                self.ambiguous[name] = f"{first}: this base keeps its experts one by one, which is not judged"
+            else:
+                self.missing.append(name)
+        except UnjudgedError as why:
+            self.ambiguous[name] = str(why)
+        except UnplacedError as why:
+            self.misfits[name] = str(why)
+
+    def result(self) -> Placement:
+        """Return the placement without the modules that claim the same rows."""
+        claims: dict[str, list[tuple[Rows | None, str]]] = defaultdict(list)
+        for name, slots in self.slots.items():
+            for slot in slots:
+                claims[slot.layer].append((slot.rows, name))
+        for layer, some in claims.items():
+            for name in {name for rows, name in some for other, owner in some if owner != name and _meet(rows, other)}:
+                self.ambiguous[name] = f"several modules claim {layer}"
+        placed = {name: some for name, some in self.slots.items() if name not in self.ambiguous}
+        replaced = tuple(Replaced(*pair, times) for pair, times in self.replaced.most_common())
+        return Placement(placed, tuple(self.missing), self.ambiguous, self.misfits, replaced, tuple(self.families))
+
+    def _scope(self, component: str) -> _Scope:
+        if component not in self._scopes:
+            self._scopes[component] = _Scope(self._of_component(component), self.adapter.flattened)
+        return self._scopes[component]
+
+    def _first_expert(self, module: LoraModule) -> str | None:
+        """Return a layer of the first expert where a base keeps apart what the module has in one parameter."""
+        owner = core(module.name.rpartition(".")[0])
+        return next((layer for layer in self.layers if core(layer).startswith(f"{owner}.0.")), None)
+
+    def _of_component(self, component: str) -> dict[str, str]:
+        """Return the layers of a component by their names in it where a checkpoint holds several, else all of them."""
+        own = _HOMES.get(_ALIKE.get(component, component), ())
+        if any(layer.startswith(own) for layer in self.layers if own):
+            homes = {layer: next((home for home in own if layer.startswith(home)), None) for layer in self.layers}
+            return {layer.removeprefix(home): layer for layer, home in homes.items() if home}
+        others = tuple(home for homes in _HOMES.values() for home in homes if home not in own)
+        left = {layer: layer for layer in self.layers if not layer.startswith(others)}
+        return left or {layer: layer for layer in self.layers}
+
+    def _find(self, module: LoraModule) -> tuple[Slot, ...]:
+        scope, name = self._scope(module.component), module.name
+        if spellings := scope.exact.get(name):
+            return _one(name, [Slot(scope.names[scope.dotted[spelling]], spelling) for spelling in spellings])
+        short = _flat_core(name) if scope.flattened else core(name)
+        for found in (short, *filter(None, [scope.ending(short)] if short not in scope.cores else [])):
+            slots = self._by_core(scope, module, found)
+            if slots:
+                self._note(module, slots)
+                return slots
+        return ()
+
+    def _by_core(self, scope: _Scope, module: LoraModule, short: str) -> tuple[Slot, ...]:
+        names = scope.cores.get(short, [])
+        if names:
+            spelling = core if scope.flattened else lambda _: module.name
+            return _one(module.name, [Slot(scope.names[own], spelling(own)) for own in names])
+        by_row: dict[tuple[object, ...], list[tuple[Alias, str]]] = defaultdict(list)
+        for alias, layer in scope.others(short):
+            by_row[alias.row, alias.values].append((alias, layer))
+        return self._bridged(module, list(by_row.values()))
+
+    def _bridged(self, module: LoraModule, groups: list[list[tuple[Alias, str]]]) -> tuple[Slot, ...]:
+        """Return the slots of a module whose layer has another name, from the rows of the table that fit."""
+        found: dict[tuple[Slot, ...], str] = {}
+        problems = []
+        for group in groups:
+            try:
+                slots = tuple(sliced(module.out_features, module.in_features, group, self.layers))
+                found.setdefault(self._fitted(module, slots), group[0][0].row.family)
+            except UnplacedError as why:
+                problems.append(why)
+        if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
+            raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
+        if not found and problems:
+            raise problems[0]
+        self.families |= dict.fromkeys(list(found.values())[:1])
+        return next(iter(found), ())
+
+    def _note(self, module: LoraModule, slots: tuple[Slot, ...]) -> None:
+        """Count the prefix that had to be replaced, where a whole layer was found by the end of its name."""
+        scope = self._scope(module.component)
+        name, layer = module.name, scope.key(slots[0].layer)
+        if len(slots) == 1 and slots[0].rows is None and slots[0].spelling in (module.name, core(slots[0].layer)):
+            end = _common_end(name, layer, "_" if scope.flattened else ".")
+            self.replaced[name.removesuffix(end), layer.removesuffix(end)] += name != layer
+
+    def _fitted(self, module: LoraModule, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+        return tuple(_checked(self.adapter, module, slot, self.layers[slot.layer]) for slot in slots)
+
+
+def _common_end(name: str, other: str, mark: str) -> str:
+    """Return the longest ending of whole words that two names share."""
+    parts, others = name.split(mark)[::-1], other.split(mark)[::-1]
+    same = next((at for at, (one, two) in enumerate(zip(parts, others, strict=False)) if one != two), None)
+    return mark.join(parts[: min(len(parts), len(others)) if same is None else same][::-1])
+
+
+def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
+    if len({slot.layer for slot in slots}) > 1:
+        raise UnjudgedError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
+    return (slots[0],)
+
+
+def _meet(rows: Rows | None, other: Rows | None) -> bool:
+    return rows is None or other is None or (rows[0] < other[1] and other[0] < rows[1])
+
+
+def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape | None) -> Slot:
+    """Return the slot, with the rows of a module that adapts the first rows only.
+
+    Raises:
+        UnplacedError: the shapes do not fit.
+    """
+    if (
+        not shape
+        or not module.out_features
+        or module.variant in ("experts", "set", "tokens")
+        or _reshapes(adapter, module)
+    ):
+        return slot
+    wanted = slot.part[1] - slot.part[0] if slot.part else module.out_features
+    rows = slot.rows[1] - slot.rows[0] if slot.rows else shape[0]
+    if adapter.format == "xlabs" and wanted < rows and slot.rows is None and _columns_fit(module, shape):
+        return slot._replace(rows=(0, wanted))
+    if slot.rows and slot.rows[1] > shape[0]:
+        raise UnplacedError(_misfit(module, slot, shape))
+    turned = slot.rows is None and slot.part is None and shape[:2] == (module.in_features, module.out_features)
+    if turned or (wanted == rows and _columns_fit(module, shape)):
+        return slot
+    raise UnplacedError(_misfit(module, slot, shape))
+
+
+def _columns_fit(module: LoraModule, shape: Shape) -> bool:
+    """Tell whether the inputs fit: LoKr may pad nothing, a vector has none, a grouped convolution has fewer."""
+    if len(shape) < 2 or not module.in_features:
+        return True
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return module.in_features in (shape[1], columns) or (len(shape) > 2 and module.in_features % shape[1] == 0)
+
+
+def _reshapes(adapter: LoraAdapter, module: LoraModule) -> bool:
+    """Tell whether a module comes with a wider layer than the base has: FLUX's control LoRAs, ComfyUI's reshapes."""
+    return "reshape_weight" in module.keys or (adapter.format == "bfl-control" and module.name == "img_in")
+
+
+def _misfit(module: LoraModule, slot: Slot, shape: Shape) -> str:
+    wide = f"{module.out_features}x{module.in_features}"
+    return f"it is {wide}, {slot.layer} is {'x'.join(map(str, shape))}"

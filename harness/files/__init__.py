@@ -10,16 +10,18 @@ from harness.files.adapter import (
     Problem,
     flattened_collisions,
     match_modules,
+    with_alpha,
 )
 from harness.files.format import Format, Naming, Source
 from harness.files.formats import FORMATS
 from harness.files.read import detect_format, read_lora
 from harness.files.safetensors_file import SafetensorsFile, read_header
-from harness.files.tensor_file import TensorFile, TensorInfo
+from harness.files.tensor_file import Extent, TensorFile, TensorInfo
 from harness.files.write import write_lora
 
 __all__ = [
     "FORMATS",
+    "Extent",
     "Format",
     "LoraAdapter",
     "LoraModule",
@@ -36,5 +38,6 @@ __all__ = [
     "match_modules",
     "read_header",
     "read_lora",
+    "with_alpha",
     "write_lora",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
+from harness.files.config import method_of
 from harness.files.formats import FORMATS
+from harness.files.keys import OTHER_VARIANTS, Spelling
 from harness.files.tensor_file import TensorFile
 from harness.law.scale import trained_scale
 from harness.text import printable
@@ -43,8 +45,10 @@ class LoraModule:
     `keys` maps a role (`A`, `B`, `alpha`, `magnitude`, ...) to the key in the file.
     `kernel` is the convolution kernel of A: [r, in, *kernel], empty for a linear layer.
     `flipped` are the roles that the file stores transposed (mlx-lm). `rank` is 0, and the scale 1, where alpha scales
-    nothing: a LoKr of two full factors, and whole tensors (`diff`, `norm`, `set`), whose `in_features` is 0 when only
-    a vector is changed.
+    nothing: a LoKr of two full factors, whole tensors (`diff`, `norm`, `set`, `tokens`), whose `in_features` is 0 when
+    only a vector is changed, and the modules of other methods (`ia3`, `oft`, …), known by name only. `experts` matrices
+    of that rank each are stacked in the tensors of a module of the variant `experts`. `unscaled` says that its writer
+    trains at scale 1 and never saves an alpha.
     """
 
     name: str
@@ -59,6 +63,8 @@ class LoraModule:
     component: str = ""
     kernel: tuple[int, ...] = ()
     flipped: tuple[str, ...] = ()
+    experts: int = 1
+    unscaled: bool = False
 
     def changed(self, **fields: Any) -> LoraModule:
         """Return what `replace` does, several times quicker: files have hundreds of modules."""
@@ -80,10 +86,9 @@ class LoraAdapter:
 
     `path` is what a loader gets: the folder for `peft` and `mlx`, else the file. `modules` is keyed by module name,
     preceded by `component:` for every component but the first when the file adapts several. `unused_keys` are the keys
-    that no low-rank update uses: unknown ones, and whole tensors (`diff`, `norm`), which are parts of their module all
-    the same. `alpha_source` is `tensor`, `config` (adapter_config.json), `header` (lora_adapter_metadata, or GGUF's
-    key) or `none`. `flattened` names must be matched against a model with `match_modules`. `config` is the adapter
-    configuration as far as the file has one.
+    that no module has a part for. `alpha_source` is `tensor`, `config` (adapter_config.json), `header`
+    (lora_adapter_metadata, or GGUF's key), `option` (see `with_alpha`) or `none`. `flattened` names must be matched
+    against a model with `match_modules`. `config` is the adapter configuration as far as the file has one.
     """
 
     path: Path
@@ -102,10 +107,37 @@ class LoraAdapter:
         """A hint at the kind of model or the trainer within the format (`flux`, `musubi`, ...), empty without one."""
         return FORMATS[self.format].dialect(self.file)
 
+    @cached_property
+    def plain(self) -> Callable[[str], str]:
+        """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
+        return Spelling(self.file.keys).plain
+
+    @cached_property
+    def kind(self) -> str:
+        """The method: `lora`, or PEFT's `peft_type` in lower case (`ia3`, `oft`, `vera`, …) as far as one is named."""
+        if "peft_type" in self.config:
+            return method_of(self.config)
+        variants = {module.variant for module in self.modules.values()}
+        return next(iter(variants)) if len(variants) == 1 and variants <= OTHER_VARIANTS else "lora"
+
+    def token_indices(self, name: str) -> tuple[int, ...]:
+        """Return the rows of an embedding that `token_rows` of this module replace; empty where no configuration says.
+
+        Raises:
+            KeyError: the file has no such module.
+        """
+        module, named = self.modules[name].name, self.config.get("trainable_token_indices")
+        named = self.config.get("token_indices") if named is None else named
+        if isinstance(named, dict):
+            named = next((rows for layer, rows in named.items() if f".{module}".endswith(f".{layer}")), None)
+        rows = named if isinstance(named, list) else []
+        return tuple(row for row in rows if isinstance(row, int) and not isinstance(row, bool))
+
     def tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A: [r, in] and B: [out, r] of one module in the dtype of the file, whichever way they are stored.
 
-        Convolutions have [r, in, *kernel] and [out, r, 1, 1], experts (mlx-lm) [e, r, in] and [e, out, r].
+        Convolutions have [r, in, *kernel] and [out, r, 1, 1], experts (mlx-lm, PEFT's parameters) [e, r, in] and
+        [e, out, r].
 
         Raises:
             KeyError: the file has no such module.
@@ -125,7 +157,23 @@ class LoraAdapter:
         """
         module = self.modules[name]
         tensor = self.file.tensor(module.keys[role])
-        return tensor.t() if role in module.flipped else tensor
+        if module.variant == "experts" and tensor.ndim == 2:  # PEFT's: A [e r, in] by expert, B [out, r e] by rank
+            stacked = (module.experts, module.rank, -1) if role == "A" else (-1, module.rank, module.experts)
+            return tensor.reshape(stacked) if role == "A" else tensor.reshape(stacked).permute(2, 0, 1)
+        return tensor.mT if role in module.flipped else tensor
+
+
+def with_alpha(adapter: LoraAdapter, alpha: float | None) -> LoraAdapter:
+    """Return `adapter` with the alpha of the training in the modules that have none, or 0; as it is for None."""
+    if alpha is None:
+        return adapter
+    modules = {
+        name: module.changed(alpha=float(alpha), unscaled=False) if module.rank and not module.alpha else module
+        for name, module in adapter.modules.items()
+    }
+    if all(module.alpha == adapter.modules[name].alpha for name, module in modules.items()):
+        return adapter
+    return replace(adapter, modules=modules, alpha_source="option")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import AdapterConfig, Budget, ConfigError, pattern_problems
+from harness.files.config import PAIRED, AdapterConfig, Budget, ConfigError, method_of, pattern_problems
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
+from harness.files.keys import OTHER_VARIANTS
+from harness.files.peft_folder import experts
 from harness.files.tensor_file import scalar_problem
 from harness.text import parse_json, printable
 
 Modules = dict[tuple[str, str], LoraModule]
 MLX = "lora_parameters"
+_WITHOUT_ALPHA = frozenset({"diff", "norm", "set", "tokens", "copy"})
 _LARGEST = 1e300  # a JSON integer may be longer than any float
 
 
@@ -41,7 +44,23 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
         found = _from_tensors(source, found, problems)
+    if row.alpha[0] == "none" or _is_toolkit(source, row) or _is_extracted(row, found):
+        found.modules = {at: m.changed(unscaled=m.alpha is None and m.rank > 0) for at, m in found.modules.items()}
     return _refuse_non_finite(found, problems)
+
+
+def _is_toolkit(source: Source, row: Format) -> bool:
+    """Tell whether ai-toolkit wrote the file: it sets alpha = rank and saves none."""
+    return "software" in source.file.metadata and row.dialect(source.file) == "ai-toolkit"
+
+
+def _is_extracted(row: Format, found: Alphas) -> bool:
+    """Tell whether the pairs were extracted from the difference of two models: whole differences of the rest beside."""
+    if row.name != "comfyui" or found.source != "none":
+        return False
+    ends = {key.rpartition(".")[2] for module in found.modules.values() for key in module.keys.values()}
+    halves = [module.keys["A"] for module in found.modules.values() if "A" in module.keys]
+    return bool({"diff", "diff_b"} & ends) and all(key.endswith(".lora_down.weight") for key in halves)
 
 
 def _from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
@@ -104,6 +123,8 @@ def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
 def _from_configs(
     modules: Modules, configs: Mapping[str, Mapping[str, Any]], place: str, problems: list[Problem]
 ) -> Modules:
+    if method_of(next(iter(configs.values()))) not in PAIRED | {"adalora"}:
+        return modules
     budget = Budget()
     try:
         parsed = {component: AdapterConfig.parse(raw, budget) for component, raw in configs.items()}
@@ -121,8 +142,18 @@ def _from_configs(
 
 
 def _configured(module: LoraModule, config: AdapterConfig, problems: list[Problem]) -> LoraModule:
+    if module.variant in _WITHOUT_ALPHA:
+        return module
+    if module.variant == "adalora":  # its rank_pattern tells which of the ranks are left; the tensors have those only
+        return module.changed(alpha=config.alpha if config.alpha > 0 else float(module.rank))
     rank, alpha = config.of(module.name)
-    if module.variant in ("diff", "norm", "set"):
+    if module.variant == "experts" and module.flipped:  # AutoModel may give experts a rank of their own
+        return module.changed(alpha=alpha, rslora=config.rslora)
+    if module.variant == "experts":
+        if found := experts(module, rank):
+            return found.changed(alpha=alpha, rslora=config.rslora)
+        what = f"the tensors hold {module.rank} rows, which are no experts of the configured rank {rank}"
+        problems.append(Problem("LH706", printable(module.name), what, fatal=True))
         return module
     if module.variant == "lokr":  # PEFT divides by the configured rank even where both factors are full
         return module.changed(rank=rank, alpha=alpha, rslora=config.rslora)
@@ -138,7 +169,7 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
     values = source.file.numbers(readable)
     modules = dict(found.modules)
     for place, module in found.modules.items():
-        key = module.keys.get("alpha", "")
+        key = "" if module.variant in OTHER_VARIANTS else module.keys.get("alpha", "")  # OFT's is a constraint
         if module.alpha is None and key in values:
             modules[place] = module.changed(alpha=values[key])
         elif module.alpha is not None and key:
@@ -153,7 +184,7 @@ def _from_tensors(source: Source, found: Alphas, problems: list[Problem]) -> Alp
 def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list[str]:
     keys = []
     for module in modules.values():
-        if key := module.keys.get("alpha"):
+        if (key := module.keys.get("alpha")) and module.variant not in OTHER_VARIANTS:
             info = source.file.tensors[key]
             if problem := scalar_problem(info.dtype, info.elements):
                 problems.append(Problem("LH705", printable(key), f"alpha {problem}", fatal=True))

@@ -206,6 +206,16 @@ def _plain(pattern: str) -> tuple[str, Dots, bool] | None:
     return "".join(characters), tuple(dots), anchored
 
 
+PAIRED = frozenset({"lora", "loha", "lokr"})
+"""PEFT's methods whose tensors are parts of a low-rank update."""
+
+
+def method_of(raw: Mapping[str, Any]) -> str:
+    """Return PEFT's method in lower case, `lora` where a configuration names none."""
+    kind = raw.get("peft_type")
+    return kind.lower() if isinstance(kind, str) and kind else "lora"
+
+
 def pattern_problems(raw: Mapping[str, Any], names: Iterable[str], budget: Budget) -> Iterator[ConfigError]:
     """Yield the patterns that choose modules in PEFT and cannot be matched against `names`; nothing here uses them."""
     for key in _MATCHED:

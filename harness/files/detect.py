@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
-from harness.errors import LoraFileError
+from harness.errors import LoraFileError, NoLoraError
+from harness.files.config import PAIRED
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
@@ -34,15 +36,44 @@ def detect(source: Source) -> Format:
     Raises:
         LoraFileError: no format fits, or the keys mix formats.
     """
+    if source.method not in PAIRED:
+        return FORMATS["peft"]  # whose other methods have no halves
     taken = _taken(source)
-    if len(taken) == 1:
-        return FORMATS[next(iter(taken))]
-    raise LoraFileError(source.file.path, _mixed(source, taken) if taken else _unknown(source))
+    if not taken:
+        raise NoLoraError(source.file.path, _unknown(source))
+    if len(taken) > 1 and not _are_components(taken):
+        raise LoraFileError(source.file.path, _mixed(source, taken))
+    return FORMATS[next(iter(taken))]
+
+
+def _are_components(taken: Mapping[str, Taken]) -> bool:
+    """Tell whether one dialect explains two formats: behind prefixes the denoiser, in bare names other parts beside."""
+    first, *others = taken
+    if first not in ("comfyui", "diffusers") or others != ["diffsynth"]:
+        return False
+    row = FORMATS[first]
+    located = filter(None, (row.locate(stem, "", bare=False) for stem in taken[first]))
+    inside = {name.partition(".")[0] for _, name in located}
+    return inside.isdisjoint(stem.partition(".")[0] for stem in taken["diffsynth"])
 
 
 def sort_keys(source: Source, row: Format) -> Sorted:
     """Assign every key of `source` to a module and a role under the format `row`; it has no place for the others."""
-    return _sort_stems(source, row) or _sort_singly(source, row)
+    found = _sort_stems(source, row) or _sort_singly(source, row)
+    if row.name in ("comfyui", "diffusers"):
+        _add_components(source, row, found)
+    return found
+
+
+def _add_components(source: Source, row: Format, found: Sorted) -> None:
+    """Take pairs in bare names as modules of a component of its own, called by the first word of the name."""
+    tails = FORMATS["diffsynth"].tails
+    taken = {key for roles in found.modules.values() for key in roles.values()}
+    for stem, parts in source.stems.items():
+        component, dot, name = stem.partition(".")
+        roles = {tails.get(tail, ""): key for tail, key in parts}
+        if dot and {"A", "B"} <= roles.keys() and "" not in roles and taken.isdisjoint(roles.values()):
+            found.modules.setdefault((component, name), roles)
 
 
 def _sort_stems(source: Source, row: Format) -> Sorted | None:
@@ -64,7 +95,7 @@ def _sort_singly(source: Source, row: Format) -> Sorted:
     result = Sorted()
     bare = row.bare_fits(source)
     for key in source.file.keys:
-        parts = cut(key)
+        parts = cut(source.plain(key))
         place = row.locate(parts[0], parts[1], bare) if parts and parts[1] in row.tails else None
         if parts and place:
             role, roles = row.tails[parts[1]], result.modules.setdefault(place, {})
@@ -129,7 +160,7 @@ def _questions(row: Format, bare: bool, tails: Tails) -> list[tuple[Tails, str, 
 def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
     votes: dict[str, str] = {}
     for key in source.file.keys:
-        stem, tail = cut(key) or ("", "")
+        stem, tail = cut(source.plain(key)) or ("", "")
         for name in (name for name, stems in taken.items() if tail in stems.get(stem, ())):
             votes.setdefault(name, key)
     found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())
@@ -143,4 +174,29 @@ def _unknown(source: Source) -> str:
     known = [kind for key in keys if (parts := cut(key)) and (kind := NOT_LORA.get(parts[1]))]
     looked = ", ".join(f"{row.example.split()[0]} ({row.name})" for row in FORMATS.values())
     seen = f"{count(len(keys), 'key')} such as {printable(keys[0], 80)}" + (f" ({known[0]})" if known else "")
-    return f"no LoRA format fits its {seen}; looked for {looked}"
+    looks = f"it looks like {kind}, and " if (kind := _kind(source)) else ""
+    return f"{looks}no LoRA format fits its {seen}; looked for {looked}"
+
+
+_EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param.*", "*"})
+_WEIGHT = re.compile(r".+\.(weight|bias|weight_scale|scale_weight|qweight|gamma|beta|running_mean)$|.+_embed\w*$")
+_HALF = re.compile(r"(^|[._])(lora|lokr|hada|oft|glora)[._]", re.IGNORECASE)
+_MOST_EMBEDDINGS = 16
+_ENOUGH = 200  # characters of a key
+
+
+def _kind(source: Source) -> str:
+    """Say what a file without a LoRA looks like, empty when nobody knows."""
+    tensors = source.file.tensors
+    vectors = all(1 <= len(info.shape) <= 2 for info in tensors.values())
+    if any(key.startswith(("ip_adapter.", "image_proj.")) for key in tensors):
+        return "an IP-Adapter"
+    if "prompt_embeddings" in tensors:
+        return "the trained prompt of a PEFT adapter (prompt tuning) without its adapter_config.json"
+    few = len(tensors) <= _MOST_EMBEDDINGS and not any("." in key for key in tensors)
+    if vectors and (few or _EMBEDDINGS & tensors.keys()):
+        return "a textual-inversion embedding"
+    weights = sum(bool(_WEIGHT.match(key[-_ENOUGH:])) for key in tensors)
+    if 2 * weights > len(tensors) and not any(map(_HALF.search, tensors)):
+        return f"a full checkpoint or a part of one ({count(weights, 'weight')})"
+    return ""

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.files.keys import cut, tails
+from harness.files.config import method_of
+from harness.files.keys import METHOD_WORD, Spelling, cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
@@ -29,11 +30,27 @@ class Source:
     config: Mapping[str, Any] | None = None
 
     @cached_property
+    def plain(self) -> Callable[[str], str]:
+        """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
+        return Spelling(self.file.keys).plain
+
+    @cached_property
+    def method(self) -> str:
+        """PEFT's method in lower case: as the configuration says, else as the parameters of its layers are called."""
+        if self.config is not None:
+            return method_of(self.config)
+        if not any(key.startswith("base_model.") for key in self.file.keys):
+            return method_of({})
+        words = {word for key in self.file.keys for word in key.split(".")}
+        found = {hit[1] for word in words if (hit := METHOD_WORD.match(word))}
+        return found.pop() if len(found) == 1 and found.isdisjoint(("lora", "hada", "lokr")) else method_of({})
+
+    @cached_property
     def stems(self) -> dict[str, list[tuple[str, str]]]:
         """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""
         found: dict[str, list[tuple[str, str]]] = {}
         for key in self.file.keys:
-            if parts := cut(key):
+            if parts := cut(self.plain(key)):
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found
 
@@ -61,7 +78,8 @@ class Format:
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `scale` (mlx-lm: one factor for the file, instead of alpha),
     `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles of a module that are stored transposed.
-    `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with.
+    `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with. `marks`
+    are keys that only say which format this is; beside them other keys replace weights.
     """
 
     name: str
@@ -79,6 +97,7 @@ class Format:
     trait: Callable[[Source], bool] | None = None
     flips: Callable[[str], tuple[str, ...]] = lambda name: ()
     dialects: Mapping[str, str] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
     weights_name: str = WEIGHTS_NAME
     suffix: str = ".safetensors"
 

@@ -16,10 +16,17 @@ from harness.files.gguf_file import GgufFile
 
 _COMPONENTS = (
     "transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors",
-    "prior", "controlnet",
+    "prior", "controlnet", "conditional_transformer", "text_encoder_4", "vae", "clip_l", "clip_g", "t5", "t5xxl",
 )  # fmt: skip
 _NORM = re.compile(r"(double|single)_blocks\.\d+\.(\w+\.)*(query|key)_norm\.scale$")
 _BIAS = re.compile(r"(double_blocks|single_blocks|\w+_in|final_layer)(\.\w+)*\.lora_B\.bias$")
+
+
+_TOOLKIT = "#software=.*ai-toolkit"
+
+
+def _is_numbered(source: Source) -> bool:
+    return any(key.endswith((":up", ":down")) for key in source.file.keys)
 
 
 def _is_gguf(source: Source) -> bool:
@@ -94,13 +101,13 @@ _ROWS = (
         name="peft",
         example="base_model.model.<module>.lora_A.weight beside adapter_config.json",
         prefixes={"base_model.model.": ""},
-        pairs=("lora_A", "lora_A.default", "lora_embedding_A"),
+        pairs=("lora_A", "lora_A.default", "lora_embedding_A", "bare"),
         alpha=("config", "tensor"),
         bare="config",
         folder=True,
         write_prefix="base_model.model.",
         metadata={"format": "pt"},
-        dialects={"bfl": r"base_model\.model\.(double|single)_blocks\."},
+        dialects={"ai-toolkit": _TOOLKIT, "bfl": r"base_model\.model\.(double|single)_blocks\."},
     ),
     # kohya sd-scripts and the many tools that write its keys: dots flattened to `_`, one `.alpha` tensor per module.
     # Dialects, which differ only in the words of the module path and are read alike: FLUX (fused q, k, v; with
@@ -112,7 +119,11 @@ _ROWS = (
         prefixes={
             "lora_unet__": "unet",
             **{f"lora_{component}_": component for component in ("unet", "te", "te1", "te2", "te3", "transformer")},
+            "lora_unet_unet_": "unet",
+            **{f"lora_{component}_": component for component in ("prior_unet", "prior_te", "te4", "clip_l", "clip_g")},
+            **{f"oft_{component}_": component for component in ("unet", "te", "te1", "te2")},
             "lycoris_": "lycoris",
+            "lora_": "",
         },
         pairs=("lora_down", "lora_A"),
         alpha=("tensor",),
@@ -160,11 +171,15 @@ _ROWS = (
     Format(
         name="comfyui",
         example="diffusion_model.<module>.lora_A.weight with diffusion_model.<module>.alpha",
-        prefixes={"diffusion_model.": "diffusion_model", "text_encoders.": "text_encoders"},
+        prefixes={
+            **{f"{component}.": component for component in ("diffusion_model", "text_encoders")},
+            "model.diffusion_model.": "diffusion_model",
+            "text_embedding_projection.": "text_embedding_projection",
+        },
         pairs=("lora_A", "lora_A.default", "lora_down", "lora.down", "lora_linear_layer.down", "bare"),
         alpha=("tensor",),
         write_prefix="diffusion_model.",
-        dialects={"ai-toolkit": "#software=.*ai-toolkit", "bfl": r"diffusion_model\.(double|single)_blocks\."},
+        dialects={"ai-toolkit": _TOOLKIT, "bfl": r"diffusion_model\.(double|single)_blocks\."},
     ),
     # diffusers: the component's name before the module path, alpha in the header's `lora_adapter_metadata` or nowhere.
     # `transformer.….lora_down.weight` with an `.alpha` tensor (OneTrainer's and others' way) is a dialect: only the
@@ -178,7 +193,7 @@ _ROWS = (
         bare="header",
         write_prefix="transformer.",
         metadata={"format": "pt"},
-        dialects={"ai-toolkit": "#software=.*ai-toolkit", "lora-down": r".*\.lora_down\.weight$"},
+        dialects={"ai-toolkit": _TOOLKIT, "lora-down": r".*\.lora_down\.weight$"},
     ),
     # mlx-lm: a folder with `adapters.safetensors` and `adapter_config.json`, which holds one factor for all modules.
     # The halves are stored transposed: lora_a [in, r], lora_b [r, out] (experts, [e, r, in] and [e, out, r], are not).
@@ -192,6 +207,7 @@ _ROWS = (
         folder=True,
         metadata={"format": "mlx"},
         extras={"m": "magnitude"},
+        trait=lambda source: any(key.endswith((".lora_a", ".lora_b")) for key in source.file.keys),
         flips=lambda name: ("A", "B"),
         weights_name=MLX_WEIGHTS_NAME,
     ),
@@ -219,13 +235,47 @@ _ROWS = (
         extras={"query_norm.scale": "query_norm", "key_norm.scale": "key_norm"},
         trait=_is_control,
     ),
-    # DiffSynth-Studio: the model's own names, usually with PEFT's adapter name left in, alpha absent or a tensor.
+    # cloneofsimo's lora: the adapted layers by number, in the order in which the model has them; the metadata say which
+    # classes were searched. Never an alpha: training multiplied by 1.
+    Format(
+        name="cloneofsimo",
+        example="unet:<n>:up with unet:<n>:down",
+        prefixes={f"{component}:": component for component in ("unet", "text_encoder")},
+        pairs=("down",),
+        alpha=("none",),
+        write_prefix="unet:",
+        naming=Naming(lambda stem, tail: stem, lambda name: None, "a number"),
+        trait=_is_numbered,
+    ),
+    # Stability AI's control LoRA: pairs called `up` and `down` in the names of the original UNet, the rest whole.
+    Format(
+        name="control-lora",
+        example="input_blocks.<n>.….up with lora_controlnet",
+        pairs=("bare.down",),
+        alpha=("none", "tensor"),
+        bare="always",
+        naming=Naming(lambda stem, tail: stem, lambda name: None, "none that is written"),
+        trait=lambda source: "lora_controlnet" in source.file.tensors,
+        marks=("lora_controlnet",),
+    ),
+    # DiffSynth-Studio: the model's own names, usually with PEFT's adapter name left in, alpha absent or a tensor. Other
+    # tools that save a model's own names are dialects: loralib, torchtune.
     Format(
         name="diffsynth",
         example="<module>.lora_A.default.weight or <module>.lora_A.weight, sometimes with <module>.alpha",
-        pairs=("lora_A.default", "lora_A", "lora_down"),
+        pairs=(
+            "lora_A.default",
+            "lora_A",
+            "lora_down",
+            "lora.down",
+            "lora_linear_layer.down",
+            "bare",
+            "lora_a.weight",
+            "adapter.linear_in",
+        ),
         alpha=("tensor",),
         bare="always",
+        dialects={"ai-toolkit": _TOOLKIT, "loralib": r".*\.lora_A$", "torchtune": r".*\.lora_a\.weight$"},
     ),
 )
 FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS})

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoraFileError
-from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, regular_size
+from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, regular_size, set_apart
 from harness.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ALPHA_KEY = "adapter.lora.alpha"
+ARCHITECTURE_KEY = "general.architecture"
 _MAGIC = b"GGUF"
 _ARRAY = 9  # GGUFValueType.ARRAY
+_MAX_HEADER_BYTES = 25_000_000
 _LONGEST_ARRAY = 65_536  # vocabularies, which only whole models have, cost the reader seconds
+_LONGEST_VOCABULARY = 2_000_000
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.")
+_MOST_BLOCKS = 512
+_MODERN = ("model.layers.", "model.embed_tokens", "lm_head", "transformer.h.")
 _PLAIN = ("F16", "F32", "F64")
 _REFUSED = (ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, OSError, TypeError)
 
@@ -33,12 +41,29 @@ class GgufFile(TensorFile):
         Raises:
             LoraFileError: the file changed, or its type is unknown to `gguf`.
         """
-        if not self._opened:
-            self._opened.append({tensor.name: tensor for tensor in _reader(self.path).tensors})
+        shape = self.tensors[key].shape
+        rows = self.rows(key, 0, shape[0] if shape else 1)
+        return rows if shape else rows.reshape(())
+
+    def rows(self, key: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """Return rows [start, stop) of a tensor as `tensor` does; a number is one row. `room` is not used.
+
+        Raises:
+            LoraFileError: the file changed, or its type is unknown to `gguf`.
+        """
         try:
-            return _decoded(self._opened[0][key])
+            return _decoded(self, self._layouts[key], start, stop)
         except _REFUSED as error:
             raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+
+    @cached_property
+    def _layouts(self) -> dict[str, Any]:
+        """How the numbers of every tensor lie: their dtype, byte order and shape for numpy."""
+        return {tensor.name: tensor for tensor in _reader(self.path, self.size, model=True).tensors}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the header of `gguf`, which can be read again, behind too."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_layouts"}
 
 
 def is_gguf(path: Path) -> bool:
@@ -49,19 +74,37 @@ def is_gguf(path: Path) -> bool:
         return stream.read(len(_MAGIC)) == _MAGIC
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file.
+def read_gguf(path: Path, *, model: bool = False) -> GgufFile:
+    """Read the header of a GGUF file: an adapter, or with `model` a whole model, whose vocabulary takes seconds.
 
     Raises:
-        LoraFileError: `gguf` is not installed, or the file is malformed or a whole model.
+        LoraFileError: `gguf` is not installed, or the file is malformed or (without `model`) a whole model.
     """
     size = regular_size(path)
-    reader = _reader(path)
+    reader = _reader(path, size, model=model)
     tensors = {tensor.name: _info(tensor) for tensor in reader.tensors}
     for name, info in tensors.items():
         if not reader.data_offset <= info.start <= info.end <= size:
             raise LoraFileError(path, "lies outside the file", key=printable(name))
     return GgufFile(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), _metadata(path, reader), size)
+
+
+def model_names(file: GgufFile, layers: Iterable[str]) -> dict[str, str]:
+    """Return {layer of a whole model: its name in transformers}, as far as `gguf` knows the architecture."""
+    gguf = _package(file.path)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = kinds.get(file.metadata.get("general.architecture", ""))
+    if kind is None:
+        return {}
+    blocks = 1 + max((int(found[1]) for key in file.keys if (found := _BLOCK.match(key))), default=0)
+    spellings: dict[str, list[str]] = {}
+    for spelling, (_, name) in gguf.get_tensor_name_map(kind, min(blocks, _MOST_BLOCKS)).mapping.items():
+        spellings.setdefault(name, []).append(spelling)
+    return {
+        layer: next((name for name in spellings[layer] if name.startswith(_MODERN)), layer)
+        for layer in layers
+        if layer in spellings
+    }
 
 
 def _metadata(path: Path, reader: Any) -> dict[str, str]:
@@ -79,14 +122,14 @@ def _info(tensor: Any) -> TensorInfo:
     return TensorInfo(tensor.tensor_type.name, shape, start, start + int(tensor.n_bytes))
 
 
-def _reader(path: Path) -> Any:
-    gguf = _package(path)
+def _reader(path: Path, size: int, *, model: bool) -> Any:
+    gguf, longest = _package(path), _LONGEST_VOCABULARY if model else _LONGEST_ARRAY
 
     class Bounded(gguf.GGUFReader):  # type: ignore[name-defined,misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             length = int.from_bytes(bytes(self.data[orig_offs + 4 : orig_offs + 12]), "little")
-            if raw_type == _ARRAY and length > _LONGEST_ARRAY:
-                raise ValueError(f"an array of {length:,} values, which no adapter has")
+            if raw_type == _ARRAY and length > longest:
+                raise ValueError(f"an array of {length:,} values, which no {'model' if model else 'adapter'} has")
             return super()._get_field_parts(orig_offs, raw_type)
 
         def _build_tensor_info(self, offs: int, count: int) -> Any:
@@ -97,9 +140,21 @@ def _reader(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of overflows in hostile offsets, which are refused later
-            return Bounded(path)
+            reader = _of_header(path, size, Bounded)
     except _REFUSED as error:
         raise LoraFileError(path, f"not a valid GGUF adapter ({printable(error)})") from error
+
+    if reader.data_offset > _MAX_HEADER_BYTES:
+        raise LoraFileError(path, f"a header of more than {_MAX_HEADER_BYTES:,} bytes, which no adapter has")
+    return reader
+
+
+def _of_header(path: Path, size: int, reader: type) -> Any:
+    """Let the reader, which maps what it opens, open a copy of all that it looks at: of tensors it tells the places."""
+    with path.open("rb") as stream:
+        head = stream.read(min(size, _MAX_HEADER_BYTES))
+    with set_apart(path, head, size) as apart:
+        return reader(apart)
 
 
 def _package(path: Path) -> Any:
@@ -109,12 +164,15 @@ def _package(path: Path) -> Any:
         raise LoraFileError(path, "is a GGUF file: install `gguf` to have it read (lora-harness[gguf])") from None
 
 
-def _decoded(tensor: Any) -> Tensor:
-    import numpy
+def _decoded(file: GgufFile, tensor: Any, start: int, stop: int) -> Tensor:
     import torch
 
-    name = tensor.tensor_type.name
-    native = numpy.array(tensor.data, dtype=tensor.data.dtype.newbyteorder("="))
+    name, stored = tensor.tensor_type.name, tensor.data.dtype
+    count, *rest = tensor.data.shape or (1,)
+    start, stop = min(start, count), min(stop, count)
+    width = int(tensor.data.nbytes) // max(count, 1)
+    raw = file.elements(int(tensor.data_offset) + start * width, (stop - start) * width, torch.uint8).numpy()
+    native = raw.view(stored).astype(stored.newbyteorder("="), copy=False).reshape(stop - start, *rest)
     if name in _PLAIN:
         return torch.from_numpy(native)
     if name == "BF16":
@@ -122,8 +180,8 @@ def _decoded(tensor: Any) -> Tensor:
     return torch.from_numpy(import_module("gguf.quants").dequantize(native, tensor.tensor_type).copy())
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None) -> None:
-    """Write the halves and one alpha (None: no such key, which llama.cpp takes as scale 1) as an adapter of `llama`.
+def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None, architecture: str = "llama") -> None:
+    """Write the halves and one alpha (None: no such key, which llama.cpp takes as scale 1) as an adapter.
 
     Raises:
         LoraFileError: `gguf` is not installed.
@@ -131,7 +189,7 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None) -
     """
     gguf = _package(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    writer = gguf.GGUFWriter(temporary, "llama")
+    writer = gguf.GGUFWriter(temporary, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
     if alpha is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from harness.files.detect import Sorted, detect, sort_keys
 from harness.files.format import CONFIG_NAME, MLX_WEIGHTS_NAME, WEIGHTS_NAME, Format, Place, Source
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import is_gguf, read_gguf
-from harness.files.keys import WHOLE_ROLES
+from harness.files.peft_folder import add_peft_parts
 from harness.files.safetensors_file import read_header
 from harness.files.shapes import Signature, measure
 from harness.files.tensor_file import os_problem
@@ -22,6 +23,7 @@ from harness.text import count, is_printable, parse_json, printable
 _MAX_CONFIG_BYTES = 8_000_000
 _PICKLED = "adapter_model.bin"
 _NAMED = (WEIGHTS_NAME, MLX_WEIGHTS_NAME)  # the names that have a configuration beside them
+_STEP = re.compile(r"\d+_adapters\.safetensors")
 _SUFFIXES = (".safetensors", ".gguf")
 
 
@@ -38,16 +40,27 @@ def open_source(path: Path | str) -> Source:
     try:
         weights = _weights_in(path) if path.is_dir() else path
         file = read_gguf(weights) if is_gguf(weights) else read_header(weights)
-        config = _config(weights.parent / CONFIG_NAME) if weights.name in _NAMED else None
+        config = _config(weights.parent / CONFIG_NAME) if _is_named(weights) else None
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error
-    return Source(weights.parent if config is not None else weights, file, config)
+    return Source(weights.parent if config is not None and weights.name in _NAMED else weights, file, config)
+
+
+def _is_named(weights: Path) -> bool:
+    """Tell whether a configuration beside the weights is theirs: by name, as a step of mlx-lm, or as the only file."""
+    if weights.name in _NAMED or _STEP.fullmatch(weights.name):
+        return True
+    return (weights.parent / CONFIG_NAME).exists() and len(_candidates(weights.parent)) == 1
+
+
+def _candidates(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
 
 
 def _weights_in(folder: Path) -> Path:
     if named := next((folder / name for name in _NAMED if (folder / name).exists()), None):
         return named
-    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES)
+    found = _candidates(folder)
     if len(found) == 1:
         return folder / found[0]
     if found:
@@ -109,13 +122,17 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     """Return the adapter that `source` holds under the format `row`, with everything that is wrong with it."""
     keys = sort_keys(source, row)
     problems = [*_key_problems(source, keys)]
+    _add_vectors(source, keys)
+    _add_whole(source, row, keys)
+    stacked = add_peft_parts(source, row, keys, problems) if row.name == "peft" else frozenset()
+    method = source.method if row.name == "peft" else "lora"
     measured: dict[Place, LoraModule] = {}
     known: dict[Signature, LoraModule] = {}
     for place, roles in keys.modules.items():
         if len(roles) == 1 and "alpha" in roles:
             continue
-        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known):
-            measured[place] = module
+        if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known, method=method):
+            measured[place] = module.changed(variant="experts") if place in stacked else module
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)
     return LoraAdapter(
@@ -123,7 +140,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
         format=row.name,
         modules=modules,
         metadata=source.file.metadata,
-        unused_keys=tuple(_in_file_order(source, modules)),
+        unused_keys=tuple(key for key in _in_file_order(source, modules) if key not in row.marks),
         alpha_source=found.source,
         flattened=row.flattened,
         file=source.file,
@@ -132,11 +149,31 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
     )
 
 
+def _add_whole(source: Source, row: Format, found: Sorted) -> None:
+    """Take the weights and biases that a file of a marked format replaces."""
+    taken = {key for roles in found.modules.values() for key in roles.values()}
+    for key in (key for key in source.file.keys if row.marks and key not in taken):
+        name, _, what = key.rpartition(".")
+        if name and what in ("weight", "bias"):
+            found.modules.setdefault(("", name), {}).setdefault(f"set_{what}", key)
+
+
+_VECTORS = re.compile(r"<[^<>]+>|bundle_emb\..+")
+
+
+def _add_vectors(source: Source, found: Sorted) -> None:
+    """Take the textual inversions that cloneofsimo's trainer and OneTrainer save inside a LoRA."""
+    for key in filter(_VECTORS.fullmatch, source.file.keys):
+        found.modules.setdefault(("", key), {"embedded_vectors": key})
+
+
 def _named(measured: dict[Place, LoraModule]) -> dict[str, LoraModule]:
     """Key modules by name; every component after the first is named, so that equal paths stay apart."""
     first = next(iter(measured), ("", ""))[0]
     return {
-        (name if component == first else f"{component}:{name}"): module
+        name
+        if component == first or (not component and (first, name) not in measured)
+        else f"{component}:{name}": module
         for (component, name), module in measured.items()
     }
 
@@ -155,10 +192,5 @@ def _hostile(keys: Sequence[str]) -> Iterator[Problem]:
 
 
 def _in_file_order(source: Source, modules: Mapping[str, LoraModule]) -> Iterator[str]:
-    used: set[str] = set()
-    for module in modules.values():
-        if WHOLE_ROLES.isdisjoint(module.keys):
-            used.update(module.keys.values())
-        else:
-            used.update(key for role, key in module.keys.items() if role not in WHOLE_ROLES)
+    used = {key for module in modules.values() for key in module.keys.values()}
     return (key for key in source.file.keys if key not in used)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from harness.errors import LoraFileError
-from harness.files.tensor_file import MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size
+from harness.errors import LoraFileError, NoLoraError
+from harness.files.tensor_file import CUT, MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size, set_apart
 from harness.text import printable
 
 if TYPE_CHECKING:
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 25_000_000  # a 47 MB header of empty tensors costs safetensors 8 to 25 s and more than 1 GB
 _LENGTH_BYTES = 8
+_DESCRIPTORS = "/dev/fd"
 _METADATA_FIRST = re.compile(rb'\s*\{\s*"__metadata__"\s*:\s*')
 _DECODER = json.JSONDecoder()
 _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_TORCH = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "C64": "complex64",
 }  # fmt: skip
 _MAGIC = {
     b"PK\x03\x04": "is a PyTorch pickle (zip), which can run code when opened, so it is never opened here",
@@ -49,13 +56,33 @@ class SafetensorsFile(TensorFile):
         Raises:
             LoraFileError: the file changed or its dtype is unknown to this torch.
         """
-        if not self._opened:
-            self._opened.append(_validated(self.path, "pt"))
+        shape = self.tensors[key].shape
+        rows = self.rows(key, 0, shape[0] if shape else 1)
+        return rows if shape else rows.reshape(())
+
+    def rows(self, key: str, start: int, stop: int, room: torch.Tensor | None = None) -> torch.Tensor:
+        """Return rows [start, stop) of a tensor as stored, a number is one row; in `room`, bytes enough, if given.
+
+        Raises:
+            LoraFileError: the file changed or its dtype is unknown to this torch.
+        """
+        import torch
+
+        info = self.tensors[key]
+        count, *rest = info.shape or (1,)
+        start, stop = min(start, count), min(stop, count)
+        width = (info.end - info.start) // max(count, 1)
         try:
-            tensor: torch.Tensor = self._opened[0].get_tensor(key)
-        except (SafetensorError, KeyError, AttributeError, RuntimeError) as error:
+            kind = getattr(torch, torch_name(info.dtype))
+            flat = self.elements(info.start + start * width, (stop - start) * math.prod(rest), kind, room)
+        except (OSError, AttributeError, RuntimeError, ValueError) as error:
             raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
-        return tensor
+        return flat.reshape(stop - start, *rest)
+
+
+def torch_name(dtype: str) -> str:
+    """Return a dtype as torch names it; unknown ones as the file does."""
+    return _TORCH.get(dtype, dtype)
 
 
 def read_header(path: Path | str) -> SafetensorsFile:
@@ -71,7 +98,7 @@ def read_header(path: Path | str) -> SafetensorsFile:
     count = raw.count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise LoraFileError(path, f"{count:,} tensors in the header, at most {MAX_TENSORS:,} are read")
-    handle = _validated(path, "np")
+    handle = _validated(path, raw, size)
     return _listed(path, raw, size, handle) or _parsed(path, raw, size)
 
 
@@ -81,31 +108,41 @@ def _header_bytes(path: Path, size: int) -> bytes:
             head = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(head, "little")
             if length > size - _LENGTH_BYTES:
-                raise LoraFileError(path, _other_kind(path, head, size))
+                raise _other_kind(path, head, size)
             if length > MAX_HEADER_BYTES:
                 raise LoraFileError(path, f"a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
-            return stream.read(length)
+            raw = stream.read(length)
+            if len(raw) < length:
+                raise LoraFileError(path, CUT)
+            return raw
     except OSError as error:
         raise LoraFileError(path, os_problem(error)) from error
 
 
-def _other_kind(path: Path, head: bytes, size: int) -> str:
+def _other_kind(path: Path, head: bytes, size: int) -> LoraFileError:
     """Say what a file is whose first bytes are no possible header length."""
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
-            return f"{kind}; {_CONVERT}" if "pickle" in kind else kind
+            return LoraFileError(path, f"{kind}; {_CONVERT}") if "pickle" in kind else NoLoraError(path, kind)
     if path.suffix.lower() in _PICKLES:
-        return f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}"
+        return LoraFileError(path, f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}")
     if size < _LENGTH_BYTES:
-        return f"empty or truncated: {size} bytes, a safetensors file has more"
+        return LoraFileError(path, f"empty or truncated: {size} bytes, a safetensors file has more")
     length = int.from_bytes(head, "little")
-    return f"truncated or not a safetensors file: it announces a header of {length:,} bytes and has {size:,}"
+    what = f"truncated or not a safetensors file: it announces a header of {length:,} bytes and has {size:,}"
+    return LoraFileError(path, what)
 
 
-def _validated(path: Path, framework: str) -> Any:
-    """Open through safetensors, whose errors never name the file."""
+def _validated(path: Path, raw: bytes, size: int) -> Any:
+    """Have safetensors, whose errors never name the file, open what was read of it.
+
+    It maps what it opens, so it gets a file of its own; Windows lets nobody cut a file that is mapped.
+    """
     try:
-        return safe_open(os.fspath(path), framework=framework)
+        if not os.path.isdir(_DESCRIPTORS):
+            return safe_open(os.fspath(path), framework="np")
+        with set_apart(path, len(raw).to_bytes(_LENGTH_BYTES, "little") + raw, size) as stream:
+            return safe_open(f"{_DESCRIPTORS}/{stream.fileno()}", framework="np")
     except (SafetensorError, OSError, MemoryError, UnicodeError, ValueError) as error:
         reason = printable(error).removeprefix("Error while deserializing header: ")
         raise LoraFileError(path, f"not a valid safetensors file ({reason})") from error

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from harness.files.adapter import LoraModule, Problem
-from harness.files.keys import WHOLE_ROLES
+from harness.files.keys import COPIES, EXTRAS, OTHER_PARTS, WHOLE_ROLES
 from harness.files.tensor_file import TensorFile, is_float
 from harness.text import printable
 
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
-_NOT_WEIGHTS = ("alpha", "reshape_weight")
+GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
+_NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
+_KNOWN_ROLES = frozenset({"A", "B", *EXTRAS.values(), *WHOLE_ROLES, *COPIES})
 
 
 class ShapeError(ValueError):
@@ -34,51 +36,65 @@ def measure(
     flips: tuple[str, ...] = (),
     *,
     known: dict[Signature, LoraModule],
+    method: str = "lora",
 ) -> LoraModule | None:
     """Return the module that the keys in `roles` make up, or None with the reason added to `problems`.
 
     `flips` are roles that the format stores transposed; three-dimensional ones are experts, which it does not. `known`
-    keeps what was found, because the modules of a file share few shapes.
+    keeps what was found, because the modules of a file share few shapes. `method` is PEFT's: roles that no format knows
+    are its own.
     """
     first = roles.get("A", "")
     table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
     parts = [file.tensors[key][:2] for key in roles.values()]
-    signature = (table, flips, *roles, *parts)
+    flips = ("A", "B") if first.endswith(GROUPED) else flips
+    signature = (table, flips, first.endswith(GROUPED), *roles, *parts)
     kind = known.get(signature)
     try:
         if kind is None:
-            kind = known[signature] = _kind(dict(zip(roles, parts, strict=True)), flips, table=table)
+            shapes = dict(zip(roles, parts, strict=True))
+            grouped = first.endswith(GROUPED)
+            kind = known[signature] = _kind(shapes, flips, table=table, method=method, grouped=grouped)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
+    if kind.variant == "adalora":  # whose product has a third factor: nobody shall take the two for a pair
+        roles = {f"lora_{role}" if role in ("A", "B") else role: key for role, key in roles.items()}
     return kind.changed(name=place[1], component=place[0], keys=roles)
 
 
-def _kind(parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool) -> LoraModule:
+def _kind(
+    parts: Mapping[str, tuple[str, tuple[int, ...]]], flips: tuple[str, ...], *, table: bool, method: str, grouped: bool
+) -> LoraModule:
     """Return the nameless module that tensors of these dtypes and shapes are; `table`: A is an embedding's.
 
     Raises:
         ShapeError: they fit no module.
     """
     stored = {role: shape for role, (_, shape) in parts.items()}
-    flipped = tuple(role for role in flips if len(stored.get(role, ())) == 2)
-    shapes = {role: shape[::-1] if role in flipped else shape for role, shape in stored.items()}
-    experts = bool(flips) and not flipped and len(shapes.get("A", ())) == 3
-    variant = "experts" if experts else _variant(shapes, table=table)
-    sizes = _SIZES.get(variant, _pair)(shapes)
+    flipped = flips if grouped else tuple(role for role in flips if len(stored.get(role, ())) == 2)
+    shapes = {role: (*shape[:-2], *shape[:-3:-1]) if role in flipped else shape for role, shape in stored.items()}
+    experts = bool(flips) and (grouped or not flipped) and len(shapes.get("A", ())) == 3
+    variant = "experts" if experts else _variant(shapes, table=table, method=method)
+    sizes = (_SIZES.get(variant) or (_pair if "A" in shapes or "B" in shapes else _unsized))(shapes)
     _refuse_dtypes(parts)
     main = "A" if "A" in parts else next(iter(parts))
     kernel = stored["A"][2:] if "A" in stored and not experts else ()
-    return LoraModule("", *sizes, None, False, parts[main][0], {}, variant, "", kernel, flipped)
+    number = stored["A"][0] if experts else 1
+    return LoraModule("", *sizes, None, False, parts[main][0], {}, variant, "", kernel, flipped, number)
 
 
-def _variant(shapes: Shapes, *, table: bool) -> str:
+def _variant(shapes: Shapes, *, table: bool, method: str = "lora") -> str:
     """Name what a module is by the roles it has.
 
-    lora, conv, embedding; dora, lora_bias, tucker, loha, lokr; lora_diff (a pair beside whole tensors); diff, norm, set
-    (whole tensors alone).
+    lora, conv, embedding; dora, lora_bias, tucker, loha, lokr; lora_diff (a pair beside whole tensors); diff, norm,
+    set, tokens, copy (whole tensors alone); oft, ia3, … (other methods).
     """
+    if other := next((OTHER_PARTS[role] for role in shapes if role in OTHER_PARTS), None):
+        return "boft" if len(shapes.get("oft_blocks", ())) == 4 else other
+    if any(role not in _KNOWN_ROLES for role in shapes):
+        return method
     if any(role.startswith("hada_") for role in shapes):
         return "loha"
     if any(role.startswith("lokr_") for role in shapes):
@@ -90,12 +106,18 @@ def _variant(shapes: Shapes, *, table: bool) -> str:
         return "lora_diff" if "A" in shapes or "B" in shapes else _whole(shapes)
     if table:
         return "embedding"
+    if shapes.keys() <= COPIES:
+        return "copy"
     return "conv" if len(shapes.get("A", ())) > 2 else "lora"
 
 
 def _whole(shapes: Shapes) -> str:
     if "diff" in shapes or "diff_b" in shapes:
         return "diff"
+    if "token_rows" in shapes:
+        return "tokens"
+    if {"set_weight", "set_bias"} & shapes.keys():
+        return "set"
     return "set" if "set_weight" in shapes or "reshape_weight" in shapes else "norm"
 
 
@@ -165,15 +187,31 @@ def _factor(shapes: Shapes, name: str) -> Sizes:
 
 def _full(shapes: Shapes) -> Sizes:
     """Sizes of whole tensors: [out, in, ...] of a weight, or [n] of a bias or norm; nothing low-rank, so rank 0."""
-    role = next((role for role in ("diff", "set_weight", "w_norm") if role in shapes), next(iter(shapes)))
+    roles = ("diff", "set_weight", "w_norm", "token_rows", "base_copy")
+    role = next((role for role in roles if role in shapes), next(iter(shapes)))
     shape = shapes[role]
+    if role == "set_weight" and not shape:  # a counter of a batch norm
+        return 0, 0, 1
     if not 1 <= len(shape) <= _MOST_DIMENSIONS:
         raise ShapeError(role, f"has {len(shape)} dimensions {_shown(shape)}, 1 to 5 are needed")
     return 0, shape[1] if len(shape) > 1 else 0, shape[0]
 
 
+def _unsized(shapes: Shapes) -> Sizes:
+    return 0, 0, 0
+
+
+def _adalora(shapes: Shapes) -> Sizes:
+    """Sizes of A: [r, in], E: [r, 1], B: [out, r]; the update is B @ (A * E)."""
+    rank, inputs, outputs = _pair(shapes)
+    if shapes.get("lora_E") != (rank, 1):
+        raise ShapeError("lora_E", f"AdaLoRA needs lora_E [{rank}, 1]")
+    return rank, inputs, outputs
+
+
 _SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
     "tucker": _tucker, "loha": _loha, "lokr": _lokr, "experts": _experts, "diff": _full, "norm": _full, "set": _full,
+    "tokens": _full, "copy": _full, "adalora": _adalora,
 }  # fmt: skip
 
 
@@ -187,7 +225,7 @@ def _positive(role: str, rank: int, inputs: int, outputs: int, shape: tuple[int,
 
 def _refuse_dtypes(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     for role, (dtype, _) in parts.items():
-        if role not in _NOT_WEIGHTS and not is_float(dtype):
+        if role in _KNOWN_ROLES and role not in _NOT_WEIGHTS and not is_float(dtype):
             raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed")
 
 

@@ -6,16 +6,16 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.files.adapter import LoraParts, LoraWeights
 from harness.files.alpha import MLX
 from harness.files.config import build
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
-from harness.files.gguf_file import write_gguf
+from harness.files.gguf_file import ARCHITECTURE_KEY, write_gguf
 from harness.files.keys import PAIRS
 from harness.law.scale import trained_scale
 from harness.outputs import replace_file
@@ -71,13 +71,70 @@ def write_lora(
         ValueError: an argument that cannot be written, named with its value.
         LoraFileError: `gguf` is not installed.
     """
+    content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
+    return save(path, format, replace(content, tensors=_ordered(content.tensors, key_order)))
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a file: tensors in the order of the data, metadata, configuration, and GGUF's alpha.
+
+    `config` is that of the whole file as its format keeps it: beside the file, or in the header with its component
+    before every field.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any]
+    alpha: float | None = None
+
+
+def compose(
+    format: str,
+    modules: Modules,
+    *,
+    rslora: bool = False,
+    dtype: torch.dtype | None = None,
+    prefix: str | None = None,
+    pair: str | None = None,
+) -> Content:
+    """Return what `write_lora` writes.
+
+    Raises:
+        ValueError: an argument that cannot be written, named with its value.
+    """
     row = _row(format, modules, pair)
     prefix = row.write_prefix if prefix is None else prefix
     if rslora and row.alpha[0] in ("tensor", "kv"):
         modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
-    config = _config(row, modules, rslora)
-    return _save(Path(path), row, _ordered(tensors, key_order), _metadata(row, prefix, config), config, modules)
+    config = configuration(row, modules, rslora=rslora)
+    if row.alpha[0] == "header":
+        config = {f"{prefix}{key}": value for key, value in config.items()}
+    return Content(tensors, row.metadata, config, _one("gguf", "alpha", modules) if row.alpha[0] == "kv" else None)
+
+
+def save(path: Path | str, format: str, content: Content) -> Path:
+    """Write `content` as `write_lora` does and return what a loader gets.
+
+    Raises:
+        ValueError: a dtype that LoRA files do not have.
+        LoraFileError: `gguf` is not installed.
+    """
+    row, path = FORMATS[format], Path(path)
+    target = path / row.weights_name if row.folder else _with_suffix(path, row.suffix)
+    if row.alpha[0] == "kv":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(target, content.tensors, content.alpha, content.metadata.get(ARCHITECTURE_KEY, "llama"))
+        return target
+    config = json.dumps(content.config, indent=2, sort_keys=True)
+    header = {HEADER_KEY: config} if row.alpha[0] == "header" and content.config else {}
+    serialized = _serialized(content.tensors, {**content.metadata, **header})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, serialized)
+    if row.folder:
+        replace_file(path / CONFIG_NAME, config.encode() + b"\n")
+    return path if row.folder else target
 
 
 def _row(format: str, modules: Modules, pair: str | None) -> Format:
@@ -123,7 +180,7 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
 
     tensors: dict[str, Tensor] = {}
     for name, weights in modules.items():
-        stem = prefix + _stem(row, name)
+        stem = prefix + stem_of(row, name)
         for role, tensor in weights.parts.items():
             key = f"{stem}.{_tail(row, role, pair)}"
             if key in tensors:
@@ -135,7 +192,12 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
     return tensors
 
 
-def _stem(row: Format, name: str) -> str:
+def stem_of(row: Format, name: str) -> str:
+    """Return how a format spells a module path behind its prefix.
+
+    Raises:
+        ValueError: it has no such module.
+    """
     if row.naming is None:
         return name.replace(".", "_") if row.flattened else name
     if stem := row.naming.write(name):
@@ -152,7 +214,28 @@ def _tail(row: Format, role: str, pair: str) -> str:
     return own.get(role) or _PART_TAILS.get(role, role)
 
 
-def _config(row: Format, modules: Modules, rslora: bool) -> dict[str, Any]:
+class Ranked(Protocol):
+    """What the configuration says of a module: its rank and alpha, and which parts it has."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of the pair."""
+
+    @property
+    def alpha(self) -> float | None:
+        """Its alpha, None without one."""
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Its tensors by role."""
+
+
+def configuration(row: Format, modules: Mapping[str, Ranked], *, rslora: bool = False) -> dict[str, Any]:
+    """Return the configuration of one component: PEFT's, mlx-lm's, or the header's; empty where there is none.
+
+    Raises:
+        ValueError: the format has one rank or alpha for all modules, and these differ.
+    """
     if row.alpha[0] == "scale":
         return _mlx_config(modules, rslora)
     alphas = {name: weights.alpha for name, weights in modules.items() if weights.alpha is not None}
@@ -177,7 +260,7 @@ def _peft_config(scales: dict[str, Any], roles: set[str]) -> dict[str, Any]:
     return {**_PEFT_COMMON, **_PEFT_LORA, **scales, **bias, "use_dora": "magnitude" in roles}
 
 
-def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
+def _mlx_config(modules: Mapping[str, Ranked], rslora: bool) -> dict[str, Any]:
     """Return mlx-lm's adapter_config.json; with `num_layers` 0 only the modules named in `keys` are adapted."""
     if missing := [name for name, weights in modules.items() if weights.alpha is None]:
         raise ValueError(f"modules[{missing[0]!r}].alpha=None: a mlx configuration always has a scale")
@@ -186,7 +269,7 @@ def _mlx_config(modules: Modules, rslora: bool) -> dict[str, Any]:
     return {"fine_tune_type": "lora", "num_layers": 0, MLX: {**parameters, "keys": sorted(modules)}}
 
 
-def _one(format: str, what: str, modules: Modules) -> Any:
+def _one(format: str, what: str, modules: Mapping[str, Ranked]) -> Any:
     """Return the rank or alpha that all of `modules` share, for a format that stores one."""
     found = list(dict.fromkeys(getattr(weights, what) for weights in modules.values()))
     if len(found) > 1:
@@ -194,35 +277,11 @@ def _one(format: str, what: str, modules: Modules) -> Any:
     return found[0]
 
 
-def _metadata(row: Format, prefix: str, config: Mapping[str, Any]) -> dict[str, str]:
-    if not config or row.alpha[0] != "header":
-        return dict(row.metadata)
-    text = json.dumps({f"{prefix}{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
-    return {**row.metadata, HEADER_KEY: text}
-
-
-def _save(
-    path: Path, row: Format, tensors: dict[str, Tensor], metadata: dict[str, str], config: Any, modules: Modules
-) -> Path:
-    target = path / row.weights_name if row.folder else _with_suffix(path, row.suffix)
-    if row.alpha[0] == "kv":
-        alpha = _one(row.name, "alpha", modules)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(target, tensors, alpha)
-        return target
-    content = _serialized(tensors, metadata)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, content)
-    if row.folder:
-        replace_file(path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    return path if row.folder else target
-
-
 def _with_suffix(path: Path, suffix: str) -> Path:
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
 
 
-def _ordered(tensors: dict[str, Tensor], order: KeyOrder) -> dict[str, Tensor]:
+def _ordered(tensors: Mapping[str, Tensor], order: KeyOrder) -> dict[str, Tensor]:
     """Return the tensors sorted by name, or in the permutation `order`, or in one drawn from a random generator.
 
     Raises:

@@ -10,6 +10,9 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.isolation import frames
@@ -21,6 +24,8 @@ Status = Literal["done", "raised", "timeout", "killed", "memory"]
 TAIL_BYTES = 4096
 READ_BYTES = 1 << 16
 POLL_SECONDS = 0.1  # where no descriptor tells of a process's end
+_FOLDER = "lora-harness-job-held-"  # releases that held no lock on their folders named them otherwise
+_YOUNG_SECONDS = 60.0  # a folder may be there a moment before its lock
 _CHUNKS = 64  # at most 4 MiB at once: a child that prints for ever must not keep the others waiting
 
 
@@ -31,7 +36,9 @@ class Process:
         orders_end, self._orders = os.pipe()
         self._messages, messages_end = os.pipe()
         self._output, output_end = os.pipe()
-        self.folder = tempfile.mkdtemp(prefix="lora-harness-job-")
+        remove_left_folders(tempfile.gettempdir())
+        self.folder = tempfile.mkdtemp(prefix=_FOLDER)
+        self._held = _hold(self.folder)
         parent, self.pid = os.getpid(), fork()
         if self.pid == 0:
             for mine in (self._orders, self._messages, self._output):
@@ -126,10 +133,45 @@ class Process:
     def close(self) -> None:
         """Let go of a process that is over: of what it left behind in its group, its pipes and its folder."""
         kill_group(self.pid)
-        for descriptor in (self._orders, self._messages, self._output, self._death):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for descriptor in (self._orders, self._messages, self._output, self._death, self._held):
             if descriptor is not None:
                 os.close(descriptor)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@cache
+def remove_left_folders(root: str) -> None:
+    """Remove the folders of runs that were killed with all their processes; once in this process."""
+    for folder in Path(root).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _YOUNG_SECONDS:
+                _remove_unheld(folder)
+
+
+def _remove_unheld(folder: Path) -> None:
+    held = _hold(folder)
+    if held is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _hold(folder: Path | str) -> int | None:
+    """Return a descriptor that locks a folder until this process and all that it forks have ended or closed it.
+
+    None where another process holds it, or where there are no such locks. Process ids would not do: containers that
+    share a folder count them each for itself.
+    """
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl = import_module("fcntl")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _end(message: dict[str, Any]) -> tuple[Status, str | None]:

@@ -1,10 +1,10 @@
-"""What is known of released loaders: the committed table of measured laws, and the strengths that it prescribes."""
+"""What is known of the tools people load LoRA files with: a row each, its law, and the strength that it prescribes."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,10 @@ from harness.law.grammar import ALPHA, RANK, STRENGTH, word_of
 from harness.law.law import Law
 from harness.law.probe import Probe
 from harness.law.scale import trained_scale
+from harness.text import read_toml
 
 M = TypeVar("M", bound="Scaled")
-_TABLE = Path(__file__).with_name("known.json")
+_TABLE = Path(__file__).with_name("tools.toml")
 
 
 class Scaled(Protocol):
@@ -38,21 +39,13 @@ class Scaled(Protocol):
     def keys(self) -> Mapping[str, str]:
         """Role -> key in the file."""
 
-
-class Adapter(Protocol):
-    """A parsed LoRA file as far as its scales go."""
+    @property
+    def variant(self) -> str:
+        """What the module is made of: `lora`, `dora`, `lokr`, …"""
 
     @property
-    def format(self) -> str:
-        """How the file names its keys."""
-
-    @property
-    def modules(self) -> Mapping[str, Scaled]:
-        """Its modules by name."""
-
-    @property
-    def problems(self) -> Sequence[Any]:
-        """What was wrong while reading; a `fatal` one lost a module."""
+    def unscaled(self) -> bool:
+        """Whether its writer trains at scale 1 and never saves an alpha."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +90,67 @@ class ScaleLaw:
         return law.scale(Probe("", 1.0, 0, (module.alpha,), (module.rank,), 0.0, 0.0))
 
 
+@dataclass(frozen=True)
+class Tool:
+    """A tool that people load LoRA files with, as `tools.toml` has it; see there for what the fields mean."""
+
+    name: str
+    title: str
+    field: str
+    known: str
+    law: ScaleLaw
+    formats: tuple[str, ...]
+    without_alpha: str
+    alpha_zero: str
+    release: str = ""
+    versions: str = ""
+    loader: str = ""
+    source: str = ""
+    by_name: tuple[str, ...] = ()
+    original_names: bool = False
+    families: tuple[str, ...] | None = None
+    variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+
+    @property
+    def provenance(self) -> str:
+        """How the row is known: `measured on 0.42.1`, or `read in the code of 2026-06`."""
+        return f"measured on {self.release}" if self.known == "measured" else f"read in the code of {self.release}"
+
+    def without(self, variant: str) -> str:
+        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known."""
+        if (says := self.variants.get(variant, "ok")) != "ok":
+            return says
+        limits = (each for each in self.limits if each["effect"] == "drops")
+        return next((str(each["says"]) for each in limits if variant in each["file"].get("variant", ())), "")
+
+
+_POWERS = ("strength", "alpha", "rank", "constant", "rslora")
+
+
+@cache
+def tools() -> dict[str, Tool]:
+    """Return the tools by name."""
+    return {row["name"]: _tool(row) for row in read_toml(_TABLE)["tool"]}
+
+
+def _tool(row: Mapping[str, Any]) -> Tool:
+    powers = {name: row[name] for name in _POWERS if name in row}
+    law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
+    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits") if name in row}
+    return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
+
+
 @cache
 def known_laws() -> dict[str, ScaleLaw]:
-    """Return the measured laws by loader."""
-    return _section("loaders")
+    """Return the law of every tool by its name."""
+    return {name: tool.law for name, tool in tools().items()}
 
 
 @cache
 def conventions() -> dict[str, ScaleLaw]:
     """Return the four ways in which readers use alpha and rank."""
-    return _section("conventions")
-
-
-def _section(name: str) -> dict[str, ScaleLaw]:
-    rows: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))[name]
-    return {loader: ScaleLaw.of_powers(loader, **row) for loader, row in rows.items()}
+    return {name: ScaleLaw.of_powers(name, **row) for name, row in read_toml(_TABLE)["convention"].items()}
 
 
 def prescribe(law: ScaleLaw, modules: Iterable[Scaled], *, lora_alpha: float | None = None) -> float | None:
@@ -130,21 +169,12 @@ def prescribe(law: ScaleLaw, modules: Iterable[Scaled], *, lora_alpha: float | N
 def wanted_scale(module: Scaled, lora_alpha: float | None = None) -> float | None:
     """Return the trained scale as far as it is known: a zero alpha tensor is read as 0, as 1 or as the rank."""
     if module.rank and module.alpha is None and lora_alpha is None:
+        return 1.0 if module.unscaled else None
+    if module.rank and module.alpha == 0 and "alpha" in module.keys and lora_alpha is None:
         return None
-    if module.rank and module.alpha == 0 and "alpha" in module.keys:
-        return None
-    alpha = lora_alpha if module.alpha is None else module.alpha
+    alpha = lora_alpha if lora_alpha is not None and not module.alpha else module.alpha
     found = trained_scale(alpha, module.rank, rslora=module.rslora)
     return found if math.isfinite(found) else None
-
-
-def prescriptions(adapter: Adapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:
-    """Return the strength to pass for every known loader that reads the format of `adapter`."""
-    laws = {name: law for name, law in known_laws().items() if adapter.format in law.formats}
-    different = distinct(adapter.modules.values())
-    if not different or any(problem.fatal for problem in adapter.problems):
-        return dict.fromkeys(laws)
-    return {name: prescribe(law, different, lora_alpha=lora_alpha) for name, law in laws.items()}
 
 
 def distinct(modules: Iterable[M]) -> list[M]:

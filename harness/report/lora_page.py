@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class Shown:
         if bad:
             said = "; ".join(dict.fromkeys(CODES[hazard.code].title for hazard in bad[:_TITLES]))
             return ("xfailed" if record.severity == "warning" else "failed"), count(len(bad), "hazard"), said
-        return "passed", "no hazard", "readers agree about this file; the option --base tells how strong it is"
+        return "passed", "no hazard", f"{record.headline} The option --base tells how strong it is."
 
     @cached_property
     def blocks(self) -> list[BlockEnergy]:
@@ -125,7 +125,7 @@ def checked_target(path: Path | str) -> Path:
 def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harness inspect") -> str:
     """Return the page as HTML text: a pure function of the records."""
     shown = [Shown(record, f"file-{index}") for index, record in enumerate(records, 1)]
-    return _page(
+    parts = _page(
         "lora.html.j2",
         asset("lora.js"),
         files=shown,
@@ -135,24 +135,38 @@ def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harn
         laws=known_laws(),
         command=command,
     )
+    return "".join(parts)
 
 
-def render_audit_page(rows: Sequence[FileRecord]) -> str:
-    """Return the page of an audit as HTML text: what is wrong how often, and every file with its verdict."""
+class _Files:
+    """The rows of an audit as its page shows them, one in memory at a time."""
+
+    def __init__(self, rows: Sequence[FileRecord]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[FileRecord, Shown]]:
+        return ((row, Shown(row, "")) for row in self._rows)
+
+
+def audit_page(rows: Sequence[FileRecord]) -> Iterator[str]:
+    """Yield the page of an audit as HTML text: what is wrong how often, and every file with its verdict."""
     return _page(
         "audit.html.j2",
         asset("lora.js") + asset("audit.js"),
-        files=[(row, Shown(row, "")) for row in rows],
+        files=_Files(rows),
         headline=_audit_headline(rows),
         often=_often(rows),
     )
 
 
-def _page(template: str, script: Any, **parts: Any) -> str:
+def _page(template: str, script: Any, **parts: Any) -> Iterator[str]:
     style, page = asset("report.css") + asset("lora.css"), environment()
     page.filters["counted"] = _counted
     shared = {"policy": policy(script, style), "style": style, "script": script}
-    return page.get_template(template).render(**shared, **parts)
+    return page.get_template(template).generate(**shared, **parts)
 
 
 def _headline(shown: Sequence[Shown]) -> str:
@@ -164,9 +178,10 @@ def _headline(shown: Sequence[Shown]) -> str:
 
 
 def _audit_headline(rows: Sequence[FileRecord]) -> str:
-    unreadable = sum(not row.readable for row in rows)
-    hazards = sum(bool(row.hazards) for row in rows) - unreadable
-    copies = sum(row.duplicate_of is not None for row in rows)
+    kinds = Counter((row.readable, bool(row.hazards), row.duplicate_of is not None) for row in rows)
+    unreadable = sum(times for (readable, _, _), times in kinds.items() if not readable)
+    hazards = sum(times for (_, hazard, _), times in kinds.items() if hazard) - unreadable
+    copies = sum(times for (_, _, copy), times in kinds.items() if copy)
     parts = [f"{len(rows) - hazards - unreadable:,} without hazards"]
     parts += [f"{hazards:,} with"] if hazards else []
     parts += [f"{unreadable:,} unreadable"] if unreadable else []

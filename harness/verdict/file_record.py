@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
+from harness.text import count, first_of
 from harness.verdict.codes import CODES, SEVERITIES, Severity
 from harness.verdict.verdict import Record
 
@@ -47,15 +49,61 @@ class Advice(Record):
     advice: tuple[str, ...] = ()
 
 
+class BaseFit(Record):
+    """How much of a LoRA applies to a base.
+
+    `applied` of `modules` modules fit a layer. `foreign` have none (the first ones), `misfits` one of another shape,
+    `unplaced` one whose rows cannot be told, both with the reason; `missing` are layers of the base of the same kinds
+    that the LoRA leaves out. `replaced` says which prefix had to be replaced for names to fit, `names` whose two names
+    for a layer were needed.
+    """
+
+    base: str
+    applied: int
+    modules: int
+    foreign: tuple[str, ...] = ()
+    foreign_total: int = 0
+    misfits: dict[str, str] = Field(default_factory=dict)
+    unplaced: dict[str, str] = Field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    missing_total: int = 0
+    replaced: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What it comes to in one sentence, what does not apply first."""
+        parts = []
+        if self.foreign_total:
+            have = "has" if self.foreign_total == 1 else "have"
+            of = count(self.modules, "module")
+            parts.append(f"{self.foreign_total} of {of} {have} no layer in the base, such as {self.foreign[0]}")
+        for what, some in (("do not fit their layer", self.misfits), ("cannot be placed", self.unplaced)):
+            if some:
+                name, why = next(iter(some.items()))
+                parts.append(f"{len(some)} of {count(self.modules, 'module')} {what}: {name}: {why}")
+        shapes = "; shapes fit" if self.applied and not self.misfits else ""
+        parts.append(f"applies to {self.applied} of {count(self.modules, 'module')}{shapes}")
+        if self.missing_total:
+            parts.append(
+                f"leaves out {count(self.missing_total, 'layer')} of the same kinds ({first_of(self.missing)})"
+            )
+        bridged = (f"matched by the two names that layers of {name} have" for name in self.names)
+        return "; ".join([*parts, *self.replaced, *bridged])
+
+
 class FileRecord(Record):
     """One LoRA file.
 
     `ranks`, `alphas`, `variants`, `dtypes` and `components` count modules by value (alpha `none`: the file has none).
     `scales` gives, for each convention (`alpha / rank`, `alpha / sqrt(rank)`, `alpha`, `1`), the smallest and largest
     factor on B @ A that a loader of that convention applies at strength 1. `trained` is the same for the trained scale.
-    `coverage` is the share of keys that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without
-    a base. `prescription` maps a loader that reads this format to the strength that reproduces training; null when no
-    single value can or the file does not say enough.
+    `ranks` leaves out what has no rank; `full` are LoKr modules of two full factors. `coverage` is the share of keys
+    that are understood. `energy` maps a module to ||ΔW|| / ||W||, or to ||ΔW|| without a base. `prescription` maps a
+    tool that reads this format to the strength that reproduces training; null when no single value can, a finding says
+    that the tool breaks the file, or the file does not say enough: `unprescribed` then has the reason and what to do.
+    `findings` are the pages of docs/findings whose fault the file meets. `weights_read` says that every weight was
+    looked at, and not only the header. `fit` is how much of it applies to the base, where one is given.
 
     An audit adds: `size` and `mtime` (ns), which tell whether the file is the one that was read; `fingerprint`, a hash
     of the tensors' names, shapes and a few kilobytes; `digest` of all of their bytes (only where fingerprints agree,
@@ -84,7 +132,12 @@ class FileRecord(Record):
     energy: dict[str, float] | None = None
     energies: dict[str, ModuleEnergy] | None = None
     advice: Advice | None = None
+    fit: BaseFit | None = None
     prescription: dict[str, float | None] = Field(default_factory=dict)
+    unprescribed: dict[str, str] = Field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+    dialect: str = ""
+    weights_read: bool = False
     mtime: int | None = None
     seconds: float | None = None
     fingerprint: str | None = None
@@ -95,6 +148,21 @@ class FileRecord(Record):
     def readable(self) -> bool:
         """Tell whether the file could be read at all."""
         return self.format is not None
+
+    @property
+    def headline(self) -> str:
+        """What the scales mean for a person who loads the file, in one sentence or two."""
+        if self.trained is None or not self.modules:
+            return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
+        low, high = self.trained
+        if not math.isclose(low, high, rel_tol=1e-6):
+            span = f"alpha / rank = {low:.4g} to {high:.4g} by module"
+            return f"Standard: {span}. No strength makes loaders right that ignore alpha."
+        said = f"Standard: alpha / rank = {low:.4g}."
+        if low == 1 or low <= 0:
+            return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
+        times = f"{1 / low:.4g}x too strong" if low < 1 else f"{low:.4g}x too weak"
+        return f"{said} Loaders that ignore alpha are {times}."
 
     @property
     def codes(self) -> tuple[str, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.checks.cell import Cell
 from harness.checks.law import measure_law
 from harness.checks.strength_table import strength_table
+from harness.files import LoraWeights, write_lora
 from harness.law.known import known_laws
 from harness.loaders.registry import installed, resolve
 
@@ -26,6 +28,23 @@ def test_the_table_has_the_law_that_is_measured(name: str) -> None:
     assert law.exponents == row.law.exponents
     assert law.constant == row.law.constant
     assert not law.ambiguous
+
+
+def test_transformers_applies_an_adapter_at_alpha_over_rank(tmp_path: Path) -> None:
+    """The row of `transformers`, which is no live loader: `model.load_adapter(folder)`."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    names = [f"model.layers.0.self_attn.{each}_proj" for each in "qo"]
+    weights = [LoraWeights(torch.randn(r, 24), torch.randn(24, r), alpha) for r, alpha in ((4, 2.0), (8, 12.0))]
+    model.load_adapter(str(write_lora(tmp_path / "peft", "peft", dict(zip(names, weights, strict=True)))))
+    for name, each in zip(names, weights, strict=True):
+        assert each.alpha is not None
+        delta = model.get_submodule(name).get_delta_weight("default")
+        assert torch.allclose(delta, each.alpha / each.rank * (each.b @ each.a), atol=1e-5)
+    row = known_laws()["transformers"]
+    assert row.law.is_trained
 
 
 def founding(rank: int, alpha: float, *strengths: float) -> list[tuple[float, str]]:

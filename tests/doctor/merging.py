@@ -33,7 +33,9 @@ class Case:
         save_file({**tensors, **changes}, self.folder / "merged.safetensors")
         return self.folder / "merged.safetensors"
 
-    def verify(self, merged: Path, lora: str = "lora.safetensors", **options: float | bool) -> MergeReport:
+    def verify(
+        self, merged: Path, lora: str = "lora.safetensors", **options: float | bool | tuple[str, ...]
+    ) -> MergeReport:
         return verify_merge(self.folder / "base.safetensors", merged, self.folder / lora, **options)  # type: ignore[arg-type]
 
 

@@ -161,7 +161,7 @@ def test_names_behind_a_checkpoint_prefix_are_found(tmp_path: Path) -> None:
     adapter = read_lora(write_lora(tmp_path / "x", "kohya", lora(1.0)))
     weights = Checkpoint.open(tmp_path / "b.safetensors")
     assert weights.match(adapter) == {f"blocks_{i}_to_q": f"blocks.{i}.to_q.weight" for i in range(2)}
-    assert untargeted(adapter, weights) == []
+    assert untargeted(weights, weights.place(adapter)) == []
 
 
 def test_the_norm_of_a_large_base_weight_is_accumulated_in_float64(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.doctor.verify.products import Hadamard, Kronecker, LowRank, Product, Whole, sums_by_chunk
+from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Whole, sums_by_chunk
+from harness.doctor.verify.rows import Rounding
 
 torch.manual_seed(0)
 PAIRS = [(torch.randn(12, 3), torch.randn(3, 20)) for _ in range(2)]
@@ -38,13 +39,29 @@ def test_the_sums_of_rows_are_those_of_the_matrix(product: Product, dense: torch
     after[7] = before[7]
     stored = (lambda *run: before[slice(*run)]), (lambda *run: after[slice(*run)])
     change = (after - before).double()
-    for sums in (product.row_sums(*stored, dtype="float32"), sums_by_chunk(product, *stored, dtype="float32")):
+    rounding = Rounding(0.5, "float32", 2.0**-24, float(dense.square().mean().sqrt()))
+    for sums in (product.row_sums(*stored, rounding), sums_by_chunk(product, *stored, rounding)):
         assert torch.allclose(torch.from_numpy(sums.overlap).double(), (change * dense).sum(1), rtol=1e-4, atol=1e-5)
         assert torch.allclose(torch.from_numpy(sums.product).double(), dense.double().square().sum(1), rtol=1e-4)
+        assert torch.allclose(torch.from_numpy(sums.energy).double(), change.square().sum(1), rtol=1e-4)
         assert sums.changed.tolist() == [row != 7 for row in range(12)]
+        assert (sums.misfit > 1).tolist() == [row == 7 for row in range(12)]
 
 
-def test_a_low_rank_product_is_padded_with_rows_of_zeros() -> None:
-    padded = LowRank(*PAIRS[0]).padded(15)
-    assert torch.equal(padded.part(torch.arange(15), slice(None), torch.float32)[12:], torch.zeros(3, 20))
-    assert LowRank(*PAIRS[0]).padded(12).shape == (12, 20)
+@each_product
+def test_some_rows_are_those_of_the_matrix(product: Product, dense: torch.Tensor) -> None:
+    found = product.sliced(3, 9)
+    assert found.shape == (6, 20)
+    assert torch.allclose(
+        found.part(torch.tensor([0, 5]), slice(None), torch.float64), dense.double()[[3, 8]], atol=1e-6
+    )
+
+
+def test_experts_lie_one_below_the_other() -> None:
+    left, right = torch.randn(4, 3, 2), torch.randn(4, 2, 5)
+    dense = (left @ right).double()
+    found, rows = Experts(left, right), torch.tensor([0, 4, 11])
+    assert found.shape == (12, 5)
+    assert torch.allclose(found.part(rows, slice(None), torch.float64), dense.reshape(12, 5)[rows], atol=1e-6)
+    turned = dense.transpose(1, 2).reshape(20, 3)
+    assert torch.allclose(found.turned().part(torch.arange(20), slice(None), torch.float64), turned, atol=1e-6)

@@ -114,10 +114,10 @@ def test_nothing_is_replaced_without_force_and_the_source_never(tmp_path: Path, 
 
 
 def test_a_failed_check_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import harness.doctor.repair.repair as module
+    import harness.doctor.repair.proof as module
 
     path = write_lora(tmp_path / "old", "kohya", weights())
-    monkeypatch.setattr(module, "_difference", lambda *_: 0.5)
+    monkeypatch.setattr(module, "_pair_error", lambda *_: 0.5)
     with pytest.raises(UserError, match="not written"):
         repair_file(path, "kohya", tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -30,7 +30,7 @@ def test_float32_products_are_exact_to_float32(rows: int, dtype: torch.dtype) ->
     spans = [(start, min(start + 512, rows)) for start in range(0, rows, 512)]
     rounded = dtype == torch.bfloat16
     found = module._in_float32(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, spans, rounded=rounded)
-    assert worst(found, exact(before, after, right)) < 1e-5
+    assert worst(found.products, exact(before, after, right)) < 1e-5
 
 
 def test_bfloat16_products_agree_within_their_rounding() -> None:
@@ -38,8 +38,8 @@ def test_bfloat16_products_agree_within_their_rounding() -> None:
     found = module._in_one_dtype(
         lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, [(0, 512), (512, 700)], torch.bfloat16, "cpu"
     )
-    assert found.dtype == torch.float32
-    assert worst(found, exact(before, after, right)) < 1e-2
+    assert found.products.dtype == torch.float32
+    assert worst(found.products, exact(before, after, right)) < 1e-2
 
 
 def test_a_base_in_float32_is_rounded_as_the_merge_was() -> None:
@@ -48,7 +48,8 @@ def test_a_base_in_float32_is_rounded_as_the_merge_was() -> None:
     found = row_products(
         lambda *s: base[slice(*s)], lambda *s: base.bfloat16()[slice(*s)], right, rows=300, bfloat16=True
     )
-    assert not found.any()
+    assert not found.products.any()
+    assert not found.energies.any()
 
 
 def test_rows_of_any_width_are_read_once_and_in_order() -> None:
@@ -62,7 +63,7 @@ def test_rows_of_any_width_are_read_once_and_in_order() -> None:
 
     found = row_products(rows, lambda *s: after[slice(*s)], right, rows=5, bfloat16=False)
     assert read == [(0, 2), (2, 4), (4, 5)]
-    assert worst(found, exact(before, after, right)) < 1e-4
+    assert worst(found.products, exact(before, after, right)) < 1e-4
 
 
 def test_the_choice_is_made_once() -> None:
@@ -78,5 +79,22 @@ def test_another_device_makes_the_same_products(dtype: torch.dtype, chunk: int) 
     work = torch.bfloat16 if in_bfloat16 else torch.float32
     spans = module._spans(700, 1024, chunk)
     found = module._in_one_dtype(lambda *s: before[slice(*s)], lambda *s: after[slice(*s)], right, spans, work, "cpu")
-    assert found.dtype == torch.float32
-    assert worst(found, exact(before, after, right)) < (0.01 if in_bfloat16 else 1e-5)
+    assert found.products.dtype == torch.float32
+    assert worst(found.products, exact(before, after, right)) < (0.01 if in_bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_energy_of_each_row_is_that_of_its_change(dtype: torch.dtype) -> None:
+    (before, after), right = weights(700, 1024, dtype), torch.randn(2, 1024)
+    after[5, 3], after[6] = torch.nan, before[6]
+    spans = [(0, 512), (512, 700)]
+    stored = (lambda *s: before[slice(*s)]), (lambda *s: after[slice(*s)])
+    wanted = (after.double() - before.double()).square().sum(1)
+    for found in (
+        module._in_float32(*stored, right, spans, rounded=False),
+        module._in_one_dtype(*stored, right, spans, dtype, "cpu"),
+    ):
+        assert torch.isnan(found.energies).nonzero().tolist() == [[5]]
+        assert found.energies[6] == 0
+        kept = ~torch.isnan(wanted)
+        assert torch.allclose(found.energies.double()[kept], wanted[kept], rtol=1e-2)

@@ -111,9 +111,10 @@ def test_the_command_exits_with_its_verdict_and_prints_json_lines(tmp_path: Path
 
 def test_a_merge_of_which_nothing_can_be_measured_is_no_pass(tmp_path: Path) -> None:
     save_file({"layer.weight": torch.ones(8, 8)}, tmp_path / "base.safetensors")
-    save_file({"lora_unet_layer.set_weight": torch.ones(8, 8)}, tmp_path / "lora.safetensors")
+    save_file({"lora_unet_layer.oft_blocks": torch.ones(2, 4, 4)}, tmp_path / "lora.safetensors")
     paths = [tmp_path / name for name in ("base.safetensors", "base.safetensors", "lora.safetensors")]
     report = verify_merge(*paths)
-    assert (report.ok, report.exit_code, report.overall.outcome) == (False, 2, "skipped")
-    assert "not judged" in report.overall.text()
-    assert "a replaced weight" in report.overall.text()
+    assert (report.ok, report.exit_code, report.overall.outcome) == (False, 3, "skipped")
+    assert report.overall.title.startswith("0 of 1 right, 1 NOT JUDGED: layer")
+    assert "not judged  unsupported: OFT / BOFT is not read" in report.overall.text()
+    assert verify_merge(*paths, allow_unjudged=("unsupported",)).exit_code == 0

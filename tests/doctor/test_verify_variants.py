@@ -215,7 +215,7 @@ def test_a_whole_difference_beside_a_pair_has_no_alpha_and_one_on_its_weight_is_
     own = {"a.weight": base["a.weight"] + 2 * b @ a, "a.bias": base["a.bias"] + lora["lora_unet_a.diff_b"]}
     both = {"c.weight": base["c.weight"] + 2 * b @ a + lora["lora_unet_c.diff"]}
     report = stored(tmp_path, {**base, **own, **both})
-    assert report.ok, report.overall.text()
+    assert report.exit_code == 3, report.overall.text()
     assert [verdict.outcome for verdict in report.modules] == ["passed", "passed", "skipped"]
     assert "are not told apart" in report.overall.text()
 
@@ -225,6 +225,7 @@ def test_what_is_not_read_is_listed_and_its_layer_not_blamed(tmp_path: Path) -> 
     base = {f"blocks.{i}.weight": torch.randn(64, 64) for i in range(3)}
     a, b = torch.randn(4, 64), torch.randn(64, 4)
     lora = {"lora_unet_blocks_0.lora_down.weight": a, "lora_unet_blocks_0.lora_up.weight": b}
+    lora["lora_unet_blocks_0.alpha"] = torch.tensor(4.0)
     lora |= {
         "lora_unet_blocks_1.oft_blocks": torch.randn(4, 16, 16),
         "lora_unet_blocks_2.set_weight": torch.ones(64, 64),
@@ -233,9 +234,9 @@ def test_what_is_not_read_is_listed_and_its_layer_not_blamed(tmp_path: Path) -> 
     save_file(lora, tmp_path / "lora.safetensors")
     changed = {"blocks.1.weight": -base["blocks.1.weight"], "blocks.2.weight": torch.ones(64, 64)}
     report = stored(tmp_path, {**base, **changed, "blocks.0.weight": base["blocks.0.weight"] + b @ a})
-    assert report.ok, report.overall.text()
-    assert [verdict.outcome for verdict in report.modules].count("skipped") == 2
-    for word in ("OFT / BOFT", "a replaced weight", "1 of 3 modules, 2 modules skipped"):
+    assert report.exit_code == 3, report.overall.text()
+    assert [verdict.outcome for verdict in report.modules].count("skipped") == 1
+    for word in ("OFT / BOFT", "2 of 3 right, 1 NOT JUDGED: blocks_1"):
         assert word in report.overall.text()
 
 
@@ -255,8 +256,8 @@ def test_why_a_tensor_has_no_measurement_is_a_kind_and_not_a_sentence(tmp_path: 
         "blocks_1": "misfit",
         "blocks_9": "missing layer",
         "blocks_2 (bias)": "missing tensor",
-        "blocks_3": "not read",
+        "blocks_3": None,
     }
     codes = {verdict.worst_module: (verdict.outcome, verdict.code) for verdict in report.modules}
-    assert codes["blocks_3"] == ("skipped", None)
+    assert codes["blocks_3"] == ("failed", "LH102")
     assert [codes[name][1] for name in ("blocks_1", "blocks_9", "blocks_2 (bias)")] == ["LH902", "LH103", "LH103"]

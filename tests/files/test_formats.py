@@ -11,7 +11,6 @@ from fixtures.build_formats import SAMPLES, Sample, build, entries, pair
 from fixtures.build_malformed import dotted, floats, tensors_file
 from harness.errors import LoraFileError
 from harness.files import FORMATS, detect_format, read_lora
-from harness.files.keys import WHOLE_ROLES
 
 PLAIN = [sample for sample in SAMPLES if sample.config is None and not sample.file_name.endswith(".gguf")]
 
@@ -50,8 +49,7 @@ def test_every_key_is_a_part_of_a_module_or_reported(sample: Sample, tmp_path: P
     adapter = read_lora(build(sample, tmp_path))
     parts = {key: role for module in adapter.modules.values() for role, key in module.keys.items()}
     assert sorted([*parts, *sample.unknown]) == sorted(sample.keys)
-    whole = {key for key, role in parts.items() if role in WHOLE_ROLES}
-    assert set(adapter.unused_keys) == whole | set(sample.unknown)
+    assert set(adapter.unused_keys) == set(sample.unknown) - set(FORMATS[sample.format].marks)
     assert not adapter.problems
 
 
@@ -106,12 +104,12 @@ def test_every_row_has_a_sample_and_every_dialect() -> None:
     assert untested == {("comfyui", "bfl")}
 
 
-def test_whole_tensors_are_parts_of_a_module_and_yet_unused_by_readers_of_pairs(tmp_path: Path) -> None:
+def test_whole_tensors_are_understood_as_parts_of_a_module(tmp_path: Path) -> None:
     found = next(sample for sample in SAMPLES if sample.name == "comfyui_native")
     adapter = read_lora(build(found, tmp_path))
     assert adapter.modules["a.q"].keys["diff_b"] == "diffusion_model.a.q.diff_b"
     assert adapter.modules["n"].trained_scale == 1.0
-    assert adapter.unused_keys == ("diffusion_model.a.q.diff_b", "diffusion_model.n.diff")
+    assert adapter.unused_keys == ()
 
 
 def test_a_whole_tensor_without_a_prefix_is_not_taken_for_a_lora(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_quick_way_says_what_the_header_says(tmp_path: Path, metadata: objec
     path = write(tmp_path / "x.safetensors", PLAIN, metadata, blanks)
     raw, size = path.read_bytes(), path.stat().st_size
     text = raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]]
-    quick = module._listed(path, text, size, module._validated(path, "np"))
+    quick = module._listed(path, text, size, module._validated(path, text, size))
     slow = module._parsed(path, text, size)
     assert quick == slow == read_header(path)
     assert quick is not None
@@ -52,7 +52,7 @@ def test_what_the_quick_way_cannot_tell_is_read_from_the_header(
     path = write(tmp_path / "x.safetensors", {**PLAIN, "odd": odd})
     raw = path.read_bytes()
     text = raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]]
-    assert module._listed(path, text, len(raw), module._validated(path, "np")) is None
+    assert module._listed(path, text, len(raw), module._validated(path, text, len(raw))) is None
     assert read_header(path).tensors["odd"][:2] == (odd[0], tuple(odd[1]))
 
 

@@ -162,9 +162,12 @@ def test_variants_that_peft_saves_are_named_and_scaled(
         assert module.trained_scale == pytest.approx(layer.scaling["default"])
 
 
-def test_fully_trained_modules_beside_the_lora_are_reported_not_dropped(tmp_path: Path) -> None:
+def test_fully_trained_modules_beside_the_lora_replace_weights(tmp_path: Path) -> None:
     peft_model(target_modules=["to_q"], modules_to_save=["proj_out"]).save_pretrained(tmp_path)
-    assert read_lora(tmp_path).unused_keys == ("base_model.model.proj_out.bias", "base_model.model.proj_out.weight")
+    adapter = read_lora(tmp_path)
+    assert adapter.unused_keys == ()
+    module = adapter.modules["proj_out"]
+    assert (module.variant, module.rank, set(module.keys)) == ("set", 0, {"set_weight", "set_bias"})
 
 
 class _Mixed(torch.nn.Module):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from harness.doctor import ScaleLaw, conventions, known_laws, prescribe
-from harness.files import FORMATS, LoraModule, Problem
+from harness.files import FORMATS, LoraModule
 from harness.law.grammar import ALPHA, RANK, STRENGTH
-from harness.law.known import prescriptions
 from harness.law.law import Law
 
 ALPHAS = st.floats(0.1, 500) | st.floats(-500, -0.1)
@@ -127,31 +125,3 @@ def test_only_a_loader_that_divides_by_the_rank_has_a_root_to_take(power: float,
 def test_the_table_is_read_once() -> None:
     assert known_laws() is known_laws()
     assert conventions() is conventions()
-
-
-@dataclass(frozen=True)
-class File:
-    modules: dict[str, LoraModule]
-    problems: tuple[Problem, ...] = ()
-    format: str = "peft"
-
-
-def test_a_file_has_a_strength_for_every_loader_that_reads_its_format() -> None:
-    readers = {name: each for name, each in known_laws().items() if "peft" in each.formats}
-    modules = {"x": module(16, 4.0), "y": module(8, None)}
-    assert prescriptions(adapter=File(modules), lora_alpha=8.0) == {
-        name: prescribe(law=each, modules=modules.values(), lora_alpha=8.0) for name, each in readers.items()
-    }
-    assert prescriptions(File(modules), lora_alpha=8.0)["peft"] == 1.0
-    assert prescriptions(File(modules))["peft"] is None
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [File({}), File({"x": module(16, 4.0)}, (Problem("lost", "x", "it has no B", fatal=True),))],
-    ids=["empty", "lost"],
-)
-def test_a_file_that_is_empty_or_lost_a_module_has_no_strength(broken: File) -> None:
-    found = prescriptions(broken)
-    assert "peft" in found
-    assert set(found.values()) == {None}

@@ -74,7 +74,7 @@ def library(folder: Path, entries: dict[str, object], metadata: dict[str, object
 def test_inspect_audit_and_sarif_agree_on_how_grave_a_hazard_is(
     tmp_path: Path, metadata: dict[str, object], code: str, exits: int, level: str
 ) -> None:
-    more = {"lora_unet_x.diff_b": kohya()["lora_unet_x.alpha"]} if code == "LH708" else {}
+    more = {"lora_unet_x.scale": kohya()["lora_unet_x.alpha"]} if code == "LH708" else {}
     path = library(tmp_path, kohya() | more, metadata)  # type: ignore[arg-type]
     done = CliRunner().invoke(main, ["inspect", str(path), "--sarif", str(tmp_path / "out.sarif")])
     results = json.loads((tmp_path / "out.sarif").read_text(encoding="utf-8"))["runs"][0]["results"]

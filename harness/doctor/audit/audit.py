@@ -5,15 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import stat
+import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from harness.doctor.audit import remote
+from harness.doctor.audit.rows import Rows, RowStore, scratch
 from harness.doctor.audit.work import Task, run_local, run_on
-from harness.doctor.inspect.describe import unreadable
+from harness.doctor.inspect.describe import shown_path, unreadable
 from harness.errors import UserError
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.verdict.file_record import FileRecord
@@ -53,14 +57,129 @@ def audit_files(paths: Iterable[Path | str], options: AuditOptions | None = None
     Raises:
         UserError: a path names nothing, a URL scheme is not allowed, or there is no file at all.
     """
-    options = replace(options or AuditOptions(), **fields)
-    found = find_files(paths, schemes=options.schemes)
+    with scratch() as store:
+        return list(audit_into(store, paths, replace(options or AuditOptions(), **fields)))
+
+
+def audit_into(store: RowStore, paths: Iterable[Path | str], options: AuditOptions, *, resume: bool = False) -> Rows:
+    """Do as `audit_files` does, with the rows in `store` and none in memory.
+
+    With `resume`, rows that are in the store already are known too, and those of files that are not asked for are kept.
+    """
+    found = _once(find_files(paths, schemes=options.schemes))
     if not found:
         raise UserError("no safetensors file and no PEFT folder under the given paths")
     options.on_start(len(found))
-    work, memory = _work(options), options.memory
-    rows = _rows(found, work, Task("row", options.energy, options.seconds, memory), options)
-    return _marked(rows, work, Task("digest", False, 10 * options.seconds, memory)) if options.duplicates else rows
+    audit = _Audit(found, store, options)
+    audit.take_over(resume)
+    audit.read()
+    rows = Rows(store, audit.places, audit.others)
+    if options.duplicates:
+        rows.digests, rows.firsts = audit.duplicates(rows)
+    return rows
+
+
+def _once(found: list[Found]) -> list[Found]:
+    """Return every path once: a file that was replaced meanwhile can be found as two."""
+    return list({file.path: file for file in found}.values())
+
+
+class _Audit:
+    """The files of one audit by position, and where in the store the row of each is (-1: nowhere yet).
+
+    Of a million files everything that is kept counts: numbers stand in arrays, rows on the disk.
+    """
+
+    def __init__(self, found: Sequence[Found], store: RowStore, options: AuditOptions) -> None:
+        self._found, self._store, self._options = found, store, options
+        self._positions = {file.path: position for position, file in enumerate(found)}
+        self._sizes, self._times = array("q"), array("q")
+        for size, mtime in (file.stamp() or (-1, 0) for file in found):
+            self._sizes.append(size)
+            self._times.append(mtime)
+        self.places, self.others = array("q", [-1]) * len(found), array("q")
+        self._fingerprints = array("Q", [0]) * len(found)
+
+    def take_over(self, resume: bool) -> None:
+        """Keep the rows that are known and of which nothing has changed; to `resume`, those of other files too."""
+        positions = self._shown_positions()
+        seen: set[str] = set()
+        for place, old in self._earlier(resume):
+            position = positions.get(old.path)
+            if position is None and resume and old.path not in seen:
+                seen.add(old.path)
+                self.others.append(self._store.add(old) if place is None else place)
+            elif position is not None and self.places[position] < 0 and self._holds(position, old):
+                old = old.model_copy(update={"duplicate_of": None})
+                self._note(position, self._store.add(old) if place is None else place, old)
+
+    def _shown_positions(self) -> dict[str, int]:
+        """Return positions by path as rows spell it: bytes that are no UTF-8 are escaped there."""
+        if all(file.path.isascii() for file in self._found):
+            return self._positions
+        shown: dict[str, int] = {}
+        for path, position in self._positions.items():
+            text = shown_path(path)
+            shown[text] = -1 if text in shown else position  # of two that are spelled alike nobody can tell the rows
+        return shown
+
+    def _earlier(self, resume: bool) -> Iterator[tuple[int | None, FileRecord]]:
+        if resume:
+            yield from self._store.older()
+        yield from ((None, row) for row in self._options.known)
+
+    def _holds(self, position: int, old: FileRecord) -> bool:
+        if position < 0 or self._found[position].problem or "LH798" in old.codes:
+            return False  # what was not judged is read again
+        same = (self._sizes[position], self._times[position]) == (old.size, old.mtime)
+        return same and not (self._options.energy and old.readable and old.energies is None)
+
+    def read(self) -> None:
+        """Read every file of which there is no row yet."""
+        for position, file in enumerate(self._found):
+            if file.problem:
+                self._keep(position, unreadable(file.path, file.problem))
+        left = [file.path for position, file in enumerate(self._found) if self.places[position] < 0]
+        task = Task("row", self._options.energy, self._options.seconds, self._options.memory)
+        parsed = FileRecord.model_validate_json
+        _work(self._options)(left, task, lambda path, text: self._keep(self._positions[path], parsed(text)))
+
+    def _keep(self, position: int, row: FileRecord) -> None:
+        size, mtime = self._sizes[position], self._times[position]
+        row = row.model_copy(update={"size": size, "mtime": mtime} if size >= 0 else {"size": None, "mtime": None})
+        self._note(position, self._store.add(row), row)
+
+    def _note(self, position: int, place: int, row: FileRecord) -> None:
+        self.places[position] = place
+        if row.fingerprint and not remote.is_url(row.path):
+            self._fingerprints[position] = int(row.fingerprint[:16], 16)
+        self._options.on_row(row)
+
+    def duplicates(self, rows: Rows) -> tuple[dict[int, str | None], dict[int, int]]:
+        """Return digests and the first file with the same; only those with equal fingerprints are read completely."""
+        alike = self._alike()
+        digests: dict[int, str | None] = {}
+        for position in alike:
+            if mark := rows.unmarked(position).digest:
+                digests[position] = sys.intern(mark)
+
+        def hashed(path: str, text: str) -> None:
+            digests[self._positions[path]] = sys.intern(text) if text else None
+
+        left = [self._found[position].path for position in alike if position not in digests]
+        task = Task("digest", False, 10 * self._options.seconds, self._options.memory)
+        _work(self._options)(left, task, hashed)
+        first: dict[str, int] = {}
+        marks = ((position, digests.get(position)) for position in alike)
+        firsts = {position: first.setdefault(mark, position) for position, mark in marks if mark}
+        return digests, {position: origin for position, origin in firsts.items() if origin != position}
+
+    def _alike(self) -> list[int]:
+        """Return the positions whose fingerprint another file has too, in order."""
+        prints = self._fingerprints
+        ordered = sorted((position for position, mark in enumerate(prints) if mark), key=prints.__getitem__)
+        groups = (list(group) for _, group in groupby(ordered, key=prints.__getitem__))
+        return sorted(position for group in groups if len(group) > 1 for position in group)
 
 
 def _work(options: AuditOptions) -> Work:
@@ -70,46 +189,7 @@ def _work(options: AuditOptions) -> Work:
     return lambda paths, task, done: run_local(paths, task, workers=workers, on_result=done)
 
 
-def _rows(found: Sequence[Found], work: Work, task: Task, options: AuditOptions) -> list[FileRecord]:
-    known = {row.path: row for row in options.known if "LH798" not in row.codes}  # what was not judged is read again
-    stamps = {file.path: file.stamp() for file in found}
-    rows: dict[str, FileRecord] = {}
-
-    def keep(path: str, row: FileRecord) -> None:
-        size, mtime = stamps[path] or (None, None)
-        rows[path] = row.model_copy(update={"size": size, "mtime": mtime})
-        options.on_row(rows[path])
-
-    for file in found:
-        old = known.get(file.path)
-        if file.problem:
-            keep(file.path, unreadable(file.path, file.problem))
-        elif old and stamps[file.path] == (old.size, old.mtime):
-            keep(file.path, old.model_copy(update={"duplicate_of": None}))
-    left = [file.path for file in found if file.path not in rows]
-    work(left, task, lambda path, text: keep(path, FileRecord.model_validate_json(text)))
-    return [rows[file.path] for file in found]
-
-
-def _marked(rows: list[FileRecord], work: Work, task: Task) -> list[FileRecord]:
-    """Say which files hold the same weights; only those with equal fingerprints are read completely."""
-    groups: dict[str, list[FileRecord]] = {}
-    for row in rows:
-        if row.fingerprint and not remote.is_url(row.path):
-            groups.setdefault(row.fingerprint, []).append(row)
-    alike = [row for group in groups.values() if len(group) > 1 for row in group]
-    digests: dict[str, str | None] = {row.path: row.digest for row in alike if row.digest}
-    work([row.path for row in alike if not row.digest], task, lambda path, text: digests.update({path: text or None}))
-    first: dict[str, str] = {}
-    marked = []
-    for row in rows:
-        mark = digests.get(row.path)
-        same = first.setdefault(mark, row.path) if mark else row.path
-        marked.append(row.model_copy(update={"digest": mark, "duplicate_of": same if same != row.path else None}))
-    return marked
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """One file or PEFT folder to audit; `problem` says why it must not be opened."""
 
@@ -135,7 +215,7 @@ def find_files(paths: Iterable[Path | str], *, schemes: Iterable[str] = remote.S
     Raises:
         UserError: a path or glob that names nothing, or a URL whose scheme is not in `schemes`.
     """
-    seen: set[tuple[int, int] | str] = set()
+    seen: set[int | str] = set()
     return [found for path in paths for found in _under(str(path), tuple(schemes)) if _is_new(found, seen)]
 
 
@@ -144,12 +224,12 @@ def _weights_status(path: str) -> os.stat_result:
     return os.stat(os.path.join(path, WEIGHTS_NAME)) if stat.S_ISDIR(status.st_mode) else status
 
 
-def _is_new(found: Found, seen: set[tuple[int, int] | str]) -> bool:
-    identity: tuple[int, int] | str = found.path
+def _is_new(found: Found, seen: set[int | str]) -> bool:
+    identity: int | str = found.path
     if not remote.is_url(found.path) and not found.problem:
         try:
             status = _weights_status(found.path)
-            identity = (status.st_dev, status.st_ino)
+            identity = status.st_dev << 64 | status.st_ino  # a third of the memory of a pair
         except (OSError, ValueError):
             pass
     if identity in seen:

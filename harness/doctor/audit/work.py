@@ -172,8 +172,8 @@ def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: O
     while waiting:
         futures = {executor.submit(run_batch, batch, asdict(task)): (batch, time) for batch, time in waiting}
         waiting = []
-        for future in _completed(futures, executor):
-            batch, attempt = futures[future]
+        for future in _completed(set(futures), executor):
+            batch, attempt = futures.pop(future)  # its result goes with it
             results, problem = _outcome(future)
             for path, result in results:
                 on_result(path, result)
@@ -185,19 +185,19 @@ def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: O
                     on_result(path, _failure(path, task, problem, blamed=False))
 
 
-def _completed(futures: Iterable[Future[list[Result]]], executor: Executor) -> Iterator[Future[list[Result]]]:
-    """Yield the futures as they end.
+def _completed(left: set[Future[list[Result]]], executor: Executor) -> Iterator[Future[list[Result]]]:
+    """Yield the futures as they end, and keep none.
 
     Raises:
         UserError: the executor says that it has no worker left.
     """
-    left = set(futures)
     has_workers: Callable[[], bool] = getattr(executor, "has_workers", lambda: True)
     while left:
         done, left = wait(left, _PATIENCE, FIRST_COMPLETED)
         if not done and not has_workers():
             raise UserError("no worker is left to read files: start some, then run this again with --resume")
-        yield from done
+        while done:
+            yield done.pop()
 
 
 def _outcome(future: Future[list[Result]]) -> tuple[list[Result], str]:

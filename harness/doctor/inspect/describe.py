@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from harness.doctor.answers import Asked, answers, why_not
 from harness.doctor.inspect.hazards import hazards
-from harness.errors import LoraFileError
-from harness.files import LoraAdapter, LoraModule, read_lora
-from harness.law.known import conventions, distinct, prescriptions
-from harness.text import printable
+from harness.doctor.inspect.weights import Weighed, weigh
+from harness.doctor.traits import Traits
+from harness.errors import LoraFileError, NoLoraError
+from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
+from harness.files.keys import OTHER_NAMES, cut
+from harness.law.known import conventions, distinct, tools
+from harness.text import count, first_of, printable
 from harness.verdict.file_record import FileRecord, Hazard
 
 _UNUSED_SHOWN = 50
@@ -33,72 +37,110 @@ _TRAINERS = (
 
 
 def inspect_file(
-    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+    path: Path | str,
+    *,
+    energy: bool = False,
+    base: Path | str | None = None,
+    lora_alpha: float | None = None,
+    headers_only: bool = False,
 ) -> FileRecord:
-    """Return what is in a LoRA file or PEFT folder; a file that cannot be read is a record with hazard LH799.
+    """Return what is in a LoRA file or PEFT folder.
 
-    Without `energy` only the header and the alphas are read and torch is not imported. `base` is a safetensors file or
-    a folder of them with the base weights, and implies `energy`. `lora_alpha` is the alpha of the training, for files
-    that carry none.
+    A file that cannot be read is a record with hazard LH799, an intact file that is no LoRA one with LH797. The weights
+    are looked at once, for what is not finite or all zero, unless `headers_only`; torch is imported for `energy` alone.
+    `base` is a safetensors file or a folder of them with the base weights, and implies `energy`. `lora_alpha` is the
+    alpha of the training, for files that carry none.
 
     Raises:
         LoraFileError: `base` cannot be read.
     """
-    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha)[0]
+    return read_record(path, energy=energy, base=base, lora_alpha=lora_alpha, headers_only=headers_only)[0]
 
 
 def read_record(
-    path: Path | str, *, energy: bool = False, base: Path | str | None = None, lora_alpha: float | None = None
+    path: Path | str,
+    *,
+    energy: bool = False,
+    base: Path | str | None = None,
+    lora_alpha: float | None = None,
+    headers_only: bool = False,
 ) -> tuple[FileRecord, LoraAdapter | None]:
     """Return what `inspect_file` does, and the parsed file (None when it cannot be read)."""
     try:
         adapter = read_lora(path, strict=False)
+        weighed = Weighed() if headers_only else weigh(adapter)
     except LoraFileError as error:
-        return unreadable(path, _without_path(error, Path(path))), None
-    record = describe(adapter, path=_text(path), lora_alpha=lora_alpha)
+        code = "LH797" if isinstance(error, NoLoraError) else "LH799"
+        return unreadable(path, _without_path(error, Path(path)), code), None
+    record = describe(adapter, path=shown_path(path), lora_alpha=lora_alpha, weighed=weighed)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
-        return with_energy(record, adapter, base), adapter
+        return with_energy(record, with_alpha(adapter, lora_alpha), base), adapter
     return record, adapter
 
 
-def unreadable(path: Path | str, what: str) -> FileRecord:
-    """Return the record of a file that could not be read, with hazard LH799."""
-    return FileRecord(path=_text(path), hazards=(Hazard(code="LH799", what=printable(what, 400)),))
+def unreadable(path: Path | str, what: str, code: str = "LH799") -> FileRecord:
+    """Return the record of a file that could not be read, or is no LoRA."""
+    return FileRecord(path=shown_path(path), hazards=(Hazard(code=code, what=printable(what, 400)),))
 
 
 def not_judged(path: Path | str, what: str) -> FileRecord:
     """Return the record of a file that nobody could read for a reason which is not the file's, with hazard LH798."""
-    return FileRecord(path=_text(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
+    return FileRecord(path=shown_path(path), hazards=(Hazard(code="LH798", what=printable(what, 400)),))
 
 
-def describe(adapter: LoraAdapter, *, path: str | None = None, lora_alpha: float | None = None) -> FileRecord:
-    """Return the record of a parsed file."""
+def describe(
+    adapter: LoraAdapter,
+    *,
+    path: str | None = None,
+    lora_alpha: float | None = None,
+    weighed: Weighed | None = None,
+) -> FileRecord:
+    """Return the record of a parsed file; `weighed` is what its weights say, where they were looked at."""
+    weighed = weighed or Weighed()
+    given, total = adapter, len(adapter.file.keys)
+    adapter = with_alpha(given, lora_alpha)
     modules = list(adapter.modules.values())
-    different = distinct(modules)
-    total = len(adapter.file.keys)
+    low_rank = [module for module in modules if module.rank or module.variant == "lokr"]
+    different = [m for m in distinct(low_rank) if m.alpha is not None or m.unscaled or not m.rank]
     return FileRecord(
-        path=path or _text(adapter.path),
+        path=path or shown_path(adapter.path),
         format=adapter.format,
         size=adapter.file.size,
         modules=len(modules),
-        ranks=_histogram(modules, "rank"),
-        alphas=_histogram(modules, "alpha", lambda alpha: "none" if alpha is None else f"{alpha:.6g}"),
+        ranks=_histogram(low_rank, "rank", lambda rank: str(rank or "full")),
+        alphas=_histogram(
+            [module for module in low_rank if module.rank],
+            "alpha",
+            lambda alpha: "none" if alpha is None else f"{alpha:.6g}",
+        ),
         alpha_source=adapter.alpha_source,
         variants=_histogram(modules, "variant"),
         dtypes=_histogram(modules, "dtype"),
         components=_histogram(modules, "component"),
-        trained=_range(module.trained_scale for module in different if module.alpha is not None),
+        trained=_range(module.trained_scale for module in different if module.rank),
         scales=_scales(different),
-        hazards=hazards(adapter),
-        notes=tuple(_notes(modules)),
+        hazards=tuple(sorted((*hazards(adapter), *weighed.hazards), key=lambda hazard: hazard.code)),
+        notes=(*_notes(adapter, given, lora_alpha), *weighed.notes),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
-        trainer=_trainer(adapter.metadata),
+        trainer=trainer_of(adapter.metadata),
         metadata=_shown(adapter.metadata),
-        prescription=prescriptions(adapter, lora_alpha=lora_alpha),
+        dialect=adapter.dialect,
+        weights_read=weighed.read,
+        **_for_tools(Traits(given), lora_alpha),
     )
+
+
+def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
+    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
+    found = answers(traits, Asked(lora_alpha=lora_alpha))
+    return {
+        "prescription": {name: each.strength for name, each in found.items()},
+        "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
+        "findings": tuple(finding.page for finding in traits.findings),
+    }
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
@@ -106,10 +148,42 @@ def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
     return {name: found for name, found in ranges.items() if found}
 
 
-def _notes(modules: list[LoraModule]) -> Iterable[str]:
+def _notes(adapter: LoraAdapter, given: LoraAdapter, lora_alpha: float | None) -> Iterator[str]:
+    modules = list(adapter.modules.values())
     if any(module.rslora for module in modules):
         root = max(module.rank for module in modules) ** 0.5
         yield f"rank-stabilised: readers that know only alpha / rank are up to sqrt(rank) = {root:.3g} times too weak"
+    if lora_alpha is not None and adapter is given:
+        yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
+    if any(module.unscaled for module in modules):
+        yield "no alpha by construction: what wrote this file trains at scale 1"
+    yield from _parts(adapter)
+
+
+_PARTS = (
+    ("set", "replaced weights", "PEFT copies them over the base's, whatever the strength"),
+    ("tokens", "trained token rows", "they replace rows of the embedding, whatever the strength"),
+    ("copy", "copies of base weights", "PEFT copies them over the base's"),
+    ("diff", "whole differences", "readers of low-rank pairs leave them out"),
+    ("lora_diff", "whole differences beside pairs", "readers of low-rank pairs leave them out"),
+    ("norm", "norm differences or replaced norm scales", "readers of low-rank pairs leave them out"),
+    *((kind, what, "readers of low-rank pairs leave it out") for kind, what in OTHER_NAMES.items()),
+)
+
+
+def _parts(adapter: LoraAdapter) -> Iterator[str]:
+    """Name what the file holds beside low-rank pairs, and who leaves it out."""
+    by_variant: dict[str, list[str]] = {}
+    for name, module in adapter.modules.items():
+        by_variant.setdefault(module.variant, []).append(name)
+    for variant, what, effect in _PARTS:
+        if names := by_variant.get(variant):
+            yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
+    if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
+        tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
+        told = "; ".join(f"{each.title} {why}" for each in tools().values() if (why := each.without("dora")))
+        head = f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}"
+        yield f"{head}: {told}" if told else head
 
 
 def _range(values: Iterable[float]) -> tuple[float, float] | None:
@@ -124,7 +198,7 @@ def _histogram(modules: list[LoraModule], field: str, shown: Callable[[Any], str
     return dict(found.most_common())
 
 
-def _text(path: Path | str) -> str:
+def shown_path(path: Path | str) -> str:
     """Return a path as text that JSON can hold, whatever bytes the file name has."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
@@ -142,7 +216,7 @@ def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
     return {printable(key, 60): printable(metadata[key], _SHOWN_CHARACTERS) for key in keys}
 
 
-def _trainer(metadata: Mapping[str, str]) -> str | None:
+def trainer_of(metadata: Mapping[str, str]) -> str | None:
     """Name the tool that wrote the metadata, as far as it can be told."""
     texts = [*metadata, *(value[:_SHOWN_CHARACTERS] for value in metadata.values())]
     return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
+from harness.doctor.inspect.fit import peft_hazards
 from harness.files import LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, cut
+from harness.files.keys import NOT_LORA, Spelling, cut
 from harness.text import count, first_of, parse_json, printable
 from harness.verdict.file_record import Hazard
 
@@ -92,7 +93,7 @@ def problems(adapter: LoraAdapter) -> Iterator[Hazard]:
 def no_alpha(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH701 and LH702: the trained scale cannot be told where alpha is missing."""
     scaled = list(_scaled(adapter))
-    without = [name for name, module in scaled if module.alpha is None and "alpha" not in module.keys]
+    without = [name for name, m in scaled if m.alpha is None and not m.unscaled and "alpha" not in m.keys]
     if 0 < len(without) < len(scaled):
         what = f"{len(without)} of {count(len(scaled), 'module')} carry no alpha ({first_of(without)})"
         yield Hazard(code="LH702", what=f"{what}: readers give them scale 1, or the alpha of the others")
@@ -105,9 +106,10 @@ def _lost_alpha(adapter: LoraAdapter) -> str:
     where = alone if adapter.format == "peft" else "no alpha in the file"
     declared = ", ".join(f"{key} = {value:g}" for key, value in _declared_alphas(adapter.metadata).items())
     hint = f"; the metadata say {declared}" if declared else ""
-    ranks = {module.rank for module in adapter.modules.values()}
+    ranks = {module.rank for _, module in _scaled(adapter)}
     mixed = "; the ranks differ, so one strength may not do" if len(ranks) > 1 else ""
-    truth = "readers take scale 1, training may have used lora_alpha / rank: look it up in the training configuration"
+    truth = "the trained scale is unknown: readers take 1, training may have used lora_alpha / rank; look it up in the "
+    truth += "training configuration"
     return f"{where}; {truth}{hint}{mixed}"
 
 
@@ -186,7 +188,7 @@ def rounded_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 
 def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
-    dtype = adapter.file.tensors[module.keys["alpha"]].dtype if "alpha" in module.keys else ""
+    dtype = adapter.file.tensors[module.keys["alpha"]].dtype if "alpha" in module.keys and module.rank else ""
     alpha = module.alpha if module.alpha is not None and math.isfinite(module.alpha) else 0.0
     return dtype if abs(alpha) >= _WHOLE_UP_TO.get(dtype, math.inf) else None
 
@@ -200,9 +202,46 @@ def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
             yield Hazard(code="LH711", what=f"the metadata say {key} = {declared:g}, the modules have {have}")
 
 
+def wrapped_names(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH712: words of torch.compile, FSDP or DDP in the names, which no loader looks for."""
+    keys = adapter.file.keys
+    for word, found in Spelling(keys).wrappers(keys).items():
+        what = f"{word} stands in {len(found)} of {count(len(keys), 'key')} ({printable(found[0], 100)})"
+        yield Hazard(code="LH712", what=f"{what}: PEFT and diffusers load nothing of these")
+
+
+_ORIGINAL = re.compile(r"(input|output)_blocks[._]\d|middle_block[._]|(double|single)_blocks[._]\d")
+_DIFFUSERS = re.compile(r"(down|up)_blocks[._]\d|mid_block[._]|(single_)?transformer_blocks[._]\d")
+_FUSED = re.compile(r"(.*?[._])?(?:to_)?(?:w?qkv|query_key_value|qkv_proj|qkv_mlp|added_qkv)$", re.IGNORECASE)
+_SPLIT = re.compile(r"(.*?[._])?(?:to_q|q_proj|q|query|wq|q_lin)$", re.IGNORECASE)
+
+
+def two_schemes(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH715: the layers of one model by names of two kinds, as the original authors and as diffusers call them."""
+    names = [module.name for module in adapter.modules.values()]
+    original, own = (list(filter(kind.match, names)) for kind in (_ORIGINAL, _DIFFUSERS))
+    if original and own:
+        what = f"{count(len(original), 'module')} in the original model's names ({first_of(original)}), {len(own)} in "
+        yield Hazard(code="LH715", what=f"{what}diffusers' ({first_of(own)}): readers of one kind leave out the other")
+    fused, split = ({hit[1] or "": name for name in names if (hit := kind.match(name))} for kind in (_FUSED, _SPLIT))
+    if both := sorted(fused.keys() & split.keys()):
+        what = f"{printable(fused[both[0]], 80)} (q, k and v in one) stands beside {printable(split[both[0]], 80)}"
+        yield Hazard(code="LH715", what=f"{what}: they mean the same rows of one layer, and no reader loads both")
+
+
+def scale_of_versions(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """LH716: mlx-lm's configuration of before June 2024, whose scale is not the whole factor."""
+    raw = adapter.config.get("lora_parameters") if adapter.format == "mlx" else None
+    numbers = raw if isinstance(raw, dict) else {}
+    alpha, scale, rank = (numbers.get(key) for key in ("alpha", "scale", "rank"))
+    if all(isinstance(number, int | float) and number for number in (alpha, scale, rank)) and alpha != rank:
+        old = f"before June 2024 mlx-lm trained with scale * alpha / rank = {scale * alpha / rank:.4g}"  # type: ignore[operator]
+        yield Hazard(code="LH716", what=f"{old}, later versions load this file with scale = {scale:.4g}")
+
+
 CHECKS: Sequence[Callable[[LoraAdapter], Iterable[Hazard]]] = (
     problems, no_alpha, mixed_ratios, fused_blocks, odd_alphas, not_understood, ambiguous_layouts, rounded_alphas,
-    disagreeing_metadata,
+    disagreeing_metadata, wrapped_names, two_schemes, scale_of_versions, peft_hazards,
 )  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +15,40 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.loader_law import Gain, gain_of
-from harness.doctor.match import match_layers
+from harness.doctor.repair.naming import Layers, homes, notes_on
+from harness.doctor.repair.plan import Plan, RepairedModule, notes_of, plan_repair
+from harness.doctor.repair.proof import proved
 from harness.errors import UserError
-from harness.files import FORMATS, LoraAdapter, LoraModule, LoraWeights, read_lora, write_lora
+from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alpha
+from harness.files.alpha import MLX
+from harness.files.format import HEADER_KEY
+from harness.files.write import Content, compose, configuration, save, stem_of
 from harness.text import count, printable
 from harness.verdict.verdict import Record
 
-_PLAIN = ("lora", "conv")
-_DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})
-_UNET_LAYERS = ("down_blocks.", "up_blocks.", "mid_block.", "down_blocks_", "up_blocks_")
-_TEXT_ENCODERS = (
-    frozenset({"te", "te1", "text_encoder", "text_encoders"}), frozenset({"te2", "text_encoder_2"}),
-    frozenset({"te3", "text_encoder_3"}),
+_WRAPPER = "text_model."
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT takes what it starts from out of the base's weight
+_ACTING = (
+    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
+    "monteclora_config", "arrow_config",
 )  # fmt: skip
 
 
 class RepairReport(Record):
     """What `repair_file` wrote.
 
-    `error` is the largest relative error ||gain * B' A' - scale * B A|| / ||scale * B A|| over the modules, read back
-    from the new file; `rounded` counts the modules whose factors changed by rounding (0: lossless). `law` is the law
-    of `loader`, `measured` says that it was measured here and now.
+    `modules` are those whose scale was folded, `carried` tensors went over bit for bit. `error` is the largest relative
+    error ||gain * B' A' - scale * B A|| / ||scale * B A|| over the modules, read back from the new file; `rounded`
+    counts the modules whose factors changed by rounding (0: lossless). `law` is the law of `loader`, `measured` says
+    that it was measured here and now.
     """
 
     kind: Literal["repair"] = "repair"
     path: str
     format: str
     modules: int
+    carried: int = 0
     scales: tuple[float, float]
     loader: str | None = None
     law: str | None = None
@@ -60,8 +64,9 @@ class RepairOptions:
 
     `scale` is the trained factor on B @ A for every module, `lora_alpha` the alpha of the training; one of them is
     needed where the file carries none. With `loader` its law is measured and B is folded for that loader. `model_names`
-    are the model's layers, needed to undo flattened (kohya) names. `dtype` converts the halves (`float32`, `bfloat16`,
-    `float16`); without it they keep theirs. `force` replaces a file that is there.
+    are the model's layers (or these with their shapes), needed to undo flattened (kohya) names and to split or stack
+    what the model has as several layers or as one. `dtype` converts the factors (`float32`, `bfloat16`, `float16`);
+    without it they keep theirs. `force` replaces a file that is there.
     """
 
     scale: float | None = None
@@ -70,17 +75,6 @@ class RepairOptions:
     model_names: Iterable[str] | None = None
     dtype: str | None = None
     force: bool = False
-
-
-@dataclass(frozen=True)
-class RepairedModule:
-    """One module on its way: its scale in training, the factor of its readers, and the old and new halves."""
-
-    name: str
-    scale: float
-    gain: float
-    old: tuple[Tensor, Tensor]
-    new: LoraWeights
 
 
 def repair_file(
@@ -96,41 +90,43 @@ def repair_file(
             is `lora` itself, or the written file does not give the trained effect; nothing is left behind then.
     """
     options = dataclasses.replace(options or RepairOptions(), **fields)
-    adapter = read_lora(lora)
+    adapter = with_alpha(read_lora(lora), options.lora_alpha)
     target = _target(adapter, to, Path(out), options.force)
+    layers = _layers(options.model_names)
     gain = gain_of(options.loader, to) if options.loader else Gain()
-    names = _renamed(adapter, to, options.model_names)
-    modules = [_repaired(adapter, name, new, gain, to, options) for name, new in names.items()]
+    places = homes(adapter, to, layers)
+    plan = plan_repair(adapter, to, places, gain, scale=options.scale, dtype=options.dtype)
     with _beside(target) as folder:
-        written = _written(folder / target.name, to, modules, _prefix_of(adapter, to, names.values()))
-        errors = _checked(written, modules, gain)
+        written = _written(folder / target.name, to, _content(adapter, to, plan))
+        errors = proved(adapter, written, plan, gain)
         _moved(written, target)
-    scales = [module.scale for module in modules]
+    scales = [scale for module in plan.modules for scale in module.scales.values()] or [1.0]
     return RepairReport(
         path=str(target),
         format=to,
-        modules=len(modules),
+        modules=len(plan.modules),
+        carried=len(plan.carried),
         scales=(min(scales), max(scales)),
         loader=options.loader,
         law=gain.formula,
         measured=gain.measured,
         rounded=sum(error > 0 for error in errors),
-        error=max(errors),
-        notes=tuple(_notes(adapter, gain, modules, errors)),
+        error=max(errors, default=0.0),
+        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers)),
     )
+
+
+def _layers(names: Iterable[str] | None) -> Layers | None:
+    return names if names is None or isinstance(names, Mapping) else dict.fromkeys(names)
 
 
 def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     """Return where the file goes, refusing what must not be written."""
     if to not in FORMATS:
         raise UserError(f"format={to!r} is unknown, known are {', '.join(FORMATS)}")
-    odd = next((module for module in adapter.modules.values() if not _is_plain(module)), None)
-    if odd is not None:
-        raise UserError(
-            f"{adapter.path}: {printable(odd.name)} is a {odd.variant} module, only plain pairs are repaired"
-        )
-    if not FORMATS[to].folder and out.suffix != ".safetensors":
-        out = out.with_name(out.name + ".safetensors")
+    _refuse_what_a_configuration_does(adapter, to)
+    if not FORMATS[to].folder and out.suffix != FORMATS[to].suffix:
+        out = out.with_name(out.name + FORMATS[to].suffix)
     if out.exists() and (out.samefile(adapter.path) or out.samefile(adapter.file.path)):
         raise UserError(f"{out}: is the file itself; write a new one")
     if os.path.lexists(out) and not force:
@@ -138,86 +134,135 @@ def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     return out
 
 
-def _is_plain(module: LoraModule) -> bool:
-    return module.variant in _PLAIN and set(module.keys) <= {"A", "B", "alpha"}
-
-
-def _renamed(adapter: LoraAdapter, to: str, model_names: Iterable[str] | None) -> dict[str, str]:
-    """Return {module of the adapter: name to write}.
+def _refuse_what_a_configuration_does(adapter: LoraAdapter, to: str) -> None:
+    """Refuse another format where PEFT's configuration changes what B @ A does, which no tensor says.
 
     Raises:
-        UserError: flattened names without the model's own, or names that fit no layer of the model.
+        UserError: naming the field.
     """
-    components = {module.component for module in adapter.modules.values()}
-    if len(components) > 1:
-        listed = ", ".join(sorted(component or "no prefix" for component in components))
-        raise UserError(f"{adapter.path}: adapts several components ({listed}); one file per component is written")
-    if not adapter.flattened or (FORMATS[to].flattened and model_names is None):
-        return {name: module.name for name, module in adapter.modules.items()}
-    if model_names is None:
-        raise UserError(
-            f"{adapter.path}: its names are flattened; {to} needs the model's layers: --model-names or --base"
-        )
-    matched = match_layers(adapter, tuple(model_names))
-    lost = [name for name in adapter.modules if name not in matched]
-    if lost:
-        what = f"{count(len(lost), 'module')} fit no single layer of the model, such as {printable(lost[0])}"
-        raise UserError(f"{adapter.path}: {what}")
-    return {name: match.spelling for name, match in matched.items()}
+    config = adapter.config if to != adapter.format else {}
+    starts = str(config.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
+    fields = [name for name in _ACTING if config.get(name)] + ["init_lora_weights"] * starts
+    if fields:
+        what = f"{fields[0]}={printable(config[fields[0]], 40)} changes what the pairs do, and no {to} file says so"
+        raise UserError(f"{adapter.path}: {what}; --to {adapter.format} keeps it")
 
 
-def _prefix_of(adapter: LoraAdapter, to: str, names: Iterable[str]) -> str | None:
-    """Return the prefix that `to` gives the adapter's component; None for the one it writes by itself.
-
-    Raises:
-        UserError: the format has no place for this component.
-    """
-    component = next(iter(adapter.modules.values())).component
-    by_component = {owner: prefix for prefix, owner in reversed(tuple(FORMATS[to].prefixes.items()))}
-    if component in _DENOISER:
-        is_unet = any(name.startswith(_UNET_LAYERS) for name in names)
-        return by_component.get("unet") if is_unet and to == "diffusers" else None
-    alike = next((names for names in _TEXT_ENCODERS if component in names), frozenset({component}))
-    found = next((by_component[name] for name in sorted(alike, reverse=True) if name in by_component), None)
-    if found is None and FORMATS[to].prefixes and FORMATS[to].write_prefix not in ("", "base_model.model."):
-        raise UserError(f"{adapter.path}: {to} has no place for the component {component}")
-    return found
-
-
-def _repaired(
-    adapter: LoraAdapter, name: str, new_name: str, gain: Gain, to: str, options: RepairOptions
-) -> RepairedModule:
-    module, dtype = adapter.modules[name], options.dtype
-    trained = options.scale if options.scale is not None else _trained(adapter, module, options.lora_alpha)
-    alpha = None if FORMATS[to].alpha[0] == "none" else float(module.rank)
-    here = gain.at_one(alpha, module.rank)
-    if not here:
-        raise UserError(f"this loader gives {printable(name)} the factor {here:g} at strength 1: nothing can be folded")
-    a, b = adapter.tensors(name)
-    folded = _converted(b.double() * (trained / here), dtype or str(b.dtype).removeprefix("torch."), name)
-    new_a = _converted(a, dtype, name) if dtype else a
-    return RepairedModule(new_name, trained, here, (a, b), LoraWeights(new_a, folded, alpha))
+def _content(adapter: LoraAdapter, to: str, plan: Plan) -> Content:
+    """Return what goes into the new file."""
+    by_prefix: dict[str, list[RepairedModule]] = {}
+    for module in plan.modules:
+        by_prefix.setdefault(module.home.prefix, []).append(module)
+    tensors = {new: adapter.file.tensor(key) for new, key in plan.carried.items()}
+    config: dict[str, Any] = {}
+    for prefix, modules in by_prefix.items():
+        part = _of_component(adapter, to, prefix, modules)
+        tensors |= part.tensors
+        config |= part.config
+    alphas = {module.alpha for module in plan.modules}
+    if FORMATS[to].alpha[0] == "kv" and len(alphas) > 1:
+        raise UserError(f"cannot be written as {to}: one alpha for all modules, these have ranks that differ")
+    return Content(dict(sorted(tensors.items())), _metadata(adapter, to), config, next(iter(alphas), None))
 
 
-def _trained(adapter: LoraAdapter, module: LoraModule, lora_alpha: float | None) -> float:
-    alpha = module.alpha if module.alpha is not None else lora_alpha
-    if alpha is None:
-        raise UserError(f"{adapter.path}: carries no alpha; give lora_alpha of the training, or the scale it used")
-    if alpha == 0:
-        raise UserError(f"{adapter.path}: alpha is 0, which readers take as 0, 1 or the rank; give the trained scale")
-    return dataclasses.replace(module, alpha=alpha).trained_scale
-
-
-def _converted(values: Tensor, dtype: str, name: str) -> Tensor:
-    converted = values.to(getattr(torch, dtype))
-    if values.double().isfinite().all() and not converted.double().isfinite().all():
-        raise UserError(f"{printable(name)}: folding the scale overflows {dtype}; choose float32")
-    return converted
-
-
-def _written(path: Path, to: str, modules: list[RepairedModule], prefix: str | None) -> Path:
+def _of_component(adapter: LoraAdapter, to: str, prefix: str, modules: list[RepairedModule]) -> Content:
+    """Return the tensors and the configuration of one component."""
+    row, plain = FORMATS[to], [module for module in modules if module.plain]
     try:
-        return write_lora(path, to, {module.name: module.new for module in modules}, prefix=prefix)
+        tensors = _plain_tensors(to, prefix, plain)
+        generated = _generated(to, modules)
+    except ValueError as error:
+        raise UserError(f"cannot be written as {to}: {error}") from None
+    for module in modules:
+        if not module.plain:
+            tensors |= {part.key: part.new for part in module.parts.values()}
+            if row.alpha[0] == "tensor" and module.alpha is not None:
+                stem = prefix + stem_of(row, module.home.name)
+                tensors[f"{stem}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
+    config = _config(adapter, to, modules, generated)
+    if row.alpha[0] == "header":
+        config = {f"{prefix}{key}": value for key, value in config.items()}
+    return Content(tensors, {}, config)
+
+
+def _generated(to: str, modules: list[RepairedModule]) -> dict[str, Any]:
+    """Return the configuration of one component; names in a text encoder go without the `text_model.` that it may lack.
+
+    transformers 5 has no such module: diffusers takes the word out of the keys, and leaves the names in the header.
+    """
+    start = _WRAPPER if modules[0].home.prefix.startswith("text_encoder") else ""
+    config = configuration(FORMATS[to], {module.home.name.removeprefix(start): module for module in modules})
+    if config and any("magnitude" in module.module.keys for module in modules):
+        config["use_dora"] = True
+    for name in ("rank_pattern", "alpha_pattern") if start else ():
+        if name in config:
+            config[name] = {pattern.removeprefix("^"): value for pattern, value in config[name].items()}
+    return config
+
+
+def _plain_tensors(to: str, prefix: str, plain: list[RepairedModule]) -> dict[str, Tensor]:
+    weights = {m.home.name: LoraWeights(m.parts["A"].new, m.parts["B"].new, m.alpha) for m in plain}
+    if len(weights) < len(plain):
+        raise ValueError("two modules would get one name")
+    return dict(compose(to, weights, prefix=prefix).tensors) if weights else {}
+
+
+def _config(
+    adapter: LoraAdapter, to: str, modules: list[RepairedModule], generated: dict[str, Any]
+) -> Mapping[str, Any]:
+    """Return the configuration of one component: the source's own within its format, which says alpha = rank."""
+    component = modules[0].module.component
+    source = adapter.config.get(component, adapter.config)
+    if to != adapter.format or not generated or not source:
+        return generated
+    if FORMATS[to].alpha[0] == "scale":
+        return {**source, MLX: {**source[MLX], "scale": generated[MLX]["scale"]}}
+    renamed = any(module.home.name != module.module.name for module in modules)
+    names = [module.home.name for module in modules if module.module.variant != "experts"]
+    return _config_with(source, generated, renamed=renamed, names=names)
+
+
+def _config_with(
+    source: Mapping[str, Any], generated: Mapping[str, Any], *, renamed: bool, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return a configuration that says alpha = rank for every module and keeps all other fields of the source's.
+
+    Ranks stay where the source has them, so that whatever it meant, alpha follows them; where modules are `renamed`,
+    or its target_modules leave some of `names` out, they are named one by one.
+    """
+    config = {**generated, **source}
+    if renamed:
+        config |= {name: generated[name] for name in ("r", "rank_pattern", "alpha_pattern") if name in generated}
+    ranks = config.get("rank_pattern") or {}
+    alpha = "alpha" if "alpha" in generated else "lora_alpha"
+    config |= {alpha: config.setdefault("r", 8), "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
+    config |= {"use_rslora": False} if "use_rslora" in config else {}
+    if names and (renamed or not all(_selects(config, name) for name in names)):
+        config["target_modules"] = sorted(names)
+        config |= {
+            name: None for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if name in config
+        }
+    return config
+
+
+def _selects(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether target_modules choose a module; expressions are left to PEFT."""
+    targets = config.get("target_modules")
+    return not isinstance(targets, list | tuple) or any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _metadata(adapter: LoraAdapter, to: str) -> dict[str, str]:
+    """Return the header's metadata: within one format the source's, without what is no longer true of the tensors."""
+    if to != adapter.format:
+        return dict(FORMATS[to].metadata)
+    stale = (HEADER_KEY, "ss_network_alpha", "sshs_")
+    kept = {key: value for key, value in adapter.metadata.items() if not key.startswith(stale)}
+    return {**kept, **FORMATS[to].metadata}
+
+
+def _written(path: Path, to: str, content: Content) -> Path:
+    try:
+        return save(path, to, content)
     except ValueError as error:
         raise UserError(f"cannot be written as {to}: {error}") from None
 
@@ -243,67 +288,14 @@ def _moved(written: Path, target: Path) -> None:
         os.replace(written, target)
 
 
-def _checked(written: Path, modules: list[RepairedModule], gain: Gain) -> list[float]:
-    """Return each module's relative error as the loader will see it, from the file as written."""
-    back = read_lora(written)
-    found = {one.name: name for name, one in back.modules.items()}
-    errors = []
-    for module in modules:
-        name = found.get(module.name) or found.get(module.name.replace(".", "_"))
-        if name is None:
-            raise UserError(f"{printable(module.name)}: the format has no way to write this name: not written")
-        factor = gain.at_one(back.modules[name].alpha, back.modules[name].rank)
-        errors.append(_difference(back.tensors(name), factor, module.old, module.scale))
-    bound = max(_roundoff(module.new) for module in modules)
-    if max(errors) > bound:
-        raise UserError(f"the new file is off by {max(errors):.1e}, rounding explains {bound:.1e}: not written")
-    return errors
-
-
-def _difference(new: tuple[Tensor, Tensor], factor: float, old: tuple[Tensor, Tensor], scale: float) -> float:
-    """Return ||factor * B' A' - scale * B A|| / ||scale * B A|| from matrices of rank size."""
-    (a, b), (old_a, old_b) = ([half.double().flatten(1) for half in pair] for pair in (new, old))
-    same = torch.equal(a, old_a)
-    left = factor * b - scale * old_b if same else torch.cat([factor * b, -scale * old_b], 1)
-    right = a if same else torch.cat([a, old_a])
-    whole = _norm(scale * old_b, old_a)
-    return _norm(left, right) / whole if whole else 0.0
-
-
-def _norm(left: Tensor, right: Tensor) -> float:
-    square = float(((left.t() @ left) * (right @ right.t())).sum())
-    return math.sqrt(max(square, 0.0))
-
-
-def _roundoff(weights: LoraWeights) -> float:
-    return 4 * max(float(torch.finfo(half.dtype).eps) for half in (weights.a, weights.b))
-
-
-def _notes(adapter: LoraAdapter, gain: Gain, modules: list[RepairedModule], errors: list[float]) -> Iterator[str]:
+def _notes(gain: Gain, plan: Plan, errors: list[float]) -> Iterator[str]:
     rounded = sum(error > 0 for error in errors)
     if rounded:
-        dtype = str(modules[0].new.b.dtype).removeprefix("torch.")
+        parts = [part for module in plan.modules for part in module.parts.values()]
+        dtype = str(parts[-1].new.dtype).removeprefix("torch.")
         yield f"B was rounded to {dtype} in {count(rounded, 'module')}, the effect is off by {max(errors):.1e} at most"
-    if adapter.unused_keys:
-        yield f"{count(len(adapter.unused_keys), 'key')} that belong to no pair were left out"
-    others = [module for module in modules if module.gain != 1.0]
+    yield from notes_of(plan)
+    others = [module for module in plan.modules if module.gain != 1.0]
     if others:
         yield f"folded for this loader: readers that use alpha / rank are {1 / others[0].gain:.4g} times as strong"
     yield from gain.notes
-
-
-def names_from(path: Path) -> list[str]:
-    """Return module names: one per line of a text file, or the layers of a checkpoint (file, folder or index).
-
-    Raises:
-        UserError: the file cannot be read or names nothing.
-    """
-    if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-        return list(Checkpoint.open(path).layers)
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no list of names can be read ({printable(error, 80)})") from None
-    if not any(names):
-        raise UserError(f"{path}: names no module")
-    return [name for name in names if name]

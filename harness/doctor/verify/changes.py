@@ -1,19 +1,78 @@
-"""The tensors of a checkpoint that each module of a LoRA changes: a weight, a bias, or one that is not read."""
+"""The tensors of a checkpoint that each module of a LoRA changes, and what it makes of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from harness.doctor.checkpoint import Checkpoint
+import torch
+from torch import Tensor
+
+from harness.doctor.architectures import Slot
 from harness.doctor.match import layers_by_spelling
-from harness.doctor.verify.dora import DoraLayer
-from harness.doctor.verify.layer import MergedLayer
-from harness.doctor.verify.products import Product, loha_product, lokr_product, pair_product, whole_product
+from harness.doctor.quantised import Rows
+from harness.doctor.verify.layer import DoraLayer, MergedLayer
+from harness.doctor.verify.pairing import Weights
+from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, cut
+from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
+
+
+def pair_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return B @ A, or with a Tucker core the product of the core with both: rank columns on the left either way.
+
+    Tucker: delta[o, i, k] = sum_pq B[o, p] mid[p, q, k] A[q, i].
+    """
+    a, b = (half.flatten(1) for half in adapter.tensors(name))
+    if "mid" not in adapter.modules[name].keys:
+        return LowRank(b, a)
+    return LowRank(b, _cored(adapter.part(name, "mid"), a))
+
+
+def experts_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return B @ A of every expert."""
+    a, b = adapter.tensors(name)
+    return Experts(b, a)
+
+
+def loha_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return (w1_a w1_b) * (w2_a w2_b); with a Tucker core t: [r, r, *kernel], w_a is [r, out]."""
+    halves = []
+    for number in "12":
+        a, b = (adapter.part(name, f"hada_w{number}_{side}") for side in "ab")
+        core = f"hada_t{number}"
+        tucker = core in adapter.modules[name].keys
+        halves.append(LowRank(a.t(), _cored(adapter.part(name, core), b)) if tucker else LowRank(a, b))
+    return Hadamard(halves[0], halves[1])
+
+
+def lokr_product(adapter: LoraAdapter, name: str) -> Product:
+    """Return w1 ⊗ w2, each full or low-rank; the kernel of a convolution lies in the columns of w2."""
+    return Kronecker(_lokr_factor(adapter, name, "lokr_w1"), _lokr_factor(adapter, name, "lokr_w2"))
+
+
+def _lokr_factor(adapter: LoraAdapter, name: str, role: str) -> Product:
+    keys = adapter.modules[name].keys
+    if role in keys:
+        return Whole(adapter.part(name, role).flatten(1))
+    a, b = adapter.part(name, f"{role}_a"), adapter.part(name, f"{role}_b")
+    if role == "lokr_w2" and "lokr_t2" in keys:
+        return LowRank(a.t(), _cored(adapter.part(name, "lokr_t2"), b))
+    return LowRank(a, b.flatten(1))
+
+
+def _cored(core: Tensor, right: Tensor) -> Tensor:
+    """Return sum_q core[p, q, k] right[q, i]: [p, i * k]."""
+    return torch.einsum("pq...,qi->pi...", core.float(), right.float()).flatten(1)
+
+
+def whole_product(adapter: LoraAdapter, name: str, role: str) -> Product:
+    """Return a tensor of the file as a matrix; a vector is one column."""
+    tensor = adapter.part(name, role)
+    return Whole(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1))
+
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _PRODUCTS: Mapping[str, Callable[[LoraAdapter, str], Product]] = {
@@ -21,20 +80,25 @@ _PRODUCTS: Mapping[str, Callable[[LoraAdapter, str], Product]] = {
     "lokr_w1": lokr_product, "lokr_w1_a": lokr_product,
 }  # fmt: skip
 _WHOLE = {"diff": _WEIGHT, "w_norm": _WEIGHT, "diff_b": _BIAS, "b_norm": _BIAS}
+_SAVED = {"set_weight": _WEIGHT, "set_bias": _BIAS, "token_rows": _WEIGHT}
 _NOT_READ = {
-    "set_weight": "a replaced weight", "reshape_weight": "a reshaped weight",
+    "reshape_weight": "a reshaped weight",
     "query_norm": "a replaced norm scale", "key_norm": "a replaced norm scale",
 }  # fmt: skip
-
 _OTHERS = {**NOT_LORA, "alpha": "an alpha that no module uses"}
+_BASE_COPIES = frozenset({"copy"})
 
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that a module changes: `product` returns what one unit of scale adds to it.
+    """One tensor, or some rows of it, that a module changes.
 
-    `name` is the module's, with the tensor behind it where that is a bias. `scaled` says that alpha / rank is in its
-    scale; whole differences have the strength alone. `unread` says why it is not read.
+    `product` returns what one unit of scale adds to it, `part` are the rows of the product that go there; `saved` is
+    the role of the tensor that replaces it; `method` says that PEFT's own merge must tell, `largest` the size of the
+    largest layer of its kind. `turned` says that experts lie as [in, out] in this model, None where all are square and
+    nothing tells. `name` is the module's, with the tensor behind it where that is a bias. `scaled` says
+    that alpha / rank is in its scale; whole differences have the strength alone. `unread` says why it is not judged,
+    `kind` of what kind that is.
     """
 
     name: str
@@ -43,36 +107,77 @@ class Change:
     product: Callable[[], Product] | None = None
     scaled: bool = True
     unread: str | None = None
+    saved: str | None = None
+    method: bool = False
+    largest: tuple[int, int] = (1, 1)
+    part: tuple[int, int] | None = None
+    turned: bool | None = None
+    kind: str = "unsupported"
 
 
 def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
     """Yield what module `name` changes, whose layer's weight is `tensor` (None: there is no such layer)."""
-    keys = adapter.modules[name].keys
+    module = adapter.modules[name]
+    if module.variant in _BASE_COPIES or not module.name:
+        return
+    if _by_method(adapter, module):
+        yield Change(name, name, tensor, method=True)
+        return
     found = [*_low_rank(adapter, name, tensor), *_wholes(adapter, name, tensor), *_unread(adapter, name, tensor)]
     weights = [change for change in found if change.product and change.tensor == tensor]
     if len(weights) > 1 and tensor is not None:
         why = "a low-rank update and a whole difference of one weight are not told apart"
         found = [change for change in found if change not in weights] + [Change(name, name, tensor, unread=why)]
-    yield from found or [Change(name, name, tensor, unread=f"parts {', '.join(sorted(keys))} are not read")]
+    what = OTHER_NAMES.get(module.variant) or f"parts {', '.join(sorted(module.keys))}"
+    yield from found or [Change(name, name, tensor, unread=f"{what} is not read")]
+
+
+def _by_method(adapter: LoraAdapter, module: LoraModule) -> bool:
+    """Tell whether only PEFT's own merge says what a module does."""
+    own = module.variant == adapter.kind and adapter.kind not in ("lora", "loha", "lokr")
+    return adapter.format == "peft" and "peft_type" in adapter.config and own
+
+
+def experts_turned(adapter: LoraAdapter, slots: Mapping[str, tuple[Slot, ...]], base: Weights) -> bool | None:
+    """Tell whether a model stores its experts as [experts, in, out]; None where all of them are square."""
+    for name, some in slots.items():
+        module = adapter.modules[name]
+        if module.variant == "experts" and module.in_features != module.out_features:
+            shape = base.info(base.layers[some[0].layer]).shape
+            return shape[1:] == (module.in_features, module.out_features)
+    return None
+
+
+def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Weights]) -> Iterator[Change]:
+    """Yield a change for every slot of its module: rows of the layer, and the part of the product that goes there."""
+    for slot in slots:
+        tensor = stores[0].layers[slot.layer]
+        is_bias = change.tensor is not None and change.tensor.endswith(_BIAS) and tensor.endswith(_WEIGHT)
+        place = _bias(tensor) if is_bias else tensor
+        shown = change.name if len(slots) == 1 else f"{change.name} ({'.'.join(slot.layer.split('.')[-2:])})"
+        if slot.rows and place and all(place in store.names for store in stores):
+            place = [store.slice(place, slot.rows) for store in stores].pop()
+        yield replace(change, name=shown, tensor=place, part=slot.part)
 
 
 def _low_rank(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
     module = adapter.modules[name]
-    if module.variant == "experts":
-        yield Change(name, name, tensor, unread="experts stacked in one tensor are not read")
-        return
     role = next((role for role in _PRODUCTS if role in module.keys), None)
     if role:
-        yield Change(name, name, tensor, lambda: _PRODUCTS[role](adapter, name))
+        make = experts_product if module.variant == "experts" else _PRODUCTS[role]
+        yield Change(name, name, tensor, lambda: make(adapter, name))
     if "bias" in module.keys:
         yield Change(f"{name} (bias)", name, _bias(tensor), lambda: whole_product(adapter, name, "bias"))
 
 
 def _wholes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
-    for role, end in _WHOLE.items():
+    for role, end in {**_WHOLE, **_SAVED}.items():
         if role in adapter.modules[name].keys:
             place, shown = (tensor, name) if end == _WEIGHT else (_bias(tensor), f"{name} (bias)")
-            yield Change(shown, name, place, lambda role=role: whole_product(adapter, name, role), scaled=False)  # type: ignore[misc]
+            if role in _SAVED:
+                yield Change(shown, name, place, scaled=False, saved=role)
+            else:
+                yield Change(shown, name, place, lambda role=role: whole_product(adapter, name, role), scaled=False)  # type: ignore[misc]
 
 
 def _unread(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
@@ -86,7 +191,7 @@ def _bias(tensor: str | None) -> str | None:
     return None if tensor is None else tensor.removesuffix(_WEIGHT) + _BIAS
 
 
-def unused_keys(adapter: LoraAdapter, base: Checkpoint) -> Iterator[Change]:
+def unused_keys(adapter: LoraAdapter, base: Weights) -> Iterator[Change]:
     """Yield the keys that belong to no module, one per layer: they are listed as not read, never passed over."""
     taken = {key for module in adapter.modules.values() for key in module.keys.values()}
     by_spelling = layers_by_spelling(base.layers, flattened=adapter.flattened)
@@ -106,34 +211,64 @@ def _without_prefix(stem: str, format: str) -> str:
     return next((stem[len(start) :] for start in starts if start and stem.startswith(start)), stem)
 
 
-def merged_layer(adapter: LoraAdapter, change: Change, base: Checkpoint, merged: Checkpoint) -> MergedLayer | None:
+def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: Weights) -> MergedLayer | None:
     """Return the layer of a change that has a product and a tensor, or None when their shapes do not fit."""
     assert change.product is not None
     assert change.tensor is not None
-    module = adapter.modules[change.module]
-    product = _fitted(adapter, module, change.product(), base.info(change.tensor))
-    if product is None:
+    module, tensor = adapter.modules[change.module], change.tensor
+    product = change.product() if change.part is None else change.product().sliced(*change.part)
+    if module.variant == "experts" and len(base.info(tensor).shape) > 2:
+        tensor = [store.folded(tensor) for store in (base, merged)].pop()
+        product = product.turned() if change.turned else product
+    if "base_copy" in module.keys and base.info(tensor).shape != merged.info(tensor).shape:
+        tensor = _copied(adapter, change.module, tensor, base, merged)
+    fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
+    if fitted is None:
         return None
+    if step := _steps(tensor, merged):
+        fitted = Scaled(fitted, step)
+        tensor = [base.in_codes(tensor, step), merged.in_codes(tensor, None)].pop()
     first = next(role for role in ("B", *module.keys) if role in module.keys and role != "alpha")
     dtype = str(adapter.part(change.module, first).dtype).removeprefix("torch.")
-    parts = (change.tensor, base, merged, product, dtype)
-    if not change.scaled or change.name != change.module or "magnitude" not in module.keys:
+    parts = (tensor, base, merged, fitted, dtype)
+    if not change.scaled or change.name.endswith("(bias)") or "magnitude" not in module.keys:
         return MergedLayer(*parts)
     magnitude = adapter.part(change.module, "magnitude")
     axis = _axis(tuple(magnitude.shape), product.shape, adapter.format)
     return None if axis is None else DoraLayer(*parts, magnitude, axis)
 
 
-def _fitted(adapter: LoraAdapter, module: LoraModule, product: Product, info: TensorInfo) -> Product | None:
-    """Return the product as the weight lies (Conv1D and embeddings are turned), None when it fits in no direction."""
-    rows = info.shape[0] if info.shape else 1
-    if adapter.format == "xlabs":  # it adapts the first rows of FLUX's `linear1`, q, k and v
-        product = product.padded(rows)
-    shape = rows, info.elements // max(rows, 1)
+def _steps(tensor: str, merged: Weights) -> Rows | None:
+    """Return the scales of the rows of a merged weight that is stored in codes; None where it is stored as it is."""
+    scheme = merged.store.schemes.get(tensor)
+    return scheme.step if scheme else None
+
+
+def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged: Weights) -> str:
+    """Return a name for a grown vocabulary whose base the file holds: the copy in it instead of the checkpoint's."""
+    copy, rows = adapter.part(name, "base_copy"), base.info(tensor).shape[0]
+    first = copy[:rows].to(base.rows(tensor, 0, 1).dtype)
+    if copy.shape != merged.info(tensor).shape or not torch.equal(first, base.rows(tensor, 0, len(first))):
+        return tensor
+    merged.hold(tensor, None)
+    return base.hold(tensor, copy)
+
+
+def _fitted(
+    adapter: LoraAdapter, module: LoraModule, product: Product, infos: tuple[TensorInfo, TensorInfo]
+) -> Product | None:
+    """Return the product as the weight lies (Conv1D and embeddings are turned), None when it fits in no direction.
+
+    Of a vocabulary of another size it has the rows that both checkpoints have.
+    """
+    sizes = [(info.shape[0] if info.shape else 1, info.elements // max((*info.shape, 1)[0], 1)) for info in infos]
     turned = bool(adapter.config.get("fan_in_fan_out")) or module.variant == "embedding"
-    if product.shape[::-1] == shape and (turned or product.shape != shape):
-        return product.turned()
-    return product if product.shape == shape else None
+    ways = [product.turned(), product] if turned else [product, product.turned()]
+    for shape in sizes:
+        if found := next((way for way in ways if way.shape == shape), None):
+            rows = min(size for size, _ in sizes)
+            return found if rows == shape[0] else found.sliced(0, rows)
+    return None
 
 
 def _axis(magnitude: tuple[int, ...], shape: tuple[int, int], format: str) -> int | None:

@@ -1,21 +1,30 @@
-"""One layer of a checkpoint before and after the merge, beside the product B @ A that a LoRA would add to it."""
+"""One layer before and after the merge, beside the product B @ A that a LoRA adds to it; DoRA with its magnitude."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.verify.products import Product, RowSums
+from harness.doctor.verify.pairing import Weights
+from harness.doctor.verify.products import Product, sums_by_chunk, window
 from harness.doctor.verify.row_products import Rows
-from harness.doctor.verify.vote import Array, half_step, work_dtype
+from harness.doctor.verify.rows import Rounding, RowSums, Window
+from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
 _LOOKED_AT = 16_000  # elements
+_MOST_ROWS = 0.9  # share of the rows that must be values of a coarser dtype: some may be damaged
+_ROWS_TO_FIT = 8  # rows of each block: a factor of each column is fitted to 96 elements
+_WHOLE_UP_TO = 1 << 22  # elements of a weight that is read whole to compare norms along its columns
+_FACTOR_ROUNDINGS = 4  # of the norm, the magnitude, the quotient and the product
+_COARSEST = 2.0**-3  # unit roundoff of float8
+_LEAST_OFF = 1e-3
+_TWO_ROUNDINGS = 1.6  # half steps
+_MOST = 0.9  # share of the elements that a blend must explain
 Runs = list[tuple[int, int]]
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -24,7 +33,8 @@ UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, 
 class Sample:
     """Rows of one layer as arrays [rows, columns]; of a layer of `rows`.
 
-    `block` gives each row's block, `roundoff` is that of the delta.
+    `block` gives each row's block, `index` its number, `finite` says that everything read of it is, also in the columns
+    left out; `roundoff` is that of the delta.
     """
 
     base: Array
@@ -33,9 +43,16 @@ class Sample:
     half: Array
     changed: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     block: np.ndarray[tuple[int], np.dtype[np.int_]]
+    index: np.ndarray[tuple[int], np.dtype[np.int_]]
+    finite: np.ndarray[tuple[int], np.dtype[np.bool_]]
     dtype: str
     roundoff: float
     rows: int
+
+    def of(self, rows: Flags) -> Sample:
+        """Return the sample of the flagged rows alone."""
+        names = ("base", "change", "product", "half", "changed", "block", "index", "finite")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def rounded(self, values: Array) -> Array:
         """Return `values` rounded to the dtype of the merge."""
@@ -48,8 +65,8 @@ class MergedLayer:
     """W: [out, in] of `base` and of `merged`, and the product that a LoRA would add to it."""
 
     tensor: str
-    base: Checkpoint
-    merged: Checkpoint
+    base: Weights
+    merged: Weights
     product: Product
     lora_dtype: str
 
@@ -63,10 +80,18 @@ class MergedLayer:
         """The number of columns."""
         return self.product.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """The dtype the merge was stored in."""
-        return self.merged.dtype(self.tensor)
+        """The dtype the merge was made in: that it is stored in, or a coarser one that holds what is stored."""
+        stored = self.merged.dtype(self.tensor)
+        if stored not in ("float64", "float32", "float16"):
+            return stored
+        rows = torch.cat([self.merged.rows(self.tensor, *run) for run in self._runs(min(BLOCKS, self.rows), 1)])
+        fits = {
+            name: float((rows.to(getattr(torch, name)).to(rows.dtype) == rows).all(dim=1).float().mean())
+            for name in ("bfloat16", "float16")
+        }
+        return next((name for name, share in fits.items() if share >= _MOST_ROWS and bool(rows.any())), stored)
 
     @property
     def streams(self) -> bool:
@@ -76,7 +101,9 @@ class MergedLayer:
     def sample(self, elements: int) -> Sample:
         """Return about `elements` elements: the same columns of at least one row from every block of rows."""
         runs, columns = self._grid(elements)
-        base, merged = (torch.cat([rows(*run)[:, columns] for run in runs]) for rows in self._stored())
+        read = [torch.cat([rows(*run) for run in runs]) for rows in self._stored()]
+        finite = torch.stack([_finite(part) for part in read]).all(dim=0).numpy()
+        base, merged = (part[:, columns] for part in read)
         work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
         before, after = base.to(work), merged.to(work)
         product = self.product.part(index_of(runs), columns, work)
@@ -85,8 +112,10 @@ class MergedLayer:
             change=(after - before).numpy(),
             product=product.numpy(),
             half=half_step(after.numpy(), self.dtype),
-            changed=(base.to(merged.dtype).to(work) != after).numpy(),
+            changed=(base.to(getattr(torch, self.dtype)).to(work) != after).numpy(),
             block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
+            index=index_of(runs).numpy(),
+            finite=finite,
             dtype=self.dtype,
             roundoff=self.roundoff,
             rows=self.rows,
@@ -113,9 +142,23 @@ class MergedLayer:
         coarse = UNIT_ROUNDOFF["bfloat16"]
         return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
 
-    def stream(self, device: str = "cpu") -> RowSums:
+    @property
+    def on_grid(self) -> bool:
+        """True when W is stored in the dtype of W'."""
+        return self.base.dtype(self.tensor) == self.dtype
+
+    def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
         """Read every row once, in chunks; the products of the rows may be made on `device`."""
-        return self.product.row_sums(*self._stored(), dtype=self.dtype, device=device)
+        before, after = (store.chunks(self.tensor) for store in (self.base, self.merged))
+        return self.product.row_sums(before, after, rounding, device=device)
+
+    def window(self, start: int, stop: int) -> Window:
+        """Return rows [start, stop) whole."""
+        return window(self.product, *self._stored(), self.dtype, (start, stop), self._factors)
+
+    def _factors(self, before: Array, after: Array, product: Array) -> Array:
+        """Return what each row of W' was multiplied by: [rows, 1]."""
+        return np.ones((len(after), 1))
 
     def fault(self, scale: float) -> str | None:
         """Say what is wrong beside the scale; None when nothing is."""
@@ -130,6 +173,12 @@ class MergedLayer:
         return partial(self.base.rows, self.tensor), partial(self.merged.rows, self.tensor)
 
 
+def _finite(rows: Tensor) -> Tensor:
+    """Tell which rows are finite; quick for the types that cannot be summed as they are."""
+    wide = rows if rows.dtype.itemsize > 1 else rows.bfloat16()
+    return torch.isfinite(torch.linalg.vector_norm(wide, float("inf"), dim=1))
+
+
 def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
     """Return `count` rows from the middle of a block."""
     first, end = rows * block // blocks, rows * (block + 1) // blocks
@@ -140,3 +189,131 @@ def _run(rows: int, block: int, blocks: int, count: int) -> tuple[int, int]:
 def index_of(runs: Runs) -> Tensor:
     """Return the numbers of the rows in `runs`."""
     return torch.cat([torch.arange(start, stop) for start, stop in runs])
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Whole rows of W, of W' and of the product: [n, columns]; and their magnitudes, or those of the columns."""
+
+    before: Tensor
+    after: Tensor
+    product: Tensor
+    magnitude: Tensor
+
+
+@dataclass(frozen=True)
+class DoraLayer(MergedLayer):
+    """W' = m * (W + s P) / |W + s P|, normalised for each row (`axis` 0) or each column (1).
+
+    Row by row W' = c W + c s P: c is fitted, and what is sampled is W' / c - W, which is s P and its rounding. Rounding
+    biases the s that c is fitted with, by least squares; of its error only |s P|^2 / |W|^2 reaches c. Whether c is
+    m / |W + s P| is another question (`fault`).
+    """
+
+    magnitude: Tensor
+    axis: int
+
+    def sample(self, elements: int) -> Sample:
+        """Return a sample with the factor of each row, or column, taken out."""
+        raw = super().sample(elements)
+        seen: Flags = np.asarray(raw.changed.any(axis=1))
+        if not seen.any():
+            return raw
+        return _unscaled(raw, seen, _first_scale(raw, seen, self.axis), self.axis)
+
+    @property
+    def streams(self) -> bool:
+        """False where a factor belongs to a column, which no chunk of rows can tell."""
+        return self.axis == 0
+
+    def stream(self, rounding: Rounding, device: str = "cpu") -> RowSums:
+        """Read every row once, on the processor whatever the `device`, with its factor taken out."""
+        return sums_by_chunk(self.product, *self._stored(), rounding, self._factors)
+
+    def _factors(self, before: Array, after: Array, product: Array) -> Array:
+        factor, _, _ = _free_factors(before, after, product, 0)
+        found: Array = np.where(np.isfinite(factor) & (factor != 0), factor, 1)[:, None]
+        return found
+
+    def fault(self, scale: float) -> str | None:
+        """Say how the factor differs from m / |W + scale * P|; None when it does not, or cannot be compared."""
+        rows = self._whole_rows()
+        if rows is None:
+            return None
+        new = rows.before + scale * rows.product
+        along = 1 - self.axis
+        used = (rows.after * new).sum(along) / new.square().sum(along)
+        wanted = rows.magnitude / torch.linalg.vector_norm(new, dim=along)
+        stored = UNIT_ROUNDOFF.get(self.dtype, _COARSEST) / np.sqrt(new.shape[along])
+        allowed = max(_LEAST_OFF, _FACTOR_ROUNDINGS * (self.roundoff + stored))
+        if float((used / wanted - 1).abs().median()) <= allowed:
+            return None
+        plain = float((used - 1).abs().median()) <= allowed
+        how = f"the factor is {float((used / wanted).median()):.3g}x" if not plain else "the sum was stored as it is"
+        return f"the magnitude was not applied as m / |W + scale * B @ A|: {how}"
+
+    def blends(self, scale: float, strength: float) -> bool:
+        """Tell whether W' is W + strength * (DoRA at `scale` - W): the strength outside the norm, as ComfyUI has it."""
+        rows = self._whole_rows()
+        if rows is None:
+            return False
+        new = rows.before + scale * rows.product
+        norm = torch.linalg.vector_norm(new, dim=1 - self.axis, keepdim=True)
+        full = rows.magnitude.reshape(norm.shape) * new / norm
+        wanted = rows.before + strength * (full - rows.before)
+        half = torch.from_numpy(half_step(wanted.numpy(), self.dtype))
+        slack = _FACTOR_ROUNDINGS * self.roundoff * (strength * (full - rows.before)).abs()
+        near = (rows.after - wanted).abs() <= _TWO_ROUNDINGS * half + slack
+        return bool(near.double().mean() >= _MOST)
+
+    def _whole_rows(self) -> WholeRows | None:
+        """Return whole rows from the middle of each block that changed, everything for norms along columns."""
+        if self.axis and self.rows * self.columns > _WHOLE_UP_TO:
+            return None
+        blocks = min(BLOCKS, self.rows)
+        runs = [(0, self.rows)] if self.axis else self._runs(blocks, 1)
+        before, after = (torch.cat([rows(*run) for run in runs]).double() for rows in self._stored())
+        product = self.product.part(index_of(runs), slice(None), torch.float64)
+        magnitude = self.magnitude.reshape(-1).double()
+        if self.axis:
+            return WholeRows(before, after, product, magnitude)
+        kept = (before != after).any(dim=1)
+        picked = magnitude[index_of(runs)]
+        return WholeRows(before[kept], after[kept], product[kept], picked[kept]) if kept.any() else None
+
+    def _grid(self, elements: int) -> tuple[Runs, slice]:
+        """Take more rows of fewer columns where each column has its own factor."""
+        if self.axis == 0:
+            return super()._grid(elements)
+        blocks = min(BLOCKS, self.rows)
+        count = min(max(_ROWS_TO_FIT, elements // (blocks * self.columns)), -(-self.rows // blocks))
+        step = max(1, blocks * count * self.columns // elements)
+        return self._runs(blocks, count), slice(0, None, step)
+
+
+def _first_scale(sample: Sample, seen: Flags, axis: int) -> float:
+    """Return the scale by least squares over the rows `seen`, each row (column) weighted by what it tells."""
+    before, change, product = sample.base[seen], sample.change[seen], sample.product[seen]
+    c, cs, weight = _free_factors(before, before + change, product, axis)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.nansum(weight * c * cs) / np.nansum(weight * c * c)
+    return float(found) if np.isfinite(found) else 0.0
+
+
+def _free_factors(before: Array, after: Array, p: Array, axis: int) -> tuple[Array, Array, Array]:
+    """Fit W' = c W + cs P for each row (column); return c, cs and a weight, NaN where W and P are parallel."""
+    pairs = (before, before), (before, p), (p, p), (before, after), (p, after)
+    ww, wp, pp, wa, pa = (np.multiply(x, y, dtype=np.float64).sum(1 - axis) for x, y in pairs)
+    determinant = ww * pp - wp**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (wa * pp - pa * wp) / determinant, (pa * ww - wa * wp) / determinant, determinant / ww
+
+
+def _unscaled(sample: Sample, seen: Flags, scale: float, axis: int) -> Sample:
+    """Return the sample of W' / c - W with the factors c that fit W' = c (W + scale * P) best; 1 in unchanged rows."""
+    after, new = sample.base + sample.change, sample.base + sample.product * sample.base.dtype.type(scale)
+    over = np.square(new[seen], dtype=np.float64).sum(1 - axis, keepdims=True)
+    fitted = np.multiply(after[seen], new[seen], dtype=np.float64).sum(1 - axis, keepdims=True)
+    c = np.ones((len(seen), new.shape[1]), new.dtype)
+    c[seen] = np.where((fitted != 0) & (over != 0), fitted / np.where(over == 0, 1, over), 1)
+    return replace(sample, change=after / c - sample.base, half=sample.half / np.abs(c))

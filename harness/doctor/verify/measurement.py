@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.doctor.verify.layer import MergedLayer, Sample
+from harness.doctor.verify.layer import BLOCKS, MergedLayer, Sample
+from harness.doctor.verify.rows import Damage, Rounding, damaged_rows, runs_of
 from harness.doctor.verify.vote import Array, Flags, Vote, bounds, vote, vote_within
 
 State = Literal[
-    "merged", "partly", "twice", "two roundings", "not merged", "hidden", "mixed", "unexplained", "not finite"
-]
+    "merged", "partly", "damaged", "twice", "two roundings", "not merged", "hidden", "mixed", "unexplained",
+    "not finite", "replaced",
+]  # fmt: skip
 
 # Elements sampled, and the relative width of the interval at which that is enough
 _SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
 _EXPLAINED = 0.97
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
-_DUE = 100  # elements of a run of rows that should have changed, when not one did
-_CLEAR = 1.25  # half steps; smaller updates may fall either way when the delta is rounded too
 _MISSED = 5  # elements that should have changed and did not
 _RESOLVED = 8.0  # half steps; larger updates are rounded without bias
 _ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
@@ -34,7 +34,9 @@ class MergeMeasurement:
     `scale` is the factor on B @ A that was used and lies in `interval`; `coverage` is the share of elements it
     explains to the last bit, `explained` the share it explains when the delta itself was rounded too. `overlap` and
     `product` are <ΔW, BA> and <BA, BA> over the rows seen, `aligned` the share of ||ΔW||^2 along B @ A.
-    `unmerged` are the rows, as (start, stop), in which nothing happened although something should have.
+    `unmerged` are the rows, as (start, stop), in which nothing happened although something should have; `damaged` are
+    the others that are not what the merge makes of them. `seen` is the share of the rows that was read. `replaces` says
+    what a tensor was compared with where no scale is measured; it is then `replaced` when it is right.
     """
 
     state: State
@@ -49,6 +51,9 @@ class MergeMeasurement:
     elements: int
     rows: int
     unmerged: tuple[tuple[int, int], ...] = ()
+    damaged: tuple[Damage, ...] = ()
+    seen: float = 1.0
+    replaces: str = ""
 
     @property
     def survived(self) -> float | None:
@@ -58,74 +63,84 @@ class MergeMeasurement:
         return self.overlap / self.product / self.scale
 
 
-def measure(layer: MergedLayer, expected: float) -> MergeMeasurement:
+def measure(layer: MergedLayer, expected: float, without: Flags | None = None) -> MergeMeasurement:
     """Measure one layer from a sample of its rows, larger where the answer is vague.
 
     `expected` is the scale it should have: with it an unchanged layer shows whether nothing was merged, and a layer
-    that was merged and rounded twice can be told from one that was changed by something else.
+    that was merged and rounded twice can be told from one that was changed by something else. Rows that are not finite
+    are told, and left out of the numbers; so are rows `without`.
     """
     window = None
     for elements, enough in _SAMPLES:
-        sample = layer.sample(elements)
-        if not (np.isfinite(sample.change).all() and np.isfinite(sample.product).all()):
-            return replace(_untouched(sample, Vote(0.0, 0.0, 0.0, 0.0), expected), state="not finite")
+        whole = layer.sample(elements)
+        kept = whole.finite & np.isfinite(whole.product).all(axis=1)
+        clean = kept if without is None else kept & ~without[whole.index]
+        sample = whole if clean.all() else whole.of(clean)
+        seen = len(whole.index) / max(layer.rows, 1)
+        if not clean.any():
+            state: State = "unexplained" if kept.any() else "not finite"
+            return replace(_untouched(whole, Vote(0.0, 0.0, 0.0, 0.0), expected), state=state, seen=seen)
         found = _voted(sample, window)
         undecided = sample.changed.any() or found.low <= expected <= found.high
         if (
             not undecided
             or found.width <= enough * abs(found.scale)
-            or sample.product.size >= layer.rows * layer.columns
+            or whole.product.size >= layer.rows * layer.columns
         ):
             break
         window = (found.low - found.width, found.high + found.width)
-    return judge(sample, found, expected)
+    made = replace(judge(sample, found, expected), seen=seen)
+    if kept.all():
+        return made
+    broken = tuple(Damage(int(row), int(row) + 1, "non-finite") for row in whole.index[~kept])
+    return replace(made, state="not finite", damaged=broken)
 
 
 def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> MergeMeasurement:
-    """Measure one layer from all its rows: the scale from the sample, the effect and what is unmerged from everything.
+    """Measure one layer from all its rows: the scale from the sample, the residual of every row against its rounding.
 
     `device` makes the products of the rows.
-
-    A run of rows counts as unmerged where not one element changed and a hundred should have.
     """
-    found, sums = measure(layer, expected), layer.stream(device)
-    whole = replace(found, elements=layer.rows * layer.columns)
-    if found.state == "not merged" and sums.changed.any():
-        whole = replace(whole, state="mixed")
-    if found.state not in ("merged", "partly"):
-        return replace(whole, overlap=float(sums.overlap.sum()), product=float(sums.product.sum()))
-    due = _due_changes(layer, found.scale, sums.product)
-    still = [(start, stop) for start, stop in _runs(~sums.changed) if due[start:stop].sum() > _DUE]
-    kept = np.ones(layer.rows, bool)
-    for start, stop in (*found.unmerged, *still):
-        kept[start:stop] = False
-    rows = tuple(_runs(~kept))
-    overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
-    return replace(whole, state="partly" if rows else "merged", overlap=overlap, product=product, unmerged=rows)
-
-
-def _due_changes(layer: MergedLayer, scale: float, energies: Array) -> Array:
-    """Return how many elements of each row should change, [rows]; `energies` are its sums of squares of the product.
-
-    An element changes when its update is larger than half a step, and a row of weak updates may be rounded away as a
-    whole: the sampled updates over their half steps are taken as those of every row, in proportion to its own size.
-    """
+    first = measure(layer, expected)
     sample = layer.sample(_SAMPLES[0][0])
-    sizes = np.sqrt(np.square(sample.product, dtype=np.float64).mean(axis=1, keepdims=True))
-    with np.errstate(all="ignore"):
-        steps = np.abs(scale * sample.product) / sample.half / sizes
-    reach = np.sort(steps[np.isfinite(steps)])
-    own = np.sqrt(np.maximum(energies, 0) / layer.columns)
-    with np.errstate(divide="ignore", over="ignore"):
-        below = np.searchsorted(reach, _CLEAR / own)
-    due: Array = layer.columns * (1 - below / max(len(reach), 1))
-    return due
+    sample = sample.of(sample.finite & np.isfinite(sample.product).all(axis=1))
+    scale = expected if first.state == "hidden" else first.scale
+    rounding = Rounding.of(sample, scale, _TWO_ROUNDINGS if first.state == "two roundings" else 1.0)
+    sums = layer.stream(rounding, device)
+    whole = replace(first, elements=layer.rows * layer.columns, seen=1.0)
+    if first.state == "not merged" and sums.changed.any():
+        whole = replace(whole, state="mixed")
+    broken = ~np.isfinite(sums.energy)
+    if whole.state not in ("merged", "partly", "two roundings", "hidden", "mixed", "not finite"):
+        return _with_damage(whole, layer, [Damage(*run, "non-finite") for run in runs_of(broken)])
+    usual = 1 - first.explained if first.explained >= _EXPLAINED else 0.0
+    found = damaged_rows(layer, sample, sums, rounding, usual)
+    kept = np.ones(layer.rows, bool)
+    for damage in found:
+        kept[slice(*damage.rows)] = False
+    if kept.mean() < 0.5 and not broken.any():
+        return whole
+    if found:
+        rest = measure(layer, expected, ~kept)
+        whole = replace(rest, elements=whole.elements, seen=1.0)
+    overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
+    return _with_damage(replace(whole, overlap=overlap, product=product), layer, found)
 
 
-def _runs(flags: Flags) -> list[tuple[int, int]]:
-    """Return the (start, stop) of every run of True."""
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+def _with_damage(made: MergeMeasurement, layer: MergedLayer, found: list[Damage]) -> MergeMeasurement:
+    """Return `made` with the rows that are not right, and the state that they leave."""
+    still = np.zeros(layer.rows, bool)
+    for start, stop in (*made.unmerged, *(damage.rows for damage in found if damage.kind == "unmerged")):
+        still[start:stop] = True
+    others = tuple(damage for damage in found if damage.kind != "unmerged")
+    made = replace(made, unmerged=tuple(runs_of(still)), damaged=others)
+    if any(damage.kind == "non-finite" for damage in others):
+        return replace(made, state="not finite")
+    if made.state not in ("merged", "partly", "two roundings", "hidden"):
+        return made
+    if others:
+        return replace(made, state="damaged")
+    return replace(made, state="partly") if still.any() else made
 
 
 def _voted(sample: Sample, window: tuple[float, float] | None = None) -> Vote:
@@ -149,12 +164,11 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
         return _untouched(sample, found, expected)
     scale = found.scale if found.coverage >= _EXPLAINED else _refined(sample, found.scale)
     error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
-    wrong = error > sample.half + _slack(sample, scale)
+    wrong = error > Rounding.of(sample, scale).allowance(sample.product, sample.half)
     missed = _by_block(sample, wrong & nonzero & ~sample.changed)
     unmerged = np.flatnonzero((missed >= _MISSED) & (_by_block(sample, sample.changed) == 0))
     rest = ~np.isin(sample.block, unmerged)
-    arrays = ("base", "change", "product", "half", "changed", "block")
-    seen = replace(sample, **{name: getattr(sample, name)[rest] for name in arrays})
+    seen = sample.of(rest)
     made = MergeMeasurement(
         state="merged",
         scale=scale,
@@ -181,7 +195,7 @@ def _classified(
     for once in (expected, made.scale / 2):
         if _merged_twice(sample, once):
             return replace(made, state="twice", scale=2 * once, interval=(2 * once, 2 * once))
-    near = error <= _TWO_ROUNDINGS * sample.half + _slack(sample, made.scale)
+    near = error <= Rounding.of(sample, made.scale, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
     if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
         return replace(made, state="two roundings")
     if made.aligned > _ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
@@ -230,17 +244,9 @@ def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement
 
 
 def _rows(blocks: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
-    count = int(sample.block.max()) + 1
-    runs = _runs(np.isin(np.arange(count), blocks))
+    count = min(BLOCKS, sample.rows)
+    runs = runs_of(np.isin(np.arange(count), blocks))
     return tuple((sample.rows * first // count, sample.rows * end // count) for first, end in runs)
-
-
-def _slack(sample: Sample, scale: float) -> Array:
-    """Return what rounding A, B and the delta may add to the error of each element."""
-    typical = float(np.sqrt(np.mean(np.square(sample.product, dtype=np.float64))))
-    size = np.abs(sample.product) + sample.product.dtype.type(typical)
-    slack: Array = size * sample.product.dtype.type(2 * sample.roundoff * abs(scale))
-    return slack
 
 
 def _refined(sample: Sample, scale: float) -> float:

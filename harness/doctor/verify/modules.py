@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from harness.doctor.verify.measurement import MergeMeasurement, State
 from harness.law.probe import Probe
-from harness.text import count, printable
+from harness.text import count, first_of, printable
 from harness.verdict.verdict import Outcome, Verdict
 
 CHECK = "verify"
@@ -20,11 +20,16 @@ _APART = 0.01  # relative; scales that differ by more must be told apart, or the
 _PARTS = (("qkv", ("q", "k", "v")), ("kv", ("k", "v")), ("gate_up", ("gate", "up")))
 
 
+Unjudged = Literal["alpha", "ambiguous", "unsupported", "quantised", "component", "hidden"]
+"""Why something is not judged: its alpha is unknown, its place; its kind or storage is not read; rounding hides it."""
+UNJUDGED: tuple[Unjudged, ...] = get_args(Unjudged)
+
+
 @dataclass(frozen=True)
 class NotMeasured:
-    """Why one tensor has no measurement: nothing in the base has its name, it does not fit, or its kind is not read."""
+    """Why one tensor has no measurement: nothing in the base has its name, it does not fit, or it cannot be judged."""
 
-    kind: Literal["missing layer", "missing tensor", "misfit", "not read"]
+    kind: Literal["missing layer", "missing tensor", "misfit"] | Unjudged
     what: str
 
 
@@ -33,7 +38,8 @@ class Module:
     """One tensor that a module of the LoRA changes: what it should be, and what was measured or why not.
 
     `fault` is the code and the sentence of what is wrong beside the scale: DoRA's magnitude, NaN in the LoRA. `note`
-    says what a reader of the scale should know.
+    says what a reader of the scale should know. `alpha_unknown`: the file has no alpha, or 0; no scale is then right.
+    `expert_rows`: the rows of each expert, where the tensor holds several.
     """
 
     found: Probe
@@ -43,6 +49,8 @@ class Module:
     dtype: str = ""
     fault: tuple[str, str] | None = None
     note: str | None = None
+    alpha_unknown: bool = False
+    expert_rows: int = 0
 
     @property
     def name(self) -> str:
@@ -57,7 +65,9 @@ class Module:
     @property
     def tells_scale(self) -> bool:
         """True when the scale is known."""
-        return self.state in ("merged", "partly", "twice", "two roundings")
+        if self.measured is None or self.measured.replaces:
+            return False
+        return self.state in ("merged", "partly", "damaged", "twice", "two roundings")
 
     @property
     def fits(self) -> tuple[float, float]:
@@ -80,21 +90,41 @@ class Module:
         return self.problem.kind if self.problem else None
 
     @property
+    def unjudged(self) -> Unjudged | None:
+        """Why nothing is said of it, None when it is right or wrong."""
+        if self.problem and self.problem.kind in UNJUDGED:
+            return self.problem.kind
+        if self.alpha_unknown and self.state in ("merged", "two roundings", "hidden", "not merged") and not self.fault:
+            return "alpha" if self.state != "not merged" or self.found.alpha is not None else None
+        return "hidden" if self.state == "hidden" else None
+
+    @property
+    def why_unjudged(self) -> str:
+        """Say it in a few words."""
+        if self.problem:
+            return self.problem.what
+        if not self.alpha_unknown:
+            return f"the update is below half a step of {self.dtype} everywhere, merged or not cannot be told"
+        scale = f"{self.measured.scale:.4g}" if self.measured else "?"
+        what = "no alpha in the file" if self.found.alpha is None else f"alpha {self.found.alpha:g} in the file"
+        return f"alpha unknown, scale {scale} measured: {what}, --lora-alpha decides"
+
+    @property
     def skipped(self) -> bool:
-        """True when nothing can be said: the kind is not read, or rounding hides the update."""
-        return self.obstacle == "not read" or self.state == "hidden"
+        """True when nothing can be said."""
+        return self.unjudged is not None
 
 
 def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) -> Verdict:
     """Return the verdict of one module; `law_code` names the law of the whole merge."""
-    code, fact = _judged(module, law_code)
+    code, fact = (None, f"not judged: {module.why_unjudged}") if module.skipped else _judged(module, law_code)
     outcome: Outcome = "skipped" if module.skipped else "failed" if code else "passed"
     numbers = _numbers(module) if module.measured else {}
     return Verdict(
         **frame,
         check=CHECK,
         outcome=outcome,
-        code=None if outcome == "skipped" else code,
+        code=code,
         title=fact,
         worst_module=module.name,
         reason=fact if outcome == "skipped" else None,
@@ -105,34 +135,45 @@ def module_verdict(module: Module, law_code: str | None, frame: dict[str, Any]) 
 
 def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     """Return the code a module deserves, None when it is right, and one sentence."""
-    measured, found = module.measured, module.found
+    measured = module.measured
     if measured is None:
         what = module.problem.what if module.problem else ""
-        said = f"skipped: {what}" if module.obstacle == "not read" else what
-        return ("LH103" if module.obstacle in LOST else "LH902"), said
+        return ("LH103" if module.obstacle in LOST else "LH902"), what
     if measured.state == "not finite":
-        return module.fault or ("LH502", "NaN or infinite values in the merged or the base weight")
-    if measured.state == "hidden":
-        return None, f"the update is below half a step of {module.dtype} everywhere: merged or not cannot be told"
-    if measured.state == "not merged":
-        return "LH102", "not merged: the weight is the base's"
-    if measured.state == "unexplained":
-        return "LH101", "changed, but not by this LoRA"
-    if measured.state == "twice":
-        return "LH206", f"merged twice at {measured.scale / 2:.4g}"
+        rows = f" in {damage_of(module)}" if measured.damaged else ""
+        return module.fault or ("LH502", f"NaN or infinite values in the merged or the base weight{rows}")
+    plain: dict[str, tuple[str | None, str]] = {
+        "replaced": (None, measured.replaces),
+        "not merged": ("LH102", "not merged: the weight is the base's"),
+        "unexplained": ("LH101", "changed, but not by this LoRA"),
+        "twice": ("LH206", f"merged twice at {measured.scale / 2:.4g}"),
+    }
+    return plain.get(measured.state) or _judged_scale(module, law_code)
+
+
+def _judged_scale(module: Module, law_code: str | None) -> tuple[str | None, str]:
+    measured, found = module.measured, module.found
+    assert measured is not None
     scale = "; ".join(filter(None, (f"scale {measured.scale:.4g}, expected {found.expected:.4g}", module.vague)))
+    scale = measured.replaces or (f"scale {measured.scale:.4g}" if module.alpha_unknown else scale)
     if measured.state == "partly":
         return "LH102", f"not merged in {where(module)}; elsewhere {scale}"
+    if measured.state == "damaged":
+        still = f"; not merged in {where(module)}" if measured.unmerged else ""
+        return "LH401", f"not what the merge gives in {damage_of(module)}{still}; elsewhere {scale}"
     if module.fault:
         return module.fault[0], f"{module.fault[1]}; {scale}"
     if measured.state == "mixed":
         return "LH401", f"other changes besides this LoRA; {scale}"
-    return (None, scale) if found.right else (law_code or "LH209", scale)
+    return (None, scale) if found.right or module.alpha_unknown else (law_code or "LH209", scale)
 
 
 def where(module: Module) -> str:
     """Name the rows in which nothing happened, as q, k, v where the layer's name says so."""
     assert module.measured is not None
+    if height := module.expert_rows:
+        experts = {row // height for start, stop in module.measured.unmerged for row in range(start, stop, height)}
+        return f"{count(len(experts), 'expert')} ({first_of([str(expert) for expert in sorted(experts)])})"
     parts = next((parts for word, parts in _PARTS if word in module.name.rpartition(".")[2]), ())
     rows = module.measured.rows
     names = [
@@ -148,37 +189,55 @@ def where(module: Module) -> str:
     )
 
 
+def damage_of(module: Module) -> str:
+    """Name the rows that are not what the merge gives, and how they differ."""
+    damaged = module.measured.damaged if module.measured else ()
+    rest = f" and {count(len(damaged) - _SHOWN, 'more run')}" if len(damaged) > _SHOWN else ""
+    return ", ".join(damage.text() for damage in damaged[:_SHOWN]) + rest
+
+
 def _numbers(module: Module) -> dict[str, Any]:
     assert module.measured is not None
     measured, expected = module.measured, module.found.expected
+    if measured.replaces:
+        return {"data": _data(module)}
     return {
         "measured_scale": measured.scale,
-        "expected_scale": expected,
-        "ratio": measured.scale / expected if expected else None,
+        "expected_scale": None if module.alpha_unknown else expected,
+        "ratio": measured.scale / expected if expected and not module.alpha_unknown else None,
         "interval": measured.interval if all(map(math.isfinite, measured.interval)) else None,
         "survived": measured.survived,
-        "data": {
-            "state": measured.state,
-            "fits": module.fits if module.tells_scale and math.isfinite(module.found.tolerance) else None,
-            "tensor": module.tensor,
-            "coverage": round(measured.coverage, 5),
-            "explained": round(measured.explained, 5),
-            "changed": round(measured.changed, 5),
-            "elements": measured.elements,
-            "unmerged_rows": [list(pair) for pair in measured.unmerged],
-        },
+        "data": _data(module),
+    }
+
+
+def _data(module: Module) -> dict[str, Any]:
+    measured = module.measured
+    assert measured is not None
+    return {
+        "state": measured.state,
+        "fits": module.fits if module.tells_scale and math.isfinite(module.found.tolerance) else None,
+        "tensor": module.tensor,
+        "coverage": round(measured.coverage, 5),
+        "explained": round(measured.explained, 5),
+        "changed": round(measured.changed, 5),
+        "elements": measured.elements,
+        "unmerged_rows": [list(pair) for pair in measured.unmerged],
+        "damaged_rows": [damage.text() for damage in measured.damaged[:_SHOWN]],
     }
 
 
 def _rows(module: Module) -> list[tuple[str, str]]:
     measured, found = module.measured, module.found
     assert measured is not None
+    if measured.replaces:
+        return [("module", f"{printable(found.module)}, {module.dtype}"), ("compared", measured.replaces)]
     alpha = "no alpha" if found.alpha is None else f"alpha {found.alpha:g}"
     low, high = measured.interval
     rows = [
         ("module", f"{printable(found.module)}, rank {found.rank}, {alpha}, {module.dtype}"),
         ("measured", f"scale {measured.scale:.5g} in [{low:.5g}, {high:.5g}]"),
-        ("expected", f"scale {found.expected:.5g}"),
+        ("expected", "unknown without alpha" if module.alpha_unknown else f"scale {found.expected:.5g}"),
         (
             "explains",
             f"{measured.coverage:.1%} of {count(measured.elements, 'element')} to the last bit; {_how(measured)}",

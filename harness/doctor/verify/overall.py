@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.doctor.verify.measurement import State
-from harness.doctor.verify.modules import CHECK, LOST, Module, survival, where
+from harness.doctor.verify.modules import CHECK, LOST, Module, Unjudged, damage_of, survival, where
 from harness.doctor.verify.untouched import Untouched
 from harness.law.diagnosis import Diagnosis, diagnosis_record
 from harness.text import count, first_of, printable
@@ -18,6 +19,19 @@ from harness.verdict.verdict import LawRecord, Verdict
 Fact = tuple[str, str]  # code and sentence
 _SHOWN = 20
 _READINGS_SHOWN = 3
+_SAME, _APART = 0.02, 0.05  # relative; factors that differ by less are one, those that differ by more are two
+_FIXES = {
+    "LH101": "merge again with this file; see that the merger's names for the layers are those of the base",
+    "LH102": "merge again: the merger left these layers out, or lost them when it saved",
+    "LH103": "see that --base is the model, and the component of it, that the LoRA was trained on",
+    "LH206": "merge again from the base, once",
+    "LH207": "merge again with the strength as it is, or pass the one that was meant with --strength",
+    "LH304": "merge again with a merger that follows the formula of this variant",
+    "LH401": "merge again from this base; if another LoRA was merged too, pass it with a second --lora",
+    "LH502": "do not use this checkpoint; merge again, the sum in float32",
+    "LH902": "save the merged checkpoint again: it must have the base's tensors in the base's shapes",
+}  # what to do with a checkpoint; the codes' own fixes speak to the author of a loader
+_BY_SCALE = "merge again at strength * alpha / rank of each module"
 
 
 def overall_verdict(
@@ -26,31 +40,38 @@ def overall_verdict(
     untouched: Untouched,
     diagnosis: Diagnosis,
     frame: dict[str, Any],
+    *,
+    allowed: Sequence[Unjudged] = (),
 ) -> Verdict:
-    """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers."""
+    """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers.
+
+    Right when every module is judged right, or not judged for a reason that is `allowed`.
+    """
     known = [module for module in found if module.tells_scale]
-    law = diagnosis_record(diagnosis) if known else None
+    open_ = [module for module in found if module.unjudged and module.unjudged not in allowed]
+    law = diagnosis_record(diagnosis) if any(not module.alpha_unknown for module in known) else None
     facts = [
         *_scale_facts(found, untouched, law, diagnosis.code),
         *_missing_facts(found),
         *_file_facts(found, untouched),
     ]
-    code, title = facts[0] if facts else (None, _right(found, known))
+    code, title = facts[0] if facts else (None, _right(found, open_))
+    title += _sampled(found)
     left = _survived(known)
     return Verdict(
         **frame,
         check=CHECK,
-        outcome="failed" if facts else "passed" if known else "skipped",
+        outcome="failed" if facts else "skipped" if open_ or not found else "passed",
         code=code,
         title=title,
-        reason=None if facts or known else title,
+        reason=title if open_ and not facts else None,
         law=law,
         survived=left,
         modules_failed=sum(not verdict.ok for verdict in verdicts),
         modules_total=len(verdicts),
-        rows=tuple(_rows(frame, law, left, facts, found)),
+        rows=tuple(_rows(frame, law, left, facts, found, untouched)),
         data={"also": [fact for _, fact in facts[1:]], **_untouched_data(untouched)},
-        **_numbers(known),
+        **_numbers([module for module in known if not module.alpha_unknown]),
     )
 
 
@@ -58,26 +79,78 @@ def _scale_facts(
     found: Sequence[Module], untouched: Untouched, law: LawRecord | None, law_code: str | None
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
+    told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
+    inverse = (abs(m.found.measured / m.found.expected + 1) <= _SAME and m.found.strength > 0 for m in told)
+    if swapped := bool(told) and all(inverse):
+        yield "LH209", f"every scale is -1 times the expected one: are base and merged swapped? {_listed(told, found)}"
     if ill := [module for module in _in(found, "not finite") if module.fault]:
         yield "LH707", f"NaN or infinite weights in the LoRA: {_listed(ill, found)}"
     if broken := [module for module in _in(found, "not finite") if not module.fault]:
-        yield "LH502", f"NaN or infinite values in {_listed(broken, found)}"
+        rows = f": {damage_of(broken[0])}" if broken[0].measured and broken[0].measured.damaged else ""
+        yield "LH502", f"NaN or infinite values in {_listed(broken, found)}{rows}"
     unexplained = _in(found, "unexplained")
-    if unexplained and untouched.is_other_model:
+    if untouched.is_other_model and (unexplained or _in(found, "mixed")):
         changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
         yield "LH401", f"wrong base: {changed}"
     elif unexplained:
-        yield "LH101", f"another LoRA or another edit: changed, but not by this LoRA: {_listed(unexplained, found)}"
+        what = next((f"; {module.note}" for module in unexplained if module.note), "")
+        yield (
+            "LH101",
+            f"another LoRA or another edit: changed, but not by this LoRA: {_listed(unexplained, found)}{what}",
+        )
     if twice := _in(found, "twice"):
         yield "LH206", f"merged twice: {_listed(twice, found)}"
     if faulty := [module for module in found if module.fault and module.state != "not finite"]:
         code, fault = faulty[0].fault or ("", "")
         yield code, f"{fault} in {_listed(faulty, found)}"
-    wrong = [module for module in found if module.tells_scale and not module.found.right and module not in twice]
-    if wrong and law:
-        code = law_code or "LH209"
-        name = f"one of these: {law.name}" if law.ambiguous else CODES[code].title
-        yield code, f"{name}: {_wrong_scale(wrong, law)} in {_listed(wrong, found)}"
+    wrong = [m for m in found if m.tells_scale and not m.alpha_unknown and not m.found.right and m not in twice]
+    if wrong and law and not swapped:
+        yield _wrong_law(wrong, told, law, law_code or "LH209", found)
+
+
+def _wrong_law(
+    wrong: Sequence[Module], told: Sequence[Module], law: LawRecord, law_code: str, found: Sequence[Module]
+) -> Fact:
+    """Name what the wrong scales have in common: a second merge, a factor of each block, or a law."""
+    listed, ratios = _listed(wrong, found), [module.found.measured / module.found.expected for module in told]
+    if law_code == "LH206" and len(wrong) == len(told) and all(abs(ratio / 2 - 1) <= _SAME for ratio in ratios):
+        first = wrong[0].found
+        scale = f"scale {first.measured:.4g}, expected {first.expected:.4g}"
+        return "LH206", f"merged twice, or once at twice the scale: {scale}, in {listed}"
+    if (law.constant is None or law.ambiguous) and (factors := _factors(told)):
+        return "LH209", f"{factors}: {listed}"
+    name = f"one of these: {law.name}" if law.ambiguous else CODES[law_code].title
+    return law_code, f"{name}: {_wrong_scale(wrong, law)} in {listed}"
+
+
+def _factors(told: Sequence[Module]) -> str:
+    """Say which factor each block, or each kind of layer, has, where all modules of one agree; else empty."""
+    for what, of in (("block", _block), ("kind of layer", _kind)):
+        groups: dict[str, list[float]] = {}
+        for module in told:
+            groups.setdefault(of(module.name), []).append(module.found.measured / module.found.expected)
+        middle = {name: statistics.median(some) for name, some in groups.items()}
+        agree = all(max(some) - min(some) <= _SAME * max(map(abs, some)) for some in groups.values())
+        differ = max(middle.values()) - min(middle.values()) > _APART * max(map(abs, middle.values()))
+        if agree and differ and 1 < len(groups) < len(told):
+            shown = [f"{factor:.3g}x in {printable(name)}" for name, factor in middle.items()]
+            more = ", …" if len(shown) > _READINGS_SHOWN + 1 else ""
+            return f"one factor per {what} ({', '.join(shown[: _READINGS_SHOWN + 1])}{more})"
+    ratios = _ratios(told)
+    if len({round(ratio, 2) for ratio in ratios}) == len(told) > 2:
+        return f"one factor per module: {ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
+    return ""
+
+
+def _block(name: str) -> str:
+    """Return a name up to its first number."""
+    found = re.match(r".*?(?<![a-z0-9])\d+(?![0-9])", name)
+    return found[0] if found else name
+
+
+def _kind(name: str) -> str:
+    """Return a name with its numbers left out, as the last of its parts that tell it."""
+    return re.sub(r"[._]?\d+[._]?", "*", name).rpartition("*")[2] or name
 
 
 def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
@@ -96,13 +169,10 @@ def _ratios(modules: Sequence[Module]) -> list[float]:
 
 def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
     """Yield what was not merged, in whole or in part."""
-    same, hidden = _in(found, "not merged"), _in(found, "hidden")
+    same = _in(found, "not merged")
     others = [module for module in found if module.measured and module.state not in ("not merged", "hidden")]
     if same and not others:
         yield "LH101", "byte-identical to the base: nothing was merged"
-    elif hidden and not others:
-        step = f"the update is below half a step of {hidden[0].dtype} everywhere"
-        yield "LH501", f"byte-identical to the base: {step}, so a right merge changes nothing; merge in float32"
     elif same:
         yield "LH102", f"not merged: {_listed(same, found)}"
     if partly := _in(found, "partly"):
@@ -115,8 +185,13 @@ def _missing_facts(found: Sequence[Module]) -> Iterator[Fact]:
 
 def _file_facts(found: Sequence[Module], untouched: Untouched) -> Iterator[Fact]:
     """Yield what changed beside the LoRA."""
-    if mixed := [module for module in _in(found, "mixed") if not module.fault]:
-        yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}"
+    if mixed := [m for m in _in(found, "mixed") if not m.fault and not untouched.is_other_model]:
+        what = next((f"; {module.note}" for module in mixed if module.note), "")
+        yield "LH401", f"other changes besides this LoRA: {_listed(mixed, found)}{what}"
+    if damaged := _in(found, "damaged"):
+        yield "LH401", f"rows that are not what the merge gives: {_listed(damaged, found)}; {damage_of(damaged[0])}"
+    if untouched.broken:
+        yield "LH502", f"NaN or infinite values in a tensor that the LoRA does not name: {first_of(untouched.broken)}"
     if untouched.changed:
         names = first_of(untouched.changed)
         yield "LH401", f"{count(len(untouched.changed), 'tensor')} that the LoRA does not name changed: {names}"
@@ -139,12 +214,21 @@ def _why(some: Sequence[Module]) -> str:
     return next((module.problem.what for module in some if module.problem), "")
 
 
-def _right(found: Sequence[Module], known: Sequence[Module]) -> str:
-    if not known:
-        return "nothing could be measured: every module was skipped"
-    skipped = sum(module.skipped for module in found)
-    rest = f", {count(skipped, 'module')} skipped" if skipped else ""
-    return f"base + strength * alpha / rank * B @ A in {len(known)} of {count(len(found), 'module')}{rest}"
+def _right(found: Sequence[Module], open_: Sequence[Module]) -> str:
+    judged = sum(not module.unjudged for module in found)
+    if open_:
+        names = first_of([module.name for module in open_])
+        return f"{judged} of {len(found)} right, {len(open_)} NOT JUDGED: {names} ({open_[0].why_unjudged})"
+    let_through = len(found) - judged
+    rest = f", {let_through} not judged, as allowed" if let_through else ""
+    return f"{judged} of {len(found)} right: base + strength * alpha / rank * B @ A and nothing else{rest}"
+
+
+def _sampled(found: Sequence[Module]) -> str:
+    """Say how much of the layers was read, when not all of it."""
+    read = [(m.measured.seen * m.measured.rows, m.measured.rows) for m in found if m.measured]
+    share = math.fsum(rows for rows, _ in read) / max(sum(total for _, total in read), 1) if read else 1.0
+    return "" if share >= 1 else f"; sampled: {min(100 * share, 99):.2g} % of rows"
 
 
 def _survived(known: Sequence[Module]) -> float | None:
@@ -175,6 +259,7 @@ def _rows(
     left: float | None,
     facts: Sequence[Fact],
     found: Sequence[Module],
+    untouched: Untouched,
 ) -> Iterator[tuple[str, str]]:
     yield "merged", printable(frame["loader"])
     if law:
@@ -190,14 +275,18 @@ def _rows(
         yield "also", f"{code} {fact}"
     for reason, names in _not_judged(found).items():
         yield "not judged", f"{reason}: {count(len(names), 'module')} ({first_of(names)})"
+    for note in untouched.notes[:_SHOWN]:
+        yield "note", printable(note, 200)
     if facts:
-        yield "fix", f"{_fix(facts[0][0], law, found)}   (lora-harness explain {facts[0][0]})"
+        yield "fix", f"{_fix(*facts[0], law, found)}   (lora-harness explain {facts[0][0]})"
     yield "reproduce", frame["reproduce"]
 
 
-def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
+def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) -> str:
     """Return what to do; another factor in all modules may be the strength that somebody wanted."""
-    fix = CODES[code].fix
+    fix = _FIXES.get(code) or (_BY_SCALE if code.startswith("LH2") else CODES[code].fix)
+    if "swapped" in title:
+        return "swap --base and --merged"
     factor_alone = law is not None and law.constant not in (None, 1.0) and law.exponents["strength"] == 1.0
     if code != "LH209" or law is None or law.constant is None or not factor_alone:
         return fix
@@ -205,11 +294,11 @@ def _fix(code: str, law: LawRecord | None, found: Sequence[Module]) -> str:
 
 
 def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
-    """Return the modules that are not read, by the reason."""
+    """Return the modules that are not judged, by the kind and the reason."""
     reasons: dict[str, list[str]] = {}
     for module in found:
-        if module.problem and module.obstacle == "not read":
-            reasons.setdefault(module.problem.what, []).append(module.name)
+        if module.unjudged:
+            reasons.setdefault(f"{module.unjudged}: {module.why_unjudged}", []).append(module.name)
     return dict(list(reasons.items())[:_SHOWN])
 
 

@@ -5,30 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.doctor.verify.row_products import Rows, row_products
-from harness.doctor.verify.vote import Array, Flags
-
-if TYPE_CHECKING:
-    from harness.files import LoraAdapter
+from harness.doctor.verify.rows import Looks, Rounding, RowSums, Window
+from harness.doctor.verify.vote import Array, half_step
 
 _CHUNK_ELEMENTS = 1 << 20
 _ALL = slice(None)
-Unscaled = Callable[[Array, Array, Array], Array]
-
-
-@dataclass(frozen=True)
-class RowSums:
-    """<ΔW, P> and <P, P> of every row of a product P, and whether the row changed."""
-
-    overlap: Array
-    product: Array
-    changed: Flags
+_EXACT = {
+    "float64": 1e-9,
+    "float32": 1e-5,
+    "bfloat16": 1e-2,
+}  # relative error of the sums of a row, by their arithmetic
+Factors = Callable[[Array, Array, Array], Array]
 
 
 class Product(ABC):
@@ -47,40 +41,52 @@ class Product(ABC):
     def turned(self) -> Product:
         """Return the transpose."""
 
-    def padded(self, rows: int) -> Product:
-        """Return the product with rows of zeros added up to `rows`, where it can have them."""
-        return self
+    def sliced(self, start: int, stop: int) -> Product:
+        """Return rows [start, stop)."""
+        return Slice(self, start, stop)
 
-    def row_sums(self, before: Rows, after: Rows, *, dtype: str, device: str = "cpu") -> RowSums:
-        """Compare with every row of W and W', stored in `dtype`, in one pass; `device` may make the products."""
-        return sums_by_chunk(self, before, after, dtype=dtype)
+    def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
+        """Compare with every row of W and W' in one pass; `device` may make the products."""
+        return sums_by_chunk(self, before, after, rounding)
 
 
 def sums_by_chunk(
     product: Product,
     before: Rows,
     after: Rows,
-    *,
-    dtype: str,
-    unscaled: Unscaled = lambda before, after, product: after,
+    rounding: Rounding,
+    factors: Factors = lambda before, after, product: np.ones((len(after), 1)),
 ) -> RowSums:
     """Return the sums of every row, from chunks in which the product is formed.
 
-    `unscaled` returns rows of W' without what they were multiplied by, given those of W, of W' and of the product.
+    `factors` returns what the rows of W' were multiplied by, given those of W, of W' and of the product.
     """
     rows, columns = product.shape
-    work = torch.float64 if dtype in ("float32", "float64") else torch.float32
-    step = max(1, _CHUNK_ELEMENTS // columns)
+    step, looks = max(1, _CHUNK_ELEMENTS // columns), Looks(rounding, _ALL)
 
-    def sums(start: int) -> tuple[Array, Array, Array]:
+    def sums(start: int) -> tuple[Any, ...]:
         run = start, min(start + step, rows)
-        parts = before(*run).to(work), after(*run).to(work), product.part(torch.arange(*run), _ALL, work)
-        old, new, update = (part.double().numpy() for part in parts)
-        change = unscaled(old, new, update) - old
-        return np.einsum("ij,ij->i", change, update), np.einsum("ij,ij->i", update, update), (new != old).any(axis=1)
+        seen = window(product, before, after, rounding.dtype, run, factors)
+        looks.compare(seen.before, seen.after, seen.product, seen.half)
+        change = seen.after - seen.before
+        pairs = (change, seen.product), (seen.product, seen.product), (change, change)
+        return *(np.einsum("ij,ij->i", *pair) for pair in pairs), seen.changed.any(axis=1)
 
-    found = [sums(start) for start in range(0, rows, step)]
-    return RowSums(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    found = [np.concatenate(parts) for parts in zip(*map(sums, range(0, rows, step)), strict=True)]
+    looked = np.concatenate(looks.misfit), np.concatenate(looks.allowed)
+    return RowSums(found[0], found[1], found[2], found[3], *looked, _EXACT["float64"])
+
+
+def window(product: Product, before: Rows, after: Rows, dtype: str, run: tuple[int, int], factors: Factors) -> Window:
+    """Return some rows, with what they were multiplied by taken out."""
+    work = torch.float64 if dtype in ("float32", "float64") else torch.float32
+    stored, merged = before(*run), after(*run)
+    changed = (stored.to(getattr(torch, dtype)).to(work) != merged.to(work)).numpy()
+    update = product.part(torch.arange(*run), _ALL, work).double().numpy()
+    old, new = (part.to(work).double().numpy() for part in (stored, merged))
+    with np.errstate(all="ignore"):
+        factor = factors(old, new, update)
+        return Window(old, new / factor, update, half_step(new, dtype) / np.abs(factor), changed)
 
 
 @dataclass(frozen=True)
@@ -103,18 +109,43 @@ class LowRank(Product):
         """Return the transpose."""
         return LowRank(self.right.t(), self.left.t())
 
-    def padded(self, rows: int) -> Product:
-        """Return the product with rows of zeros added."""
-        missing = max(rows - len(self.left), 0)
-        return LowRank(torch.nn.functional.pad(self.left, (0, 0, 0, missing)), self.right) if missing else self
+    def sliced(self, start: int, stop: int) -> Product:
+        """Return rows [start, stop)."""
+        return LowRank(self.left[start:stop], self.right)
 
-    def row_sums(self, before: Rows, after: Rows, *, dtype: str, device: str = "cpu") -> RowSums:
-        """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is never formed."""
-        half = dtype == "bfloat16"
-        seen = row_products(before, after, self.right, rows=len(self.left), bfloat16=half, device=device)
+    def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
+        """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is formed for a few columns only."""
+        half, looks = rounding.dtype == "bfloat16", Looks.at(rounding, self.shape[1])
+        old, new = self._watched(before, after, looks)
+        seen, energy = row_products(old, new, self.right, rows=len(self.left), bfloat16=half, device=device)
         left, gram = self.left.float(), self.right.float() @ self.right.float().t()
         overlap, product = torch.linalg.vecdot(seen, left), torch.linalg.vecdot(left @ gram, left)
-        return RowSums(overlap.double().numpy(), product.double().numpy(), seen.any(1).numpy())
+        return RowSums(
+            overlap.double().numpy(),
+            product.double().numpy(),
+            energy.double().numpy(),
+            (energy != 0).numpy(),
+            np.concatenate(looks.misfit),
+            np.concatenate(looks.allowed),
+            _EXACT["bfloat16" if half else "float32"],
+        )
+
+    def _watched(self, before: Rows, after: Rows, looks: Looks) -> tuple[Rows, Rows]:
+        """Return the readers of W and of W', which let `looks` see every chunk that both have read."""
+        right, passed = self.right[:, looks.columns].float(), dict[str, Tensor]()
+
+        def reader(rows: Rows, name: str) -> Rows:
+            def read(start: int, stop: int) -> Tensor:
+                chunk = rows(start, stop)
+                passed[name] = chunk[:, looks.columns]
+                if len(passed) == 2:
+                    product = self.left[start:stop].float() @ right
+                    looks.take(passed.pop("before"), passed.pop("after"), product)
+                return chunk
+
+            return read
+
+        return reader(before, "before"), reader(after, "after")
 
 
 @dataclass(frozen=True)
@@ -135,6 +166,99 @@ class Whole(Product):
     def turned(self) -> Product:
         """Return the transpose."""
         return Whole(self.matrix.t())
+
+
+@dataclass(frozen=True)
+class Slice(Product):
+    """Some rows of a product."""
+
+    whole: Product
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.stop - self.start, self.whole.shape[1]
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.whole.part(rows + self.start, columns, work)
+
+    def turned(self) -> Product:
+        """Return itself: rows are cut from what lies as the weight does."""
+        return self
+
+
+@dataclass(frozen=True)
+class Scaled(Product):
+    """A product in the codes of a weight: each row over its scale, which `step` returns: [rows or 1, 1]."""
+
+    whole: Product
+    step: Rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.whole.shape
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        first, last = int(rows.min()), int(rows.max()) + 1
+        step = self.step(first, last).to(work)
+        own = step if len(step) == 1 else step[rows - first]
+        return self.whole.part(rows, columns, work) / own
+
+    def turned(self) -> Product:
+        """Return itself: rows have their scales as the weight lies."""
+        return self
+
+
+@dataclass(frozen=True)
+class Experts(Product):
+    """left[e] @ right[e] of every expert e, one below the other: [experts, rows, r] @ [experts, r, columns]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns), the rows of all experts."""
+        return self.left.shape[0] * self.left.shape[1], self.right.shape[2]
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        own = self.right[:, :, columns]
+        found = torch.empty(len(rows), own.shape[2], dtype=work)
+        owners = rows // self.left.shape[1]
+        for expert in sorted(set(owners.tolist())):
+            picked = owners == expert
+            found[picked] = self.left[expert][rows[picked] % self.left.shape[1]].to(work) @ own[expert].to(work)
+        return found
+
+    def turned(self) -> Product:
+        """Return that of the transposed matrices."""
+        return Experts(self.right.transpose(1, 2), self.left.transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class Total(Product):
+    """The sum of products, each times a factor."""
+
+    parts: tuple[tuple[Product, float], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.parts[0][0].shape
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return torch.stack([factor * one.part(rows, columns, work) for one, factor in self.parts]).sum(0)
+
+    def turned(self) -> Product:
+        """Return the transpose."""
+        return Total(tuple((one.turned(), factor) for one, factor in self.parts))
 
 
 @dataclass(frozen=True)
@@ -175,51 +299,3 @@ class Kronecker(Combined):
         height = self.second.shape[0]
         small, large = self.first.part(rows // height, _ALL, work), self.second.part(rows % height, _ALL, work)
         return (small[:, :, None] * large[:, None, :]).flatten(1)[:, columns]
-
-
-def pair_product(adapter: LoraAdapter, name: str) -> Product:
-    """Return B @ A, or with a Tucker core the product of the core with both: rank columns on the left either way.
-
-    Tucker: delta[o, i, k] = sum_pq B[o, p] mid[p, q, k] A[q, i].
-    """
-    a, b = (half.flatten(1) for half in adapter.tensors(name))
-    if "mid" not in adapter.modules[name].keys:
-        return LowRank(b, a)
-    return LowRank(b, _cored(adapter.part(name, "mid"), a))
-
-
-def loha_product(adapter: LoraAdapter, name: str) -> Product:
-    """Return (w1_a w1_b) * (w2_a w2_b); with a Tucker core t: [r, r, *kernel], w_a is [r, out]."""
-    halves = []
-    for number in "12":
-        a, b = (adapter.part(name, f"hada_w{number}_{side}") for side in "ab")
-        core = f"hada_t{number}"
-        tucker = core in adapter.modules[name].keys
-        halves.append(LowRank(a.t(), _cored(adapter.part(name, core), b)) if tucker else LowRank(a, b))
-    return Hadamard(halves[0], halves[1])
-
-
-def lokr_product(adapter: LoraAdapter, name: str) -> Product:
-    """Return w1 ⊗ w2, each full or low-rank; the kernel of a convolution lies in the columns of w2."""
-    return Kronecker(_lokr_factor(adapter, name, "lokr_w1"), _lokr_factor(adapter, name, "lokr_w2"))
-
-
-def _lokr_factor(adapter: LoraAdapter, name: str, role: str) -> Product:
-    keys = adapter.modules[name].keys
-    if role in keys:
-        return Whole(adapter.part(name, role).flatten(1))
-    a, b = adapter.part(name, f"{role}_a"), adapter.part(name, f"{role}_b")
-    if role == "lokr_w2" and "lokr_t2" in keys:
-        return LowRank(a.t(), _cored(adapter.part(name, "lokr_t2"), b))
-    return LowRank(a, b.flatten(1))
-
-
-def _cored(core: Tensor, right: Tensor) -> Tensor:
-    """Return sum_q core[p, q, k] right[q, i]: [p, i * k]."""
-    return torch.einsum("pq...,qi->pi...", core.float(), right.float()).flatten(1)
-
-
-def whole_product(adapter: LoraAdapter, name: str, role: str) -> Product:
-    """Return a tensor of the file as a matrix; a vector is one column."""
-    tensor = adapter.part(name, role)
-    return Whole(tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1))

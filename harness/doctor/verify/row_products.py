@@ -1,15 +1,16 @@
-"""ΔW A^T of one layer, a chunk of rows at a time, in the arithmetic in which this processor is quickest."""
+"""ΔW A^T and |ΔW|^2 of one layer, a chunk of rows at a time, in the arithmetic in which this processor is quickest."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored
+Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored; they hold until the next call
 
 _CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it in 32
 _NARROW_BYTES = 1 << 21  # of one chunk that stays in 16 bits
@@ -17,8 +18,15 @@ _DEVICE_BYTES = 1 << 26  # of one chunk in 16 bits on another device, whose call
 _TRIAL = (64, 2048, 32)  # rows, columns, rank: some milliseconds
 
 
-def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat16: bool, device: str = "cpu") -> Tensor:
-    """Return (after - before) @ right^T: [rows, r] in float32; right: [r, columns].
+class Passed(NamedTuple):
+    """ΔW A^T: [rows, r], and |ΔW|^2 of every row: [rows], NaN or infinite where a weight is; both in float32."""
+
+    products: Tensor
+    energies: Tensor
+
+
+def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat16: bool, device: str = "cpu") -> Passed:
+    """Return (after - before) @ right^T and the sums of squares of after - before; right: [r, columns].
 
     `bfloat16` says that the weights after are stored so: those before are then rounded first, and the product is made
     in bfloat16 where that is quicker. On another `device` than the processor it always is.
@@ -39,23 +47,36 @@ def _spans(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
 
 def _in_one_dtype(
     before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, device: str
-) -> Tensor:
+) -> Passed:
+    """Make the change of each chunk in one buffer: fresh memory costs as much as the product."""
     turned = right.to(device, dtype).t()
-    changes = (after(*span).to(device, dtype) - before(*span).to(device, dtype) for span in spans)
-    return torch.cat([(change @ turned).float() for change in changes]).cpu()
+    change = torch.empty(spans[0][1], right.shape[1], dtype=dtype, device=device)
+    seen, energies = (torch.empty(spans[-1][1], *size, device=device) for size in ((right.shape[0],), ()))
+    for start, stop in spans:
+        part = change[: stop - start]
+        torch.sub(after(start, stop).to(device, dtype), before(start, stop).to(device, dtype), out=part)
+        seen[start:stop], energies[start:stop] = part @ turned, _squares(part)
+    return Passed(seen.cpu(), energies.cpu())
 
 
-def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Tensor:
-    """Convert each chunk into buffers that are used again: fresh memory costs as much as the product."""
+def _squares(change: Tensor) -> Tensor:
+    """Return |ΔW|^2 of rows, to the precision of their dtype: half the time of asking for float32."""
+    norms: Tensor = torch.linalg.vector_norm(change, dim=1)
+    return norms.float().square()
+
+
+def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Passed:
+    """Convert each chunk into buffers that are used again."""
     turned = right.float().t().contiguous()
     change, old = (torch.empty(spans[0][1], right.shape[1]) for _ in range(2))
-    seen = torch.empty(spans[-1][1], right.shape[0])
+    seen, energies = torch.empty(spans[-1][1], right.shape[0]), torch.empty(spans[-1][1])
     for start, stop in spans:
         count = stop - start
         first = before(start, stop)
         old[:count].copy_(first.bfloat16() if rounded else first)
         torch.mm(change[:count].copy_(after(start, stop)).sub_(old[:count]), turned, out=seen[start:stop])
-    return seen
+        energies[start:stop] = _squares(change[:count])
+    return Passed(seen, energies)
 
 
 @cache

@@ -1,28 +1,47 @@
-"""The tensors of a checkpoint that a LoRA does not name: they must be what they were."""
+"""The tensors that a LoRA does not name: they must be what they were, as far as conversions leave them so."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.verify.pairing import (
+    EMA,
+    TIED,
+    WHOLE_BYTES,
+    Weights,
+    is_left_over,
+    plain_name,
+    same_tensor,
+    unchanged,
+)
 
-_WHOLE_BYTES = 1 << 16  # read completely up to this size
 _ROWS = 4
+_BUFFERS = re.compile(
+    r"(?:inv_freq|position_ids|masked_bias|num_batches_tracked|\.attn\.bias|token_type_ids|original_inv_freq)$"
+)
+_COMPONENTS = re.compile(
+    r"(first_stage_model|cond_stage_model|conditioner|text_encoders?(?:_\d)?|vae|image_encoder|safety_checker)\."
+)
 
 
 @dataclass(frozen=True)
 class Untouched:
-    """What was compared: how many tensors, which of them changed, and which names only one side has."""
+    """What was compared: how many tensors, which changed, which only one side has; `notes` are right conversions.
+
+    `broken` are those of `changed` that are NaN or infinite now.
+    """
 
     compared: int
     changed: tuple[str, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     reshaped: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_other_model(self) -> bool:
@@ -30,42 +49,133 @@ class Untouched:
         return self.compared > 1 and 2 * len(self.changed) > self.compared
 
 
-def compare_untouched(
-    base: Checkpoint, merged: Checkpoint, touched: Container[str], *, full: bool = False
-) -> Untouched:
-    """Compare every tensor that is not in `touched`: a few rows of each, everything with `full`.
+Touched = Mapping[str, Sequence[tuple[int, int]] | None]  # rows of a tensor that the LoRA names; None: all of them
 
-    A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype.
+
+def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full: bool = False) -> Untouched:
+    """Compare every tensor, or the rows of it, that is not in `touched`: a few rows of each, everything with `full`.
+
+    A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype, also by way of 16 bits. A
+    vocabulary of another size is unchanged when the rows that both have are.
     """
-    common = [name for name in base.names if name in merged.names]
-    fits = {name: base.info(name).shape == merged.info(name).shape for name in common}
-    others = [name for name in common if fits[name] and name not in touched]
+    common = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
+    resized = [name for name in common if _is_resized(base, merged, name)]
+    fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
+    others = [name for name in common if name in fits and not _BUFFERS.search(name)]
+    changed = [
+        name for name in others if _differs(base, merged, name, touched.get(name) or (), full=full or name in resized)
+    ]
+    changed = [name for name in changed if not _follows_tie(base, merged, name)]
+    missing, gone = _split(base, merged, touched)
+    extra, more = _split_extra(base, merged, touched)
+    notes = [*gone, *more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
     return Untouched(
         compared=len(others),
-        changed=tuple(name for name in others if _differs(base, merged, name, full)),
-        missing=tuple(name for name in base.names if name not in merged.names),
-        extra=tuple(name for name in merged.names if name not in base.names),
-        reshaped=tuple(name for name in common if not fits[name]),
+        changed=tuple(changed),
+        missing=tuple(missing),
+        extra=tuple(extra),
+        reshaped=tuple(name for name in common if name not in fits),
+        broken=tuple(name for name in changed if _is_broken(merged, name)),
+        notes=tuple(notes),
     )
 
 
-def _differs(base: Checkpoint, merged: Checkpoint, name: str, full: bool) -> bool:
+def _is_resized(base: Weights, merged: Weights, name: str) -> bool:
+    first, second = base.info(name).shape, merged.info(name).shape
+    return len(first) > 0 and first != second and first[1:] == second[1:] and bool(TIED.search(plain_name(name)))
+
+
+def _rows_of(base: Weights, merged: Weights, name: str) -> str:
+    first, second = base.info(name).shape[0], merged.info(name).shape[0]
+    return f"{second} rows for {first}; those that both have are compared"
+
+
+def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
+    """Return the tensors that the merged file lost, and in words what it may leave out."""
+    gone = [name for name in base.names if name not in merged.names and name not in touched]
+    kept = {found[1] for name in merged.names if (found := _COMPONENTS.match(name))}
+    lost, notes = [], dict[str, int]()
+    for name in gone:
+        why = _left_out(base, merged, name, kept)
+        if why:
+            notes[why] = notes.get(why, 0) + 1
+        else:
+            lost.append(name)
+    return lost, [f"{why} left out: {times} tensors" for why, times in notes.items()]
+
+
+def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
+    if EMA.search(name):
+        return "EMA weights"
+    if _BUFFERS.search(name) or is_left_over(name):
+        return "buffers"
+    component = _COMPONENTS.match(base.store.names.get(name, name)) or _COMPONENTS.match(name)
+    if component and component[1] not in kept:
+        return f"the component {component[1]}"
+    return "tied weights" if _twin(base, name, base, merged) else ""
+
+
+def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
+    """Return the tensors that only the merged file has, and in words those that may be there."""
+    more = [name for name in merged.names if name not in base.names and name not in touched]
+    fine = [name for name in more if is_left_over(name) or _BUFFERS.search(name) or EMA.search(name)]
+    tied = [
+        name
+        for name in more
+        if name not in fine and (_twin(merged, name, merged, merged) or _twin(merged, name, base, base))
+    ]
+    notes = [f"only in the merged checkpoint, and no part of the model: {len(fine)} tensors"] if fine else []
+    notes += [f"{name} is a copy of a weight that the model ties it to" for name in tied]
+    return [name for name in more if name not in fine and name not in tied], notes
+
+
+def _twin(store: Weights, name: str, other: Weights, among: Weights) -> str | None:
+    """Return a tensor of `other`, whose name `among` has too, that an embedding or a head `name` equals bit by bit."""
+    if not TIED.search(plain_name(name)):
+        return None
+    info = store.info(name)
+    for twin in other.names:
+        alike = twin != name and twin in among.names and bool(TIED.search(plain_name(twin)))
+        if alike and other.info(twin).shape == info.shape and same_tensor(store, name, other, twin):
+            return twin
+    return None
+
+
+def _follows_tie(base: Weights, merged: Weights, name: str) -> bool:
+    """Tell whether a head changed because it is the embedding, in both checkpoints."""
+    twin = _twin(base, name, base, merged)
+    return (
+        twin is not None
+        and base.info(name).shape == merged.info(name).shape
+        and same_tensor(merged, name, merged, twin)
+    )
+
+
+def _is_broken(store: Weights, name: str) -> bool:
+    whole = store.rows(name, 0, (*store.info(name).shape, 1)[0])
+    return not bool(torch.isfinite(whole if whole.dtype.itemsize > 1 else whole.float()).all())
+
+
+def _differs(base: Weights, merged: Weights, name: str, without: Sequence[tuple[int, int]], *, full: bool) -> bool:
     info = base.info(name)
-    rows = info.shape[0] if info.shape else 1
+    rows = min((*info.shape, 1)[0], (*merged.info(name).shape, 1)[0])
     if rows == 0:
         return False
-    size = max(1, (info.end - info.start) // rows)
-    step = rows if info.end - info.start <= _WHOLE_BYTES else max(1, _WHOLE_BYTES * 16 // size) if full else 1
+    size = max(1, (info.end - info.start) // max((*info.shape, 1)[0], 1))
+    step = rows if info.end - info.start <= WHOLE_BYTES else max(1, WHOLE_BYTES * 16 // size) if full else 1
     starts = range(0, rows, step) if full or step == rows else [rows * part // _ROWS for part in range(_ROWS)]
     for start in starts:
-        before, after = (store.rows(name, start, min(start + step, rows)) for store in (base, merged))
-        if not torch.equal(_bits(before.to(after.dtype)), _bits(after)):
-            return True
-    base.release()
-    merged.release()
+        for run in _outside((start, min(start + step, rows)), without):
+            if not unchanged(base.rows(name, *run), merged.rows(name, *run)):
+                return True
     return False
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """View the numbers as bytes, so that NaN equals itself."""
-    return tensor.contiguous().view(torch.uint8)
+def _outside(run: tuple[int, int], without: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    at = run[0]
+    for start, stop in sorted(without):
+        if at < min(start, run[1]):
+            yield at, min(start, run[1])
+        at = max(at, stop)
+    if at < run[1]:
+        yield at, run[1]

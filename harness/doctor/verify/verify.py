@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,20 @@ from typing import Any
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.verify.changes import Change, changes, merged_layer, unused_keys
-from harness.doctor.verify.layer import MergedLayer
-from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
-from harness.doctor.verify.modules import BLENDED, Module, NotMeasured, module_verdict
+from harness.doctor.match import Placement
+from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
+from harness.doctor.verify.judging import Given, Reading, Stores, judged
+from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
+from harness.doctor.verify.pairing import Weights, paired
 from harness.doctor.verify.untouched import Untouched, compare_untouched
-from harness.doctor.verify.vote import DTYPES
 from harness.errors import UserError
-from harness.files import LoraAdapter, read_lora
+from harness.files import LoraAdapter, read_lora, with_alpha
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.probe import Probe
-from harness.measure.tolerance import scale_rounding
 from harness.text import count, printable
 from harness.verdict.verdict import Verdict
 
-_LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
-_SCALED = (".weight_scale", ".scale_weight", ".weight_scale_inv", ".weight.absmax")
+Paths = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True)
@@ -41,13 +38,13 @@ class MergeReport:
 
     @property
     def ok(self) -> bool:
-        """True when the merge is base + strength * alpha / rank * B @ A and nothing else, as far as it can be seen."""
+        """True when every trained weight of the file was judged right and nothing else changed."""
         return self.overall.outcome == "passed"
 
     @property
     def exit_code(self) -> int:
-        """0 right, 1 wrong, 2 when not one module could be measured."""
-        return {"passed": 0, "failed": 1}.get(self.overall.outcome, 2)
+        """0 right, 1 wrong, 3 when nothing is wrong and something was not judged."""
+        return {"passed": 0, "failed": 1}.get(self.overall.outcome, 3)
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -59,148 +56,185 @@ class MergeReport:
 class VerifyOptions:
     """How a merge is verified.
 
-    `strength` is what the merge was asked for. `full` reads everything instead of a sample of rows from every fused
-    slice. `lora_alpha` is the alpha of the training for a file that carries none. `device` makes the products of a full
+    `strength` is what the merge was asked for, one number for every LoRA or one for each. `full` judges every row
+    instead of a sample from every fused slice. `lora_alpha` is the alpha of the training for a file that carries none,
+    or 0. `allow_unjudged` are the kinds of what is not judged that may pass. `device` makes the products of a full
     read. `on_module` gets the name of each tensor before it is measured.
     """
 
-    strength: float = 1.0
+    strength: float | tuple[float, ...] = 1.0
     full: bool = False
     lora_alpha: float | None = None
+    allow_unjudged: tuple[Unjudged, ...] = ()
     device: str = "cpu"
     on_module: Callable[[str], None] = lambda name: None
 
 
 def verify_merge(
-    base: Path | str, merged: Path | str, lora: Path | str, options: VerifyOptions | None = None, **fields: Any
+    base: Paths, merged: Path | str, lora: Paths, options: VerifyOptions | None = None, **fields: Any
 ) -> MergeReport:
-    """Measure the scale that was baked into `merged` for every module of `lora`; one module is in memory at a time.
+    """Measure what was done to every tensor that `lora` trained; one module is in memory at a time.
 
-    `base` and `merged` are safetensors files, folders of them, or `*.safetensors.index.json`. Pairs, convolutions,
-    Tucker cores, LoHa, LoKr, DoRA, whole differences and biases are measured; whatever else the file holds is a skipped
-    verdict that says so. The fields of `options` may be given by keyword.
+    `base` and `merged` are safetensors files, folders of them, or `*.safetensors.index.json`; their names and fusions
+    may differ. Of several bases the one that fits best is taken; several LoRAs are told apart where they change one
+    tensor. Pairs, convolutions, Tucker cores, LoHa, LoKr, DoRA, experts, whole differences and biases have a scale;
+    saved tensors and token rows are compared bit by bit; other methods of PEFT with PEFT's own merge of the layer.
+    Whatever else a file holds is a skipped verdict that says so. The fields of `options` may be given by keyword.
 
     Raises:
-        UserError: a file cannot be read, no module of the LoRA is in the base, or there is no such device.
+        UserError: a file cannot be read, no module of a LoRA is in the base, or there is no such device.
     """
     options = replace(options or VerifyOptions(), **fields)
-    _usable(options.device)
-    adapter = read_lora(lora)
-    before, after = Checkpoint.open(base), Checkpoint.open(merged)
-    matched = before.match(adapter)
-    if not matched:
-        raise UserError(_no_match(adapter, before))
-    found = []
-    for change in _changes(adapter, before, matched):
-        options.on_module(change.name)
-        found.append(_module(adapter, change, (before, after), options))
-    touched = frozenset(module.tensor for module in found if module.tensor)
-    untouched = compare_untouched(before, after, touched, full=options.full)
-    command = _command(base, merged, lora, options)
-    return _report(adapter, found, untouched, Path(merged).name, command)
+    _usable(options)
+    bases, loras = _several(base), _several(lora)
+    given = list(_given(loras, options))
+    after = Checkpoint.open(merged)
+    stores, notes = _best([Checkpoint.open(path) for path in bases], after, given)
+    claims = _claims(given, stores)
+    reading = Reading(options.full, options.device, options.on_module)
+    found = [module for claim in claims.values() for module in judged(claim, stores, reading)]
+    untouched = compare_untouched(*stores, _touched(stores, found), full=options.full)
+    untouched = replace(untouched, notes=(*notes, *untouched.notes))
+    command = _command(bases, merged, loras, options)
+    return _report(given[0].adapter, found, untouched, Path(merged).name, command, options)
 
 
-def _usable(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r}: {printable(error, 120)}") from None
+def _claims(given: list[Given], stores: Stores) -> dict[str, list[tuple[Given, Change]]]:
+    """Return what the LoRAs change, by the tensor."""
+    claims: dict[str, list[tuple[Given, Change]]] = {}
+    owners: dict[str, set[tuple[str, int]]] = {}
+    for index, one in enumerate(given):
+        label = "" if len(given) == 1 else f"{one.adapter.path.name}: "
+        for change in _changes(one.adapter, stores):
+            key = change.tensor if change.tensor and not change.unread else f"{index} {change.name}"
+            claims.setdefault(key, []).append((one, replace(change, name=label + change.name)))
+            if change.tensor:
+                owners.setdefault(stores[0].owner(change.tensor), set()).add((key, index))
+    for shared in owners.values():
+        if len({key for key, _ in shared}) > 1 and len({index for _, index in shared}) > 1:
+            why = "another of the LoRAs changes other rows of the same tensor, which may overlap"
+            for key, _ in shared:
+                claims[key] = [(one, replace(change, unread=why, kind="ambiguous")) for one, change in claims[key]]
+    return claims
 
 
-def _changes(adapter: LoraAdapter, base: Checkpoint, matched: dict[str, str]) -> Iterator[Change]:
-    for name in adapter.modules:
-        yield from changes(adapter, name, matched.get(name))
-    yield from unused_keys(adapter, base)
+def _several(paths: Paths) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def _module(
-    adapter: LoraAdapter, change: Change, stores: tuple[Checkpoint, Checkpoint], options: VerifyOptions
-) -> Module:
-    """Measure one tensor that a module changes, or say why it cannot be."""
-    wanted = _wanted(adapter, change, options.strength, options.lora_alpha)
-    problem = _unmeasured(change, stores)
-    if problem or change.tensor is None:
-        return Module(wanted, change.tensor, None, problem)
-    layer = merged_layer(adapter, change, *stores)
-    if layer is None:
-        shape = "x".join(map(str, stores[0].info(change.tensor).shape))
-        return Module(
-            wanted, change.tensor, None, NotMeasured("misfit", f"the update does not fit the weight [{shape}]")
+def _given(loras: Sequence[Path], options: VerifyOptions) -> Iterator[Given]:
+    strengths = options.strength if isinstance(options.strength, tuple) else (options.strength,)
+    if len(strengths) not in (1, len(loras)):
+        raise UserError(
+            f"{count(len(strengths), 'strength')} for {count(len(loras), 'LoRA')}: give one, or one for each"
         )
-    every = options.full and layer.streams
-    measured = measure_fully(layer, wanted.expected, options.device) if every else measure(layer, wanted.expected)
-    # a strength other than 1 may stand outside DoRA's norm; what it means there is left to the merger
-    blends = wanted.strength not in (0.0, 1.0) and layer.blends(wanted.expected / wanted.strength, wanted.strength)
-    if blends:
-        scale = wanted.expected
-        measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
-    fault = None if blends else _fault(layer, measured)
-    for store in stores:
-        store.release()
-    note = BLENDED if blends else None
-    return Module(_found(wanted, measured, layer), change.tensor, measured, dtype=layer.dtype, fault=fault, note=note)
+    for path, strength in zip(loras, strengths * (len(loras) if len(strengths) == 1 else 1), strict=True):
+        yield Given(with_alpha(read_lora(path), options.lora_alpha), strength)
 
 
-def _fault(layer: MergedLayer, measured: MergeMeasurement) -> tuple[str, str] | None:
-    """Return the code and the sentence of what is wrong beside the scale; None when nothing is."""
-    if measured.state == "not finite":
-        return None if layer.update_is_finite() else ("LH707", "NaN or infinite weights in the LoRA")
-    if measured.state in ("merged", "partly", "two roundings", "mixed"):
-        said = layer.fault(measured.scale)
-        return ("LH304", said) if said else None
-    return None
+def _best(bases: list[Checkpoint], merged: Checkpoint, given: list[Given]) -> tuple[Stores, list[str]]:
+    """Return the checkpoints as one, with the base in which the fewest tensors that no LoRA names differ."""
+    found = []
+    for base in bases:
+        stores = paired(base, merged, [one.adapter for one in given])
+        slots = [slot for one in given for some in stores[0].place(one.adapter).slots.values() for slot in some]
+        if not slots and len(bases) > 1:
+            found.append((1.0, "none of the modules is in it", stores))
+            continue
+        touched = dict.fromkeys(stores[0].layers[slot.layer] for slot in slots)
+        if len(bases) == 1:
+            return stores, []
+        other = compare_untouched(*stores, touched)
+        wrong = len(other.changed) + len(other.missing) + len(other.extra) + len(other.reshaped)
+        total = max(other.compared + len(other.missing) + len(other.extra), 1)
+        found.append((wrong / total, f"{wrong} of {total} tensors that no LoRA names differ", stores))
+    best = min(found, key=lambda one: one[0])
+    others = [f"{one[2][0].path}: {one[1]}" for one in found if one is not best]
+    return best[2], [f"of the bases given {best[2][0].path} fits best: {best[1]}; {'; '.join(others)}"]
 
 
-def _wanted(adapter: LoraAdapter, change: Change, strength: float, lora_alpha: float | None) -> Probe:
-    """Return what the scale should come from; a whole difference has the strength alone."""
-    lora = adapter.modules.get(change.module)
-    if lora is None or not change.scaled or not lora.rank:
-        return Probe(change.name, strength, 0, (None,), (1,), 0.0, 0.0)
-    scaled = {name: module for name, module in adapter.modules.items() if module.rank}
-    alphas = tuple(lora_alpha if module.alpha is None else module.alpha for module in scaled.values())
-    ranks, place = tuple(module.rank for module in scaled.values()), list(scaled).index(change.module)
-    fused = "qkv" in lora.name.rpartition(".")[2]
-    return Probe(change.name, strength, place, alphas, ranks, 0.0, 0.0, fused=fused, root=lora.rslora)
+def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, int]] | None]:
+    """Return the rows of every tensor that the LoRA names; None where it names all of them."""
+    touched: dict[str, list[tuple[int, int]] | None] = {}
+    for module in found:
+        if module.tensor is None:
+            continue
+        name, _, rows = module.tensor.partition("[")
+        if not rows or rows == "*]":
+            touched |= {name: None, stores[0].owner(name): None}  # a head may be the embedding
+        elif (runs := touched.setdefault(name, [])) is not None:
+            start, stop = rows.rstrip("]").split(":")
+            runs.append((int(start), int(stop)))
+    return touched
 
 
-def _found(wanted: Probe, measured: MergeMeasurement, layer: MergedLayer) -> Probe:
-    spread = max(measured.interval[1] - measured.scale, measured.scale - measured.interval[0], 0.0)
-    rounding = max(scale_rounding(layer.dtype), scale_rounding(layer.lora_dtype), _LEAST)
-    slack = spread + rounding * abs(measured.scale)
-    return replace(wanted, measured=measured.scale, tolerance=slack, dtype=layer.dtype)
+def _usable(options: VerifyOptions) -> None:
+    odd = [kind for kind in options.allow_unjudged if kind not in UNJUDGED]
+    if odd:
+        raise UserError(f"allow_unjudged={odd[0]!r}: the kinds are {', '.join(UNJUDGED)}")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {options.device!r}: {printable(error, 120)}") from None
 
 
-def _unmeasured(change: Change, stores: tuple[Checkpoint, Checkpoint]) -> NotMeasured | None:
-    """Say why a tensor cannot be measured; None when it can."""
-    if change.unread:
-        return NotMeasured("not read", change.unread)
-    if change.tensor is None:
-        return NotMeasured("missing layer", "no layer of this name in the base")
-    if change.tensor not in stores[0].names:
-        return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    if any(change.tensor.removesuffix(".weight") + tail in store.names for store in stores for tail in _SCALED):
-        return NotMeasured("not read", "the weight is stored with a separate quantisation scale")
-    return _misfit(change.tensor, *stores)
+def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
+    """Yield every tensor, or rows of one, that the file changes.
+
+    Raises:
+        UserError: none of its modules is in the base.
+    """
+    layers, placement = stores[0].layers, stores[0].place(adapter)
+    if not placement.slots and not placement.misfits and not placement.ambiguous:
+        raise UserError(_no_match(adapter, stores[0]))
+    shapes = [stores[0].info(layers[slot.layer]).shape for slots in placement.slots.values() for slot in slots]
+    wide = [shape for shape in shapes if len(shape) > 1]
+    turned = experts_turned(adapter, placement.slots, stores[0])
+    largest = max((shape[0] for shape in wide), default=1), max((shape[1] for shape in wide), default=1)
+    for name in adapter.modules:
+        slots = placement.slots.get(name, ())
+        if not slots:
+            yield from _homeless(adapter, name, stores, placement)
+        else:
+            for change in changes(adapter, name, layers[slots[0].layer]):
+                yield from slots_of(replace(change, largest=largest, turned=turned), slots, stores)
+    yield from unused_keys(adapter, stores[0])
 
 
-def _misfit(tensor: str, base: Checkpoint, merged: Checkpoint) -> NotMeasured | None:
-    if tensor not in merged.names:
-        return NotMeasured("misfit", "the merged checkpoint lacks this weight")
-    if base.info(tensor).shape != merged.info(tensor).shape:
-        return NotMeasured("misfit", "the merged weight has another shape than the base's")
-    odd = [str(dtype) for dtype in (base.dtype(tensor), merged.dtype(tensor)) if dtype not in DTYPES]
-    return NotMeasured("not read", f"{odd[0]} weights are not read") if odd else None
+def _homeless(adapter: LoraAdapter, name: str, stores: Stores, placement: Placement) -> Iterator[Change]:
+    """Yield the changes of a module that has no place in the base: a saved one may be in the merged file alone."""
+    if name in placement.ambiguous:
+        yield Change(name, name, None, unread=placement.ambiguous[name], kind="ambiguous")
+        return
+    if name in placement.misfits:
+        yield Change(name, name, None, unread=placement.misfits[name], kind="misfit")
+        return
+    module = adapter.modules[name]
+    if module.variant in ("set", "tokens"):
+        own = stores[1].place(replace(adapter, modules={name: module})).slots.get(name, ())
+        if own:
+            yield from changes(adapter, name, stores[1].layers[own[0].layer])
+            return
+    placed = {other.component for key, other in adapter.modules.items() if key in placement.slots}
+    if module.component and placed and module.component not in placed:
+        yield Change(name, name, None, unread=f"the component {module.component} is not in this base", kind="component")
+        return
+    yield from changes(adapter, name, None)
 
 
-def _report(adapter: LoraAdapter, found: list[Module], untouched: Untouched, loader: str, command: str) -> MergeReport:
+def _report(
+    adapter: LoraAdapter, found: list[Module], untouched: Untouched, loader: str, command: str, options: VerifyOptions
+) -> MergeReport:
     law = _law(found)
     frame = {"loader": loader, "format": adapter.format, "reproduce": command}
     modules = tuple(module_verdict(module, law.code, frame) for module in found)
-    return MergeReport(modules, overall_verdict(found, modules, untouched, law, frame), tuple(found), untouched)
+    overall = overall_verdict(found, modules, untouched, law, frame, allowed=options.allow_unjudged)
+    return MergeReport(modules, overall, tuple(found), untouched)
 
 
 def _law(found: list[Module]) -> Diagnosis:
     """Name the law of the modules whose scale is known; rounding that shows two merges decides between its readings."""
+    found = [module for module in found if not module.alpha_unknown]
     twice = [module.found for module in found if module.state == "twice"]
     once = [module.found for module in found if module.tells_scale and module.state != "twice"]
     if once or not twice:
@@ -209,7 +243,7 @@ def _law(found: list[Module]) -> Diagnosis:
     return Diagnosis(law and replace(law, constant=2 * law.constant, others=()), "LH206")
 
 
-def _no_match(adapter: LoraAdapter, base: Checkpoint) -> str:
+def _no_match(adapter: LoraAdapter, base: Weights) -> str:
     names = _first(iter(adapter.modules)), _first(name for name in base.names if name.endswith(".weight"))
     return (
         f"{adapter.path}: none of its {count(len(adapter.modules), 'module')} (such as {names[0]}) is a layer of "
@@ -221,7 +255,11 @@ def _first(names: Iterator[str]) -> str:
     return printable(next(names, "none"), 80)
 
 
-def _command(base: Path | str, merged: Path | str, lora: Path | str, options: VerifyOptions) -> str:
-    parts = ["lora-harness", "verify", "--base", str(base), "--merged", str(merged), "--lora", str(lora)]
-    parts += ["--strength", f"{options.strength:g}"] if options.strength != 1 else []
+def _command(bases: Sequence[Path], merged: Path | str, loras: Sequence[Path], options: VerifyOptions) -> str:
+    parts = ["lora-harness", "verify", *(part for base in bases for part in ("--base", str(base)))]
+    parts += ["--merged", str(merged), *(part for lora in loras for part in ("--lora", str(lora)))]
+    strengths = options.strength if isinstance(options.strength, tuple) else (options.strength,)
+    parts += [part for one in strengths for part in ("--strength", f"{one:g}")] if set(strengths) != {1.0} else []
+    parts += ["--lora-alpha", f"{options.lora_alpha:g}"] if options.lora_alpha is not None else []
+    parts += [part for kind in options.allow_unjudged for part in ("--allow-unjudged", kind)]
     return shlex.join([*parts, "--full"] if options.full else parts)

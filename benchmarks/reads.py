@@ -1,0 +1,265 @@
+"""Measure what every tool reads: `python -m benchmarks.reads [--tool NAME]... [--family NAME]... [--scheme NAME]...`.
+
+Writes `harness/law/reads.json`: tool x release x architecture x names x scheme of keys -> the scale on B @ A that each
+layer got from the tool's own code, for one alpha / rank in the whole file (`uniform`) and for several (`mixed`), on all
+layers of a tiny model, on those inside blocks, on attention alone and on a random half of them. What needs a checkout
+(ComfyUI, sd-scripts) or a release (InvokeAI, DiffSynth) is kept as it was where that is missing; with `--tool`,
+`--family` or `--scheme` only those rows are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lora_file import MIXED, UNIFORM, Deltas, Low, Reader, Shape, Update, make_file, outcome
+from benchmarks.zoo import Animal, Parts, zoo
+from harness.law.reads import TABLE, in_part, pattern_of
+
+SCHEMES = (
+    "transformer.A.none", "transformer.A.header", "transformer.A.tensor", "transformer.down.none",
+    "transformer.down.tensor", "transformer.lora.down.none", "diffusion_model.A.none", "diffusion_model.A.tensor",
+    "diffusion_model.down.none", "diffusion_model.down.tensor", "bare.A.none", "bare.A.tensor", "bare.default.none",
+    "bare.default.tensor", "bare.down.tensor", "base_model.A.none", "lora_unet.down.none", "lora_unet.down.tensor",
+    "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
+)  # fmt: skip
+PROCESSORS = ("attn-procs", "xlabs")
+VARIANTS = tuple(
+    f"{prefix}.{kind}.tensor"
+    for prefix in ("transformer", "diffusion_model", "lora_unet", "lycoris")
+    for kind in ("lokr", "loha")
+)
+# what a tool is measured on: only models that the live loader gives it under the names they have there
+FAITHFUL: Mapping[str, Sequence[tuple[str, str]]] = {
+    "comfyui": (
+        ("qwen-image", "own"), ("sd-unet", "own"), ("sd-unet", "sgm"), ("flux", "own"), ("flux", "original"),
+        ("clip-text", "own"),
+    ),
+    "sd-scripts": (("sd-unet", "own"), ("clip-text", "own")),
+    "invokeai": (("qwen-image", "own"), ("sd-unet", "own"), ("clip-text", "own")),
+    "lycoris": (("qwen-image", "own"), ("sd-unet", "own"), ("flux", "own"), ("clip-text", "own")),
+    "diffsynth": (("qwen-image", "own"),),
+    "diffsynth-2.0.4": (("qwen-image", "own"),),
+    "diffsynth-flux": (("flux", "own"), ("flux", "original")),
+    "diffusers": (("clip-text", "own"),),
+}  # fmt: skip
+BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
+TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
+LIVE = tuple(tool for tool in FAITHFUL if tool != "diffusers")
+
+
+def diffusers_reader(animal: Animal) -> Reader:
+    """Return what loads a file with the pipeline mixin of `animal` and reads PEFT's own delta of each layer."""
+    from diffusers.loaders import lora_pipeline
+
+    def read(path: Path, strength: float) -> Deltas:
+        model = animal.build()
+        kind: Any = getattr(lora_pipeline, str(animal.mixin))
+        parts = {**dict.fromkeys(kind._lora_loadable_modules), animal.component: model}
+        pipeline = type("Pipeline", (kind,), {**parts, "components": parts, "hf_device_map": None})()
+        pipeline.load_lora_weights(str(path), adapter_name="a")
+        if strength != 1:
+            pipeline.set_adapters("a", adapter_weights=strength)  # raises where nothing was loaded
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+        return {name: _delta(layer) for name, layer in layers.items()}
+
+    return read
+
+
+def _delta(layer: Any) -> Update:
+    """Return what PEFT's layer adds to the weight."""
+    if "a" not in getattr(layer, "lora_A", ()) or type(layer).__name__ not in ("Linear", "Conv2d"):
+        delta: torch.Tensor = layer.get_delta_weight("a")
+        return delta.detach()
+    a, b = layer.lora_A["a"].weight.detach(), layer.lora_B["a"].weight.detach()
+    return Low(b.flatten(1) * layer.scaling["a"], a.flatten(1))
+
+
+def live_reader(tool: str, bench_name: str) -> Reader:
+    """Return what loads a file with the live loader `tool` and reads the effective weight of each layer."""
+    from harness.benches import get_bench
+    from harness.loaders.registry import resolve
+    from harness.measure.effective import effective_weights
+
+    bench, subject = get_bench(bench_name), resolve(tool)
+    subject.prepare()
+    layers = {name: layer for name, layer in bench.layers.items() if layer.kind in ("linear", "conv")}
+    before = effective_weights(bench.base(), layers)
+
+    def read(path: Path, strength: float) -> Deltas:
+        model = bench.build()
+        model = subject.load(model, path, strength=strength) or model
+        return {name: weight - before[name] for name, weight in effective_weights(model, layers).items()}
+
+    return read
+
+
+def subsets(names: Parts) -> dict[str, Parts]:
+    """Return the parts of a model that people train: all of it, its blocks, attention alone; and a random half."""
+    found = {
+        part: {n: p for n, p in names.items() if in_part(part, pattern_of(n))}
+        for part in ("all", "blocks", "attention")
+    }
+    blocks = found["blocks"]
+    chosen = random.Random(3).sample(sorted(blocks), (len(blocks) + 1) // 2)
+    found["half"] = {name: names[name] for name in names if name in chosen}
+    return {name: part for name, part in found.items() if part}
+
+
+def row(reader: Reader, names: Parts, shapes: Mapping[str, Shape], scheme: str, component: str) -> dict[str, Any]:
+    """Measure one scheme of keys; nothing where it can spell none of the names."""
+    found: dict[str, Any] = {}
+    for kind, numbers in (("uniform", UNIFORM), ("mixed", MIXED)):
+        files = {part: make_file(some, shapes, scheme, numbers, component) for part, some in subsets(names).items()}
+        every = {part: outcome(reader, file) for part, file in files.items() if file.tensors}
+        if not every:
+            return {}
+        found[kind] = _folded(every if "all" in every else {"all": next(iter(every.values())), **every})
+    return found if found["uniform"] != found["mixed"] else {"uniform": found["uniform"]}
+
+
+def _folded(every: Any) -> Any:
+    """Return one outcome for all parts of a model where it is the same; an error is, whichever keys it names."""
+    if not isinstance(every, dict) or "all" not in every:
+        return every
+    same = {json.dumps(each, sort_keys=True) for each in every.values()}
+    failed = all(isinstance(each, dict) and "raises" in each for each in every.values())
+    return next(iter(every.values())) if len(same) == 1 or failed else every
+
+
+def namings(animal: Animal) -> list[str]:
+    return [
+        "own",
+        *(["original"] if animal.original else []),
+        *(["sgm"] if animal.kind == "UNet2DConditionModel" else []),
+    ]
+
+
+def measure_diffusers(families: Sequence[str], schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import diffusers
+
+    for family, animal in zoo().items():
+        if (families and family not in families) or animal.mixin is None:
+            continue
+        for naming in namings(animal):
+            meant = animal.of_width(naming)
+            reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
+            for scheme in chosen(schemes, *SCHEMES, *PROCESSORS, *(() if meant.is_wide else VARIANTS)):
+                place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
+                if found := row(reader, names, shapes, scheme, animal.component):
+                    yield {**place, "scheme": scheme, **found}
+
+
+def chosen(schemes: Sequence[str], *every: str) -> list[str]:
+    """Return the spellings to measure: those asked for, or all."""
+    return [scheme for scheme in every if not schemes or scheme in schemes]
+
+
+def bench_shapes(bench_name: str) -> dict[str, Shape]:
+    """Return the shape of the weight of every linear layer and convolution of a bench."""
+    from harness.benches import get_bench
+
+    layers = {n: layer for n, layer in get_bench(bench_name).layers.items() if layer.kind in ("linear", "conv")}
+    return {name: (layer.rows, layer.channels, *layer.kernel) for name, layer in layers.items()}
+
+
+def measure_live(tool: str, families: Sequence[str], schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from harness.benches import get_bench
+    from harness.loaders.registry import resolve
+
+    release = resolve(tool).version
+    for family, bench_name in BENCHES.items():
+        if families and family not in families:
+            continue
+        bench, animal = get_bench(bench_name), zoo().get(family)
+        shapes = bench_shapes(bench_name)
+        reader = live_reader(tool, bench_name)
+        for naming in (names for there, names in FAITHFUL[tool] if there == family):
+            own = {name: [name] for name in shapes}
+            names = animal.names(naming) if animal and naming != "own" else own
+            names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
+            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *VARIANTS) if animal else TEXT)):
+                place = {"tool": tool, "release": release, "family": family, "names": naming}
+                if found := row(reader, names, shapes, scheme, bench.component):
+                    yield {**place, "scheme": scheme, **found}
+
+
+def layer_patterns() -> dict[str, dict[str, list[str]]]:
+    """Return, per architecture and naming, what its layers are called, with `#` for numbers: how a file is told."""
+    from harness.benches import get_bench
+
+    every = {
+        family: {naming: sorted({pattern_of(name) for name in animal.names(naming)}) for naming in namings(animal)}
+        for family, animal in zoo().items()
+    }
+    text = {pattern_of(name) for name in get_bench("clip-text").lora_layers}
+    bare = {name.removeprefix("text_model_") for name in text}
+    return {**every, "clip-text": {"own": sorted(bare | {f"text_model_{name}" for name in bare})}}
+
+
+def depths() -> dict[str, list[int]]:
+    """Return how many blocks the real models have, as the defaults of their classes say: what tells twins apart."""
+    import inspect
+
+    import diffusers
+
+    found = {}
+    for family, animal in zoo().items():
+        every = inspect.signature(getattr(diffusers, animal.kind).__init__).parameters
+        numbers = {
+            p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int
+        }
+        found[family] = sorted(number for number in numbers if number > 1)
+    return found
+
+
+def measure(tool: str, families: Sequence[str], schemes: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Measure one tool on the architectures it can be run on here."""
+    from harness.errors import LoaderSpecError
+
+    if tool == "diffusers":
+        yield from measure_diffusers(families, schemes)
+        families = [family for family in families or ["clip-text"] if family == "clip-text"]
+    try:
+        yield from () if tool == "diffusers" and not families else measure_live(tool, families, schemes)
+    except LoaderSpecError as error:
+        print(f"{tool}: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and write the table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--tool", action="append", default=[])
+    options.add_argument("--family", action="append", default=[])
+    options.add_argument("--scheme", action="append", default=[])
+    given = options.parse_args(argv)
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}
+    rows = {tuple(r[k] for k in ("tool", "family", "names", "scheme")): r for r in table["rows"]}
+    for tool in given.tool or ("diffusers", *LIVE):
+        for each in measure(tool, given.family, given.scheme):
+            rows[each["tool"], each["family"], each["names"], each["scheme"]] = each
+            print(json.dumps(each)[:200], flush=True)
+        write(list(rows.values()))
+
+
+def write(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table, one row a line so that a change can be read."""
+    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths()}
+    head["titles"] = {**{family: animal.title for family, animal in zoo().items()}, "clip-text": "CLIP text encoder"}
+    rows = [{**each, **{kind: _folded(each[kind]) for kind in ("uniform", "mixed") if kind in each}} for each in rows]
+    lines = [json.dumps(head)[:-1] + ',\n"layers": {']
+    lines.append(",\n".join(f"{json.dumps(f)}: {json.dumps(names)}" for f, names in layer_patterns().items()))
+    lines.append('},\n"rows": [\n' + ",\n".join(json.dumps(each) for each in rows) + "\n]}\n")
+    TABLE.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

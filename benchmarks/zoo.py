@@ -1,0 +1,138 @@
+"""The zoo: a tiny model of every architecture that diffusers loads LoRA into, and the original authors' names for it.
+
+`zoo.json` has a row per architecture: class, pipeline mixin, component, a tiny configuration; `original` says how the
+authors' own code calls the layers: `fused` stacks several of them (pattern of the first, name, parts), `renamed` are
+substitutions in order, `only` the names that are meant. `wide` is what a tiny model must have of the real one's widths
+where diffusers' converter has these numbers in its code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Parts = dict[str, list[str]]  # name in the file -> the layers whose rows it stacks
+
+
+@dataclass(frozen=True)
+class Animal:
+    """One architecture of the zoo."""
+
+    family: str
+    title: str
+    kind: str
+    mixin: str | None
+    component: str
+    config: Mapping[str, Any] = field(hash=False)
+    original: Mapping[str, Any] | None = field(default=None, hash=False)
+    wide: Mapping[str, Any] | None = field(default=None, hash=False)
+    is_wide: bool = False
+
+    def build(self) -> Any:
+        """Return a fresh model; its weights do not matter, and those of a wide one are never touched."""
+        import diffusers
+        import torch
+
+        make = getattr(diffusers, self.kind)
+        if not self.is_wide:
+            return make(**self.config).eval().requires_grad_(False)
+        with torch.device("meta"):
+            model = make(**self.config)
+        return model.to_empty(device="cpu").eval().requires_grad_(False)
+
+    def of_width(self, naming: str) -> Animal:
+        """Return the model on which files with these names are measured."""
+        if not self.wide or naming == "own":
+            return self
+        return replace(self, config={**self.config, **self.wide}, is_wide=True)
+
+    @cached_property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the weight of every linear layer, and in a UNet of every convolution."""
+        import torch
+
+        kinds = (torch.nn.Linear, torch.nn.Conv2d) if "UNet" in self.kind else (torch.nn.Linear,)
+        every = self.build().named_modules()
+        return {name: tuple(module.weight.shape) for name, module in every if isinstance(module, kinds)}
+
+    def names(self, naming: str) -> Parts:
+        """Return {name in a file: layers} under the model's `own` or the authors' `original` names."""
+        if naming == "own":
+            return {name: [name] for name in self.layers}
+        if naming == "sgm":
+            return {_sgm(name, self.config): [name] for name in self.layers}
+        return _original(list(self.layers), self.original or {})
+
+
+def zoo() -> dict[str, Animal]:
+    """Return every architecture by name."""
+    rows = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
+    animals = (
+        Animal(
+            r["family"],
+            r["title"],
+            r["class"],
+            r["mixin"],
+            r["component"],
+            r["config"],
+            r.get("original"),
+            r.get("wide"),
+        )
+        for r in rows
+    )
+    return {animal.family: animal for animal in animals}
+
+
+def _original(layers: list[str], rules: Mapping[str, Any]) -> Parts:
+    found: Parts = {}
+    used: set[str] = set()
+    for name in layers:
+        for pattern, whole, parts in rules.get("fused", ()):
+            if match := re.fullmatch(pattern, name):
+                stacked = [match.expand(part) for part in parts]
+                if set(stacked) <= set(layers):
+                    found[match.expand(whole)] = stacked
+                    used |= set(stacked)
+    for name in (name for name in layers if name not in used):
+        renamed = name
+        for pattern, there in rules.get("renamed", ()):
+            renamed = re.sub(pattern, there, renamed)
+        found[renamed] = [name]
+    return {name: parts for name, parts in found.items() if re.search(rules.get("only", ""), name)}
+
+
+_INNER = {
+    "time_emb_proj": "emb_layers.1",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+}  # fmt: skip
+
+
+def _sgm(name: str, config: Mapping[str, Any]) -> str:
+    """Return the name of a UNet's layer in the original Stable Diffusion code, which SDXL files of kohya have."""
+    parts, each = name.split("."), config["layers_per_block"]
+    if parts[0] == "mid_block":
+        head = f"middle_block.{1 if parts[1] == 'attentions' else 2 * int(parts[2])}"
+        return ".".join([head, *(_INNER.get(part, part) for part in parts[3:])])
+    if parts[0] not in ("down_blocks", "up_blocks"):
+        return _OUTER.get(name, name)
+    block, down = int(parts[1]), parts[0] == "down_blocks"
+    if parts[2] == "downsamplers":
+        return f"input_blocks.{(block + 1) * (each + 1)}.0.op"
+    if parts[2] == "upsamplers":
+        place = 2 if "CrossAttn" in config["up_block_types"][block] else 1
+        return f"output_blocks.{block * (each + 1) + each}.{place}.conv"
+    number = block * (each + 1) + int(parts[3]) + int(down)
+    head = f"{'input' if down else 'output'}_blocks.{number}.{int(parts[2] == 'attentions')}"
+    return ".".join([head, *(_INNER.get(part, part) for part in parts[4:])])

@@ -1,0 +1,327 @@
+"""What each tool does with a file, and the number to put into its own field: measured, read in its code, or unknown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from harness.doctor.inspect.fit import peft_hazards
+from harness.doctor.traits import Group, Traits
+from harness.files import LoraAdapter, LoraModule
+from harness.law.findings import Finding, finding_of, is_within, met
+from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
+from harness.law.reads import Place, Reading, has_other_names, measured_on, reading, title_of
+from harness.text import printable
+
+Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
+Sure = Literal["measured", "by name", "read", "unknown"]
+_ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "unknown", "law")
+_ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
+_PLAIN = ("lora", "conv")
+_WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")
+_BY_CONFIG = ("peft", "transformers")
+_AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
+_IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a tool does with a file.
+
+    `effect` is `law` when every module gets its trained scale times a number that one strength undoes; `strength` is
+    then the number for the tool's field, None when no single value is right or the file does not say enough. `gain`
+    is how many times too strong the modules are at strength 1, smallest and largest, as far as it is known. `says`
+    continues "<tool> …". `sure`: `measured` on the tool's own code and this architecture; `by name`: its law is
+    measured, and it takes modules by the model's own names; `read` in its code; `unknown`.
+    """
+
+    tool: Tool
+    effect: Effect
+    says: str
+    sure: Sure
+    strength: float | None = None
+    gain: tuple[float, float] | None = None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    instead: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a file: the release of the tool (None: the one known), and what its training's alpha was.
+
+    `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank.
+    """
+
+    version: str | None = None
+    lora_alpha: float | None = None
+    as_rank: bool = False
+
+
+def answers(traits: Traits, asked: Asked | None = None) -> dict[str, Answer]:
+    """Return the answer for every tool that reads the file's format."""
+    form = traits.adapter.format
+    return {name: answer(tool, traits, asked) for name, tool in tools().items() if form in tool.formats}
+
+
+def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
+    """Return what `tool` does with the file."""
+    asked = asked or Asked()
+    found = _answer(tool, traits, asked)
+    if found.strength is None and found.effect not in ("law", "unknown"):
+        return replace(found, instead=repaired_to(tool, traits, asked))
+    return found
+
+
+def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
+    form = traits.adapter.format
+    if form not in tool.formats:
+        return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
+    if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
+        return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
+    if not _is_known_release(tool, asked.version):
+        what = f"was not measured in {asked.version}, only in {tool.release}"
+        return Answer(tool, "unknown", f"{what}; `lora-harness check` measures the one installed here", "unknown")
+    known = (each for each in traits.findings if tool.name in each.tools and each.in_release(asked.version))
+    hit = [*known, *_limits(tool, traits)]
+    if lost := _lost(tool, traits):
+        return Answer(tool, "nothing", lost, _sure(tool), findings=tuple(hit))
+    notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))
+    blocking = [finding for finding in hit if finding.blocks]
+    read = _read(tool, traits)
+    for finding in (each for each in blocking if each.effect != "alpha ignored"):
+        seen = read.effect if read.effect not in ("law", "unknown") else _effect(finding.effect)
+        return Answer(tool, seen, finding.says, _sure(tool), findings=tuple(hit), notes=notes)
+    if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
+        sure: Sure = "unknown" if read.effect == "unknown" else _sure(tool)
+        return Answer(tool, read.effect, read.what, sure, findings=tuple(hit), notes=notes)
+    ignores = read.alpha_ignored or any(finding.effect == "alpha ignored" for finding in blocking)
+    law = replace(_IGNORES, name=tool.name) if ignores else tool.law
+    notes += (read.what,) if read.what and read.effect == "law" else ()
+    return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
+
+
+def _lost(tool: Tool, traits: Traits) -> str:
+    """Say why the tool finds no layer, or not all, by what the file alone says; empty when nothing tells."""
+    keys = [key for module in traits.adapter.modules.values() for key in module.keys.values()]
+    if tool.name in _BY_CONFIG and any(key.endswith(_AUTOMODEL) for key in keys):
+        return "does not know AutoModel's names of experts"
+    if wrapped := next(filter(_WRAPPED.search, keys), None):
+        return f"looks for plain names, not for those of a wrapper ({printable(wrapped, 70)})"
+    ignored = peft_hazards(traits.adapter) if tool.name in _BY_CONFIG else ()
+    return next((hazard.what for hazard in ignored if hazard.code in ("LH720", "LH721")), "")
+
+
+def _effect(found: str) -> Effect:
+    return next(effect for effect in _ORDER if effect == found)
+
+
+def _is_known_release(tool: Tool, version: str | None) -> bool:
+    if version is None or tool.known == "read":
+        return version is None
+    return version == tool.release or bool(tool.versions and is_within(version, tool.versions))
+
+
+def _sure(tool: Tool) -> Sure:
+    return "measured" if tool.known == "measured" else "read"
+
+
+def _how_sure(tool: Tool, traits: Traits) -> Sure:
+    if tool.known != "measured":
+        return "read"
+    return (
+        "measured"
+        if all(group.places and _rows(tool, group.places[0], group, mixed=False) for group in traits.groups)
+        else "by name"
+    )
+
+
+def _limits(tool: Tool, traits: Traits) -> Iterator[Finding]:
+    """Yield what was read, not measured, of the tool's faults with this file."""
+    for row in tool.limits:
+        if (finding := finding_of(row)).hits(traits.words):
+            yield finding
+
+
+def _read(tool: Tool, traits: Traits) -> Reading:
+    """Return the worst of what becomes of the file's variants and groups."""
+    found = [*_variants(tool, traits), *(_read_group(tool, group, traits) for group in traits.groups)]
+    return _worst(found)
+
+
+def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
+    for variant in sorted({module.variant for module in traits.adapter.modules.values()}):
+        says = tool.variants.get(variant)
+        if says is None:
+            yield Reading("unknown", f"was not measured on {variant} modules")
+        elif says != "ok":
+            yield Reading("drops", says)
+
+
+def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
+    """Return what was measured of a group on one architecture, a reading per spelling; None where one was not."""
+    engine = _ENGINES.get((tool.name, place[0]), tool.name)
+    found = [reading(engine, place, scheme, group.counts, mixed=mixed) for scheme in group.schemes]
+    return None if None in found else [each for each in found if each]
+
+
+def _worst(found: Iterable[Reading]) -> Reading:
+    return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
+
+
+def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
+    """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
+    every = {place: _rows(tool, place, group, mixed=traits.varied) for place in group.places}
+    known = {place: _worst(rows) for place, rows in every.items() if rows}
+    if not known or next(iter(every)) not in known:
+        return _by_name(tool, group, known.values())
+    (place, first), *others = known.items()
+    differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
+    if not differ:
+        return first
+    elsewhere = "; ".join(f"{title}: {each.what or 'as trained'}" for title, each in differ.items())[:200]
+    usual = f"{title_of(place[0])}: {first.what or 'as trained'}"
+    if first.effect == "law" and all(each.effect in _LOUD for each in differ.values()):
+        return replace(first, what=f"{usual}, but {elsewhere}")
+    return Reading("unknown", f"depends on the model, which the layer names leave open ({usual}; {elsewhere})")
+
+
+_LOUD = ("raises", "nothing", "drops", "unknown")  # a user of the other model is not left with a wrong scale
+
+
+def _by_name(tool: Tool, group: Group, known: Iterable[Reading]) -> Reading:
+    """Return the reading of a group that was not measured: by the model's own names, or unknown."""
+    fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
+    in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
+    named = not tool.original_names or not group.places or any(map(_is_original, group.places))
+    if fits and in_family and named and all(each.effect == "law" for each in known):
+        return Reading("law")
+    if not group.places:
+        return Reading("unknown", "was not measured on an architecture with these layers")
+    which = " or ".join(dict.fromkeys(title_of(family) for family, _ in group.places))
+    return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.schemes)[:120]}")
+
+
+def _is_original(place: Place) -> bool:
+    """Tell whether the names are those of the model's authors."""
+    return place[1] != "own" or not has_other_names(place[0])
+
+
+def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
+    """Return the strength that undoes the tool's law for this file."""
+    without = [module for module in traits.modules if module.rank and module.alpha is None]
+    if without and tool.without_alpha == "raises":
+        needs = "adapter_config.json beside it, where lora_alpha stands" if "peft" in tool.formats else "alpha"
+        return Answer(tool, "raises", f"cannot load a file without {needs}", "read")
+    wanted = [_wanted(module, asked) for module in traits.modules]
+    known = [scale for scale in wanted if scale is not None]
+    gains = [law.at_one(module) for module in traits.modules]
+    if len(known) < len(wanted):
+        return Answer(tool, "law", _what_is_missing(tool, traits), "unknown")
+    ratios = [gain / scale for gain, scale in zip(gains, known, strict=True) if scale]
+    span = (min(ratios), max(ratios)) if ratios else None
+    strength = law.law.strength_for(gains, known)
+    plain = all(module.variant in _PLAIN for module in traits.modules)
+    if strength is None or (strength != 1 and not plain):
+        what = "no single strength is right" if strength is None else "its strength is not linear in such modules"
+        return Answer(tool, "factor", f"{_strong(span)}: {what}", "unknown", gain=span)
+    return Answer(tool, "law", _strong(span), "unknown", strength, span)
+
+
+def _wanted(module: LoraModule, asked: Asked) -> float | None:
+    if asked.as_rank and module.rank and module.alpha is None:
+        return 1.0
+    if module.rank and module.alpha == 0 and asked.lora_alpha is None:
+        return None  # nobody trains at scale 0
+    return wanted_scale(module, asked.lora_alpha)
+
+
+def _what_is_missing(tool: Tool, traits: Traits) -> str:
+    if any(module.rank and module.alpha == 0 for module in traits.modules):
+        return f"takes alpha 0 as scale {tool.alpha_zero}; what the training meant, the file does not say"
+    ranks = {module.rank for module in traits.modules if module.rank and module.alpha is None}
+    over = f"{ranks.pop()}" if len(ranks) == 1 else "rank"
+    what = "applies modules without alpha at scale 1; which alpha was trained with, the file does not say"
+    return f"{what}: lora_alpha / {over}, once it is known"
+
+
+def _strong(span: tuple[float, float] | None) -> str:
+    if span is None or span == (1.0, 1.0):
+        return "applies every module as trained"
+    low, high = span
+    shown = f"{low:.4g}" if abs(high - low) < 1e-6 * abs(high) else f"{low:.4g} to {high:.4g}"
+    return f"applies modules {shown} times as strong as trained"
+
+
+def repaired_to(tool: Tool, traits: Traits, asked: Asked | None = None) -> str | None:
+    """Return the format whose repaired file `tool` reads right on this architecture, None where none is known to.
+
+    A repaired file has alpha = rank and the trained scale in B, in the spelling that the format writes.
+    """
+    if any(set(module.keys) - {"A", "B", "alpha"} for module in traits.modules):
+        return None
+    if not (asked and (asked.lora_alpha is not None or asked.as_rank)) and traits.alphas & {
+        "none",
+        "zero",
+        "some-missing",
+    }:
+        return None
+    able = [form for form in _WRITTEN if form in tool.formats and form != traits.adapter.format]
+    return next((form for form in (traits.adapter.format, *able) if _reads_repaired(tool, form, traits)), None)
+
+
+_WRITTEN: Mapping[str, str] = {
+    "diffusers": "transformer.A.header", "kohya": "lora_unet.down.tensor", "comfyui": "diffusion_model.A.tensor",
+    "diffsynth": "bare.default.tensor", "peft": "base_model.A.config",
+}  # fmt: skip
+
+
+def _reads_repaired(tool: Tool, form: str, traits: Traits) -> bool:
+    if form not in _WRITTEN or form not in tool.formats or len(traits.groups) != 1 or not traits.groups[0].places:
+        return False
+    group = replace(traits.groups[0], schemes=(_WRITTEN[form],))
+    words = {**traits.words, "scheme": frozenset(group.schemes), "format": frozenset([form])}
+    words["alpha"] = traits.alphas & {"ranks"} | {"tensor" if "tensor" in group.schemes[0] else "header"}
+    words["alpha"] |= {"several"} if "ranks" in traits.alphas else set()
+    every = _rows(tool, group.places[0], group, mixed="ranks" in traits.alphas)
+    return every is not None and _worst(every).effect == "law" and not any(f.blocks for f in met(words, tool=tool.name))
+
+
+def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:
+    """Return the strength to pass for every tool that reads the format of `adapter`; None with no reason given."""
+    return {name: each.strength for name, each in answers(Traits(adapter), Asked(lora_alpha=lora_alpha)).items()}
+
+
+def why_not(found: Answer) -> str:
+    """Return why there is no strength, with the page of the finding and what to do instead, in one clause each."""
+    parts = [found.says, *(finding.link for finding in found.findings if finding.blocks and finding.page)]
+    if found.instead:
+        parts.append(f"`lora-harness repair --to {found.instead}` writes a file that it reads")
+    return "; ".join(dict.fromkeys(part for part in parts if part))
+
+
+def how_sure(given: Answer) -> str:
+    """Return how the answer is known, with the pages of the findings behind it."""
+    tool = given.tool
+    ways = {
+        "measured": f"measured on {tool.release}, on this architecture and spelling of keys ({measured_on()})",
+        "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names",
+        "read": f"not measured: {tool.provenance}",
+        "unknown": "not measured",
+    }
+    pages = [
+        finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
+    ]
+    return "; ".join([ways[given.sure], *given.notes, *pages])
+
+
+def field_of(tool: Tool, strength: float) -> str:
+    """Return what to write into the field of `tool`."""
+    if tool.field.startswith("("):
+        return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
+    if ":weight>" in tool.field:
+        return tool.field.replace("weight", f"{strength:.6g}")
+    return f"{tool.field} = {strength:.6g}"

@@ -1,0 +1,357 @@
+"""One answer for one file: what it is, what a tool does with it, what to pass there, what else to do, how sure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
+from harness.doctor.inspect.describe import trainer_of
+from harness.doctor.inspect.weights import Weighed, weigh
+from harness.doctor.traits import Traits, model_of, rule_of, untargeted, what_it_is
+from harness.errors import UserError
+from harness.files import read_lora
+from harness.law.findings import findings, is_within
+from harness.law.known import Tool, tools
+from harness.law.scale import word_of
+from harness.text import count, printable
+from harness.verdict.file_record import Hazard
+
+Saw = Literal["noise", "nothing", "weak", "strong"]
+SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
+_GRAVE = ("LH707", "LH713")
+_CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What could be behind a picture: the cause, the test that decides, and what of this file speaks for it."""
+
+    what: str
+    test: str
+    evidence: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A file and the question that was asked about it; `tool` None asks for all."""
+
+    path: Path
+    traits: Traits
+    asked: Asked
+    tool: Tool | None = None
+    saw: Saw | None = None
+    placed: str | None = None
+    weighed: Weighed = field(default_factory=Weighed)
+
+    @cached_property
+    def trainer(self) -> str | None:
+        """The tool that wrote the metadata, as far as they tell."""
+        return trainer_of(self.traits.adapter.metadata)
+
+    @cached_property
+    def rule(self) -> str | None:
+        """The rule of the trainer that a file without alpha goes by, None where there is an alpha or no such rule."""
+        if "none" not in self.traits.alphas or self.asked.lora_alpha is not None:
+            return None
+        return rule_of(self.traits, self.trainer)
+
+    @cached_property
+    def _asked(self) -> Asked:
+        return Asked(self.asked.version, self.asked.lora_alpha, as_rank=self.rule is not None)
+
+    @cached_property
+    def answers(self) -> dict[str, Answer]:
+        """The answer of the tool that was asked for, or of all that read the format."""
+        if self.tool:
+            return {self.tool.name: answer(self.tool, self.traits, self._asked)}
+        return answers(self.traits, self._asked)
+
+    @property
+    def grave(self) -> tuple[Hazard, ...]:
+        """What the weights themselves say is wrong: NaN (LH707), no effect (LH713), dead modules (LH714)."""
+        return tuple(hazard for hazard in self.weighed.hazards if hazard.code in _GRAVE)
+
+    @property
+    def exit_code(self) -> int:
+        """0 answered, 1 the file is broken or the tool that was asked for does not apply it as trained."""
+        broken = any(problem.fatal for problem in self.traits.adapter.problems) or bool(self.grave)
+        bad = self.tool and self.answers[self.tool.name].effect in _CANNOT
+        return int(broken or bool(bad))
+
+
+def diagnose(
+    path: Path | str, *, tool: str | None = None, asked: Asked | None = None, saw: Saw | None = None,
+    base: Path | None = None,
+) -> Diagnosis:  # fmt: skip
+    """Read a file and return its diagnosis; every weight is looked at once, for NaN and for factors that are zero.
+
+    Raises:
+        LoraFileError: the file, or the base, cannot be read.
+        UserError: nobody knows the tool.
+    """
+    traits = Traits(read_lora(path, strict=False))
+    asked = asked or Asked()
+    known = tool_named(tool, asked.version) if tool else None
+    placed = _placed(traits, base) if base else None
+    return Diagnosis(Path(path), traits, asked, known, saw, placed, weigh(traits.adapter))
+
+
+def tool_named(name: str, version: str | None = None) -> Tool:
+    """Return a tool by its name, or the beginning of its name or title; of its rows the one for `version`.
+
+    Raises:
+        UserError: there is no such tool, or several.
+    """
+    wanted, every = name.strip().lower(), tools()
+    if wanted in every:
+        rows = [tool for tool in every.values() if tool.name == wanted or tool.name.startswith(f"{wanted}-")]
+        fits = (tool for tool in rows if version and tool.versions and is_within(version, tool.versions))
+        return next(fits, every[wanted])
+    found = [
+        tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())
+    ]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(tool.name for tool in found or every.values())
+    raise UserError(f"tool={printable(name, 40)!r}: {'several tools' if found else 'no such tool'}; known are {listed}")
+
+
+def _placed(traits: Traits, base: Path) -> str:
+    from harness.doctor.checkpoint import Checkpoint
+
+    matched, total = len(Checkpoint.open(base).match(traits.adapter)), len(traits.adapter.modules)
+    return f"applies to {matched} of {count(total, 'module')} in {printable(base, 80)}"
+
+
+def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    """Yield the answer, line by line: a label and a sentence."""
+    yield "file", what_it_is(found.traits, found.trainer)
+    for hazard in found.grave:
+        yield "broken", f"{hazard.code} {hazard.what}"
+    if found.placed:
+        yield "base", found.placed
+    if found.tool:
+        yield from _of_tool(found, found.answers[found.tool.name])
+    else:
+        yield from _of_all(found)
+    yield from _about_alpha(found)
+    if found.saw:
+        for number, cause in enumerate(causes(found), 1):
+            yield f"cause {number}", cause.what + (f" ({cause.evidence})" if cause.evidence else "")
+            yield "  test", cause.test
+
+
+def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
+    tool = given.tool
+    title = re.sub(r" [<>]=.*", "", tool.title)
+    yield "tool", f"{title} {found.asked.version or tool.release}: {given.says}"
+    if given.strength is not None:
+        yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
+    else:
+        yield (
+            "pass",
+            "no number makes this right there" if given.effect in _CANNOT else "not known from this file alone",
+        )
+    yield "do", _what_to_do(found, given)
+    yield "sure", how_sure(given)
+
+
+def _steps(found: Diagnosis, right: float) -> str:
+    """Return what other numbers would do with this file, which is what people try: 4 times, and the rank or alpha."""
+    ranks = {module.rank for module in found.traits.modules if module.rank}
+    tried = sorted({4 * right, *({float(max(ranks))} if ranks and right else set())} - {right})
+    shown = "; ".join(f"{number:.4g} {word_of(number / right)}" for number in tried if right)
+    return f"  ({right:.4g} as trained; {shown})" if shown else ""
+
+
+def _what_to_do(found: Diagnosis, given: Answer) -> str:
+    if given.instead:
+        file = shlex.quote(printable(found.path, 200))
+        return f"lora-harness repair {file} --to {given.instead} --out NEW" + _needs(found, given.instead)
+    if given.effect == "law" and given.strength is None:
+        return "give the alpha of the training: --lora-alpha N"
+    if given.effect in _CANNOT:
+        return f"use a tool that reads it: {able(found) or 'none is known'}"
+    if given.effect == "unknown":
+        return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
+    return "nothing else"
+
+
+def _needs(found: Diagnosis, to: str) -> str:
+    flat = found.traits.adapter.flattened and to != "kohya"
+    alpha = f" --lora-alpha {found.asked.lora_alpha:g}" if found.asked.lora_alpha is not None else ""
+    return alpha + (" --base MODEL (its names are flattened)" if flat else "")
+
+
+def able(found: Diagnosis) -> str:
+    """Return the tools that apply the file as trained, with their numbers."""
+    every = answers(found.traits, found._asked)
+    return ", ".join(
+        f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release
+    )
+
+
+def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    """Group the tools by what they do, the ones that need no thought first."""
+    groups: dict[tuple[str, str], list[Answer]] = {}
+    for each in found.answers.values():
+        if each.tool.release:
+            groups.setdefault(_kind(each), []).append(each)
+    for (label, says), some in sorted(groups.items(), key=lambda item: _RANKED.index(item[0][0])):
+        names = ", ".join(each.tool.title for each in some)
+        yield label, f"{names}: {says}"
+    if not groups:
+        yield "unknown", f"no tool is known to read {found.traits.adapter.format} files"
+
+
+_RANKED = ("pass", "wrong", "ask", "unknown")
+
+
+def _kind(given: Answer) -> tuple[str, str]:
+    if given.strength is not None:
+        how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
+        return (
+            "pass",
+            f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})",
+        )
+    if given.effect == "law":
+        return "ask", given.says
+    return ("unknown", given.says) if given.effect == "unknown" else ("wrong", why_not(given))
+
+
+def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    """Say what a file without alpha may mean, in numbers."""
+    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None:
+        return
+    ranks = sorted({module.rank for module in found.traits.modules if module.rank})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else "r"
+    most = ranks[-1] if ranks else 1
+    if found.rule:
+        yield "alpha", f"none in the file; {found.rule}, so 1 is as trained; if yours was N, pass N / {rank}"
+    else:
+        worst = (
+            f"passing {most} would be {most}x too strong if it was {most}" if len(ranks) == 1 else "never pass the rank"
+        )
+        yield "alpha", f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
+
+
+def causes(found: Diagnosis) -> list[Cause]:
+    """Return what could be behind what was seen, what the file itself speaks for first."""
+    every = list(_CAUSES[found.saw or "noise"](found))
+    sure = {hazard.what for hazard in found.weighed.hazards}
+    return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
+
+
+def _strength_cause(found: Diagnosis) -> Cause:
+    wrong = [
+        f"{each.tool.name} {each.says}" for each in found.answers.values()
+        if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
+    ]  # fmt: skip
+    right = "; ".join(
+        f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None
+    )
+    test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
+    return Cause("wrong strength", test, "; ".join(wrong[:2]))
+
+
+def _dropped_cause(found: Diagnosis) -> Cause:
+    bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
+    evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
+    return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
+
+
+def _model_cause(found: Diagnosis) -> Cause:
+    test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
+    none = found.placed if found.placed and found.placed.startswith("applies to 0 ") else ""
+    return Cause(f"another model than {model_of(found.traits)}", test, none)
+
+
+def _said(found: Diagnosis, code: str) -> str:
+    return next((hazard.what for hazard in found.weighed.hazards if hazard.code == code), "")
+
+
+def _noise(found: Diagnosis) -> Iterator[Cause]:
+    yield _strength_cause(found)
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
+    yield Cause("NaN or infinite weights", test, _said(found, "LH707"))
+    yield _model_cause(found)
+    yield Cause(
+        "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
+    )
+    yield _dropped_cause(found)
+
+
+def _nothing(found: Diagnosis) -> Iterator[Cause]:
+    yield _dropped_cause(found)
+    yield _model_cause(found)
+    weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
+    yield Cause("far too weak", "load it at 10 times the strength: does anything change?", "; ".join(weak[:2]))
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH713, LH714)"
+    yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
+
+
+def _weak(found: Diagnosis) -> Iterator[Cause]:
+    yield from list(_nothing(found))[2:3]
+    missing = ", ".join(untargeted(found.traits)) or "none that is known"
+    yield Cause(
+        "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"
+    )
+    yield Cause(
+        "a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full"
+    )
+    yield Cause(f"too few layers targeted (left alone: {missing})", "add them to target_modules and train again")
+    yield Cause("a strength below what you want", "raise it up to 1.5: style grows, and artifacts with it")
+
+
+def _strong(found: Diagnosis) -> Iterator[Cause]:
+    yield _strength_cause(found)
+    calls = [
+        f.says
+        for f in findings().values()
+        if f.effect == "call" and "LH207" in f.codes and found.tool and found.tool.name in f.tools
+    ]
+    yield Cause("applied twice", "restart the tool and load it once: does the picture change?", "; ".join(calls))
+    yield _model_cause(found)
+
+
+_CAUSES: dict[str, Any] = {"noise": _noise, "nothing": _nothing, "weak": _weak, "strong": _strong}
+
+
+def as_data(found: Diagnosis) -> dict[str, Any]:
+    """Return the diagnosis as JSON."""
+    return {
+        "kind": "diagnosis",
+        "path": str(found.path).encode("utf-8", "backslashreplace").decode(),
+        "file": what_it_is(found.traits, found.trainer),
+        "model": model_of(found.traits),
+        "trainer": found.trainer,
+        "rule": found.rule,
+        "base": found.placed,
+        "answers": [_answer_data(found, each) for each in found.answers.values()],
+        "causes": [vars(cause) for cause in causes(found)] if found.saw else [],
+        "lines": [": ".join(line) for line in lines(found)],
+    }
+
+
+def _answer_data(found: Diagnosis, given: Answer) -> dict[str, Any]:
+    return {
+        "tool": given.tool.name,
+        "title": given.tool.title,
+        "release": given.tool.release,
+        "field": given.tool.field,
+        "effect": given.effect,
+        "strength": given.strength,
+        "times_too_strong": given.gain,
+        "says": given.says,
+        "sure": given.sure,
+        "findings": [finding.page for finding in given.findings if finding.page],
+        "notes": list(given.notes),
+        "repair_to": given.instead,
+        "do": _what_to_do(found, given),
+    }

@@ -1,0 +1,229 @@
+"""What of a file decides what a tool makes of it: spelling of keys, architecture, where alpha is and how it varies."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.keys import PAIRS
+from harness.law.findings import Finding, Words, findings
+from harness.law.known import distinct
+from harness.law.reads import Place, depths_of, layers_of, pattern_of, places_of, title_of
+from harness.text import count
+
+_TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
+_PREFIXES = {
+    "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
+    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "base_model.model.": "base_model", "": "bare",
+}  # fmt: skip
+_PAIRS = {
+    "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
+    "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
+}  # fmt: skip
+_BLOCK = re.compile(r"(\D*)(\d+)[._]")
+_DEEP = 6
+_LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_LAYER = re.compile(r"(_#)+(_proj)?$")
+_NAMED = PAIRS["lora_A.default"][0].split("*")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The modules of one part of the pipeline: their layers by pattern, what they can belong to, spellings of keys."""
+
+    text_encoder: bool
+    counts: Mapping[str, int]
+    places: tuple[Place, ...]
+    schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The traits of a parsed file."""
+
+    adapter: LoraAdapter
+
+    @cached_property
+    def modules(self) -> list[LoraModule]:
+        """One module for every combination of numbers that a scale depends on."""
+        return distinct(self.adapter.modules.values())
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The denoiser's modules, then those of text encoders."""
+        by_part: dict[bool, list[LoraModule]] = {}
+        for module in self.adapter.modules.values():
+            by_part.setdefault(bool(_TEXT.fullmatch(module.component)), []).append(module)
+        return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
+
+    def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
+        counts = Counter(pattern_of(module.name) for module in modules)
+        places = [place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder]
+        if len(places) > 1:
+            places = _of_depth(places, modules) or places
+            places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
+        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))))
+
+    def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
+        if (row := FORMATS[self.adapter.format]).naming:
+            keys = [next(iter(module.keys.values())) for module in modules]
+            usual = [key.startswith(row.write_prefix or row.starts) == bool(row.write_prefix) for key in keys]
+            return {row.name if fits else f"{row.name}.other" for fits in usual}
+        source, found = self.adapter.alpha_source, set()
+        for module in modules:
+            key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
+            before, _, after = key.partition(module.name) if module.name else ("", "", key)
+            found.add((before, after, "alpha" in module.keys))
+        return {
+            f"{_prefix_name(before)}.{_pair_name(after)}."
+            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}"
+            for before, after, tensor in found
+        }
+
+    @cached_property
+    def alphas(self) -> frozenset[str]:
+        """Words about alpha: where it is, and how it varies."""
+        scaled = [module for module in self.modules if module.rank]
+        known = [module for module in scaled if module.alpha is not None]
+        values = {module.alpha for module in known if module.alpha is not None}
+        words = {
+            "some-missing": 0 < len(known) < len(scaled),
+            "several": len(values) > 1,
+            "mixed": len({round(module.trained_scale, 6) for module in known}) > 1,
+            "ranks": len({module.rank for module in scaled}) > 1,
+            "negative": any(value < 0 for value in values),
+            "zero": 0.0 in values,
+            "rslora": any(module.rslora for module in scaled),
+            self.adapter.alpha_source if known else "none": bool(scaled),
+        }
+        return frozenset(word for word, holds in words.items() if holds)
+
+    @property
+    def varied(self) -> bool:
+        """Tell whether ranks or alphas differ between modules."""
+        return bool(self.alphas & {"several", "ranks"})
+
+    @cached_property
+    def words(self) -> Words:
+        """The traits that predicates of findings name."""
+        adapter, modules = self.adapter, self.adapter.modules.values()
+        places = [place for group in self.groups if not group.text_encoder for place in group.places]
+        kernels = {"x".join(map(str, module.kernel)) for module in modules if module.kernel}
+        lists = {
+            "format": [adapter.format],
+            "scheme": [scheme for group in self.groups for scheme in group.schemes],
+            "component": {module.component for module in modules},
+            "family": [family for family, _ in places],
+            "names": [names for _, names in places],
+            "variant": {module.variant for module in modules},
+            "alpha": self.alphas,
+            "layer": [pattern for group in self.groups for pattern in group.counts],
+            "text_encoder": [name for group in self.groups if group.text_encoder for name in group.counts],
+            "dtype": {module.dtype for module in modules},
+            "magnitude": set(self._magnitudes()),
+            "kernel": kernels,
+        }
+        return {trait: frozenset(values) for trait, values in lists.items()}
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The findings that the file meets, in any tool and release."""
+        return tuple(finding for finding in findings().values() if finding.hits(self.words))
+
+    def _magnitudes(self) -> Iterable[str]:
+        """Yield of every DoRA magnitude its tail, and its axis: one number per `out` row or per `in` column."""
+        for module in self.adapter.modules.values():
+            if key := module.keys.get("magnitude"):
+                shape = self.adapter.file.tensors[key].shape
+                yield "dora_scale" if key.endswith("dora_scale") else "magnitude"
+                yield "out" if shape and shape[0] == module.out_features else "in"
+
+
+def _prefix_name(before: str) -> str:
+    if before.startswith("lora_te"):
+        return "lora_te"
+    return _PREFIXES.get(before, "transformer" if before.endswith(".") else "other")
+
+
+def _pair_name(after: str) -> str:
+    tail = after.lstrip(".")
+    if tail in _PAIRS:
+        return _PAIRS[tail]
+    for start, kind in (("lokr_", "lokr"), ("hada_", "loha")):
+        if tail.startswith(start):
+            return kind
+    return "named" if tail.startswith(_NAMED[0]) and tail.endswith(_NAMED[1]) else "other"
+
+
+def _of_depth(places: list[Place], modules: Iterable[LoraModule]) -> list[Place]:
+    """Return the architectures whose real models have as many blocks as the file, where it has all of some model's."""
+    blocks: dict[str, set[int]] = {}
+    for module in modules:
+        if found := _BLOCK.match(module.name):
+            blocks.setdefault(found[1], set()).add(int(found[2]))
+    have = {len(each) for each in blocks.values() if len(each) == max(each) + 1}  # every block from the first on
+    if len(have) < len(blocks) or not have or min(have) < _DEEP:
+        return []
+    return [place for place in places if have <= set(depths_of(place[0]))]
+
+
+def what_it_is(traits: Traits, trainer: str | None) -> str:
+    """Return model, format, trainer, number of modules, rank and alpha in one line."""
+    adapter = traits.adapter
+    by = f", written by {trainer}" if trainer else ""
+    numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
+    kinds = _spread(module.variant for module in adapter.modules.values())
+    what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
+    model, total = model_of(traits), count(len(adapter.modules), "module")
+    return f"{model} {what} ({adapter.format} keys{by}): {total}, {numbers}"
+
+
+def model_of(traits: Traits) -> str:
+    """Return what models have these layers, as far as their names tell."""
+    families = [family for group in traits.groups for family, _ in group.places]
+    titles = list(dict.fromkeys(map(title_of, families)))
+    if titles:
+        return " or ".join(titles[:3]) + (f" (or {len(titles) - 3} more)" if len(titles) > 3 else "")
+    patterns = [pattern for group in traits.groups for pattern in group.counts]
+    return "language model" if patterns and all(map(_LANGUAGE.search, patterns)) else "unknown model"
+
+
+def _spread(values: Iterable[object]) -> str:
+    counts = Counter(str(value) for value in values)
+    shown = ", ".join(value for value, _ in counts.most_common(3))
+    return shown + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")
+
+
+def _alphas(traits: Traits) -> str:
+    values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
+    where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
+    return (_spread(values) or "scales nothing") + where.get(traits.adapter.alpha_source, "")
+
+
+def rule_of(traits: Traits, trainer: str | None) -> str | None:
+    """Return the rule by which the trainer of a file without alpha chose it, None where none is known."""
+    adapter = traits.adapter
+    schemes = {scheme for group in traits.groups for scheme in group.schemes}
+    if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
+        return "ai-toolkit trains with alpha = rank"
+    if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
+        return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
+    if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
+        return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
+    if schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
+        return "diffusers' scripts without alpha in the header train with alpha = rank"
+    return None
+
+
+def untargeted(traits: Traits) -> list[str]:
+    """Return the kinds of layers of the model that the file leaves alone."""
+    for group in traits.groups:
+        if group.places:
+            left = layers_of(group.places[0]) - set(group.counts)
+            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
+            return sorted({kind for kind in kinds if kind})
+    return []

@@ -1,0 +1,299 @@
+"""From the tensors that one or several LoRAs change to what was found of each: the scale, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from harness.doctor.verify.changes import Change, merged_layer
+from harness.doctor.verify.layer import DoraLayer, MergedLayer
+from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
+from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
+from harness.doctor.verify.pairing import Weights
+from harness.doctor.verify.products import Total
+from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.vote import DTYPES
+from harness.files import LoraAdapter
+from harness.law.probe import Probe
+from harness.measure.tolerance import scale_rounding
+from harness.text import printable
+
+_LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
+_ELEMENTS = 100_000
+_ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
+_OWN = 1e-4  # relative; singular values of this LoRA's update
+_ABOVE = 5.0  # medians; singular values of noise lie below
+_NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
+Stores = tuple[Weights, Weights]
+
+
+@dataclass(frozen=True)
+class Given:
+    """One LoRA and the strength that it was merged at."""
+
+    adapter: LoraAdapter
+    strength: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How layers are read: all rows or a sample, products made on `device`; `tell` gets the name before each."""
+
+    full: bool
+    device: str
+    tell: Callable[[str], None]
+
+    def measure(self, layer: MergedLayer, expected: float) -> MergeMeasurement:
+        """Measure one layer."""
+        return measure_fully(layer, expected, self.device) if self.full and layer.streams else measure(layer, expected)
+
+
+def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Reading) -> Iterator[Module]:
+    """Yield what was found of one tensor, which one or several LoRAs change."""
+    reading.tell(claims[0][1].name)
+    if len(claims) == 1:
+        yield from _judged(*claims[0], stores, reading)
+        return
+    wanted = [_wanted(given.adapter, change, given.strength) for given, change in claims]
+    problem = next(filter(None, (_unmeasured(change, stores) for _, change in claims)), None)
+    layers = [] if problem else [_layer_of(given, change, stores) for given, change in claims]
+    if problem is None and any(layer is None or isinstance(layer, DoraLayer) for layer in layers):
+        problem = NotMeasured("ambiguous", "several of the LoRAs change it, and not all of them by a sum")
+    if problem:
+        yield from (
+            Module(probe, change.tensor, None, problem) for probe, (_, change) in zip(wanted, claims, strict=True)
+        )
+        return
+    yield from _together(claims, wanted, [layer for layer in layers if layer], reading)
+
+
+def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | None:
+    return merged_layer(given.adapter, change, *stores) if change.product else None
+
+
+def _together(
+    claims: Sequence[tuple[Given, Change]], wanted: list[Probe], layers: list[MergedLayer], reading: Reading
+) -> Iterator[Module]:
+    """Measure the sum of what several LoRAs add; where it is not as wanted, find the scale of each."""
+    scales = [probe.expected for probe in wanted]
+    layer, measured = _sum_of(layers, scales, reading)
+    if measured.state not in ("hidden", "not merged", "not finite") and not _near(measured):
+        scales = _separated(layers)
+        layer, measured = _sum_of(layers, scales, reading)
+    for probe, scale, (given, change), own in zip(wanted, scales, claims, layers, strict=True):
+        factor = measured.scale * scale
+        ends = sorted(end * scale for end in measured.interval)
+        alone = replace(measured, scale=factor, interval=(ends[0], ends[1]), overlap=0.0, product=0.0)
+        found = _found(probe, alone, own)
+        if scale != probe.expected:
+            found = replace(found, tolerance=max(found.tolerance, _NEAR * max(map(abs, scales))))
+        lora = given.adapter.modules[change.module]
+        yield Module(
+            found, change.tensor, alone, dtype=layer.dtype,
+            alpha_unknown=change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled,
+        )  # fmt: skip
+
+
+def _near(measured: MergeMeasurement) -> bool:
+    good = measured.state in ("merged", "partly", "damaged", "two roundings")
+    return good and measured.interval[0] - _LEAST - _NEAR <= 1 <= measured.interval[1] + _LEAST + _NEAR
+
+
+def _sum_of(layers: list[MergedLayer], scales: list[float], reading: Reading) -> tuple[MergedLayer, MergeMeasurement]:
+    parts = tuple((layer.product, scale) for layer, scale in zip(layers, scales, strict=True))
+    coarsest = max(layers, key=lambda layer: layer.roundoff)
+    total = replace(coarsest, product=Total(parts))
+    return total, reading.measure(total, 1.0)
+
+
+def _separated(layers: list[MergedLayer]) -> list[float]:
+    """Return the factor on the product of each LoRA by least squares over a sample."""
+    samples = [layer.sample(_ELEMENTS) for layer in layers]
+    products = np.stack([sample.product.ravel().astype(np.float64) for sample in samples], axis=1)
+    change = samples[0].change.ravel().astype(np.float64)
+    kept = np.isfinite(change) & np.isfinite(products).all(axis=1)
+    found, *_ = np.linalg.lstsq(products[kept], change[kept], rcond=None)
+    return [float(scale) for scale in found]
+
+
+def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Reading) -> MergeMeasurement | None:
+    """Return what a square layer shows when the update was merged transposed; None when it was not."""
+    turned = layer.product.turned()
+    if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.part or turned is layer.product:
+        return None
+    measured = reading.measure(replace(layer, product=turned), wanted.expected)
+    return measured if measured.state in ("merged", "two roundings") else None
+
+
+def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
+    """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
+    if measured.state not in ("mixed", "unexplained"):
+        return None
+    seen = layer.window(0, min(layer.rows, _ROWS_LEFT))
+    scale = measured.scale if measured.state == "mixed" else 0.0
+    rest = seen.after - seen.before - scale * seen.product
+    if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
+        return None
+    _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
+    own = own[sizes > _OWN * sizes.max()]  # the scale is not exact: what it leaves of this LoRA counts for nothing
+    rest = rest - rest @ own.T @ own
+    values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
+    rank = int((values > _ABOVE * np.median(values)).sum())
+    low = 0 < rank <= len(values) / 3
+    return (
+        f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
+    )
+
+
+def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> Iterator[Module]:
+    """Yield what was found of one change."""
+    adapter = given.adapter
+    wanted = _wanted(adapter, change, given.strength)
+    problem = _unmeasured(change, stores)
+    if problem or change.tensor is None:
+        yield Module(wanted, change.tensor, None, problem)
+    elif change.method:
+        yield from _by_method(adapter, change, wanted, stores)
+    elif change.saved:
+        yield _saved(adapter, change, wanted, stores)
+    else:
+        yield _module(adapter, change, wanted, stores, reading)
+
+
+def _by_method(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) -> Iterator[Module]:
+    assert change.tensor is not None
+    bias = change.tensor.removesuffix(".weight") + ".bias"
+    tensors = {"weight": change.tensor} | ({"bias": bias} if all(bias in store.names for store in stores) else {})
+    dtype = stores[1].dtype(change.tensor)
+    try:
+        if wanted.strength != 1:
+            raise CannotMergeError(f"PEFT has no strength for {adapter.kind}")
+        for tensor, measured in MethodLayer(adapter, change.module, tensors, change.largest).judged(*stores):
+            shown = wanted if tensor == change.tensor else replace(wanted, module=f"{wanted.module} (bias)")
+            yield Module(shown, tensor, measured, dtype=dtype)
+    except CannotMergeError as why:
+        yield Module(wanted, change.tensor, None, NotMeasured("unsupported", printable(why, 200)))
+
+
+def _saved(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) -> Module:
+    """Compare a tensor that the file saved whole, or rows of it."""
+    assert change.tensor is not None
+    assert change.saved is not None
+    saved, shape = adapter.part(change.module, change.saved), stores[1].info(change.tensor).shape
+    if saved.shape[1:] != shape[1:] or saved.dim() != len(shape):
+        what = f"the saved tensor {list(saved.shape)} does not fit the weight {list(shape)}"
+        return Module(wanted, change.tensor, None, NotMeasured("misfit", what))
+    if change.saved != "token_rows":
+        measured = judge_saved(saved, change.tensor, *stores)
+    else:
+        rows = adapter.token_indices(change.module)
+        if len(rows) != len(saved) or change.tensor not in stores[0].names:
+            what = "which rows of the embedding these are is not said by any configuration"
+            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+        measured = judge_tokens(saved, rows, change.tensor, *stores)
+    fault = None if bool(torch.isfinite(saved.float()).all()) else ("LH707", "NaN or infinite weights in the LoRA")
+    return Module(wanted, change.tensor, measured, dtype=stores[1].dtype(change.tensor), fault=fault)
+
+
+def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores, reading: Reading) -> Module:
+    """Measure one tensor that a module changes."""
+    assert change.tensor is not None
+    layer = merged_layer(adapter, change, *stores)
+    if layer is None:
+        shape = "x".join(map(str, stores[0].info(change.tensor).shape))
+        return Module(
+            wanted, change.tensor, None, NotMeasured("misfit", f"the update does not fit the weight [{shape}]")
+        )
+    measured = reading.measure(layer, wanted.expected)
+    # a strength other than 1 may stand outside DoRA's norm; what it means there is left to the merger
+    blends = wanted.strength not in (0.0, 1.0) and layer.blends(wanted.expected / wanted.strength, wanted.strength)
+    if blends:
+        scale = wanted.expected
+        measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
+    if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
+        measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
+    fault = None if blends else _fault(layer, measured)
+    if measured.state == "unexplained" and (other := _transposed(change, layer, wanted, reading)):
+        if adapter.modules[change.module].variant == "experts" and change.turned is None:
+            what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
+            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+        measured, fault = other, ("LH301", "the update was merged transposed")
+    note = BLENDED if blends else _left_over(layer, measured)
+    lora = adapter.modules[change.module]
+    unknown = change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled
+    return Module(
+        _found(wanted, measured, layer), change.tensor, measured,
+        dtype=layer.dtype, fault=fault, note=note, alpha_unknown=unknown,
+        expert_rows=layer.rows // lora.experts if lora.variant == "experts" else 0,
+    )  # fmt: skip
+
+
+def _fault(layer: MergedLayer, measured: MergeMeasurement) -> tuple[str, str] | None:
+    """Return the code and the sentence of what is wrong beside the scale; None when nothing is."""
+    if measured.state == "not finite":
+        return None if layer.update_is_finite() else ("LH707", "NaN or infinite weights in the LoRA")
+    if measured.state in ("merged", "partly", "damaged", "two roundings", "mixed"):
+        said = layer.fault(measured.scale)
+        return ("LH304", said) if said else None
+    return None
+
+
+def _wanted(adapter: LoraAdapter, change: Change, strength: float) -> Probe:
+    """Return what the scale should come from; a whole difference has the strength alone."""
+    lora = adapter.modules.get(change.module)
+    if lora is None or not change.scaled or not lora.rank or change.method:
+        return Probe(change.name, strength, 0, (None,), (1,), 0.0, 0.0)
+    scaled = {name: module for name, module in adapter.modules.items() if module.rank}
+    alphas = tuple(module.alpha for module in scaled.values())
+    ranks, place = tuple(module.rank for module in scaled.values()), list(scaled).index(change.module)
+    fused = "qkv" in lora.name.rpartition(".")[2]
+    return Probe(change.name, strength, place, alphas, ranks, 0.0, 0.0, fused=fused, root=lora.rslora)
+
+
+def _found(wanted: Probe, measured: MergeMeasurement, layer: MergedLayer) -> Probe:
+    spread = max(measured.interval[1] - measured.scale, measured.scale - measured.interval[0], 0.0)
+    rounding = max(scale_rounding(layer.dtype), scale_rounding(layer.lora_dtype), _LEAST)
+    slack = spread + rounding * abs(measured.scale)
+    return replace(wanted, measured=measured.scale, tolerance=slack, dtype=layer.dtype)
+
+
+def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
+    """Say why a tensor cannot be measured; None when it can."""
+    if change.unread:
+        return NotMeasured(change.kind, change.unread)  # type: ignore[arg-type]
+    if change.tensor is None:
+        return NotMeasured("missing layer", "no layer of this name in the base")
+    if change.saved and change.tensor in stores[1].names:
+        return _odd_dtype([stores[1].dtype(change.tensor)])
+    whole = change.tensor.partition("[")[0]
+    if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
+        return NotMeasured("quantised", why)
+    if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, whole, stores[1]):
+        return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
+    if whole not in stores[0].names:
+        return NotMeasured("missing tensor", "the layer has no such tensor in the base")
+    return _misfit(whole, *stores)
+
+
+def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
+    if tensor not in merged.names:
+        return NotMeasured("misfit", "the merged checkpoint lacks this weight")
+    first, second = base.info(tensor).shape, merged.info(tensor).shape
+    if first[1:] != second[1:] or (first != second and len(first) != 2):
+        return NotMeasured("misfit", "the merged weight has another shape than the base's")
+    return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
+
+
+def _has_steps(change: Change, tensor: str, merged: Weights) -> bool:
+    """Tell whether the rounding of codes is known: numbers of eight bits that a scale multiplies, all rows of them."""
+    scheme = merged.store.schemes.get(tensor)
+    fits = scheme is not None and scheme.step is not None and change.tensor == tensor and change.product is not None
+    return fits and scheme is not None and merged.store.dtype(scheme.codes.removeprefix(merged.store.prefix)) in DTYPES
+
+
+def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:
+    odd = [str(dtype) for dtype in dtypes if dtype not in DTYPES]
+    return NotMeasured("quantised", f"{odd[0]} weights are not read") if odd else None

@@ -1,0 +1,163 @@
+"""What each tool was measured to read: the committed table, and how a file's layers tell its architecture.
+
+`reads.json` is written by `python -m benchmarks.reads`, which runs the tools' own code on a tiny model of every
+architecture; a row says what each layer got under one spelling of keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+TABLE = Path(__file__).with_name("reads.json")
+_NUMBER = re.compile(r"_\d+(?=_|$)")
+Place: TypeAlias = tuple[str, str]
+"""Architecture, and whose names its layers have there: the model's `own`, the authors' `original`, or `sgm`."""
+Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "unknown"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of a file's modules: the effect, a sentence, and for `factor` how many times too strong.
+
+    `law` means strength * alpha / rank on every module; `factor` without a number differs between modules.
+    """
+
+    effect: Effect
+    what: str = ""
+    factor: float | None = None
+    alpha_ignored: bool = False
+
+
+@cache
+def pattern_of(name: str) -> str:
+    """Return a module's name with `_` for dots and `#` for numbers, whether the file flattens its names or not."""
+    return _NUMBER.sub("_#", f"_{name.replace('.', '_')}")[1:]
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def _rows() -> dict[tuple[str, str, str, str], Mapping[str, Any]]:
+    return {(row["tool"], row["family"], row["names"], row["scheme"]): row for row in _table()["rows"]}
+
+
+@cache
+def _layers() -> dict[Place, frozenset[str]]:
+    every: Mapping[str, Mapping[str, list[str]]] = _table()["layers"]
+    return {(family, names): frozenset(each) for family, by in every.items() for names, each in by.items()}
+
+
+def measured_on() -> str:
+    """Return the date of the table."""
+    return str(_table()["measured"])
+
+
+def release_of(tool: str) -> str | None:
+    """Return the release of `tool` that was measured."""
+    return next((row["release"] for row in _table()["rows"] if row["tool"] == tool), None)
+
+
+def depths_of(family: str) -> tuple[int, ...]:
+    """Return how many blocks of each kind the real models of an architecture have."""
+    return tuple(_table()["depths"].get(family, ()))
+
+
+def places_of(patterns: Iterable[str]) -> tuple[Place, ...]:
+    """Return every measured architecture that has all layers of a file, given as patterns, with whose names."""
+    wanted = frozenset(patterns)
+    return tuple(place for place, layers in _layers().items() if wanted and wanted <= layers)
+
+
+def title_of(family: str) -> str:
+    """Return what people call an architecture."""
+    return str(_table()["titles"].get(family, family))
+
+
+def layers_of(place: Place) -> frozenset[str]:
+    """Return the layers of an architecture under these names, as patterns."""
+    return _layers().get(place, frozenset())
+
+
+def has_other_names(family: str) -> bool:
+    """Tell whether the authors of an architecture call its layers otherwise than diffusers does."""
+    return len(_table()["layers"].get(family, ())) > 1
+
+
+def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, mixed: bool) -> Reading | None:
+    """Return what `tool` makes of a file whose keys are spelled as `scheme`, on one architecture; None: not measured.
+
+    `counts` has the file's layer patterns with the number of modules of each; `mixed`: several ranks or alphas.
+    """
+    row = _rows().get((tool, *place, scheme))
+    if row is None:
+        return None
+    outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
+    if not isinstance(outcome, dict) or "all" not in outcome:
+        return _read(outcome, counts)
+    found = [_read(outcome[part], counts) for part in _parts(counts, layers_of(place)) if part in outcome]
+    if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
+        seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
+        return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
+    return found[0]
+
+
+_BLOCKS = re.compile(r"(blocks|layers|refiner|resnets|attentions)_#")
+
+
+def in_part(part: str, pattern: str) -> bool:
+    """Tell whether a layer is in a part of the model that people train: `all`, its `blocks`, `attention`."""
+    return part == "all" or bool(_BLOCKS.search(pattern) and (part == "blocks" or "att" in pattern))
+
+
+def _parts(counts: Mapping[str, int], layers: frozenset[str]) -> tuple[str, ...]:
+    """Return which part of the model the file has in full; with another choice of layers, the parts that tell of it."""
+    inside = all(in_part("blocks", pattern) for pattern in counts)
+    others = ("blocks", "attention", "half") if inside else ("all", "half")
+    by_block: dict[str, set[int]] = {}
+    for pattern, number in counts.items():
+        by_block.setdefault(pattern.partition("#")[0], set()).add(number)
+    if any(len(each) > 1 for each in by_block.values()):
+        return others  # some blocks have layers that others lack
+    parts = {part: {name for name in layers if in_part(part, name)} for part in ("all", "blocks", "attention")}
+    return next(((part,) for part, names in parts.items() if names == set(counts)), others)
+
+
+def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
+    if outcome == "ok":
+        return Reading("law")
+    if outcome == "nothing":
+        return Reading("nothing", "loads none of its modules, without an error")
+    if outcome == "alpha ignored":
+        return Reading("factor", "ignores alpha: every module is applied at scale 1", alpha_ignored=True)
+    if "raises" in outcome or "hangs" in outcome:
+        effect: Effect = "raises" if "raises" in outcome else "hangs"
+        return Reading(effect, f"{effect}: {outcome[effect]}")
+    return _partly(outcome, counts)
+
+
+def _partly(outcome: Mapping[str, Any], counts: Mapping[str, int]) -> Reading:
+    total = sum(counts.values())
+    dropped = sum(counts.get(pattern, 0) for pattern in outcome.get("dropped", ()))
+    if dropped:
+        which = next(pattern for pattern in outcome["dropped"] if pattern in counts)
+        return Reading(
+            "nothing" if dropped == total else "drops", f"drops {dropped} of {total} modules, such as {which}"
+        )
+    if wrong := [pattern for pattern in outcome.get("other", ()) if pattern in counts]:
+        return Reading("wrong", f"puts something else than B @ A into {wrong[0]}")
+    factors = {value for name, each in outcome.get("factor", {}).items() if name in counts for value in each}
+    if not factors:
+        return Reading("law")
+    low, high = min(factors), max(factors)
+    span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return Reading("factor", f"applies modules {span} times as strong as trained")

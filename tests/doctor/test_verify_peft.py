@@ -1,0 +1,42 @@
+"""What PEFT merges is right for every kind of adapter and dtype; what it would not merge is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.doctor.verify.verify import verify_merge
+from tests.doctor.peft_merges import METHODS, llama, lost, scaled, write
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which each method has some
+LAYERS = {"ia3": "mlp.down_proj", "ln_tuning": "input_layernorm"}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_peft_merges_of_another_method_is_right(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    report = verify_merge(*write(tmp_path, llama(), METHODS[kind](), dtype=dtype))
+    assert report.exit_code == 0, report.overall.text()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_layer_that_was_not_merged_is_named(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    layer = {"ia3": "layers.1.mlp.down_proj", "ln_tuning": "layers.1.input_layernorm"}.get(
+        kind, "layers.1.self_attn.q_proj"
+    )
+    paths = write(tmp_path, llama(), METHODS[kind](), dtype=dtype, change=lost(layer))
+    report = verify_merge(*paths)
+    assert (report.exit_code, report.overall.code) == (1, "LH102"), report.overall.text()
+    assert [layer in (verdict.worst_module or "") for verdict in report.modules if not verdict.ok] == [True]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_layer_merged_at_another_strength_is_wrong(tmp_path: Path, kind: str) -> None:
+    layer = LAYERS.get(kind, "self_attn.q_proj")
+    paths = write(tmp_path, llama(), METHODS[kind](), dtype=torch.bfloat16, change=scaled(layer, 2))
+    report = verify_merge(*paths)
+    assert report.exit_code == 1, report.overall.text()
