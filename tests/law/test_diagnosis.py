@@ -55,7 +55,18 @@ def test_each_law_has_the_code_of_how_it_differs_from_training(found: Law, code:
     assert code_of(found) == code
 
 
-@pytest.mark.parametrize(("divisor", "code"), [(2, "LH208"), (3, "LH208"), (4, "LH208"), (5, "LH209"), (0.5, "LH206")])
+@pytest.mark.parametrize(
+    ("divisor", "code"),
+    [
+        (2, "LH208"),
+        (3, "LH208"),
+        (4, "LH208"),
+        (3.0000004, "LH208"),
+        (3.000004, "LH209"),
+        (5, "LH209"),
+        (0.5, "LH206"),
+    ],
+)
 def test_a_part_of_the_scale_in_merged_layers_is_the_stacked_rank(divisor: float, code: str) -> None:
     assert code_of(law(constant=1 / divisor), fused_only=True) == code
 
@@ -168,3 +179,8 @@ def test_a_diagnosis_without_a_law_is_recorded_as_none() -> None:
     assert law_record(TRAINED).exponents == {"strength": 1.0, "alpha": 1.0, "rank": -1.0}
     assert (law_record(TRAINED).name, law_record(TRAINED).ambiguous) == ("as trained", False)
     assert law_name(law(rank="1")) == "alpha not divided by rank"
+
+
+def test_a_diagnosis_cannot_be_changed_in_place() -> None:
+    with pytest.raises(AttributeError):
+        Diagnosis(None, None).code = "LH209"  # type: ignore[misc]

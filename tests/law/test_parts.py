@@ -65,12 +65,13 @@ BOUNDED = ((2.5, 3), (7.0, 9), (11.0, 4), (1.5, 7), (9.0, 6), (0.5, 2), (4.5, 4)
 
 
 def clamp(bound: float, how: Callable[[float, float], float], *, root: bool = False) -> list[Probe]:
-    """Return two files in which alpha is at most (`min`), or at least (`max`), the bound."""
+    """Return three files in which alpha is at most (`min`), or at least (`max`), the bound."""
 
     def scale(p: Probe) -> float:
         return p.expected / p.alpha * how(p.alpha, bound)
 
-    return [*probes(scale, shapes=BOUNDED, root=root), *probes(scale, shapes=BOUNDED[::-1], root=root)]
+    files = BOUNDED, BOUNDED[::-1], BOUNDED[1:] + BOUNDED[:1]
+    return [probe for shapes in files for probe in probes(scale, shapes=shapes, root=root)]
 
 
 def test_alpha_beyond_a_bound_that_counts_as_the_bound_is_a_clamp() -> None:
@@ -181,13 +182,22 @@ def test_a_stabilised_file_can_have_a_factor_for_each_block_too() -> None:
 BLOCKWISE = ("LH209", "c(block) * strength * alpha / rank", "each block of the model has a factor of its own")
 
 
-def test_the_factor_of_a_block_is_heard_through_noise_within_the_tolerance() -> None:
+@pytest.mark.parametrize(("noise", "heard"), [(0.012, True), (0.02, False)])
+def test_the_factor_of_a_block_is_heard_through_noise_within_the_tolerance(noise: float, heard: bool) -> None:
     names = [f"blocks.{i // 3}.{i % 3}" for i in range(6)]
 
     def noisy(p: Probe) -> float:
-        return by_block(0.5, 1.3)(p) + (0.012 if p.index in (0, 3) and p.strength == 2 else 0)
+        return by_block(0.5, 1.3)(p) + (noise if p.index in (0, 3) and p.strength == 2 else 0)
 
-    assert said(diagnose(probes(noisy, shapes=SIX, names=names, strengths=[1.0, 2.0], tolerance=0.01))) == BLOCKWISE
+    found = diagnose(probes(noisy, shapes=SIX, names=names, strengths=[1.0, 2.0], tolerance=0.01))
+    assert (said(found) == BLOCKWISE) is heard
+
+
+@pytest.mark.parametrize(("size", "counted"), [(0.039, False), (0.041, True)])
+def test_two_modules_that_can_be_measured_show_the_factor_of_a_block(size: float, counted: bool) -> None:
+    shapes = ((10.5, 5), (4 * size, 4), (2.75, 12), (4 * size, 4))
+    points = probes(by_block(0.5, 1.3), shapes=shapes, names=NAMES[:4], strengths=[1.0], tolerance=0.01)
+    assert (said(diagnose(points)) == BLOCKWISE) is counted
 
 
 def test_modules_too_faint_to_measure_have_no_say_in_the_factor_of_their_block() -> None:
