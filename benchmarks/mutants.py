@@ -50,6 +50,8 @@ SUBJECTS = {
     "law/identify": "law/test_law_search.py",
     "law/diagnosis": "law/test_diagnosis.py law/test_parts.py law/test_law.py",
     "law/known": "law/test_prescribe.py",
+    "law/findings": "law/test_findings.py law/test_findings_data.py",
+    "law/reads": "law/test_reads.py law/test_findings_data.py",
     "measure/tolerance": "measure/test_tolerance.py",
     "measure/compare": "measure/test_fit.py",
     "measure/effective": "measure/test_reading.py measure/test_plain.py measure/test_dense.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from harness.doctor import ScaleLaw, conventions, known_laws, prescribe
 from harness.files import FORMATS, LoraModule
 from harness.law.grammar import ALPHA, RANK, STRENGTH
+from harness.law.known import Tool, distinct, tools, wanted_scale
 from harness.law.law import Law
 
 ALPHAS = st.floats(0.1, 500) | st.floats(-500, -0.1)
@@ -125,3 +127,66 @@ def test_only_a_loader_that_divides_by_the_rank_has_a_root_to_take(power: float,
 def test_the_table_is_read_once() -> None:
     assert known_laws() is known_laws()
     assert conventions() is conventions()
+
+
+def unscaled(rank: int, alpha: float | None) -> LoraModule:
+    return replace(module(rank, alpha), unscaled=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "lora_alpha", "scale"),
+    [
+        (module(4, 8.0), None, 2.0),
+        (module(4, 8.0), 16.0, 2.0),
+        (module(4, 8.0, rslora=True), None, 4.0),
+        (module(4, None), None, None),
+        (module(4, None), 16.0, 4.0),
+        (module(0, None), None, 1.0),
+        (unscaled(4, None), None, 1.0),
+        (unscaled(4, None), 16.0, 4.0),
+        (module(4, 0.0), None, None),
+        (module(4, 0.0), 16.0, 4.0),
+        (module(4, 0.0, tensor=False), None, 0.0),
+        (module(4, 0.0, tensor=False), 16.0, 4.0),
+        (module(4, math.nan), None, None),
+        (module(4, math.inf), None, None),
+    ],
+)
+def test_a_trained_scale_is_wanted_where_it_is_known(
+    one: LoraModule, lora_alpha: float | None, scale: float | None
+) -> None:
+    assert wanted_scale(one, lora_alpha) == scale
+
+
+def test_modules_of_one_scale_are_looked_at_once() -> None:
+    every = [module(4, 8.0), module(4, 8.0), module(4, 8.0, rslora=True), module(4, 8.0, tensor=False), module(5, 8.0)]
+    assert distinct(every) == [every[1], *every[2:]]
+
+
+def tool(**fields: object) -> Tool:
+    given = {"title": "", "field": "strength", "known": "measured", "without_alpha": "", "alpha_zero": ""}
+    return Tool("x", law=law(), formats=(), **{**given, **fields})  # type: ignore[arg-type]
+
+
+def test_a_tool_says_how_it_is_known() -> None:
+    assert tool(release="1.2").provenance == "measured on 1.2"
+    assert tool(known="read", release="2026-06").provenance == "read in the code of 2026-06"
+
+
+def test_a_tool_says_what_becomes_of_a_variant() -> None:
+    limits = (
+        {"effect": "raises", "file": {"variant": ["loha"]}, "says": "raises"},
+        {"effect": "drops", "file": {}, "says": "drops some"},
+        {"effect": "drops", "file": {"variant": ["loha"]}, "says": "drops it"},
+    )
+    some = tool(variants={"dora": "leaves the magnitude out", "lokr": "ok"}, limits=limits)
+    assert [some.without(name) for name in ("dora", "lokr", "loha", "lora")] == [
+        "leaves the magnitude out", "", "drops it", "",
+    ]  # fmt: skip
+
+
+def test_tools_are_read_once_and_cannot_be_changed_in_place() -> None:
+    assert tools() is tools()
+    assert known_laws()["peft"] is tools()["peft"].law
+    with pytest.raises(AttributeError):
+        tool().name = "y"  # type: ignore[misc]

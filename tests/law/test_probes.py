@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harness.law.probe import Probe
-from harness.law.scale import trained_scale
+from harness.law.scale import trained_scale, word_of
 
 SECOND = Probe("m", 0.5, 1, (16.0, 12.0, 7.0), (2, 4, 5), 1.5, 0.25)
 
@@ -61,3 +61,28 @@ def test_a_probe_cannot_be_changed_and_can_be_kept_in_a_set() -> None:
     with pytest.raises(AttributeError):
         SECOND.measured = 2.0  # type: ignore[misc]
     assert len({SECOND, replace(SECOND), replace(SECOND, measured=2.0)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("factor", "word"),
+    [
+        (-0.5, "inverted"),
+        (-0.01, "inverted"),
+        (0.0, "no effect"),
+        (0.01, "no effect"),
+        (0.011, "weaker than trained"),
+        (0.8, "weaker than trained"),
+        (0.81, "slightly weaker than trained"),
+        (0.99, "slightly weaker than trained"),
+        (0.991, "as trained"),
+        (1.01, "as trained"),
+        (1.011, "slightly stronger than trained"),
+        (1.25, "slightly stronger than trained"),
+        (1.26, "too strong: artifacts expected"),
+        (8.0, "too strong: artifacts expected"),
+        (8.1, "noise expected"),
+        (64.0, "noise expected"),
+    ],
+)
+def test_a_factor_has_a_word_for_what_its_picture_looks_like(factor: float, word: str) -> None:
+    assert word_of(factor) == word
