@@ -76,7 +76,7 @@ def test_a_finding_is_known_in_its_own_release_and_in_the_range_it_names() -> No
         True, True, False, True, False, False,
     ]  # fmt: skip
     assert not of(measured="1.2").in_release("1.3")
-    assert found.link == "docs/findings/some-page.md"
+    assert found.link == "/".join(("docs", "findings", "some-page.md"))
     assert (is_within(None, ">=1"), is_within("2.0rc1", ">=1"), is_within("1", ">1")) == (False, True, False)
 
 
