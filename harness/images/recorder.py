@@ -22,6 +22,7 @@ from harness.isolation.calls import CallFailedError, Raised, lost_raised, raised
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
 from harness.loaders.protocol import Subject
+from harness.outputs import replacing
 from harness.verdict.verdict import Verdict
 
 
@@ -36,7 +37,8 @@ def save_image(image: Tensor, path: Path) -> Path:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_bytes(image)).save(path, optimize=True)
+    with replacing(path, durable=False) as stream:
+        Image.fromarray(to_bytes(image)).save(stream, "PNG", optimize=True)
     return path
 
 
