@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Shape
-from harness.doctor.match import Placement, match_layers, place, shared_prefix
+from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
+from harness.doctor.spelling import shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
 from harness.files.gguf_file import GgufFile, is_gguf, model_names, read_gguf

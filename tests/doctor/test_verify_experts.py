@@ -1,4 +1,4 @@
-"""Merges of fused experts (PEFT's `target_parameters`), made by PEFT: judged per expert; and an alpha of 0."""
+"""Fused experts (PEFT's `target_parameters`; vllm#41754) that PEFT merged, judged per expert; and an alpha of 0."""
 
 from __future__ import annotations
 

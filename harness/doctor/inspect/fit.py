@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.architectures import Shape, looks_like
-from harness.doctor.match import core
+from harness.doctor.spelling import core
 from harness.files import LoraAdapter
 from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Slot
-from harness.doctor.match import layers_by_spelling
 from harness.doctor.quantised import Rows
+from harness.doctor.spelling import layers_by_spelling
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
