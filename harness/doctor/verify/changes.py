@@ -124,10 +124,6 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
         yield Change(name, name, tensor, method=True)
         return
     found = [*_low_rank(adapter, name, tensor), *_wholes(adapter, name, tensor), *_unread(adapter, name, tensor)]
-    weights = [change for change in found if change.product and change.tensor == tensor]
-    if len(weights) > 1 and tensor is not None:
-        why = "a low-rank update and a whole difference of one weight are not told apart"
-        found = [change for change in found if change not in weights] + [Change(name, name, tensor, unread=why)]
     what = OTHER_NAMES.get(module.variant) or f"parts {', '.join(sorted(module.keys))}"
     yield from found or [Change(name, name, tensor, unread=f"{what} is not read")]
 
@@ -174,6 +170,11 @@ def _wholes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
     for role, end in {**_WHOLE, **_SAVED}.items():
         if role in adapter.modules[name].keys:
             place, shown = (tensor, name) if end == _WEIGHT else (_bias(tensor), f"{name} (bias)")
+            shown = (
+                f"{name} (difference)"
+                if shown == name and _PRODUCTS.keys() & adapter.modules[name].keys.keys()
+                else shown
+            )
             if role in _SAVED:
                 yield Change(shown, name, place, scaled=False, saved=role)
             else:

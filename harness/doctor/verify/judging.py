@@ -52,7 +52,7 @@ class Reading:
 
 
 def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Reading) -> Iterator[Module]:
-    """Yield what was found of one tensor, which one or several LoRAs change."""
+    """Yield what was found of one tensor, which one or several LoRAs change, or one in several ways."""
     reading.tell(claims[0][1].name)
     if len(claims) == 1:
         yield from _judged(*claims[0], stores, reading)
@@ -61,7 +61,7 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
     problem = next(filter(None, (_unmeasured(change, stores) for _, change in claims)), None)
     layers = [] if problem else [_layer_of(given, change, stores) for given, change in claims]
     if problem is None and any(layer is None or isinstance(layer, DoraLayer) for layer in layers):
-        problem = NotMeasured("ambiguous", "several of the LoRAs change it, and not all of them by a sum")
+        problem = NotMeasured("ambiguous", "several updates change it, and not all of them by a sum")
     if problem:
         yield from (
             Module(probe, change.tensor, None, problem) for probe, (_, change) in zip(wanted, claims, strict=True)
@@ -77,7 +77,7 @@ def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | Non
 def _together(
     claims: Sequence[tuple[Given, Change]], wanted: list[Probe], layers: list[MergedLayer], reading: Reading
 ) -> Iterator[Module]:
-    """Measure the sum of what several LoRAs add; where it is not as wanted, find the scale of each."""
+    """Measure the sum of several updates; where it is not as wanted, find the scale of each."""
     scales = [probe.expected for probe in wanted]
     layer, measured = _sum_of(layers, scales, reading)
     if measured.state not in ("hidden", "not merged", "not finite") and not _near(measured):
@@ -87,6 +87,8 @@ def _together(
         factor = measured.scale * scale
         ends = sorted(end * scale for end in measured.interval)
         alone = replace(measured, scale=factor, interval=(ends[0], ends[1]), overlap=0.0, product=0.0)
+        if abs(factor) <= _NEAR * abs(probe.expected) and measured.state in ("merged", "partly", "two roundings"):
+            alone = replace(alone, state="not merged")  # the others explain the layer without it
         found = _found(probe, alone, own)
         if scale != probe.expected:
             found = replace(found, tolerance=max(found.tolerance, _NEAR * max(map(abs, scales))))
