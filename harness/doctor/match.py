@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnjudgedError, UnplacedError, sliced
+from harness.doctor.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
+from harness.doctor.experts import in_one, one_by_one
 from harness.doctor.spelling import Scope, core, flat_core
 from harness.files import LoraAdapter, LoraModule
 
-_OF_OTHER_SHAPE = ("experts", "set", "tokens")  # whole tensors may have more rows than the base, experts lie otherwise
 # where a component of a pipeline lies in a checkpoint that holds several
 _HOMES: Mapping[str, tuple[str, ...]] = {
     "te": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."),
@@ -97,8 +98,8 @@ class _Placer:
             found = self._find(name, module)
             if found:
                 self.slots[name] = self._fitted(module, found)
-            elif module.variant == "experts" and (first := self._first_expert(module)):
-                self.ambiguous[name] = f"{first}: this base keeps its experts one by one, which is not judged"
+            elif experts := self._experts(module):
+                self.slots[name] = experts
             else:
                 self.missing.append(name)
         except UnjudgedError as why:
@@ -121,25 +122,28 @@ class _Placer:
 
     def _claims(self) -> dict[str, set[str]]:
         """Return the modules that claim the same rows, by the layer."""
-        claims: dict[str, list[tuple[Rows | None, str]]] = defaultdict(list)
+        claims: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
         for name, slots in self.slots.items():
             for slot in slots:
-                claims[slot.layer].append((slot.rows, name))
-        return {
-            layer: {name for rows, name in some for other, owner in some if owner != name and _meet(rows, other)}
-            for layer, some in claims.items()
-            if len(some) > 1
-        }
+                claims[slot.layer].append((*(slot.rows or (0, math.inf)), name))
+        return {layer: _meeting(some) for layer, some in claims.items() if len(some) > 1}
 
     def _scope(self, component: str) -> Scope:
         if component not in self._scopes:
             self._scopes[component] = Scope(self._of_component(component), self.adapter.flattened)
         return self._scopes[component]
 
-    def _first_expert(self, module: LoraModule) -> str | None:
-        """Return a layer of the first expert where a base keeps apart what the module has in one parameter."""
-        owner = core(module.name.rpartition(".")[0])
-        return next((layer for layer in self.layers if core(layer).startswith(f"{owner}.0.")), None)
+    def _experts(self, module: LoraModule) -> tuple[Slot, ...]:
+        """Return the slots of experts that the model keeps otherwise than the LoRA: one by one, or in one parameter."""
+        scope = self._scope(module.component)
+
+        def find(name: str) -> str | None:
+            found = scope.exact.get(name, ())
+            layers = {scope.names[scope.dotted[spelling]] for spelling in found}
+            layers |= {scope.names[own] for own in scope.cores.get(core(name), ())} if not layers else set()
+            return layers.pop() if len(layers) == 1 else None
+
+        return (one_by_one if module.variant == "experts" else in_one)(module, find, self.layers)
 
     def _of_component(self, component: str) -> dict[str, str]:
         """Return the layers of a component by their names in it where a checkpoint holds several, else all of them."""
@@ -217,8 +221,16 @@ def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     return (slots[0],)
 
 
-def _meet(rows: Rows | None, other: Rows | None) -> bool:
-    return rows is None or other is None or (rows[0] < other[1] and other[0] < rows[1])
+def _meeting(claims: list[tuple[float, float, str]]) -> set[str]:
+    """Return the names of those of several (start, stop, name) that meet one of another name."""
+    found: set[str] = set()
+    open_: list[tuple[float, str]] = []
+    for start, stop, name in sorted(claims):
+        open_ = [(end, other) for end, other in open_ if end > start]
+        others = {other for _, other in open_ if other != name}
+        found |= others | ({name} if others else set())
+        open_.append((stop, name))
+    return found
 
 
 def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape | None) -> Slot:

@@ -12,10 +12,10 @@ from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Total
 from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
 from harness.doctor.verify.vote import DTYPES
+from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
 from harness.law.probe import Probe
 from harness.measure.tolerance import scale_rounding
@@ -130,6 +130,17 @@ def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Read
     return measured if measured.state in ("merged", "two roundings") else None
 
 
+def _of_squares(layer: MergedLayer, change: Change, adapter: LoraAdapter) -> bool:
+    """Tell whether a layer stacks square experts of which nothing says how they lie."""
+    experts = adapter.modules[change.module].experts if change.stacks and change.turned is None else 0
+    return bool(experts) and layer.rows == experts * layer.columns
+
+
+def _is_found(measured: MergeMeasurement) -> bool:
+    """Tell whether a merge by this LoRA, as it was laid out, explains what is there."""
+    return measured.state in ("merged", "partly", "damaged", "twice", "two roundings", "mixed")
+
+
 def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
     if measured.state not in ("mixed", "unexplained"):
@@ -218,10 +229,11 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
-    if measured.state == "unexplained" and (other := _transposed(change, layer, wanted, reading)):
-        if adapter.modules[change.module].variant == "experts" and change.turned is None:
-            what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
-            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+    other = _transposed(change, layer, wanted, reading) if measured.state == "unexplained" else None
+    if _of_squares(layer, change, adapter) and (other or _is_found(measured)):
+        what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
+        return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+    if other:
         measured, fault = other, ("LH301", "the update was merged transposed")
     note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]
