@@ -112,7 +112,7 @@ def judge(observation: Observation) -> list[Finding]:
 
 def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
     """Yield what the load behind `once` leaves behind that it should not; nothing where the load itself is broken."""
-    if once.raised or not all(fits[0].finite for fits in once.fits.values()):
+    if once.raised or once.unsteady or not all(fits[0].finite for fits in once.fits.values()):
         return  # said already
     for check in checks():
         if check.sequel and has(cell, check.requires):
@@ -144,7 +144,7 @@ class Scenario:
 
     def possible(self, cell: Cell) -> bool:
         """Whether a loader can be asked for this in `cell`."""
-        plain = all(step.times == 1 or step == rebuild(2) for step in self.steps)
+        plain = all(step.times in (1, None) or step == rebuild(2) for step in self.steps)
         return has(cell, self.requires) and (plain or has(cell, "any strength"))
 
 

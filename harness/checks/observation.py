@@ -26,7 +26,9 @@ class Observation:
     """What one trial showed: a fit per target (whole layer first, then its slices), and what else changed.
 
     `order` lists the targets as the keys of the file stand; `ambiguous` are those whose alpha = 0 readers of the format
-    take as 0 or as the rank; `bent` are layers of the model whose answers to dense input are not those of their weight.
+    take as 0 or as the rank; `bent` are layers of the model whose answers to dense input are not those of their weight,
+    `unsteady` those that answer the same input differently when asked again; `training` are modules in training mode.
+    `drift` is how far apart the answers of models are that should answer alike, as a share of the LoRA's effect.
     Of a load that `raised` there is nothing else.
     """
 
@@ -38,6 +40,9 @@ class Observation:
     others_changed: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
     bent: tuple[str, ...] = ()
+    unsteady: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    drift: float = 0.0
     file_changed: bool = False
     order: tuple[str, ...] = ()
     ambiguous: frozenset[str] = frozenset()
@@ -58,11 +63,10 @@ def observation_of(
 ) -> Observation:
     """Compare the layers of the cell's view before and after a load of `example`, [rows, columns] in float64."""
     fits: dict[str, tuple[Fit, ...]] = {}
-    dtype = coarser(example.dtype, example.file_dtype)
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=dtype)
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=coarser(example.dtype, example.file_dtype))
     untouched = [name for name in cell.view.layers if name not in fits]
     changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
     zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)

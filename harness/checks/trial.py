@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.benches import View
 from harness.checks.cell import Cell
-from harness.checks.measuring import DENSE, WEIGHT, Kind, Order, answering, base_weights
+from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering, base_weights
 from harness.checks.observation import Observation, observation_of
 from harness.example import Example
 from harness.files import FORMATS, LoraParts, match_modules, read_lora, write_lora
@@ -26,7 +26,7 @@ from harness.variants import Update
 if TYPE_CHECKING:
     from torch import Tensor
 
-File = Literal["example", "copy", "other"]
+File = Literal["example", "copy", "other", "replaced"]
 _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
 _ROUNDINGS = 32  # of a dense answer: the sum, and B @ (A @ x) whose parts are larger than their product
 _SHARE = 0.05  # of the change, below which a dense answer is a matter of precision
@@ -34,22 +34,26 @@ _SHARE = 0.05  # of the change, below which a dense answer is a matter of precis
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the subject: load a file of the trial, undo the last load, or set the strength of what is loaded.
+    """One call of the subject, or what its users do between calls.
 
-    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model (a
-    power of two).
-    `file`: the example's own, a copy of it, or the other example's.
+    Of the subject: load a file of the trial, undo the last load, set the strength of what is loaded. Of its users: go
+    on with a new model (`rebuild`), run the model, copy it, cast it to float32, save its state and load that into a
+    fresh model, replace a file. `times` multiplies the strength of the example, or the layers of the new model (a power
+    of two); None calls the loader without a strength.
+    `file`: the example's own, a copy of it, the other example's, or the one that `replace` puts the example's own in
+    the place of, the other example's before.
     """
 
     kind: Kind
-    times: float = 1.0
+    times: float | None = 1.0
     file: File = "example"
 
 
 load: Callable[..., Step] = partial(Step, "load")
 set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
-UNLOAD = Step("unload")
+UNLOAD, RUN, COPY, CAST, SAVE = Step("unload"), Step("run"), Step("copy"), Step("cast"), Step("save")
+REPLACE = Step("replace", file="replaced")
 
 
 def run_trial(
@@ -65,7 +69,8 @@ def run_trial(
         files = _Files(cell, example, updates, other, Path(folder))
         written, order = bytes_of(files.example), file_order(files.example, cell.view)
         orders = tuple(
-            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind == "load" else "") for s in steps
+            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind in ("load", "replace") else "")
+            for s in steps
         )
         try:
             answer = _asked(cell, example, orders)
@@ -74,16 +79,16 @@ def run_trial(
         file_changed = bytes_of(files.example) != written
     if "raised" in answer:
         return Observation(example, raised=Raised(**answer["raised"]))
-    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
+    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0) or 1.0
     seen = _observation(cell, example, updates, times, answer)
     return replace(seen, file_changed=file_changed, order=order)
 
 
-def _number(step: Step, example: Example) -> float:
-    return step.times if step.kind == "rebuild" else step.times * example.strength
+def _number(step: Step, example: Example) -> float | None:
+    return step.times if step.kind == "rebuild" or step.times is None else step.times * example.strength
 
 
-def _asked(cell: Cell, example: Example, steps: tuple[tuple[Kind, float, str], ...]) -> dict[str, Any]:
+def _asked(cell: Cell, example: Example, steps: tuple[tuple[Kind, float | None, str], ...]) -> dict[str, Any]:
     """Have the trial done where the subject's code runs, and check that what comes back can be its answer.
 
     Raises:
@@ -108,9 +113,11 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
         fields = answer["raised"]
         known = isinstance(fields, dict) and fields.keys() <= Raised.__dataclass_fields__.keys() and "what" in fields
         return None if known and fields.get("code") in ("LH901", "LH902", "LH903") else "a failure without its code"
-    others = answer.get("others")
-    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+    lists = [answer.get(kind) for kind in ("others", "training", "unsteady")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         return "measurements without their names"
+    if not isinstance(answer.get("drift"), float):
+        return "measurements without what its answers have in common"
     shapes = {WEIGHT + name: tuple(weight.shape) for name, weight in base.items()}
     shapes |= {DENSE + name: (4, len(weight)) for name, weight in base.items()}
     for key, tensor in (answer.get("tensors") or {}).items():
@@ -128,7 +135,14 @@ def _observation(
     after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
     seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
     bent = tuple(_bent(cell, example, before, after, tensors))
-    return replace(seen, others_changed=tuple(dict.fromkeys((*seen.others_changed, *answer["others"]))), bent=bent)
+    return replace(
+        seen,
+        others_changed=tuple(dict.fromkeys((*seen.others_changed, *answer["others"]))),
+        bent=bent,
+        training=tuple(answer["training"]),
+        unsteady=tuple(answer["unsteady"]),
+        drift=answer["drift"],
+    )
 
 
 def _bent(
@@ -172,10 +186,20 @@ class _Files:
     def path(self, which: File) -> Path:
         """Return the path of a file."""
         if which == "other" and self.second is not None:
-            base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
-            updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
-            return write_example(self.cell, self.second, updates, self.folder / "other")
+            return self._other(self.folder / "other")
+        if which == "replaced" and self.second is not None:
+            path = self.folder / "replaced" / _file_name(self.cell)
+            if not path.exists():
+                self._other(path.parent)
+                write_example(self.cell, self.own, self.updates, path.parent / NEXT)
+            return path
         return copy_of(self.example) if which == "copy" else self.example
+
+    def _other(self, folder: Path) -> Path:
+        assert self.second is not None
+        base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
+        updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
+        return write_example(self.cell, self.second, updates, folder)
 
 
 def _file_name(cell: Cell) -> str:

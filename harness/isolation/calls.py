@@ -88,7 +88,7 @@ def guarded(
     if result is not None and not isinstance(result, torch.nn.Module):
         what = f"load returned {type(result).__name__}, but should return the model or None"
         raise CallFailedError(Raised("LH902", what))
-    return (model if result is None else result).eval()
+    return model if result is None else result
 
 
 @contextmanager

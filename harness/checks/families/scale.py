@@ -10,11 +10,22 @@ from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, set_strength
 
 _SET_LATER = (
-    Scenario("LH207", (load(), set_strength(0.5)), (0.5,), "setting half the strength without loading again"),
     Scenario(
-        "LH207", (load(), set_strength(0), set_strength(1.5)), (1.5,), "setting strength 0, then 1.5 times the first"
+        "LH207",
+        (load(), set_strength(0.5)),
+        (0.5,),
+        "setting half the strength without loading again",
+        "set_strength",
+    ),
+    Scenario(
+        "LH207",
+        (load(), set_strength(0), set_strength(1.5)),
+        (1.5,),
+        "setting strength 0, then 1.5 times the first",
+        "set_strength",
     ),
 )
+_BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),)
 
 
 @judges(
@@ -25,18 +36,18 @@ _SET_LATER = (
 def check_scale(observation: Observation) -> list[Finding]:
     """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one."""
     wrong = [name for name in observation.fits if _wrong(observation, name)]
-    if not wrong:
+    if not wrong or observation.unsteady:  # said already
         return []
     wrong.sort(key=lambda name: -_excess(observation, name))
     return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
 
 
-@follows(
-    "strength", finds="ignored, zero or negative not honoured, set later", codes=("LH207",), requires="set_strength"
-)
-def check_set_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
-    """LH207 when a strength that is set without loading again is not honoured."""
-    return first_wrong(cell, once, _SET_LATER)
+@follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
+def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
+    yield from first_wrong(cell, once, _SET_LATER)
+    if once.example.strength == 1:
+        yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
 
 
 def _wrong(observation: Observation, name: str) -> bool:
