@@ -11,6 +11,7 @@ from hypothesis.strategies import SearchStrategy
 
 from harness.example import Example, Target
 
+DTYPES = ("float32", "bfloat16", "float16")
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
 _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
@@ -66,7 +67,7 @@ def examples(
     zero_alpha: bool = True,
     negative_alpha: bool = True,
     max_layers: int | None = None,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = DTYPES,
     alpha: bool = True,
     max_rank: int = 64,
     strength: SearchStrategy[float] | None = None,
@@ -74,7 +75,8 @@ def examples(
     """Draw one LoRA over a subset of `layers`, with how it is written and loaded.
 
     `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional); without `alpha` none do.
-    `strength` is drawn from `strengths()` unless another strategy is given.
+    `strength` is drawn from `strengths()` unless another strategy is given. The model's dtype is one of `dtypes`, the
+    file's any of them.
     """
     count = min(max_layers or len(layers), len(layers))
     chosen = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=count, unique=True))
@@ -94,7 +96,7 @@ def examples(
         targets,
         strength=draw(strengths() if strength is None else strength),
         dtype=dtype,
-        file_dtype=draw(st.sampled_from(("float32", dtype))),
+        file_dtype=draw(st.sampled_from(("float32", dtype, *dtypes))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
         value_seed=draw(st.integers(0, 99)),
     )

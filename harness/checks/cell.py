@@ -14,7 +14,7 @@ from harness.example import Example
 from harness.files import FORMATS
 from harness.isolation.limits import Limit, no_limit
 from harness.isolation.subject import Asked
-from harness.loaders.protocol import Subject
+from harness.loaders.protocol import CORE_VARIANTS, IMPLIED_BENCHES, Subject
 from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
 
@@ -140,7 +140,9 @@ def _product(
     variants: Sequence[str] | None = None,
 ) -> Iterator[Cell]:
     names = formats or subject.formats, benches or subject.benches, variants or subject.variants
-    cells = (Cell(subject, *place) for place in itertools.product(*names))
+    cells = [Cell(subject, *place) for place in itertools.product(*names)]
+    if benches is None and CORE_VARIANTS[0] in names[2]:
+        cells += (Cell(subject, names[0][0], more) for more, bench in IMPLIED_BENCHES.items() if bench in names[1])
     return (cell for cell in cells if cell.possible)
 
 

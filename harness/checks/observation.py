@@ -12,7 +12,7 @@ from harness.example import Example
 from harness.isolation.calls import Raised
 from harness.law.probe import Probe
 from harness.measure.compare import Fit, norm
-from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def observation_of(
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=coarser(example.dtype, example.file_dtype))
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype)
     untouched = [name for name in cell.view.layers if name not in fits]
     changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
     zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)
@@ -110,6 +110,7 @@ def unmeasured_probes(
             0.0,
             0.0,
             dtype=example.dtype,
+            file_dtype=example.file_dtype,
             square=view.layers[name].rows == view.layers[name].columns,
             fused=len(view.slices(name)) > 1,
             permuted=example.key_seed != 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hypothesis.strategies import SearchStrategy, sampled_from
@@ -13,7 +13,8 @@ from harness.checks.cell import Cell
 from harness.errors import UserError
 from harness.example import Example, Target
 from harness.files import FORMATS
-from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
+from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS, IMPLIED_BENCHES
+from harness.strategies import DTYPES
 from harness.strategies import examples as lora_examples
 
 if TYPE_CHECKING:
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 
 # Whatever module a file's key order puts first or last: first, last, most common, largest, smallest and mean should all
 # differ, alphas have fractions on both sides of one half, and no rank equals its alpha.
-_MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5))
+_MIXED = (
+    ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5)),
+    ((9, 4.25), (14, 20.0), (10, 1.5), (3, 7.5), (10, 1.5), (2, 0.875), (21, 40.5)),  # another first, last, mean, ...
+)
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
+_IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+# (model, file): each dtype of either at least once, and half-precision files in single-precision models
+_DTYPES = (("float16", "float16"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Plan:
 
     `max_examples=None` stands for what the subject has by default, less of it when `quick`.
     `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches; below 1 its
-    planned files have at most `max_layers` modules too.
+    planned files have at most `max_layers` modules too, as always on an implied bench.
     """
 
     max_examples: int | None = None
@@ -70,19 +77,22 @@ class Plan:
     pins: Pins | None = None
     known: tuple[KnownFailure, ...] = ()
     max_layers: int = 8
-    dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
+    dtypes: tuple[str, ...] = DTYPES
     shrink: bool = True
     share: float = 1.0
     quick: bool = False
 
     def whole(self, cell: Cell) -> bool:
         """Whether `cell` is checked at full length."""
+        if cell.bench_name in IMPLIED_BENCHES:
+            return False
         return self.share == 1 or (cell.variant_name in CORE_VARIANTS and cell.bench_name in CORE_BENCHES)
 
     def examples_in(self, cell: Cell) -> int:
         """Return how many random examples `cell` gets."""
         most = self.max_examples or cell.subject.defaults.examples_in(quick=self.quick)
-        return most if self.whole(cell) else max(1, round(self.share * most))
+        share = min(self.share, _IMPLIED_SHARE) if cell.bench_name in IMPLIED_BENCHES else self.share
+        return most if self.whole(cell) else max(1, round(share * most))
 
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""
@@ -128,6 +138,10 @@ def planned(
         targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
         return Example(tuple(targets), strength)
 
-    yield from (example(_MIXED, strength) for strength in strengths if not uniform)
+    mixed = itertools.cycle(_MIXED)
+    yield from (example(shapes, strength) for shapes, strength in zip(mixed, strengths, strict=False) if not uniform)
     yield from (example([shape], 1.0) for shape in _UNIFORM)
     yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)
+    shapes = itertools.cycle([_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED)
+    for dtypes, drawn in zip(_DTYPES, shapes, strict=False):
+        yield replace(example(drawn, 1.0), dtype=dtypes[0], file_dtype=dtypes[1])

@@ -20,7 +20,7 @@ from harness.isolation.calls import Raised, lost_raised
 from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
 from harness.measure.effective import dense_input
-from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _bent(
     """Yield the layers whose answer to dense input is not that of the weight they show to the identity."""
     import torch
 
-    roundoff = UNIT_ROUNDOFF[coarser(example.dtype, example.file_dtype)]
+    roundoff = UNIT_ROUNDOFF[example.dtype]
     for name, layer in cell.bench.layers.items():
         if DENSE + name not in tensors:
             continue

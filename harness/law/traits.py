@@ -35,6 +35,17 @@ class Trait:
 
 _TABLE = (
     Trait("bfloat16", "dtype", lambda p: p.dtype == "bfloat16"),
+    Trait("float16", "dtype", lambda p: p.dtype == "float16"),
+    Trait("half precision", "dtype", lambda p: p.dtype != "float32"),
+    Trait("bfloat16 file", "dtype", lambda p: p.file_dtype == "bfloat16"),
+    Trait("float16 file", "dtype", lambda p: p.file_dtype == "float16"),
+    Trait("half-precision file", "dtype", lambda p: p.file_dtype != "float32"),
+    Trait(
+        "half-precision file in a float32 model",
+        "dtype",
+        lambda p: p.file_dtype != "float32" and p.dtype == "float32",
+    ),
+    Trait("file in another dtype than the model", "dtype", lambda p: p.file_dtype != p.dtype),
     Trait("negative alpha", "alpha", lambda p: (p.alpha or 0) < 0),
     Trait("alpha = 0", "alpha", lambda p: p.alpha == 0),
     Trait("no alpha in the file", "file", lambda p: all(alpha is None for alpha in p.alphas)),

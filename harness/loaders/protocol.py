@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 CORE_FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
 CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
-EVERY_BENCH = bench_names()
+IMPLIED_BENCHES = {"qwen-image-deep": "qwen-image"}
+"""Benches that who declares another is tried on too, in one format: the same model with another number of blocks."""
+EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES)
 _ATTRIBUTE = "__lora_harness__"
 
 
@@ -100,7 +102,8 @@ class Subject:
 
     def unsupported(self, form: str, bench: str, variant: str = "lora") -> str | None:
         """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
-        said, cell = self.declaration, {"format": form, "bench": bench, "variant": variant}
+        said = self.declaration
+        cell = {"format": form, "bench": IMPLIED_BENCHES.get(bench, bench), "variant": variant}
         for (kind, name), declared in zip(cell.items(), (said.formats, said.benches, said.variants), strict=True):
             if declared is not None and name not in declared:
                 return f"{self.spec} does not declare the {kind} {name}"

@@ -183,7 +183,8 @@ def _signature(function: Callable[..., Any]) -> str:
 def _under_name(function: Callable[..., Any], keyword: str) -> Load:
     @functools.wraps(function)
     def load(model: torch.nn.Module, lora: Path, **given: float) -> torch.nn.Module | None:
-        result: torch.nn.Module | None = function(model, lora, **{keyword: given[name] for name in given})
+        named = {keyword: given["strength"]} if given else {}
+        result: torch.nn.Module | None = function(model, lora, **named)
         return result
 
     return load
