@@ -79,6 +79,9 @@ _TABLE = (
     Trait("strength > 1", "strength", lambda p: p.strength > 1),
     Trait("strength other than 1", "strength", lambda p: p.strength != 1),
     Trait("fractional strength", "strength", lambda p: p.strength != int(p.strength)),
+    Trait("patterns that are ends of names", "file", lambda p: p.patterns == "tails"),
+    Trait("patterns that are regular expressions", "file", lambda p: p.patterns == "regex"),
+    Trait("patterns that are not whole names", "file", lambda p: p.patterns != "names"),
     Trait("keys permuted", "file", lambda p: p.permuted),
 )
 TRAITS: Mapping[str, Trait] = {trait.text: trait for trait in _TABLE}
@@ -117,9 +120,28 @@ def borrowed(wrong: Sequence[Probe]) -> Trait | None:
     if len(wrong) < _BORROWED:
         return None
     for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
-        if all(any(abs(p.measured - scale) <= p.tolerance for scale in scales(p)) for p in wrong):
+        if all(any(_near(p, scale) for scale in scales(p)) for p in wrong):
             return Trait(f"another module has another {name}, and that is used", "part")
     return None
+
+
+def kept_by_rank(wrong: Sequence[Probe]) -> Trait | None:
+    """Return a trait when every wrong scale has the alpha of the first, or last, module of the same rank."""
+    if len(wrong) < _BORROWED:
+        return None
+    for place, word in ((-1, "last"), (0, "first")):
+        if all(_near(p, p.scale_of(_of_same_rank(p, place), p.rank)) for p in wrong):
+            return Trait(f"alpha is kept by rank: that of the {word} module of the same rank is used", "part")
+    return None
+
+
+def _near(probe: Probe, scale: float) -> bool:
+    return abs(probe.measured - scale) <= probe.tolerance
+
+
+def _of_same_rank(probe: Probe, place: int) -> float | None:
+    """Return alpha of the first or last module of the file that has this module's rank."""
+    return [a for a, r in zip(probe.alphas, probe.ranks, strict=True) if r == probe.rank][place]
 
 
 def _with_alphas(probe: Probe) -> Iterator[float]:
