@@ -1,4 +1,4 @@
-"""diffusers' own Qwen-Image transformer, tiny: two blocks, square and rectangular layers; its merged-QKV form; one of 12 blocks."""
+"""diffusers' own Qwen-Image transformer, tiny: two blocks or twelve, square and rectangular layers; its merged form."""
 
 from __future__ import annotations
 

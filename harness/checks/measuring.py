@@ -5,6 +5,7 @@ Nothing is judged here: a process that foreign code runs in sends numbers only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import equal  # bound here: a subject may replace torch's own
 
 from harness.benches import Bench, get_bench
 from harness.errors import one_line
-from harness.isolation.calls import CallFailedError, Raised, guarded
+from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
 from harness.isolation.subject import Part
 from harness.loaders.protocol import Subject
@@ -48,7 +49,7 @@ class Order:
 
     `steps` are (kind, strength of the call or factor on the layers, path of the file), without a strength where the
     loader is called without one; `seconds` may each take, and so may the measuring. With `bias` the layers' biases are
-    measured too.
+    measured too, with `listen` what the loader says is kept.
     """
 
     bench: str
@@ -56,6 +57,7 @@ class Order:
     steps: tuple[tuple[Kind, float | None, str], ...]
     seconds: float
     bias: bool = False
+    listen: bool = False
 
 
 @dataclass
@@ -69,6 +71,7 @@ class _Work:
     left: list[str] = field(default_factory=list)
     last: tuple[str, float | None] = ("", None)
     outputs: list[Tensor] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     @property
     def bench(self) -> Bench:
@@ -79,7 +82,8 @@ class _Work:
             with alarm(self.order.seconds):
                 _OURS[kind](self, number or 0.0, path)
         else:
-            self.model = guarded(self.model, self._call(kind, number, path), alarm(self.order.seconds), self.left)
+            with listened(self.said) if self.order.listen else contextlib.nullcontext():
+                self.model = guarded(self.model, self._call(kind, number, path), alarm(self.order.seconds), self.left)
             self.last = (path, number) if kind == "load" else self.last
 
     def rebuild(self, number: float, path: str) -> None:
@@ -156,6 +160,7 @@ class _Work:
             "training": training,
             "unsteady": unsteady,
             "drift": self.drift,
+            "said": self.said,
             "tensors": tensors,
         }
 

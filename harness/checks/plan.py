@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy, sampled_from
 
 from harness.checks.cell import Cell
 from harness.errors import UserError
-from harness.example import Example, Target
+from harness.example import Example, Patterns, Target
 from harness.files import FORMATS
 from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS, IMPLIED_BENCHES
 from harness.strategies import DTYPES
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 # Whatever module a file's key order puts first or last: first, last, most common, largest, smallest and mean should all
 # differ, alphas have fractions on both sides of one half, and no rank equals its alpha.
 _MIXED = (
-    ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5)),
-    ((9, 4.25), (14, 20.0), (10, 1.5), (3, 7.5), (10, 1.5), (2, 0.875), (21, 40.5)),  # another first, last, mean, ...
+    ((5, 10.5), (12, 33.0), (4, 6.0), (6, 0.625), (4, 2.75), (24, 6.0), (7, 3.5)),
+    # another first, last, mean, ...; one rank with two alphas; alphas that half precision rounds
+    ((10, 1.5), (3, 40.5625), (9, 4.2578125), (14, 20.0078125), (2, 1.5), (21, 0.875), (10, 7.5)),
 )
+_Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+_STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models
-_DTYPES = (("float16", "float16"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16"))
+_DTYPES = (("float16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16"))
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Pins:
     file_dtype: str | None = None
     key_seed: int = 0
     value_seed: int = 0
+    patterns: Patterns = "names"
 
     def example(self, cell: Cell) -> Example:
         """Return the example in `cell`.
@@ -60,7 +64,7 @@ class Pins:
                 )
         targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in cell.targets)
         file_dtype = self.file_dtype or self.dtype
-        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed)
+        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
         max_layers=plan.max_layers,
         dtypes=plan.dtypes,
         max_rank=variant.rank_limit(cell.view),
-        strength=sampled_from(variant.strengths) if variant.strengths else None,
+        strength=sampled_from(cell.strengths) if cell.strengths else None,
+        patterns=cell.has_patterns,
+        uniform=cell.uniform,
     )
 
 
@@ -131,17 +137,28 @@ def planned(
     above the variant's limit wrap around.
     """
     names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
-    strengths, alpha = cell.variant.strengths or _STRENGTHS, alpha and cell.has_alpha
+    strengths, alpha = cell.strengths or _STRENGTHS, alpha and cell.has_alpha
+    uniform = uniform or "rank" in cell.uniform
 
-    def example(shapes: Sequence[tuple[int, float]], strength: float) -> Example:
-        pairs = zip(names, itertools.cycle(shapes), strict=False)
+    def example(shapes: Sequence[_Shape], strength: float) -> Example:
+        one = shapes[0][1] if "alpha" in cell.uniform else None
+        pairs = ((name, (rank, one or a)) for name, (rank, a) in zip(names, itertools.cycle(shapes), strict=False))
         targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
         return Example(tuple(targets), strength)
 
-    mixed = itertools.cycle(_MIXED)
-    yield from (example(shapes, strength) for shapes, strength in zip(mixed, strengths, strict=False) if not uniform)
+    yield from () if uniform else _mixed(cell, strengths, example)
     yield from (example([shape], 1.0) for shape in _UNIFORM)
     yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)
-    shapes = itertools.cycle([_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED)
-    for dtypes, drawn in zip(_DTYPES, shapes, strict=False):
-        yield replace(example(drawn, 1.0), dtype=dtypes[0], file_dtype=dtypes[1])
+    shapes = [_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED
+    for (dtype, file_dtype), drawn in zip(_DTYPES, itertools.cycle(shapes), strict=False):
+        yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
+    if alpha and cell.zero_alpha_is_ambiguous:
+        yield example([(_UNIFORM[0][0], 0.0)], 1.0)
+        yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)
+
+
+def _mixed(
+    cell: Cell, strengths: Sequence[float], example: Callable[[Sequence[_Shape], float], Example]
+) -> Iterator[Example]:
+    for shapes, strength, style in zip(itertools.cycle(_MIXED), strengths, itertools.cycle(_STYLES), strict=False):
+        yield replace(example(shapes, strength), patterns=style if cell.has_patterns else "names")

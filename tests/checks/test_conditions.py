@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from harness.benches import get_bench
 from harness.checks.cell import Cell, cells_of
+from harness.checks.measuring import base_weights
 from harness.checks.plan import Plan, planned
+from harness.checks.trial import write_example
+from harness.files import read_lora
 from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.selftest.cases import Case, broken_cases, correct_cases
 from harness.selftest.measure import measure
 from tests.checks.sample_loaders import right
 
-CONDITIONS = [case for case in broken_cases() if case.name.startswith(("conditions:", "names:"))]
+CONDITIONS = [case for case in broken_cases() if case.name.startswith(("conditions:", "names:", "patterns:"))]
 STEADY = ("train_mode", "adapter_dtype", "lazy", "functional_call", "low_memory")
 
 
@@ -56,3 +61,29 @@ def test_who_declares_qwen_image_is_tried_on_twelve_blocks_in_one_format() -> No
     deep = next(c for c in cells if c.bench_name == "qwen-image-deep")
     assert Plan().examples_in(deep) == 10
     assert len(Plan().layers_in(deep)) == 8
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+@pytest.mark.parametrize("bench", ["qwen-image", "qwen-image-deep"])
+def test_patterns_in_every_style_mean_what_peft_takes_them_for(form: str, bench: str, tmp_path: Path) -> None:
+    from peft.utils.other import get_pattern_key
+
+    cell = Cell(resolve(right), form, bench)
+    styles = {example.patterns: example for example in planned(cell)}
+    assert set(styles) == {"names", "tails", "regex"}
+    for style, example in styles.items():
+        updates = cell.variant.updates(example, cell.view, cell.view.gather(base_weights(cell.bench, "float32")))
+        path = write_example(cell, example, updates, tmp_path / style)
+        adapter = read_lora(path)
+        wanted = {target.name: (target.rank, target.alpha) for target in example.targets}
+        assert {name: (module.rank, module.alpha) for name, module in adapter.modules.items()} == wanted
+        if form == "peft":
+            config = json.loads((path / "adapter_config.json").read_text())
+            table = config["alpha_pattern"]
+            found = {name: table.get(get_pattern_key(table, name), config["lora_alpha"]) for name in wanted}
+            assert found == {name: alpha for name, (_, alpha) in wanted.items()}
+            assert (style == "names") == all(key.startswith("^") for key in table)
+
+
+def test_a_format_without_a_configuration_has_no_patterns() -> None:
+    assert {e.patterns for e in planned(Cell(resolve(right), "kohya", "qwen-image"))} == {"names"}

@@ -48,7 +48,7 @@ def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
     """LH402: a second load gives neither the effect of one nor twice that. LH405: two LoRAs neither add up nor swap."""
     wrong = tuple(first_wrong(cell, once, _SECOND_LOADS, may_raise=True))
     yield from wrong
-    if not wrong and has(cell, "additive"):
+    if not wrong and has(cell, "additive") and has(cell, "any strength"):
         yield from _with_another(cell, once)
 
 
