@@ -11,7 +11,17 @@ Severity = Literal["fatal", "error", "warning"]
 """fatal: nothing can be read. error: wrong for every reader. warning: a convention on which readers differ."""
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 Check = Literal[
-    "smoke", "coverage", "scale", "strength", "direction", "side_effects", "numerics", "images", "verify", "inspect"
+    "smoke",
+    "coverage",
+    "silence",
+    "scale",
+    "strength",
+    "direction",
+    "side_effects",
+    "numerics",
+    "images",
+    "verify",
+    "inspect",
 ]
 """What emits codes: the families of `check`, the pictures of `sweep`, `verify`, and `inspect` with `audit`."""
 
@@ -42,9 +52,9 @@ _ALL = (
          "match the file's key names against the model's module paths, and raise when nothing matches"),
     Code("LH102", "some modules not loaded", ("coverage", "verify"), "a filter or name table leaves these layers out",
          "load every module the file has; list what was skipped"),
-    Code("LH103", "keys silently ignored", ("verify",), "keys without a home are dropped without a word", "report every key that was not used"),
+    Code("LH103", "keys silently ignored", ("silence", "verify"), "keys without a home are dropped without a word", "raise, warn or log when a key was not used; refuse what the loader does not know"),
     Code("LH104", "wrong module received it", ("direction",), "names are matched by prefix, suffix or order",
-         "compare whole dotted paths: `blocks.1` is a prefix of `blocks.10`, `to_out` a part of `to_add_out`", explains=("LH101", "LH102", "LH301", "LH304", "LH501")),
+         "compare whole dotted paths: `blocks.1` is a prefix of `blocks.10`, `to_out` a part of `to_add_out`", explains=("LH101", "LH102", "LH301", "LH304", "LH306", "LH501")),
     Code("LH201", "alpha not divided by rank", ("scale", "verify"), "the delta is multiplied by alpha as it stands in the file",
          "multiply by alpha / rank, where rank = A.shape[0]"),
     Code("LH202", "alpha ignored", ("scale", "verify"), "the delta is B @ A times the strength; alpha is never read",
@@ -53,7 +63,7 @@ _ALL = (
          "divide by sqrt(rank) only when the adapter says use_rslora"),
     Code("LH204", "one alpha or rank for all modules", ("scale", "verify"), "one module's alpha or rank is used for the whole file",
          "read alpha and rank of each module on its own"),
-    Code("LH205", "alpha truncated or clamped", ("scale", "verify"), "alpha passes through an integer, a rounding or a bound", "keep alpha as a float"),
+    Code("LH205", "alpha truncated or clamped", ("scale", "verify"), "alpha, or alpha / rank, passes through an integer, a rounding or a bound", "keep alpha and the scale as they are"),
     Code("LH206", "scale applied twice, squared or as its root", ("scale", "verify"), "alpha / rank is applied on two paths (file and call, A and B), or only once under a root split over A and B",
          "apply alpha / rank exactly once"),
     Code("LH207", "strength mishandled", ("strength", "verify"), "the strength is ignored, clamped, squared, or 0 and negative values are not honoured",
@@ -68,6 +78,8 @@ _ALL = (
          "use all of A and B, leave W as it is, and follow the variant's formula"),
     Code("LH305", "right for unit vectors only", ("direction",), "the layer's answer to an input is not the sum of its answers to the input's parts: a gate, a clamp or a cache in the way",
          "add strength * alpha / rank * B @ A @ x for every x"),
+    Code("LH306", "direction unexplained", ("direction",), "the change is no multiple of B @ A, and no mistake that is known explains it",
+         "compare the layer's change with strength * alpha / rank * B @ A, element by element"),
     Code("LH401", "an untouched module changed", ("side_effects", "verify"), "a layer or parameter the file does not name has other values now",
          "write only to the layers the file names"),
     Code("LH402", "loading twice is neither additive nor a replacement", ("side_effects",), "state of the first load leaks into the second",
@@ -75,6 +87,12 @@ _ALL = (
     Code("LH403", "unload does not restore", ("side_effects",), "the base weights are not what they were before loading", "keep a copy of the base weights"),
     Code("LH404", "the LoRA file was changed", ("side_effects",), "the loader writes to the file it reads", "open the file read-only"),
     Code("LH405", "several LoRAs do not add up", ("side_effects",), "the second LoRA replaces or rescales the first", "sum the deltas"),
+    Code("LH406", "training mode or dropout left on", ("side_effects",), "the model, or a dropout that the loader adds, is in training mode; or what a layer answers depends on how often it was asked",
+         "give back the mode that the model had: `.eval()` on what is added, dropout only while training", explains=("LH102", "LH104", "LH301", "LH302", "LH304", "LH305", "LH306", "LH407", "LH501")),
+    Code("LH407", "another effect later", ("side_effects",), "a hook takes itself away, a counter decides, or the LoRA hangs on objects that a copy, a cast or a saved state does not have",
+         "keep the delta in the weights, or in parameters and buffers of the layer; look layers up in the module that is called"),
+    Code("LH408", "a file loaded before comes back", ("side_effects",), "deltas are cached under the file's name or path, or under a shape",
+         "key a cache by the file's content, and empty it when a LoRA is unloaded", explains=("LH101", "LH102", "LH104", "LH301", "LH302", "LH303", "LH304", "LH306", "LH402", "LH403", "LH405", "LH501")),
     Code("LH501", "precision lost beyond the dtype's rounding", ("numerics",), "the delta or the sum is computed in a coarser dtype than the model's",
          "compute the delta in float32 and round once"),
     Code("LH502", "non-finite weights", ("numerics", "images", "verify"), "an overflow or a division by zero reaches the weights",
