@@ -92,7 +92,7 @@ _ALL = (
     Code("LH407", "another effect later", ("side_effects",), "a hook takes itself away, a counter decides, or the LoRA hangs on objects that a copy, a cast or a saved state does not have",
          "keep the delta in the weights, or in parameters and buffers of the layer; look layers up in the module that is called"),
     Code("LH408", "a file loaded before comes back", ("side_effects",), "deltas are cached under the file's name or path, or under a shape",
-         "key a cache by the file's content, and empty it when a LoRA is unloaded", explains=("LH101", "LH102", "LH104", "LH209", "LH301", "LH302", "LH303", "LH304", "LH306", "LH401", "LH501")),
+         "key a cache by the file's content, and empty it when a LoRA is unloaded", explains=("LH101", "LH102", "LH104", "LH209", "LH301", "LH302", "LH303", "LH304", "LH306", "LH401", "LH405", "LH501")),
     Code("LH501", "precision lost beyond the dtype's rounding", ("numerics", "verify"), "the delta or the sum is computed in a coarser dtype than the model's",
          "compute the delta in float32 and round once"),
     Code("LH502", "non-finite weights", ("numerics", "images", "verify"), "an overflow or a division by zero reaches the weights",
