@@ -89,7 +89,7 @@ def _regexes(table: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _escaped(tail: str) -> str:
-    return tail.removeprefix("^") if tail.startswith("^") else re.escape(tail)
+    return tail if tail.startswith("^") else re.escape(tail)  # a whole path is escaped already
 
 
 _STYLES: Mapping[Patterns, Rewrite] = {"tails": _tails, "regex": _regexes}

@@ -131,11 +131,16 @@ def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
 def planned(
     cell: Cell, layers: Sequence[str] | None = None, *, alpha: bool = True, uniform: bool = False
 ) -> Iterator[Example]:
-    """Yield the planned examples of one cell, over `layers` (default: all its targets).
+    """Yield the planned examples of one cell, over `layers` (default: all its targets), each with values of its own.
 
     `alpha=False` writes none; `uniform=True` leaves out files with several ranks, for loaders that refuse them. Ranks
     above the variant's limit wrap around.
     """
+    drawn = _planned(cell, layers, alpha=alpha, uniform=uniform)
+    return (replace(example, value_seed=number) for number, example in enumerate(drawn))
+
+
+def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: bool) -> Iterator[Example]:
     names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
     strengths, alpha = cell.strengths or _STRENGTHS, alpha and cell.has_alpha
     uniform = uniform or "rank" in cell.uniform

@@ -105,7 +105,7 @@ def _earlier(cell: Cell, example: Example) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     base = cell.view.gather(base_weights(cell.bench, example.dtype, cell.variant.bias))
     for other in cell.earlier:
-        if other != example:
+        if other.value_seed != example.value_seed:  # of one seed, a lower rank has the first rows of a higher one
             for name, update in cell.variant.updates(other, cell.view, base).items():
                 found.setdefault(name, []).append(update.direction.product)
     return found

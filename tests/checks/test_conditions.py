@@ -64,16 +64,17 @@ def test_who_declares_qwen_image_is_tried_on_twelve_blocks_in_one_format() -> No
 
 
 @pytest.mark.parametrize("form", ["peft", "diffusers"])
-@pytest.mark.parametrize("bench", ["qwen-image", "qwen-image-deep"])
+@pytest.mark.parametrize("bench", ["qwen-image", "qwen-image-deep", "flux", "clip-text"])
 def test_patterns_in_every_style_mean_what_peft_takes_them_for(form: str, bench: str, tmp_path: Path) -> None:
     from peft.utils.other import get_pattern_key
 
     cell = Cell(resolve(right), form, bench)
-    styles = {example.patterns: example for example in planned(cell)}
-    assert set(styles) == {"names", "tails", "regex"}
-    for style, example in styles.items():
+    drawn = list(planned(cell))
+    assert {example.patterns for example in drawn} == {"names", "tails", "regex"}
+    for number, example in enumerate(drawn[:6]):
+        style = example.patterns
         updates = cell.variant.updates(example, cell.view, cell.view.gather(base_weights(cell.bench, "float32")))
-        path = write_example(cell, example, updates, tmp_path / style)
+        path = write_example(cell, example, updates, tmp_path / str(number))
         adapter = read_lora(path)
         wanted = {target.name: (target.rank, target.alpha) for target in example.targets}
         assert {name: (module.rank, module.alpha) for name, module in adapter.modules.items()} == wanted
