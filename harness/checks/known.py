@@ -83,7 +83,7 @@ class KnownFailure:
     trait: Annotated[str, _among(lambda: TRAITS)] | None = None
     versions: Annotated[str, AfterValidator(_versions)] | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    kinds: Annotated[tuple[str, ...], _among(lambda: KINDS)] = ()
+    kinds: tuple[Annotated[str, _among(lambda: KINDS)], ...] = ()
 
     @property
     def of_images(self) -> bool:

@@ -70,7 +70,7 @@ class _Work:
     times: float = 1.0
     left: list[str] = field(default_factory=list)
     last: tuple[str, float | None] = ("", None)
-    outputs: list[Tensor] = field(default_factory=list)
+    effects: list[Tensor] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
     @property
@@ -99,7 +99,7 @@ class _Work:
     def cast(self, number: float, path: str) -> None:
         self._answers(self.model)
         self.model = self.model.to(_dtype("float32"))
-        self._answers(self.model)
+        self._answers(self.model, cast=True)
 
     def save(self, number: float, path: str) -> None:
         """Save all of the model's state, and go on with a fresh model, loaded as the last one was, that gets it."""
@@ -110,19 +110,19 @@ class _Work:
         self.model.load_state_dict(state)
         self._answers(self.model, before)
 
-    def _answers(self, *models: torch.nn.Module) -> None:
-        """Run each model, which should all answer alike, the copies before what they are made of."""
-        self.outputs += [self.bench.forward(model).double() for model in models]
+    def _answers(self, *models: torch.nn.Module, cast: bool = False) -> None:
+        """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
+        plain = _base_output(self.bench, self.order.dtype, cast)
+        self.effects += [self.bench.forward(model).double() - plain for model in models]
 
     @property
     def drift(self) -> float:
-        """How far apart the answers are, as a share of what the LoRA changed in one of them."""
-        if not self.outputs:
+        """How far apart the effects on models that should answer alike are, as a share of one of them."""
+        if not self.effects:
             return 0.0
-        plain = _base_output(self.bench, self.order.dtype)
-        last = self.outputs[-1]
-        effect = norm(last - plain) or norm(self.outputs[0] - plain)
-        return max(norm(each - last) for each in self.outputs) / effect if effect else 0.0
+        last = self.effects[-1]
+        size = norm(last) or norm(self.effects[0])
+        return max(norm(each - last) for each in self.effects) / size if size else 0.0
 
     def replace(self, number: float, path: str) -> None:
         """Put another file, or folder, in the place of `path`."""
@@ -259,9 +259,10 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
 
 
 @cache
-def _base_output(bench: Bench, dtype: str) -> Tensor:
-    """Return what the unloaded bench answers, in float64."""
-    return bench.forward(bench.base(_dtype(dtype))).double()
+def _base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
+    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
+    model = bench.base(_dtype(dtype))
+    return bench.forward(bench.build(_dtype(dtype)).to(_dtype("float32")) if cast else model).double()
 
 
 @cache
