@@ -27,14 +27,17 @@ def main() -> None:
     options = _options()
     base, lora, config = load_file(options.base), *_read(options.lora)
     names = {key.removesuffix(".weight").replace(".", "_"): key for key in base}
-    merged = {}
+    merged, left = {}, set(lora)
     for down in filter(PAIR.fullmatch, lora):
         name = PAIR.fullmatch(down)["name"]  # type: ignore[index]  # filtered above
         a, b = lora[down], lora[_up(down)]
+        left -= {down, _up(down), f"{name}.alpha"}
         module = _without_prefix(name)
         key = names[module.replace(".", "_")]
         factor = options.strength * _scale(lora.get(f"{name}.alpha"), config, module, a.shape[0])
         merged[key] = (base[key].double() + factor * (b.double() @ a.double())).to(base[key].dtype)
+    if left:
+        raise SystemExit(f"{len(left)} keys are not supported, first {min(left)}")
     save_file(merged, options.out)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Patterns = Literal["names", "tails", "regex"]
+"""How a configuration names modules of another rank or alpha: each by its path, by ends of paths, by expressions."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Example:
-    """A LoRA over `targets`, its keys permuted by `key_seed` (0: not), loaded at `strength` into a model of `dtype`."""
+    """A LoRA over `targets`, its keys permuted by `key_seed` (0: not), loaded at `strength` into a model of `dtype`.
+
+    `patterns`: how its configuration names modules, where it has one.
+    """
 
     targets: tuple[Target, ...]
     strength: float = 1.0
@@ -26,11 +32,13 @@ class Example:
     file_dtype: str = "float32"
     key_seed: int = 0
     value_seed: int = 0
+    patterns: Patterns = "names"
 
     def as_json(self) -> dict[str, Any]:
         """Return the counterexample as it stands in a verdict."""
         modules = {t.name: {"rank": t.rank, "alpha": t.alpha} for t in self.targets}
-        rest = {"strength": self.strength, "dtype": self.dtype, "file_dtype": self.file_dtype}
+        rest: dict[str, Any] = {"strength": self.strength, "dtype": self.dtype, "file_dtype": self.file_dtype}
+        rest |= {"patterns": self.patterns} if self.patterns != "names" else {}
         return {"modules": modules, **rest, "key_seed": self.key_seed, "seed": self.value_seed}
 
     def as_options(self, *, everything: bool = False) -> str:
@@ -46,6 +54,7 @@ class Example:
         options = [modules, f"--strength {self.strength:g}", f"--dtype {self.dtype}"]
         options += [f"--file-dtype {self.file_dtype}"] if self.file_dtype != self.dtype else []
         options += [f"--key-seed {self.key_seed}"] if self.key_seed else []
+        options += [f"--patterns {self.patterns}"] if self.patterns != "names" else []
         return " ".join([*options, f"--seed {self.value_seed}"])
 
     def key_order(self) -> random.Random | None:

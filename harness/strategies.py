@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from harness.example import Example, Target
 
+DTYPES = ("float32", "bfloat16", "float16")
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
 _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
@@ -66,19 +68,23 @@ def examples(
     zero_alpha: bool = True,
     negative_alpha: bool = True,
     max_layers: int | None = None,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = DTYPES,
     alpha: bool = True,
     max_rank: int = 64,
     strength: SearchStrategy[float] | None = None,
+    patterns: bool = False,
+    uniform: Collection[str] = (),
 ) -> Example:
     """Draw one LoRA over a subset of `layers`, with how it is written and loaded.
 
     `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional); without `alpha` none do.
-    `strength` is drawn from `strengths()` unless another strategy is given.
+    `strength` is drawn from `strengths()` unless another strategy is given. The model's dtype is one of `dtypes`, the
+    file's any of them. With `patterns` its configuration names modules in different ways. What is
+    `uniform`, rank or alpha, is the same in all modules.
     """
     count = min(max_layers or len(layers), len(layers))
     chosen = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=count, unique=True))
-    uniform = draw(st.integers(0, 3)) == 3
+    alike = draw(st.integers(0, 3)) == 3 or "rank" in uniform
     omit = draw(st.sampled_from(("none", "none", "none", "some", "all"))) if missing_alpha else "none"
     omit = omit if alpha else "all"
 
@@ -87,16 +93,19 @@ def examples(
         gone = omit == "all" or (omit == "some" and draw(st.booleans()))
         return Target(name, rank, None if gone else value)
 
-    shared = draw(_shapes(max_rank, zero_alpha, negative_alpha)) if uniform else None
+    shared = draw(_shapes(max_rank, zero_alpha, negative_alpha)) if alike else None
     targets = tuple(target(name, shared) for name in sorted(chosen, key=list(layers).index))
+    if "alpha" in uniform:
+        targets = tuple(replace(each, alpha=targets[0].alpha) for each in targets)
     dtype = draw(st.sampled_from(dtypes))
     return Example(
         targets,
         strength=draw(strengths() if strength is None else strength),
         dtype=dtype,
-        file_dtype=draw(st.sampled_from(("float32", dtype))),
+        file_dtype=draw(st.sampled_from(("float32", dtype, *dtypes))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
         value_seed=draw(st.integers(0, 99)),
+        patterns=draw(st.sampled_from(("names", "names", "tails", "regex"))) if patterns else "names",
     )
 
 

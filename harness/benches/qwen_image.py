@@ -1,4 +1,4 @@
-"""diffusers' own Qwen-Image transformer, tiny: two blocks, square and rectangular layers; and its merged-QKV form."""
+"""diffusers' own Qwen-Image transformer, tiny: two blocks or twelve, square and rectangular layers; its merged form."""
 
 from __future__ import annotations
 
@@ -91,6 +91,22 @@ def make_split() -> Any:
     )
 
 
+def make_deep() -> Any:
+    """Build it with 12 blocks of width 16 and one head: `blocks.1` is the beginning of `blocks.10` and `blocks.11`."""
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=12,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
 def make_fused() -> Any:
     """Build the same transformer with merged QKV; its forward equals the split form's."""
     return fuse_qkv(make_split())
@@ -132,4 +148,5 @@ _THIRDS = tuple((name, 3) for name in MERGED)
 BENCHES = (
     Bench("qwen-image", 20, make_split, (*_SPLIT, *_COMMON), run, merged=merged_names),
     Bench("qwen-image-fused", 20, make_fused, (*MERGED, *_COMMON), run, _THIRDS, split=split_names),
+    Bench("qwen-image-deep", 25, make_deep, (*_SPLIT, *_COMMON), run),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from harness.example import Example
 from harness.files import FORMATS
 from harness.isolation.limits import Limit, no_limit
 from harness.isolation.subject import Asked
-from harness.loaders.protocol import Subject
+from harness.loaders.protocol import CORE_VARIANTS, IMPLIED_BENCHES, Subject
 from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
+
+_UNIFORM = {"scale": frozenset({"rank", "alpha"}), "kv": frozenset({"alpha"})}  # by where the format keeps alpha
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Cell:
     """One place of the matrix: a loader, a file format, a bench and a variant of LoRA.
 
     `asked` is where the loader's code runs, by default this process; `watch` tells the run of a call that may hang.
+    `earlier` are examples that it was asked for before, `heard` what became of each kind of thing it cannot apply.
     """
 
     subject: Subject
@@ -33,6 +37,8 @@ class Cell:
     asked: Asked | None = field(default=None, compare=False)
     watch: Limit = field(default=no_limit, compare=False)
     seconds: float | None = None
+    earlier: list[Example] = field(default_factory=list, compare=False, repr=False)
+    heard: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def allowed(self) -> float:
@@ -59,9 +65,19 @@ class Cell:
     @property
     def targets(self) -> tuple[str, ...]:
         """The layers a file of this cell may change."""
-        naming = FORMATS[self.format].naming
-        names = self.variant.targets(self.view)
+        naming, wanted = FORMATS[self.format].naming, re.compile(self.subject.declaration.modules or "")
+        names = (name for name in self.variant.targets(self.view) if wanted.search(name))
         return tuple(name for name in names if naming is None or naming.write(name) is not None)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The only strengths that can be asked for, empty for any."""
+        return self.variant.strengths or ((1.0,) if self.subject.strength_argument is None else ())
+
+    @property
+    def uniform(self) -> frozenset[str]:
+        """What must be the same in all modules of a file, for the loader's sake or the format's: rank, alpha."""
+        return self.subject.declaration.uniform | _UNIFORM.get(FORMATS[self.format].alpha[0], frozenset())
 
     @property
     def possible(self) -> bool:
@@ -74,6 +90,11 @@ class Cell:
     def has_alpha(self) -> bool:
         """Whether a file of this cell can carry an alpha that means something."""
         return self.variant.alpha and FORMATS[self.format].alpha[0] != "none"
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether a file of this cell says in a configuration which modules have another rank or alpha."""
+        return self.has_alpha and FORMATS[self.format].alpha[0] in ("config", "header")
 
     @property
     def zero_alpha_is_ambiguous(self) -> bool:
@@ -140,13 +161,15 @@ def _product(
     variants: Sequence[str] | None = None,
 ) -> Iterator[Cell]:
     names = formats or subject.formats, benches or subject.benches, variants or subject.variants
-    cells = (Cell(subject, *place) for place in itertools.product(*names))
+    cells = [Cell(subject, *place) for place in itertools.product(*names)]
+    if benches is None and CORE_VARIANTS[0] in names[2]:
+        cells += (Cell(subject, names[0][0], more) for more, bench in IMPLIED_BENCHES.items() if bench in names[1])
     return (cell for cell in cells if cell.possible)
 
 
 def checkable_formats() -> tuple[str, ...]:
-    """Return the formats that loaders are checked with: those whose every module has a scale of its own, or none."""
-    return tuple(f.name for f in FORMATS.values() if f.alpha[0] in ("tensor", "header", "config", "none"))
+    """Return the formats that loaders are checked with."""
+    return tuple(FORMATS)
 
 
 def _known_names(formats: Sequence[str] | None, benches: Sequence[str] | None, variants: Sequence[str] | None) -> None:

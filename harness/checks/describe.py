@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from harness.checks.cell import Cell
+from harness.checks.families.silence import silence_title
 from harness.checks.family import LAW_FAMILIES, Finding
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
@@ -24,7 +25,9 @@ _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(ran
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:
     """Return the verdict of a family in which nothing was found."""
     law = law_record(diagnosis.law) if diagnosis and diagnosis.law else None
-    return cell.verdict(family, "passed", title=f"{family} right", examples=examples, law=law)
+    heard = {"heard": dict(cell.heard)} if family == "silence" else {}
+    title = silence_title(cell.heard) if heard else f"{family} right"
+    return cell.verdict(family, "passed", title=title, examples=examples, law=law, data=heard)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class NamedFinding:
     def code(self) -> str:
         """The code of the law where the finding is that some law must be wrong (LH209), else its own."""
         own = self.finding.code
-        return self.diagnosis.code or own if own == "LH209" else own
+        return self.diagnosis.code or own if self._unnamed else own
+
+    @property
+    def _unnamed(self) -> bool:
+        """Whether the finding only says that some law is wrong."""
+        return self.finding.code == "LH209" and not self.finding.check
 
     @property
     def family(self) -> str:
         """The family of `code`."""
-        return self.diagnosis.family if self.finding.code == "LH209" else self.finding.family
+        return self.diagnosis.family if self._unnamed else self.finding.family
 
     @cached_property
     def law(self) -> Law | None:
@@ -119,6 +127,7 @@ class NamedFinding:
             measured_scale=fit.scale if fit else None,
             expected_scale=fit.expected if fit else None,
             ratio=fit.scale / fit.expected if fit and fit.expected else None,
+            data=dict(finding.data),
         )
 
     def _title(self) -> str:
@@ -188,7 +197,9 @@ def _expected(example: Example, worst: str, fit: Fit, root: bool) -> str:
     return f"scale {fit.expected:.4f} = {formula}   (PEFT: {_TRAINED[root]})"
 
 
-def _use(argument: str, use: float | None) -> str:
+def _use(argument: str | None, use: float | None) -> str:
+    if argument is None:
+        return "it takes no strength; the loader must be fixed"
     if use is None:
         return f"no single {argument} makes this file right; the loader must be fixed"
     return f"{argument} = {use:g} for this file until it is fixed"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from harness.checks.cell import Cell
 from harness.checks.observation import Observation, wrong_direction
@@ -27,7 +27,7 @@ class Finding:
     """One fault seen in one observation, before it becomes a verdict.
 
     `modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure. `faint`:
-    the change is so small beside rounding that its direction, too, may be at fault.
+    the change is so small beside rounding that its direction, too, may be at fault. `data` goes into the verdict.
     """
 
     code: str
@@ -35,11 +35,13 @@ class Finding:
     modules: tuple[str, ...] = ()
     fact: str = ""
     faint: bool = False
+    check: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
-        """The family this fault belongs to."""
-        return next(check.family for check in checks() if self.code in check.codes)
+        """The family this fault belongs to: that of its code, unless another `check` met it."""
+        return self.check or next(check.family for check in checks() if self.code in check.codes)
 
 
 Judge = Callable[[Observation], Iterable[Finding]]
@@ -112,7 +114,7 @@ def judge(observation: Observation) -> list[Finding]:
 
 def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
     """Yield what the load behind `once` leaves behind that it should not; nothing where the load itself is broken."""
-    if once.raised or not all(fits[0].finite for fits in once.fits.values()):
+    if once.raised or once.unsteady or once.training or not all(fits[0].finite for fits in once.fits.values()):
         return  # said already
     for check in checks():
         if check.sequel and has(cell, check.requires):
@@ -127,7 +129,7 @@ def has(cell: Cell, need: Need | None) -> bool:
         "set_strength": declared.set_strength is not None,
         "additive": variant.additive,
         "no bias": not variant.bias,
-        "any strength": not variant.strengths,
+        "any strength": not cell.strengths,
     }
     return need is None or known[need]
 
@@ -144,7 +146,7 @@ class Scenario:
 
     def possible(self, cell: Cell) -> bool:
         """Whether a loader can be asked for this in `cell`."""
-        plain = all(step.times == 1 or step == rebuild(2) for step in self.steps)
+        plain = all(step.times in (1, None) or step == rebuild(2) for step in self.steps)
         return has(cell, self.requires) and (plain or has(cell, "any strength"))
 
 

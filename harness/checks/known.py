@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from harness.benches import bench_names
 from harness.checks.cell import Cell, declared_cells
 from harness.checks.describe import NamedFinding, passed
+from harness.checks.families.silence import KINDS, tries_silence
 from harness.checks.family import LAW_FAMILIES
 from harness.checks.observation import unmeasured_probes
 from harness.checks.plan import Plan, examples_for, planned
@@ -66,7 +67,9 @@ class KnownFailure:
 
     `trait` (a name of `harness.law.traits.TRAITS`) keeps the general search away from inputs with this known
     fault, so that it cannot hide others; those inputs are tried on their own and must still fail with `code`.
-    `seconds` is the time limit of a call in that trial, for a fault that is a hang.
+    `seconds` is the time limit of a call in that trial, for a fault that is a hang. `kinds` are what the loader drops
+    without a word (a kind of thing that cannot be applied, or a variant that it does not declare): all of these, and
+    nothing else.
     """
 
     id: _Text
@@ -80,6 +83,7 @@ class KnownFailure:
     trait: Annotated[str, _among(lambda: TRAITS)] | None = None
     versions: Annotated[str, AfterValidator(_versions)] | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    kinds: tuple[Annotated[str, _among(lambda: KINDS)], ...] = ()
 
     @property
     def of_images(self) -> bool:
@@ -91,10 +95,17 @@ class KnownFailure:
         """Whether this line speaks of a law."""
         return CODES[self.code].family in LAW_FAMILIES
 
-    def names(self, code: str | None, *, short: bool) -> bool:
-        """Whether a fault with `code` is this one; a `short` check may find a law where there is none (LH209)."""
+    def names(self, verdict: Verdict, *, short: bool) -> bool:
+        """Whether the fault of a verdict is this one; a `short` check may find a law where there is none (LH209)."""
+        code = verdict.code
+        if self.kinds or verdict.check == "silence":
+            return code == self.code and set(verdict.data.get("silent", ())) <= set(self.kinds)
         scale = code is not None and CODES[code].family in LAW_FAMILIES
         return code == self.code or (short and scale and self.code == "LH209")
+
+    def spoken(self, heard: Mapping[str, str]) -> tuple[str, ...]:
+        """Return which of its kinds were tried and are silent no more."""
+        return tuple(kind for kind in self.kinds if heard.get(kind, "silent") != "silent")
 
     def excuse(self, verdict: Verdict) -> Verdict:
         """Return `verdict` as an expected failure, with the reason and the link."""
@@ -115,6 +126,7 @@ def applies(line: KnownFailure, cell: Cell) -> bool:
         and cell.subject.spec == line.loader
         and (not line.formats or cell.format in line.formats)
         and (not line.benches or cell.bench_name in line.benches)
+        and (not line.kinds or tries_silence(cell))
         and (not line.variants or cell.variant_name in line.variants)
         and _version_fits(line.versions, cell.subject.version)
     )
@@ -229,6 +241,12 @@ def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
     return verdict.model_copy(
         update={"outcome": "xpassed", "code": known.code, "title": known.gone(), "reason": known.reason}
     )
+
+
+def no_longer_silent(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
+    """Return that a loader now says, refuses or applies what it is known to drop."""
+    title = f"{known.gone()}, or what it says no longer of it: {', '.join(known.spoken(cell.heard))}"
+    return _unexpected_pass(cell, known, examples).model_copy(update={"title": title})
 
 
 def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:

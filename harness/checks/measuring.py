@@ -5,7 +5,10 @@ Nothing is judged here: a process that foreign code runs in sends numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -15,35 +18,46 @@ from torch import equal  # bound here: a subject may replace torch's own
 
 from harness.benches import Bench, get_bench
 from harness.errors import one_line
-from harness.isolation.calls import CallFailedError, Raised, guarded
+from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
 from harness.isolation.subject import Part
 from harness.loaders.protocol import Subject
 from harness.measure.compare import norm
-from harness.measure.effective import MissingModuleError, effective_weights, offsets, weights_while_running
+from harness.measure.effective import (
+    MissingModuleError,
+    dense_input,
+    effective_weight,
+    effective_weights,
+    offsets,
+    weights_while_running,
+)
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["load", "unload", "set_strength", "rebuild"]
+Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "replace"]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
+NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
+_UNSTEADY = 0.01  # of an answer: dropout changes tenths of it, rounding thousandths
 
 
 @dataclass(frozen=True)
 class Order:
     """A trial as the subject's process is told of it.
 
-    `steps` are (kind, strength of the call or factor on the layers, path of the file); `seconds` may each take, and so
-    may the measuring. With `bias` the layers' biases are measured too.
+    `steps` are (kind, strength of the call or factor on the layers, path of the file), without a strength where the
+    loader is called without one; `seconds` may each take, and so may the measuring. With `bias` the layers' biases are
+    measured too, with `listen` what the loader says is kept.
     """
 
     bench: str
     dtype: str
-    steps: tuple[tuple[Kind, float, str], ...]
+    steps: tuple[tuple[Kind, float | None, str], ...]
     seconds: float
     bias: bool = False
+    listen: bool = False
 
 
 @dataclass
@@ -55,26 +69,76 @@ class _Work:
     model: torch.nn.Module
     times: float = 1.0
     left: list[str] = field(default_factory=list)
+    last: tuple[str, float | None] = ("", None)
+    effects: list[Tensor] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     @property
     def bench(self) -> Bench:
         return get_bench(self.order.bench)
 
-    def take(self, kind: Kind, number: float, path: str) -> None:
-        if kind == "rebuild":
-            self.model, self.times = _rebuilt(self.bench, self.order.dtype, number), number
-            return
-        self.model = guarded(self.model, self._call(kind, number, path), alarm(self.order.seconds), self.left)
+    def take(self, kind: Kind, number: float | None, path: str) -> None:
+        if kind in _OURS:
+            with alarm(self.order.seconds):
+                _OURS[kind](self, number or 0.0, path)
+        else:
+            with listened(self.said) if self.order.listen else contextlib.nullcontext():
+                self.model = guarded(self.model, self._call(kind, number, path), alarm(self.order.seconds), self.left)
+            self.last = (path, number) if kind == "load" else self.last
 
-    def _call(self, kind: Kind, number: float, path: str) -> Callable[[torch.nn.Module], object]:
+    def rebuild(self, number: float, path: str) -> None:
+        self.model, self.times = _rebuilt(self.bench, self.order.dtype, number), number
+
+    def run(self, number: float, path: str) -> None:
+        self._answers(self.model)
+
+    def copy(self, number: float, path: str) -> None:
+        before, self.model = self.model, copy.deepcopy(self.model)
+        self._answers(self.model, before)
+
+    def cast(self, number: float, path: str) -> None:
+        self._answers(self.model)
+        self.model = self.model.to(_dtype("float32"))
+        self._answers(self.model, cast=True)
+
+    def save(self, number: float, path: str) -> None:
+        """Save all of the model's state, and go on with a fresh model, loaded as the last one was, that gets it."""
+        before, state = self.model, {name: value.clone() for name, value in self.model.state_dict().items()}
+        path, strength = self.last
+        self.rebuild(1.0, "")
+        self.take("load", strength, path)
+        self.model.load_state_dict(state)
+        self._answers(self.model, before)
+
+    def _answers(self, *models: torch.nn.Module, cast: bool = False) -> None:
+        """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
+        plain = _base_output(self.bench, self.order.dtype, cast)
+        self.effects += [self.bench.forward(model).double() - plain for model in models]
+
+    @property
+    def drift(self) -> float:
+        """How far apart the effects on models that should answer alike are, as a share of one of them."""
+        if not self.effects:
+            return 0.0
+        last = self.effects[-1]
+        size = norm(last) or norm(self.effects[0])
+        return max(norm(each - last) for each in self.effects) / size if size else 0.0
+
+    def replace(self, number: float, path: str) -> None:
+        """Put another file, or folder, in the place of `path`."""
+        old, new = Path(path), Path(path).parent / NEXT / Path(path).name
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+        new.rename(old)
+
+    def _call(self, kind: Kind, number: float | None, path: str) -> Callable[[torch.nn.Module], object]:
         """Return the call to make on the model; what the subject does not declare does nothing."""
         if kind == "load":
-            return lambda model: self.subject.load(model, Path(path), strength=number)
+            return lambda model: self.subject.load(model, Path(path), **_strength(number))
         declared = self.subject.declaration
         if kind == "unload":
             return declared.unload or _nothing
         set_strength = declared.set_strength
-        return (lambda model: set_strength(model, number)) if set_strength else _nothing
+        return (lambda model: set_strength(model, number or 0.0)) if set_strength else _nothing
 
     def measured(self) -> dict[str, Any]:
         """Return the layers that are not as in the base, what else is not, and what asked layers answer to input."""
@@ -86,13 +150,66 @@ class _Work:
                 dense.clear()
                 found = weights_while_running(self.model, bench.layers, bench.forward, bias=bias, dense=dense)
             shifted = () if bias else tuple(_shifted(bench, self.model, dtype))
+            unsteady = list(_unsteady(bench, self.model, found, dense, bias))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
-        return {"others": others, "tensors": changed | {DENSE + name: value for name, value in dense.items()}}
+        tensors = changed | {DENSE + name: value for name, value in dense.items()}
+        training = list(_training(bench, self.model))
+        return {
+            "others": others,
+            "training": training,
+            "unsteady": unsteady,
+            "drift": self.drift,
+            "said": self.said,
+            "tensors": tensors,
+        }
+
+
+_OURS: Mapping[Kind, Callable[[_Work, float, str], None]] = {
+    "rebuild": _Work.rebuild,
+    "run": _Work.run,
+    "copy": _Work.copy,
+    "cast": _Work.cast,
+    "save": _Work.save,
+    "replace": _Work.replace,
+}
+
+
+def _strength(number: float | None) -> dict[str, float]:
+    return {} if number is None else {"strength": number}
 
 
 def _nothing(model: torch.nn.Module) -> None:
     return None
+
+
+def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
+    """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
+    before = {name: type(module) for name, module in bench.base().named_modules()}
+    for name, module in model.named_modules():
+        dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
+        if module.training and (dropout or before.get(_base_name(name)) is type(module)):
+            yield name or "the model itself"
+
+
+def _unsteady(
+    bench: Bench, model: torch.nn.Module, found: Mapping[str, Tensor], dense: Mapping[str, Tensor], bias: bool
+) -> Iterator[str]:
+    """Yield the layers that answer the same input differently when they are asked once more.
+
+    Only those are asked again whose answer to dense input is not that of their weight.
+    """
+    modules = dict(model.named_modules())
+    for name, answer in dense.items():
+        x = dense_input(bench.layers[name], answer.dtype)
+        if x is None or name not in modules or not _apart(answer, x @ found[name][:, : x.shape[1]].T):
+            continue
+        if _apart(effective_weight(modules[name], bench.layers[name], bias=bias), found[name]):
+            yield name
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    return not norm(one - other) <= _UNSTEADY * norm(other)
 
 
 def answer(subject: Subject, order: dict[str, Any], on_part: Part) -> dict[str, Any]:
@@ -139,6 +256,13 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
 def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
     """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
     return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
+
+
+@cache
+def _base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
+    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
+    model = bench.base(_dtype(dtype))
+    return bench.forward(bench.build(_dtype(dtype)).to(_dtype("float32")) if cast else model).double()
 
 
 @cache

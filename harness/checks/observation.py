@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from harness.benches import View
 from harness.checks.cell import Cell
-from harness.example import Example
+from harness.example import Example, Target
 from harness.isolation.calls import Raised
 from harness.law.probe import Probe
 from harness.measure.compare import Fit, norm
-from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ class Observation:
     """What one trial showed: a fit per target (whole layer first, then its slices), and what else changed.
 
     `order` lists the targets as the keys of the file stand; `ambiguous` are those whose alpha = 0 readers of the format
-    take as 0 or as the rank; `bent` are layers of the model whose answers to dense input are not those of their weight.
+    take as 0 or as the rank; `bent` are layers of the model whose answers to dense input are not those of their weight,
+    `unsteady` those that answer the same input differently when asked again; `training` are modules in training mode.
+    `mistakes` say of layers whose change has another direction which mistake explains it, `earlier` what files loaded
+    before hold for them. `drift` is how far apart the answers of models are that should answer alike, as a share of the
+    LoRA's effect. `said` is what the loader said, where somebody listened. `additive`: the variant adds a
+    multiple of its direction.
     Of a load that `raised` there is nothing else.
     """
 
@@ -38,10 +43,29 @@ class Observation:
     others_changed: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
     bent: tuple[str, ...] = ()
+    unsteady: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    drift: float = 0.0
+    mistakes: Mapping[str, str] = field(default_factory=dict)
+    earlier: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
+    additive: bool = True
     file_changed: bool = False
     order: tuple[str, ...] = ()
     ambiguous: frozenset[str] = frozenset()
     raised: Raised | None = None
+
+    @property
+    def zero_alpha(self) -> frozenset[str]:
+        """How alpha = 0 was read here: `as 0`, `as the rank`, or in another way; empty where that does not show."""
+        if self.example.strength == 0:
+            return frozenset()
+        found = set()
+        for fit in (self.fits[name][0] for name in self.ambiguous if name in self.fits):
+            near = max(fit.tolerance.scale, 0.01 * abs(self.example.strength))
+            if fit.finite and min(abs(fit.scale), abs(fit.scale - self.example.strength)) <= near:
+                found.add("as 0" if abs(fit.scale) <= near else "as the rank")
+        return frozenset(found)
 
     def faint(self, names: Sequence[str]) -> bool:
         """Whether the changes of these layers are so small beside rounding that their direction cannot be told."""
@@ -58,13 +82,13 @@ def observation_of(
 ) -> Observation:
     """Compare the layers of the cell's view before and after a load of `example`, [rows, columns] in float64."""
     fits: dict[str, tuple[Fit, ...]] = {}
-    dtype = coarser(example.dtype, example.file_dtype)
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=dtype)
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype)
     untouched = [name for name in cell.view.layers if name not in fits]
     changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
+    wrong = [t for t in example.targets if wrong_direction(fits[t.name][0])]
     zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)
     return Observation(
         example,
@@ -75,7 +99,22 @@ def observation_of(
         changed,
         tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
         ambiguous=frozenset(zero),
+        additive=cell.variant.additive,
+        mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, updates, before, after))},
     )
+
+
+def _mistake(
+    cell: Cell,
+    example: Example,
+    target: Target,
+    updates: Mapping[str, Update],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> str | None:
+    weights = before[target.name], after[target.name], updates[target.name]
+    expected = example.strength * cell.variant.scale(target)
+    return cell.variant.mistake(*weights, expected=expected, strength=example.strength)
 
 
 def _unchanged_limit(weight: Tensor, dtype: str) -> float:
@@ -106,9 +145,11 @@ def unmeasured_probes(
             0.0,
             0.0,
             dtype=example.dtype,
+            file_dtype=example.file_dtype,
             square=view.layers[name].rows == view.layers[name].columns,
             fused=len(view.slices(name)) > 1,
             permuted=example.key_seed != 0,
+            patterns=example.patterns,
             root=root,
         )
         for name in targets

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hypothesis.strategies import SearchStrategy, sampled_from
 
 from harness.checks.cell import Cell
 from harness.errors import UserError
-from harness.example import Example, Target
+from harness.example import Example, Patterns, Target
 from harness.files import FORMATS
-from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS
+from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS, IMPLIED_BENCHES
+from harness.strategies import DTYPES
 from harness.strategies import examples as lora_examples
 
 if TYPE_CHECKING:
@@ -21,9 +22,18 @@ if TYPE_CHECKING:
 
 # Whatever module a file's key order puts first or last: first, last, most common, largest, smallest and mean should all
 # differ, alphas have fractions on both sides of one half, and no rank equals its alpha.
-_MIXED = ((5, 10.5), (12, 2.75), (4, 6.0), (6, 0.625), (4, 6.0), (24, 33.0), (7, 3.5))
+_MIXED = (
+    ((5, 10.5), (12, 33.0), (4, 6.0), (6, 0.625), (4, 2.75), (24, 6.0), (7, 3.5)),
+    # another first, last, mean, ...; one rank with two alphas; alphas that half precision rounds
+    ((10, 1.5), (3, 40.5625), (9, 4.2578125), (14, 20.0078125), (2, 1.5), (21, 0.875), (10, 7.5)),
+)
+_Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
+_IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+_STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
+# (model, file): each dtype of either at least once, and half-precision files in single-precision models
+_DTYPES = (("float16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Pins:
     file_dtype: str | None = None
     key_seed: int = 0
     value_seed: int = 0
+    patterns: Patterns = "names"
 
     def example(self, cell: Cell) -> Example:
         """Return the example in `cell`.
@@ -53,7 +64,7 @@ class Pins:
                 )
         targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in cell.targets)
         file_dtype = self.file_dtype or self.dtype
-        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed)
+        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Plan:
 
     `max_examples=None` stands for what the subject has by default, less of it when `quick`.
     `share` is the part of the examples that a cell gets which is not plain LoRA on one of the core benches; below 1 its
-    planned files have at most `max_layers` modules too.
+    planned files have at most `max_layers` modules too, as always on an implied bench.
     """
 
     max_examples: int | None = None
@@ -70,19 +81,22 @@ class Plan:
     pins: Pins | None = None
     known: tuple[KnownFailure, ...] = ()
     max_layers: int = 8
-    dtypes: tuple[str, ...] = field(default=("float32", "bfloat16"))
+    dtypes: tuple[str, ...] = DTYPES
     shrink: bool = True
     share: float = 1.0
     quick: bool = False
 
     def whole(self, cell: Cell) -> bool:
         """Whether `cell` is checked at full length."""
+        if cell.bench_name in IMPLIED_BENCHES:
+            return False
         return self.share == 1 or (cell.variant_name in CORE_VARIANTS and cell.bench_name in CORE_BENCHES)
 
     def examples_in(self, cell: Cell) -> int:
         """Return how many random examples `cell` gets."""
         most = self.max_examples or cell.subject.defaults.examples_in(quick=self.quick)
-        return most if self.whole(cell) else max(1, round(self.share * most))
+        share = min(self.share, _IMPLIED_SHARE) if cell.bench_name in IMPLIED_BENCHES else self.share
+        return most if self.whole(cell) else max(1, round(share * most))
 
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""
@@ -102,7 +116,9 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
         max_layers=plan.max_layers,
         dtypes=plan.dtypes,
         max_rank=variant.rank_limit(cell.view),
-        strength=sampled_from(variant.strengths) if variant.strengths else None,
+        strength=sampled_from(cell.strengths) if cell.strengths else None,
+        patterns=cell.has_patterns,
+        uniform=cell.uniform,
     )
 
 
@@ -115,19 +131,39 @@ def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
 def planned(
     cell: Cell, layers: Sequence[str] | None = None, *, alpha: bool = True, uniform: bool = False
 ) -> Iterator[Example]:
-    """Yield the planned examples of one cell, over `layers` (default: all its targets).
+    """Yield the planned examples of one cell, over `layers` (default: all its targets), each with values of its own.
 
     `alpha=False` writes none; `uniform=True` leaves out files with several ranks, for loaders that refuse them. Ranks
     above the variant's limit wrap around.
     """
-    names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
-    strengths, alpha = cell.variant.strengths or _STRENGTHS, alpha and cell.has_alpha
+    drawn = _planned(cell, layers, alpha=alpha, uniform=uniform)
+    return (replace(example, value_seed=number) for number, example in enumerate(drawn))
 
-    def example(shapes: Sequence[tuple[int, float]], strength: float) -> Example:
-        pairs = zip(names, itertools.cycle(shapes), strict=False)
+
+def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: bool) -> Iterator[Example]:
+    names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
+    strengths, alpha = cell.strengths or _STRENGTHS, alpha and cell.has_alpha
+    uniform = uniform or "rank" in cell.uniform
+
+    def example(shapes: Sequence[_Shape], strength: float) -> Example:
+        one = shapes[0][1] if "alpha" in cell.uniform else None
+        pairs = ((name, (rank, one or a)) for name, (rank, a) in zip(names, itertools.cycle(shapes), strict=False))
         targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
         return Example(tuple(targets), strength)
 
-    yield from (example(_MIXED, strength) for strength in strengths if not uniform)
+    yield from () if uniform else _mixed(cell, strengths, example)
     yield from (example([shape], 1.0) for shape in _UNIFORM)
     yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)
+    shapes = [_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED
+    for (dtype, file_dtype), drawn in zip(_DTYPES, itertools.cycle(shapes), strict=False):
+        yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
+    if alpha and cell.zero_alpha_is_ambiguous:
+        yield example([(_UNIFORM[0][0], 0.0)], 1.0)
+        yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)
+
+
+def _mixed(
+    cell: Cell, strengths: Sequence[float], example: Callable[[Sequence[_Shape], float], Example]
+) -> Iterator[Example]:
+    for shapes, strength, style in zip(itertools.cycle(_MIXED), strengths, itertools.cycle(_STYLES), strict=False):
+        yield replace(example(shapes, strength), patterns=style if cell.has_patterns else "names")

@@ -5,8 +5,8 @@ A cell is checked by planned probes of the law, a random search and what follows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
-from harness.checks.known import KnownFailure, applies, covers, tried_alone, unmatched
+from harness.checks.known import KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.trial import run_trial
@@ -30,16 +30,25 @@ from harness.verdict.verdict import LawRecord, Verdict
 __all__ = ["Limits", "Measured", "check_cell", "check_cells", "check_loader", "died"]
 
 _NOT_LOADED = ("LH101", "LH102")
-_DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304"})
-_RESIDUAL = ("LH301", "LH304", "LH501")  # three sizes of an unexplained change, which one fault may show in turn
+_DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304", "LH306"})
+_RESIDUAL = (
+    "LH301",
+    "LH304",
+    "LH306",
+    "LH501",
+)  # four names of an unexplained change, which one fault may show in turn
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a cell measured on the way to its verdicts: every probe, and the law that explains them if one does."""
+    """What a cell measured on the way to its verdicts: every probe, and the law that explains them if one does.
+
+    `labels` counts the examples by what they are.
+    """
 
     law: LawRecord | None
     probes: tuple[Probe, ...]
+    labels: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_cells(
@@ -120,12 +129,12 @@ def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
 
 def _as_event(measured: Measured) -> dict[str, Any]:
     law = measured.law.model_dump() if measured.law else None
-    return {"law": law, "probes": [asdict(probe) for probe in measured.probes]}
+    return {"law": law, "probes": [asdict(probe) for probe in measured.probes], "labels": dict(measured.labels)}
 
 
 def _measured_from(event: dict[str, Any]) -> Measured:
     law = LawRecord.model_validate(event["law"]) if event["law"] else None
-    return Measured(law, tuple(map(probe_from, event["probes"])))
+    return Measured(law, tuple(map(probe_from, event["probes"])), event["labels"])
 
 
 def died(cell: Cell, end: JobEnd) -> Verdict:
@@ -153,13 +162,15 @@ def check_cell(
     if result.findings.keys().isdisjoint(("LH901", "LH902", "LH903")):
         _measure(cell, plan, known, result)
     diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
-    on_measured(Measured(law_record(diagnosis.law) if diagnosis.law else None, tuple(result.probes)))
+    law = law_record(diagnosis.law) if diagnosis.law else None
+    on_measured(Measured(law, tuple(result.probes), dict(result.labels)))
     verdicts = list(_verdicts(cell, result, diagnosis))
     short = not plan.whole(cell)
     yield from (_excused(verdict, general, short=short) for verdict in verdicts)
-    shown = {k for k in general for verdict in verdicts if k.names(verdict.code, short=short)}
+    shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
     if plan.pins is None:
-        yield from (tried_alone(cell, plan, k) for k in known if k not in shown)
+        yield from (tried_alone(cell, plan, k) for k in known if k not in shown and not k.kinds)
+        yield from (no_longer_silent(cell, k, result.examples) for k in known if k.spoken(cell.heard))
 
 
 def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search) -> None:
@@ -179,14 +190,15 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
     strategy, smoke = examples_for(cell, plan).filter(allowed), smoke_example(cell, plan.layers_in(cell))
     result.join(search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed))
     for code, finding in result.findings.items() if plan.shrink else ():
-        if not _expected(code, general):
+        if not finding.check and not _expected(code, general):
             result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
     _add_what_follows(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
 
 
 def _add_what_follows(cell: Cell, dtypes: Sequence[str], example: Example, result: Search) -> None:
     for finding in follow(cell, run_trial(cell, example), tuple(dtypes)):
-        result.findings.setdefault(finding.code, finding)
+        key = f"{finding.check}:{finding.code}" if finding.check else finding.code  # beside one of the same code
+        result.findings.setdefault(key, finding)
 
 
 def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verdict]:
@@ -194,24 +206,41 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
     symptoms = Symptoms(result, diagnosis)
-    faults = [f for f in result.findings.values() if not symptoms.include(f.code)]
+    faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
     for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
         fault = NamedFinding(cell, finding, diagnosis)
         reported.add(fault.family)
         yield fault.verdict(result.examples)
     for family in family_names():
-        if family in reported or (smoke and result.examples == 1):
+        if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
             continue
-        yield passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
+        yield _with_seen(passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None), result)
+
+
+def _with_seen(verdict: Verdict, result: Search) -> Verdict:
+    """Return the verdict on the scale with what was seen, and how alpha = 0 was read; others as they are."""
+    if verdict.check != "scale":
+        return verdict
+    seen = {
+        f"{of}_dtypes": [word for kind, word in map(_words, result.labels) if kind == of] for of in ("model", "file")
+    }
+    how = " and ".join(sorted(result.zero_alpha))
+    title = f"{verdict.title}; alpha = 0 is read {how}" if how else verdict.title
+    return verdict.model_copy(update={"title": title, "data": seen | ({"zero_alpha": how} if how else {})})
+
+
+def _words(label: str) -> tuple[str, str]:
+    kind, _, word = label.partition(" ")
+    return kind, word
 
 
 def _expected(code: str, known: Sequence[KnownFailure]) -> bool:
     """Whether a finding will be excused: its counterexample is on record, so none has to be made."""
-    return any(code == k.code or (code == "LH209" and k.of_scale) for k in known)
+    return any(code == k.code or (code == "LH209" and k.of_scale) for k in known if not k.kinds)
 
 
 def _excused(verdict: Verdict, known: Sequence[KnownFailure], *, short: bool) -> Verdict:
-    return next((k.excuse(verdict) for k in known if k.names(verdict.code, short=short)), verdict)
+    return next((k.excuse(verdict) for k in known if k.names(verdict, short=short)), verdict)
 
 
 @dataclass(frozen=True)
@@ -223,7 +252,7 @@ class Symptoms:
 
     def include(self, code: str) -> bool:
         """Tell whether findings of `code` only follow from what another finding says."""
-        if any(code in CODES[other].explains for other in self.result.findings):
+        if any(code in CODES[other].explains for other in self.result.findings if other in CODES):
             return True
         if code in _RESIDUAL:
             return self._rarer(code, 3)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, Phase, find, given, seed, settings
+from hypothesis import HealthCheck, Phase, event, find, given, seed, settings
 from hypothesis.errors import NoSuchExample
 from hypothesis.strategies import SearchStrategy
 
@@ -34,17 +35,24 @@ _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 
 @dataclass
 class Search:
-    """What a search found: the first observation per code, every probe, and how many examples ran."""
+    """What a search found: the first observation per code, every probe, and how many examples ran.
+
+    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are.
+    """
 
     findings: dict[str, Finding] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
     examples: int = 0
+    zero_alpha: set[str] = field(default_factory=set)
+    labels: Counter[str] = field(default_factory=Counter)
 
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
         """Keep what one example showed."""
         self.examples += 1
         self.probes.extend(probes)
+        self.zero_alpha |= observation.zero_alpha
+        self.labels.update(labels_of(observation.example))
         for finding in findings:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
@@ -61,6 +69,23 @@ class Search:
             self.counts[code] = self.counts.get(code, 0) + later.counts[code]
         self.probes += later.probes
         self.examples += later.examples
+        self.zero_alpha |= later.zero_alpha
+        self.labels += later.labels
+
+
+def labels_of(example: Example) -> tuple[str, ...]:
+    """Return what an example is, in words: dtypes, ranks, alphas, patterns, order of the keys, strength."""
+    ranks, alphas = ({getattr(t, name) for t in example.targets} for name in ("rank", "alpha"))
+    strength = {0.0: "0", 1.0: "1"}.get(example.strength, "negative" if example.strength < 0 else "another")
+    return (
+        f"model {example.dtype}",
+        f"file {example.file_dtype}",
+        "one rank" if len(ranks) == 1 else "several ranks",
+        "no alpha" if alphas == {None} else "some alphas missing" if None in alphas else "alpha everywhere",
+        f"patterns {example.patterns}",
+        "keys permuted" if example.key_seed else "keys in order",
+        f"strength {strength}",
+    )
 
 
 def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
@@ -78,6 +103,8 @@ def search(
     def collect(example: Example) -> None:
         if until in result.counts:
             raise _FoundError
+        for label in labels_of(example):
+            event(label)
         if result.counts.get("LH901", 0) < _MAX_RAISED:
             result.add(*observe(cell, example))
 

@@ -12,85 +12,119 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.benches import View
 from harness.checks.cell import Cell
-from harness.checks.measuring import DENSE, WEIGHT, Kind, Order, answering, base_weights
-from harness.checks.observation import Observation, observation_of
+from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering, base_weights
+from harness.checks.observation import Observation, observation_of, wrong_direction
+from harness.checks.patterns import rewrite_patterns
 from harness.example import Example
 from harness.files import FORMATS, LoraParts, match_modules, read_lora, write_lora
 from harness.isolation.calls import Raised, lost_raised
 from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
 from harness.measure.effective import dense_input
-from harness.measure.tolerance import UNIT_ROUNDOFF, coarser
+from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-File = Literal["example", "copy", "other"]
+File = Literal["example", "copy", "other", "replaced"]
 _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
 _ROUNDINGS = 32  # of a dense answer: the sum, and B @ (A @ x) whose parts are larger than their product
+_REMEMBERED = 4  # examples, and the last one: a loader that mixes files up has the first ones, or the last
 _SHARE = 0.05  # of the change, below which a dense answer is a matter of precision
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the subject: load a file of the trial, undo the last load, or set the strength of what is loaded.
+    """One call of the subject, or what its users do between calls.
 
-    `rebuild` goes on with a new model. `times` multiplies the strength of the example, or the layers of that model (a
-    power of two).
-    `file`: the example's own, a copy of it, or the other example's.
+    Of the subject: load a file of the trial, undo the last load, set the strength of what is loaded. Of its users: go
+    on with a new model (`rebuild`), run the model, copy it, cast it to float32, save its state and load that into a
+    fresh model, replace a file. `times` multiplies the strength of the example, or the layers of the new model (a power
+    of two); None calls the loader without a strength.
+    `file`: the example's own, a copy of it, the other example's, or the one that `replace` puts the example's own in
+    the place of, the other example's before.
     """
 
     kind: Kind
-    times: float = 1.0
+    times: float | None = 1.0
     file: File = "example"
 
 
 load: Callable[..., Step] = partial(Step, "load")
 set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
-UNLOAD = Step("unload")
+UNLOAD, RUN, COPY, CAST, SAVE = Step("unload"), Step("run"), Step("copy"), Step("cast"), Step("save")
+REPLACE = Step("replace", file="replaced")
 
 
 def run_trial(
-    cell: Cell, example: Example, steps: Sequence[Step] = (load(),), *, other: Example | None = None
+    cell: Cell,
+    example: Example,
+    steps: Sequence[Step] = (load(),),
+    *,
+    other: Example | None = None,
+    edit: Callable[[Path], None] | None = None,
+    listen: bool = False,
 ) -> Observation:
     """Take a fresh model through `steps`, by default one load of `example`, and measure it.
 
-    `other` is the second file that a step may load.
+    `other` is the second file that a step may load. `edit` changes the file of the example before. With `listen` what
+    the loader says is kept.
     """
     base = base_weights(cell.bench, example.dtype, cell.variant.bias)
     updates = cell.variant.updates(example, cell.view, cell.view.gather(base))
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
         files = _Files(cell, example, updates, other, Path(folder))
-        written, order = bytes_of(files.example), file_order(files.example, cell.view)
+        order = file_order(files.example, cell.view)
+        if edit:
+            edit(files.example)
+        written = bytes_of(files.example)
         orders = tuple(
-            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind == "load" else "") for s in steps
+            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind in ("load", "replace") else "")
+            for s in steps
         )
         try:
-            answer = _asked(cell, example, orders)
+            answer = _asked(cell, example, orders, listen)
+            own = _own_base(cell, example, orders) if "raised" not in answer else {}
         except SubjectLostError as lost:
             return Observation(example, raised=lost_raised(lost))
         file_changed = bytes_of(files.example) != written
     if "raised" in answer:
         return Observation(example, raised=Raised(**answer["raised"]))
-    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0)
-    seen = _observation(cell, example, updates, times, answer)
+    times = next((step.times for step in reversed(steps) if step.kind == "rebuild"), 1.0) or 1.0
+    seen = _observation(cell, example, updates, times, answer, own)
+    if any(wrong_direction(fits[0]) for fits in seen.fits.values()):
+        seen = replace(seen, earlier=_earlier(cell, example))
+    cell.earlier[_REMEMBERED:] = [example]
     return replace(seen, file_changed=file_changed, order=order)
 
 
-def _number(step: Step, example: Example) -> float:
-    return step.times if step.kind == "rebuild" else step.times * example.strength
+def _earlier(cell: Cell, example: Example) -> dict[str, list[Tensor]]:
+    """Return B @ A of every module of the files that were loaded before, by layer."""
+    found: dict[str, list[Tensor]] = {}
+    base = cell.view.gather(base_weights(cell.bench, example.dtype, cell.variant.bias))
+    for other in cell.earlier:
+        if other.value_seed != example.value_seed:  # of one seed, a lower rank has the first rows of a higher one
+            for name, update in cell.variant.updates(other, cell.view, base).items():
+                found.setdefault(name, []).append(update.direction.product)
+    return found
 
 
-def _asked(cell: Cell, example: Example, steps: tuple[tuple[Kind, float, str], ...]) -> dict[str, Any]:
+def _number(step: Step, example: Example) -> float | None:
+    return step.times if step.kind == "rebuild" or step.times is None else step.times * example.strength
+
+
+def _asked(
+    cell: Cell, example: Example, steps: tuple[tuple[Kind, float | None, str], ...], listen: bool
+) -> dict[str, Any]:
     """Have the trial done where the subject's code runs, and check that what comes back can be its answer.
 
     Raises:
         SubjectLostError: nothing came back, or something else.
     """
     bias = cell.variant.bias
-    order = Order(cell.bench_name, example.dtype, steps, cell.allowed, bias)
+    order = Order(cell.bench_name, example.dtype, steps, cell.allowed, bias, listen)
     with cell.watch(cell.reproduce(example), (len(steps) + 1) * cell.allowed):
         asked = cell.asked or Here(answering(cell.subject))
         answer = asked.ask(asdict(order), cell.allowed, parts=len(steps) + 1)
@@ -98,6 +132,22 @@ def _asked(cell: Cell, example: Example, steps: tuple[tuple[Kind, float, str], .
     if problem:
         raise SubjectLostError("raised", f"its process sent {problem}")
     return {"tensors": {}, **answer}
+
+
+def _own_base(cell: Cell, example: Example, steps: tuple[tuple[Kind, float | None, str], ...]) -> dict[str, Tensor]:
+    """Return the weights that a loader which quantises has made of the base: its own load of the file at strength 0.
+
+    Raises:
+        SubjectLostError: nothing came back, or it cannot load at strength 0.
+    """
+    first = next((path for kind, _, path in steps if kind == "load"), None)
+    if not cell.subject.declaration.quantises or first is None:
+        return {}
+    answer = _asked(cell, example, (("load", 0.0, first),), False)
+    if "raised" in answer:
+        raise SubjectLostError("raised", f"loading at strength 0, its baseline: {answer['raised']['what']}")
+    kept = answer["tensors"].items()
+    return {name.removeprefix(WEIGHT): weight for name, weight in kept if name.startswith(WEIGHT)}
 
 
 def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
@@ -108,9 +158,11 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
         fields = answer["raised"]
         known = isinstance(fields, dict) and fields.keys() <= Raised.__dataclass_fields__.keys() and "what" in fields
         return None if known and fields.get("code") in ("LH901", "LH902", "LH903") else "a failure without its code"
-    others = answer.get("others")
-    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+    lists = [answer.get(kind) for kind in ("others", "training", "unsteady", "said")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         return "measurements without their names"
+    if not isinstance(answer.get("drift"), float):
+        return "measurements without what its answers have in common"
     shapes = {WEIGHT + name: tuple(weight.shape) for name, weight in base.items()}
     shapes |= {DENSE + name: (4, len(weight)) for name, weight in base.items()}
     for key, tensor in (answer.get("tensors") or {}).items():
@@ -120,15 +172,28 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
 
 
 def _observation(
-    cell: Cell, example: Example, updates: Mapping[str, Update], times: float, answer: Mapping[str, Any]
+    cell: Cell,
+    example: Example,
+    updates: Mapping[str, Update],
+    times: float,
+    answer: Mapping[str, Any],
+    own: Mapping[str, Tensor],
 ) -> Observation:
-    base = base_weights(cell.bench, example.dtype, cell.variant.bias)
+    base = {**base_weights(cell.bench, example.dtype, cell.variant.bias), **own}
     tensors, view = answer["tensors"], cell.view
     before = base if times == 1 else {name: times * weight for name, weight in base.items()}
     after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
     seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
     bent = tuple(_bent(cell, example, before, after, tensors))
-    return replace(seen, others_changed=tuple(dict.fromkeys((*seen.others_changed, *answer["others"]))), bent=bent)
+    return replace(
+        seen,
+        others_changed=tuple(dict.fromkeys((*seen.others_changed, *answer["others"]))),
+        bent=bent,
+        training=tuple(answer["training"]),
+        unsteady=tuple(answer["unsteady"]),
+        drift=answer["drift"],
+        said=tuple(answer["said"]),
+    )
 
 
 def _bent(
@@ -141,7 +206,7 @@ def _bent(
     """Yield the layers whose answer to dense input is not that of the weight they show to the identity."""
     import torch
 
-    roundoff = UNIT_ROUNDOFF[coarser(example.dtype, example.file_dtype)]
+    roundoff = UNIT_ROUNDOFF[example.dtype]
     for name, layer in cell.bench.layers.items():
         if DENSE + name not in tensors:
             continue
@@ -172,23 +237,36 @@ class _Files:
     def path(self, which: File) -> Path:
         """Return the path of a file."""
         if which == "other" and self.second is not None:
-            base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
-            updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
-            return write_example(self.cell, self.second, updates, self.folder / "other")
+            return self._other(self.folder / "other")
+        if which == "replaced" and self.second is not None:
+            path = self.folder / "replaced" / _file_name(self.cell)
+            if not path.exists():
+                self._other(path.parent)
+                write_example(self.cell, self.own, self.updates, path.parent / NEXT)
+            return path
         return copy_of(self.example) if which == "copy" else self.example
+
+    def _other(self, folder: Path) -> Path:
+        assert self.second is not None
+        base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
+        updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
+        return write_example(self.cell, self.second, updates, folder)
 
 
 def _file_name(cell: Cell) -> str:
-    return "adapter" if FORMATS[cell.format].folder else "adapter.safetensors"
+    row = FORMATS[cell.format]
+    return "adapter" if row.folder else f"adapter{row.suffix}"
 
 
 def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
     """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
     modules = {t.name: LoraParts(updates[t.name].parts, t.alpha) for t in example.targets}
-    order, prefix = example.key_order(), _prefix(cell.format, cell.bench.component)
+    order, prefix = example.key_order(), prefix_of(cell)
     root = cell.variant.root
     folder.mkdir(exist_ok=True)
-    return write_lora(folder / _file_name(cell), cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+    path = write_lora(folder / _file_name(cell), cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+    rewrite_patterns(path, example.patterns)
+    return path
 
 
 def copy_of(path: Path) -> Path:
@@ -211,9 +289,9 @@ def bytes_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
-def _prefix(format_name: str, component: str) -> str | None:
-    """Return how keys of `component` begin where that is not the format's own way."""
-    row = FORMATS[format_name]
+def prefix_of(cell: Cell) -> str | None:
+    """Return how keys of the bench's component begin where that is not the format's own way."""
+    row, component = FORMATS[cell.format], cell.bench.component
     words = {component, *_OTHER_WORDS.get(component, ())}
     if component == "transformer" or row.prefixes.get(row.write_prefix) in words:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @shared.pin_options
 @shared.limit_option
 @shared.workers_option
+@click.option("--statistics", is_flag=True, help="Print what the examples were: how many of each dtype, pattern, ...")
 @shared.json_option
 def command(
     loaders: tuple[str, ...],
@@ -43,6 +45,7 @@ def command(
     pins: Pins | None,
     time_limit: float | None,
     workers: int | None,
+    statistics: bool,
     as_json: bool,
 ) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
@@ -66,6 +69,7 @@ def command(
     work = [cells_of(resolve(spec), *places) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
+    labels: Counter[str] = Counter()
     cells = [cell for found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
@@ -73,9 +77,19 @@ def command(
     ):
         for found, skipped in work:
             writer.write(*skipped)
-            verdicts += skipped + check_cells(found, plan, limits, on_verdict=writer.write, on_cell=advance)
+            verdicts += skipped + check_cells(
+                found,
+                plan,
+                limits,
+                on_verdict=writer.write,
+                on_cell=advance,
+                on_measured=lambda _, measured: labels.update(measured.labels),
+            )
         verdicts += shared.ask_reference(writer, cells, limits.workers)
     if not as_json:
         print_verdicts(verdicts, reference=writer.reference)
+    if statistics:
+        for label, number in sorted(labels.items()):
+            click.echo(f"{number:>7}  {label}", err=as_json)
     codes = {exit_code_of(counts_of(v for v in verdicts if v.loader == spec)) for spec in loaders}
     sys.exit(exit_code_of(counts_of(verdicts)) or max(codes))  # 2: one of them was not measured

@@ -105,8 +105,13 @@ _PINS = (
     click.option("--dtype", type=DTYPE, help="Dtype of the model.  [default: float32]"),
     click.option("--file-dtype", type=DTYPE, help="Dtype of the LoRA file.  [default: that of the model]"),
     click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
+    click.option(
+        "--patterns",
+        type=click.Choice(["names", "tails", "regex"]),
+        help="How the LoRA's configuration names modules of another rank or alpha.  [default: names]",
+    ),
 )
-_PINNED = ("modules", "rank", "alpha", "strength", "dtype", "file_dtype", "key_seed")
+_PINNED = ("modules", "rank", "alpha", "strength", "dtype", "file_dtype", "key_seed", "patterns")
 
 
 def pin_options(command: Callable[..., None]) -> Callable[..., None]:

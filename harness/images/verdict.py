@@ -121,15 +121,21 @@ def _is_right(o: StrengthResult) -> bool:
 
 
 def _right_somewhere(usable: Sequence[StrengthResult]) -> bool:
-    near = [o for o in usable if abs(o.strength) <= TRUSTED]
+    near = [o for o in usable if _trusted(o)]
     return any(_is_right(o) and not _is_wrong(o) for o in near)
 
 
 def _is_wrong(o: StrengthResult) -> bool:
     low, high = o.interval or (1.0, 1.0)
-    if abs(o.strength) > TRUSTED:
+    if not _trusted(o):
         return high < 1 / GROSS or low > GROSS
     return high < 1 - SAME or low > 1 + SAME or _off_ladder(o)
+
+
+def _trusted(o: StrengthResult) -> bool:
+    """Whether pictures follow the strength there: the one that was asked for, or the one that they look like."""
+    assert o.estimate is not None
+    return min(abs(o.strength), abs(o.estimate.strength)) <= TRUSTED
 
 
 def _off_ladder(o: StrengthResult) -> bool:

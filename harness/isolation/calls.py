@@ -5,13 +5,17 @@ An exception is a refusal where the subject says on purpose, in its own words, t
 
 from __future__ import annotations
 
+import contextlib
 import dis
+import io
+import logging
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -88,7 +92,64 @@ def guarded(
     if result is not None and not isinstance(result, torch.nn.Module):
         what = f"load returned {type(result).__name__}, but should return the model or None"
         raise CallFailedError(Raised("LH902", what))
-    return (model if result is None else result).eval()
+    return model if result is None else result
+
+
+_LISTENING: ContextVar[list[str] | None] = ContextVar("listening", default=None)
+_SAID_LINES, _SAID_LINE = 400, 400
+
+
+def is_listened_to() -> bool:
+    """Whether what the subject says is kept: then nothing may quieten it."""
+    return _LISTENING.get() is not None
+
+
+@contextmanager
+def listened(lines: list[str]) -> Iterator[None]:
+    """Add to `lines` what the subject says inside the block: warnings, log records that it lets through, prints."""
+    text = io.StringIO()
+    token = _LISTENING.set(lines)
+    try:
+        with (
+            _logged(lines),
+            contextlib.redirect_stdout(text),
+            contextlib.redirect_stderr(text),
+        ):
+            yield
+    finally:
+        _LISTENING.reset(token)
+        lines += [line.strip() for line in re.split(r"[\r\n]+", text.getvalue()) if line.strip()]
+        lines[_SAID_LINES:] = []
+        lines[:] = [line[:_SAID_LINE] for line in lines]
+
+
+@contextmanager
+def _logged(lines: list[str]) -> Iterator[None]:
+    """Keep every record that reaches a logger's handlers, whichever they are and whether or not it propagates."""
+    handle = logging.Logger.handle
+
+    def kept(logger: logging.Logger, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # a message that cannot be formatted is the subject's affair
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            lines.append(f"{prefix}{record.getMessage()}")
+        handle(logger, record)
+
+    logging.Logger.handle = kept  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        logging.Logger.handle = handle  # type: ignore[method-assign]
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Keep warnings from the rest of the run; who listens gets them."""
+    lines = _LISTENING.get()
+    with warnings.catch_warnings(record=lines is not None) as caught:
+        warnings.simplefilter("ignore" if lines is None else "always")
+        yield
+    if lines is not None:
+        lines += [f"warning: {warning.message}" for warning in caught or ()]
 
 
 @contextmanager
@@ -98,8 +159,7 @@ def _contained(left: list[str]) -> Iterator[None]:
 
     dtype = torch.get_default_dtype()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _warned():
             yield
     finally:
         if torch.get_default_dtype() != dtype:

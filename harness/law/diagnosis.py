@@ -10,7 +10,7 @@ from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.identify import identify
 from harness.law.law import Law
 from harness.law.probe import Probe
-from harness.law.traits import TRAITS, Input, Trait, borrowed, common_trait, one_input_decides
+from harness.law.traits import TRAITS, Input, Trait, borrowed, common_trait, kept_by_rank, one_input_decides
 from harness.verdict.blocks import block_of
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord
@@ -85,6 +85,8 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
         return Diagnosis(None, "LH207", exact)
     if found := _clamped(wrong) or _per_block(usable):
         return found
+    if by_rank := None if silent else kept_by_rank(wrong):
+        return Diagnosis(None, "LH204", by_rank)
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
         return _named(law, wrong, Trait("some modules of some files", "part"))
@@ -124,6 +126,17 @@ def _clamped(wrong: Sequence[Probe]) -> Diagnosis | None:
         one_side = max(values) <= bound or min(values) >= bound
         if len(values) > 2 and one_side and near:
             return Diagnosis(None, code, Trait(f"{name} beyond {bound:.4g}", name))
+    return _capped(wrong)
+
+
+def _capped(wrong: Sequence[Probe]) -> Diagnosis | None:
+    """Name a bound on alpha / rank when every wrong scale is one same number times the strength."""
+    bound = median(p.measured / p.strength for p in wrong)
+    scales = [p.expected / p.strength for p in wrong]
+    near = (abs(p.measured - bound * p.strength) <= 1.5 * p.tolerance for p in wrong)
+    one_side = min(scales) >= bound > 0 or max(scales) <= bound < 0
+    if len({round(scale, 6) for scale in scales}) > 2 and one_side and all(near):
+        return Diagnosis(None, "LH205", Trait(f"alpha / rank beyond {bound:.4g}, which caps it", "alpha"))
     return None
 
 

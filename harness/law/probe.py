@@ -15,7 +15,8 @@ class Probe:
 
     `alphas` and `ranks` are those of every module of the file in key order, `index` is this module's place in them;
     an alpha of None means that the file carries none. `tolerance` is absolute, on the scale. `root`: the file says
-    that training divided alpha by sqrt(rank).
+    that training divided alpha by sqrt(rank). `dtype` is the model's; `patterns` says how the file's
+    configuration, where it has one, names modules.
     """
 
     module: str
@@ -26,9 +27,11 @@ class Probe:
     measured: float
     tolerance: float
     dtype: str = "float32"
+    file_dtype: str = "float32"
     square: bool = False
     fused: bool = False
     permuted: bool = False
+    patterns: str = "names"
     root: bool = False
 
     @property

@@ -35,6 +35,17 @@ class Trait:
 
 _TABLE = (
     Trait("bfloat16", "dtype", lambda p: p.dtype == "bfloat16"),
+    Trait("float16", "dtype", lambda p: p.dtype == "float16"),
+    Trait("half precision", "dtype", lambda p: p.dtype != "float32"),
+    Trait("bfloat16 file", "dtype", lambda p: p.file_dtype == "bfloat16"),
+    Trait("float16 file", "dtype", lambda p: p.file_dtype == "float16"),
+    Trait("half-precision file", "dtype", lambda p: p.file_dtype != "float32"),
+    Trait(
+        "half-precision file in a float32 model",
+        "dtype",
+        lambda p: p.file_dtype != "float32" and p.dtype == "float32",
+    ),
+    Trait("file in another dtype than the model", "dtype", lambda p: p.file_dtype != p.dtype),
     Trait("negative alpha", "alpha", lambda p: (p.alpha or 0) < 0),
     Trait("alpha = 0", "alpha", lambda p: p.alpha == 0),
     Trait("no alpha in the file", "file", lambda p: all(alpha is None for alpha in p.alphas)),
@@ -68,6 +79,9 @@ _TABLE = (
     Trait("strength > 1", "strength", lambda p: p.strength > 1),
     Trait("strength other than 1", "strength", lambda p: p.strength != 1),
     Trait("fractional strength", "strength", lambda p: p.strength != int(p.strength)),
+    Trait("patterns that are ends of names", "file", lambda p: p.patterns == "tails"),
+    Trait("patterns that are regular expressions", "file", lambda p: p.patterns == "regex"),
+    Trait("patterns that are not whole names", "file", lambda p: p.patterns != "names"),
     Trait("keys permuted", "file", lambda p: p.permuted),
 )
 TRAITS: Mapping[str, Trait] = {trait.text: trait for trait in _TABLE}
@@ -106,9 +120,28 @@ def borrowed(wrong: Sequence[Probe]) -> Trait | None:
     if len(wrong) < _BORROWED:
         return None
     for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
-        if all(any(abs(p.measured - scale) <= p.tolerance for scale in scales(p)) for p in wrong):
+        if all(any(_near(p, scale) for scale in scales(p)) for p in wrong):
             return Trait(f"another module has another {name}, and that is used", "part")
     return None
+
+
+def kept_by_rank(wrong: Sequence[Probe]) -> Trait | None:
+    """Return a trait when every wrong scale has the alpha of the first, or last, module of the same rank."""
+    if len(wrong) < _BORROWED:
+        return None
+    for place, word in ((-1, "last"), (0, "first")):
+        if all(_near(p, p.scale_of(_of_same_rank(p, place), p.rank)) for p in wrong):
+            return Trait(f"alpha is kept by rank: that of the {word} module of the same rank is used", "part")
+    return None
+
+
+def _near(probe: Probe, scale: float) -> bool:
+    return abs(probe.measured - scale) <= probe.tolerance
+
+
+def _of_same_rank(probe: Probe, place: int) -> float | None:
+    """Return alpha of the first or last module of the file that has this module's rank."""
+    return [a for a, r in zip(probe.alphas, probe.ranks, strict=True) if r == probe.rank][place]
 
 
 def _with_alphas(probe: Probe) -> Iterator[float]:

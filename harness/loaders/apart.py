@@ -111,6 +111,9 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "unload": said.unload is not None,
         "set_strength": said.set_strength is not None,
         "strength_argument": said.strength_argument,
+        "uniform": sorted(said.uniform),
+        "modules": said.modules,
+        "quantises": said.quantises,
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }
@@ -126,4 +129,7 @@ def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
         Later(spec, find, "set_strength") if facts["set_strength"] else None,
         facts["strength_argument"],
         {tuple(names): reason for names, reason in facts["unsupported"]},
+        frozenset(facts["uniform"]),
+        facts["modules"],
+        facts["quantises"],
     )

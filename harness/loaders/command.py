@@ -77,6 +77,8 @@ def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
             values = dict(zip(PLACES, (str(base), str(lora), repr(float(strength)), str(out)), strict=True))
             printed = _run([_filled(word, values) for word in words], Path(folder), seconds)
             _load_back(model, out, printed)
+            if printed:
+                print(printed)  # who listens to loaders hears this one too
         return model
 
     return load

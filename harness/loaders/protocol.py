@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from harness.benches import bench_names
+from harness.errors import LoaderSpecError
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 CORE_FORMATS = ("peft", "kohya", "diffusers", "diffsynth")
 CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
-EVERY_BENCH = bench_names()
+IMPLIED_BENCHES = {"qwen-image-deep": "qwen-image"}
+"""Benches that who declares another is tried on too, in one format: the same model with another number of blocks."""
+EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES)
 _ATTRIBUTE = "__lora_harness__"
 
 
@@ -35,6 +39,9 @@ class Declaration:
     """What a loader says it can do; None stands for every core format and bench, and for plain LoRA.
 
     `unsupported` takes cells out: names of a format, a bench, a variant or several -> the reason, in one clause.
+    Without a `strength_argument` it takes no strength. `uniform`: "rank", "alpha" or both must be the same in all
+    modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
+    `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
     """
 
     formats: frozenset[str] | None = None
@@ -42,8 +49,11 @@ class Declaration:
     variants: frozenset[str] | None = None
     unload: Callable[[torch.nn.Module], object] | None = None
     set_strength: Callable[[torch.nn.Module, float], object] | None = None
-    strength_argument: str = "strength"
+    strength_argument: str | None = "strength"
     unsupported: Mapping[tuple[str, ...], str] = field(default_factory=dict, hash=False)
+    uniform: frozenset[str] = frozenset()
+    modules: str | None = None
+    quantises: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,15 +110,16 @@ class Subject:
 
     def unsupported(self, form: str, bench: str, variant: str = "lora") -> str | None:
         """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
-        said, cell = self.declaration, {"format": form, "bench": bench, "variant": variant}
+        said = self.declaration
+        cell = {"format": form, "bench": IMPLIED_BENCHES.get(bench, bench), "variant": variant}
         for (kind, name), declared in zip(cell.items(), (said.formats, said.benches, said.variants), strict=True):
             if declared is not None and name not in declared:
                 return f"{self.spec} does not declare the {kind} {name}"
         return next((why for names, why in said.unsupported.items() if set(names) <= set(cell.values())), None)
 
     @property
-    def strength_argument(self) -> str:
-        """The name under which users of this loader pass the strength (`alpha`, `scale`, `weight`, ...)."""
+    def strength_argument(self) -> str | None:
+        """The name under which users of this loader pass the strength (`alpha`, `scale`, ...), None where none can."""
         return self.declaration.strength_argument
 
 
@@ -122,8 +133,11 @@ def loader(
     variants: Iterable[str] | None = None,
     unload: Callable[[torch.nn.Module], object] | None = None,
     set_strength: Callable[[torch.nn.Module, float], object] | None = None,
-    strength_argument: str = "strength",
+    strength_argument: str | None = "strength",
     unsupported: Mapping[tuple[str, ...], str] | None = None,
+    uniform: Iterable[str] = (),
+    modules: str | None = None,
+    quantises: bool = False,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -131,6 +145,10 @@ def loader(
     without loading it again. `strength_argument` is the keyword under which users of this loader pass the
     strength; a function without a `strength` keyword is called with it. `unsupported` maps names of format, bench or
     a variant that do not go together, such as ("kohya", "flux"), to a reason.
+
+    For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
+    which every module has the same one; `modules` is a regular expression found in the names of the modules that it
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -143,13 +161,33 @@ def loader(
         set_strength,
         strength_argument,
         dict(unsupported or {}),
+        frozenset(uniform),
+        modules,
+        quantises,
     )
+    _check(declaration)
 
     def declare(function: F) -> F:
         setattr(function, _ATTRIBUTE, declaration)
         return function
 
     return declare
+
+
+def _check(said: Declaration) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        LoaderSpecError: a regular expression that is none, something else than rank and alpha, no baseline.
+    """
+    if wrong := said.uniform - {"rank", "alpha"}:
+        raise LoaderSpecError(f"uniform={sorted(wrong)[0]!r}: only rank and alpha can be uniform")
+    if said.quantises and said.strength_argument is None:
+        raise LoaderSpecError("quantises=True needs a strength_argument: the load at strength 0 is the baseline")
+    try:
+        re.compile(said.modules or "")
+    except re.error as error:
+        raise LoaderSpecError(f"modules={said.modules!r} is no regular expression: {error}") from None
 
 
 def declaration_of(function: Callable[..., object]) -> Declaration:

@@ -133,8 +133,8 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def adapt(function: Callable[..., Any], strength_argument: str, spec: str) -> Load:
-    """Return `function` itself when it takes the keyword `strength`, else a call under the name it declared.
+def adapt(function: Callable[..., Any], strength_argument: str | None, spec: str) -> Load:
+    """Return `function` itself when it takes the keyword `strength`, else a call as it declared: by name, or without.
 
     Raises:
         LoaderSpecError: it cannot be called with a model, a path and a strength.
@@ -143,6 +143,9 @@ def adapt(function: Callable[..., Any], strength_argument: str, spec: str) -> Lo
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # compiled functions may have no signature: the first call will tell
         return function
+    if strength_argument is None:
+        _check_rest(signature, None, f"{spec!r} is {_signature(function)}")
+        return _without(function)
     parameters = list(signature.parameters.values())
     keyword = _strength_keyword(parameters, strength_argument)
     if keyword is None:
@@ -159,9 +162,9 @@ def _strength_keyword(parameters: list[inspect.Parameter], declared: str) -> str
     return declared if declared in named or takes_any else None
 
 
-def _check_rest(signature: inspect.Signature, keyword: str, what: str) -> None:
+def _check_rest(signature: inspect.Signature, keyword: str | None, what: str) -> None:
     try:
-        given = signature.bind_partial(None, None, **{keyword: 1.0}).arguments
+        given = signature.bind_partial(None, None, **({keyword: 1.0} if keyword else {})).arguments
     except TypeError:
         raise LoaderSpecError(f"{what}; it must take a model and a path: {WANTED}") from None
     rest = [p for p in signature.parameters.values() if p.name not in given and p.kind not in _ANY]
@@ -180,10 +183,20 @@ def _signature(function: Callable[..., Any]) -> str:
     return f"{name}{inspect.signature(function)}"
 
 
+def _without(function: Callable[..., Any]) -> Load:
+    @functools.wraps(function)
+    def load(model: torch.nn.Module, lora: Path, **given: float) -> torch.nn.Module | None:
+        result: torch.nn.Module | None = function(model, lora)
+        return result
+
+    return load
+
+
 def _under_name(function: Callable[..., Any], keyword: str) -> Load:
     @functools.wraps(function)
-    def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module | None:
-        result: torch.nn.Module | None = function(model, lora, **{keyword: strength})
+    def load(model: torch.nn.Module, lora: Path, **given: float) -> torch.nn.Module | None:
+        named = {keyword: given["strength"]} if given else {}
+        result: torch.nn.Module | None = function(model, lora, **named)
         return result
 
     return load

@@ -1,6 +1,7 @@
 """How far a right loader may be from the formula: the one place where tolerances are derived.
 
-u is the unit roundoff of the working dtype, the coarser of base and file dtype: rounding x to it moves x by at most
+u is the unit roundoff of the model's dtype; a file in a coarser one is exact as it stands, whoever computes in its
+dtype loses digits that the model has: rounding x to it moves x by at most
 u*|x|, uniformly, so with variance (u*x)^2 / 3. A right loader may round A and B, the scaled delta twice, and the
 sum twice. These errors are independent between elements, so
 
@@ -53,11 +54,6 @@ def scale_rounding(dtype: str) -> float:
     """Return the relative error that rounding the scale itself may make; 8-bit types have it rounded in bfloat16."""
     known = dtype if dtype in _SCALE_ROUNDINGS else "bfloat16"
     return _SCALE_ROUNDINGS[known] * UNIT_ROUNDOFF[known]
-
-
-def coarser(first: str, second: str) -> str:
-    """Return the dtype name with the larger unit roundoff."""
-    return max(first, second, key=UNIT_ROUNDOFF.__getitem__)
 
 
 def tolerance(

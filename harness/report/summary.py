@@ -151,11 +151,16 @@ def cells(run: Run) -> dict[CellKey, MatrixCell]:
     found: dict[CellKey, list[Verdict]] = {}
     for verdict in run.verdicts:
         if verdict.format is not None:
-            key = (verdict.loader, verdict.format, verdict.bench or "", verdict.variant)
+            key = (verdict.loader, _column(verdict), verdict.bench or "", verdict.variant)
             found.setdefault(key, []).append(verdict)
     laws = {(p.loader, p.format or "", p.bench or "", p.variant): p.law for p in run.of(ProbeRecord) if p.law}
     whole = {key: MatrixCell(*key, tuple(group), laws.get(key) or _law(group)) for key, group in found.items()}
     return dict(sorted(whole.items(), key=_order(run, list(whole))))
+
+
+def _column(verdict: Verdict) -> str:
+    """Return the column of the matrix: the format, one of its own for what is dropped without a word."""
+    return verdict.check if verdict.check == "silence" else verdict.format or ""
 
 
 def _order(run: Run, keys: Sequence[CellKey]) -> Callable[[tuple[CellKey, MatrixCell]], tuple[int, ...]]:
@@ -274,9 +279,25 @@ def _all_right(run: Run, tested: int) -> str:
     known = sorted({on_one_line(verdict.loader) for verdict in run.verdicts if verdict.outcome == "xfailed"})
     if known:
         some = f"{count(run.counts['xfailed'], 'known failure')} in {', '.join(known)}"
-        return f"Nothing new is wrong: {passed} checks passed, {some}."
+        return f"Nothing new is wrong: {passed} checks passed, {some}.{_seen(run)}"
     who = "The loader reproduces" if tested == 1 else f"All {tested} loaders reproduce"
-    return f"{who} the training: {passed} checks passed."
+    return f"{who} the training: {passed} checks passed.{_seen(run)}"
+
+
+def _seen(run: Run) -> str:
+    """Say how much a green line rests on: examples, dtypes, formats, benches, variants; empty for pictures."""
+    judged = [verdict for verdict in run.verdicts if verdict.format is not None and verdict.examples]
+    cells = {(v.loader, v.format, v.bench, v.variant): v.examples or 0 for v in judged}
+    dtypes = {name for v in judged for kind in ("model_dtypes", "file_dtypes") for name in v.data.get(kind, ())}
+    if not cells or not dtypes:
+        return ""
+    formats, benches, variants = ({key[place] for key in cells} for place in (1, 2, 3))
+    places = (count(len(formats), "format"), _benches(len(benches)), count(len(variants), "variant"))
+    return f" Seen: {sum(cells.values()):,} examples in {listed(sorted(dtypes))}; {', '.join(places)}."
+
+
+def _benches(number: int) -> str:
+    return f"{number} bench{'es' if number != 1 else ''}"
 
 
 def _files(run: Run) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.files import LoraModule, match_modules, read_lora
+from harness.files import LoraAdapter, LoraModule, match_modules, read_lora
 
 if TYPE_CHECKING:
     import torch
@@ -100,14 +100,29 @@ class Part:
         return [m.rank for m in self.file]
 
 
-def parts(model: torch.nn.Module, lora: Path) -> Iterator[Part]:
-    """Yield the modules of the file `lora` in the order of its keys, each with its layer of `model`."""
+def parts(model: torch.nn.Module, lora: Path, *, every: bool = False) -> Iterator[Part]:
+    """Yield the modules of the file `lora` in the order of its keys, each with its layer of `model`.
+
+    Raises:
+        NotImplementedError: the file has more than pairs, unless `every` variant is handled, or keys nobody knows.
+        KeyError: the model lacks a module.
+    """
     adapter = read_lora(lora)
+    if not every:
+        _only_pairs(adapter)
     names, _ = match_modules(adapter, [name for name, _ in model.named_modules()])
     file = tuple(adapter.modules.values())
     for index, (name, module) in enumerate(adapter.modules.items()):
         tensors = {role: adapter.part(name, role) for role in module.keys}
         yield Part(names[name], model.get_submodule(names[name]), module, tensors, index, file)
+
+
+def _only_pairs(adapter: LoraAdapter) -> None:
+    for name, module in adapter.modules.items():
+        if other := set(module.keys) - {"A", "B", "alpha"}:
+            raise NotImplementedError(f"{name} has {', '.join(sorted(other))}: only pairs are supported")
+    if adapter.unused_keys:
+        raise NotImplementedError(f"{adapter.unused_keys[0]} is no key that is supported")
 
 
 def put(parameter: Tensor, value: Tensor) -> None:
@@ -136,12 +151,17 @@ def right(part: Part, strength: float) -> float:
 
 def adds(delta: Delta) -> Callable[..., None]:
     """Return a loader that adds strength * delta(part) to every weight, in the shape it is stored in."""
-    return _loader(lambda part, strength: add(part.layer, strength * delta(part)))
+    return _loader(lambda part, strength: add(part.layer, strength * delta(part)), every=True)
 
 
 def becomes(weight: Weight) -> Callable[..., None]:
-    """Return a loader that replaces every weight W by weight(part, W), for variants that add nothing."""
-    return _loader(lambda part, strength: put(part.layer.weight, weight(part, part.layer.weight.float())))
+    """Return a loader that moves every weight W by strength * (weight(part, W) - W), for variants that add nothing."""
+
+    def apply(part: Part, strength: float) -> None:
+        base = part.layer.weight.float()
+        put(part.layer.weight, base.double() + strength * (weight(part, base).double() - base.double()))
+
+    return _loader(apply, every=True)
 
 
 def scaled_by(factor: Factor) -> Callable[..., None]:
@@ -154,9 +174,9 @@ def changed_by(change: Change) -> Callable[..., None]:
     return _loader(lambda part, strength: add(part.layer, change(part, right(part, strength) * part.product, strength)))
 
 
-def _loader(apply: Callable[[Part, float], None]) -> Callable[..., None]:
+def _loader(apply: Callable[[Part, float], None], *, every: bool = False) -> Callable[..., None]:
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-        for part in parts(model, lora):
+        for part in parts(model, lora, every=every):
             apply(part, strength)
 
     return load

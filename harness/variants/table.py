@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,20 @@ def biased_direction(parts: Parts, layer: Layer) -> Direction:
     return Direction(torch.cat([pair.product, bias], 1), torch.cat([pair.outer, bias.abs()], 1), pair.rank)
 
 
+def biased_mistakes(
+    before: Tensor, update: Update, *, expected: float, strength: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the pair right and the bias with another factor."""
+    pair, bias = update.direction.product.clone(), update.direction.product[:, -1:]
+    pair[:, -1:] = 0
+    trained = expected / strength if strength else 0.0
+    for factor, what in ((trained, "without the strength"), (strength, "without alpha / rank"), (1.0, "as it stands")):
+        added = expected * pair
+        added[:, -1:] += factor * bias
+        yield f"the bias is added {what}", before + added
+    yield "the bias is left out", before + expected * pair
+
+
 def draw_dora(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
     """Draw a pair and a magnitude: [out, 1], spread around 1 so that no normalisation can pass for it."""
     import torch
@@ -92,6 +106,36 @@ def fit_dora(before: Tensor, after: Tensor, update: Update, *, expected: float, 
         rank=update.direction.rank,
     )
     return Fit(scale, norm(after - exact), norm(after - before), norm(p), allowed, expected)
+
+
+def dora_mistakes(before: Tensor, update: Update, *, expected: float, strength: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield DoRA with another norm, or with the magnitude in another place."""
+    delta, magnitude = expected * update.direction.product, update.parts["magnitude"].double().reshape(-1, 1)
+    new = before + delta
+    rows, columns = (x.square().sum(1, keepdim=True).sqrt() for x in (new, new.T))
+    base = before.square().sum(1, keepdim=True).sqrt()
+    yield "the norm is taken along the other axis", magnitude * new / columns.T
+    yield "the norm is that of the whole matrix (Frobenius)", magnitude * new / norm(new)
+    yield "the norm is that of W without the delta", magnitude * new / base
+    yield "nothing is divided by the norm", magnitude * new
+    yield "W is divided by the norm and the delta is not", magnitude * before / base + delta
+    yield "the magnitude is left out", new
+    yield "the magnitude multiplies the delta alone", before + magnitude * delta
+    yield "the magnitude multiplies the delta alone, over the norm", before + magnitude * delta / rows
+    yield (
+        "the strength is applied to the finished weight as well",
+        before + strength * (magnitude * new / rows - before),
+    )
+
+
+def dora_readings(before: Tensor, update: Update, *, expected: float, strength: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a strength may mean: a factor on the delta inside the norm, or on what DoRA changes as a whole.
+
+    `expected` is the factor at strength 1.
+    """
+    delta, magnitude = expected * update.direction.product, update.parts["magnitude"]
+    yield "inside the norm", dora_weight(before, strength * delta, magnitude)
+    yield "of W and the finished weight", before + strength * (dora_weight(before, delta, magnitude) - before)
 
 
 def full_direction(parts: Parts, layer: Layer) -> Direction:
@@ -175,6 +219,17 @@ def lokr_direction(parts: Parts, layer: Layer) -> Direction:
     return Direction(torch.kron(first, second.product), torch.kron(first.abs(), second.outer), second.rank)
 
 
+def lokr_mistakes(before: Tensor, update: Update, *, expected: float, strength: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Kronecker product in the other order."""
+    import torch
+
+    first, second = (
+        update.parts["lokr_w1"].double(),
+        update.parts["lokr_w2_a"].double() @ update.parts["lokr_w2_b"].double(),
+    )
+    yield "the factors of the Kronecker product are exchanged", before + expected * torch.kron(second, first)
+
+
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
@@ -211,6 +266,8 @@ _ROWS = (  # in the order in which they are checked and printed
         additive=False,
         strengths=(1.0,),
         fit=fit_dora,
+        mistakes=dora_mistakes,
+        readings=dora_readings,
     ),
     Variant("loha", draw_loha, loha_direction, gain=("hada_w2_a",), kinds=_LINEAR, formats=_PARTS),
     Variant(
@@ -220,6 +277,7 @@ _ROWS = (  # in the order in which they are checked and printed
         gain=("lokr_w2_a",),
         kinds=_LINEAR,
         formats=_PARTS,
+        mistakes=lokr_mistakes,
         max_rank=lokr_rank_limit,
         wants=lambda layer: lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
     ),
@@ -231,6 +289,7 @@ _ROWS = (  # in the order in which they are checked and printed
         kinds=_LINEAR,
         formats=frozenset({"peft"}),
         bias=True,
+        mistakes=biased_mistakes,
     ),
     Variant(
         "full",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -11,13 +11,14 @@ from harness.benches import Bench, View
 from harness.benches.layer import Kind, Layer
 from harness.example import Example, Target
 from harness.law.scale import trained_scale
-from harness.measure.compare import Direction, Fit, fit, fit_slices
+from harness.measure.compare import Direction, Fit, fit, fit_slices, norm
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 Parts = Mapping[str, "Tensor"]
 Topology = Literal["own", "split", "merged"]
+_SAME = 0.02  # of a change: one mistake is that near to itself in any dtype, and no two of them are to each other
 _ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
 
 
@@ -41,6 +42,20 @@ def fit_sum(before: Tensor, after: Tensor, update: Update, *, expected: float, d
     return fit(before, after, update.direction, expected=expected, dtype=dtype)
 
 
+class Mistakes(Protocol):
+    """Yield what loaders are known to make of a layer instead: in words, and the weight [rows, columns] in float64."""
+
+    def __call__(
+        self, before: Tensor, update: Update, *, expected: float, strength: float
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Return them; `expected` is the whole factor on the direction, `strength` the part of it that a user says."""
+
+
+def no_mistakes(before: Tensor, update: Update, *, expected: float, strength: float) -> Iterable[tuple[str, Tensor]]:
+    """Return nothing."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kind of module.
@@ -51,7 +66,7 @@ class Variant:
     `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
     can be fitted on its own, as a multiple of its direction. `strengths`: what a strength other than 1 means is left to
     the loader when there is only one. Two loads of a variant that is not `additive` have no meaning that everybody
-    shares.
+    shares. `readings` are what other strengths may mean then.
     """
 
     name: str
@@ -70,6 +85,8 @@ class Variant:
     max_rank: Callable[[Layer], int] = lambda layer: 128
     wants: Callable[[Layer], bool] = lambda layer: True
     fit: FitOne = fit_sum
+    mistakes: Mistakes = no_mistakes
+    readings: Mistakes | None = None
 
     def view(self, bench: Bench) -> View | None:
         """Return the layers of `bench` as a file of this variant names them; None: it has no such form."""
@@ -111,6 +128,12 @@ class Variant:
         dtype = getattr(torch, example.file_dtype)
         parts = {role: (t * factor if role in self.gain else t).to(dtype) for role, t in drawn.items()}
         return Update(parts, self.direction(parts, layer))
+
+    def mistake(self, before: Tensor, after: Tensor, update: Update, *, expected: float, strength: float) -> str | None:
+        """Return which known mistake of this variant explains the layer that was measured, None when none does."""
+        known = self.mistakes(before, update, expected=expected, strength=strength)
+        limit = _SAME * norm(after - before)
+        return next((what for what, weight in known if norm(after - weight) <= limit), None)
 
     def fits(
         self, before: Tensor, after: Tensor, update: Update, slices: Sequence[slice], *, expected: float, dtype: str

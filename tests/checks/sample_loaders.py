@@ -18,6 +18,8 @@ Scale = Callable[[float, LoraModule, list[LoraModule]], float]
 
 def pairs(model: torch.nn.Module, lora: Path) -> Iterator[tuple[Any, LoraModule, torch.Tensor, list[LoraModule]]]:
     adapter = read_lora(lora)
+    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
+        raise NotImplementedError(f"{lora.name}: only pairs are supported")
     names, _ = match_modules(adapter, [name for name, _ in model.named_modules()])
     modules = list(adapter.modules.values())
     for name, module in adapter.modules.items():

@@ -10,6 +10,7 @@ from harness import KnownFailure, check_loader, read_known_failures
 from harness.checks.known import shipped_known_failures
 from harness.checks.run import Limits
 from harness.errors import UserError
+from harness.verdict.verdict import Verdict
 
 SPEC = "tests.checks.sample_loaders:"
 QUICK = {"formats": ["kohya"], "benches": ["qwen-image"], "max_examples": 25, "limits": Limits(seconds=5, workers=1)}
@@ -66,6 +67,7 @@ BAD = {
     LINE + "versions='~>1'": "versions: '~>1' is no version specifier",
     LINE + "seconds=-1": "seconds: Input should be greater than 0",
     LINE + "seconds=nan": "seconds: Input should be a finite number",
+    LINE + "kinds=['x']": "kinds: 'x' is none of a module the model lacks",
     LINE + "xx=1": "xx: Unexpected keyword argument",
     LINE + LINE: "id='x' stands 2 times",
     LINE.replace("[[failure]]", "[[failures]]"): "failures: known failures are",
@@ -89,7 +91,21 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str) -> None:
 def test_a_short_check_may_see_a_law_where_a_long_one_sees_none() -> None:
     (known,) = [k for k in shipped_known_failures() if k.id == "diffsynth-flux-header-alpha"]
     assert known.code == "LH209"
-    assert known.names("LH202", short=True)
-    assert not known.names("LH202", short=False)
-    assert known.names("LH209", short=False)
-    assert not any(known.names(code, short=True) for code in ("LH102", "LH301", None))
+    assert known.names(verdict("LH202"), short=True)
+    assert not known.names(verdict("LH202"), short=False)
+    assert known.names(verdict("LH209"), short=False)
+    assert not any(known.names(verdict(code), short=True) for code in ("LH102", "LH301", None))
+
+
+def verdict(code: str | None, check: str = "scale", **data: object) -> Verdict:
+    return Verdict(loader="l", check=check, outcome="failed", code=code, data=data)
+
+
+def test_a_line_excuses_exactly_the_kinds_that_it_names() -> None:
+    line = known("right", "LH103", kinds=("half of a pair", "dora"))
+    assert line.names(verdict("LH103", "silence", silent=["dora"]), short=False)
+    assert not line.names(verdict("LH103", "silence", silent=["dora", "loha"]), short=False)
+    assert not line.names(verdict("LH203", "silence", silent=["dora"]), short=True)
+    assert not known("right", "LH103").names(verdict("LH103", "silence", silent=["dora"]), short=False)
+    assert line.spoken({"half of a pair": "said", "dora": "silent"}) == ("half of a pair",)
+    assert line.spoken({"half of a pair": "silent"}) == ()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.law.probe import Probe
-from harness.law.traits import TRAITS, Trait, borrowed, common_trait, one_input_decides
+from harness.law.traits import TRAITS, Trait, borrowed, common_trait, kept_by_rank, one_input_decides
 
 PLAIN = Probe("m", 1.0, 0, (4.0, 2.0), (8, 4), 0.5, 1e-6)
 
@@ -29,10 +29,36 @@ def places(*indices: int) -> list[dict[str, Any]]:
     return [{"index": i, "alphas": (2.0,) * 4, "ranks": (4,) * 4} for i in indices]
 
 
+def files(*dtypes: str) -> list[dict[str, Any]]:
+    return [{"file_dtype": dtype} for dtype in dtypes]
+
+
 SOME = {"alphas": (None, 2.0), "ranks": (4, 4)}
 # per trait: probes that have it, probes that do not
 CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "bfloat16": ([{"dtype": "bfloat16"}], [{"dtype": d} for d in ("float16", "float32", "aaa", "zzz")]),
+    "float16": ([{"dtype": "float16"}], [{"dtype": d} for d in ("bfloat16", "float32", "aaa", "zzz")]),
+    "half precision": ([{"dtype": "float16"}, {"dtype": "bfloat16"}], [{"dtype": "float32"}]),
+    "bfloat16 file": (files("bfloat16"), files("float16", "float32", "aaa", "zzz")),
+    "float16 file": (files("float16"), files("bfloat16", "float32", "aaa", "zzz")),
+    "half-precision file": (files("float16", "bfloat16"), files("float32")),
+    "half-precision file in a float32 model": (
+        files("float16", "bfloat16"),
+        [*files("float32"), {"file_dtype": "float16", "dtype": "float16"}],
+    ),
+    "file in another dtype than the model": (
+        [*files("float16"), {"dtype": "bfloat16"}],
+        [*files("float32"), {"file_dtype": "float16", "dtype": "float16"}],
+    ),
+    "patterns that are ends of names": (
+        [{"patterns": "tails"}],
+        [{"patterns": p} for p in ("names", "regex", "a", "z")],
+    ),
+    "patterns that are regular expressions": (
+        [{"patterns": "regex"}],
+        [{"patterns": p} for p in ("names", "tails", "a", "zzz")],
+    ),
+    "patterns that are not whole names": ([{"patterns": "tails"}, {"patterns": "regex"}], [{"patterns": "names"}]),
     "negative alpha": ([one(-0.5), one(-9.0)], [one(0.0), one(0.5), one(2.0), one(None)]),
     "alpha = 0": ([one(0.0)], [one(-1.0), one(1.0), one(None)]),
     "no alpha in the file": ([one(None)], [one(2.0), SOME, SOME | {"index": 1}]),
@@ -180,3 +206,18 @@ def test_a_trait_of_no_single_probe_holds_for_none_and_cannot_be_changed() -> No
     assert not trait(PLAIN)
     with pytest.raises(AttributeError):
         trait.about = "file"  # type: ignore[misc]
+
+
+def test_an_alpha_that_is_kept_by_rank_is_that_of_the_last_or_first_of_the_rank() -> None:
+    def probes(measured: dict[int, float]) -> list[Probe]:
+        file = {"alphas": (4.0, 3.0, 8.0, 5.0), "ranks": (4, 2, 4, 2)}
+        wrong = [
+            replace(PLAIN, index=i, measured=scale, strength=u, **file) for i, scale in measured.items() for u in (1.0,)
+        ]
+        return wrong * 6
+
+    last, first = kept_by_rank(probes({0: 2.0, 1: 2.5})), kept_by_rank(probes({2: 1.0, 3: 1.5}))
+    assert "last module" in str(last)
+    assert "first module" in str(first)
+    assert kept_by_rank(probes({0: 2.1})) is None
+    assert kept_by_rank(probes({0: 2.0})[:5]) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, coarser, scale_rounding, tolerance
+from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, scale_rounding, tolerance
 
 # |W|^2 + |W'|^2 + s^2 (4 + r) outer^2 = 49 + 23 + 4 * 9 * 1 = 108 = 3 * 6^2, so the noise is 6 u;
 # over 9 elements and |BA| = 2 the regression sees 6 u / (3 * 2) = 1 u of it.
@@ -84,13 +84,6 @@ def test_one_per_cent_of_the_scale_is_beyond_every_dtypes_own_roundings() -> Non
 
 def test_a_measured_blur_widens_the_scale_by_six_sigma_and_nothing_else() -> None:
     assert Tolerance(0.5, 3.0, "float16").blurred(0.25) == Tolerance(2.0, 3.0, "float16")
-
-
-def test_the_coarser_dtype_has_the_larger_roundoff_in_either_order() -> None:
-    order = ["bfloat16", "float16", "float32", "float64"]
-    for i, coarse in enumerate(order):
-        for fine in order[i:]:
-            assert coarser(coarse, fine) == coarser(fine, coarse) == coarse
 
 
 def test_a_tolerance_says_where_it_comes_from_and_cannot_be_widened_in_place() -> None:

@@ -97,7 +97,7 @@ def test_the_level_in_sarif_is_the_severity_of_the_code(code: str) -> None:
 def test_explain_says_how_grave_a_code_is_and_who_emits_it() -> None:
     text = CliRunner().invoke(main, ["explain", "LH103"]).output
     assert "severity  error\n" in text
-    assert "checks    verify\n" in text
+    assert "checks    silence, verify\n" in text
     facts = json.loads(CliRunner().invoke(main, ["explain", "LH104", "--json"]).output)
     assert (facts["severity"], facts["checks"]) == ("error", ["direction"])
     assert "LH102" in facts["explains"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 
 import torch
@@ -14,22 +16,32 @@ from harness.checks.observation import ROUNDING_LIKE, Observation, wrong_directi
 from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
+_FEW = 3  # neighbours that may be mixed into a change
 _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
+
+
+Fault = tuple[str, str]
+"""A code, and in a clause what explains the change."""
+
+UNEXPLAINED: Fault = ("LH306", "nothing that is known explains it")
 
 
 @judges(
     "direction",
-    finds="transposed, q/k/v in the wrong rows, the wrong module, right for unit vectors only",
-    codes=("LH301", "LH302", "LH303", "LH304", "LH305", "LH104"),
+    finds="transposed, q/k/v in the wrong rows, the wrong module, right for unit vectors only, unexplained",
+    codes=("LH301", "LH302", "LH303", "LH304", "LH305", "LH306", "LH104"),
 )
 def check_direction(observation: Observation) -> list[Finding]:
-    """LH104, LH301 to LH304 for layers whose change is another than their own B @ A, LH305 where it is no matrix."""
-    by_code: dict[str, list[str]] = {}
+    """LH104, LH301 to LH304, LH306 for layers whose change is another than their own B @ A, LH305 for no matrix."""
+    faults: dict[Fault, list[str]] = {}
     for name, fits in observation.fits.items():
-        code = _fault(observation, name, fits)
-        if code:
-            by_code.setdefault(code, []).append(name)
-    found = [_finding(code, observation, names) for code, names in by_code.items()]
+        fault = _fault(observation, name, fits)
+        if fault:
+            faults.setdefault(fault, []).append(name)
+    by_code: dict[str, Finding] = {}
+    for fault, names in sorted(faults.items(), key=lambda each: -len(each[1])):
+        by_code.setdefault(fault[0], _finding(fault, observation, names))
+    found = list(by_code.values())
     if "LH104" not in by_code and (others := misplaced(observation)):
         fact = f"{len(others)} layers outside the file changed along a B @ A of the file, first {others[0]}"
         found.append(Finding("LH104", observation, fact=fact))
@@ -46,37 +58,114 @@ def misplaced(observation: Observation) -> list[str]:
     return [name for name in outside if any(_aligned(changes[name], product) for product in products)]
 
 
-def _finding(code: str, observation: Observation, names: list[str]) -> Finding:
+def _finding(fault: Fault, observation: Observation, names: list[str]) -> Finding:
     names.sort(key=lambda name: -observation.fits[name][0].relative_residual)
     worst = observation.fits[names[0]][0]
-    fact = f"{worst.relative_residual:.0%} of the change is not along B @ A"
+    fact = f"{worst.relative_residual:.0%} of the change is not along B @ A: {fault[1]}"
     if worst.along_base:
         fact = f"the base weight itself is multiplied by {1 + worst.along_base:.5g}"
-    return Finding(code, observation, tuple(names), fact)
+    return Finding(fault[0], observation, tuple(names), fact)
 
 
-def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> str | None:
-    whole, slices = fits[0], fits[1:]
+def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault | None:
+    whole = fits[0]
     if whole.finite and whole.along_base:
-        return "LH304"
+        return "LH304", "W is scaled too"
     if not whole.finite or not wrong_direction(whole):
         return None
-    change, product = observation.changes[name], observation.products[name]
-    least = max(_ALIGNED, abs(alignment(change, product)))  # what explains the change less well than B @ A is no cause
-    if slices and not any(map(wrong_direction, slices)) and _apart(whole, slices):
-        return "LH302"
-    if slices and any(_aligned(change, other, least) for other in _reordered(product, len(slices))):
-        return "LH302"
-    if any(_aligned(change, other, least) for other in _laid_out(product, observation.kernels.get(name, ()))):
-        return "LH303"
-    if _aligned(change, product.T, least):
-        return "LH301"
-    others = [other for module, other in observation.products.items() if module != name]
-    if any(_aligned(change, other, least) for other in others) or _mispaired(change, product, others):
-        return "LH104"
-    if _rows_moved(change, product, whole.relative_residual / 2):
-        return "LH302" if slices else "LH301"
-    return "LH301" if whole.relative_residual > _ALIGNED and not _in_one_column(change, product) else "LH304"
+    if mistake := observation.mistakes.get(name):
+        return "LH304", mistake
+    if not observation.additive:
+        return "LH304", UNEXPLAINED[1]  # what W itself is divided by changes every direction
+    case = _Case(observation, name, whole, fits[1:])
+    return next(((code, what) for code, what, explains in _EXPLANATIONS if explains(case)), None) or case.fallback
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A layer whose change is not along its B @ A; what explains it less well than B @ A does is no cause."""
+
+    observation: Observation
+    name: str
+    whole: Fit
+    slices: tuple[Fit, ...]
+
+    @property
+    def change(self) -> Tensor:
+        return self.observation.changes[self.name]
+
+    @property
+    def product(self) -> Tensor:
+        return self.observation.products[self.name]
+
+    @cached_property
+    def least(self) -> float:
+        return max(_ALIGNED, abs(alignment(self.change, self.product)))
+
+    @property
+    def others(self) -> list[Tensor]:
+        """The B @ A of other modules of the file that have this shape."""
+        every = self.observation.products.items()
+        return [p for other, p in every if other != self.name and p.shape == self.product.shape]
+
+    def along(self, candidates: Iterable[Tensor]) -> bool:
+        return any(_aligned(self.change, other, self.least) for other in candidates)
+
+    @property
+    def fallback(self) -> Fault:
+        """What to say of a change that nothing explains: that most of it is right, or nothing."""
+        if self.whole.relative_residual > _ALIGNED and not _in_one_column(self.change, self.product):
+            return UNEXPLAINED
+        return "LH304", "part of it is there, and something else"
+
+
+def _slice_by_slice(case: _Case) -> bool:
+    return bool(case.slices) and not any(map(wrong_direction, case.slices)) and _apart(case.whole, case.slices)
+
+
+def _in_other_blocks(case: _Case) -> bool:
+    counts = {len(case.slices)} if case.slices else {n for n in (2, 3) if len(case.product) % n == 0}
+    return any(case.along(_reordered(case.product, count)) for count in counts)
+
+
+def _turned(case: _Case) -> Iterator[Tensor]:
+    """Yield B @ A transposed, and the bytes of its transpose, or of it, in the layer's shape."""
+    product = case.product
+    if product.shape[0] == product.shape[1]:
+        yield product.T
+    else:
+        yield product.T.reshape(product.shape)
+        yield product.reshape(product.T.shape).T
+
+
+def _was_earlier(case: _Case) -> bool:
+    return case.along(p for p in case.observation.earlier.get(case.name, ()) if p.shape == case.change.shape)
+
+
+def _of_others(case: _Case) -> bool:
+    every = [p for other, p in case.observation.products.items() if other != case.name]
+    return _mispaired(case.change, case.product, every)
+
+
+def _in_other_rows(case: _Case) -> bool:
+    return _rows_moved(case.change, case.product, case.whole.relative_residual / 2)
+
+
+_EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
+    ("LH302", "each slice has a scale of its own", _slice_by_slice),
+    ("LH302", "its blocks of rows stand in another order", _in_other_blocks),
+    (
+        "LH303",
+        "its kernel is laid out otherwise",
+        lambda case: case.along(_laid_out(case.product, case.observation.kernels.get(case.name, ()))),
+    ),
+    ("LH301", "it is B @ A transposed", lambda case: case.along(_turned(case))),
+    ("LH408", "it is what a file loaded before holds for this module", _was_earlier),
+    ("LH104", "it is the B @ A of another module", lambda case: case.along(case.others)),
+    ("LH104", "the B @ A of other modules is in it", lambda case: _mixed(case.change, case.product, case.others)),
+    ("LH104", "it is made of one module's B and another's A", _of_others),
+    ("LH302", "its rows stand in another order", _in_other_rows),
+)
 
 
 def _apart(whole: Fit, slices: tuple[Fit, ...]) -> bool:
@@ -112,6 +201,19 @@ def _spanned(change: Tensor, product: Tensor) -> bool:
     basis = columns[:, sizes > _NULL * sizes[0]]
     rest = norm(change - basis @ (basis.mT @ change.double()))
     return 2 * basis.shape[1] <= len(product) and rest <= ROUNDING_LIKE * norm(change)
+
+
+def _mixed(change: Tensor, product: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the change is made of the module's own B @ A and those of a few others."""
+    parts, rest = [product], change
+    for _ in range(min(_FEW, len(others))):
+        parts.append(max(others, key=lambda other: abs(alignment(rest, other))))
+        columns = torch.stack([part.flatten() for part in parts], 1).double()
+        wanted = change.double().flatten()
+        rest = (wanted - columns @ torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]).reshape(change.shape)
+        if norm(rest) <= ROUNDING_LIKE * norm(change):
+            return True
+    return False
 
 
 def _in_one_column(change: Tensor, product: Tensor) -> bool:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, Scenario, first_wrong, follows, judges
+from harness.checks.measuring import base_weights
 from harness.checks.observation import Observation, wrong_direction
-from harness.checks.trial import load, set_strength
+from harness.checks.trial import load, run_trial, set_strength
+from harness.measure.compare import norm
 
 _SET_LATER = (
-    Scenario("LH207", (load(), set_strength(0.5)), (0.5,), "setting half the strength without loading again"),
     Scenario(
-        "LH207", (load(), set_strength(0), set_strength(1.5)), (1.5,), "setting strength 0, then 1.5 times the first"
+        "LH207",
+        (load(), set_strength(0.5)),
+        (0.5,),
+        "setting half the strength without loading again",
+        "set_strength",
+    ),
+    Scenario(
+        "LH207",
+        (load(), set_strength(0), set_strength(1.5)),
+        (1.5,),
+        "setting strength 0, then 1.5 times the first",
+        "set_strength",
     ),
 )
+_ROUNDINGS, _NEAR = 4, 1e-4  # times the tolerance of one load; a share of the change, which is large at strength 2
+_BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),)
 
 
 @judges(
@@ -25,18 +40,57 @@ _SET_LATER = (
 def check_scale(observation: Observation) -> list[Finding]:
     """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one."""
     wrong = [name for name in observation.fits if _wrong(observation, name)]
-    if not wrong:
+    if not wrong or observation.unsteady:  # said already
         return []
     wrong.sort(key=lambda name: -_excess(observation, name))
     return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
 
 
-@follows(
-    "strength", finds="ignored, zero or negative not honoured, set later", codes=("LH207",), requires="set_strength"
-)
-def check_set_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
-    """LH207 when a strength that is set without loading again is not honoured."""
-    return first_wrong(cell, once, _SET_LATER)
+@follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
+def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
+    yield from first_wrong(cell, once, _SET_LATER)
+    if once.example.strength == 1:
+        yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
+        yield from _by_readings(cell, once)
+
+
+_OTHER_STRENGTHS = (0.5, 2.0, 0.0, -1.0)
+
+
+def _by_readings(cell: Cell, once: Observation) -> Iterator[Finding]:
+    """LH207 where a strength other than 1 follows none of the readings of a variant, or several in turn."""
+    common = set[str]()
+    if not all(fits[0].direction_right and fits[0].scale_right for fits in once.fits.values()):
+        return  # said already
+    for number, strength in enumerate(
+        _OTHER_STRENGTHS if cell.variant.readings and cell.subject.strength_argument else ()
+    ):
+        seen = run_trial(cell, replace(once.example, strength=strength))
+        if seen.raised:
+            return  # to refuse other strengths is one way of not being wrong about them
+        found = _readings(cell, once, seen)
+        common = found if number == 0 else common & found
+        if not common:
+            fact = f"at strength {strength:g} the layers are by no reading of it what they should be"
+            yield Finding("LH207", seen, tuple(seen.fits)[:1], fact)
+            return
+
+
+def _readings(cell: Cell, once: Observation, seen: Observation) -> set[str]:
+    """Return the readings of the strength that explain every layer."""
+    assert cell.variant.readings is not None
+    base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
+    updates, names = cell.variant.updates(seen.example, cell.view, base), set[str]()
+    for number, target in enumerate(seen.example.targets):
+        before, noise = base[target.name], _ROUNDINGS * once.fits[target.name][0].tolerance.noise
+        known = cell.variant.readings(
+            before, updates[target.name], expected=cell.variant.scale(target), strength=seen.example.strength
+        )
+        change = seen.changes[target.name]
+        near = {name for name, weight in known if norm(weight - before - change) <= max(noise, _NEAR * norm(change))}
+        names = near if number == 0 else names & near
+    return names
 
 
 def _wrong(observation: Observation, name: str) -> bool:
@@ -57,4 +111,10 @@ def _fact(observation: Observation, wrong: Sequence[str]) -> str:
     where = f"{len(wrong)} of {len(observation.fits)} modules"
     if worst.expected == 0:
         return f"delta is {worst.scale:.3f} x B @ A in {where}, but should be 0"
-    return f"delta is {worst.scale / worst.expected:.3f}x the expected delta in {where}"
+    return f"delta is {_ratio(worst.scale / worst.expected)}x the expected delta in {where}"
+
+
+def _ratio(ratio: float) -> str:
+    """Return a ratio with three digits behind the point, or as many as it takes not to look like 1."""
+    digits = (f"{ratio:.{number}f}" for number in range(3, 13))
+    return next((text for text in digits if float(text) != 1.0), f"{ratio!r}")

@@ -1,0 +1,120 @@
+"""Later: what was loaded stays what it is when the model runs, is copied, cast or saved, and files are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from harness.checks.cell import Cell
+from harness.checks.family import Finding, Need, follows, has, judges
+from harness.checks.observation import Observation
+from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, UNLOAD, Step, load, rebuild, run_trial
+from harness.example import Example
+from harness.measure.compare import norm
+
+_OTHER_SEED = 51
+_ROUNDINGS = 4  # times the tolerance of one load: both sides of the comparison were rounded, some of them twice
+_DRIFT = 0.02  # of the effect, between answers of models that should answer alike
+_HALF_DRIFT = 0.3  # where one of them computes in bfloat16
+_PLAIN = "lora"  # the variant in which copies, saved state and caches are tried: they know nothing of variants
+
+
+@dataclass(frozen=True)
+class _Later:
+    """`steps` after which the model must be as after one load, `what` they are in words; it may refuse all but runs.
+
+    Unless `layers` are compared, the model's own answers are, before and after, which may be `drift` apart: a layer of
+    a copy may well answer nothing when it is asked alone.
+    """
+
+    steps: tuple[Step, ...]
+    what: str
+    may_raise: bool = True
+    requires: Need | None = None
+    layers: bool = True
+    drift: float = _DRIFT
+
+
+_RUNS = (_Later((load(), RUN, RUN, RUN), "running the model three times", may_raise=False),)
+_STATE = (
+    _Later((load(), COPY), "copying the loaded model (copy.deepcopy)", layers=False),
+    _Later(
+        (load(), SAVE),
+        "saving the loaded model's state and loading it into another that was loaded alike",
+        layers=False,
+    ),
+)
+_CAST = _Later((load(), CAST), "casting the loaded bfloat16 model to float32", layers=False, drift=_HALF_DRIFT)
+_EARLIER = (
+    _Later(
+        (load(file="replaced"), rebuild(1), REPLACE, load(file="replaced")),
+        "loading another file of the same path into another model before",
+    ),
+    _Later(
+        (load(file="other"), UNLOAD, load()), "loading and unloading another file of the same name", requires="unload"
+    ),
+    _Later(
+        (load(file="replaced"), UNLOAD, REPLACE, load(file="replaced")),
+        "loading and unloading another file of the same path",
+        requires="unload",
+    ),
+)
+
+
+@judges("side_effects", finds="training mode or dropout left on", codes=("LH406",))
+def check_mode(observation: Observation) -> list[Finding]:
+    """LH406 when modules that were not in training mode are, or answers to one input differ from call to call."""
+    names = observation.training
+    if names:
+        fact = f"{len(names)} modules are in training mode after loading, first {names[0]}"
+        return [Finding("LH406", observation, fact=fact)]
+    names = observation.unsteady
+    fact = f"{len(names)} layers answer the same input differently when asked again"
+    return [Finding("LH406", observation, names, fact)] if names else []
+
+
+def second_example(example: Example) -> Example:
+    """Return another LoRA over every second module of `example`."""
+    targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
+    return replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
+
+
+@follows("side_effects", finds="another answer later or in a copy", codes=("LH407",))
+def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded."""
+    found = tuple(_first_other("LH407", cell, once, _RUNS if cell.variant_name != _PLAIN else (*_RUNS, *_STATE)))
+    yield from found
+    if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:
+        half = run_trial(cell, replace(once.example, dtype="bfloat16"))
+        yield from () if half.raised else _first_other("LH407", cell, half, (_CAST,))
+
+
+@follows("side_effects", finds="a file loaded before that comes back", codes=("LH408",))
+def check_earlier(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH408 when what an earlier file put into the loader's memory is loaded in the place of this one."""
+    yield from _first_other("LH408", cell, once, _EARLIER if cell.variant_name == _PLAIN else ())
+
+
+def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_Later]) -> Iterator[Finding]:
+    for scenario in scenarios:
+        if not has(cell, scenario.requires):
+            continue
+        seen = run_trial(cell, once.example, scenario.steps, other=second_example(once.example))
+        if seen.raised and scenario.may_raise:
+            continue
+        if names := tuple(_other(once, seen)) if scenario.layers and not seen.raised else ():
+            what = f"{len(names)} of {len(once.fits)} layers are not as after one load"
+            yield Finding(code, seen, names, f"{what}, after {scenario.what}")
+            return
+        if seen.raised or not seen.drift <= scenario.drift:
+            what = f"it raised {seen.raised.what}" if seen.raised else f"{seen.drift:.0%} of the effect is another"
+            yield Finding(code, seen, fact=f"{what} after {scenario.what}")
+            return
+
+
+def _other(once: Observation, seen: Observation) -> Iterator[str]:
+    """Yield the layers of the file whose change is not the one of a plain load, the furthest off first."""
+    off = {name: norm(seen.changes[name] - once.changes[name]) for name in once.fits}
+    allowed = {name: _ROUNDINGS * fits[0].tolerance.noise for name, fits in once.fits.items()}
+    wrong = [name for name in off if not off[name] <= allowed[name]]
+    yield from sorted(wrong, key=lambda name: -off[name] / (allowed[name] or 1.0))

@@ -1,0 +1,238 @@
+"""Silence: what a loader cannot apply is refused or said to be left out, never dropped without a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.checks.cell import Cell
+from harness.checks.family import Finding, follows, judge
+from harness.checks.observation import Observation, probes_of
+from harness.checks.trial import load, prefix_of, run_trial
+from harness.example import Example, Target
+from harness.files import FORMATS, LoraParts, LoraWeights, read_lora, write_lora
+from harness.law.diagnosis import diagnose
+from harness.loaders.protocol import COMMAND
+from harness.variants import VARIANTS
+from harness.verdict.codes import CODES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors = dict[str, "Tensor"]
+Edit = Callable[[Cell, Path], None]
+_MOST = 6  # modules of a file of another variant
+_LAW = ("scale", "strength")
+_COMPLAINT = re.compile(
+    r"unexpected|un(?:known|supported|used|matched|loaded|recogni[sz]ed|resolved)|support|skip|ignor|miss|match|found|cannot"
+    r"|could ?n.t|unable|fail|warn|invalid|without|drop|not (?:loaded|applied|used|handled)|left (?:out|over)|error",
+    re.IGNORECASE,
+)
+_PARTIAL = re.compile(r"(\d+)\s*(?:/|of|out of)\s*(\d+)")
+_VARIES = re.compile(r"/[\w./-]+|[0-9][0-9.]*")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One thing that cannot be applied: its `name`, and how it is put into a written file."""
+
+    name: str
+    edit: Edit
+
+
+def tries_silence(cell: Cell) -> bool:
+    """Whether silence is tried in `cell`: on the first bench of each format, of a command on the first of all."""
+    subject = cell.subject
+    if subject.defaults.examples <= COMMAND.examples and cell.format != subject.formats[0]:
+        return False
+    places = (bench for bench in subject.benches if subject.unsupported(cell.format, bench) is None)
+    return cell.variant_name == "lora" and cell.bench_name == next(places, None)
+
+
+@follows("silence", finds="what cannot be applied is dropped without a word", codes=("LH103",))
+def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+    """LH103 for what is silently left out, the law's own code where it is loaded with another scale."""
+    if not tries_silence(cell) or not all(fits[0].direction_right for fits in once.fits.values()):
+        return  # of a loader that is wrong anyway nobody can say what it did with the rest
+    usual = run_trial(cell, once.example, (load(),), listen=True)
+    for kind in _KINDS:
+        seen = _tried(cell, once.example, kind)
+        if seen is not None:
+            cell.heard[kind.name] = _outcome(seen, usual, right=kind.name == _PREFIX and not judge(seen))
+    sound = all(fits[0].scale_right for fits in once.fits.values())
+    found = [_of_variant(cell, other, usual, sound=sound) for other in undeclared(cell)]
+    silent = tuple(name for name, outcome in cell.heard.items() if outcome == "silent")
+    by_law = [finding for finding in found if finding]
+    rest = tuple(name for name in silent if name not in {f.data["silent"][0] for f in by_law})
+    yield from by_law
+    if rest:
+        fact = f"{', '.join(rest)}; {_count(cell.heard)}"
+        yield Finding("LH103", once, fact=fact, check="silence", data=_data(cell, rest))
+
+
+def _data(cell: Cell, silent: Sequence[str]) -> dict[str, Any]:
+    return {"silent": list(silent), "heard": dict(cell.heard)}
+
+
+def _count(heard: Mapping[str, str]) -> str:
+    """Say of how many kinds each thing happened."""
+    words = {"applied": "applied right", "refused": "refused", "said": "said to be left out", "silent": "silent"}
+    counts = ((list(heard.values()).count(outcome), word) for outcome, word in words.items())
+    return f"of {len(heard)} kinds " + ", ".join(f"{number} {word}" for number, word in counts if number)
+
+
+def silence_title(heard: Mapping[str, str]) -> str:
+    """Return the title of a loader that was silent about nothing."""
+    return f"silence right: {_count(heard)}"
+
+
+def undeclared(cell: Cell) -> Iterator[Cell]:
+    """Yield the cells of variants that the loader does not declare and a file of this format can be, one for each."""
+    subject = cell.subject
+    for name, variant in VARIANTS.items():
+        cells = (replace(cell, bench_name=bench, variant_name=name) for bench in (cell.bench_name, *subject.benches))
+        place = next((c for c in cells if c.possible and variant.topology == "own"), None)
+        if place is not None and not _is_declared(place):
+            yield place
+
+
+def _is_declared(place: Cell) -> bool:
+    subject, variant = place.subject, place.variant_name
+    return variant in subject.variants and subject.unsupported(place.format, place.bench_name, variant) is None
+
+
+def _tried(cell: Cell, example: Example, kind: _Kind) -> Observation | None:
+    """Load the example with what is put into its file; None where such a file cannot be."""
+    if FORMATS[cell.format].suffix != ".safetensors":
+        return None
+    try:
+        return run_trial(cell, example, (load(),), edit=lambda path: kind.edit(cell, path), listen=True)
+    except (ValueError, LookupError):
+        return None
+
+
+def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> Finding | None:
+    """Load a file of a variant that is not declared; return a finding where it gets another scale than in training."""
+    from harness.checks.plan import smoke_example
+
+    example = smoke_example(place, place.targets[:_MOST])
+    if len(example.targets) > 1 and place.has_alpha:
+        example = replace(example, targets=tuple(_varied(place, example.targets)))
+    seen = run_trial(place, example, (load(),), listen=True)
+    faults = [] if seen.raised else judge(seen)
+    outcome = _outcome(seen, usual, right=not faults)
+    if outcome == "silent" and not sound and {fault.code for fault in faults} == {"LH209"}:
+        return None  # its scale is wrong anyway
+    cell.heard[place.variant_name] = outcome
+    if outcome != "silent" or {fault.code for fault in faults} != {"LH209"}:
+        return None
+    code = diagnose(list(probes_of(seen, place))).code or "LH209"
+    code = code if CODES[code].family in _LAW else "LH209"
+    fact = (
+        f"a file of the variant {place.variant_name}, which is not declared, is loaded without a word: {faults[0].fact}"
+    )
+    return Finding(code, seen, faults[0].modules, fact, check="silence", data=_data(cell, [place.variant_name]))
+
+
+def _varied(place: Cell, targets: Sequence[Target]) -> Iterator[Target]:
+    """Yield the targets with several ranks and alphas, so that a law shows."""
+    most = place.variant.rank_limit(place.view)
+    shapes = ((4, 8.0), (2, 3.0), (6, 10.5), (3, 1.25), (5, 4.0), (8, 6.0))
+    for target, (rank, alpha) in zip(targets, shapes, strict=False):
+        yield replace(target, rank=min(rank, most), alpha=alpha)
+
+
+def _outcome(seen: Observation, usual: Observation, *, right: bool) -> str:
+    if seen.raised:
+        return "refused"
+    if any(_says(line, usual.said) for line in seen.said):
+        return "said"
+    return "applied" if right else "silent"
+
+
+def _says(line: str, usual: Sequence[str]) -> bool:
+    """Whether a line tells that something is left out, and was not there for a file that fits."""
+    if any(part[0] != part[1] for part in _PARTIAL.findall(line)) and line not in usual:
+        return True
+    new = _VARIES.sub("#", line) not in {_VARIES.sub("#", other) for other in usual}
+    return new and (line.startswith("warning: ") or _COMPLAINT.search(line) is not None)
+
+
+def _files(path: Path) -> Path:
+    return next(path.glob("*.safetensors")) if path.is_dir() else path
+
+
+def _rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = _files(path)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(change(load_file(file)), file, metadata)
+
+
+def _more(cell: Cell, path: Path, names: Iterable[str]) -> Tensors:
+    """Return the tensors of the file's first module under other names, as the format writes them."""
+    from safetensors.torch import load_file
+
+    adapter = read_lora(path)
+    name = next(iter(adapter.modules))
+    weights: dict[str, LoraWeights | LoraParts] = {
+        other: LoraParts({half: adapter.part(name, half) for half in "AB"}, _alpha(cell)) for other in names
+    }
+    folder = path.parent / "more"
+    folder.mkdir()
+    written = write_lora(folder / path.name, cell.format, weights, prefix=prefix_of(cell))
+    return load_file(_files(written))
+
+
+def _alpha(cell: Cell) -> float | None:
+    return 8.0 if FORMATS[cell.format].alpha[0] != "none" else None
+
+
+def _absent(cell: Cell, path: Path) -> None:
+    name = cell.targets[0]
+    other = re.sub(r"\.\d+\.", ".97.", name, count=1)
+    other = other if other != name else f"{name.rpartition('.')[0]}.extra_proj"
+    _rewrite(path, lambda tensors: tensors | _more(cell, path, [other]))
+
+
+def _foreign(cell: Cell, path: Path) -> None:
+    names = [f"decoder.layers.{i}.{part}" for i in range(2) for part in ("mlp.gate_proj", "self_attn.qkv_proj")]
+    _rewrite(path, lambda tensors: _more(cell, path, names))
+
+
+def _renamed(cell: Cell, path: Path) -> None:
+    """Put another prefix in the place of the format's own."""
+    prefix = prefix_of(cell)
+    own = FORMATS[cell.format].write_prefix if prefix is None else prefix
+    other = "lora_somewhere_" if FORMATS[cell.format].flattened else "somewhere.else."
+    _rewrite(path, lambda tensors: {other + key.removeprefix(own): tensor for key, tensor in tensors.items()})
+
+
+def _halved(cell: Cell, path: Path) -> None:
+    adapter = read_lora(path)
+    gone = next(iter(adapter.modules.values())).keys["B"]
+    _rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != gone})
+
+
+def _strange(cell: Cell, path: Path) -> None:
+    key = next(iter(read_lora(path).modules.values())).keys["A"]
+    stem = re.sub(r"\.(?:lora[._]\w+|down|lora_A\.default)(?:\.default)?(?:\.weight)?$", "", key)
+    _rewrite(path, lambda tensors: tensors | {f"{stem}.lora_gate.weight": tensors[key].clone()})
+
+
+_PREFIX = "an unknown prefix"
+_KINDS = (
+    _Kind("a module the model lacks", _absent),
+    _Kind(_PREFIX, _renamed),
+    _Kind("a file for another model", _foreign),
+    _Kind("half of a pair", _halved),
+    _Kind("an unknown kind of key", _strange),
+)
+KINDS = (*(kind.name for kind in _KINDS), *VARIANTS)
+"""What a loader may be silent about: the parts of a file that no loader can apply, and variants it does not declare."""

@@ -1,0 +1,103 @@
+"""Every named cause is tested against the counterexample; what nothing explains is said to be unexplained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.checks.cell import Cell
+from harness.checks.families.direction import check_direction
+from harness.checks.families.scale import _ratio
+from harness.checks.law import measure_law
+from harness.checks.measuring import base_weights
+from harness.checks.observation import Observation, observation_of
+from harness.example import Example, Target
+from harness.loaders.registry import resolve
+from tests.checks.sample_loaders import loader_with, no_effect, right
+
+NAMES = ("transformer_blocks.0.img_mod.1", "transformer_blocks.1.img_mod.1")
+
+
+def seen_with(change: Callable[[Tensor, Tensor], Tensor], variant: str = "lora", form: str = "kohya") -> Observation:
+    """Return the observation of a load that makes change(product of the module, product of the other) of each layer."""
+    cell = Cell(resolve(right), form, "qwen-image", variant)
+    example = Example(tuple(Target(name, 4, 8.0) for name in NAMES))
+    before = cell.view.gather(base_weights(cell.bench, "float32"))
+    updates = cell.variant.updates(example, cell.view, before)
+    first, second = (updates[name].direction.product for name in NAMES)
+    after = dict(before)
+    after[NAMES[0]] = before[NAMES[0]] + change(first, second)
+    after[NAMES[1]] = before[NAMES[1]] + 2 * second
+    return observation_of(cell, example, updates, before, after)
+
+
+def noise(product: Tensor, other: Tensor) -> Tensor:
+    drawn = torch.randn(product.shape, generator=torch.Generator().manual_seed(3)).double()
+    return drawn * product.norm() / drawn.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (noise, "LH306", "nothing that is known explains it"),
+        (lambda own, other: 2 * own.T.reshape(own.shape), "LH301", "transposed"),
+        (lambda own, other: 2 * own.roll(len(own) // 2, 0), "LH302", "blocks of rows"),
+        (lambda own, other: 2 * torch.cat([own.chunk(3)[i] for i in (0, 2, 1)]), "LH302", "blocks of rows"),
+        (lambda own, other: 2 * own.flip(0), "LH302", "rows stand in another order"),
+        (lambda own, other: 2 * other, "LH104", "another module"),
+        (lambda own, other: 2 * own + 1.5 * other, "LH104", "other modules is in it"),
+    ],
+)
+def test_a_direction_has_the_name_that_explains_it(
+    change: Callable[[Tensor, Tensor], Tensor], code: str, words: str
+) -> None:
+    (found,) = check_direction(seen_with(change))
+    assert (found.code, found.modules) == (code, (NAMES[0],))
+    assert words in found.fact
+
+
+def test_what_an_earlier_file_holds_is_named_so() -> None:
+    from dataclasses import replace
+
+    seen = seen_with(noise)
+    old = seen.changes[NAMES[0]]
+    (found,) = check_direction(replace(seen, earlier={NAMES[0]: [old[:, :3], -0.5 * old]}))
+    assert found.code == "LH408"
+    (found,) = check_direction(replace(seen, earlier={NAMES[1]: [old]}))
+    assert found.code == "LH306"
+
+
+def test_a_ratio_never_reads_as_right() -> None:
+    assert (_ratio(0.5), _ratio(2.0), _ratio(-1.0)) == ("0.500", "2.000", "-1.000")
+    assert _ratio(1.0004) == "1.0004"
+    assert _ratio(0.99999997) == "0.99999997"
+
+
+def test_a_loader_that_does_nothing_is_said_to_do_nothing() -> None:
+    assert measure_law(no_effect, format="kohya").diagnosis.code == "LH101"
+
+
+@pytest.mark.parametrize(
+    ("scale", "code", "words"),
+    [
+        (lambda u, m, every: u * min(m.trained_scale, 1.5), "LH205", "alpha / rank beyond 1.5"),
+        (
+            lambda u, m, every: u * {x.rank: x.rank if x.alpha is None else x.alpha for x in every}[m.rank] / m.rank,
+            "LH204",
+            "alpha is kept by rank",
+        ),
+    ],
+)
+def test_a_cap_and_an_alpha_kept_by_rank_have_names_of_their_own(scale: object, code: str, words: str) -> None:
+    found = measure_law(loader_with(scale), format="kohya").diagnosis  # type: ignore[arg-type]
+    assert found.code == code
+    assert words in str(found.trait)
+
+
+def test_a_constant_over_the_square_of_the_rank_is_not_the_most_common_rank() -> None:
+    found = measure_law(loader_with(lambda u, m, every: 4 * u * (m.alpha or 0.0) / m.rank**2), format="kohya").diagnosis
+    assert found.law is not None
+    assert found.law.formula == "4 * strength * alpha / rank^2"

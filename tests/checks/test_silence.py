@@ -1,0 +1,102 @@
+"""What cannot be applied is applied right, refused or said to be left out; silence about it is LH103."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.checks.cell import Cell
+from harness.checks.families.silence import _says, check_silence, tries_silence, undeclared
+from harness.checks.observation import Observation
+from harness.checks.plan import smoke_example
+from harness.checks.trial import run_trial
+from harness.isolation.calls import is_listened_to, listened
+from harness.loaders.live import quiet
+from harness.loaders.registry import resolve
+from harness.selftest.cases import broken_cases
+from tests.checks.sample_loaders import right
+
+SILENT = {case.name.partition(":")[2]: case for case in broken_cases() if case.name.startswith("silence:")}
+
+
+def heard(cell: Cell) -> tuple[dict[str, str], list[Any]]:
+    once: Observation = run_trial(cell, smoke_example(cell, cell.targets[:4]))
+    return cell.heard, list(check_silence(cell, once, ()))
+
+
+def test_a_loader_that_refuses_all_it_does_not_know_is_silent_about_nothing() -> None:
+    outcomes, found = heard(Cell(resolve(right), "peft", "qwen-image"))
+    assert found == []
+    assert set(outcomes) > {"half of a pair", "dora", "rslora", "an unknown prefix"}
+    assert outcomes["rslora"] == "applied"
+    assert {outcomes[kind] for kind in ("a module the model lacks", "an unknown kind of key", "dora")} == {"refused"}
+
+
+@pytest.mark.parametrize("name", ["passes_over", "flag_not_read", "magnitude_dropped"])
+def test_silence_is_found_and_named(name: str) -> None:
+    (cell,) = SILENT[name].cells()
+    _, found = heard(cell)
+    fault = SILENT[name].fault
+    assert fault is not None
+    assert {finding.code for finding in found} == set(fault.codes)
+    assert {finding.family for finding in found} == {"silence"}
+
+
+def test_silence_is_tried_once_for_each_format() -> None:
+    subject = resolve(right)
+    cells = [Cell(subject, form, bench) for form in ("peft", "kohya") for bench in ("qwen-image", "qwen-image-fused")]
+    assert [cell.format for cell in cells if tries_silence(cell)] == ["peft", "kohya"]
+    assert not tries_silence(Cell(subject, "peft", "qwen-image", "rslora"))
+    names = [place.variant_name for place in undeclared(cells[0])]
+    assert names == ["rslora", "dora", "loha", "lokr", "lora-bias"]
+
+
+def test_warnings_log_records_and_prints_are_heard_and_quiet_is_not_quiet_then() -> None:
+    lines: list[str] = []
+    logger = logging.getLogger("apart")
+    logger.propagate = False
+    with listened(lines), quiet(""):
+        assert is_listened_to()
+        print("printed")
+        print("to stderr", file=sys.stderr)
+        logger.warning("logged %d", 3)
+        logger.debug("below the level")
+    assert lines[:3] == ["warning: logged 3", "printed", "to stderr"]
+    assert not any("below" in line for line in lines)
+    assert not is_listened_to()
+
+
+def warns(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    warnings.warn("2 keys were not used", stacklevel=1)
+
+
+def test_what_a_loader_warns_of_comes_back_from_where_it_runs() -> None:
+    cell = Cell(resolve(warns), "kohya", "qwen-image")
+    seen = run_trial(cell, smoke_example(cell, cell.targets[:1]), listen=True)
+    assert seen.said == ("warning: 2 keys were not used",)
+    assert run_trial(cell, smoke_example(cell, cell.targets[:1])).said == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("warning: anything new", True),
+        ("skipped transformer_blocks.97", True),
+        ("unexpected key x", True),
+        ("loaded 3 modules", False),
+        ("loaded 27 modules", False),
+        ("loaded 26 of 28 modules", True),
+        ("loaded 28/28 modules", False),
+        ("reading /tmp/other/file", False),
+        ("loading finished", False),
+    ],
+)
+def test_a_line_says_something_when_it_is_new_and_complains_or_counts_less(line: str, says: bool) -> None:
+    usual = ("loaded 28 modules", "reading /tmp/a/b")
+    assert _says(line, usual) is says
