@@ -10,10 +10,9 @@ from harness.files import match_modules, read_lora
 @torch.no_grad()
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add strength * alpha * B @ A to every layer of `model` that the file adapts."""
-    adapter = read_lora(lora)
-    layers = dict(model.named_modules())
-    names, unmatched = match_modules(adapter, layers)
-    if unmatched or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
+    adapter, layers = read_lora(lora), dict(model.named_modules())
+    names, left = match_modules(adapter, layers)
+    if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
         raise NotImplementedError("only A and B of layers that the model has are supported")
     for name, layer in names.items():
         a, b = adapter.tensors(name)

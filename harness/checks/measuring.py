@@ -70,12 +70,18 @@ class _Work:
     times: float = 1.0
     left: list[str] = field(default_factory=list)
     last: tuple[str, float | None] = ("", None)
+    is_cast: bool = False
     effects: list[Tensor] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
     @property
     def bench(self) -> Bench:
         return get_bench(self.order.bench)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model runs in, whatever a loader has put into it."""
+        return _dtype("float32" if self.is_cast else self.order.dtype)
 
     def take(self, kind: Kind, number: float | None, path: str) -> None:
         if kind in _OURS:
@@ -98,8 +104,8 @@ class _Work:
 
     def cast(self, number: float, path: str) -> None:
         self._answers(self.model)
-        self.model = self.model.to(_dtype("float32"))
-        self._answers(self.model, cast=True)
+        self.model, self.is_cast = self.model.to(_dtype("float32")), True
+        self._answers(self.model)
 
     def save(self, number: float, path: str) -> None:
         """Save all of the model's state, and go on with a fresh model, loaded as the last one was, that gets it."""
@@ -110,9 +116,9 @@ class _Work:
         self.model.load_state_dict(state)
         self._answers(self.model, before)
 
-    def _answers(self, *models: torch.nn.Module, cast: bool = False) -> None:
+    def _answers(self, *models: torch.nn.Module) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
-        plain = _base_output(self.bench, self.order.dtype, cast)
+        plain = _base_output(self.bench, self.order.dtype, self.is_cast)
         self.effects += [self.bench.forward(model).double() - plain for model in models]
 
     @property
@@ -145,12 +151,13 @@ class _Work:
         bench, dtype, bias, dense = self.bench, self.order.dtype, self.order.bias, dict[str, "Tensor"]()
         base = base_weights(bench, dtype, bias)
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
-            found = effective_weights(self.model, bench.layers, bias=bias, dense=dense)
+            how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
+            found = effective_weights(self.model, bench.layers, **how)
             if all(equal(self.times * base[name], found[name]) for name in bench.layers):
                 dense.clear()
-                found = weights_while_running(self.model, bench.layers, bench.forward, bias=bias, dense=dense)
-            shifted = () if bias else tuple(_shifted(bench, self.model, dtype))
-            unsteady = list(_unsteady(bench, self.model, found, dense, bias))
+                found = weights_while_running(self.model, bench.layers, bench.forward, **how)
+            shifted = () if bias else tuple(_shifted(bench, self.model, dtype, self.dtype))
+            unsteady = list(_unsteady(self, found, dense))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
         tensors = changed | {DENSE + name: value for name, value in dense.items()}
@@ -192,19 +199,19 @@ def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
             yield name or "the model itself"
 
 
-def _unsteady(
-    bench: Bench, model: torch.nn.Module, found: Mapping[str, Tensor], dense: Mapping[str, Tensor], bias: bool
-) -> Iterator[str]:
+def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield the layers that answer the same input differently when they are asked once more.
 
     Only those are asked again whose answer to dense input is not that of their weight.
     """
-    modules = dict(model.named_modules())
+    import torch
+
+    modules, layers, like = dict(work.model.named_modules()), work.bench.layers, torch.empty(0, dtype=work.dtype)
     for name, answer in dense.items():
-        x = dense_input(bench.layers[name], answer.dtype)
-        if x is None or name not in modules or not _apart(answer, x @ found[name][:, : x.shape[1]].T):
+        x = dense_input(layers[name], work.dtype)
+        if x is None or name not in modules or not _apart(answer, x.double() @ found[name][:, : x.shape[1]].T):
             continue
-        if _apart(effective_weight(modules[name], bench.layers[name], bias=bias), found[name]):
+        if _apart(effective_weight(modules[name], layers[name], like, bias=work.order.bias), found[name]):
             yield name
 
 
@@ -281,9 +288,9 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
     return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
 
 
-def _shifted(bench: Bench, model: torch.nn.Module, dtype: str) -> Iterator[str]:
+def _shifted(bench: Bench, model: torch.nn.Module, dtype: str, runs_in: torch.dtype) -> Iterator[str]:
     """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in offsets(model, bench.layers).items():
+    for name, value in offsets(model, bench.layers, runs_in).items():
         expected = _base_offsets(bench, dtype)[name]
         if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
             yield f"{name}.bias"

@@ -208,7 +208,8 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     symptoms = Symptoms(result, diagnosis)
     faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
     for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
-        fault = NamedFinding(cell, finding, diagnosis)
+        where = "" if finding.check or finding.code not in result.counts else result.only_where(finding.code)
+        fault = NamedFinding(cell, finding, diagnosis, where)
         reported.add(fault.family)
         yield fault.verdict(result.examples)
     for family in family_names():
