@@ -56,6 +56,7 @@ def test_what_a_power_cut_left_is_no_line(tmp_path: Path) -> None:
 ROOT = Path(__file__).parents[1]
 # What is no file that somebody keeps: a stream of lines, the runner's file, the kernel's, what goes with its folder.
 IN_PLACE = {
+    "harness/checks/patterns.py",
     "harness/doctor/audit/remote.py",
     "harness/isolation/child.py",
     "harness/loaders/command.py",
