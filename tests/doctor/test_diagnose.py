@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from harness.cli import main
 from harness.doctor.answers import Asked, answer, answers, prescriptions, why_not
-from harness.doctor.diagnose import Diagnosis, causes, diagnose, lines, tool_named, untargeted
+from harness.doctor.causes import causes
+from harness.doctor.diagnose import Diagnosis, diagnose, lines, tool_named
 from harness.doctor.inspect.describe import inspect_file
-from harness.doctor.traits import Traits
+from harness.doctor.traits import Traits, untargeted
 from harness.errors import UserError
 from harness.files import LoraParts, LoraWeights, read_lora, write_lora
 from harness.law.findings import findings
