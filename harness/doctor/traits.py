@@ -162,6 +162,7 @@ class Traits:
             "dtype": {module.dtype for module in modules},
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
+            "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
         return {trait: frozenset(values) for trait, values in lists.items()}
 
