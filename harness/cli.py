@@ -46,6 +46,10 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *arguments: Any, **keywords: Any) -> click.Context:
+        with told_in_a_sentence():  # `--help` prints here
+            return super().make_context(*arguments, **keywords)
+
     def invoke(self, ctx: click.Context) -> Any:
         with told_in_a_sentence():
             return super().invoke(ctx)

@@ -147,6 +147,18 @@ class LineWriter:
         self._file.close()
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a file that a user named; a device is refused, since it may never end.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if stat.S_ISCHR(path.stat().st_mode) and os.path.realpath(path) != os.devnull:
+        raise OSError(errno.EINVAL, "Is a device, a file is needed", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) of what is not empty; only a newline ends a line, NULs that a power cut left are no text.
 

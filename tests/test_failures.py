@@ -37,10 +37,20 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("args", [("inspect", LORA), ("explain", "LH201"), ("audit", LORA, "--json")], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [("inspect", LORA), ("explain", "LH201"), ("audit", LORA, "--json"), ("--help",)], ids=" ".join
+)
 def test_a_full_disk_is_said(args: tuple[str, ...]) -> None:
     done = run(*args, shell="{} > /dev/full")
     assert (done.returncode, sentence(done)) == (2, "error: No space left on device")
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--known-failures"])
+def test_a_device_is_no_file_of_earlier_results(option: str, tmp_path: Path) -> None:
+    done = run("run", "--out", str(tmp_path / "out"), option, "/dev/zero")
+    assert done.returncode == 2
+    assert "/dev/zero" in sentence(done)
+    assert "Is a device, a file is needed" in sentence(done)
 
 
 def test_a_closed_standard_output_is_said() -> None:

@@ -25,6 +25,7 @@ from harness.files import FORMATS
 from harness.fixtures import fixtures_folder
 from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
+from harness.outputs import text_of
 from harness.text import printable
 from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
@@ -156,7 +157,7 @@ def read_known_failures(path: Path) -> list[KnownFailure]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(text_of(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read known failures: {error.strerror or error}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

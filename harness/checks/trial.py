@@ -163,10 +163,12 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
         return "measurements without their names"
     if not isinstance(answer.get("drift"), float):
         return "measurements without what its answers have in common"
+    if not isinstance(tensors := answer.get("tensors", {}), dict):
+        return "measurements without their weights"
     shapes = {WEIGHT + name: tuple(weight.shape) for name, weight in base.items()}
     shapes |= {DENSE + name: (4, len(weight)) for name, weight in base.items()}
-    for key, tensor in (answer.get("tensors") or {}).items():
-        if shapes.get(key) != tuple(tensor.shape) or str(tensor.dtype) != "torch.float64":
+    for key, tensor in tensors.items():
+        if shapes.get(key) != tuple(getattr(tensor, "shape", ())) or str(tensor.dtype) != "torch.float64":
             return f"a tensor that no layer of {cell.bench_name} has"
     return None
 

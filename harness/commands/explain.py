@@ -100,7 +100,9 @@ def _search(text: str, as_json: bool) -> None:
     found = list(dict.fromkeys(_codes_of(text.lower())))
     if not found:
         known = [*CODES, *_examples()["symptom"], *findings()]
-        near = difflib.get_close_matches(text, known, n=3, cutoff=0.5) or difflib.get_close_matches(text.upper(), CODES)
+        near = [code for code in CODES if code == text.upper().replace("O", "0")]
+        near = near or difflib.get_close_matches(text, known, n=3, cutoff=0.5)
+        near = near or difflib.get_close_matches(text.upper(), CODES)
         hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CODES)}"
         raise UserError(f"{printable(text, 60)!r}: no such code or symptom; {hint}")
     if as_json:
@@ -116,6 +118,7 @@ def _codes_of(text: str) -> Iterator[str]:
     from harness.verdict.codes import CODES
 
     symptoms: Mapping[str, list[str]] = _examples()["symptom"]
+    text = text.replace("n't", " not")
     for symptom, codes in symptoms.items():
         if symptom in text or text in symptom:
             yield from codes

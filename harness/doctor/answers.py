@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
-from harness.law.findings import Finding, finding_of, is_within, met
+from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
-from harness.law.reads import Place, Reading, has_other_names, measured_on, reading, title_of
+from harness.law.reads import Place, Reading, has_other_names, knows_magnitudes, measured_on, reading, title_of
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
@@ -48,12 +49,13 @@ class Answer:
 class Asked:
     """A question about a file: the release of the tool (None: the one known), and what its training's alpha was.
 
-    `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank.
+    `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank. `base` is the model.
     """
 
     version: str | None = None
     lora_alpha: float | None = None
     as_rank: bool = False
+    base: Path | None = None
 
 
 def answers(traits: Traits, asked: Asked | None = None) -> dict[str, Answer]:
@@ -63,15 +65,18 @@ def answers(traits: Traits, asked: Asked | None = None) -> dict[str, Answer]:
 
 
 def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
-    """Return what `tool` does with the file."""
+    """Return what `tool` does with the file, and what to repair it to where no number makes it right."""
+    from harness.doctor.mending import repaired_to
+
     asked = asked or Asked()
-    found = _answer(tool, traits, asked)
+    found = unmended(tool, traits, asked)
     if found.strength is None and found.effect not in ("law", "unknown"):
         return replace(found, instead=repaired_to(tool, traits, asked))
     return found
 
 
-def _answer(tool: Tool, traits: Traits, asked: Asked) -> Answer:
+def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
+    """Return what `tool` does with the file as it is."""
     form = traits.adapter.format
     if form not in tool.formats:
         return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
@@ -153,7 +158,7 @@ def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
 def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
     """Return what was measured of a group on one architecture, a reading per spelling; None where one was not."""
     engine = _ENGINES.get((tool.name, place[0]), tool.name)
-    found = [reading(engine, place, scheme, group.counts, mixed=mixed) for scheme in group.schemes]
+    found = [reading(engine, place, spelled, group.counts, mixed=mixed) for spelled in group.spelled]
     return None if None in found else [each for each in found if each]
 
 
@@ -186,12 +191,14 @@ def _by_name(tool: Tool, group: Group, known: Iterable[Reading]) -> Reading:
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
     named = not tool.original_names or not group.places or any(map(_is_original, group.places))
+    doras = {spelled.partition("+")[2] for spelled in group.spelled} - {""}
+    named = named and all(knows_magnitudes(tool.name, kind) for kind in doras)
     if fits and in_family and named and all(each.effect == "law" for each in known):
         return Reading("law")
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
     which = " or ".join(dict.fromkeys(title_of(family) for family, _ in group.places))
-    return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.schemes)[:120]}")
+    return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.spelled)[:120]}")
 
 
 def _is_original(place: Place) -> bool:
@@ -243,40 +250,6 @@ def _strong(span: tuple[float, float] | None) -> str:
     low, high = span
     shown = f"{low:.4g}" if abs(high - low) < 1e-6 * abs(high) else f"{low:.4g} to {high:.4g}"
     return f"applies modules {shown} times as strong as trained"
-
-
-def repaired_to(tool: Tool, traits: Traits, asked: Asked | None = None) -> str | None:
-    """Return the format whose repaired file `tool` reads right on this architecture, None where none is known to.
-
-    A repaired file has alpha = rank and the trained scale in B, in the spelling that the format writes.
-    """
-    if any(set(module.keys) - {"A", "B", "alpha"} for module in traits.modules):
-        return None
-    if not (asked and (asked.lora_alpha is not None or asked.as_rank)) and traits.alphas & {
-        "none",
-        "zero",
-        "some-missing",
-    }:
-        return None
-    able = [form for form in _WRITTEN if form in tool.formats and form != traits.adapter.format]
-    return next((form for form in (traits.adapter.format, *able) if _reads_repaired(tool, form, traits)), None)
-
-
-_WRITTEN: Mapping[str, str] = {
-    "diffusers": "transformer.A.header", "kohya": "lora_unet.down.tensor", "comfyui": "diffusion_model.A.tensor",
-    "diffsynth": "bare.default.tensor", "peft": "base_model.A.config",
-}  # fmt: skip
-
-
-def _reads_repaired(tool: Tool, form: str, traits: Traits) -> bool:
-    if form not in _WRITTEN or form not in tool.formats or len(traits.groups) != 1 or not traits.groups[0].places:
-        return False
-    group = replace(traits.groups[0], schemes=(_WRITTEN[form],))
-    words = {**traits.words, "scheme": frozenset(group.schemes), "format": frozenset([form])}
-    words["alpha"] = traits.alphas & {"ranks"} | {"tensor" if "tensor" in group.schemes[0] else "header"}
-    words["alpha"] |= {"several"} if "ranks" in traits.alphas else set()
-    every = _rows(tool, group.places[0], group, mixed="ranks" in traits.alphas)
-    return every is not None and _worst(every).effect == "law" and not any(f.blocks for f in met(words, tool=tool.name))
 
 
 def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:

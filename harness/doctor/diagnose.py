@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
+from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.describe import trainer_of
 from harness.doctor.inspect.weights import Weighed, weigh
-from harness.doctor.traits import Traits, model_of, rule_of, untargeted, what_it_is
+from harness.doctor.mending import command, wants_a_base
+from harness.doctor.traits import Traits, model_of, rule_of, what_it_is
 from harness.errors import UserError
 from harness.files import read_lora
-from harness.law.findings import findings, is_within
+from harness.law.findings import is_within
 from harness.law.known import Tool, tools
 from harness.law.scale import word_of
 from harness.text import count, printable
 from harness.verdict.file_record import Hazard
 
-Saw = Literal["noise", "nothing", "weak", "strong"]
-SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
 _GRAVE = ("LH707", "LH713")
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
-
-
-@dataclass(frozen=True)
-class Cause:
-    """What could be behind a picture: the cause, the test that decides, and what of this file speaks for it."""
-
-    what: str
-    test: str
-    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,15 +52,16 @@ class Diagnosis:
         return rule_of(self.traits, self.trainer)
 
     @cached_property
-    def _asked(self) -> Asked:
-        return Asked(self.asked.version, self.asked.lora_alpha, as_rank=self.rule is not None)
+    def question(self) -> Asked:
+        """What is asked of every tool, the trainer's rule included."""
+        return replace(self.asked, as_rank=self.rule is not None)
 
     @cached_property
     def answers(self) -> dict[str, Answer]:
         """The answer of the tool that was asked for, or of all that read the format."""
         if self.tool:
-            return {self.tool.name: answer(self.tool, self.traits, self._asked)}
-        return answers(self.traits, self._asked)
+            return {self.tool.name: answer(self.tool, self.traits, self.question)}
+        return answers(self.traits, self.question)
 
     @property
     def grave(self) -> tuple[Hazard, ...]:
@@ -99,6 +90,7 @@ def diagnose(
     asked = asked or Asked()
     known = tool_named(tool, asked.version) if tool else None
     placed = _placed(traits, base) if base else None
+    asked = replace(asked, base=base)
     return Diagnosis(Path(path), traits, asked, known, saw, placed, weigh(traits.adapter))
 
 
@@ -171,27 +163,24 @@ def _steps(found: Diagnosis, right: float) -> str:
 
 
 def _what_to_do(found: Diagnosis, given: Answer) -> str:
+    if any(hazard.code == "LH707" for hazard in found.grave):
+        return "no repair makes NaN right: take an earlier step of the training"
     if given.instead:
-        file = shlex.quote(printable(found.path, 200))
-        return f"lora-harness repair {file} --to {given.instead} --out NEW" + _needs(found, given.instead)
+        return command(found.path, found.traits, found.question, given.instead)
     if given.effect == "law" and given.strength is None:
         return "give the alpha of the training: --lora-alpha N"
     if given.effect in _CANNOT:
-        return f"use a tool that reads it: {able(found) or 'none is known'}"
+        base = wants_a_base(given.tool, found.traits, found.question)
+        asks = "; or ask again with --base MODEL, whose layers a repair would need" if base else ""
+        return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
         return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
     return "nothing else"
 
 
-def _needs(found: Diagnosis, to: str) -> str:
-    flat = found.traits.adapter.flattened and to != "kohya"
-    alpha = f" --lora-alpha {found.asked.lora_alpha:g}" if found.asked.lora_alpha is not None else ""
-    return alpha + (" --base MODEL (its names are flattened)" if flat else "")
-
-
 def able(found: Diagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
-    every = answers(found.traits, found._asked)
+    every = answers(found.traits, found.question)
     return ", ".join(
         f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release
     )
@@ -239,88 +228,6 @@ def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
             f"passing {most} would be {most}x too strong if it was {most}" if len(ranks) == 1 else "never pass the rank"
         )
         yield "alpha", f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
-
-
-def causes(found: Diagnosis) -> list[Cause]:
-    """Return what could be behind what was seen, what the file itself speaks for first."""
-    every = list(_CAUSES[found.saw or "noise"](found))
-    sure = {hazard.what for hazard in found.weighed.hazards}
-    return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
-
-
-def _strength_cause(found: Diagnosis) -> Cause:
-    wrong = [
-        f"{each.tool.name} {each.says}" for each in found.answers.values()
-        if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
-    ]  # fmt: skip
-    right = "; ".join(
-        f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None
-    )
-    test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
-    return Cause("wrong strength", test, "; ".join(wrong[:2]))
-
-
-def _dropped_cause(found: Diagnosis) -> Cause:
-    bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
-    evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
-    return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
-
-
-def _model_cause(found: Diagnosis) -> Cause:
-    test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
-    none = found.placed if found.placed and found.placed.startswith("applies to 0 ") else ""
-    return Cause(f"another model than {model_of(found.traits)}", test, none)
-
-
-def _said(found: Diagnosis, code: str) -> str:
-    return next((hazard.what for hazard in found.weighed.hazards if hazard.code == code), "")
-
-
-def _noise(found: Diagnosis) -> Iterator[Cause]:
-    yield _strength_cause(found)
-    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
-    yield Cause("NaN or infinite weights", test, _said(found, "LH707"))
-    yield _model_cause(found)
-    yield Cause(
-        "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
-    )
-    yield _dropped_cause(found)
-
-
-def _nothing(found: Diagnosis) -> Iterator[Cause]:
-    yield _dropped_cause(found)
-    yield _model_cause(found)
-    weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
-    yield Cause("far too weak", "load it at 10 times the strength: does anything change?", "; ".join(weak[:2]))
-    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH713, LH714)"
-    yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
-
-
-def _weak(found: Diagnosis) -> Iterator[Cause]:
-    yield from list(_nothing(found))[2:3]
-    missing = ", ".join(untargeted(found.traits)) or "none that is known"
-    yield Cause(
-        "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"
-    )
-    yield Cause(
-        "a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full"
-    )
-    yield Cause(f"too few layers targeted (left alone: {missing})", "add them to target_modules and train again")
-    yield Cause("a strength below what you want", "raise it up to 1.5: style grows, and artifacts with it")
-
-
-def _strong(found: Diagnosis) -> Iterator[Cause]:
-    yield _strength_cause(found)
-    calls = [
-        f.says
-        for f in findings().values()
-        if f.effect == "call" and "LH207" in f.codes and found.tool and found.tool.name in f.tools
-    ]
-    yield Cause("applied twice", "restart the tool and load it once: does the picture change?", "; ".join(calls))
-    yield _model_cause(found)
-
-
-_CAUSES: dict[str, Any] = {"noise": _noise, "nothing": _nothing, "weak": _weak, "strong": _strong}
 
 
 def as_data(found: Diagnosis) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,12 +38,20 @@ _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 @dataclass(frozen=True)
 class Group:
-    """The modules of one part of the pipeline: their layers by pattern, what they can belong to, spellings of keys."""
+    """The modules of one part of the pipeline: their layers by pattern, what they can belong to, spellings of keys.
+
+    `spelled` has the spellings as `reads.json` names them: with `+out`, `+in` or `+vector` where there are magnitudes.
+    """
 
     text_encoder: bool
     counts: Mapping[str, int]
     places: tuple[Place, ...]
-    schemes: tuple[str, ...]
+    spelled: tuple[str, ...]
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The spellings, whatever magnitudes stand beside them."""
+        return tuple(sorted({spelling.partition("+")[0] for spelling in self.spelled}))
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,17 @@ class Traits:
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
-            found.add((before, after, "alpha" in module.keys))
+            found.add((before, after, "alpha" in module.keys, self._dora(module)))
         return {
             f"{_prefix_name(before)}.{_pair_name(after)}."
-            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}"
-            for before, after, tensor in found
+            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{dora}"
+            for before, after, tensor, dora in found
         }
+
+    @cached_property
+    def plans(self) -> dict[Hashable, Traits | None]:
+        """What repairs of this file would give, kept by what was asked (`doctor/mending.py`)."""
+        return {}
 
     @cached_property
     def alphas(self) -> frozenset[str]:
@@ -151,6 +164,7 @@ class Traits:
             "dtype": {module.dtype for module in modules},
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
+            "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
         return {trait: frozenset(values) for trait, values in lists.items()}
 
@@ -163,9 +177,18 @@ class Traits:
         """Yield of every DoRA magnitude its tail, and its axis: one number per `out` row or per `in` column."""
         for module in self.adapter.modules.values():
             if key := module.keys.get("magnitude"):
-                shape = self.adapter.file.tensors[key].shape
                 yield "dora_scale" if key.endswith("dora_scale") else "magnitude"
-                yield "out" if shape and shape[0] == module.out_features else "in"
+                yield self._axis(module, key)
+
+    def _axis(self, module: LoraModule, key: str) -> str:
+        shape = self.adapter.file.tensors[key].shape
+        return "out" if shape and shape[0] == module.out_features else "in"
+
+    def _dora(self, module: LoraModule) -> str:
+        """Return how `reads.json` marks a spelling with such magnitudes, empty for modules without."""
+        if not (key := module.keys.get("magnitude")):
+            return ""
+        return f"+{self._axis(module, key)}" if key.endswith("dora_scale") else "+vector"
 
 
 def _prefix_name(before: str) -> str:

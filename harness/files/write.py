@@ -128,13 +128,22 @@ def save(path: Path | str, format: str, content: Content) -> Path:
         write_gguf(target, content.tensors, content.alpha, content.metadata.get(ARCHITECTURE_KEY, "llama"))
         return target
     config = json.dumps(content.config, indent=2, sort_keys=True)
-    header = {HEADER_KEY: config} if row.alpha[0] == "header" and content.config else {}
-    serialized = _serialized(content.tensors, {**content.metadata, **header})
+    serialized = _serialized(content.tensors, {**content.metadata, **header_of(row, content.config)})
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_file(target, serialized)
     if row.folder:
         replace_file(path / CONFIG_NAME, config.encode() + b"\n")
     return path if row.folder else target
+
+
+def header_of(row: Format, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata that hold a configuration, where a format keeps it in the header."""
+    return {HEADER_KEY: json.dumps(config, indent=2, sort_keys=True)} if row.alpha[0] == "header" and config else {}
+
+
+def key_of(row: Format, role: str) -> str:
+    """Return how a format calls a part of a module, behind its name."""
+    return _tail(row, role, row.pairs[0])
 
 
 def _row(format: str, modules: Modules, pair: str | None) -> Format:

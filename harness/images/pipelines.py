@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harness.errors import UserError, one_line
 from harness.isolation.device import cuda_devices
 from harness.loaders.live import quiet
+from harness.outputs import text_of
 
 Offload = Literal["none", "model", "sequential"]
 TABLE = "prompts.safetensors"
@@ -139,7 +140,7 @@ def read_prompts(path: Path | str) -> tuple[str, ...]:
         UserError: the file cannot be read or holds no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = text_of(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: prompts cannot be read: {error}") from None
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))

@@ -15,7 +15,7 @@ from typing import TextIO, TypeVar
 from pydantic import ValidationError
 
 from harness.errors import UserError
-from harness.outputs import only_writer
+from harness.outputs import only_writer, text_of
 from harness.report.models import (
     ADAPTER,
     SCHEMA_VERSION,
@@ -210,7 +210,7 @@ def _read_records(path: Path) -> tuple[list[AnyRecord], str | None]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        return text_of(path).rstrip("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

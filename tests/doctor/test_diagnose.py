@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.doctor.answers import Asked, answer, answers, prescriptions, why_not
-from harness.doctor.diagnose import Diagnosis, causes, diagnose, lines, tool_named, untargeted
+from harness.doctor.causes import causes
+from harness.doctor.diagnose import Diagnosis, diagnose, lines, tool_named
 from harness.doctor.inspect.describe import inspect_file
-from harness.doctor.traits import Traits
+from harness.doctor.traits import Traits, untargeted
 from harness.errors import UserError
 from harness.files import LoraParts, LoraWeights, read_lora, write_lora
 from harness.law.findings import findings
@@ -366,3 +367,15 @@ def test_the_release_decides_which_row_of_a_tool_answers(tmp_path: Path) -> None
     assert "DiffSynth-Studio 2.0.4: applies modules 2 times" in old.output
     assert "alpha = 0.5" in old.output
     assert "alpha = 1 " in run(path, "--tool", "diffsynth", "--tool-version", "2.1.12").output
+
+
+@pytest.mark.parametrize(("beside", "strength"), [("diff_b", 1.0), ("diff", None), ("set_weight", None)])
+def test_a_whole_tensor_beside_a_pair_is_what_comfyui_makes_of_it(
+    beside: str, strength: float | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path, WAN, "comfyui", ((4, 4.0),), prefix="diffusion_model.", pair="down")
+    tensors = load_file(path) | {f"diffusion_model.{WAN[0]}.{beside}": torch.ones(8, *[8] * (beside != "diff_b"))}
+    save_file(tensors, path)
+    found = answer(tools()["comfyui"], Traits(read_lora(path)))
+    assert found.strength == strength
+    assert found.effect == ("law" if strength else "drops")

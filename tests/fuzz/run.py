@@ -1,6 +1,7 @@
 """`python -m tests.fuzz.run`: mutate, read, and keep whatever crashes, hangs or eats memory.
 
-`--write` puts the table into benchmarks/fuzz.md; a failure prints the command that repeats it, and the exit code is 1.
+`--write` puts the table into benchmarks/fuzz.md, where the rows of targets that were not run stay. A failure prints the
+command that repeats it, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -107,6 +108,17 @@ def fuzz(name: str, seeds: Iterator[int] | range) -> Tally:
     return tally
 
 
+def written(page: Path) -> dict[str, Tally]:
+    """Return the targets that a page has already."""
+    found = {}
+    for line in page.read_text(encoding="utf-8").splitlines() if page.is_file() else ():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in TARGETS:
+            executions, failures, seconds, slowest = (int(cell.replace(",", "")) for cell in cells[1:])
+            found[cells[0]] = Tally(cells[0], executions, seconds, slowest / 1000, ["recorded"] * failures)
+    return found
+
+
 def table(tallies: list[Tally], seed: int) -> str:
     """Return the Markdown page of a run."""
     rows = [
@@ -137,7 +149,9 @@ def main() -> int:
         print(f"{name}: {tallies[-1].executions:,} executions, {len(tallies[-1].failures)} failures", flush=True)
         print("\n".join(tallies[-1].failures[:5]), end="")
     if options.write:
-        (ROOT / "benchmarks" / "fuzz.md").write_text(table(tallies, options.seed), encoding="utf-8")
+        page = ROOT / "benchmarks" / "fuzz.md"
+        every = written(page) | {tally.name: tally for tally in tallies}
+        page.write_text(table([every[name] for name in TARGETS if name in every], options.seed), encoding="utf-8")
     return int(any(tally.failures for tally in tallies))
 
 

@@ -87,6 +87,25 @@ def stops_itself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@_ends("LH901", "measurements without their weights", after=True, wrong=3)
+def saves_no_tensors() -> None:
+    import safetensors.torch
+
+    safetensors.torch.save = lambda *arguments: b""
+
+
+@_ends(*RIGHT, after=True)
+def stops_its_judge() -> None:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(0.2)
+
+
+@_ends(*DIED)
+def kills_its_judge() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1)
+
+
 @_ends(*HUNG, after=True)
 def a_thread_stops_it_later() -> None:
     threading.Thread(target=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()

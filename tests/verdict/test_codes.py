@@ -101,3 +101,27 @@ def test_explain_says_how_grave_a_code_is_and_who_emits_it() -> None:
     facts = json.loads(CliRunner().invoke(main, ["explain", "LH104", "--json"]).output)
     assert (facts["severity"], facts["checks"]) == ("error", ["direction"])
     assert "LH102" in facts["explains"]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_is_explained_with_a_wrong_and_a_right_example(code: str) -> None:
+    found = json.loads(CliRunner().invoke(main, ["explain", code, "--json"]).output)
+    assert found["wrong"].strip() != found["right"].strip()
+    assert found["cause"]
+    assert found["fix"]
+
+
+@pytest.mark.parametrize(
+    "symptom", ["noise", "no effect", "the lora doesn't work", "it does nothing", "burnt", "black image", "too strong"]
+)
+def test_a_symptom_leads_to_codes_that_there_are(symptom: str) -> None:
+    found = json.loads(CliRunner().invoke(main, ["explain", *symptom.split(), "--json"]).output)
+    assert found["codes"]
+    assert set(found["codes"]) <= CODES.keys()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("nioise", "noise"), ("LH2O1", "LH201"), ("comfyui-header", "comfyui-")])
+def test_what_was_mistyped_is_asked_back(typed: str, meant: str) -> None:
+    done = CliRunner().invoke(main, ["explain", typed])
+    assert done.exit_code == 2
+    assert f"did you mean {meant}" in done.output

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from harness.doctor.architectures import Rows, Shape, Slot
-from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.match import place
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.text import count, printable
+
+if TYPE_CHECKING:  # the models' layers are read with torch, which a question about names alone does not need
+    from harness.doctor.architectures import Rows, Shape, Slot
 
 _CHECKPOINT = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 _DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})
@@ -48,7 +48,26 @@ class Home(NamedTuple):
 
 
 Homes = dict[str, tuple[Home, ...]]
-Layers = Mapping[str, Shape | None]
+Layers = Mapping[str, "Shape | None"]
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT takes what it starts from out of the base's weight
+_ACTING = (
+    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
+    "monteclora_config", "arrow_config",
+)  # fmt: skip
+
+
+def refuse_what_a_configuration_does(adapter: LoraAdapter, to: str) -> None:
+    """Refuse another format where PEFT's configuration changes what B @ A does, which no tensor says.
+
+    Raises:
+        UserError: naming the field.
+    """
+    config = adapter.config if to != adapter.format else {}
+    starts = str(config.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
+    fields = [name for name in _ACTING if config.get(name)] + ["init_lora_weights"] * starts
+    if fields:
+        what = f"{fields[0]}={printable(config[fields[0]], 40)} changes what the pairs do, and no {to} file says so"
+        raise UserError(f"{adapter.path}: {what}; --to {adapter.format} keeps it")
 
 
 def homes(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:
@@ -99,6 +118,8 @@ def _placed(adapter: LoraAdapter, layers: Layers) -> Homes:
     Raises:
         UserError: it has none.
     """
+    from harness.doctor.match import place
+
     found = place(adapter, layers)
     if not found.slots:
         first = printable(next(iter(adapter.modules)))
@@ -225,6 +246,8 @@ def notes_on(adapter: LoraAdapter, layers: Layers | None) -> Iterator[str]:
     """Yield notes about modules whose names fit no layer of the model, or only after replacing a prefix."""
     if layers is None:
         return
+    from harness.doctor.match import place
+
     found = place(adapter, layers)
     seen = {adapter.modules[name].component for name in found.slots} | _DENOISER
     lost = [name for name, one in adapter.modules.items() if name not in found.slots and one.component in seen]
@@ -244,6 +267,8 @@ def layers_from(path: Path) -> dict[str, Shape | None]:
         UserError: the file cannot be read or names nothing.
     """
     if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        from harness.doctor.checkpoint import Checkpoint
+
         checkpoint = Checkpoint.open(path)
         return {layer: tuple(checkpoint.info(tensor).shape) for layer, tensor in checkpoint.layers.items()}
     try:

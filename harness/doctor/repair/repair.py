@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain, gain_of
-from harness.doctor.repair.naming import Layers, homes, notes_on
+from harness.doctor.repair.naming import Layers, homes, notes_on, refuse_what_a_configuration_does
 from harness.doctor.repair.plan import Plan, RepairedModule, notes_of, plan_repair
 from harness.doctor.repair.proof import proved
 from harness.errors import UserError
@@ -24,15 +24,10 @@ from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alp
 from harness.files.alpha import MLX
 from harness.files.format import HEADER_KEY
 from harness.files.write import Content, compose, configuration, save, stem_of
-from harness.text import count, printable
+from harness.text import count
 from harness.verdict.verdict import Record
 
 _WRAPPER = "text_model."
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT takes what it starts from out of the base's weight
-_ACTING = (
-    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
-    "monteclora_config", "arrow_config",
-)  # fmt: skip
 
 
 class RepairReport(Record):
@@ -124,7 +119,7 @@ def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     """Return where the file goes, refusing what must not be written."""
     if to not in FORMATS:
         raise UserError(f"format={to!r} is unknown, known are {', '.join(FORMATS)}")
-    _refuse_what_a_configuration_does(adapter, to)
+    refuse_what_a_configuration_does(adapter, to)
     if not FORMATS[to].folder and out.suffix != FORMATS[to].suffix:
         out = out.with_name(out.name + FORMATS[to].suffix)
     if out.exists() and (out.samefile(adapter.path) or out.samefile(adapter.file.path)):
@@ -132,20 +127,6 @@ def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     if os.path.lexists(out) and not force:
         raise UserError(f"{out}: exists already; --force replaces it")
     return out
-
-
-def _refuse_what_a_configuration_does(adapter: LoraAdapter, to: str) -> None:
-    """Refuse another format where PEFT's configuration changes what B @ A does, which no tensor says.
-
-    Raises:
-        UserError: naming the field.
-    """
-    config = adapter.config if to != adapter.format else {}
-    starts = str(config.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
-    fields = [name for name in _ACTING if config.get(name)] + ["init_lora_weights"] * starts
-    if fields:
-        what = f"{fields[0]}={printable(config[fields[0]], 40)} changes what the pairs do, and no {to} file says so"
-        raise UserError(f"{adapter.path}: {what}; --to {adapter.format} keeps it")
 
 
 def _content(adapter: LoraAdapter, to: str, plan: Plan) -> Content:

@@ -1,0 +1,108 @@
+"""What could be behind a picture that is not as it should be: causes, each with the test that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.doctor.traits import model_of, untargeted
+from harness.law.findings import findings
+from harness.text import printable
+
+if TYPE_CHECKING:
+    from harness.doctor.diagnose import Diagnosis
+
+Saw = Literal["noise", "nothing", "weak", "strong"]
+SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What could be behind a picture: the cause, the test that decides, and what of this file speaks for it."""
+
+    what: str
+    test: str
+    evidence: str = ""
+
+
+def causes(found: Diagnosis) -> list[Cause]:
+    """Return what could be behind what was seen, what the file itself speaks for first."""
+    every = list(_CAUSES[found.saw or "noise"](found))
+    sure = {hazard.what for hazard in found.weighed.hazards}
+    return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
+
+
+def _strength_cause(found: Diagnosis) -> Cause:
+    wrong = [
+        f"{each.tool.name} {each.says}" for each in found.answers.values()
+        if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
+    ]  # fmt: skip
+    right = "; ".join(
+        f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None
+    )
+    test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
+    return Cause("wrong strength", test, "; ".join(wrong[:2]))
+
+
+def _dropped_cause(found: Diagnosis) -> Cause:
+    bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
+    evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
+    return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
+
+
+def _model_cause(found: Diagnosis) -> Cause:
+    test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
+    none = found.placed if found.placed and found.placed.startswith("applies to 0 ") else ""
+    return Cause(f"another model than {model_of(found.traits)}", test, none)
+
+
+def _said(found: Diagnosis, code: str) -> str:
+    return next((hazard.what for hazard in found.weighed.hazards if hazard.code == code), "")
+
+
+def _noise(found: Diagnosis) -> Iterator[Cause]:
+    yield _strength_cause(found)
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
+    yield Cause("NaN or infinite weights", test, _said(found, "LH707"))
+    yield _model_cause(found)
+    yield Cause(
+        "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
+    )
+    yield _dropped_cause(found)
+
+
+def _nothing(found: Diagnosis) -> Iterator[Cause]:
+    yield _dropped_cause(found)
+    yield _model_cause(found)
+    weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
+    yield Cause("far too weak", "load it at 10 times the strength: does anything change?", "; ".join(weak[:2]))
+    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH713, LH714)"
+    yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
+
+
+def _weak(found: Diagnosis) -> Iterator[Cause]:
+    yield from list(_nothing(found))[2:3]
+    missing = ", ".join(untargeted(found.traits)) or "none that is known"
+    yield Cause(
+        "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"
+    )
+    yield Cause(
+        "a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full"
+    )
+    yield Cause(f"too few layers targeted (left alone: {missing})", "add them to target_modules and train again")
+    yield Cause("a strength below what you want", "raise it up to 1.5: style grows, and artifacts with it")
+
+
+def _strong(found: Diagnosis) -> Iterator[Cause]:
+    yield _strength_cause(found)
+    calls = [
+        f.says
+        for f in findings().values()
+        if f.effect == "call" and "LH207" in f.codes and found.tool and found.tool.name in f.tools
+    ]
+    yield Cause("applied twice", "restart the tool and load it once: does the picture change?", "; ".join(calls))
+    yield _model_cause(found)
+
+
+_CAUSES: dict[str, Any] = {"noise": _noise, "nothing": _nothing, "weak": _weak, "strong": _strong}

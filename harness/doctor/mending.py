@@ -1,0 +1,84 @@
+"""The repair that makes a file right for a tool: planned for this very file, its result asked about like any other."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from harness.doctor.answers import Asked, unmended
+from harness.doctor.repair.naming import layers_from
+from harness.doctor.repair.preview import is_plain, preview, with_scale
+from harness.doctor.traits import Traits
+from harness.errors import LoraFileError, UserError
+from harness.files import LoraAdapter, with_alpha
+from harness.law.known import Tool
+from harness.text import printable
+
+_WRITTEN = ("diffusers", "kohya", "comfyui", "diffsynth", "peft")  # for any names, ranks and alphas
+
+
+def repaired_to(tool: Tool, traits: Traits, asked: Asked) -> str | None:
+    """Return the format to which `repair` can bring this file so that `tool` reads it as trained, None without one.
+
+    Each is planned (`preview`), and what it gives is asked about.
+    """
+    return next((form for form in _formats(tool, traits) if _is_read(tool, traits, asked, form)), None)
+
+
+def wants_a_base(tool: Tool, traits: Traits, asked: Asked) -> bool:
+    """Tell whether a repair may be possible once the names of the model's layers are known."""
+    if asked.base is not None or not traits.adapter.flattened or not _of_known_scale(traits.adapter, asked):
+        return False
+    return any(form != "kohya" for form in _formats(tool, traits))
+
+
+def command(path: Path, traits: Traits, asked: Asked, to: str) -> str:
+    """Return the repair of `repaired_to` as it is typed."""
+    words = ["lora-harness", "repair", printable(path, 500), "--to", to, "--out", f"{path.stem}-{to}{_suffix(to)}"]
+    if "none" in traits.alphas or traits.alphas & {"zero", "some-missing"}:
+        words += ["--scale", "1"] if asked.as_rank else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
+    if asked.base is not None:
+        words += ["--base", printable(asked.base, 500)]
+    return shlex.join(words)
+
+
+def _suffix(to: str) -> str:
+    return "" if to == "peft" else ".safetensors"
+
+
+def _formats(tool: Tool, traits: Traits) -> list[str]:
+    """Return the formats to try, the file's own first."""
+    own = traits.adapter.format
+    return [form for form in (own, *(form for form in _WRITTEN if form != own)) if form in tool.formats]
+
+
+def _is_read(tool: Tool, traits: Traits, asked: Asked, form: str) -> bool:
+    if (new := _planned(traits, asked, form)) is None:
+        return False
+    found = unmended(tool, new, Asked(asked.version))
+    return found.effect == "law" and found.strength is not None and abs(found.strength - 1) < 1e-6
+
+
+def _planned(traits: Traits, asked: Asked, form: str) -> Traits | None:
+    """Return the traits of what `repair --to form` writes, None where it refuses."""
+    key = (form, asked.lora_alpha, asked.as_rank, asked.base)
+    if key not in traits.plans:
+        given = _of_known_scale(traits.adapter, asked)
+        traits.plans[key] = _previewed(given, form, asked.base) if given else None
+    return traits.plans[key]
+
+
+def _previewed(given: LoraAdapter, form: str, base: Path | None) -> Traits | None:
+    try:
+        return Traits(preview(given, form, layers_from(base) if base else None))
+    except (LoraFileError, UserError):
+        return None
+
+
+def _of_known_scale(adapter: LoraAdapter, asked: Asked) -> LoraAdapter | None:
+    """Return the adapter with the alphas that the repair will be given, None where they, or it, will not do."""
+    given = with_alpha(adapter, asked.lora_alpha)
+    if asked.as_rank and all(module.alpha is None for module in given.modules.values()):
+        given = with_scale(given)
+    known = all(module.alpha or module.unscaled for module in given.modules.values())
+    return given if known and is_plain(given) else None
