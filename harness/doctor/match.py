@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.doctor.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
 from harness.doctor.experts import in_one, one_by_one
@@ -56,13 +56,17 @@ class Placement:
     families: tuple[str, ...] = ()
 
 
-def place(adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> Placement:
+def place(
+    adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Mapping[str, Any] | None = None
+) -> Placement:
     """Return where every module of `adapter` goes in a model; `layers` maps its layers to [out, in, ...], if known.
+
+    `config` is that of the model, which tells its heads where q, k and v are interleaved by them.
 
     Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
     prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
     """
-    placer = _Placer(adapter, layers)
+    placer = _Placer(adapter, layers, config or {})
     for name, module in adapter.modules.items():
         placer.add(name, module)
     return placer.result()
@@ -81,8 +85,8 @@ def match_layers(adapter: LoraAdapter, layers: Collection[str]) -> dict[str, Mat
 class _Placer:
     """Place modules one by one, then tell which of them are in each other's way."""
 
-    def __init__(self, adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> None:
-        self.adapter, self.layers = adapter, layers
+    def __init__(self, adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Mapping[str, Any]) -> None:
+        self.adapter, self.layers, self.config = adapter, layers, config
         self.slots: dict[str, tuple[Slot, ...]] = {}
         self.missing: list[str] = []
         self.ambiguous: dict[str, str] = {}
@@ -185,7 +189,7 @@ class _Placer:
         problems = []
         for group in groups:
             try:
-                slots = tuple(sliced(module.out_features, module.in_features, group, self.layers))
+                slots = tuple(sliced(module.out_features, module.in_features, group, self.layers, self.config))
                 found.setdefault(self._fitted(module, slots), group[0][0].row.family)
             except UnplacedError as why:
                 problems.append(why)
