@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,11 @@ class UnplacedError(Exception):
 
 
 class UnjudgedError(UnplacedError):
-    """Why a module that has a layer is not placed: names and shapes do not tell the rows."""
+    """Why a module that has a layer is not placed: names and shapes tell no rows, or not which of `layers` it is."""
+
+    def __init__(self, why: str, layers: Iterable[str] = ()) -> None:
+        super().__init__(why)
+        self.layers = tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def sliced(
     row = alias.row
     heads = heads_of(config, row.heads) if row.heads else None
     if row.order and heads is None:
-        raise UnjudgedError(f"{layer}: {row.order}")
+        raise UnjudgedError(f"{layer}: {row.order}", [layer for _, layer in group])
     if heads and heads.interleaved:
         yield from _interleaved(heads, outputs, group, layers)
     elif len(row.right) == 1:
@@ -207,10 +211,10 @@ def sliced(
     elif alias.fused:
         shape = layers[layer]
         if shape and len(shape) == 3:
-            raise UnjudgedError(f"{layer}: how experts stack their parts differs between models")
+            raise UnjudgedError(f"{layer}: how experts stack their parts differs between models", [layer])
         rows = row.rows(alias.place, row.heights({alias.place: outputs}, shape[0] if shape else None))
         if rows is None:
-            raise UnjudgedError(f"{layer}: which of its rows these are cannot be told")
+            raise UnjudgedError(f"{layer}: which of its rows these are cannot be told", [layer])
         yield Slot(layer, alias.name, rows)
     else:
         yield from _stacked(group, outputs, layers)
@@ -227,7 +231,7 @@ def _interleaved(
     for alias, layer in group:
         shape = layers[layer]
         if shape is None:
-            raise UnjudgedError(f"{layer}: its rows are not known")
+            raise UnjudgedError(f"{layer}: its rows are not known", [layer])
         total, own = (shape[0], outputs) if alias.fused else (outputs, shape[0])
         size, rest = divmod(total, heads.count + 2 * heads.kv)
         height = size * heads.count // heads.kv if alias.place == 0 else size
@@ -259,7 +263,9 @@ def _stacked(group: Sequence[tuple[Alias, str]], outputs: int, layers: Mapping[s
     for alias, layer in sorted(group, key=lambda pair: pair[0].place):
         part = row.rows(alias.place, heights)
         if part is None:
-            raise UnjudgedError(f"{layer}: which rows of the module go there cannot be told")
+            raise UnjudgedError(
+                f"{layer}: which rows of the module go there cannot be told", [layer for _, layer in group]
+            )
         if part[0] < outputs:
             yield Slot(layer, alias.others[alias.place], None, part)
     ends = {part[1] for alias, _ in group if (part := row.rows(alias.place, heights))}

@@ -45,7 +45,7 @@ class Placement:
     `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
     share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
     reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
-    whose two names for a layer were needed.
+    whose two names for a layer were needed, `suspects` the layers that ambiguous modules may be.
     """
 
     slots: Mapping[str, tuple[Slot, ...]]
@@ -54,6 +54,7 @@ class Placement:
     misfits: Mapping[str, str] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
     families: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
 
 
 def place(
@@ -94,6 +95,7 @@ class _Placer:
         self.replaced: Counter[tuple[str, str]] = Counter()
         self.by_ending: set[str] = set()
         self.families: dict[str, None] = {}
+        self.suspects: dict[str, None] = {}
         self._scopes: dict[str, Scope] = {}
 
     def add(self, name: str, module: LoraModule) -> None:
@@ -108,6 +110,7 @@ class _Placer:
                 self.missing.append(name)
         except UnjudgedError as why:
             self.ambiguous[name] = str(why)
+            self.suspects |= dict.fromkeys(why.layers)
         except UnplacedError as why:
             self.misfits[name] = str(why)
 
@@ -120,9 +123,18 @@ class _Placer:
         self.missing += guessed
         for layer, names in self._claims().items():
             self.ambiguous |= dict.fromkeys(names, f"several modules claim {layer}")
+            self.suspects |= {layer: None} if names else {}
         placed = {name: some for name, some in self.slots.items() if name not in self.ambiguous}
         replaced = tuple(Replaced(*pair, times) for pair, times in self.replaced.most_common())
-        return Placement(placed, tuple(self.missing), self.ambiguous, self.misfits, replaced, tuple(self.families))
+        return Placement(
+            placed,
+            tuple(self.missing),
+            self.ambiguous,
+            self.misfits,
+            replaced,
+            tuple(self.families),
+            tuple(self.suspects),
+        )
 
     def _claims(self) -> dict[str, set[str]]:
         """Return the modules that claim the same rows, by the layer."""
@@ -194,7 +206,8 @@ class _Placer:
             except UnplacedError as why:
                 problems.append(why)
         if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
-            raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
+            several = [slots[0].layer for slots in found]
+            raise UnjudgedError(f"it may be {' or '.join(several)}", [slot.layer for slots in found for slot in slots])
         if not found and problems:
             raise problems[0]
         self.families |= dict.fromkeys(list(found.values())[:1])
@@ -221,7 +234,8 @@ def _common_end(name: str, other: str, mark: str) -> str:
 
 def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     if len({slot.layer for slot in slots}) > 1:
-        raise UnjudgedError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
+        names = [slot.layer for slot in slots]
+        raise UnjudgedError(f"it may be {' or '.join(names[:3])}", names)
     return (slots[0],)
 
 

@@ -154,3 +154,11 @@ def test_without_a_configuration_the_rows_are_not_judged(tmp_path: Path) -> None
     record = inspect_file(lora, base=before)
     assert record.fit is not None
     assert "interleave q, k and v by head" in next(iter(record.fit.unplaced.values()))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_layer_that_a_module_may_be_is_not_blamed_for_its_change(split: bool, tmp_path: Path) -> None:
+    case = Case(tmp_path, "gpt_neox")
+    case.config = {}
+    report = case.verified(2 * case.b @ case.a, not split, not split, split)
+    assert (report.exit_code, report.untouched.changed) == (3, ()), report.overall.text()

@@ -85,6 +85,7 @@ class Weights:
             {**first.misfits, **second.misfits},
             first.replaced or second.replaced,
             first.families or second.families,
+            (*first.suspects, *second.suspects),
         )
 
     def slice(self, name: str, runs: Sequence[tuple[int, int]]) -> str:
