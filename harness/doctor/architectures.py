@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,11 @@ class UnplacedError(Exception):
 
 
 class UnjudgedError(UnplacedError):
-    """Why a module that has a layer is not placed: names and shapes do not tell the rows."""
+    """Why a module that has a layer is not placed: names and shapes tell no rows, or not which of `layers` it is."""
+
+    def __init__(self, why: str, layers: Iterable[str] = ()) -> None:
+        super().__init__(why)
+        self.layers = tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Row:
 
     `sizes` names the heights on the right: equal letters, equal heights. `swap` says that the halves of the one layer
     on the right stand in the opposite order, `pair` that they do where there are two halves. `order` says why rows
-    cannot be assigned.
+    cannot be assigned, unless the model's configuration tells its heads, where `heads` says how those lie.
     """
 
     family: str
@@ -59,6 +63,7 @@ class Row:
     sizes: tuple[str, ...]
     swap: bool | str = False
     order: str = ""
+    heads: str = ""
 
     def heights(self, known: Mapping[int, int], total: int | None) -> dict[str, int]:
         """Return the height of each letter as far as some heights on the right and their sum tell it."""
@@ -162,7 +167,9 @@ def _rows(family: str, left: str, right: Mapping[str, Any]) -> Iterator[Row]:
     stacks = [(lefts[0], rights)] if len(lefts) == 1 else list(zip(lefts, ([one] for one in rights), strict=True))
     for name, parts in stacks:
         sizes = tuple(right["sizes"].split()) if "sizes" in right else ("D",) * len(parts)
-        yield Row(family, name, tuple(parts), sizes, right.get("swap", False), right.get("order", ""))
+        yield Row(
+            family, name, tuple(parts), sizes, right.get("swap", False), right.get("order", ""), right.get("heads", "")
+        )
 
 
 def _expanded(template: str) -> list[str]:
@@ -178,31 +185,64 @@ def _compiled(template: str) -> re.Pattern[str]:
 
 
 def sliced(
-    outputs: int, inputs: int, group: Sequence[tuple[Alias, str]], layers: Mapping[str, Shape | None]
+    outputs: int,
+    inputs: int,
+    group: Sequence[tuple[Alias, str]],
+    layers: Mapping[str, Shape | None],
+    config: Mapping[str, Any],
 ) -> Iterator[Slot]:
     """Yield the slots of a module [outputs, inputs] that is one part of a fused layer, or that stacks several layers.
 
-    `group` are the aliases of one row that the module's name is, with the layers of the model that have them.
+    `group` are the aliases of one row that the module's name is, with the layers of the model that have them; `config`
+    is the model's.
 
     Raises:
         UnplacedError: the heights are unknown, or the rows stand in another order.
     """
     alias, layer = group[0]
     row = alias.row
-    if row.order:
-        raise UnjudgedError(f"{layer}: {row.order}")
-    if len(row.right) == 1:
+    heads = heads_of(config, row.heads) if row.heads else None
+    if row.order and heads is None:
+        raise UnjudgedError(f"{layer}: {row.order}", [layer for _, layer in group])
+    if heads and heads.interleaved:
+        yield from _interleaved(heads, outputs, group, layers)
+    elif len(row.right) == 1:
         yield from _turned(alias, layer, outputs, inputs)
     elif alias.fused:
         shape = layers[layer]
         if shape and len(shape) == 3:
-            raise UnjudgedError(f"{layer}: how experts stack their parts differs between models")
+            raise UnjudgedError(f"{layer}: how experts stack their parts differs between models", [layer])
         rows = row.rows(alias.place, row.heights({alias.place: outputs}, shape[0] if shape else None))
         if rows is None:
-            raise UnjudgedError(f"{layer}: which of its rows these are cannot be told")
+            raise UnjudgedError(f"{layer}: which of its rows these are cannot be told", [layer])
         yield Slot(layer, alias.name, rows)
     else:
         yield from _stacked(group, outputs, layers)
+
+
+def _interleaved(
+    heads: Heads, outputs: int, group: Sequence[tuple[Alias, str]], layers: Mapping[str, Shape | None]
+) -> Iterator[Slot]:
+    """Yield a slot for every run of rows of q, k or v in the layer that has all of them, or of that in a layer of one.
+
+    Raises:
+        UnplacedError: the heights are no such heads.
+    """
+    for alias, layer in group:
+        shape = layers[layer]
+        if shape is None:
+            raise UnjudgedError(f"{layer}: its rows are not known", [layer])
+        total, own = (shape[0], outputs) if alias.fused else (outputs, shape[0])
+        size, rest = divmod(total, heads.count + 2 * heads.kv)
+        height = size * heads.count // heads.kv if alias.place == 0 else size
+        if rest or not size or own != height * heads.kv:
+            raise UnplacedError(f"{layer}: no {heads.count} heads and {heads.kv} of k and v")
+        step, first = total // heads.kv, 0 if alias.place == 0 else total // heads.kv - (3 - alias.place) * size
+        for one in range(heads.kv):
+            whole = one * step + first, one * step + first + height
+            part = one * height, (one + 1) * height
+            name = alias.name if alias.fused else alias.others[alias.place]
+            yield Slot(layer, name, whole, part) if alias.fused else Slot(layer, name, part, whole)
 
 
 def _turned(alias: Alias, layer: str, rows: int, inputs: int) -> Iterator[Slot]:
@@ -223,12 +263,55 @@ def _stacked(group: Sequence[tuple[Alias, str]], outputs: int, layers: Mapping[s
     for alias, layer in sorted(group, key=lambda pair: pair[0].place):
         part = row.rows(alias.place, heights)
         if part is None:
-            raise UnjudgedError(f"{layer}: which rows of the module go there cannot be told")
+            raise UnjudgedError(
+                f"{layer}: which rows of the module go there cannot be told", [layer for _, layer in group]
+            )
         if part[0] < outputs:
             yield Slot(layer, alias.others[alias.place], None, part)
     ends = {part[1] for alias, _ in group if (part := row.rows(alias.place, heights))}
     if outputs not in ends:
         raise UnplacedError(f"{group[0][1]}: the layers that it stacks have other heights than its {outputs} rows")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads a model has, of queries and of keys, and whether their rows are interleaved in a fused layer."""
+
+    count: int
+    kv: int
+    interleaved: bool
+
+
+_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_BY_HEAD = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"})
+
+
+def heads_of(config: Mapping[str, Any], how: str) -> Heads | None:
+    """Return the heads of a model as its configuration tells them; None where it does not, or not how they lie.
+
+    `how`: `grouped`, or `by model` where the type of the model decides.
+    """
+    said = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    counts = [next((said[key] for key in keys if isinstance(said.get(key), int)), 0) for keys in (_COUNTS, _KV_COUNTS)]
+    count, kv = counts[0], counts[1] or counts[0]
+    if count <= 0 or kv <= 0 or count % kv:
+        return None
+    if how == "grouped":
+        return Heads(count, kv, True)
+    kind = said.get("model_type")
+    if kind in _BY_HEAD:
+        return Heads(count, count, True)
+    if kind == "falcon":
+        return _falcon(said, count, kv)
+    return Heads(count, kv, False) if kind == "chatglm" else None
+
+
+def _falcon(said: Mapping[str, Any], count: int, kv: int) -> Heads:
+    """Return the heads of Falcon: by groups in its newer models, of one key for all or by head in the older ones."""
+    if said.get("new_decoder_architecture"):
+        return Heads(count, kv, True)
+    return Heads(count, 1, False) if said.get("multi_query", True) else Heads(count, count, True)
 
 
 def looks_like(layers: Mapping[str, Shape | None]) -> str | None:

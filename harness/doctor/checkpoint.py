@@ -129,7 +129,7 @@ class Checkpoint:
     def place(self, adapter: LoraAdapter) -> Placement:
         """Return where every module of the adapter goes; the layers of slots are keys of `layers`."""
         if adapter.format != "gguf" or not self._names:
-            return place(adapter, self.shapes)
+            return place(adapter, self.shapes, self.config)
         own = {new: old for old, new in self._names.items()}
         placed = place(adapter, {own.get(layer, layer): shape for layer, shape in self.shapes.items()})
         slots = {

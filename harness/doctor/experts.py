@@ -102,8 +102,8 @@ def _rows_of(module: LoraModule, layer: str, shape: Shape, expert: int, place: i
     if (height, width) not in (straight, turned):
         raise UnplacedError(f"it is {out}x{into}, an expert of {layer} is {height}x{width}")
     if straight == turned:
-        raise UnjudgedError(f"{layer}: its experts are square, whether they lie as [out, in] cannot be told")
+        raise UnjudgedError(f"{layer}: its experts are square, whether they lie as [out, in] cannot be told", [layer])
     if (height, width) == turned:
-        raise UnjudgedError(f"{layer}: its experts lie as [in, out], of which single rows are not judged")
+        raise UnjudgedError(f"{layer}: its experts lie as [in, out], of which single rows are not judged", [layer])
     start = expert * height + place * out
     return Slot(layer, module.name, (start, start + out))

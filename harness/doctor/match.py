@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.doctor.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
 from harness.doctor.experts import in_one, one_by_one
@@ -45,7 +45,7 @@ class Placement:
     `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
     share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
     reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
-    whose two names for a layer were needed.
+    whose two names for a layer were needed, `suspects` the layers that ambiguous modules may be.
     """
 
     slots: Mapping[str, tuple[Slot, ...]]
@@ -54,15 +54,20 @@ class Placement:
     misfits: Mapping[str, str] = field(default_factory=dict)
     replaced: tuple[Replaced, ...] = ()
     families: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
 
 
-def place(adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> Placement:
+def place(
+    adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Mapping[str, Any] | None = None
+) -> Placement:
     """Return where every module of `adapter` goes in a model; `layers` maps its layers to [out, in, ...], if known.
+
+    `config` is that of the model, which tells its heads where q, k and v are interleaved by them.
 
     Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
     prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
     """
-    placer = _Placer(adapter, layers)
+    placer = _Placer(adapter, layers, config or {})
     for name, module in adapter.modules.items():
         placer.add(name, module)
     return placer.result()
@@ -81,8 +86,8 @@ def match_layers(adapter: LoraAdapter, layers: Collection[str]) -> dict[str, Mat
 class _Placer:
     """Place modules one by one, then tell which of them are in each other's way."""
 
-    def __init__(self, adapter: LoraAdapter, layers: Mapping[str, Shape | None]) -> None:
-        self.adapter, self.layers = adapter, layers
+    def __init__(self, adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Mapping[str, Any]) -> None:
+        self.adapter, self.layers, self.config = adapter, layers, config
         self.slots: dict[str, tuple[Slot, ...]] = {}
         self.missing: list[str] = []
         self.ambiguous: dict[str, str] = {}
@@ -90,6 +95,7 @@ class _Placer:
         self.replaced: Counter[tuple[str, str]] = Counter()
         self.by_ending: set[str] = set()
         self.families: dict[str, None] = {}
+        self.suspects: dict[str, None] = {}
         self._scopes: dict[str, Scope] = {}
 
     def add(self, name: str, module: LoraModule) -> None:
@@ -104,6 +110,7 @@ class _Placer:
                 self.missing.append(name)
         except UnjudgedError as why:
             self.ambiguous[name] = str(why)
+            self.suspects |= dict.fromkeys(why.layers)
         except UnplacedError as why:
             self.misfits[name] = str(why)
 
@@ -116,9 +123,18 @@ class _Placer:
         self.missing += guessed
         for layer, names in self._claims().items():
             self.ambiguous |= dict.fromkeys(names, f"several modules claim {layer}")
+            self.suspects |= {layer: None} if names else {}
         placed = {name: some for name, some in self.slots.items() if name not in self.ambiguous}
         replaced = tuple(Replaced(*pair, times) for pair, times in self.replaced.most_common())
-        return Placement(placed, tuple(self.missing), self.ambiguous, self.misfits, replaced, tuple(self.families))
+        return Placement(
+            placed,
+            tuple(self.missing),
+            self.ambiguous,
+            self.misfits,
+            replaced,
+            tuple(self.families),
+            tuple(self.suspects),
+        )
 
     def _claims(self) -> dict[str, set[str]]:
         """Return the modules that claim the same rows, by the layer."""
@@ -185,12 +201,13 @@ class _Placer:
         problems = []
         for group in groups:
             try:
-                slots = tuple(sliced(module.out_features, module.in_features, group, self.layers))
+                slots = tuple(sliced(module.out_features, module.in_features, group, self.layers, self.config))
                 found.setdefault(self._fitted(module, slots), group[0][0].row.family)
             except UnplacedError as why:
                 problems.append(why)
         if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
-            raise UnjudgedError(f"it may be {' or '.join(slots[0].layer for slots in found)}")
+            several = [slots[0].layer for slots in found]
+            raise UnjudgedError(f"it may be {' or '.join(several)}", [slot.layer for slots in found for slot in slots])
         if not found and problems:
             raise problems[0]
         self.families |= dict.fromkeys(list(found.values())[:1])
@@ -217,7 +234,8 @@ def _common_end(name: str, other: str, mark: str) -> str:
 
 def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     if len({slot.layer for slot in slots}) > 1:
-        raise UnjudgedError(f"it may be {' or '.join(slot.layer for slot in slots[:3])}")
+        names = [slot.layer for slot in slots]
+        raise UnjudgedError(f"it may be {' or '.join(names[:3])}", names)
     return (slots[0],)
 
 

@@ -96,7 +96,7 @@ _STORED_TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})  # otherwise o
 class Change:
     """One tensor, or some rows of it, that a module changes.
 
-    `product` returns what one unit of scale adds to it, `part` are the rows of the product that go there; `saved` is
+    `product` returns what one unit of scale adds to it, `parts` the rows of it that go there (none: all); `saved` is
     the role of the tensor that replaces it; `method` says that PEFT's own merge must tell, `largest` the size of the
     largest layer of its kind. `stacks` says that it is of several experts, `turned` that B_e @ A_e of each is stored
     transposed, None where all are square and nothing tells. `name` is the module's, with the tensor behind it where
@@ -113,7 +113,7 @@ class Change:
     saved: str | None = None
     method: bool = False
     largest: tuple[int, int] = (1, 1)
-    part: tuple[int, int] | None = None
+    parts: tuple[tuple[int, int], ...] = ()
     turned: bool | None = None
     stacks: bool = False
     kind: str = "unsupported"
@@ -174,16 +174,20 @@ def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Wei
     if change.stacks and len(tensors) > 1 and all(name in store.names for name in tensors for store in stores):
         yield replace(change, tensor=[store.stack(change.module, tensors) for store in stores].pop())
         return
+    by_layer: dict[str, list[Slot]] = {}
     for slot in slots:
-        tensor = stores[0].layers[slot.layer]
+        by_layer.setdefault(slot.layer, []).append(slot)
+    for layer, some in by_layer.items():
+        tensor = stores[0].layers[layer]
         is_bias = change.tensor is not None and change.tensor.endswith(_BIAS) and tensor.endswith(_WEIGHT)
+        shown = change.name if len(by_layer) == 1 else f"{change.name} ({'.'.join(layer.split('.')[-2:])})"
         place = _bias(tensor) if is_bias else tensor
-        shown = change.name if len(slots) == 1 else f"{change.name} ({'.'.join(slot.layer.split('.')[-2:])})"
-        if slot.rows and place and all(place in store.names for store in stores):
+        rows = [slot.rows for slot in some if slot.rows]
+        if rows and place and all(place in store.names for store in stores):
             if len(stores[0].info(place).shape) > 2:
                 place = [store.folded(place) for store in stores].pop()
-            place = [store.slice(place, slot.rows) for store in stores].pop()
-        yield replace(change, name=shown, tensor=place, part=slot.part)
+            place = [store.slice(place, rows) for store in stores].pop()
+        yield replace(change, name=shown, tensor=place, parts=tuple(slot.part for slot in some if slot.part))
 
 
 def _low_rank(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
@@ -247,7 +251,7 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     assert change.product is not None
     assert change.tensor is not None
     module, tensor = adapter.modules[change.module], change.tensor
-    product = change.product() if change.part is None else change.product().sliced(*change.part)
+    product = change.product().picked(change.parts)
     if change.stacks:
         product = product.turned() if change.turned else product
         if len(base.info(tensor).shape) > 2:

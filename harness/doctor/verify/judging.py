@@ -124,7 +124,7 @@ def _separated(layers: list[MergedLayer]) -> list[float]:
 def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Reading) -> MergeMeasurement | None:
     """Return what a square layer shows when the update was merged transposed; None when it was not."""
     turned = layer.product.turned()
-    if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.part or turned is layer.product:
+    if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.parts or turned is layer.product:
         return None
     measured = reading.measure(replace(layer, product=turned), wanted.expected)
     return measured if measured.state in ("merged", "two roundings") else None

@@ -93,7 +93,7 @@ def _renamed(before: Weights, after: Weights, lost: Sequence[str], rest: Sequenc
     file = TensorFile(before.path, {}, {}, 0)
     model = LoraAdapter(before.path, "peft", modules, {}, (), "none", False, file)
     found = {}
-    for name, slots in place(model, shapes).slots.items():
+    for name, slots in place(model, shapes, {**before.store.config, **after.store.config}).slots.items():
         parts = sorted(slots, key=lambda slot: slot.part or (0, 0))
         found[name] = tuple(_piece(after, layers[slot.layer], slot.rows) for slot in parts)
     return found

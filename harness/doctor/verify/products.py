@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,14 @@ class Product(ABC):
     def sliced(self, start: int, stop: int) -> Product:
         """Return rows [start, stop)."""
         return Slice(self, start, stop)
+
+    def picked(self, runs: Sequence[tuple[int, int]]) -> Product:
+        """Return some runs of rows, one below the other; all rows where there are none."""
+        if not runs:
+            return self
+        if len(runs) == 1:
+            return self.sliced(*runs[0])
+        return Picked(self, torch.cat([torch.arange(*run) for run in runs]))
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Compare with every row of W and W' in one pass; `device` may make the products."""
@@ -112,6 +120,10 @@ class LowRank(Product):
     def sliced(self, start: int, stop: int) -> Product:
         """Return rows [start, stop)."""
         return LowRank(self.left[start:stop], self.right)
+
+    def picked(self, runs: Sequence[tuple[int, int]]) -> Product:
+        """Return some runs of rows, one below the other; all rows where there are none."""
+        return LowRank(torch.cat([self.left[slice(*run)] for run in runs]), self.right) if runs else self
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is formed for a few columns only."""
@@ -187,6 +199,27 @@ class Slice(Product):
 
     def turned(self) -> Product:
         """Return itself: rows are cut from what lies as the weight does."""
+        return self
+
+
+@dataclass(frozen=True)
+class Picked(Product):
+    """Some rows of a product, by their numbers."""
+
+    whole: Product
+    index: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return len(self.index), self.whole.shape[1]
+
+    def part(self, rows: Tensor, columns: slice, work: torch.dtype) -> Tensor:
+        """Return some rows and columns."""
+        return self.whole.part(self.index[rows], columns, work)
+
+    def turned(self) -> Product:
+        """Return itself: rows are picked from what lies as the weight does."""
         return self
 
 

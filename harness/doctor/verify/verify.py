@@ -94,7 +94,8 @@ def verify_merge(
     claims = _claims(given, stores)
     reading = Reading(options.full, options.device, options.on_module)
     found = [module for claim in claims.values() for module in judged(claim, stores, reading)]
-    untouched = compare_untouched(*stores, _touched(stores, found), full=options.full)
+    touched = {**_touched(stores, found), **_suspected(given, stores)}
+    untouched = compare_untouched(*stores, touched, full=options.full)
     untouched = replace(untouched, notes=(*notes, *untouched.notes))
     command = _command(bases, merged, loras, options)
     return _report(given[0].adapter, found, untouched, Path(merged).name, command, options)
@@ -166,6 +167,14 @@ def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, i
             elif (runs := touched.setdefault(name, [])) is not None:
                 runs.append(run)
     return touched
+
+
+def _suspected(given: list[Given], stores: Stores) -> dict[str, None]:
+    """Return the tensors that a module whose place is not known may be meant to change."""
+    layers = stores[0].layers
+    suspects = [layer for one in given for layer in stores[0].place(one.adapter).suspects]
+    weights = [layers[layer] for layer in suspects if layer in layers]
+    return dict.fromkeys([*weights, *(f"{name.removesuffix('.weight')}.bias" for name in weights)])
 
 
 def _usable(options: VerifyOptions) -> None:

@@ -76,8 +76,8 @@ class Weights:
         shapes: dict[str, Shape | None] = {name: i.shape if is_float(i.dtype) else None for name, i in infos.items()}
         whole = {name: module for name, module in adapter.modules.items() if _is_whole(module)}
         low = {name: module for name, module in adapter.modules.items() if name not in whole}
-        first = place(_with(adapter, low), shapes)
-        second = place(_with(adapter, whole), dict.fromkeys(shapes)) if whole else first
+        first = place(_with(adapter, low), shapes, self.store.config)
+        second = place(_with(adapter, whole), dict.fromkeys(shapes), self.store.config) if whole else first
         return Placement(
             {**first.slots, **second.slots},
             tuple(dict.fromkeys((*first.missing, *second.missing))),
@@ -85,12 +85,14 @@ class Weights:
             {**first.misfits, **second.misfits},
             first.replaced or second.replaced,
             first.families or second.families,
+            (*first.suspects, *second.suspects),
         )
 
-    def slice(self, name: str, rows: tuple[int, int]) -> str:
-        """Return a name for some rows of a tensor."""
-        found = f"{name}[{rows[0]}:{rows[1]}]"
-        self.pieces[found] = tuple(Piece(*cut) for cut in _cut(self._pieces(name), *rows, self._stop))
+    def slice(self, name: str, runs: Sequence[tuple[int, int]]) -> str:
+        """Return a name for some rows of a tensor: runs of them, one below the other."""
+        first, more = f"{runs[0][0]}:{runs[0][1]}", f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        found = f"{name}[{first}{more}]"
+        self.pieces[found] = tuple(Piece(*cut) for run in runs for cut in _cut(self._pieces(name), *run, self._stop))
         return found
 
     def info(self, name: str) -> TensorInfo:
