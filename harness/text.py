@@ -24,6 +24,16 @@ def printable(text: object, limit: int = SHOWN) -> str:
     return shown[: limit - 1] + "…" if len(raw) > limit else shown
 
 
+def elided(text: str, limit: int) -> str:
+    """Return `text` on one line, its middle left out where it is longer than `limit` characters.
+
+    Names of loaders differ at both ends: a path begins alike and ends in the function.
+    """
+    whole = on_one_line(text)
+    kept = max(limit - 1, 2)
+    return whole if len(whole) <= limit else f"{whole[: kept // 2]}…{whole[len(whole) - (kept - kept // 2) :]}"
+
+
 def count(number: int, noun: str) -> str:
     """Return `1 key`, `1,200 keys`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

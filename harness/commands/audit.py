@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from harness.doctor.audit.rows import RowStore
+    from harness.report.library import Tally
     from harness.verdict.file_record import FileRecord
 
-_SHOWN = 30
+_FOLDERS = 5
 
 
 @click.command(
@@ -148,29 +149,37 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
 
 
 def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
-    from harness.verdict.codes import CODES
+    """Print what is wrong by code, broken files first, which findings hit, where broken files lie, and the sum."""
+    from harness.report.library import Library, most_of
 
-    bad = twins = 0
-    codes, pages = Counter[str](), Counter[str]()
-    for row in rows:
-        pages.update(row.findings)
-        codes.update(set(row.codes))
-        twins += row.duplicate_of is not None
-        bad += bool(row.hazards)
-        if row.hazards and bad <= _SHOWN:
-            click.echo(_line(row))
-    if bad > _SHOWN:
-        click.echo(f"and {count(bad - _SHOWN, 'more file')} with hazards")
-    for code, times in codes.most_common():
-        click.echo(f"  {times:6,}  {code} {CODES[code].title}")
-    for page, times in pages.most_common():
-        click.echo(f"  {times:6,}  {'file hits' if times == 1 else 'files hit'} {page}")
-    click.echo(f"{count(len(rows), 'file')}, {len(rows) - bad} without hazards, {twins} with the weights of another")
+    library = Library(rows)
+    for code, tally in library.by_gravity():
+        _print_code(code, tally)
+    for page, times, finding in library.hits():
+        said = f": {finding.loader} {finding.measured}, {finding.what}" if finding else ""
+        click.echo(printable(f"  {times:6,}  {'file hits' if times == 1 else 'files hit'} {page}{said}", 400))
+    broken = [(name, tally) for name, tally in most_of(library.folders, _FOLDERS) if tally.broken]
+    for name, tally in broken if len(library.folders) > 1 else ():
+        click.echo(f"  {tally.broken:6,}  of {count(tally.files, 'file')} broken in {printable(name, 200)}")
+    fine = library.total - library.hazardous - library.unreadable
+    unread = f", {library.unreadable} unreadable" if library.unreadable else ""
+    click.echo(
+        f"{count(library.total, 'file')}, {fine} without hazards{unread}, {library.copies} with the weights of another"
+    )
     for out in outs:
         click.echo(f"rows: {out}")
 
 
-def _line(row: FileRecord) -> str:
-    first = row.hazards[0]
-    more = f" (and {len(row.hazards) - 1} more)" if len(row.hazards) > 1 else ""
-    return f"{printable(row.path, 200)}: {first.code} {printable(first.what, 200)}{more}"
+def _print_code(code: str, tally: Tally) -> None:
+    """Print one code: how many files, the sentence once where it is the same for all, the first files."""
+    from harness.report.links import code_link
+    from harness.verdict.codes import CODES
+
+    title = CODES[code].title if code in CODES else "not known here"
+    said = f": {printable(tally.sentence, 240)}" if tally.sentence else ""
+    page = f"  {code_link(code)}" if code_link(code) else ""
+    click.echo(f"  {tally.files:6,}  {printable(code, 20)} {title}{said}{page}")
+    for path, sentence in tally.first:
+        click.echo(f"          {printable(path, 200)}{'' if tally.sentence else f': {printable(sentence, 200)}'}")
+    if tally.files > len(tally.first):
+        click.echo(f"          and {count(tally.files - len(tally.first), 'more file')}")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from harness.outputs import replace_file, saying
+from harness.report.links import code_link
+from harness.report.matrix import LETTERS, law_shown, place_of, said
 from harness.report.models import PowerRecord
 from harness.report.records import Run, merge_runs, rebased
 from harness.report.summary import (
@@ -24,7 +26,7 @@ from harness.report.summary import (
     pretty_formula,
     short_title,
 )
-from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, told_lines
+from harness.report.view import STATUS_LOOKS, STATUS_WORDS, ReportView, grouped, told_lines
 from harness.text import plain
 from harness.verdict.file_record import FileRecord
 
@@ -148,6 +150,12 @@ def environment() -> Environment:
         "told": told_lines,
         "short_title": short_title,
         "listed": listed,
+        "said": said,
+        "law_shown": law_shown,
+        "place_of": place_of,
+        "grouped": grouped,
+        "letter": LETTERS,
+        "code_link": code_link,
         "status_word": STATUS_WORDS,
         "status_look": STATUS_LOOKS,
     }

@@ -1,4 +1,4 @@
-"""LoRA files as one self-contained page: a section per file (`inspect`), or a row per file of an `audit`."""
+"""LoRA files as one self-contained page: a section per file (`inspect`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.html import asset, environment, policy
 from harness.text import count, plain
 from harness.verdict.blocks import BlockEnergy, by_block, in_order
-from harness.verdict.codes import CODES, SEVERITIES, Code
+from harness.verdict.codes import CODES, SEVERITIES
 from harness.verdict.file_record import FileRecord, ModuleEnergy
 
 _LOOKS = {"fine": "passed", "subtle": "xfailed", "too strong": "xpassed", "broken": "failed"}
@@ -43,7 +43,7 @@ class Shown:
             return _LOOKS[record.advice.outlook], record.advice.outlook, record.advice.reason
         bad = sorted(record.hazards, key=lambda hazard: SEVERITIES.index(hazard.severity))
         if bad:
-            said = "; ".join(dict.fromkeys(CODES[hazard.code].title for hazard in bad[:_TITLES]))
+            said = "; ".join(dict.fromkeys(_title(hazard.code) for hazard in bad[:_TITLES]))
             return ("xfailed" if record.severity == "warning" else "failed"), count(len(bad), "hazard"), said
         return "passed", "no hazard", f"{record.headline} The option --base tells how strong it is."
 
@@ -95,6 +95,10 @@ class Shown:
         return plain(f"{said}. The tables below have the numbers.")
 
 
+def _title(code: str) -> str:
+    return CODES[code].title if code in CODES else code  # of a newer version
+
+
 def write_lora_page(records: Sequence[FileRecord], path: Path | str, *, command: str = "lora-harness inspect") -> Path:
     """Write the page to `path`, replacing it in one step, and return the path.
 
@@ -125,7 +129,7 @@ def checked_target(path: Path | str) -> Path:
 def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harness inspect") -> str:
     """Return the page as HTML text: a pure function of the records."""
     shown = [Shown(record, f"file-{index}") for index, record in enumerate(records, 1)]
-    parts = _page(
+    parts = generated(
         "lora.html.j2",
         asset("lora.js"),
         files=shown,
@@ -138,33 +142,10 @@ def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harn
     return "".join(parts)
 
 
-class _Files:
-    """The rows of an audit as its page shows them, one in memory at a time."""
-
-    def __init__(self, rows: Sequence[FileRecord]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[tuple[FileRecord, Shown]]:
-        return ((row, Shown(row, "")) for row in self._rows)
-
-
-def audit_page(rows: Sequence[FileRecord]) -> Iterator[str]:
-    """Yield the page of an audit as HTML text: what is wrong how often, and every file with its verdict."""
-    return _page(
-        "audit.html.j2",
-        asset("lora.js") + asset("audit.js"),
-        files=_Files(rows),
-        headline=_audit_headline(rows),
-        often=_often(rows),
-    )
-
-
-def _page(template: str, script: Any, **parts: Any) -> Iterator[str]:
+def generated(template: str, script: Any, **parts: Any) -> Iterator[str]:
+    """Yield a page about files as HTML text, with the style and `script` that its policy allows."""
     style, page = asset("report.css") + asset("lora.css"), environment()
-    page.filters["counted"] = _counted
+    page.filters["counted"] = counted
     shared = {"policy": policy(script, style), "style": style, "script": script}
     return page.get_template(template).generate(**shared, **parts)
 
@@ -177,23 +158,6 @@ def _headline(shown: Sequence[Shown]) -> str:
     return f"{len(shown)} LoRA files: " + ", ".join(f"{number} {word}" for word, number in words.most_common())
 
 
-def _audit_headline(rows: Sequence[FileRecord]) -> str:
-    kinds = Counter((row.readable, bool(row.hazards), row.duplicate_of is not None) for row in rows)
-    unreadable = sum(times for (readable, _, _), times in kinds.items() if not readable)
-    hazards = sum(times for (_, hazard, _), times in kinds.items() if hazard) - unreadable
-    copies = sum(times for (_, _, copy), times in kinds.items() if copy)
-    parts = [f"{len(rows) - hazards - unreadable:,} without hazards"]
-    parts += [f"{hazards:,} with"] if hazards else []
-    parts += [f"{unreadable:,} unreadable"] if unreadable else []
-    parts += [f"{copies:,} with the weights of another"] if copies else []
-    return f"{count(len(rows), 'LoRA file')}: {', '.join(parts)}"
-
-
-def _often(rows: Sequence[FileRecord]) -> list[tuple[Code, int]]:
-    """Return every hazard with the number of files that have it."""
-    files = Counter(code for row in rows for code in set(row.codes))
-    return [(CODES[code], times) for code, times in files.most_common()]
-
-
-def _counted(values: dict[str, int]) -> str:
+def counted(values: dict[str, int]) -> str:
+    """Return a histogram as text."""
     return next(iter(values)) if len(values) == 1 else ", ".join(f"{value} ({n}×)" for value, n in values.items())

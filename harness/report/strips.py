@@ -104,12 +104,14 @@ _CURVES = (
     ("variance", ("variance_ratio", "variance"), 1, True),
 )
 _MOST_ROWS = 6
+_MOST = 6  # metrics in the table of a strip that has no curve; all of them are in the records
 _WANTED_ROWS = 2
 _SIDES = (192, 128, 96, 64)
 _BUDGET = 3_000_000  # bytes of thumbnails
 _PER_PIXEL = 0.8  # bytes, measured on noise, the worst case
 _ROW_OF = 3  # a row is drawn as candidate, reference and difference
 _AS_TRAINED = 1.0
+_FINE = ("passed", "skipped")
 _RIGHT = (len(OUTCOMES), 0.0, 0.0)
 
 
@@ -182,7 +184,7 @@ def strips(run: Run, out: Path) -> list[Strip]:
         key = (record.loader, record.lora.name, record.lora.format, record.device, record.dtype, record.pipeline)
         groups.setdefault(key, []).append(record)
     size = _size(list(groups.values()), _natural(run))
-    wrong = {v.loader: badness(v) for v in run.verdicts if v.check == "images" and not v.ok}
+    wrong = {v.loader: badness(v) for v in run.verdicts if v.check == "images" and v.outcome not in _FINE}
     worst_first = sorted(groups.values(), key=lambda group: wrong.get(group[0].loader, _RIGHT))
     ordered = (sorted(group, key=lambda record: record.strength) for group in worst_first)
     return [_strip(group, size, run.folder, out) for group in ordered]
@@ -209,8 +211,10 @@ def _natural(run: Run) -> int:
 
 def _strip(records: list[SweepRecord], size: Size, folder: Path, out: Path) -> Strip:
     first, subjects = records[0], _subjects(records)
-    names = tuple(dict.fromkeys(name for record in records for name in record.metrics))
-    bare = Strip(first.loader, first.lora, first.device, first.dtype, first.pipeline, tuple(records), metrics=names)
+    names = list(dict.fromkeys(name for record in records for name in record.metrics))
+    drawn = [name for _, stems, most, _ in _CURVES for name in _matching(names, stems)[:most]] or names[:_MOST]
+    facts = first.loader, first.lora, first.device, first.dtype, first.pipeline
+    bare = Strip(*facts, tuple(records), metrics=tuple(drawn))
     rows = tuple(_row(records, prompt, seed, size.side, folder, out) for prompt, seed in subjects[: size.rows])
     return replace(bare, rows=rows, figures=_figures(bare), left_out=max(len(subjects) - size.rows, 0))
 

@@ -38,6 +38,7 @@ SYMBOLS = {
 OUTCOMES = ("failed", "errored", "refused", "xpassed", "xfailed", "passed", "skipped")
 _DECIDES = (*OUTCOMES, "none")
 _FOLDED_FIRST = 3
+_MOST_LOADERS = 4
 CellKey = tuple[str, str, str, str]  # loader, format, bench, variant
 
 
@@ -231,8 +232,10 @@ class LoaderSummary:
 
 
 def sentence(run: Run) -> str:
-    """Return the verdict on the whole run: what was found, by whom, and what was not measured."""
-    told = "; ".join(summary.text() for summary in loader_summaries(run))
+    """Return the verdict on the whole run: what was found, by whom (the worst first), and what was not measured."""
+    found = loader_summaries(run)
+    more = [f"and {count(len(found) - _MOST_LOADERS, 'more loader')}"] if len(found) > _MOST_LOADERS else []
+    told = "; ".join([*(summary.text() for summary in found[:_MOST_LOADERS]), *more])
     missing = f"Not measured: {listed([on_one_line(part.name) for part in run.missing])}." if run.missing else ""
     return " ".join(part for part in (headline(run), told and f"{told}.", missing) if part)
 

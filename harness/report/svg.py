@@ -67,7 +67,7 @@ def quiet(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(RULE)
-    axes.tick_params(which="both", length=2, width=0.5, color=RULE, labelcolor=FAINT, labelsize=7.5, pad=2)
+    axes.tick_params(which="both", length=2, width=0.5, color=RULE, labelcolor=FAINT, labelsize=_LABEL, pad=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
         if axis.get_scale() == "log":
@@ -158,7 +158,9 @@ def _compact(text: str) -> str:
     return re.sub(r">\s+<", "><", text)
 
 
-_MOST_POINTS = 120
+_MOST_POINTS = 60
+_WIDTH = 3.4  # inches: 245 pt, shown at 328 px and more, so that a label of 9 pt is 12 px
+_LABEL = 9
 _OFF = 0.01  # a scale 1 % off is a failure
 
 
@@ -171,19 +173,15 @@ class Curve:
 
 
 def law_figure(record: ProbeRecord) -> Markup:
-    """Draw measured against expected scale per module, and against the fitted law where it is a power law."""
+    """Draw measured against expected scale per module, and where the fitted law puts it if it is a power law."""
     points = thinned([p for p in record.points if _drawable(p)], _MOST_POINTS)
-    predictions = [predicted(record.law, point) for point in points]
-    fitted = all(value is not None and value != 0 for value in predictions) and bool(points)
-    figure = new_figure(4.6 if fitted else 2.3, 2.1)
-    left = figure.add_axes((0.11, 0.19, 0.36, 0.74) if fitted else (0.2, 0.19, 0.74, 0.74))
-    _diagonal(left, [(p.expected, p.measured) for p in points], [RIGHT if _right(p) else WRONG for p in points])
-    left.set_xlabel("expected scale", fontsize=7.5, color=FAINT, labelpad=1)
-    left.set_ylabel("measured scale", fontsize=7.5, color=FAINT, labelpad=1)
-    if fitted:
-        right = figure.add_axes((0.61, 0.19, 0.36, 0.74))
-        _diagonal(right, [(v or 0.0, p.measured) for v, p in zip(predictions, points, strict=True)], [OTHER])
-        right.set_xlabel("scale by the fitted law", fontsize=7.5, color=FAINT, labelpad=1)
+    figure = new_figure(_WIDTH, _WIDTH * 0.8)
+    axes = figure.add_axes((0.18, 0.19, 0.77, 0.78))
+    _diagonal(axes, [(p.expected, p.measured) for p in points], [RIGHT if _right(p) else WRONG for p in points])
+    fitted = {(abs(p.expected), abs(v)) for p in points if (v := predicted(record.law, p))}
+    axes.plot([x for x, _ in fitted], [y for _, y in fitted], ls="", marker="x", ms=6, mec=OTHER, mew=0.7)
+    axes.set_xlabel("expected scale", fontsize=_LABEL, color=FAINT, labelpad=1)
+    axes.set_ylabel("measured scale", fontsize=_LABEL, color=FAINT, labelpad=1)
     return inline(figure, "law" + digest(record.loader, record.format, record.bench, record.variant), alt_text(record))
 
 
@@ -211,13 +209,13 @@ def predicted(law: LawRecord | None, point: ProbePoint) -> float | None:
 
 def sweep_figure(name: str, curves: Sequence[Curve], columns: int, *, log: bool, title: str) -> Markup:
     """Draw curves over the columns of a strip: point i stands under column i of `columns`."""
-    figure = new_figure(max(columns * 0.95, 2.0), 1.15)
+    figure = new_figure(max(columns * 1.1, 2.0), 1.3)
     axes = figure.add_axes((0.0, 0.08, 1.0, 0.84))
     for order, (curve, colour) in enumerate(zip(curves, (INK, OTHER), strict=False)):
         found = [(i, v) for i, v in enumerate(curve.values) if v is not None and _shown(v, log=log)]
         axes.plot([i for i, _ in found], [v for _, v in found], color=colour, lw=1.1, marker="o", ms=2.5)
         for i, value in found:
-            away, look = (0, -9 if order else 4), {"size": 6.5, "color": colour, "ha": "center"}
+            away, look = (0, -11 if order else 5), {"size": _LABEL, "color": colour, "ha": "center"}
             axes.annotate(f"{value:.3g}", (i, value), away, textcoords="offset points", **look)  # type: ignore[arg-type]
     axes.set_xlim(-0.5, columns - 0.5)
     axes.margins(y=0.28)

@@ -1,14 +1,17 @@
-"""Print to a terminal: a run as failures folded by cause, the matrix and one sentence; a LoRA file as its facts."""
+"""Print a run to a terminal: what is known, the matrix as glyphs in 80 columns, then the failures and the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.report.models import Footer, Header
+from harness.report.known import KnownGroup, known_groups
+from harness.report.links import code_link
+from harness.report.matrix import LETTERS, Line, columns, lines
+from harness.report.models import Footer, Header, PartRecord
 from harness.report.records import Run, counts_of, exit_code_of
 from harness.report.summary import (
     SYMBOLS,
@@ -17,12 +20,12 @@ from harness.report.summary import (
     MatrixCell,
     causes,
     cells,
-    matrix_columns,
-    matrix_rows,
+    listed,
     not_measured,
     sentence,
+    short_title,
 )
-from harness.text import on_one_line
+from harness.text import count, elided, on_one_line
 from harness.verdict.verdict import Verdict
 
 STYLES = {
@@ -34,7 +37,11 @@ STYLES = {
     "passed": "green",
 }
 _LABELS = 10
-_WIDEST = 40
+_WIDTH = 80
+_NAME, _GAP, _SHORTEST = 20, 2, 5
+_MOST_TOLD, _MOST_BRIEF = 5, 20
+_MOST_KNOWN = 10
+_MOST_UNMEASURED = 5
 
 
 def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None, *, reference: str = "") -> None:
@@ -46,57 +53,112 @@ def print_verdicts(verdicts: Iterable[Verdict], console: Console | None = None, 
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
-    """Print a whole run; colours follow the console, so NO_COLOR is honoured and hostile text stays text."""
+    """Print a whole run, the verdict last; colours follow the console, and hostile text stays text."""
     console = console or Console()
-    for cause in causes(run.verdicts):
-        print_cause(cause, console)
+    for text in (*_unmeasured(not_measured(run)), *_known(known_groups(run.verdicts))):
+        console.print(text, soft_wrap=True)
     if any(verdict.format for verdict in run.verdicts):
-        console.print(matrix_table(run))
-    for part in not_measured(run):
-        what = on_one_line(f"– {part.name} not measured: {part.reason}")
-        console.print(Text(what, style="dim"), soft_wrap=True)
+        console.print(matrix_table(run), width=_WIDTH)
+        console.print(_legend(run), soft_wrap=True)
     if run.footer and run.footer.reference:
         console.print(Text(f"reference: {on_one_line(run.footer.reference)}", style="dim"), soft_wrap=True)
+    found = causes(run.verdicts)
+    if found:
+        console.print()
+    for cause in found[:_MOST_TOLD]:
+        print_cause(cause, console)
+    for text in _brief(found[_MOST_TOLD:]):
+        console.print(text, soft_wrap=True)
     console.print(Text(sentence(run), style="bold"), soft_wrap=True)
 
 
 def print_cause(cause: Cause, console: Console) -> None:
-    """Print one cause as its worst verdict's text, and where else it was seen."""
+    """Print one cause as its worst verdict's text, where else it was seen, and the page of its code."""
     head, _, rows = cause.worst.text().partition("\n")
     console.print(Text(head, style=STYLES.get(cause.worst.outcome, "")), soft_wrap=True)
     if rows:
         console.print(Text(rows), soft_wrap=True)
+    width = max((len(label) for label, _ in cause.worst.rows), default=_LABELS)
     if also := cause.also():
-        width = max((len(label) for label, _ in cause.worst.rows), default=_LABELS)
         console.print(Text(f"  {'also':<{width}}  {also}"), soft_wrap=True)
+    if page := code_link(cause.worst.code):
+        console.print(Text(f"  {'page':<{width}}  {page}"), soft_wrap=True)
     console.print()
 
 
+def _brief(found: Sequence[Cause]) -> Iterator[Text]:
+    """Say the causes that are not told in full in a line each."""
+    for cause in found[:_MOST_BRIEF]:
+        worst = cause.worst
+        places = count(len(cause.verdicts), "verdict")
+        what = on_one_line(f"{SYMBOLS[worst.outcome]} {elided(worst.loader, 40)}: {short_title(worst)}, {places}")
+        yield Text(what, style=STYLES.get(worst.outcome, ""))
+    if len(found) > _MOST_BRIEF:
+        yield Text(f"and {count(len(found) - _MOST_BRIEF, 'more cause')}: --json or the report has them all")
+
+
+def _unmeasured(parts: Sequence[PartRecord]) -> Iterator[Text]:
+    for part in parts[:_MOST_UNMEASURED]:
+        yield Text(on_one_line(f"– {part.name} not measured: {part.reason}"), style="dim")
+    if len(parts) > _MOST_UNMEASURED:
+        yield Text(
+            f"– and {count(len(parts) - _MOST_UNMEASURED, 'more reason')} for what was not measured", style="dim"
+        )
+
+
+def _known(groups: Sequence[KnownGroup]) -> Iterator[Text]:
+    """Say the known failures in a line per finding."""
+    for group in groups[:_MOST_KNOWN]:
+        codes, where = ", ".join(group.codes), listed([elided(name, _NAME) for name in group.loaders], 3)
+        what = f"{SYMBOLS['xfailed']} {codes} {where}: {group.what}"
+        page = f" {group.address or group.page or group.link}".rstrip()
+        cells_ = f" ({count(len(group.cells), 'cell')})"
+        yield Text(on_one_line(f"{elided(what, 200)}{cells_}{page}"), style=STYLES["xfailed"])
+    if len(groups) > _MOST_KNOWN:
+        yield Text(f"{SYMBOLS['xfailed']} and {count(len(groups) - _MOST_KNOWN, 'more known finding')}", style="dim")
+
+
 def matrix_table(run: Run) -> Table:
-    """Return the matrix loader x format as a table: a row per loader and bench, the measured law in each cell."""
+    """Return the matrix as a table: a row per loader, a column per bench, a glyph per format and variant."""
     grid = cells(run)
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    rows = matrix_rows(grid)
-    widest = max((len(row.bench) + 2 for row in rows), default=0)
-    table.add_column("", overflow="fold", min_width=min(widest, _WIDEST))
-    for name in matrix_columns(grid):
-        table.add_column(Text(on_one_line(name)), overflow="fold")
-    above: tuple[str, str] = ("", "")
+    rows = [[Text(elided(line.loader, _NAME), style="bold"), *_glyphs(line)] for line in lines(grid) if line.cells]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in _fitted(columns(grid), widths[1:], _WIDTH - widths[0]):
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
-        name, place = row.name, (row.loader, row.bench)
-        if row.loader != above[0]:
-            table.add_row(Text(on_one_line(row.loader), style="bold"))
-        if row.variant != "lora":
-            if place != above:
-                table.add_row(Text(f"  {on_one_line(row.bench)}"))
-            name = f"  {name.removeprefix(f'{row.bench} · ')}"
-        table.add_row(Text(f"  {on_one_line(name)}"), *map(_cell, row.cells))
-        above = place
+        table.add_row(*row)
     return table
 
 
-def _cell(cell: MatrixCell | None) -> Text:
-    if cell is None:
-        return Text(SYMBOLS["none"], style="dim")
-    law = f"\n{cell.formula}" if cell.formula and cell.outcome != "passed" else ""
-    return Text(f"{SYMBOLS[cell.outcome]} {WORDS[cell.outcome]}{law}", style=STYLES.get(cell.outcome, "dim"))
+def _fitted(names: Sequence[str], widths: Sequence[int], room: int) -> list[str]:
+    """Return the heads of columns of such `widths`, the longest elided until all fit side by side into `room`."""
+    long = [len(on_one_line(name)) for name in names]
+
+    def whole() -> int:
+        return sum(map(max, long, widths)) + _GAP * len(long)
+
+    while long and whole() > room and max(long) > _SHORTEST:
+        long[long.index(max(long))] -= 1
+    return [elided(name, limit) for name, limit in zip(names, long, strict=True)]
+
+
+def _glyphs(line: Line) -> Iterator[Text]:
+    for _, groups in line.places:
+        text = Text()
+        for order, (_, some) in enumerate(groups):
+            text.append(" " if order else "")
+            for cell in some:
+                text.append(*_glyph(cell))
+        yield text
+
+
+def _glyph(cell: MatrixCell) -> tuple[str, str]:
+    return SYMBOLS[cell.outcome], STYLES.get(cell.outcome, "dim")
+
+
+def _legend(run: Run) -> Text:
+    seen = {cell.outcome for cell in cells(run).values()}
+    words = [f"{SYMBOLS[outcome]} {WORDS[outcome]}" for outcome in LETTERS if outcome in seen]
+    return Text(f"{', '.join(words)}; a sign per format and variant", style="dim")

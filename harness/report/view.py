@@ -2,79 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from markupsafe import Markup
 
+from harness.report.known import known_groups
+from harness.report.links import site
+from harness.report.matrix import as_trained, columns, lines
 from harness.report.models import ProbePoint, ProbeRecord
-from harness.report.records import Run
-from harness.report.summary import (
-    OUTCOMES,
-    MatrixCell,
-    causes,
-    cells,
-    digest,
-    distance,
-    matrix_columns,
-    matrix_rows,
-)
+from harness.report.records import VIOLATIONS, Run
+from harness.report.summary import OUTCOMES, MatrixCell, badness, causes, cells, digest, distance
 from harness.report.svg import available, law_figure
 from harness.verdict.blocks import by_block
 from harness.verdict.file_record import FileRecord, ModuleEnergy
 from harness.verdict.verdict import Verdict
 
-_MOST_FIGURES = 36
-_MOST_TOLD = 500
+_MOST_FIGURES = 12
+_MOST_TOLD = 200
 _MOST_TOLD_PER_CAUSE = 25
-_MOST_POINTS = 200
 _MOST_ENERGIES = 24
 _MOST_BLOCKS = 120
+_OFF = 0.01  # a scale 1 % off is a failure
 STATUS_WORDS = {"passed": "passed", "failed": "failed", "incomplete": "incomplete", "cut": "cut short"}
 STATUS_LOOKS = {"passed": "passed", "failed": "failed", "incomplete": "skipped", "cut": "errored"}
+_LISTS = {**dict.fromkeys(VIOLATIONS, "failures"), "xfailed": "known", "skipped": "unmeasured", "passed": "checks"}
 
 
 @dataclass(frozen=True)
 class LawPlot:
-    """A law's figure, None when there are too many of them, and its points, the worst first."""
+    """A law that was not trained with: the figure of its worst cell (None when there are too many), and the others."""
 
     record: ProbeRecord
     figure: Markup | None
-    points: tuple[ProbePoint, ...]
-    left_out: int
+    others: tuple[ProbeRecord, ...] = ()
 
     @property
     def anchor(self) -> str:
         """The plot's stable id inside a report."""
         return _law_anchor(self.record)
 
+    @property
+    def also(self) -> list[str]:
+        """The other places in which it was measured."""
+        return [" ".join(part for part in (o.format, "on", o.bench) if part) for o in self.others]
+
 
 class ReportView:
     """The parts of a report that are computed from the verdicts and probes of one run.
 
-    `cells` are the measured cells by loader, format, bench and variant, `formats` and `matrix` the columns and lines
-    they make; `causes` the failures folded by cause, worst first; `counts` the outcomes that occurred with their
-    numbers; `loose` the verdicts that belong to no format (images, files, smoke checks); `plots` one plot per law, the
-    cells that fail first; `energies` the energy by block of the first files that carry one.
+    `cells` are the measured cells by loader, format, bench and variant, `benches` and `matrix` the columns and lines
+    they make; `causes` the new failures folded by cause, worst first, `known` the expected ones by finding; `counts`
+    the outcomes that occurred with their numbers; `loose` the verdicts that belong to no format (images, files, smoke
+    checks); `plots` the laws that are not those of the training; `energies` the energy by block of the first files
+    that carry one.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.cells = cells(run)
-        self.formats, self.matrix = matrix_columns(self.cells), matrix_rows(self.cells)
-        self.causes = causes(run.verdicts)
+        self.benches, self.matrix = columns(self.cells), lines(self.cells)
+        self.causes, self.known = causes(run.verdicts), known_groups(run.verdicts)
         self.counts = [(outcome, run.counts[outcome]) for outcome in OUTCOMES if run.counts.get(outcome)]
         self.loose = [verdict for verdict in run.verdicts if verdict.format is None]
-        records = sorted(run.of(ProbeRecord), key=lambda record: -_spread(record))
-        self.plots = [_plot(record, drawn=i < _MOST_FIGURES) for i, record in enumerate(records)]
+        self.plots = law_plots(run.of(ProbeRecord))
         found = ((record, energy_by_block(record)[:_MOST_BLOCKS]) for record in run.of(FileRecord))
         self.energies = [(record, blocks) for record, blocks in found if blocks][:_MOST_ENERGIES]
-        self._anchors, self._plotted = _anchors(run.verdicts), {plot.anchor for plot in self.plots}
+        self._anchors = _anchors(run.verdicts)
+        self._cells = {id(verdict): cell.anchor for cell in self.cells.values() for verdict in cell.verdicts}
+        self._plotted = {_law_anchor(o): plot.anchor for plot in self.plots for o in (plot.record, *plot.others)}
+
+    @property
+    def measured(self) -> list[MatrixCell]:
+        """The cells in which something was measured."""
+        return [cell for line in self.matrix for cell in line.cells]
+
+    @property
+    def site(self) -> str | None:
+        """The address of the site that codes and findings link to."""
+        return site()
+
+    @property
+    def outcomes(self) -> set[str]:
+        """The outcomes of the cells of the matrix."""
+        return {cell.outcome for cell in self.measured}
+
+    @property
+    def known_cells(self) -> int:
+        """The number of places in which a known failure was seen."""
+        return len({place for group in self.known for place in group.cells})
 
     @cached_property
     def told(self) -> set[int]:
-        """The violations whose text is shown in full; the page stays under 5 MB, the records hold the rest."""
+        """The violations whose text is shown in full; the page stays small, the records hold the rest."""
         first = [verdict for cause in self.causes for verdict in cause.verdicts[:_MOST_TOLD_PER_CAUSE]]
         return {id(verdict) for verdict in first[:_MOST_TOLD]}
 
@@ -88,20 +109,49 @@ class ReportView:
 
     def plot(self, cell: MatrixCell) -> str | None:
         """Return the id of the plot of the cell's law, None when there is none."""
-        anchor = _law_anchor(cell)
-        return anchor if anchor in self._plotted else None
+        return self._plotted.get(_law_anchor(cell))
 
     def evidence(self, cell: MatrixCell) -> str:
         """Return the id that a cell of the matrix links to: its worst failure, or its checks."""
         return cell.anchor if cell.worst is None or cell.worst.ok else self.anchor(cell.worst)
 
-    def span(self, loader: str) -> int:
-        """Return the number of lines that a loader has in the matrix."""
-        return sum(row.loader == loader for row in self.matrix)
+    def cell_anchor(self, verdict: Verdict) -> str:
+        """Return the id of the cell that a verdict belongs to, else of the checks without one."""
+        return self._cells.get(id(verdict), "loose")
+
+    def list_of(self, outcome: str) -> str:
+        """Return the id of the list that shows the verdicts of an outcome."""
+        return _LISTS[outcome]
 
     def version(self, loader: str) -> str | None:
         """Return the version of a loader, None where no verdict tells it."""
         return next((v.loader_version for v in self.run.verdicts if v.loader == loader and v.loader_version), None)
+
+    def pictures(self, loader: str) -> Verdict | None:
+        """Return the worst verdict on the pictures of a loader."""
+        found = (v for v in self.run.verdicts if v.loader == loader and v.check == "images" and v.outcome != "skipped")
+        return min(found, key=badness, default=None)
+
+
+def grouped(verdicts: Iterable[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """Return the verdicts to be told one by one, the worst first, and those that passed."""
+    ordered = sorted(verdicts, key=badness)
+    return [v for v in ordered if v.outcome != "passed"], [v for v in ordered if v.outcome == "passed"]
+
+
+def law_plots(records: Iterable[ProbeRecord]) -> list[LawPlot]:
+    """Return one plot per loader, law and variant that is not as trained, the worst first."""
+    odd = [record for record in records if not as_trained(record.law) and any(map(_off, record.points))]
+    folded: dict[tuple[str, str | None, str], list[ProbeRecord]] = {}
+    for record in sorted(odd, key=lambda record: -_spread(record)):
+        key = record.loader, record.law.formula if record.law else record.format, record.variant
+        folded.setdefault(key, []).append(record)
+    groups = list(folded.values())
+    return [LawPlot(group[0], _figure(group[0], i), tuple(group[1:])) for i, group in enumerate(groups)]
+
+
+def _figure(record: ProbeRecord, order: int) -> Markup | None:
+    return law_figure(record) if order < _MOST_FIGURES and available() else None
 
 
 def _law_anchor(of: ProbeRecord | MatrixCell) -> str:
@@ -126,19 +176,17 @@ def _anchors(verdicts: Sequence[Verdict]) -> dict[int, str]:
 
 
 def _spread(record: ProbeRecord) -> float:
-    return max((_off(point) for point in record.points), default=0.0)
+    return max((_distance(point) for point in record.points), default=0.0)
 
 
-def _off(point: ProbePoint) -> float:
+def _off(point: ProbePoint) -> bool:
+    return not abs(point.measured - point.expected) <= _OFF * abs(point.expected)
+
+
+def _distance(point: ProbePoint) -> float:
     if point.expected == 0:
         return 64.0 if point.measured else 0.0
     return distance(point.measured / point.expected)
-
-
-def _plot(record: ProbeRecord, *, drawn: bool) -> LawPlot:
-    points = tuple(sorted(record.points, key=_off, reverse=True))
-    figure = law_figure(record) if drawn and points and available() else None
-    return LawPlot(record, figure, points[:_MOST_POINTS], max(len(points) - _MOST_POINTS, 0))
 
 
 def told_lines(verdict: Verdict) -> list[tuple[str, str]]:

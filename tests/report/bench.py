@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import chromium_browser
-from report_samples import FORMATS, IGNORED, TRAINED, cell, probes, run_of, sweep
+from report_samples import FORMATS, IGNORED, TRAINED, cell, full_run, probes, run_of, sweep
 
 from harness.report.html import write_report
 from harness.report.records import Run
 
 LOADERS, BENCHES = 13, 8
-_FILTER = """
+_PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+_SCREENS = """
+return (document.querySelector("section:has(> .fold)").getBoundingClientRect().top + scrollY) / innerHeight;
+"""
+_DESKTOP = {
+    "nodes": "arguments[0](document.querySelectorAll('*').length)",
+    "first_paint_s": """
+new PerformanceObserver((list) => arguments[0](list.getEntriesByName("first-contentful-paint")[0].startTime / 1000))
+  .observe({type: "paint", buffered: true});
+""",
+    "loaded_s": "arguments[0]((performance.timing.loadEventEnd - performance.timing.navigationStart) / 1000)",
+    "filter_s": """
 const box = document.querySelector('input[name=s]'), started = performance.now();
 box.click();
-return new Promise((done) => setTimeout(() => requestAnimationFrame(() => done(performance.now() - started)), 85));
-"""
+setTimeout(() => requestAnimationFrame(() => arguments[0]((performance.now() - started) / 1000)), 85);
+""",
+}
 
 
 def large_run(folder: Path) -> Run:
@@ -39,15 +53,22 @@ def large_run(folder: Path) -> Run:
 
 
 def measure() -> dict[str, float]:
-    """Return bytes of the page, seconds to build it, and seconds to first paint and to filter where Chromium is."""
+    """Return the figures of a run of 5,000 verdicts, and those of a night of the usual size."""
+    return _measured("", large_run) | _measured("night_", full_run)
+
+
+def _measured(prefix: str, make: Callable[[Path], Run]) -> dict[str, float]:
+    """Return bytes and seconds to build the page, and where Chromium is what it makes of it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = large_run(folder)
+        run = make(folder)
         started = time.perf_counter()
         path = write_report([run], folder)
         built = time.perf_counter() - started
-        found = {"verdicts": len(run.verdicts), "bytes": path.stat().st_size, "build_s": round(built, 2)}
-        return found | _in_browser(path)
+        bare = len(re.sub(r"data:image/[^\"]+", "", path.read_text(encoding="utf-8")))
+        found = {"verdicts": len(run.verdicts), "bytes": path.stat().st_size, "bytes_without_pictures": bare}
+        found |= {"build_s": round(built, 2)} | _in_browser(path)
+        return {prefix + key: value for key, value in found.items()}
 
 
 def _in_browser(path: Path) -> dict[str, float]:
@@ -56,12 +77,12 @@ def _in_browser(path: Path) -> dict[str, float]:
     browser = chromium_browser.start(path.parent / "profile")
     try:
         browser.get(path.as_uri())
-        paint = browser.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
-        loaded = browser.execute_script("return performance.timing.loadEventEnd - performance.timing.navigationStart")
-        filtered = browser.execute_script(_FILTER)
+        found = {name: browser.execute_async_script(script) for name, script in _DESKTOP.items()}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", _PHONE)
+        found["phone_screens_before_the_folds"] = browser.execute_script(_SCREENS)
     finally:
         browser.quit()
-    return {"first_paint_s": paint / 1000, "loaded_s": loaded / 1000, "filter_s": filtered / 1000}
+    return found
 
 
 if __name__ == "__main__":

@@ -355,3 +355,44 @@ def night(folder: Path) -> Run:
     records: list[Record] = [*matrix_records(), *sweep(folder, "peft", 1.0), *sweep(folder, "raw_alpha.py:load", 16.0)]
     records += [*file_records(), *power_records()]
     return write_run(folder, records, planned=("checks:peft", "sweep:peft@cuda"))
+
+
+KNOWN = (
+    "lycoris-missing-alpha", "lycoris-loha-lokr-merge-squares-alpha", "diffusers-negative-alpha-hang",
+    "lycoris-dora-bfloat16", "diffusers-text-encoder-mlp-alone", "diffsynth-flux-outer-modules-and-unequal-ranks",
+    "diffusers-unet-mixed-alphas-ignored", "diffusers-missing-alpha-takes-the-most-common",
+    "diffsynth-flux-one-alpha-for-all", "diffsynth-flux-negative-alpha", "peft-tied-embedding-merge",
+    "comfyui-header-alpha-ignored", "comfyui-unet-attention-names", "comfyui-dora-output-axis-norm",
+    "invokeai-dora-output-axis", "invokeai-qwen-alpha-beside-lora-a-dropped", "diffusers-flux-fuse-qkv-drops-lora",
+    "diffusers-flux-kohya-qkv-bf16-scale", "diffusers-qwen-double-underscore", "diffusers-fuse-scale-compounds",
+    "refiners-alpha-ignored", "lycoris-dora-input-axis", "lycoris-dora-precise-merge", "lycoris-dora-strength-zero",
+)  # fmt: skip
+
+
+def full_run(folder: Path) -> Run:
+    """Return a sample of the size of a real night: 11 loaders, 242 cells, 24 known findings, 90 strengths drawn."""
+    benches = ("qwen-image", "qwen-image-fused", "flux", "clip-text", "sd-unet", "gpt2")
+    records: list[Record] = []
+    for number in range(11):
+        loader, law = f"loader-{number}", IGNORED if number == 3 else TRAINED
+        for index in range(22):
+            fmt, bench = FORMATS[index % (1 + number % 3)], benches[index % 6]
+            variant = ("lora", "dora", "loha", "lokr")[index // 6]
+            place = {"format": fmt, "bench": bench, "variant": variant}
+            if index % 3 == 2:
+                records.append(passed(loader, "smoke", outcome="skipped", reason=f"not declared: {variant}", **place))
+                continue
+            told = cell(loader, fmt, bench, law=law, wrong=law is IGNORED and index < 2)
+            records += [verdict.model_copy(update=place) for verdict in told]
+            if number % 2 and index % 2:
+                records += _known(loader, KNOWN[(number * 22 + index) // 2 % len(KNOWN)], place)
+            if law is IGNORED:
+                records.append(probes(loader, fmt, bench, law))
+    strips = [record for number in range(10) for record in sweep(folder, f"loader-{number}", 1.0)]
+    return write_run(folder, [*records, *strips])
+
+
+def _known(loader: str, page: str, place: dict[str, str]) -> list[Verdict]:
+    facts = {"outcome": "xfailed", "code": "LH901", "title": "loader raised TypeError", "ratio": None, "law": None}
+    reason = f"what this sample is known to get wrong (docs/findings/{page}.md)"
+    return [failed(loader, f"check-{n}", reason=reason, **facts, **place) for n in range(2)]

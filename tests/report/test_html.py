@@ -124,10 +124,9 @@ def test_failures_carry_exactly_the_text_of_the_terminal(sample_night: tuple[Run
 def test_the_matrix_cell_of_a_failure_links_to_its_text(tmp_path: Path) -> None:
     write = failed(format="kohya")
     text = write_report([run_of(write, passed("peft"))], tmp_path).read_text(encoding="utf-8")
-    cell = re.search(r'<td class="failed"><a href="#(v-[0-9a-f]+)">.*?</td>', text)
+    cell = re.search(r'<a class="c failed" href="#(v-[0-9a-f]+)"[^>]*>(.*?)</a>', text)
     assert cell is not None
-    assert "wrong" in cell[0]
-    assert "<code>strength</code>" in cell[0]
+    assert cell[2] == "<b>✕W</b><i>kohya lora: wrong: alpha ignored (LH202), law strength</i>"
     assert Page(text).texts[cell[1]].strip() == write.text()
 
 
@@ -227,16 +226,40 @@ def test_records_beside_a_report_find_their_pictures(tmp_path: Path) -> None:
 def test_a_cell_leads_to_the_plot_of_its_law(sample_night: tuple[Run, Path, Page]) -> None:
     page = sample_night[2]
     links = {str(a["href"])[1:] for a in page.all("a") if str(a["href"]).startswith("#law-")}
-    assert len(links) == 9
+    assert len(links) == 2
     assert links <= set(page.texts)
+    for link in links:
+        assert "lora on qwen-image" in page.texts[link]
+        assert "48 probes" in page.texts[link]
 
 
-def test_figures_have_alt_text_and_a_table(sample_night: tuple[Run, Path, Page]) -> None:
+def test_a_law_as_trained_is_not_drawn_and_one_law_is_drawn_once(tmp_path: Path) -> None:
+    odd = [probes("x", fmt, "b", IGNORED, count=4) for fmt in FORMATS]
+    twice = probes("x", "kohya", "b", IGNORED, count=4).model_copy(update={"variant": "dora"})
+    page = page_of(run_of(probes("x", "peft", "c", TRAINED), *odd, twice), tmp_path)
+    assert len(page.all("figure")) == 2
+    assert "x kohya dora on b" in " ".join(page.texts["laws"].split())
+    drawn, also = re.findall(r"x (\w+) lora on b.*; the same (.*?)\n", page.texts["laws"], re.DOTALL)[0]
+    assert {drawn, *also.split(", ")} == {drawn, *(f"{fmt} on b" for fmt in FORMATS if fmt != drawn)}
+
+
+def test_figures_have_alt_text_and_the_probes_stay_in_the_records(sample_night: tuple[Run, Path, Page]) -> None:
     page = sample_night[2]
     plots = [svg for svg in page.all("svg") if svg.get("class") == "plot"]
-    assert len(plots) > 10
+    assert len(plots) == 2 + 6
     assert all(plot.get("role") == "img" and plot.get("aria-label") for plot in plots)
-    assert "transformer_blocks.1.attn.to_q" in page.texts["laws"]
+    assert "transformer_blocks.1.attn.to_q" not in page.texts["laws"]
+    assert "All probes are in run.jsonl" in page.texts["laws"]
+
+
+def test_no_label_of_a_plot_is_smaller_than_11_pixels_on_a_phone(sample_night: tuple[Run, Path, Page]) -> None:
+    text = (sample_night[1] / "index.html").read_text(encoding="utf-8")
+    plots = re.findall(r'<svg viewBox="[^>]*class="plot">.*?</svg>', text, re.DOTALL)
+    for plot in plots:
+        width = float(re.findall(r'viewBox="0 0 ([\d.]+)', plot)[0])
+        shown = 326 if width < 300 else 9 * 105.6  # the column of a phone of 360 px; nine columns of a strip
+        assert min(map(float, re.findall(r'font-size="([\d.]+)', plot))) * shown / width >= 11
+    assert len(plots) == 8
 
 
 def test_without_plotting_libraries_the_tables_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +268,7 @@ def test_without_plotting_libraries_the_tables_remain(tmp_path: Path, monkeypatc
     run = night(tmp_path)
     page = page_of(run, tmp_path)
     assert not [svg for svg in page.all("svg") if svg.get("class") == "plot"]
-    assert "transformer_blocks.1.attn.to_q" in page.texts["laws"]
+    assert "48 probes" in page.texts["laws"]
     assert "ssim reference" in page.texts["sweeps"]
 
 
@@ -294,7 +317,7 @@ def test_a_closed_and_an_open_gate_are_told(tmp_path: Path) -> None:
 def test_a_picture_cell_shows_the_factor(tmp_path: Path) -> None:
     verdict = failed(check="images", bench="base", law=None, estimated_factor=8.0)
     text = page_of(run_of(verdict), tmp_path).texts["matrix"]
-    assert "base · images" in text
+    assert "pictures" in text
     assert "8× as trained" in text
 
 

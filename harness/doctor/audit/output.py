@@ -195,7 +195,7 @@ def _cell(value: object) -> object:
 
 
 def _html(rows: Sequence[FileRecord], stream: BinaryIO) -> None:
-    from harness.report.lora_page import audit_page
+    from harness.report.audit_page import audit_page
 
     for part in audit_page(rows):
         stream.write(part.encode("utf-8", "backslashreplace"))

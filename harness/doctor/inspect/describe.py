@@ -26,8 +26,8 @@ _SHOWN_CHARACTERS = 200
 _FIRST = (
     "ss_output_name", "ss_base_model_version", "ss_sd_model_name", "ss_network_module", "ss_network_dim",
     "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_num_epochs", "ss_epoch", "ss_steps",
-    "modelspec.architecture", "modelspec.title", "modelspec.implementation", "software", "training_info", "name",
-    "version",
+    "modelspec.architecture", "base_model_name_or_path", "modelspec.title", "modelspec.implementation", "software",
+    "training_info", "name", "version",
 )  # fmt: skip
 _TRAINERS = (
     ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
@@ -126,7 +126,7 @@ def describe(
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
         trainer=trainer_of(adapter.metadata),
-        metadata=_shown(adapter.metadata),
+        metadata=_shown({**_base_named(adapter), **adapter.metadata}),
         dialect=adapter.dialect,
         weights_read=weighed.read,
         **_for_tools(Traits(given), lora_alpha),
@@ -206,6 +206,11 @@ def shown_path(path: Path | str) -> str:
 def _without_path(error: LoraFileError, path: Path) -> str:
     file = "" if error.path == path else printable(error.path.name, 80)
     return ": ".join(part for part in (file, error.key, error.problem) if part)
+
+
+def _base_named(adapter: LoraAdapter) -> dict[str, str]:
+    named = adapter.config.get("base_model_name_or_path")
+    return {"base_model_name_or_path": named} if isinstance(named, str) and named else {}
 
 
 def _shown(metadata: Mapping[str, str]) -> dict[str, str]:

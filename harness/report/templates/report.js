@@ -24,10 +24,11 @@
   // Filters: what can be hidden, with its text read once and only when somebody searches.
   const filter = one("#filter"), search = one("#q"), loader = one("#l"), format = one("#f"), shown = one("#shown");
   const boxes = all("input[name=s]", filter);
-  const groups = all(".cell, .cause, .law").map((element) => ({
-    element, loader: element.dataset.l, formats: element.dataset.f.split(" "), outcome: element.dataset.o,
-    rows: element.classList.contains("cell") ? all("tbody tr", element) : [], text: null,
+  const groups = all(".cell, .cause, .law, .known tbody tr").map((element) => ({
+    element, loaders: element.dataset.l.split("\n"), formats: element.dataset.f.split("\n"), outcome: element.dataset.o,
+    rows: all(".checks li", element),
   }));
+  const cells = all(".matrix .c").map((element) => ({ element, loader: element.closest("tr").dataset.l }));
   const files = all("#files tbody tr[data-o]");
   const texts = new WeakMap();
   const textOf = (element) => {
@@ -38,39 +39,50 @@
   const options = (select, values) => {
     for (const value of [...new Set(values)].filter(Boolean).sort()) select.append(new Option(value, value));
   };
-  options(loader, groups.map((group) => group.loader));
+  options(loader, groups.flatMap((group) => group.loaders));
   options(format, groups.flatMap((group) => group.formats));
 
   const wanted = () => ({ q: search.value.trim().toLowerCase(), s: boxes.filter((box) => box.checked).map((box) => box.value),
                           l: loader.value, f: format.value });
-  const rowFits = (row, want, words) => (!want.s.length || want.s.includes(row.dataset.o))
-    && words.every((word) => textOf(row).includes(word));
+  const has = (text, words) => words.every((word) => text.includes(word));
+  const outcomeFits = (want, outcome) => !want.s.length || want.s.includes(outcome);
+  // The checks that a row stands for: itself, or each of the names of those that passed.
+  const counted = (row, words) => {
+    const names = one(".names", row);
+    return names ? textOf(names).split(", ").filter((name) => has(name, words)).length : Number(has(textOf(row), words));
+  };
+  const sizes = new Map(groups.map((group) => [group, group.rows.reduce((sum, row) => sum + counted(row, []), 0)]));
   const apply = () => {
     const want = wanted(), words = want.q.split(/\s+/).filter(Boolean);
     const active = Boolean(words.length || want.s.length || want.l || want.f);
     let count = 0, total = 0;
     for (const group of groups) {
-      const place = (!want.l || group.loader === want.l) && (!want.f || group.formats.includes(want.f));
+      const place = (!want.l || group.loaders.includes(want.l)) && (!want.f || group.formats.includes(want.f));
       let fits = place;
       if (group.rows.length) {
-        const summary = textOf(one("summary", group.element));
+        const summary = words.length ? textOf(one("summary", group.element)) : "";
         const rest = words.filter((word) => !summary.includes(word));
         let visible = 0;
         for (const row of group.rows) {
-          const show = place && rowFits(row, want, rest);
-          if (row.hidden === show) row.hidden = !show;
-          visible += show;
+          const here = place && outcomeFits(want, row.dataset.o) ? counted(row, rest) : 0;
+          if (row.hidden !== !here) row.hidden = !here;
+          visible += here;
         }
-        total += group.rows.length; count += visible;
+        total += sizes.get(group); count += visible;
         fits = visible > 0;
-        group.element.classList.toggle("narrow", active);
       } else if (place) {
-        fits = (!want.s.length || !group.outcome || want.s.includes(group.outcome)) && words.every((word) => textOf(group.element).includes(word));
+        fits = (!group.outcome || outcomeFits(want, group.outcome)) && has(words.length ? textOf(group.element) : "", words);
       }
       group.element.hidden = !fits;
     }
-    for (const row of files) row.hidden = !rowFits(row, want, words);
+    for (const row of files) row.hidden = !(outcomeFits(want, row.dataset.o) && has(textOf(row), words));
+    for (const { element, loader: name } of cells) {
+      const fits = (!want.l || name === want.l) && (!want.f || element.dataset.f === want.f) && outcomeFits(want, element.dataset.o);
+      element.classList.toggle("dim", !fits);
+    }
     shown.textContent = active ? `${count} of ${total} checks` : "";
+    const folded = one("#checks > .fold");
+    if (folded && active) folded.open = true;
   };
 
   // The hash holds the filters and the place: #s=failed&l=peft&q=qkv&at=v-1234, or plainly #v-1234.
@@ -96,23 +108,40 @@
     for (const box of boxes) box.checked = state.s.includes(box.value);
   };
   const none = { q: "", s: [], l: "", f: "" };
+  // Open every fold that a target lies in, and its own when it is a section or a fold itself.
+  const unfold = (target) => {
+    const own = target.matches("details") ? target : one(":scope > .fold", target);
+    if (own) own.open = true;
+    for (let box = target.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
+  };
   const go = (id) => {
     const target = id && document.getElementById(id);
     if (!target) return;
     if (target.closest("[hidden]")) { set(none); apply(); }
-    for (let box = target.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
-    target.closest("table")?.classList.add("all");
+    unfold(target);
     for (const other of all(".lit")) if (!other.classList.contains("tile")) other.classList.remove("lit");
     target.classList.add("lit");
     target.scrollIntoView({ block: target.offsetHeight < innerHeight * 0.6 ? "center" : "start", behavior: "instant" });
     if (!target.matches("a,button,input")) { target.tabIndex = -1; target.focus({ preventScroll: true }); }
   };
+  // After a filter: the list that shows what was asked for.
+  const lists = Object.fromEntries(all(".counts a").map((link) => [link.dataset.s, link.hash.slice(1)]));
+  const showList = () => {
+    const { s } = wanted();
+    const target = document.getElementById(s.length === 1 && lists[s[0]] || "checks") || filter;
+    unfold(target);
+    target.scrollIntoView({ behavior: "instant" });
+  };
+  for (const link of all(".counts a")) link.addEventListener("click", (event) => {
+    event.preventDefault();
+    set({ ...none, s: [link.dataset.s] }); apply(); write(); showList();
+  });
   const follow = () => {
     const state = read();
     if (state.q !== undefined) { set(state); apply(); }
     go(state.at);
     if (state.at && wanted().s.length + wanted().l.length + wanted().f.length + wanted().q.length) write(state.at);
-    if (state.q !== undefined && !state.at && location.hash.length > 1) filter.scrollIntoView({ behavior: "instant" });
+    if (state.q !== undefined && !state.at && location.hash.length > 1) showList();
   };
   let timer = 0;
   const changed = () => { clearTimeout(timer); timer = setTimeout(() => { apply(); write(); }, 80); };
@@ -122,13 +151,32 @@
   one("#clear").addEventListener("click", clear);
   addEventListener("hashchange", follow);
 
-  // Long tables come in pages of a hundred rows.
-  for (const table of all(".checks")) {
-    const rows = table.tBodies[0].rows.length;
-    if (rows <= 100) continue;
-    const button = Object.assign(document.createElement("button"), { type: "button", className: "showall", textContent: `show all ${rows} rows` });
-    button.addEventListener("click", () => { table.classList.add("all"); button.remove(); });
-    table.after(button);
+  // What a cell of the matrix says: beside it when it is pointed at or focused, at the first tap instead of the jump.
+  const matrix = one(".matrix"), tip = one("#tip");
+  let pointed = null;
+  const hide = () => { tip.hidden = true; pointed = null; };
+  const tell = (cell) => {
+    pointed = cell;
+    tip.textContent = one("i", cell).textContent;
+    tip.hidden = false;
+    const box = cell.getBoundingClientRect(), own = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - own.width - 16))}px`;
+    tip.style.top = `${box.bottom + own.height + 8 < innerHeight ? box.bottom + 4 : box.top - own.height - 4}px`;
+  };
+  if (matrix) {
+    const of = (event) => one("#words").checked ? null : event.target.closest(".c");
+    let told = null, finger = false;
+    for (const name of ["mouseover", "focusin"]) matrix.addEventListener(name, (event) => { if (of(event)) tell(of(event)); });
+    for (const name of ["mouseout", "focusout"]) matrix.addEventListener(name, hide);
+    addEventListener("scroll", () => { if (pointed) tell(pointed); }, { passive: true });
+    matrix.addEventListener("pointerdown", (event) => { finger = event.pointerType === "touch"; });
+    matrix.addEventListener("click", (event) => {
+      const cell = of(event), again = cell === told;
+      told = cell;
+      if (!cell || !finger || again) return;
+      event.preventDefault();
+      tell(cell);
+    });
   }
 
   // Before and after: the range cuts the upper picture; a picture of the strip can be chosen.
