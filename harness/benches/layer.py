@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
@@ -71,22 +71,23 @@ class View:
 
     A LoRA trained on one topology can be right on the other: what it adds to `to_q` belongs in the first rows of
     `to_qkv`. A view gathers the rows of the model's layers under the names of the file, so everything is measured
-    there. Those a LoRA may target are `lora_layers`, and `fused` says which stack several projections. `made_of` says
-    where the rows of a layer are in the model, for the layers that are not the model's own.
+    there. Those a LoRA may target are `lora_layers`, and `parts` says of those that stack several projections how many
+    rows each has. `made_of` says where the rows of a layer are in the model, for the layers that are not the model's
+    own or have another name there.
     """
 
     name: str
     layers: Mapping[str, Layer]
     lora_layers: tuple[str, ...]
-    fused: tuple[tuple[str, int], ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     made_of: Mapping[str, Rows] = field(default_factory=dict)
 
     def slices(self, layer: str) -> tuple[slice, ...]:
         """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
-        if layer in self.made_of:
-            return _stacked([_length(rows) for _, rows in self.made_of[layer]])
-        parts = next((count for suffix, count in self.fused if layer.endswith(suffix)), 1)
-        return _stacked([self.layers[layer].rows // parts] * parts)
+        if layer in self.parts:
+            return _stacked(self.parts[layer])
+        rows = self.made_of.get(layer)
+        return _stacked([_length(part) for _, part in rows] if rows else [self.layers[layer].rows])
 
     def gather(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of this view from those of the model's layers."""
@@ -102,7 +103,21 @@ def regroup(view: View, made_of: Mapping[str, Rows]) -> View:
     made = {name: _joined(view, parts) for name, parts in made_of.items()}
     kept = {name: layer for name, layer in view.layers.items() if name not in gone}
     targets = tuple(name for name in view.lora_layers if name not in gone)
-    return replace(view, layers={**made, **kept}, lora_layers=(*made, *targets), made_of=dict(made_of))
+    parts = {name: rows for name, rows in view.parts.items() if name not in gone}
+    return replace(view, layers={**made, **kept}, lora_layers=(*made, *targets), parts=parts, made_of=dict(made_of))
+
+
+def renamed(view: View, name_of: Callable[[str], str]) -> View:
+    """Return `view` with its layers under other names, which say where in the model they are."""
+    names = {layer: name_of(layer) for layer in view.layers}
+    own = {layer: ((layer, slice(0, view.layers[layer].rows)),) for layer, name in names.items() if name != layer}
+    return replace(
+        view,
+        layers={names[layer]: what for layer, what in view.layers.items()},
+        lora_layers=tuple(names[layer] for layer in view.lora_layers),
+        parts={names[layer]: rows for layer, rows in view.parts.items()},
+        made_of={names[layer]: rows for layer, rows in {**own, **view.made_of}.items()},
+    )
 
 
 def _joined(view: View, parts: Rows) -> Layer:

@@ -93,12 +93,12 @@ def effective_weights(
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than its layer does.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), numbers_of(model), torch_is_itself()
 
     def read(name: str, module: nn.Module, layer: Layer) -> Tensor:
         if known and is_plain(module, layer, like):
             return weight_of(module, layer, bias=bias)
-        _keep_dense(dense, name, module, layer, like)
+        keep_dense(dense, name, module, layer, like)
         return effective_weight(module, layer, like, bias=bias)
 
     return {name: read(name, _find(modules, name), layer) for name, layer in layers.items()}
@@ -117,13 +117,13 @@ def weights_while_running(
     Some loaders put the LoRA in when the model begins to run and take it out at the end (functional calls, samplers
     that patch), others merge at the first run: a layer asked on its own then answers as if nothing were loaded.
     """
-    modules, like = dict(model.named_modules()), _numbers_of(model)
+    modules, like = dict(model.named_modules()), numbers_of(model)
     found: dict[str, Tensor] = {}
 
     def read(name: str, module: nn.Module) -> None:
         if name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
-            _keep_dense(dense, name, module, layers[name], like)
+            keep_dense(dense, name, module, layers[name], like)
             found[name] = effective_weight(module, layers[name], like, bias=bias)
 
     handles = [
@@ -148,7 +148,7 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     convolution is asked with one image per input channel and kernel place, an embedding with every token. The inputs
     have the dtype and device of `like`, by default those of the module's own numbers.
     """
-    like = _numbers_of(module) if like is None else like
+    like = numbers_of(module) if like is None else like
     with _without_bias(module):
         answer = _ASK[layer.kind](module, layer, like)
     if not isinstance(answer, Tensor) or answer.shape != (layer.columns + 1, layer.rows):
@@ -172,7 +172,8 @@ def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     return torch.randn(4, layer.columns, generator=generator).to(dtype)
 
 
-def _keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
+def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
+    """Put what a layer answers to `dense_input`, less what it answers to zeros, `[4, rows]` in float64, into `dense`."""
     x = None if dense is None else dense_input(layer, like.dtype)
     if dense is None or x is None:
         return
@@ -193,7 +194,7 @@ def offsets(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     Raises:
         MissingModuleError: a path is gone.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), numbers_of(model), torch_is_itself()
 
     def read(module: nn.Module, layer: Layer) -> Tensor:
         plain = known and is_plain(module, layer, like)
@@ -254,7 +255,7 @@ _ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
 }
 
 
-def _numbers_of(module: nn.Module) -> Tensor:
+def numbers_of(module: nn.Module) -> Tensor:
     """Return the first floating tensor: activations have its dtype and device."""
     numbers = itertools.chain(module.parameters(), module.buffers())
     return next((x for x in numbers if x.is_floating_point()), torch.empty(0))
