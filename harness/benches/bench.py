@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,11 @@ class Bench:
         """The layers that `targets` select, by path in the model."""
         return tuple(name for name in self.layers if self.targets is None or ends_with(name, self.targets))
 
+    @cached_property
+    def shared(self) -> Mapping[str, str]:
+        """The layers that share the weight of an earlier one, as embeddings and heads do, with that one."""
+        return shared(self._base, self.layers)
+
     def known_weights(self, dtype: str) -> dict[str, Tensor] | None:
         """Return the layers' weights, with a column for the bias, where they are known without a model."""
         return None
@@ -145,8 +150,11 @@ class Bench:
         """The layers that `targets` select as files name them, in the model's order."""
         return self.view.lora_layers
 
-    def measures(self) -> Iterator[str]:
-        """Yield what is measured of a bench that was brought along, and what is not, a sentence each."""
+    def measures(self, tried: Collection[str]) -> Iterator[str]:
+        """Yield what is measured of a bench that was brought along, and what is not, a sentence each.
+
+        `tried` are the layers, as files name them, that a LoRA is tried on.
+        """
         yield from ()
 
     @property
@@ -165,6 +173,17 @@ class Bench:
         with torch.no_grad():
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(weight))
         return output
+
+
+def shared(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Return the layers that share the weight of an earlier one, with that one."""
+    first, found = dict[int, str](), dict[str, str]()
+    for name in layers:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        other = name if weight is None else first.setdefault(weight.data_ptr(), name)
+        if other != name:
+            found[name] = other
+    return found
 
 
 def ends_with(path: str, ends: Sequence[str]) -> bool:

@@ -155,6 +155,8 @@ class _Factory:
             raise UserError(f"{self.what}: its function raises {one_line(error)}") from error
         if not isinstance(model, torch.nn.Module):
             raise UserError(f"{self.what}: its function returns {_kind(model)}, but should return a torch.nn.Module")
+        if any(tensor.is_meta for tensor in model.parameters()):
+            raise UserError(f"{self.what}: its weights are on the device meta, without values; build it on the CPU")
         _fill_biases(model)
         return model
 

@@ -165,8 +165,11 @@ def bench_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def say_what_is_measured(cells: Sequence[Cell], *, as_json: bool) -> None:
     """Say on stderr, of each bench of the user's own, which of its layers are measured and what is not."""
+    tried: dict[str, set[str]] = {}
+    for cell in cells:
+        tried.setdefault(cell.bench_name, set()).update(cell.targets)
     for bench in {cell.bench_name: cell.bench for cell in cells}.values():
-        for line in bench.measures() if not as_json else ():
+        for line in bench.measures(tried[bench.name]) if not as_json else ():
             click.echo(on_one_line(f"{bench.name}: {line}"), err=True)
 
 

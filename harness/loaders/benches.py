@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from importlib import import_module, metadata
@@ -23,7 +23,7 @@ from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
-from harness.loaders.source import A_BENCH, import_callable
+from harness.loaders.source import A_BENCH, import_callable, is_file
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "lora_harness.benches"
 Make = Callable[[], Any]
 Which = str | Make
+_SECONDS = 120.0  # to import, build and read a bench
 _LIBRARIES = ("torch", "diffusers", "transformers")  # their modules are imported here too, once for all that follow
 
 
@@ -72,11 +73,12 @@ class KnownBench(Bench):
         rounded = {name: weight.to(getattr(torch, dtype)).double() for name, weight in first.items()}
         return {name: tensors.get(f"{dtype}:{name}", weight) for name, weight in rounded.items()}
 
-    def measures(self) -> Iterator[str]:
+    def measures(self, tried: Collection[str]) -> Iterator[str]:
         """Yield what is measured of it, and what is not, a sentence each."""
         from harness.measure.self_check import summary
 
-        return summary(self.facts)
+        view = self.view
+        return summary(self.facts, {n: view.layers[n].kind for n in view.lora_layers if n not in tried})
 
     def made(self) -> torch.nn.Module:
         """Return a model that its function built.
@@ -116,6 +118,8 @@ def bench_name(which: Which, *, model: bool = False) -> str:
             return name
     point = next((each for each in metadata.entry_points(group=ENTRY_POINTS) if each.name == which), None)
     if point is None and ":" not in which:
+        if is_file(which):
+            raise UserError(f"{which!r} names a file but no function; write {which}:make when `make` is its name")
         return get_bench(which).name  # says which there are
     find = partial(_loaded, point) if point else partial(import_callable, which, A_BENCH)
     return _add(which, find, _looked_at(which, find, model=model), model=model)
@@ -232,7 +236,7 @@ def _asked(spec: str, find: Callable[[], Make], model: bool) -> dict[str, Any]:
 
         with subject_process(answer, apart=channel.apart, memory_limit=Limits().memory) as asked:
             try:
-                channel.send(asked.ask(spec, START_SECONDS))
+                channel.send(asked.ask(spec, _SECONDS))
             except SubjectLostError as lost:
                 channel.send({"error": f"bench {spec}: building it ended its process: {lost.what}"})
 

@@ -173,7 +173,7 @@ def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
 
 
 def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
-    """Put what a layer answers to `dense_input`, less what it answers to zeros, `[4, rows]` in float64, into `dense`."""
+    """Put what a layer answers to `dense_input`, less its answer to zeros, `[4, rows]` in float64, into `dense`."""
     x = None if dense is None else dense_input(layer, like.dtype)
     if dense is None or x is None:
         return

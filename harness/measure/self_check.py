@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from harness.benches.bench import DTYPES, Bench, ends_with
+from harness.benches.bench import DTYPES, Bench, ends_with, shared
 from harness.benches.layer import Layer, layer_of
 from harness.benches.own import TOO_LARGE, OwnBench
 from harness.benches.template import Template
@@ -136,19 +136,6 @@ def _unreadable(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) 
     return None
 
 
-def shared(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Return the layers that share the weight of an earlier one, with that one."""
-    first, found = dict[int, str](), dict[str, str]()
-    for name in layers:
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is None:
-            continue
-        other = first.setdefault(weight.data_ptr(), name)
-        if other != name:
-            found[name] = other
-    return found
-
-
 def _targets(
     layers: Mapping[str, Layer],
     model: torch.nn.Module,
@@ -197,8 +184,8 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
     tensors, dtypes = dict[str, "Tensor"](), list[str]()
     for dtype in DTYPES:
         try:
-            found = _in_dtype(bench, layers, dtype)
-        except UserError:
+            found = _in_dtype(bench, layers, dtype, refused)
+        except (UserError, MemoryError):
             raise
         except Exception as error:
             if not dtypes:
@@ -209,7 +196,7 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
     return tensors, dtypes
 
 
-def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str) -> dict[str, Tensor]:
+def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Refused) -> dict[str, Tensor]:
     import torch
 
     model = bench.base(getattr(torch, dtype))
@@ -219,10 +206,10 @@ def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str) -> dict[str
     }
     if bench.run is not None:
         first, second = bench.forward(model).double(), bench.forward(model).double()
-        if not first.numel() or not bool(first.isfinite().all()):
-            raise ValueError(f"its answer in {dtype} is empty or not finite")
-        if norm(first - second) > 16 * UNIT_ROUNDOFF[dtype] * norm(first):
-            raise UserError(f"bench {bench.name}: its forward answers the same input differently when it is run again")
+        if dtype == "float32" and not (first.numel() and bool(first.isfinite().all())):
+            raise refused("what its forward answers is empty or not finite")
+        if not norm(first - second) <= 16 * UNIT_ROUNDOFF[dtype] * norm(first):
+            raise refused("its forward answers the same input differently when it is run again")
     return found
 
 
@@ -251,11 +238,18 @@ def _copies(bench: Bench, model: torch.nn.Module) -> bool:
         return False
 
 
-def summary(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a bench measures and what it does not, a sentence each."""
+_VARIANTS = {"conv": "conv", "embedding": "embedding"}  # in which a LoRA is trained on such a layer
+
+
+def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
+    """Yield what a bench measures and what it does not, a sentence each; `idle` are targets not tried, with kinds."""
     layers, targets = facts["layers"], facts["targets"]
     rest = [name for name in layers if name not in set(targets)]
     yield f"{len(targets)} of {len(layers)} layers take a LoRA: {_patterns(targets)}"
+    for kind in dict.fromkeys(idle.values()):
+        names = [name for name, own in idle.items() if own == kind]
+        how = f": this loader does not declare the variant {_VARIANTS[kind]}" if kind in _VARIANTS else ""
+        yield f"not tried here: {_patterns(names)}{how}"
     if rest:
         yield f"read, without a LoRA: {_patterns(rest)}"
     for name, other in facts["shared"].items():
