@@ -35,7 +35,8 @@ def test_the_suite_runs_a_loader_and_writes_the_report(tmp_path: Path) -> None:
 
 def test_the_suite_takes_a_bench_of_the_user_s_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from torch import nn\nfrom harness import bench\n@bench('mine')\ndef make(): return nn.Linear(4, 6)\n"
+        "from torch import nn\nfrom harness import bench\n"
+        "@bench('mine')\ndef make(): return nn.Sequential(nn.Linear(4, 6))\n"
     )
     done = pytest_run(
         tmp_path, "--pyargs", "harness.suite", f"--lora-loader={RAW}", "--lora-bench=mine.py:make",

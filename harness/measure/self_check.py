@@ -109,7 +109,7 @@ def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]
     like = numbers_of(model)
     for name, module in model.named_modules():
         layer = layer_of(module)
-        if layer is None:
+        if layer is None or not name:  # a model that is one layer has no name for it
             continue
         if why := _unreadable(name, module, layer, like):
             unread[name] = why
@@ -145,7 +145,7 @@ def _targets(
 ) -> list[str]:
     """Return the layers that a LoRA may change; where nobody said which, all but those that share their weight."""
     if not layers:
-        raise refused("it has no linear layer, convolution or embedding that can be read")
+        raise refused("it has no linear layer, convolution or embedding, with a name of its own, that can be read")
     if said.targets is None:
         twice = shared(model, layers)
         return [name for name in layers if name not in twice and name not in twice.values()]

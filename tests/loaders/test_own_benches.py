@@ -140,7 +140,7 @@ def test_what_is_measured_is_said_and_what_is_not() -> None:
 
 
 def test_the_reproduce_line_names_the_bench_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my model.py").write_text("from torch import nn\ndef make(): return nn.Linear(4, 6)\n")
+    (tmp_path / "my model.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Linear(4, 6))\n")
     monkeypatch.chdir(tmp_path)
     name = bench_name("my model.py:make", model=True)
     (cell,) = cells_of(resolve("peft"), ["peft"], [name], ["lora"])[0]
@@ -152,7 +152,7 @@ def test_the_reproduce_line_names_the_bench_by_where_it_is(tmp_path: Path, monke
 def test_the_loader_s_file_is_named_where_the_bench_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\nfrom harness import bench, loader\n"
-        "@bench('mine')\ndef make(): return nn.Linear(4, 6)\n"
+        "@bench('mine')\ndef make(): return nn.Sequential(nn.Linear(4, 6))\n"
         "@loader(formats={'peft'}, benches={make})\ndef load(model, lora, *, strength=1.0): pass\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -162,40 +162,39 @@ def test_the_loader_s_file_is_named_where_the_bench_stands(tmp_path: Path, monke
 
 
 HEAD = "import os, sys\nimport torch\nfrom torch import nn\nfrom harness import bench\n"
+HEAD += "def one(*args, **kwargs): return nn.Sequential(nn.Linear(*args, **kwargs))\n"
 BAD = {
     "def make(): raise ValueError('no config')": "its function raises ValueError: no config",
     "def make(): sys.exit(3)": "its function raises SystemExit: 3",
     "def make(): os._exit(3)": "building it ended its process: the process ended with exit status 3",
-    "def make(n): return nn.Linear(4, 4)": r"its function raises TypeError: make\(\) missing 1 required",
+    "def make(n): return one(4, 4)": r"its function raises TypeError: make\(\) missing 1 required",
     "def make(): return {'a': 1}": "its function returns dict, but should return a torch.nn.Module",
     "def make(): return nn.ReLU()": "the model has no weights",
-    "def make(): return nn.LayerNorm(4)": "it has no linear layer, convolution or embedding that can be read",
+    "def make(): return nn.LayerNorm(4)": "it has no linear layer, convolution or embedding, with a name",
     "def make(): return nn.Linear(60000, 50000)": "does not fit into the memory allowed",
     "def make(): return nn.Linear(6000, 6000)": "the model has 36,006,000 weights, a bench at most 30,000,000",
-    "def make(): return nn.Linear(4, 4, device='meta')": "its weights are on the device meta",
-    "calls = []\ndef make():\n calls.append(nn.Linear(4, 4))\n calls[-1].weight.data[0] = len(calls)\n return calls[-1]": (
-        "two calls of its function differ in weight: draw its weights with torch"
+    "def make(): return one(4, 4, device='meta')": "its weights are on the device meta",
+    "n = []\ndef make():\n n.append(one(4, 4))\n n[-1][0].weight.data[0] = len(n)\n return n[-1]": (
+        "two calls of its function differ in 0.weight: draw its weights with torch"
     ),
     "make = 3": "is int, not a function that builds a model",
     "class make: pass": "is a class; a bench is a function that builds a model",
     "from mine import make": "cannot import name 'make' from partially initialized module",
     "def make(:": "is not valid Python: invalid syntax",
-    "def other(): pass": r"has no 'make'; it defines (bench, )?other",
-    "@bench('x', targets=('to_q',))\ndef make(): return nn.Sequential(nn.Linear(4, 4))": (
+    "def other(): pass": r"has no 'make'; it defines (one, )?other",
+    "@bench('x', targets=('to_q',))\ndef make(): return one(4, 4)": (
         r"targets: 'to_q' is the end of no layer's path \(0\)"
     ),
-    "@bench('x', targets=())\ndef make(): return nn.Linear(4, 4)": r"targets=\(\) names no layer",
-    "@bench('x y')\ndef make(): return nn.Linear(4, 4)": "a name has letters, digits, dots and dashes",
-    "@bench('flux')\ndef make(): return nn.Linear(4, 4)": "'flux' is the name of a bench of the harness",
-    "@bench('x', fused={'0': {'q': 3}})\ndef make(): return nn.Sequential(nn.Linear(4, 4))": (
-        "the projections of '0' have 3 rows, 0 has 4"
-    ),
-    "@bench('x', names={'1': 'y'})\ndef make(): return nn.Sequential(nn.Linear(4, 4))": "names: '1' is in no layer's",
-    "@bench('x', run=lambda m: m(torch.ones(5)))\ndef make(): return nn.Linear(4, 4)": "its forward raises Runtime",
-    "@bench('x', run=lambda m: 'no')\ndef make(): return nn.Linear(4, 4)": "returned str, but should return a tensor",
-    "@bench('x', run=lambda m: m(torch.ones(4)) * float('nan'))\ndef make(): return nn.Linear(4, 4)": "not finite",
+    "@bench('x', targets=())\ndef make(): return one(4, 4)": r"targets=\(\) names no layer",
+    "@bench('x y')\ndef make(): return one(4, 4)": "a name has letters, digits, dots and dashes",
+    "@bench('flux')\ndef make(): return one(4, 4)": "'flux' is the name of a bench of the harness",
+    "@bench('x', fused={'0': {'q': 3}})\ndef make(): return one(4, 4)": ("the projections of '0' have 3 rows, 0 has 4"),
+    "@bench('x', names={'1': 'y'})\ndef make(): return one(4, 4)": "names: '1' is in no layer's",
+    "@bench('x', run=lambda m: m(torch.ones(5)))\ndef make(): return one(4, 4)": "its forward raises Runtime",
+    "@bench('x', run=lambda m: 'no')\ndef make(): return one(4, 4)": "returned str, but should return a tensor",
+    "@bench('x', run=lambda m: m(torch.ones(4)) * float('nan'))\ndef make(): return one(4, 4)": "not finite",
     "@bench('x', run=lambda m: m(torch.ones(4)) + id(object()) % 97 + len(os.urandom(1)) * os.urandom(1)[0])\n"
-    "def make(): return nn.Linear(4, 4)": "answers the same input differently when it is run again",
+    "def make(): return one(4, 4)": "answers the same input differently when it is run again",
 }
 
 
@@ -223,7 +222,9 @@ def test_two_benches_of_one_name_do_not_take_each_other_s_place(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        (tmp_path / f"{name}.py").write_text(f"{HEAD}@bench('same')\ndef make(): return nn.Linear(4, 4)\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"{HEAD}@bench('same')\ndef make(): return nn.Sequential(nn.Linear(4, 4))\n"
+        )
     assert bench_name("a.py:make") == bench_name("a.py:make") == "same"
     with pytest.raises(UserError, match=r"b\.py:make and a\.py:make are both called 'same'"):
         bench_name("b.py:make")
@@ -231,9 +232,11 @@ def test_two_benches_of_one_name_do_not_take_each_other_s_place(
 
 def test_importing_a_bench_draws_nothing_after_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("import torch\ntorch.randn(3)\ndef make(): return torch.nn.Linear(4, 4)\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch\ntorch.randn(3)\ndef make(): return torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+    )
     mine = get_bench(bench_name("mine.py:make", model=True))
-    assert mine.build().weight.shape == (4, 4)  # it would say that it builds another model
+    assert mine.build()[0].weight.shape == (4, 4)  # it would say that it builds another model
 
 
 def test_the_command_line_ends_with_2_and_says_why(tmp_path: Path) -> None:
