@@ -2,6 +2,6 @@
 
 from harness.benches.bench import Bench
 from harness.benches.layer import Layer, View
-from harness.benches.registry import add_bench, bench_names, get_bench, own_benches
+from harness.benches.registry import add_bench, bench_names, get_bench, more_benches, own_benches
 
-__all__ = ["Bench", "Layer", "View", "add_bench", "bench_names", "get_bench", "own_benches"]
+__all__ = ["Bench", "Layer", "View", "add_bench", "bench_names", "get_bench", "more_benches", "own_benches"]

@@ -21,7 +21,8 @@ Rows = tuple[tuple[str, slice], ...]
 class Layer:
     """A layer whose weight is the matrix `[rows, columns]`: outputs by inputs.
 
-    A convolution has one column per input channel and kernel place, `[out, in * kh * kw]`; an embedding one column per
+    A convolution of one, two or three dimensions has one column per input channel and kernel place,
+    `[out, in * kh * kw]`; an embedding one column per
     token; `transposed` is a linear layer that stores its weight as [in, out] (transformers' `Conv1D`). `bias` says
     whether it has one.
     """
@@ -55,14 +56,23 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
         return Layer("linear", module.out_features, module.in_features, bias)
     if isinstance(module, nn.Embedding):
         return Layer("embedding", module.embedding_dim, module.num_embeddings)
-    if isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module.padding, str):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
         columns = module.in_channels * math.prod(module.kernel_size)
-        geometry = module.kernel_size, module.stride, module.padding, module.dilation
+        geometry = module.kernel_size, module.stride, _padding(module), module.dilation
         return Layer("conv", module.out_channels, columns, bias, *geometry)
     if type(module).__name__ == "Conv1D":  # transformers'; not imported for every model
         columns, rows = module.weight.shape  # type: ignore[misc]  # [in, out]
         return Layer("transposed", rows, columns, bias)
     return None
+
+
+def _padding(module: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) -> tuple[int, ...]:
+    """Return how many zeros stand before the first pixel, also where the layer says it in a word."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    if module.padding == "valid":
+        return tuple(0 for _ in module.kernel_size)
+    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import cache
 from importlib import import_module
 
 from harness.benches.bench import Bench
+from harness.benches.table import rows
 from harness.errors import UserError
 
-_MODULES = {
+_CORE = {  # in the order in which they are checked, with the module that has more of it than a row of the table says
     "qwen-image": "qwen_image",
     "qwen-image-fused": "qwen_image",
-    "sd-unet": "sd_unet",
+    "sd-unet": None,
     "flux": "flux",
-    "clip-text": "text_models",
-    "gpt2": "text_models",
+    "clip-text": None,
+    "gpt2": None,
     "qwen-image-deep": "qwen_image",
 }
 _OWN: dict[str, Bench] = {}
@@ -28,23 +30,33 @@ def get_bench(name: str) -> Bench:
     """
     if name in _OWN:
         return _OWN[name]
-    if name not in _MODULES:
+    if name not in _CORE and name not in rows():
+        near = difflib.get_close_matches(name, (*_CORE, *rows(), *_OWN), n=3)
+        known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join((*_CORE, *_OWN))}, …"
         raise UserError(
-            f"bench={name!r}: no such bench; known are {', '.join((*bench_names(), *_OWN))}; "
-            "one of your own is path/to/file.py:function"
+            f"bench={name!r}: no such bench; {known} (`lora-harness benches` lists all; "
+            "one of your own is path/to/file.py:function)"
         )
     return _from_table(name)
 
 
 @cache
 def _from_table(name: str) -> Bench:
-    benches: tuple[Bench, ...] = import_module(f"harness.benches.{_MODULES[name]}").BENCHES
+    module = _CORE.get(name)
+    if module is None:
+        return rows()[name].bench()
+    benches: tuple[Bench, ...] = import_module(f"harness.benches.{module}").BENCHES
     return next(bench for bench in benches if bench.name == name)
 
 
 def bench_names() -> tuple[str, ...]:
-    """Return the names of all benches of the table."""
-    return tuple(_MODULES)
+    """Return the names of the benches that loaders are checked on when nobody says which."""
+    return tuple(_CORE)
+
+
+def more_benches() -> tuple[str, ...]:
+    """Return the names of the other architectures of the table, which are checked when they are asked for."""
+    return tuple(name for name in rows() if name not in _CORE)
 
 
 def own_benches() -> tuple[str, ...]:
@@ -58,7 +70,7 @@ def add_bench(bench: Bench) -> None:
     Raises:
         UserError: the name is taken, by one of the table or by another that was brought along.
     """
-    if bench.name in _MODULES:
+    if bench.name in _CORE or bench.name in rows():
         raise UserError(f"{bench.spec}: {bench.name!r} is the name of a bench of the harness; give yours another")
     before = _OWN.get(bench.name)
     if before is not None and before.spec != bench.spec:

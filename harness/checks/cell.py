@@ -151,6 +151,13 @@ def cells_of(
     return cells, skipped
 
 
+def cells_beside(subject: Subject) -> list[Cell]:
+    """Return a cell for each bench that the loader takes beside those it is checked on: one format, plain LoRA."""
+    names = sorted(subject.declaration.also - set(subject.benches))
+    cells = (Cell(subject, subject.formats[0], name) for name in names)
+    return [cell for cell in cells if cell.possible and subject.unsupported(cell.format, cell.bench_name) is None]
+
+
 def declared_cells(subject: Subject) -> list[Cell]:
     """Return every cell that the loader declares."""
     return [c for c in _product(subject) if subject.unsupported(c.format, c.bench_name, c.variant_name) is None]

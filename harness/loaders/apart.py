@@ -115,6 +115,7 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "uniform": sorted(said.uniform),
         "modules": said.modules,
         "quantises": said.quantises,
+        "also": sorted(said.also),
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }
@@ -137,4 +138,5 @@ def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
         frozenset(facts["uniform"]),
         facts["modules"],
         facts["quantises"],
+        frozenset(facts["also"]),
     )

@@ -16,7 +16,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.benches import Bench, Layer, add_bench, bench_names, get_bench, own_benches
+from harness.benches import Bench, Layer, add_bench, bench_names, get_bench, more_benches, own_benches
 from harness.benches.own import OwnBench, bench_of, declared
 from harness.errors import UserError, one_line
 from harness.isolation.jobs import Channel, run_jobs
@@ -111,7 +111,7 @@ def bench_name(which: Which, *, model: bool = False) -> str:
     """
     if not isinstance(which, str):
         return _of_function(which, model=model)
-    if not model and (which in bench_names() or which in own_benches()):
+    if not model and which in (*bench_names(), *more_benches(), *own_benches()):
         return which
     for name in own_benches():
         if get_bench(name).spec == which:
@@ -276,4 +276,5 @@ def spec_of(make: Make) -> str:
 
 def installed_benches() -> Iterable[str]:
     """Return the names of the benches that other packages register."""
-    return [point.name for point in metadata.entry_points(group=ENTRY_POINTS) if point.name not in bench_names()]
+    taken = (*bench_names(), *more_benches())
+    return [point.name for point in metadata.entry_points(group=ENTRY_POINTS) if point.name not in taken]

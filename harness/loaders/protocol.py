@@ -43,7 +43,8 @@ class Declaration:
     `unsupported` takes cells out: names of a format, a bench, a variant or several -> the reason, in one clause.
     Without a `strength_argument` it takes no strength. `uniform`: "rank", "alpha" or both must be the same in all
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
-    `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
+    `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with. `also`
+    are benches that it is checked on when they are asked for.
     """
 
     formats: frozenset[str] | None = None
@@ -56,6 +57,7 @@ class Declaration:
     uniform: frozenset[str] = frozenset()
     modules: str | None = None
     quantises: bool = False
+    also: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Subject:
         """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
         said = self.declaration
         cell = {"format": form, "bench": IMPLIED_BENCHES.get(bench, bench), "variant": variant}
-        benches = None if bench in own_benches() else said.benches  # who asks for a bench of his own declares it so
+        open_to = bench in own_benches() or bench in said.also  # who asks for a bench of his own declares it so
+        benches = None if open_to else said.benches
         for (kind, name), names in zip(cell.items(), (said.formats, benches, said.variants), strict=True):
             if names is not None and name not in names:
                 return f"{self.spec} does not declare the {kind} {name}"
@@ -142,6 +145,7 @@ def loader(
     uniform: Iterable[str] = (),
     modules: str | None = None,
     quantises: bool = False,
+    also: Iterable[str] = (),
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -153,7 +157,8 @@ def loader(
 
     For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline.
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. On the benches of
+    `also` it is checked when they are asked for.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -169,6 +174,7 @@ def loader(
         frozenset(uniform),
         modules,
         quantises,
+        frozenset(also),
     )
     _check(declaration)
 

@@ -16,8 +16,8 @@ from torch.nn.modules import module as torch_module
 
 from harness.benches.layer import Layer, layer_of
 
-_CLASSES = (nn.Linear, nn.Conv2d)
-_FUNCTIONS = {"linear": functional.linear, "conv2d": functional.conv2d}
+_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS = {name: getattr(functional, name) for name in ("linear", "conv1d", "conv2d", "conv3d")}
 _METHODS = {
     (cls, name): getattr(cls, name, None) for cls in _CLASSES for name in ("forward", "_conv_forward", "__call__")
 }
@@ -180,7 +180,7 @@ def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, la
     with torch.no_grad(), _without_bias(module):
         if layer.kind == "conv":
             at, images = _images(layer, x.to(like.device))
-            answer, zero = module(images)[:, :, at[0], at[1]], module(torch.zeros_like(images))[:, :, at[0], at[1]]
+            answer, zero = module(images)[(..., *at)], module(torch.zeros_like(images))[(..., *at)]
         else:  # as a model does: a batch of sequences
             sequences = x.reshape(2, 2, -1).to(like.device)
             answer, zero = module(sequences).flatten(0, 1), module(torch.zeros_like(sequences)).flatten(0, 1)
@@ -222,11 +222,12 @@ def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
     pixels = torch.eye(layer.columns + 1, layer.columns, device=like.device, dtype=like.dtype)
     at, images = _images(layer, pixels)
     answer = module(images)
-    return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
+    whole = isinstance(answer, Tensor) and answer.dim() == 2 + len(layer.kernel)
+    return answer[(..., *at)] if whole else answer
 
 
 def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
-    """Return images `[n, channels, height, width]` with `windows` `[n, columns]` in them, and at which output each is.
+    """Return images `[n, channels, *sizes]` with `windows` `[n, columns]` in them, and at which output each is.
 
     A window lies wholly inside its image, where it meets no padding.
     """
@@ -237,8 +238,8 @@ def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
     images = windows.new_zeros(len(windows), layer.channels, *size)
     places = torch.cartesian_prod(*(torch.arange(n) for n in (layer.channels, *layer.kernel)))
     spacing = zip(first, layer.dilation, strict=True)
-    rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
-    images[:, places[:, 0], rows, columns] = windows
+    pixels = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
+    images[(slice(None), places[:, 0], *pixels)] = windows  # type: ignore[index]
     return at, images
 
 
