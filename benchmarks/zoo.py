@@ -1,22 +1,13 @@
-"""The zoo: a tiny model of every architecture that diffusers loads LoRA into, and the original authors' names for it.
-
-`zoo.json` has a row per architecture: class, pipeline mixin, component, a tiny configuration; `original` says how the
-authors' own code calls the layers: `fused` stacks several of them (pattern of the first, name, parts), `renamed` are
-substitutions in order, `only` the names that are meant. `wide` is what a tiny model must have of the real one's widths
-where diffusers' converter has these numbers in its code.
-"""
+"""The zoo: the rows of `harness.benches.table` that diffusers loads LoRA into, as the measured tables read them."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-Parts = dict[str, list[str]]  # name in the file -> the layers whose rows it stacks
+from harness.benches.table import Parts, original_names, rows
 
 
 @dataclass(frozen=True)
@@ -66,44 +57,16 @@ class Animal:
             return {name: [name] for name in self.layers}
         if naming == "sgm":
             return {_sgm(name, self.config): [name] for name in self.layers}
-        return _original(list(self.layers), self.original or {})
+        return original_names(list(self.layers), self.original or {})
 
 
 def zoo() -> dict[str, Animal]:
     """Return every architecture by name."""
-    rows = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
-    animals = (
-        Animal(
-            r["family"],
-            r["title"],
-            r["class"],
-            r["mixin"],
-            r["component"],
-            r["config"],
-            r.get("original"),
-            r.get("wide"),
-        )
-        for r in rows
-    )
-    return {animal.family: animal for animal in animals}
-
-
-def _original(layers: list[str], rules: Mapping[str, Any]) -> Parts:
-    found: Parts = {}
-    used: set[str] = set()
-    for name in layers:
-        for pattern, whole, parts in rules.get("fused", ()):
-            if match := re.fullmatch(pattern, name):
-                stacked = [match.expand(part) for part in parts]
-                if set(stacked) <= set(layers):
-                    found[match.expand(whole)] = stacked
-                    used |= set(stacked)
-    for name in (name for name in layers if name not in used):
-        renamed = name
-        for pattern, there in rules.get("renamed", ()):
-            renamed = re.sub(pattern, there, renamed)
-        found[renamed] = [name]
-    return {name: parts for name, parts in found.items() if re.search(rules.get("only", ""), name)}
+    found = (row for row in rows().values() if row.library == "diffusers")
+    return {
+        r.family: Animal(r.family, r.title, r.class_name, r.mixin, r.component, r.config, r.original, r.wide)
+        for r in found
+    }
 
 
 _INNER = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.benches.own import bench
     from harness.checks.known import KnownFailure, read_known_failures
     from harness.checks.law import MeasuredLaw, measure_law
     from harness.checks.parametrize import parametrize_with_checks
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from harness.verdict.verdict import LawRecord, Verdict
 
 _NAMES = {
+    "benches.own": ("bench",),
     "checks.known": ("KnownFailure", "read_known_failures"),
     "checks.law": ("MeasuredLaw", "measure_law"),
     "checks.parametrize": ("parametrize_with_checks",),
@@ -41,7 +43,7 @@ _HOME = {name: f"harness.{module}" for module, names in _NAMES.items() for name 
 __all__ = [
     "Declaration", "Defaults", "Diagnosis", "Example", "KnownFailure", "Law", "LawRecord", "Limits", "Load",
     "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Probe", "Subject", "Target", "Trait", "UserError", "Verdict",
-    "Word", "check_loader", "loader", "measure_law", "parametrize_with_checks", "read_known_failures",
+    "Word", "bench", "check_loader", "loader", "measure_law", "parametrize_with_checks", "read_known_failures",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "selftest": "Check the checks: broken loaders must be found and named, right ones never blamed.",
     "explain": "Say what a code means and how to fix it.",
     "loaders": "List the loaders that can be checked here.",
+    "benches": "List the models that they are checked on; say what is measured of one of your own.",
 }
 
 

@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lora-loader", action="append", default=[], metavar="SPEC", help="loader to check; repeat for more"
     )
+    group.addoption(
+        "--lora-bench", action="append", default=[], metavar="BENCH", help="only this bench, a name or FILE.py:FUNCTION"
+    )
     group.addoption("--lora-report", metavar="DIR", help="write run.jsonl and index.html to DIR")
     group.addoption("--lora-max-examples", type=int, metavar="N", help="random examples per format and bench")
     group.addoption("--lora-seed", type=int, default=0, metavar="S", help="seed of all that is drawn")

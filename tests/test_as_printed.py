@@ -83,3 +83,25 @@ def test_the_nightly_script_finds_its_environment_and_a_page_that_is_there(check
     done = subprocess.run(night, env=alone, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 127
     assert "no page, see" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_model(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder, but for README's example of a model of one's own."""
+    folder = tmp_path_factory.mktemp("own")
+    section = README.partition("## Your own model")[2]
+    (text,) = re.findall(r"```python\n(import torch\n.*?)```", section, re.S)[:1]
+    (folder / "my_model.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+OWN = re.findall(r"lora-harness check peft --(?:bench|model) my_model[^\n]+", README)
+
+
+@pytest.mark.parametrize("line", OWN)
+def test_a_model_of_one_s_own_is_checked_as_printed(line: str, checkout: Path, own_model: Path) -> None:
+    done = shell(checkout, f"cd {own_model} && {line} --max-examples 2 --format peft")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"my[-_](phi3|model).*✓ right", done.stdout, re.S), done.stdout
+    assert "layers take a LoRA" in done.stderr
+    assert len(OWN) == 2

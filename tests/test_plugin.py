@@ -33,6 +33,19 @@ def test_the_suite_runs_a_loader_and_writes_the_report(tmp_path: Path) -> None:
     assert "LH201" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
+def test_the_suite_takes_a_bench_of_the_user_s_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nfrom harness import bench\n"
+        "@bench('mine')\ndef make(): return nn.Sequential(nn.Linear(4, 6))\n"
+    )
+    done = pytest_run(
+        tmp_path, "--pyargs", "harness.suite", f"--lora-loader={RAW}", "--lora-bench=mine.py:make",
+        "--lora-max-examples=3", "-k", "kohya-mine-scale",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "--bench mine.py:make" in done.stdout
+
+
 def test_an_own_suite_can_take_the_checks_over(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(
         "from harness import parametrize_with_checks\n"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Mapping
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib import import_module
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from harness.benches.layer import Layer, Rows, View, layer_of, regroup
+from harness.benches.layer import Layer, Rows, View, layer_of, regroup, renamed
+from harness.benches.template import Template
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,43 +19,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Noise = Callable[..., "torch.Tensor"]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """A deterministic small model.
 
     `make` builds it in float32, with torch's generator at `seed`; `run(model, noise)` calls it once, where
-    `noise(*shape)` draws an input of the model's dtype. `targets` are the suffixes of the layers LoRA is trained on in
-    practice; `component` is what a pipeline calls the model. `fused` names, by suffix, the layers whose rows stack
-    several projections, with their number; `split` and `merged` say how the same layers are called where those are
-    apart, or are one (see `View`).
+    `noise(*shape)` draws an input of the model's dtype; None where nobody said how. `targets` are how the paths of the
+    layers end that LoRA is trained on in practice, None for every layer; `component` is what a pipeline calls the
+    model. `fused` says of layers, by the end of their path, into how many projections their rows divide, or how many
+    rows each has; `split` and `merged` say how the same layers are called where those are apart, or are one (see
+    `View`). `names` are runs of a path's words, and what files have there instead. `option` names it on the command
+    line. It is checked in `dtypes`.
     """
 
     name: str
     seed: int
     make: Callable[[], Any]
-    targets: tuple[str, ...]
-    run: Callable[[Any, Noise], Any]
-    fused: tuple[tuple[str, int], ...] = ()
+    targets: tuple[str, ...] | None
+    run: Callable[[Any, Noise], Any] | None
+    fused: tuple[tuple[str, int | Sequence[int]], ...] = ()
     component: str = "transformer"
     split: Callable[[], Mapping[str, Rows]] | None = None
     merged: Callable[[], Mapping[str, Rows]] | None = None
-    _cast: dict[torch.dtype, torch.nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _templates: dict[torch.dtype, Template] = field(default_factory=dict, init=False, repr=False, compare=False)
+    names: Mapping[str, str] = field(default_factory=dict)
+    spec: str | None = None
+    dtypes: tuple[str, ...] = DTYPES
+    copies: bool = True
+    _cast: dict[torch.dtype, torch.nn.Module] = field(default_factory=dict, init=False, repr=False)
+    _templates: dict[torch.dtype, Template] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def _base(self) -> torch.nn.Module:
+        return self.made()
+
+    def made(self) -> torch.nn.Module:
+        """Return a model that `make` built, from the seed."""
         import torch
 
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model: torch.nn.Module = self.make().eval().requires_grad_(False)
-            return model
         except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports
             why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise UserError(f"bench {self.name} cannot be built with the installed packages: {why[0]}") from error
+        fill_zeros(model, self.seed)
+        return model
 
     def base(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return the shared model in `dtype` (default float32), to be read and never changed."""
@@ -63,8 +75,9 @@ class Bench:
 
         dtype = dtype or torch.float32
         if dtype not in self._cast:
+            model = copy.deepcopy(self._base) if self.copies else self.made()
             # nn.Module's own `to`: diffusers' override logs a line on every call
-            self._cast[dtype] = torch.nn.Module.to(copy.deepcopy(self._base), dtype)
+            self._cast[dtype] = torch.nn.Module.to(model, dtype)
         return self._cast[dtype]
 
     def build(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -72,39 +85,89 @@ class Bench:
         import torch
 
         dtype = dtype or torch.float32
+        if not self.copies:
+            return torch.nn.Module.to(self.made(), dtype)
         if dtype not in self._templates:
             self._templates[dtype] = Template(self.base(dtype))
         return self._templates[dtype].build()
 
     @cached_property
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> Mapping[str, Layer]:
         """Every layer of the model that a LoRA could change, by path."""
         return {name: found for name, module in self._base.named_modules() if (found := layer_of(module))}
 
     @cached_property
+    def chosen(self) -> tuple[str, ...]:
+        """The layers that `targets` select, by path in the model."""
+        return tuple(name for name in self.layers if self.targets is None or ends_with(name, self.targets))
+
+    @cached_property
+    def shared(self) -> Mapping[str, str]:
+        """The layers that share the weight of an earlier one, as embeddings and heads do, with that one."""
+        return shared(self._base, self.layers)
+
+    def known_weights(self, dtype: str) -> dict[str, Tensor] | None:
+        """Return the layers' weights, with a column for the bias, where they are known without a model."""
+        return None
+
+    @cached_property
+    def _own(self) -> View:
+        """The model's own layers under their own names."""
+        parts = {name: rows for name, layer in self.layers.items() if (rows := self._parts(name, layer.rows))}
+        return View(self.name, self.layers, self.chosen, parts)
+
+    def _parts(self, name: str, rows: int) -> tuple[int, ...]:
+        """Return how many rows each of the projections has that a layer stacks; nothing for an ordinary one."""
+        parts = next((parts for end, parts in self.fused if ends_with(name, (end,))), ())
+        return (rows // parts,) * parts if isinstance(parts, int) else tuple(parts)
+
+    def _named(self, view: View) -> View:
+        return renamed(view, self.file_name) if self.names else view
+
+    def file_name(self, name: str) -> str:
+        """Return what files call the layer at a path."""
+        for words, instead in self.names.items():
+            name = re.sub(rf"(?<![^.]){re.escape(words)}(?![^.])", instead.replace("\\", r"\\"), name)
+        return name.strip(".").replace("..", ".")
+
+    @cached_property
     def view(self) -> View:
-        """The model's own layers."""
-        return View(self.name, self.layers, tuple(n for n in self.layers if n.endswith(self.targets)), self.fused)
+        """The model's layers as files name them."""
+        return self._named(self._own)
 
     @cached_property
     def split_view(self) -> View | None:
         """The layers of a LoRA that was trained with q, k and v apart, on a model that has them merged."""
-        return regroup(self.view, self.split()) if self.split else None
+        return self._named(regroup(self._own, self.split())) if self.split else None
 
     @cached_property
     def merged_view(self) -> View | None:
         """The layers of a LoRA that was trained with q, k and v merged, on a model that has them apart."""
-        return regroup(self.view, self.merged()) if self.merged else None
+        return self._named(regroup(self._own, self.merged())) if self.merged else None
 
     @property
     def lora_layers(self) -> tuple[str, ...]:
-        """The paths of the layers that `targets` select, in the model's order."""
+        """The layers that `targets` select as files name them, in the model's order."""
         return self.view.lora_layers
 
+    def measures(self, tried: Collection[str]) -> Iterator[str]:
+        """Yield what is measured of a bench that was brought along, and what is not, a sentence each.
+
+        `tried` are the layers, as files name them, that a LoRA is tried on.
+        """
+        yield from ()
+
+    @property
+    def option(self) -> str:
+        """What names it on the command line."""
+        return f"--bench {shlex.quote(self.spec or self.name)}"
+
     def forward(self, model: torch.nn.Module) -> torch.Tensor:
-        """Run `model` once on this bench's fixed input, without gradients."""
+        """Run `model` once on this bench's fixed input, without gradients; nothing where it has none."""
         import torch
 
+        if self.run is None:
+            return torch.empty(0)
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -112,84 +175,29 @@ class Bench:
         return output
 
 
-class Template:
-    """A model taken apart once, into its tensors and a pickle of all the rest, that never leaves this process.
-
-    Copies of it take a fifth of the time of `copy.deepcopy`; a check builds a fresh model for every example.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        file = io.BytesIO()
-        pickler = _Pickler(file)
-        pickler.dump(model)
-        self._rest, self._tensors = file.getvalue(), pickler.tensors
-
-    def build(self) -> torch.nn.Module:
-        """Return a new model with tensors of its own; those that were shared inside the model are shared again."""
-        model: torch.nn.Module = _Unpickler(io.BytesIO(self._rest), self._tensors).load()
-        return model
+def shared(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Return the layers that share the weight of an earlier one, with that one."""
+    first, found = dict[int, str](), dict[str, str]()
+    for name in layers:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        other = name if weight is None else first.setdefault(weight.data_ptr(), name)
+        if other != name:
+            found[name] = other
+    return found
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-        self._index: dict[int, int] = {}
-
-    def persistent_id(self, obj: Any) -> int | None:
-        import torch
-
-        if not isinstance(obj, torch.Tensor):
-            return None
-        if id(obj) not in self._index:
-            self._index[id(obj)] = len(self.tensors)
-            self.tensors.append(obj)
-        return self._index[id(obj)]
+def ends_with(path: str, ends: Sequence[str]) -> bool:
+    """Whether a path is one of `ends`, or ends in one of them at a dot."""
+    return any(path == end or path.endswith(f".{end}") for end in ends)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors, self._copies = tensors, dict[int, "Tensor"]()
-
-    def persistent_load(self, pid: int) -> Tensor:
-        if pid not in self._copies:
-            self._copies[pid] = _copy(self._tensors[pid])
-        return self._copies[pid]
-
-
-def _copy(tensor: Tensor) -> Tensor:
+def fill_zeros(model: torch.nn.Module, seed: int) -> None:
+    """Give layers that begin at zero, as those of adaLN-zero do, weights: on a zero nothing that scales W shows."""
     import torch
 
-    if type(tensor) is torch.nn.Parameter:  # half of the time of a deep copy
-        return torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-    return copy.deepcopy(tensor)
-
-
-_MODULES = {
-    "qwen-image": "qwen_image",
-    "qwen-image-fused": "qwen_image",
-    "sd-unet": "sd_unet",
-    "flux": "flux",
-    "clip-text": "text_models",
-    "gpt2": "text_models",
-    "qwen-image-deep": "qwen_image",
-}
-
-
-@cache
-def get_bench(name: str) -> Bench:
-    """Return the bench called `name`.
-
-    Raises:
-        UserError: no bench has this name.
-    """
-    if name not in _MODULES:
-        raise UserError(f"bench={name!r}: no such bench; known are {', '.join(bench_names())}")
-    benches: tuple[Bench, ...] = import_module(f"harness.benches.{_MODULES[name]}").BENCHES
-    return next(bench for bench in benches if bench.name == name)
-
-
-def bench_names() -> tuple[str, ...]:
-    """Return the names of all benches."""
-    return tuple(_MODULES)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if name and layer_of(module) else None
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() and not weight.any():
+            drawn = torch.randn(weight.shape, generator=generator) / max(1, weight.shape[-1]) ** 0.5
+            weight.data.copy_(drawn)

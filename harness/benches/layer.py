@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,8 @@ Rows = tuple[tuple[str, slice], ...]
 class Layer:
     """A layer whose weight is the matrix `[rows, columns]`: outputs by inputs.
 
-    A convolution has one column per input channel and kernel place, `[out, in * kh * kw]`; an embedding one column per
+    A convolution of one, two or three dimensions has one column per input channel and kernel place,
+    `[out, in * kh * kw]`; an embedding one column per
     token; `transposed` is a linear layer that stores its weight as [in, out] (transformers' `Conv1D`). `bias` says
     whether it has one.
     """
@@ -55,14 +56,23 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
         return Layer("linear", module.out_features, module.in_features, bias)
     if isinstance(module, nn.Embedding):
         return Layer("embedding", module.embedding_dim, module.num_embeddings)
-    if isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module.padding, str):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
         columns = module.in_channels * math.prod(module.kernel_size)
-        geometry = module.kernel_size, module.stride, module.padding, module.dilation
+        geometry = module.kernel_size, module.stride, _padding(module), module.dilation
         return Layer("conv", module.out_channels, columns, bias, *geometry)
     if type(module).__name__ == "Conv1D":  # transformers'; not imported for every model
         columns, rows = module.weight.shape  # type: ignore[misc]  # [in, out]
         return Layer("transposed", rows, columns, bias)
     return None
+
+
+def _padding(module: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) -> tuple[int, ...]:
+    """Return how many zeros stand before the first pixel, also where the layer says it in a word."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    if module.padding == "valid":
+        return tuple(0 for _ in module.kernel_size)
+    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +81,23 @@ class View:
 
     A LoRA trained on one topology can be right on the other: what it adds to `to_q` belongs in the first rows of
     `to_qkv`. A view gathers the rows of the model's layers under the names of the file, so everything is measured
-    there. Those a LoRA may target are `lora_layers`, and `fused` says which stack several projections. `made_of` says
-    where the rows of a layer are in the model, for the layers that are not the model's own.
+    there. Those a LoRA may target are `lora_layers`, and `parts` says of those that stack several projections how many
+    rows each has. `made_of` says where the rows of a layer are in the model, for the layers that are not the model's
+    own or have another name there.
     """
 
     name: str
     layers: Mapping[str, Layer]
     lora_layers: tuple[str, ...]
-    fused: tuple[tuple[str, int], ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     made_of: Mapping[str, Rows] = field(default_factory=dict)
 
     def slices(self, layer: str) -> tuple[slice, ...]:
         """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""
-        if layer in self.made_of:
-            return _stacked([_length(rows) for _, rows in self.made_of[layer]])
-        parts = next((count for suffix, count in self.fused if layer.endswith(suffix)), 1)
-        return _stacked([self.layers[layer].rows // parts] * parts)
+        if layer in self.parts:
+            return _stacked(self.parts[layer])
+        rows = self.made_of.get(layer)
+        return _stacked([_length(part) for _, part in rows] if rows else [self.layers[layer].rows])
 
     def gather(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of this view from those of the model's layers."""
@@ -102,7 +113,21 @@ def regroup(view: View, made_of: Mapping[str, Rows]) -> View:
     made = {name: _joined(view, parts) for name, parts in made_of.items()}
     kept = {name: layer for name, layer in view.layers.items() if name not in gone}
     targets = tuple(name for name in view.lora_layers if name not in gone)
-    return replace(view, layers={**made, **kept}, lora_layers=(*made, *targets), made_of=dict(made_of))
+    parts = {name: rows for name, rows in view.parts.items() if name not in gone}
+    return replace(view, layers={**made, **kept}, lora_layers=(*made, *targets), parts=parts, made_of=dict(made_of))
+
+
+def renamed(view: View, name_of: Callable[[str], str]) -> View:
+    """Return `view` with its layers under other names, which say where in the model they are."""
+    names = {layer: name_of(layer) for layer in view.layers}
+    own = {layer: ((layer, slice(0, view.layers[layer].rows)),) for layer, name in names.items() if name != layer}
+    return replace(
+        view,
+        layers={names[layer]: what for layer, what in view.layers.items()},
+        lora_layers=tuple(names[layer] for layer in view.lora_layers),
+        parts={names[layer]: rows for layer, rows in view.parts.items()},
+        made_of={names[layer]: rows for layer, rows in {**own, **view.made_of}.items()},
+    )
 
 
 def _joined(view: View, parts: Rows) -> Layer:

@@ -15,6 +15,7 @@ from harness.example import Example
 from harness.files import FORMATS
 from harness.isolation.limits import Limit, no_limit
 from harness.isolation.subject import Asked
+from harness.loaders.benches import Which, bench_name
 from harness.loaders.protocol import CORE_VARIANTS, IMPLIED_BENCHES, Subject
 from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
@@ -109,7 +110,7 @@ class Cell:
 
     def reproduce(self, example: Example) -> str:
         """Return the command that repeats `example` in this cell."""
-        where = f"{shlex.quote(self.subject.spec)} --format {self.format} --bench {self.bench_name}"
+        where = f"{shlex.quote(self.subject.spec)} --format {self.format} {self.bench.option}"
         where += f" --variant {self.variant_name}" if self.variant_name != "lora" else ""
         everything = {t.name for t in example.targets} == set(self.targets)
         return f"lora-harness check {where} {example.as_options(everything=everything)}"
@@ -124,18 +125,19 @@ class Cell:
 def cells_of(
     subject: Subject,
     formats: Iterable[str] | None = None,
-    benches: Iterable[str] | None = None,
+    benches: Iterable[Which] | None = None,
     variants: Iterable[str] | None = None,
 ) -> tuple[list[Cell], list[Verdict]]:
     """Return the cells to check, and a skipped verdict for each wanted one that the loader does not declare.
 
     None stands for all that it declares. What no file can be, such as a convolution on a model that has none, is no
-    cell at all.
+    cell at all. A bench is named, or is a function under `@bench`.
 
     Raises:
         UserError: an unknown format, bench or variant, or nothing to check.
     """
-    wanted = [None if names is None else tuple(names) for names in (formats, benches, variants)]
+    named = None if benches is None else tuple(dict.fromkeys(map(bench_name, benches)))
+    wanted = (None if formats is None else tuple(formats), named, None if variants is None else tuple(variants))
     _known_names(*wanted)
     cells, skipped = [], []
     for cell in _product(subject, *wanted):
@@ -147,6 +149,13 @@ def cells_of(
     if not cells and not skipped:
         raise UserError(f"{subject.spec}: no file has the format, bench and variant asked for; nothing to check")
     return cells, skipped
+
+
+def cells_beside(subject: Subject) -> list[Cell]:
+    """Return a cell for each bench that the loader takes beside those it is checked on: one format, plain LoRA."""
+    names = sorted(subject.declaration.also - set(subject.benches))
+    cells = (Cell(subject, subject.formats[0], name) for name in names)
+    return [cell for cell in cells if cell.possible and subject.unsupported(cell.format, cell.bench_name) is None]
 
 
 def declared_cells(subject: Subject) -> list[Cell]:
@@ -173,13 +182,12 @@ def checkable_formats() -> tuple[str, ...]:
 
 
 def _known_names(formats: Sequence[str] | None, benches: Sequence[str] | None, variants: Sequence[str] | None) -> None:
+    """Refuse names that are none; those of benches were looked up before."""
     checkable = checkable_formats()
     for name in formats or ():
         if name not in checkable:
             raise UserError(
                 f"format={name!r}: not a format that loaders are checked with; those are {', '.join(checkable)}"
             )
-    for name in benches or ():
-        get_bench(name)
     for name in variants or ():
         get_variant(name)

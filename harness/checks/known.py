@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from harness.benches import bench_names
+from harness.benches import bench_names, more_benches, own_benches
 from harness.checks.cell import Cell, declared_cells
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.families.silence import KINDS, tries_silence
@@ -79,7 +79,7 @@ class KnownFailure:
     reason: _Text
     link: _Text
     formats: tuple[Annotated[str, _among(lambda: FORMATS)], ...] = ()
-    benches: tuple[Annotated[str, _among(bench_names)], ...] = ()
+    benches: tuple[Annotated[str, _among(lambda: (*bench_names(), *more_benches(), *own_benches()))], ...] = ()
     variants: tuple[Annotated[str, _among(lambda: VARIANTS)], ...] = ()
     trait: Annotated[str, _among(lambda: TRAITS)] | None = None
     versions: Annotated[str, AfterValidator(_versions)] | None = None

@@ -12,6 +12,7 @@ from harness.checks.plan import planned
 from harness.checks.search import observe
 from harness.law.diagnosis import Diagnosis, diagnose
 from harness.law.probe import Probe, probe_from
+from harness.loaders.benches import Which, bench_name
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
@@ -34,7 +35,7 @@ def measure_law(
     load: Callable[..., object] | str | Subject,
     *,
     format: str | None = None,
-    bench: str | None = None,
+    bench: Which | None = None,
     alpha: bool = True,
     variant: str = "lora",
 ) -> MeasuredLaw:
@@ -48,8 +49,8 @@ def measure_law(
         LoaderSpecError: `load` names no loader.
     """
     subject = load if isinstance(load, Subject) else resolve(load)
-    form, bench_name = subject.cells[0]
-    cell = Cell(subject, format or form, bench or bench_name, variant)
+    form, default = subject.cells[0]
+    cell = Cell(subject, format or form, default if bench is None else bench_name(bench), variant)
     first = _apart(cell, alpha, uniform=False)
     return first if first.probes else _apart(cell, alpha, uniform=True)
 

@@ -262,7 +262,10 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
 @cache
 def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
     """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
-    return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
+    known = bench.known_weights(dtype)
+    if known is None:
+        return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
+    return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
 
 
 @cache

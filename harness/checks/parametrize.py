@@ -13,6 +13,7 @@ from harness.checks.known import KnownFailure
 from harness.checks.plan import Plan
 from harness.checks.run import check_cells
 from harness.isolation.limits import Limits
+from harness.loaders.benches import Which
 from harness.loaders.registry import resolve
 from harness.verdict.verdict import Verdict
 
@@ -45,7 +46,7 @@ def cell_tests(
     load: Callable[..., object] | str,
     *,
     formats: Iterable[str] | None = None,
-    benches: Iterable[str] | None = None,
+    benches: Iterable[Which] | None = None,
     variants: Iterable[str] | None = None,
     plan: Plan = Plan(),
     limits: Limits = Limits(),
@@ -69,7 +70,7 @@ def parametrize_with_checks(
     loaders: Iterable[Callable[..., object] | str],
     *,
     formats: Iterable[str] | None = None,
-    benches: Iterable[str] | None = None,
+    benches: Iterable[Which] | None = None,
     variants: Iterable[str] | None = None,
     max_examples: int | None = None,
     seed: int = 0,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from harness.benches import own_benches
 from harness.checks.apart import served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
@@ -28,13 +29,15 @@ class Agreement:
     """How far apart PEFT and the closed form are on one bench and variant.
 
     `apart` is the largest |W_PEFT - W_exact| / |W_exact| of a layer (Frobenius); `fault` says what of it is more than
-    rounding, or that PEFT raised.
+    rounding, or that PEFT raised. `refused`: it raised on a bench of the user's own, of which nobody said that PEFT
+    takes it.
     """
 
     bench: str
     variant: str
     apart: float
     fault: str | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,16 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     except LoaderSpecError as error:
         return SelfCheck(reason=str(error))
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
-    known = [c for c in places if c.possible and not subject.unsupported("peft", c.bench_name, c.variant_name)]
+    known = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
-    return SelfCheck(subject.version, tuple(_asked(known, min(workers, 1))), tuple(without))
+    found = tuple(_asked(known, min(workers, 1)))
+    without |= dict.fromkeys(place.bench for place in found if place.refused)
+    without |= dict.fromkeys(c.bench_name for c in places if c.bench.names)
+    return SelfCheck(subject.version, tuple(place for place in found if not place.refused), tuple(without))
+
+
+def _place(cell: Cell) -> tuple[str, str]:
+    return cell.bench_name, cell.variant_name
 
 
 def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
@@ -105,6 +115,8 @@ def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
 def compare(cell: Cell) -> Agreement:
     """Merge the first planned LoRA of a cell, with several ranks and alphas, on a few layers, and judge it."""
     seen = run_trial(cell, next(planned(cell, _FEW_LAYERS.layers_in(cell))))
+    if seen.raised and cell.bench_name in own_benches():
+        return Agreement(*_place(cell), math.inf, seen.raised.what, refused=True)
     faults = [finding.fact for finding in judge(seen) if finding.family != "side_effects"]  # of PEFT, not of its merge
     base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
     apart = (

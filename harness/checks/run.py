@@ -23,6 +23,7 @@ from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe, probe_from
+from harness.loaders.benches import Which
 from harness.loaders.registry import resolve
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
@@ -96,7 +97,7 @@ def check_loader(
     load: Callable[..., object] | str,
     *,
     formats: Iterable[str] | None = None,
-    benches: Iterable[str] | None = None,
+    benches: Iterable[Which] | None = None,
     variants: Iterable[str] | None = None,
     max_examples: int | None = None,
     seed: int = 0,
@@ -105,6 +106,7 @@ def check_loader(
 ) -> list[Verdict]:
     """Check a loader, given as a function or by the string that names it, and return all verdicts.
 
+    `benches` are names, or functions under `@bench`.
     `max_examples` (default: 200, of a `cmd:` loader 10) are drawn per format, bench and variant, reproducibly from
     `seed`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     "  lora-harness check peft\n"
     "  lora-harness check examples/raw_alpha.py:load --format kohya\n"
     "  lora-harness check mypackage.lora:load --rank 4 --alpha 8\n"
-    "  lora-harness check lycoris --variant loha --bench sd-unet"
+    "  lora-harness check lycoris --variant loha --bench sd-unet\n"
+    "  lora-harness check my_loader.py:load --model my_model.py:make"
 )
 @click.argument("loaders", nargs=-1, required=True, metavar="LOADER...")
 @click.option("--format", "formats", multiple=True, help="Only this file format; repeat for more.")
-@click.option("--bench", "benches", multiple=True, help="Only this bench; repeat for more.")
+@shared.bench_options
 @click.option("--variant", "variants", multiple=True, help="Only this variant of LoRA; repeat for more.")
 @shared.examples_option
 @shared.seed_option
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 def command(
     loaders: tuple[str, ...],
     formats: tuple[str, ...],
-    benches: tuple[str, ...],
+    benches: Sequence[str],
     variants: tuple[str, ...],
     max_examples: int | None,
     seed: int,
@@ -65,12 +67,13 @@ def command(
 
     places = [names or None for names in (formats, benches, variants)]
     limits = Limits(time_limit, workers=shared.worker_count(workers))
-    plan = Plan(max_examples, seed, pins, read_known(known_failures))
     work = [cells_of(resolve(spec), *places) for spec in loaders]
+    plan = Plan(max_examples, seed, pins, read_known(known_failures))
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []
     labels: Counter[str] = Counter()
     cells = [cell for found, _ in work for cell in found]
+    shared.say_what_is_measured(cells, as_json=as_json)
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
         shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance,

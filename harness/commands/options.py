@@ -15,6 +15,7 @@ import click
 
 from harness.commands.screen import progress, say_to_the_runner
 from harness.loaders.protocol import COMMAND, FUNCTION
+from harness.text import on_one_line
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
@@ -127,6 +128,49 @@ def pin_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in _PINS:
         folded = option(folded)
     return folded
+
+
+_BENCHES = (
+    click.option(
+        "--bench",
+        "benches",
+        multiple=True,
+        metavar="BENCH",
+        help="Only this bench, by name or as FILE.py:FUNCTION under @bench; repeat for more.",
+    ),
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        metavar="FILE.py:FUNCTION",
+        help="Only the model that this function builds, every layer of it; repeat for more.",
+    ),
+)
+
+
+def bench_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which benches; `command` gets the names as `benches`."""
+
+    @functools.wraps(command)
+    def folded(**options: Any) -> None:
+        from harness.loaders.benches import bench_name
+
+        models = [bench_name(spec, model=True) for spec in options.pop("models")]
+        command(**{**options, "benches": (*options["benches"], *models)})
+
+    for option in _BENCHES:
+        folded = option(folded)
+    return folded
+
+
+def say_what_is_measured(cells: Sequence[Cell], *, as_json: bool) -> None:
+    """Say on stderr, of each bench of the user's own, which of its layers are measured and what is not."""
+    tried: dict[str, set[str]] = {}
+    for cell in cells:
+        tried.setdefault(cell.bench_name, set()).update(cell.targets)
+    for bench in {cell.bench_name: cell.bench for cell in cells}.values():
+        for line in bench.measures(tried[bench.name]) if not as_json else ():
+            click.echo(on_one_line(f"{bench.name}: {line}"), err=True)
 
 
 @contextmanager

@@ -35,6 +35,11 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 )
 @click.option("--baseline", type=shared.FILE, help="Earlier run.jsonl; fail on what got worse.")
 @click.option("--rule", "rules", multiple=True, help="Gate rule for --baseline, FIELD:DIRECTION:THRESHOLD.")
+@click.option(
+    "--all-benches",
+    is_flag=True,
+    help="Every architecture of `lora-harness benches` too that a loader takes: one format each, plain LoRA.",
+)
 @click.option("--images/--no-images", default=True, help="Sweep pictures with the tiny pipeline.  [default: images]")
 @click.option("--device", default="cpu", show_default=True, help="Device of the image sweep.")
 @shared.limit_option
@@ -81,7 +86,7 @@ def _not_drawn(loader: str) -> Verdict:
 def _check(
     writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from harness.checks.cell import cells_of
+    from harness.checks.cell import cells_beside, cells_of
     from harness.checks.plan import Plan
     from harness.checks.run import check_cells
     from harness.isolation.limits import Limits
@@ -93,6 +98,8 @@ def _check(
     for name in loaders:
         found, skipped = cells_of(resolve(name))
         cells += found
+        if options["all_benches"]:
+            cells += cells_beside(resolve(name))
         writer.write(*skipped)
     probes = shared.probe_writer(writer)
     with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:

@@ -14,6 +14,7 @@ from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
+from harness.loaders.benches import spec_of
 from harness.loaders.protocol import Declaration, Subject, declaration_of
 from harness.loaders.source import adapt
 
@@ -107,16 +108,21 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
     except LoaderSpecError as error:
         return {"error": str(error)}
     return {
-        **{name: None if (names := getattr(said, name)) is None else sorted(names) for name in _NAMES},
+        **{name: None if (names := getattr(said, name)) is None else sorted(map(_named, names)) for name in _NAMES},
         "unload": said.unload is not None,
         "set_strength": said.set_strength is not None,
         "strength_argument": said.strength_argument,
         "uniform": sorted(said.uniform),
         "modules": said.modules,
         "quantises": said.quantises,
+        "also": sorted(said.also),
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }
+
+
+def _named(what: str | Callable[..., object]) -> str:
+    return what if isinstance(what, str) else spec_of(what)
 
 
 def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
@@ -132,4 +138,5 @@ def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
         frozenset(facts["uniform"]),
         facts["modules"],
         facts["quantises"],
+        frozenset(facts["also"]),
     )

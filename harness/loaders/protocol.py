@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from harness.benches import bench_names
+from harness.benches import bench_names, own_benches
+from harness.benches.own import declared
 from harness.errors import LoaderSpecError
 
 if TYPE_CHECKING:
@@ -38,14 +39,16 @@ class Load(Protocol):
 class Declaration:
     """What a loader says it can do; None stands for every core format and bench, and for plain LoRA.
 
+    `benches` are names, and functions under `@bench`.
     `unsupported` takes cells out: names of a format, a bench, a variant or several -> the reason, in one clause.
     Without a `strength_argument` it takes no strength. `uniform`: "rank", "alpha" or both must be the same in all
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
-    `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
+    `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with. `also`
+    are benches that it is checked on when they are asked for.
     """
 
     formats: frozenset[str] | None = None
-    benches: frozenset[str] | None = None
+    benches: frozenset[str | Callable[[], object]] | None = None
     variants: frozenset[str] | None = None
     unload: Callable[[torch.nn.Module], object] | None = None
     set_strength: Callable[[torch.nn.Module, float], object] | None = None
@@ -54,6 +57,7 @@ class Declaration:
     uniform: frozenset[str] = frozenset()
     modules: str | None = None
     quantises: bool = False
+    also: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ class Subject:
 
     @property
     def benches(self) -> tuple[str, ...]:
-        """The benches it declares, the core benches first and in their own order."""
-        return _ordered(self.declaration.benches, CORE_BENCHES)
+        """The names of the benches it declares, the core benches first and in their own order."""
+        said = self.declaration.benches
+        return _ordered(None if said is None else frozenset(map(str, said)), CORE_BENCHES)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -113,8 +118,10 @@ class Subject:
         said = self.declaration
         named = bench in (said.benches or ())
         cell = {"format": form, "bench": bench if named else IMPLIED_BENCHES.get(bench, bench), "variant": variant}
-        for (kind, name), declared in zip(cell.items(), (said.formats, said.benches, said.variants), strict=True):
-            if declared is not None and name not in declared:
+        open_to = bench in own_benches() or bench in said.also  # who asks for a bench of his own declares it so
+        benches = None if open_to else said.benches
+        for (kind, name), names in zip(cell.items(), (said.formats, benches, said.variants), strict=True):
+            if names is not None and name not in names:
                 return f"{self.spec} does not declare the {kind} {name}"
         return next((why for names, why in said.unsupported.items() if set(names) <= set(cell.values())), None)
 
@@ -130,7 +137,7 @@ F = TypeVar("F", bound=Callable[..., object])
 def loader(
     *,
     formats: Iterable[str] | None = None,
-    benches: Iterable[str] | None = None,
+    benches: Iterable[str | Callable[[], object]] | None = None,
     variants: Iterable[str] | None = None,
     unload: Callable[[torch.nn.Module], object] | None = None,
     set_strength: Callable[[torch.nn.Module, float], object] | None = None,
@@ -139,17 +146,20 @@ def loader(
     uniform: Iterable[str] = (),
     modules: str | None = None,
     quantises: bool = False,
+    also: Iterable[str] = (),
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
     `unload(model)` undoes the last load; `set_strength(model, strength)` changes the strength of what was loaded last
     without loading it again. `strength_argument` is the keyword under which users of this loader pass the
     strength; a function without a `strength` keyword is called with it. `unsupported` maps names of format, bench or
-    a variant that do not go together, such as ("kohya", "flux"), to a reason.
+    a variant that do not go together, such as ("kohya", "flux"), to a reason. `benches` may hold functions under
+    `@bench`, as `check --bench` takes them by `file.py:function`.
 
     For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline.
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. On the benches of
+    `also` it is checked when they are asked for.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -165,6 +175,7 @@ def loader(
         frozenset(uniform),
         modules,
         quantises,
+        frozenset(also),
     )
     _check(declaration)
 
@@ -183,6 +194,9 @@ def _check(said: Declaration) -> None:
     """
     if wrong := said.uniform - {"rank", "alpha"}:
         raise LoaderSpecError(f"uniform={sorted(wrong)[0]!r}: only rank and alpha can be uniform")
+    for bench in said.benches or ():
+        if not isinstance(bench, str) and declared(bench) is None:
+            raise LoaderSpecError(f"benches: {bench!r} is no bench: it is not a name, nor a function under @bench")
     if said.quantises and said.strength_argument is None:
         raise LoaderSpecError("quantises=True needs a strength_argument: the load at strength 0 is the baseline")
     try:

@@ -6,13 +6,14 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from harness.errors import LoaderSpecError, one_line
 from harness.loaders.apart import subject_apart, subject_here
+from harness.loaders.benches import bench_name
 from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.source import import_callable, is_file
@@ -38,7 +39,12 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
 
     Raises:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
+        UserError: it declares a bench of its own that cannot be used.
     """
+    return _with_benches(_resolved(spec))
+
+
+def _resolved(spec: str | Callable[..., Any]) -> Subject:
     if not isinstance(spec, str):
         return subject_here(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
     if spec.startswith("cmd:"):
@@ -50,6 +56,15 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
         version = None if is_file(module) else _version_of(module)
         return subject_apart(spec, import_callable, version)
     return _from_name(spec)
+
+
+def _with_benches(subject: Subject) -> Subject:
+    """Return the subject with the benches of its own that it declares known, and called by their names."""
+    said = subject.declaration
+    if not any(not isinstance(bench, str) or ":" in bench for bench in said.benches or ()):
+        return subject
+    names = frozenset(bench_name(b) if not isinstance(b, str) or ":" in b else b for b in said.benches or ())
+    return replace(subject, declaration=replace(said, benches=names))
 
 
 def installed() -> list[Installed]:

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,23 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 
-def import_callable(spec: str) -> Callable[..., Any]:
+WANTED = "load(model, lora, *, strength=1.0)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a function is imported as, how it is called, and the name that it is likely to have."""
+
+    what: str
+    how: str
+    name: str
+
+
+A_LOADER = Wanted("a loader", f"a function {WANTED}", "load")
+A_BENCH = Wanted("a bench", "a function that builds a model", "make")
+
+
+def import_callable(spec: str, wanted: Wanted = A_LOADER) -> Callable[..., Any]:
     """Return the function that `package.module:callable` or `path/to/file.py:callable` names.
 
     Raises:
@@ -31,12 +48,13 @@ def import_callable(spec: str) -> Callable[..., Any]:
     """
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
-        raise LoaderSpecError(f"{spec!r} names no function; write {spec.strip(':')}:load when `load` is its name")
+        name = wanted.name
+        raise LoaderSpecError(f"{spec!r} names no function; write {spec.strip(':')}:{name} when `{name}` is its name")
     if is_file(where):
         path = Path(where)
-        function = _attribute(_module_from_file(path, spec), attribute, spec)
+        function = _attribute(_module_from_file(path, spec), attribute, spec, wanted)
         return _with_folder(function, str(path.resolve().parent))
-    function = _attribute(_module_from_name(where, spec), attribute, spec)
+    function = _attribute(_module_from_name(where, spec), attribute, spec, wanted)
     folder = str(Path.cwd())
     return function if {"", folder} & set(sys.path) else _with_folder(function, folder)
 
@@ -70,7 +88,7 @@ def _module_from_name(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _attribute(module: ModuleType, dotted: str, spec: str) -> Callable[..., Any]:
+def _attribute(module: ModuleType, dotted: str, spec: str, wanted: Wanted) -> Callable[..., Any]:
     try:
         found = functools.reduce(getattr, dotted.split("."), module)
     except AttributeError:
@@ -78,9 +96,9 @@ def _attribute(module: ModuleType, dotted: str, spec: str) -> Callable[..., Any]
         hint = f"; it defines {', '.join(own[:8])}" if own else ""
         raise LoaderSpecError(f"{spec!r}: {_shown(module)} has no {dotted!r}{hint}") from None
     if isinstance(found, type):
-        raise LoaderSpecError(f"{spec!r} is a class; a loader is a function load(model, lora, *, strength=1.0)")
+        raise LoaderSpecError(f"{spec!r} is a class; {wanted.what} is {wanted.how}")
     if not callable(found):
-        raise LoaderSpecError(f"{spec!r} is {type(found).__name__}, not a function load(model, lora, *, strength=1.0)")
+        raise LoaderSpecError(f"{spec!r} is {type(found).__name__}, not {wanted.how}")
     return found
 
 
@@ -128,7 +146,6 @@ def _with_folder(function: Callable[..., Any], folder: str) -> Callable[..., Any
     return call
 
 
-WANTED = "load(model, lora, *, strength=1.0)"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -16,8 +16,8 @@ from torch.nn.modules import module as torch_module
 
 from harness.benches.layer import Layer, layer_of
 
-_CLASSES = (nn.Linear, nn.Conv2d)
-_FUNCTIONS = {"linear": functional.linear, "conv2d": functional.conv2d}
+_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS = {name: getattr(functional, name) for name in ("linear", "conv1d", "conv2d", "conv3d")}
 _METHODS = {
     (cls, name): getattr(cls, name, None) for cls in _CLASSES for name in ("forward", "_conv_forward", "__call__")
 }
@@ -99,12 +99,12 @@ def effective_weights(
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than its layer does.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model, dtype), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), numbers_of(model, dtype), torch_is_itself()
 
     def read(name: str, module: nn.Module, layer: Layer) -> Tensor:
         if known and is_plain(module, layer, like):
             return weight_of(module, layer, bias=bias)
-        _keep_dense(dense, name, module, layer, like)
+        keep_dense(dense, name, module, layer, like)
         return effective_weight(module, layer, like, bias=bias)
 
     return {name: read(name, _find(modules, name), layer) for name, layer in layers.items()}
@@ -124,13 +124,13 @@ def weights_while_running(
     Some loaders put the LoRA in when the model begins to run and take it out at the end (functional calls, samplers
     that patch), others merge at the first run: a layer asked on its own then answers as if nothing were loaded.
     """
-    modules, like = dict(model.named_modules()), _numbers_of(model, dtype)
+    modules, like = dict(model.named_modules()), numbers_of(model, dtype)
     found: dict[str, Tensor] = {}
 
     def read(name: str, module: nn.Module) -> None:
         if name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
-            _keep_dense(dense, name, module, layers[name], like)
+            keep_dense(dense, name, module, layers[name], like)
             found[name] = effective_weight(module, layers[name], like, bias=bias)
 
     handles = [
@@ -155,7 +155,7 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     convolution is asked with one image per input channel and kernel place, an embedding with every token. The inputs
     have the dtype and device of `like`, by default those of the module's own numbers.
     """
-    like = _numbers_of(module) if like is None else like
+    like = numbers_of(module) if like is None else like
     with _without_bias(module):
         answer = _ASK[layer.kind](module, layer, like)
     if not isinstance(answer, Tensor) or answer.shape != (layer.columns + 1, layer.rows):
@@ -179,14 +179,15 @@ def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     return torch.randn(4, layer.columns, generator=generator).to(dtype)
 
 
-def _keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
+def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
+    """Put what a layer answers to `dense_input`, less its answer to zeros, `[4, rows]` in float64, into `dense`."""
     x = None if dense is None else dense_input(layer, like.dtype)
     if dense is None or x is None:
         return
     with torch.no_grad(), _without_bias(module):
         if layer.kind == "conv":
             at, images = _images(layer, x.to(like.device))
-            answer, zero = module(images)[:, :, at[0], at[1]], module(torch.zeros_like(images))[:, :, at[0], at[1]]
+            answer, zero = module(images)[(..., *at)], module(torch.zeros_like(images))[(..., *at)]
         else:  # as a model does: a batch of sequences
             sequences = x.reshape(2, 2, -1).to(like.device)
             answer, zero = module(sequences).flatten(0, 1), module(torch.zeros_like(sequences)).flatten(0, 1)
@@ -200,7 +201,7 @@ def offsets(model: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype | 
     Raises:
         MissingModuleError: a path is gone.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model, dtype), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), numbers_of(model, dtype), torch_is_itself()
 
     def read(module: nn.Module, layer: Layer) -> Tensor:
         plain = known and is_plain(module, layer, like)
@@ -228,11 +229,12 @@ def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
     pixels = torch.eye(layer.columns + 1, layer.columns, device=like.device, dtype=like.dtype)
     at, images = _images(layer, pixels)
     answer = module(images)
-    return answer[:, :, at[0], at[1]] if isinstance(answer, Tensor) and answer.dim() == 4 else answer
+    whole = isinstance(answer, Tensor) and answer.dim() == 2 + len(layer.kernel)
+    return answer[(..., *at)] if whole else answer
 
 
 def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
-    """Return images `[n, channels, height, width]` with `windows` `[n, columns]` in them, and at which output each is.
+    """Return images `[n, channels, *sizes]` with `windows` `[n, columns]` in them, and at which output each is.
 
     A window lies wholly inside its image, where it meets no padding.
     """
@@ -243,8 +245,8 @@ def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
     images = windows.new_zeros(len(windows), layer.channels, *size)
     places = torch.cartesian_prod(*(torch.arange(n) for n in (layer.channels, *layer.kernel)))
     spacing = zip(first, layer.dilation, strict=True)
-    rows, columns = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
-    images[:, places[:, 0], rows, columns] = windows
+    pixels = (start + d * places[:, i] for i, (start, d) in enumerate(spacing, 1))
+    images[(slice(None), places[:, 0], *pixels)] = windows  # type: ignore[index]
     return at, images
 
 
@@ -261,7 +263,7 @@ _ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
 }
 
 
-def _numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return the first floating tensor, as of `dtype`: activations have its dtype and device."""
     numbers = itertools.chain(module.parameters(), module.buffers())
     first = next((x for x in numbers if x.is_floating_point()), torch.empty(0))

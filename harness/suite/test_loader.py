@@ -38,7 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         plan = plan_of(metafunc.config)
         loaders = metafunc.config.getoption("--lora-loader") or available()
-        tests = [test for spec in loaders for test in cell_tests(spec, plan=plan, limits=Limits(workers=1))]
+        benches = metafunc.config.getoption("--lora-bench") or None
+        each = (cell_tests(spec, benches=benches, plan=plan, limits=Limits(workers=1)) for spec in loaders)
+        tests = [test for of_one in each for test in of_one]
     except UserError as error:
         raise pytest.Collector.CollectError(f"error: {error}") from None
     metafunc.parametrize("check", tests, ids=repr)

@@ -124,7 +124,8 @@ class Variant:
         generator = torch.Generator().manual_seed(1_000_003 * example.value_seed + index)
         drawn = self.draw(layer, target.rank, generator)
         size = abs(self.scale(target) or 1.0) * float(torch.linalg.matrix_norm(self.direction(drawn, layer).product))
-        factor = 2.0 ** round(math.log2(_ENERGY * float(torch.linalg.matrix_norm(weight)) / size))
+        whole = float(torch.linalg.matrix_norm(weight)) or 1.0
+        factor = 2.0 ** round(math.log2(_ENERGY * whole / size))
         dtype = getattr(torch, example.file_dtype)
         parts = {role: (t * factor if role in self.gain else t).to(dtype) for role, t in drawn.items()}
         return Update(parts, self.direction(parts, layer))

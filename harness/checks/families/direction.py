@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations
+from itertools import combinations, permutations
+from itertools import product as product_of
 
 import torch
 from torch import Tensor
@@ -236,8 +237,11 @@ def _laid_out(product: Tensor, kernel: tuple[int, ...]) -> Iterator[Tensor]:
     if math.prod(kernel) == 1:
         return
     own = product.reshape(len(product), -1, *kernel)
-    layouts = [own.flip(2), own.flip(3), own.flip(2, 3), own.movedim(1, -1).reshape(own.shape)]
-    layouts += [own.mT] if kernel[0] == kernel[-1] else []
-    places = torch.cartesian_prod(*(torch.arange(n) for n in kernel)).tolist()
-    layouts += [own[:, :, y : y + 1, x : x + 1].expand_as(own) for y, x in places]
+    axes = range(2, own.dim())
+    turned = [axis for number in range(1, len(kernel) + 1) for axis in combinations(axes, number)]
+    layouts = [*(own.flip(*axis) for axis in turned), own.movedim(1, -1).reshape(own.shape)]
+    layouts += [own.mT] if len(kernel) > 1 and kernel[-2] == kernel[-1] else []
+    for place in product_of(*map(range, kernel)):
+        one = own[(slice(None), slice(None), *(slice(n, n + 1) for n in place))]
+        layouts.append(one.expand_as(own))
     yield from (layout.flatten(1) for layout in layouts)

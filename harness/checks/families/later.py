@@ -80,6 +80,8 @@ def second_example(example: Example) -> Example:
 @follows("side_effects", finds="another answer later or in a copy", codes=("LH407",))
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
     """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded."""
+    if cell.bench.run is None:
+        return  # nothing shows what a model answers that nobody can run
     found = tuple(_first_other("LH407", cell, once, _RUNS if cell.variant_name != _PLAIN else (*_RUNS, *_STATE)))
     yield from found
     if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:

@@ -37,6 +37,8 @@ def check_side_effects(observation: Observation) -> list[Finding]:
     others = tuple(name for name in observation.others_changed if name not in elsewhere)
     if others:
         fact = f"{len(others)} layers or parameters outside the file changed, first {others[0]}"
+        if others[0] in observation.tied:
+            fact += f", which shares its weight with {observation.tied[others[0]]}"
         found.append(Finding("LH401", observation, others, fact))
     if observation.file_changed:
         found.append(Finding("LH404", observation, fact="the bytes on disk differ after loading"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.benches import own_benches
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, follows, judge
 from harness.checks.observation import Observation, probes_of
@@ -44,12 +45,15 @@ class _Kind:
 
 
 def tries_silence(cell: Cell) -> bool:
-    """Whether silence is tried in `cell`: on the first bench of each format, of a command on the first of all."""
+    """Whether silence is tried in `cell`: on the first bench of each format, of a command on the first of all.
+
+    On a bench of the author's own it always is.
+    """
     subject = cell.subject
     if subject.defaults.examples <= COMMAND.examples and cell.format != subject.formats[0]:
         return False
     places = (bench for bench in subject.benches if subject.unsupported(cell.format, bench) is None)
-    return cell.variant_name == "lora" and cell.bench_name == next(places, None)
+    return cell.variant_name == "lora" and (cell.bench_name in own_benches() or cell.bench_name == next(places, None))
 
 
 @follows("silence", finds="what cannot be applied is dropped without a word", codes=("LH103",))
@@ -93,7 +97,8 @@ def undeclared(cell: Cell) -> Iterator[Cell]:
     """Yield the cells of variants that the loader does not declare and a file of this format can be, one for each."""
     subject = cell.subject
     for name, variant in VARIANTS.items():
-        cells = (replace(cell, bench_name=bench, variant_name=name) for bench in (cell.bench_name, *subject.benches))
+        others = () if cell.bench_name in own_benches() else subject.benches
+        cells = (replace(cell, bench_name=bench, variant_name=name) for bench in (cell.bench_name, *others))
         place = next((c for c in cells if c.possible and variant.topology == "own"), None)
         if place is not None and not _is_declared(place):
             yield place

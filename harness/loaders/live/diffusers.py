@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.benches import more_benches
+from harness.benches.table import row_of, rows
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
@@ -19,13 +21,7 @@ from harness.loaders.protocol import loader
 if TYPE_CHECKING:
     import torch
 
-# family of the model -> (mixin of its pipeline, the pipeline's name for the model)
-PIPELINE_MIXINS = {
-    "qwen-image": ("QwenImageLoraLoaderMixin", "transformer"),
-    "flux": ("FluxLoraLoaderMixin", "transformer"),
-    "unet": ("StableDiffusionLoraLoaderMixin", "unet"),
-    "clip": ("StableDiffusionLoraLoaderMixin", "text_encoder"),
-}
+_TEXT = ("StableDiffusionLoraLoaderMixin", "text_encoder")  # the mixin that takes the family `clip`
 # It knows DiffSynth files by `.default.` in a key or by an alpha, and passes over bare `.lora_A.weight` keys.
 FORMATS = ("diffusers", "kohya", "diffsynth")
 NO_MERGED_NAMES = "its kohya converter knows no merged layers (to_qkv, add_qkv_proj)"
@@ -43,7 +39,10 @@ UNSUPPORTED: dict[tuple[str, ...], str] = {
 }
 BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux", "clip-text")
 VARIANTS = ("lora", "rslora", "conv", "qkv-split", "qkv-merged")
-_declared = functools.partial(loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED)
+MORE = tuple(name for name in more_benches() if rows()[name].mixin and rows()[name].component != "transformer_2")
+_declared = functools.partial(
+    loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, also=MORE
+)
 
 
 def unload(model: torch.nn.Module) -> None:
@@ -111,10 +110,12 @@ def _activate(pipeline: Any, strengths: list[float]) -> None:
 
 
 def _mixin(model: torch.nn.Module) -> tuple[str, str]:
-    kind = family(model)
-    if kind is None:
+    if family(model) == "clip":
+        return _TEXT
+    row = row_of(model)
+    if row is None:
         raise NotImplementedError(f"no diffusers pipeline is known for {type(model).__name__}")
-    return PIPELINE_MIXINS[kind]
+    return str(row.mixin), row.component
 
 
 def _pipeline(model: torch.nn.Module) -> Any:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.benches import more_benches
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
 from harness.loaders.protocol import EVERY_BENCH, loader
@@ -24,7 +25,12 @@ RUNTIME_UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("flux",): _ELSEWHERE,
 }
 _declared = functools.partial(
-    loader, formats={"peft"}, benches=EVERY_BENCH, variants=VARIANTS, strength_argument="scale"
+    loader,
+    formats={"peft"},
+    benches=EVERY_BENCH,
+    variants=VARIANTS,
+    strength_argument="scale",
+    also=more_benches(),
 )
 
 

@@ -1,0 +1,275 @@
+"""Look at a bench before anything is judged on it: what can be read, that two builds are equal, that it runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from harness.benches.bench import DTYPES, Bench, ends_with, shared
+from harness.benches.layer import Layer, layer_of
+from harness.benches.own import TOO_LARGE, OwnBench
+from harness.benches.template import Template
+from harness.errors import UserError, one_line
+from harness.isolation.child import is_out_of_memory
+from harness.measure.compare import norm
+from harness.measure.effective import dense_input, effective_weight, keep_dense, numbers_of
+from harness.measure.tolerance import UNIT_ROUNDOFF
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MOST_WEIGHTS = 30_000_000
+_SHOWN = 6
+_NOT_LINEAR = 1e-3  # of an answer: what rounding never makes
+Refused = Callable[[str], UserError]
+
+
+def look_at(bench: Bench, said: OwnBench, what: str) -> dict[str, Any]:
+    """Return the facts of a bench, JSON and, under `tensors`, the weights of its layers in float64.
+
+    Raises:
+        UserError: it cannot be built, read or run, or says what is not so; one sentence that begins with `what`.
+    """
+
+    def refused(why: str) -> UserError:
+        return UserError(f"{what}: {why}")
+
+    try:
+        return _facts(bench, said, refused)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise refused(TOO_LARGE) from error
+        raise refused(f"it cannot be read: {one_line(error)}") from error
+
+
+def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
+    model = bench.base()
+    _check_tensors(model, refused)
+    _check_repeats(bench, model, refused)
+    layers, unread = _readable(model)
+    targets = _targets(layers, model, said, unread, refused)
+    _check_names(bench, said, layers, refused)
+    tensors, dtypes = _weights(bench, layers, refused)
+    return {
+        "said": said.as_json(),
+        "layers": {name: asdict(layer) for name, layer in layers.items()},
+        "targets": targets,
+        "shared": shared(model, layers),
+        "unread": unread,
+        "others": _other_parameters(model, layers),
+        "dtypes": dtypes,
+        "copies": _copies(bench, model),
+        "digest": digest(model),
+        "tensors": tensors,
+    }
+
+
+def _check_tensors(model: torch.nn.Module, refused: Refused) -> None:
+    parameters = [*model.parameters(), *model.buffers()]
+    if place := next((p.device for p in parameters if p.device.type != "cpu"), None):
+        raise refused(f"its tensors are on {place}; build it on the CPU")
+    if not any(p.is_floating_point() for p in parameters):
+        raise refused("the model has no weights")
+    if (number := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
+        raise refused(f"the model has {number:,} weights, a bench at most {MOST_WEIGHTS:,}: give it a smaller config")
+
+
+def _check_repeats(bench: Bench, model: torch.nn.Module, refused: Refused) -> None:
+    again = bench.made().state_dict()
+    state = model.state_dict()
+    if again.keys() != state.keys():
+        raise refused("two calls of its function build models with other layers")
+    for name, value in state.items():
+        if not _same(value, again[name].to(value.dtype)):
+            why = "draw its weights with torch, Python's random or NumPy, which are seeded, and leave none undrawn"
+            raise refused(f"two calls of its function differ in {name}: {why}")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Return what tells two builds apart."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().double().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Return the layers that answer as a matrix does, and why others are not read."""
+    layers, unread = dict[str, Layer](), dict[str, str]()
+    like = numbers_of(model)
+    for name, module in model.named_modules():
+        layer = layer_of(module)
+        if layer is None or not name:  # a model that is one layer has no name for it
+            continue
+        if why := _unreadable(name, module, layer, like):
+            unread[name] = why
+        else:
+            layers[name] = layer
+    return layers, unread
+
+
+def _unreadable(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) -> str | None:
+    """Return why what a layer computes is not read; None when it is a matrix."""
+    dense = dict[str, "Tensor"]()
+    try:
+        weight = effective_weight(module, layer, like)
+        keep_dense(dense, name, module, layer, like)
+    except Exception as error:
+        return f"it does not answer as a layer does ({one_line(error)[:80]})"
+    if not bool(weight.isfinite().all()):
+        return "its weights are not finite"
+    x = dense_input(layer, like.dtype)
+    if x is not None and name in dense:
+        wanted = x.double() @ weight.T
+        if not norm(dense[name] - wanted) <= _NOT_LINEAR * norm(wanted):
+            return "what it computes is no matrix"
+    return None
+
+
+def _targets(
+    layers: Mapping[str, Layer],
+    model: torch.nn.Module,
+    said: OwnBench,
+    unread: dict[str, str],
+    refused: Refused,
+) -> list[str]:
+    """Return the layers that a LoRA may change; where nobody said which, all but those that share their weight."""
+    if not layers:
+        raise refused("it has no linear layer, convolution or embedding, with a name of its own, that can be read")
+    if said.targets is None:
+        twice = shared(model, layers)
+        return [name for name in layers if name not in twice and name not in twice.values()]
+    for end in said.targets:
+        if not any(ends_with(name, (end,)) for name in layers):
+            why = next((why for name, why in unread.items() if ends_with(name, (end,))), None)
+            ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise refused(f"targets: {end!r} is the end of no layer's path" + (f": {why}" if why else f" ({ends})"))
+    return [name for name in layers if ends_with(name, said.targets)]
+
+
+def _check_names(bench: Bench, said: OwnBench, layers: Mapping[str, Layer], refused: Refused) -> None:
+    for end, parts in said.fused.items():
+        found = [name for name in layers if ends_with(name, (end,))]
+        if not found:
+            raise refused(f"fused: {end!r} is the end of no layer's path")
+        if (wrong := next((n for n in found if layers[n].rows != sum(parts.values())), None)) is not None:
+            rows = f"{sum(parts.values())} rows, {wrong} has {layers[wrong].rows}"
+            raise refused(f"fused: the projections of {end!r} have {rows}")
+    named = [bench.file_name(name) for name in layers]
+    if idle := next((words for words in said.names if not any(map(_has(words), layers))), None):
+        raise refused(f"names: {idle!r} is in no layer's path")
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise refused(f"names: two layers would both be called {twice!r}")
+
+
+def _has(words: str) -> Callable[[str], bool]:
+    return lambda path: f".{words}." in f".{path}."
+
+
+def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the layers' weights, with what each answers to nothing as last column, and the dtypes that it runs in.
+
+    Of other dtypes than the first only those stand there that are not its own rounded.
+    """
+    tensors, dtypes = dict[str, "Tensor"](), list[str]()
+    for dtype in DTYPES:
+        try:
+            found = _in_dtype(bench, layers, dtype, refused)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            if not dtypes:
+                raise refused(f"its forward raises {one_line(error)}") from error
+            continue
+        dtypes.append(dtype)
+        tensors |= {f"{dtype}:{name}": w for name, w in found.items() if not _is_rounded(w, tensors, name, dtype)}
+    return tensors, dtypes
+
+
+def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Refused) -> dict[str, Tensor]:
+    import torch
+
+    model = bench.base(getattr(torch, dtype))
+    like = numbers_of(model)
+    found = {
+        name: effective_weight(model.get_submodule(name), layer, like, bias=True) for name, layer in layers.items()
+    }
+    if bench.run is not None:
+        first, second = bench.forward(model).double(), bench.forward(model).double()
+        if dtype == "float32" and not (first.numel() and bool(first.isfinite().all())):
+            raise refused("what its forward answers is empty or not finite")
+        if not norm(first - second) <= 16 * UNIT_ROUNDOFF[dtype] * norm(first):
+            raise refused("its forward answers the same input differently when it is run again")
+    return found
+
+
+def _is_rounded(weight: Tensor, tensors: Mapping[str, Tensor], name: str, dtype: str) -> bool:
+    import torch
+
+    first = tensors.get(f"float32:{name}")
+    return first is not None and torch.equal(first.to(getattr(torch, dtype)).double(), weight)
+
+
+def _other_parameters(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, list[int]]:
+    """Return the shape of each parameter that belongs to no layer: they are only looked at for being changed."""
+    named = ((name, list(value.shape)) for name, value in model.named_parameters())
+    return {name: shape for name, shape in named if layer_of(model.get_submodule(name.rpartition(".")[0])) is None}
+
+
+def _copies(bench: Bench, model: torch.nn.Module) -> bool:
+    """Whether a copy by way of pickling is the same model; else each is built anew."""
+    import torch
+
+    try:
+        copied = Template(model).build()
+        same = all(_same(value, copied.state_dict()[name]) for name, value in model.state_dict().items())
+        return same and torch.equal(bench.forward(copied), bench.forward(model))
+    except Exception:
+        return False
+
+
+_VARIANTS = {"conv": "conv", "embedding": "embedding"}  # in which a LoRA is trained on such a layer
+
+
+def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
+    """Yield what a bench measures and what it does not, a sentence each; `idle` are targets not tried, with kinds."""
+    layers, targets = facts["layers"], facts["targets"]
+    rest = [name for name in layers if name not in set(targets)]
+    yield f"{len(targets)} of {len(layers)} layers take a LoRA: {_patterns(targets)}"
+    for kind in dict.fromkeys(idle.values()):
+        names = [name for name, own in idle.items() if own == kind]
+        how = f": this loader does not declare the variant {_VARIANTS[kind]}" if kind in _VARIANTS else ""
+        yield f"not tried here: {_patterns(names)}{how}"
+    if rest:
+        yield f"read, without a LoRA: {_patterns(rest)}"
+    for name, other in facts["shared"].items():
+        yield f"{name} shares its weight with {other}: a merge into one changes both"
+    for reason in dict.fromkeys(facts["unread"].values()):
+        names = [name for name, why in facts["unread"].items() if why == reason]
+        yield f"not measured: {_patterns(names)}: {reason}"
+    matrices = [name for name, shape in facts["others"].items() if len(shape) > 1]
+    if matrices:
+        yield f"not measured, only looked at for being changed: {_patterns(matrices)}"
+    if vectors := len(facts["others"]) - len(matrices):
+        yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
+    if not facts["said"]["runs"]:
+        yield "no forward is given: copies, casts and saved states are not tried, nor what a loader does in one"
+    if missing := [dtype for dtype in DTYPES if dtype not in facts["dtypes"]]:
+        yield f"does not run in {', '.join(missing)}, which is not tried"
+
+
+def _patterns(names: list[str]) -> str:
+    """Return paths with `*` for numbers, each once."""
+    found = list(dict.fromkeys(".".join("*" if w.isdigit() else w for w in name.split(".")) for name in names))
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
