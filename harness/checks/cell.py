@@ -117,7 +117,7 @@ class Cell:
     def verdict(self, check: str, outcome: Outcome, **fields: Any) -> Verdict:
         """Return a verdict of `check`, which is a family or one of the run's own, in this cell."""
         where: dict[str, Any] = {"format": self.format, "bench": self.bench_name, "variant": self.variant_name}
-        where |= {"loader": self.subject.spec, "loader_version": self.subject.version}
+        where |= {"loader": self.subject.title, "loader_version": self.subject.version}
         return Verdict(check=check, outcome=outcome, **where, **fields)
 
 

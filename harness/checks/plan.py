@@ -31,6 +31,7 @@ _Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+_AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models
 _DTYPES = (("float16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16"))
@@ -97,6 +98,12 @@ class Plan:
         most = self.max_examples or cell.subject.defaults.examples_in(quick=self.quick)
         share = min(self.share, _IMPLIED_SHARE) if cell.bench_name in IMPLIED_BENCHES else self.share
         return most if self.whole(cell) else max(1, round(share * most))
+
+    def loads_in(self, cell: Cell) -> int:
+        """Return about how many files a loader that is right gets in `cell`."""
+        if self.pins:
+            return _AFTER_LOADS + 1
+        return sum(1 for _ in planned(cell, self.layers_in(cell))) + self.examples_in(cell) + _AFTER_LOADS
 
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""

@@ -21,6 +21,7 @@ from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
+from harness.isolation.subject import Timed
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe, probe_from
 from harness.loaders.registry import resolve
@@ -58,9 +59,12 @@ def check_cells(
     *,
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
+    on_load: Callable[[Cell, float], None] = lambda cell, seconds: None,
     on_measured: Callable[[Cell, Measured], None] = lambda cell, measured: None,
 ) -> list[Verdict]:
     """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
+
+    `on_load` hears of every file that a slow loader was given, and how many seconds that took.
 
     Raises:
         UserError: the pinned example names a module that a bench does not have.
@@ -78,6 +82,8 @@ def check_cells(
             take(Verdict.model_validate_json(event["verdict"]))
         elif "probes" in event:
             on_measured(cells[index], _measured_from(event))
+        elif "load" in event:
+            on_load(cells[index], event["load"])
         else:
             on_cell(cells[index])
 
@@ -120,11 +126,19 @@ def check_loader(
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
         with served(cell, channel, limits) as own:
+            own = _telling(own, lambda seconds: channel.send({"load": seconds}))
             for verdict in check_cell(own, plan, lambda measured: channel.send(_as_event(measured))):
                 channel.send({"verdict": verdict.model_dump_json()})
         channel.send({"done": True})
 
     return job
+
+
+def _telling(cell: Cell, on_load: Callable[[float], object]) -> Cell:
+    """Return the cell, which tells of each load where its loader is slow."""
+    if not cell.subject.defaults.slow or cell.asked is None:
+        return cell
+    return replace(cell, asked=Timed(cell.asked, on_load))
 
 
 def _as_event(measured: Measured) -> dict[str, Any]:
@@ -139,7 +153,7 @@ def _measured_from(event: dict[str, Any]) -> Measured:
 
 def died(cell: Cell, end: JobEnd) -> Verdict:
     """Return the verdict of a cell whose process ended in another way than by finishing."""
-    rows = [("loader", cell.subject.spec), ("file", cell.place)]
+    rows = [("loader", cell.subject.title), ("file", cell.place)]
     rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
     rows += [("reproduce", end.last_label)] if end.last_label else []
     fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}

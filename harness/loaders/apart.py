@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
-from harness.loaders.protocol import Declaration, Subject, declaration_of
+from harness.loaders.protocol import FACTS, Declaration, Subject, declaration_from, declaration_of
 from harness.loaders.source import adapt
 
 if TYPE_CHECKING:
@@ -120,16 +120,8 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
 
 
 def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
-    formats, benches, variants = (None if facts[name] is None else frozenset(facts[name]) for name in _NAMES)
-    return Declaration(
-        formats,
-        benches,
-        variants,
-        Later(spec, find, "unload") if facts["unload"] else None,
-        Later(spec, find, "set_strength") if facts["set_strength"] else None,
-        facts["strength_argument"],
-        {tuple(names): reason for names, reason in facts["unsupported"]},
-        frozenset(facts["uniform"]),
-        facts["modules"],
-        facts["quantises"],
+    return replace(
+        declaration_from({name: facts[name] for name in FACTS}),
+        unload=Later(spec, find, "unload") if facts["unload"] else None,
+        set_strength=Later(spec, find, "set_strength") if facts["set_strength"] else None,
     )

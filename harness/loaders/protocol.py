@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from harness.benches import bench_names
 from harness.errors import LoaderSpecError
@@ -58,10 +58,14 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a subject gets when nobody says: random examples per cell, and seconds for one call of it."""
+    """What a subject gets when nobody says: random examples per cell, and seconds for one call of it.
+
+    `slow`: a call takes seconds, so that it is told how long all of them will take.
+    """
 
     examples: int = 200
     seconds: float = 20.0
+    slow: bool = False
 
     def examples_in(self, *, quick: bool) -> int:
         """Return the number of examples per cell, at most 30 in a `quick` run."""
@@ -70,22 +74,33 @@ class Defaults:
 
 QUICK_EXAMPLES = 30
 FUNCTION = Defaults()
-COMMAND = Defaults(examples=10, seconds=120.0)  # it starts a process each time
+COMMAND = Defaults(examples=10, seconds=120.0, slow=True)  # it starts a process each time
+SERVER = Defaults(seconds=60.0)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loader ready to be tested: `spec` is the string that names it everywhere."""
+    """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead."""
 
     spec: str
     load: Load
     version: str | None = None
     declaration: Declaration = Declaration()
     defaults: Defaults = FUNCTION
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called in reports."""
+        return self.name or self.spec
 
     def prepare(self) -> None:
-        """Import what is imported only where the loader runs."""
+        """Import, or start, what runs only where the loader does."""
         getattr(self.load, "prepare", lambda: None)()
+
+    def close(self) -> None:
+        """End what it started in this process."""
+        getattr(self.load, "close", lambda: None)()
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -172,6 +187,63 @@ def loader(
         return function
 
     return declare
+
+
+FACTS = (
+    "formats",
+    "benches",
+    "variants",
+    "strength_argument",
+    "uniform",
+    "modules",
+    "quantises",
+    "unsupported",
+)
+"""What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
+
+
+def declaration_from(facts: Mapping[str, Any]) -> Declaration:
+    """Return what a loader in another process declares, given as JSON under some of the names in `FACTS`.
+
+    `unsupported` is a list of pairs: a list of names, and the reason.
+
+    Raises:
+        LoaderSpecError: a name that is none of these, or a value that cannot be meant.
+    """
+    unknown = sorted(set(facts) - set(FACTS))
+    if unknown:
+        raise LoaderSpecError(f"{unknown[0]!r} is nothing that a loader declares; that is {', '.join(FACTS)}")
+    names = {key: _names(key, facts[key]) for key in ("formats", "benches", "variants") if facts.get(key) is not None}
+    said = Declaration(
+        **names,
+        strength_argument=_text("strength_argument", facts.get("strength_argument", "strength")),
+        unsupported=_reasons(facts.get("unsupported") or []),
+        uniform=_names("uniform", facts.get("uniform") or []),
+        modules=_text("modules", facts.get("modules")),
+        quantises=bool(facts.get("quantises")),
+    )
+    _check(said)
+    return said
+
+
+def _names(key: str, value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise LoaderSpecError(f"{key} must be a list of names")
+    return frozenset(value)
+
+
+def _text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise LoaderSpecError(f"{key} must be text or null")
+    return value
+
+
+def _reasons(value: Any) -> dict[tuple[str, ...], str]:
+    try:
+        pairs = [(tuple(map(str, names)), str(reason)) for names, reason in value]
+    except (TypeError, ValueError):
+        raise LoaderSpecError("unsupported must be a list of pairs: a list of names, and the reason") from None
+    return dict(pairs)
 
 
 def _check(said: Declaration) -> None:
