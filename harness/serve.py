@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 import traceback
@@ -143,8 +144,8 @@ def _hold(at: nn.Module, path: list[str], value: Tensor) -> None:
 
 
 def _plain(name: str) -> str:
-    """Return the name of the base model for one of PEFT's wrappers."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").removesuffix(".base_layer")
+    """Return the name in the base model for one inside PEFT's wrappers, of which there may be several."""
+    return re.sub(r"(^|\.)(?:base_model\.model\.|base_layer\.)+", r"\1", name)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -143,7 +143,7 @@ class Server:
         """Return what to say of an answer that was waited for until now."""
         now = time.monotonic()
         alive = f"; its last heartbeat came {now - self.heard:.1f} s before" if self.beats else " and sent no heartbeat"
-        what = f"the server gave no answer within {now - self._began:.3g} s{alive}"
+        what = f"the server gave no answer within {now - self._began:.1f} s{alive}"
         return ServerError(what, late=True, printed=self.said)
 
     def _exchange(self) -> None:
