@@ -1,6 +1,6 @@
 """A server in Python: started once, one line of JSON per load in, one out.
 
-    lora-harness check "serve:python examples/serve_merge.py"
+lora-harness check "serve:python examples/serve_merge.py"
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def serve(
     refusals: tuple[type[BaseException], ...] = (NotImplementedError,),
     **declared: Any,
 ) -> None:
-    """Answer until stdin ends: call `load(model, lora, strength=...)`, `unload(model)`, `set_strength(model, strength)`.
+    """Answer until stdin ends, calling `load(model, lora, strength=...)` and what else there is.
 
     `build(question)` makes the model of a question (default: `model_of`), whose weights are then loaded into it.
     An exception of `refusals` says that the loader does not take the file. `declared` is what the first line says
@@ -48,7 +48,7 @@ def serve(
     """
     say = _sayer()
     say({"protocol": PROTOCOL, "unload": unload is not None, "set_strength": set_strength is not None, **declared})
-    calls = {
+    calls: dict[str, Callable[[Any, Mapping[str, Any]], object]] = {
         "load": lambda model, ask: load(model, Path(ask["lora"]), strength=ask["strength"]),
         "unload": lambda model, ask: unload(model) if unload else None,
         "set_strength": lambda model, ask: set_strength(model, ask["strength"]) if set_strength else None,
@@ -71,9 +71,9 @@ def serve(
 
 
 def model_of(ask: Mapping[str, Any]) -> nn.Module:
-    """Return a model of the class and configuration of a question, or plain layers in its place where it has none here.
+    """Return a model of the class and configuration of a question, or plain layers where there is no such class.
 
-    A bare layer is a Linear, a Conv2d of stride 1 or an Embedding, by the shape of its weight and the name of its kind.
+    A plain layer is a Linear, a Conv2d of stride 1 or an Embedding, by the shape of its weight and its kind.
     """
     module, _, name = ask["class"].partition(":")
     try:
@@ -172,15 +172,16 @@ def _computed(module: nn.Module, weight: Tensor) -> Tensor:
 def _computed_kernel(module: nn.Module, weight: Tensor) -> Tensor:
     """Return the kernel of a wrapped convolution: how one output that meets no padding depends on each input."""
     inner = next(each for each in module.modules() if isinstance(each, nn.Conv2d) and each.weight.shape == weight.shape)
-    geometry = list(zip(weight.shape[2:], inner.stride, inner.padding, inner.dilation, strict=True))
-    at = [-(-int(pad) // step) for _, step, pad, _ in geometry]
-    size = [y * step - int(pad) + d * (k - 1) + 1 for y, (k, step, pad, d) in zip(at, geometry, strict=True)]
+    sides = [(inner.kernel_size[i], inner.stride[i], int(inner.padding[i]), inner.dilation[i]) for i in (0, 1)]
+    at = [-(-padding // stride) for _, stride, padding, _ in sides]
+    first = [y * stride - padding for y, (_, stride, padding, _) in zip(at, sides, strict=True)]
+    size = [start + d * (k - 1) + 1 for start, (k, _, _, d) in zip(first, sides, strict=True)]
     images = torch.zeros(1, weight.shape[1], *size).to(weight)
+    jacobian: Callable[..., Tensor] = torch.autograd.functional.jacobian
     with torch.enable_grad():
-        slopes = torch.autograd.functional.jacobian(lambda x: module(x)[0, :, at[0], at[1]], images)[:, 0]
-    first = [y * step - int(pad) for y, (_, step, pad, _) in zip(at, geometry, strict=True)]
-    y, x = (slice(start, None, d) for start, (_, _, _, d) in zip(first, geometry, strict=True))
-    return slopes[:, :, y, x]  # type: ignore[no-any-return]
+        slopes = jacobian(lambda x: module(x)[0, :, at[0], at[1]], images)[:, 0]
+    y, x = (slice(start, None, d) for start, (_, _, _, d) in zip(first, sides, strict=True))
+    return slopes[:, :, y, x]
 
 
 class _Heart:
@@ -227,7 +228,8 @@ def function_of(spec: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(where), name)  # type: ignore[no-any-return]
     sys.path.insert(0, str(Path(where).resolve().parent))
     described = importlib.util.spec_from_file_location(Path(where).stem, where)
-    assert described is not None and described.loader is not None
+    assert described is not None
+    assert described.loader is not None
     module = sys.modules[described.name] = importlib.util.module_from_spec(described)
     described.loader.exec_module(module)
     return getattr(module, name)  # type: ignore[no-any-return]

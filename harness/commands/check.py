@@ -76,9 +76,7 @@ def command(
     cells = [cell for found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
-        shared.cell_progress(
-            cells, plan, limits.workers, quiet=shared.quiet_on(as_json), silent=as_json
-        ) as pace,
+        shared.cell_progress(cells, plan, limits.workers, quiet=shared.quiet_on(as_json), silent=as_json) as pace,
     ):
         for found, skipped in work:
             writer.write(*skipped)

@@ -82,8 +82,10 @@ def named(loaders: Sequence[str], names: Sequence[str]) -> list[tuple[str, str |
     from harness.errors import UserError
 
     if names and len(names) != len(loaders):
-        raise UserError(f"--name is given {len(names)} times for {len(loaders)} loaders: give it once for each, or never")
-    return list(zip(loaders, names or [None] * len(loaders), strict=True))
+        raise UserError(
+            f"--name is given {len(names)} times for {len(loaders)} loaders: give it once for each, or never"
+        )
+    return [(spec, names[number] if names else None) for number, spec in enumerate(loaders)]
 
 
 def worker_count(given: int | None) -> int:

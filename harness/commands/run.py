@@ -97,8 +97,8 @@ def _check(
     probes = shared.probe_writer(writer)
     quiet = shared.quiet_on(as_json)
     with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
-        told = {"on_cell": pace.cell, "on_load": pace.load}
-        check_cells(cells, plan, limits, on_verdict=writer.write, on_measured=probes, **told)
+        on_verdict, on_cell, on_load = writer.write, pace.cell, pace.load
+        check_cells(cells, plan, limits, on_verdict=on_verdict, on_cell=on_cell, on_load=on_load, on_measured=probes)
     shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
 

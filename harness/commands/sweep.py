@@ -106,7 +106,12 @@ def command(
 
 
 def sweep_into(
-    writer: RunWriter, loader: str, options: SweepOptions, known: Sequence[KnownFailure] = (), *, name: str | None = None
+    writer: RunWriter,
+    loader: str,
+    options: SweepOptions,
+    known: Sequence[KnownFailure] = (),
+    *,
+    name: str | None = None,
 ) -> list[Verdict]:
     """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
     from harness.checks.known import excuse_images
@@ -114,7 +119,9 @@ def sweep_into(
     from harness.loaders.registry import resolve
     from harness.report.models import SweepRecord
 
-    result = run_sweep(resolve(loader, name=name), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row)))
+    result = run_sweep(
+        resolve(loader, name=name), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row))
+    )
     told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
     verdicts = excuse_images(told, known)
     writer.write(*verdicts)

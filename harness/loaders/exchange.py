@@ -1,4 +1,4 @@
-"""What a loader in another process is given and gives back: a program, the model's weights as safetensors, merged ones."""
+"""What a loader in another process is given and gives back: its words, the model's weights, the merged ones."""
 
 from __future__ import annotations
 

@@ -213,9 +213,12 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
     unknown = sorted(set(facts) - set(FACTS))
     if unknown:
         raise LoaderSpecError(f"{unknown[0]!r} is nothing that a loader declares; that is {', '.join(FACTS)}")
-    names = {key: _names(key, facts[key]) for key in ("formats", "benches", "variants") if facts.get(key) is not None}
+    places = ("formats", "benches", "variants")
+    formats, benches, variants = (None if facts.get(k) is None else _names(k, facts[k]) for k in places)
     said = Declaration(
-        **names,
+        formats,
+        benches,
+        variants,
         strength_argument=_text("strength_argument", facts.get("strength_argument", "strength")),
         unsupported=_reasons(facts.get("unsupported") or []),
         uniform=_names("uniform", facts.get("uniform") or []),

@@ -196,9 +196,9 @@ def _facts(model: torch.nn.Module) -> dict[str, Any]:
 
 def _config(model: torch.nn.Module) -> Any:
     config = getattr(model, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else config
+    to_dict = getattr(config, "to_dict", lambda: config)
     try:
-        return json.loads(json.dumps(config))
+        return json.loads(json.dumps(to_dict()))
     except (TypeError, ValueError):
         return None
 
@@ -215,6 +215,4 @@ def _raise_what_it_says(answer: Mapping[str, Any], number: int, printed: str) ->
         if kind != "done":
             lines = str(text).strip().splitlines() or [kind]
             frames = [str(line)[:_MOST_TEXT] for line in list(answer.get("frames") or ())[:_MOST_FRAMES]]
-            raise ServerError(
-                lines[-1], refused=kind == "refused", answered=True, frames=frames, printed=printed
-            )
+            raise ServerError(lines[-1], refused=kind == "refused", answered=True, frames=frames, printed=printed)
