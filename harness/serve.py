@@ -88,7 +88,7 @@ def model_of(ask: Mapping[str, Any]) -> nn.Module:
 
 
 def weights_of(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what stands under `names` in a model: of a layer that is wrapped or hooked, the weight it computes with."""
+    """Return what stands under `names` in a model: of a wrapped or hooked layer what it computes."""
     state = {_plain(name): value for name, value in model.state_dict().items()}
     modules = {_plain(name): module for name, module in model.named_modules()}
     found = {name: state[name] for name in names if name in state}

@@ -15,6 +15,7 @@ from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
 from harness.checks.known import KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
+from harness.checks.outputs import NOT_SEEN, SEEN
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.trial import run_trial
@@ -199,6 +200,8 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
         result.add(observation, probes, [] if plan.pins else findings)
     if plan.pins:  # the planned examples only help to name the law of the pinned one
         pinned = plan.pins.example(cell)
+        if cell.subject.outputs:
+            return
         _add_what_follows(cell, [pinned.dtype], pinned, result)
         return
     strategy, smoke = examples_for(cell, plan).filter(allowed), smoke_example(cell, plan.layers_in(cell))
@@ -206,6 +209,8 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
     for code, finding in result.findings.items() if plan.shrink else ():
         if not finding.check and not _expected(code, general):
             result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
+    if cell.subject.outputs:
+        return
     _add_what_follows(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
 
 
@@ -227,6 +232,9 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
         yield fault.verdict(result.examples)
     for family in family_names():
         if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
+            continue
+        if cell.subject.outputs and family not in SEEN:
+            yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)
             continue
         yield _with_seen(passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None), result)
 

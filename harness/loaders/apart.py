@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
-from harness.loaders.protocol import FACTS, Declaration, Subject, declaration_from, declaration_of
+from harness.loaders.protocol import FACTS, FUNCTION, OUTPUTS, Declaration, Load, Subject, declaration_from, declaration_of
 from harness.loaders.source import adapt
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def subject_apart(spec: str, find: Find, version: str | None) -> Subject:
     for library in facts["libraries"]:
         with contextlib.suppress(ImportError):
             import_module(library)
-    return Subject(spec, Later(spec, find, "load"), version, _declaration(spec, find, facts))
+    declaration = _declaration(spec, find, facts)
+    defaults = OUTPUTS if declaration.outputs else FUNCTION
+    return Subject(spec, Later(spec, find, "load"), version, declaration, defaults)
 
 
 def subject_here(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
@@ -50,6 +52,8 @@ def subject_here(function: Callable[..., Any], spec: str, version: str | None) -
     if not callable(function) or isinstance(function, type):
         raise LoaderSpecError(f"{function!r} is no loader: give a function or a string that names one")
     declaration = declaration_of(function)
+    if declaration.outputs:
+        return Subject(spec, cast("Load", function), version, declaration, OUTPUTS)
     return Subject(spec, adapt(function, declaration.strength_argument, spec), version, declaration)
 
 
@@ -114,6 +118,7 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "uniform": sorted(said.uniform),
         "modules": said.modules,
         "quantises": said.quantises,
+        "outputs": said.outputs,
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }

@@ -61,14 +61,14 @@ def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     Raises:
         LoaderSpecError: the line cannot be split, lacks a placeholder, or names no program.
     """
-    words = _words(spec)
+    words = words_of(spec, PLACES, _USAGE)
 
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
         with tempfile.TemporaryDirectory(prefix="lora-harness-cmd-") as folder:
             base, out = Path(folder) / BASE, Path(folder) / OUT
             write_weights(model, base)
             values = dict(zip(PLACES, (str(base), str(lora), repr(float(strength)), str(out)), strict=True))
-            printed = _run([_filled(word, values) for word in words], Path(folder), seconds)
+            printed = run_command(words, values, out, most_bytes(base), seconds)
             load_back(model, base, out, f"; the command printed: {printed}" if printed else "")
             if printed:
                 print(printed)  # who listens to loaders hears this one too
@@ -77,10 +77,15 @@ def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     return load
 
 
-def _words(spec: str) -> list[str]:
-    missing = [place for place in PLACES if place not in spec]
+def words_of(spec: str, places: Sequence[str], usage: str) -> list[str]:
+    """Return the words of a command in which every one of `places` stands.
+
+    Raises:
+        LoaderSpecError: one does not, the line cannot be split, or it names no program.
+    """
+    missing = [place for place in places if place not in spec]
     if missing:
-        raise LoaderSpecError(f"{spec!r} lacks {', '.join(missing)}; write cmd:tool {_USAGE}")
+        raise LoaderSpecError(f"{spec!r} lacks {', '.join(missing)}; write {spec.partition(':')[0]}:tool {usage}")
     return program_of(spec)
 
 
@@ -93,13 +98,18 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
     return word
 
 
-def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
-    """Run the command; return the tail of what it printed."""
-    log = folder / "printed.txt"
+def run_command(words: Sequence[str], values: Mapping[str, str], out: Path, most: int, seconds: float) -> str:
+    """Run a command with `values` in the places of its words; return the tail of what it printed.
+
+    Raises:
+        CommandError: it fails, or takes more than `seconds`.
+        OutputError: `out`, which it writes, grows over `most` bytes.
+    """
+    words, log = [_filled(word, values) for word in words], out.with_name("printed.txt")
     with log.open("ab") as sink:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True)
         try:
-            problem = _watch(process, folder, seconds)
+            problem = _watch(process, log, out, most, seconds)
         finally:
             _end(process)
     printed = _tail(log)
@@ -110,20 +120,21 @@ def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
     return printed
 
 
-def _watch(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> tuple[type[RuntimeError], str] | None:
+def _watch(
+    process: subprocess.Popen[bytes], log: Path, out: Path, most: int, seconds: float
+) -> tuple[type[RuntimeError], str] | None:
     """Wait for the end of the command; return what is wrong when it must not go on."""
     deadline = time.monotonic() + seconds
-    most = most_bytes(folder / BASE)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
             return None
         if time.monotonic() > deadline:
             return CommandTimeoutError, f"ran longer than {seconds:g} s and was killed"
-        if size_of(folder / OUT) > most:
+        if size_of(out) > most:
             return OutputError, f"was killed: its merged file grew over {most} bytes"
-        if size_of(folder / "printed.txt") > SPARE_BYTES:
-            os.truncate(folder / "printed.txt", 0)  # it appends, so it goes on from here; only the tail is wanted
+        if size_of(log) > SPARE_BYTES:
+            os.truncate(log, 0)  # it appends, so it goes on from here; only the tail is wanted
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

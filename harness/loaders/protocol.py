@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from harness.benches import bench_names
 from harness.errors import LoaderSpecError
@@ -19,7 +19,9 @@ CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
 IMPLIED_BENCHES = {"qwen-image-deep": "qwen-image"}
 """Benches that who declares another is tried on too, in one format: the same model with another number of blocks."""
-EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES)
+OUTPUT_BENCHES, OUTPUT_FORMATS = ("tiny-llama",), ("peft",)
+"""What an engine that gives only outputs is tried on where nobody says."""
+EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES and name not in OUTPUT_BENCHES)
 _ATTRIBUTE = "__lora_harness__"
 
 
@@ -34,6 +36,19 @@ class Load(Protocol):
         """Return the model to use, or None when `model` was changed in place."""
 
 
+class Outputs(Protocol):
+    """Answer `inputs` with the model in the folder `base` (config.json, model.safetensors) and the LoRA `lora` on it.
+
+    `inputs` are what the bench's model is called with, by argument (`input_ids: [1, 6]`); the answer is what the model
+    gives, such as logits `[1, 6, 40]`.
+    """
+
+    def __call__(
+        self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the output."""
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a loader says it can do; None stands for every core format and bench, and for plain LoRA.
@@ -42,6 +57,7 @@ class Declaration:
     Without a `strength_argument` it takes no strength. `uniform`: "rank", "alpha" or both must be the same in all
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
     `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
+    `outputs`: it gives what a model answers instead of a model (see `Outputs`).
     """
 
     formats: frozenset[str] | None = None
@@ -54,6 +70,7 @@ class Declaration:
     uniform: frozenset[str] = frozenset()
     modules: str | None = None
     quantises: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class Defaults:
 
 QUICK_EXAMPLES = 30
 FUNCTION = Defaults()
+OUTPUTS = Defaults(examples=10, seconds=120.0)
 COMMAND = Defaults(examples=10, seconds=120.0, slow=True)  # it starts a process each time
 SERVER = Defaults(seconds=60.0)
 
@@ -94,6 +112,11 @@ class Subject:
         """What it is called in reports."""
         return self.name or self.spec
 
+    @property
+    def outputs(self) -> Outputs | None:
+        """Its `load` as what it is where it gives outputs, no models; else None."""
+        return cast("Outputs", self.load) if self.declaration.outputs else None
+
     def prepare(self) -> None:
         """Import, or start, what runs only where the loader does."""
         getattr(self.load, "prepare", lambda: None)()
@@ -105,12 +128,12 @@ class Subject:
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats it declares, the core formats first and in their own order."""
-        return _ordered(self.declaration.formats, CORE_FORMATS)
+        return _ordered(self.declaration.formats, OUTPUT_FORMATS if self.declaration.outputs else CORE_FORMATS)
 
     @property
     def benches(self) -> tuple[str, ...]:
         """The benches it declares, the core benches first and in their own order."""
-        return _ordered(self.declaration.benches, CORE_BENCHES)
+        return _ordered(self.declaration.benches, OUTPUT_BENCHES if self.declaration.outputs else CORE_BENCHES)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -153,6 +176,7 @@ def loader(
     uniform: Iterable[str] = (),
     modules: str | None = None,
     quantises: bool = False,
+    outputs: bool = False,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -163,7 +187,8 @@ def loader(
 
     For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline.
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. For engines that hold
+    no weights to read: `outputs=True`, and a function `(base, lora, *, strength, inputs)` that returns a tensor.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -179,6 +204,7 @@ def loader(
         frozenset(uniform),
         modules,
         quantises,
+        outputs,
     )
     _check(declaration)
 
@@ -198,6 +224,7 @@ FACTS = (
     "modules",
     "quantises",
     "unsupported",
+    "outputs",
 )
 """What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
 
@@ -224,6 +251,7 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
         uniform=_names("uniform", facts.get("uniform") or []),
         modules=_text("modules", facts.get("modules")),
         quantises=bool(facts.get("quantises")),
+        outputs=bool(facts.get("outputs")),
     )
     _check(said)
     return said

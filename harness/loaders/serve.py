@@ -51,7 +51,8 @@ def serve_subject(spec: str) -> Subject:
     set_strength = served.set_strength if hello.get("set_strength") else None
     declaration = _declaration(spec, hello)
     declaration = replace(declaration, unload=unload, set_strength=set_strength)
-    return Subject(spec, served, hello.get("version"), declaration, SERVER, name=hello.get("name"))
+    load = cast("Load", served.answer) if declaration.outputs else served
+    return Subject(spec, load, hello.get("version"), declaration, SERVER, name=hello.get("name"))
 
 
 @cache
