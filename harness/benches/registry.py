@@ -17,6 +17,7 @@ _CORE = {  # in the order in which they are checked, with the module that has mo
     "flux": "flux",
     "clip-text": None,
     "gpt2": None,
+    "tiny-llama": None,
     "qwen-image-deep": "qwen_image",
 }
 _OWN: dict[str, Bench] = {}

@@ -6,7 +6,7 @@ run (prints, records)  <-  judge (one per cell: examples, files, fits, verdicts)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +35,10 @@ def served(cell: Cell, channel: Channel, limits: Limits) -> Iterator[Cell]:
         return channel.call(label, START_SECONDS + 2 * (seconds or 0.0))
 
     subject = cell.subject
-    with subject_process(
+    asking = subject_process(
         answering(subject), prepare=subject.prepare, apart=channel.apart, memory_limit=limits.memory
-    ) as asked:
+    )
+    with closing(subject), asking as asked:
         seconds = cell.seconds or limits.seconds
         yield replace(cell, asked=asked, watch=watch if channel.apart else no_limit, seconds=seconds)
 

@@ -57,6 +57,22 @@ class Here:
         return self._answer(order, on_part)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Says of every answer of `asked` how many seconds it took."""
+
+    asked: Asked
+    on_answer: Callable[[float], object]
+
+    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+        """Return the answer."""
+        began = time.monotonic()
+        try:
+            return self.asked.ask(order, seconds, on_part, parts=parts)
+        finally:
+            self.on_answer(time.monotonic() - began)
+
+
 class Apart:
     """Answers in a child of its own, which lives from the first question to the first one it fails to answer."""
 
@@ -172,6 +188,7 @@ def subject_process(
 ) -> Iterator[Asked]:
     """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process."""
     if not apart or not can_fork():
+        prepare()  # not within the time of the first question
         yield Here(answer)
         return
     asked = Apart(answer, prepare, memory_limit)

@@ -31,17 +31,18 @@ class Installed:
     reason: str | None = None
 
 
-def resolve(spec: str | Callable[..., Any]) -> Subject:
-    """Return the loader that `spec` names, ready to be tested.
+def resolve(spec: str | Callable[..., Any], *, name: str | None = None) -> Subject:
+    """Return the loader that `spec` names, ready to be tested; reports show it as `name` where one is given.
 
     `spec` is a registered name (`peft`, `diffsynth-2.0.4`), `package.module:callable`, `path/to/file.py:callable`,
-    `cmd:...`, or the function itself.
+    `cmd:...`, `serve:...`, `outputs:...`, or the function itself.
 
     Raises:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
         UserError: it declares a bench of its own that cannot be used.
     """
-    return _with_benches(_resolved(spec))
+    subject = _with_benches(_resolved(spec))
+    return replace(subject, name=name) if name else subject
 
 
 def _resolved(spec: str | Callable[..., Any]) -> Subject:
@@ -51,6 +52,14 @@ def _resolved(spec: str | Callable[..., Any]) -> Subject:
         from harness.loaders.command import command_subject
 
         return command_subject(spec)
+    if spec.startswith("outputs:"):
+        from harness.loaders.outputs import outputs_subject
+
+        return outputs_subject(spec)
+    if spec.startswith("serve:"):
+        from harness.loaders.serve import serve_subject
+
+        return serve_subject(spec)
     if ":" in spec:
         module = spec.rpartition(":")[0]
         version = None if is_file(module) else _version_of(module)
@@ -113,7 +122,7 @@ def _unknown(name: str) -> str:
     if not close and (is_file(name) or Path(name).is_file()):
         return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
-    known = f"known: {', '.join(names)}; or package.module:function, file.py:function, cmd:..."
+    known = f"known: {', '.join(names)}; or package.module:function, file.py:function, cmd:..., serve:..., outputs:..."
     return f"no loader is called {name!r}{guess} ({known})"
 
 
