@@ -177,6 +177,15 @@ _MODULES = {
 }
 
 
+_given: dict[str, Bench] = {}
+
+
+def give_bench(name: str, bench: Bench) -> None:
+    """Let `get_bench` return `bench` for `name` from now on in this process."""
+    _given[name] = bench
+    get_bench.cache_clear()
+
+
 @cache
 def get_bench(name: str) -> Bench:
     """Return the bench called `name`.
@@ -184,6 +193,8 @@ def get_bench(name: str) -> Bench:
     Raises:
         UserError: no bench has this name.
     """
+    if name in _given:
+        return _given[name]
     if name not in _MODULES:
         raise UserError(f"bench={name!r}: no such bench; known are {', '.join(bench_names())}")
     benches: tuple[Bench, ...] = import_module(f"harness.benches.{_MODULES[name]}").BENCHES

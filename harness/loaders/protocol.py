@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from harness.benches import bench_names
 from harness.errors import LoaderSpecError
+from harness.isolation.elsewhere import Elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +76,17 @@ COMMAND = Defaults(examples=10, seconds=120.0)  # it starts a process each time
 
 @dataclass(frozen=True)
 class Subject:
-    """A loader ready to be tested: `spec` is the string that names it everywhere."""
+    """A loader ready to be tested: `spec` is the string that names it everywhere.
+
+    One whose code runs `elsewhere`, in another interpreter or among other packages, is there the loader `name`.
+    """
 
     spec: str
     load: Load
     version: str | None = None
     declaration: Declaration = Declaration()
     defaults: Defaults = FUNCTION
+    elsewhere: Elsewhere | None = field(default=None, compare=False)
 
     def prepare(self) -> None:
         """Import what is imported only where the loader runs."""

@@ -14,6 +14,7 @@ from typing import Any
 from harness.errors import LoaderSpecError, one_line
 from harness.loaders.apart import subject_apart, subject_here
 from harness.loaders.live import LiveLoader, live_loaders
+from harness.loaders.pinned import is_pinned, pinned_subject
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.source import import_callable, is_file
 
@@ -33,7 +34,8 @@ class Installed:
 def resolve(spec: str | Callable[..., Any]) -> Subject:
     """Return the loader that `spec` names, ready to be tested.
 
-    `spec` is a registered name (`peft`, `diffsynth-2.0.4`), `package.module:callable`, `path/to/file.py:callable`,
+    `spec` is a registered name (`peft`, `diffsynth-2.0.4`), one with a release or a checkout (`peft==0.12.0`,
+    `comfyui@COMMIT`), `package.module:callable`, `path/to/file.py:callable`,
     `cmd:...`, or the function itself.
 
     Raises:
@@ -45,6 +47,8 @@ def resolve(spec: str | Callable[..., Any]) -> Subject:
         from harness.loaders.command import command_subject
 
         return command_subject(spec)
+    if is_pinned(spec):
+        return pinned_subject(spec)
     if ":" in spec:
         module = spec.rpartition(":")[0]
         version = None if is_file(module) else _version_of(module)
@@ -98,7 +102,7 @@ def _unknown(name: str) -> str:
     if not close and (is_file(name) or Path(name).is_file()):
         return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
-    known = f"known: {', '.join(names)}; or package.module:function, file.py:function, cmd:..."
+    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, cmd:..."
     return f"no loader is called {name!r}{guess} ({known})"
 
 
