@@ -27,6 +27,8 @@ COMMANDS = {
     "selftest": "Check the checks: broken loaders must be found and named, right ones never blamed.",
     "explain": "Say what a code means and how to fix it.",
     "loaders": "List the loaders that can be checked here.",
+    "releases": "Say which release of a loader changed its law, and which of your files that changes.",
+    "install": "Fetch releases of loaders, to be checked beside the installed ones.",
 }
 
 

@@ -96,8 +96,9 @@ def _module(layer: Layer) -> torch.nn.Module:
     if layer.kind == "embedding":
         return nn.Embedding(layer.columns, layer.rows)
     if layer.kind == "conv":
-        geometry: Any = (layer.kernel, layer.stride, layer.padding, layer.dilation)
-        return nn.Conv2d(layer.channels, layer.rows, *geometry, bias=layer.bias)
+        geometry: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+        kernel: Any = layer.kernel
+        return nn.Conv2d(layer.channels, layer.rows, kernel, bias=layer.bias, **geometry)
     from transformers.pytorch_utils import Conv1D
 
     conv: nn.Module = Conv1D(layer.rows, layer.columns)

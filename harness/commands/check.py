@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @shared.limit_option
 @shared.workers_option
 @click.option("--statistics", is_flag=True, help="Print what the examples were: how many of each dtype, pattern, ...")
+@shared.install_option
 @shared.json_option
 def command(
     loaders: tuple[str, ...],
@@ -46,11 +47,12 @@ def command(
     time_limit: float | None,
     workers: int | None,
     statistics: bool,
+    install: bool,
     as_json: bool,
 ) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
-    LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
+    LOADER is a registered name (see `lora-harness loaders`), NAME==VERSION, package.module:callable, path/to/file.py:callable, or
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
     from harness.checks.cell import cells_of
@@ -66,6 +68,7 @@ def command(
     places = [names or None for names in (formats, benches, variants)]
     limits = Limits(time_limit, workers=shared.worker_count(workers))
     plan = Plan(max_examples, seed, pins, read_known(known_failures))
+    shared.fetch(loaders, install)
     work = [cells_of(resolve(spec), *places) for spec in loaders]
     header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
     verdicts: list[Verdict] = []

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from harness.errors import LoaderSpecError, UserError
@@ -19,11 +21,13 @@ from harness.isolation.elsewhere import Elsewhere
 from harness.loaders.commits import Sources, sources_at
 from harness.loaders.installing import here, install, missing, parse_pin, said_size, sized
 from harness.loaders.live import LiveLoader, live_loaders
+from harness.loaders.package_index import published
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.releases import beside, unpacked
 from harness.text import printable
 
 _SPEC = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)(?P<sign>==|@)(?P<rest>.+)", re.DOTALL)
+_RELEASE = re.compile(r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?)(?P<range>(?:[=<>!~].*)?)", re.DOTALL)
 _ANSWER = "harness.checks.measuring:served"
 
 
@@ -120,20 +124,45 @@ def install_named(specs: Sequence[str], say: Callable[[str], object]) -> None:
     Raises:
         UserError: the index cannot be reached, or has no such release.
     """
-    pins = [pin for spec in specs for pin in _pins_of(spec)]
+    pins = [pin for spec in specs if "==" in spec and is_pinned(spec) for pin in pins_of(spec)]
     if absent := missing(pins):
         say(said_size(sized(absent)))
         for name, version in absent:
             install(name, version)
 
 
-def _pins_of(spec: str) -> list[str]:
-    found = _SPEC.fullmatch(spec)
-    live = live_named(found["name"]) if found and found["sign"] == "==" else None
-    if found is None or live is None or (package := package_of(live)) is None:
-        return []
-    first, *rest = found["rest"].split(",")
-    return [f"{package}=={first}", *rest]
+def pins_of(text: str) -> list[str]:
+    """Return the releases that `name==version,…`, a range `name>=1,<2` or a name, of a loader or a package, stands for.
+
+    Raises:
+        UserError: the index, which a range and a name are looked up in, cannot be reached, or it is none of these.
+    """
+    found = _RELEASE.fullmatch(text)
+    if found is None:
+        raise UserError(f"{printable(text)!r} names no release; write peft==0.12.0, or 'peft>=0.10,<0.13'")
+    live = live_named(found["name"])
+    package = canonicalize_name((live and package_of(live)) or found["name"])
+    if found["range"].startswith("==") and "*" not in found["range"]:
+        first, *rest = found["range"].removeprefix("==").split(",")
+        return [f"{package}=={first}", *rest]
+    versions = versions_in(package, found["range"])
+    return [f"{package}=={version}" for version in (versions if found["range"] else versions[-1:])]
+
+
+def versions_in(package: str, wanted: str) -> list[str]:
+    """Return the releases of a package in a range, oldest first, as the index has them.
+
+    Raises:
+        UserError: the index cannot be reached, or the range is none, or has no release in it.
+    """
+    try:
+        among = SpecifierSet(wanted)
+    except InvalidSpecifier:
+        raise UserError(f"{printable(wanted)!r} is no range of versions, such as '>=0.10,<0.13'") from None
+    found = [each.version for each in published(package) if not each.yanked and each.version in among]
+    if not found:
+        raise UserError(f"the package index has no release of {package} in {printable(wanted)!r}")
+    return found
 
 
 def pinned_here(live: LiveLoader) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from harness.errors import LoaderSpecError, one_line
 from harness.loaders.apart import subject_apart, subject_here
 from harness.loaders.live import LiveLoader, live_loaders
-from harness.loaders.pinned import is_pinned, pinned_subject
+from harness.loaders.pinned import is_pinned, pinned_here, pinned_subject
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.source import import_callable, is_file
 
@@ -60,6 +60,12 @@ def installed() -> list[Installed]:
     """Return every loader that has a name: the live ones, then those of other packages; none is imported."""
     points = _entry_points().items()
     return [*_live(), *(Installed(name, _point_version(point), True) for name, point in points)]
+
+
+def releases_here() -> list[Installed]:
+    """Return the fetched releases, by the names under which they are checked: `peft==0.12.0`."""
+    found = ((live, version) for live in live_loaders().values() if not live.package for version in pinned_here(live))
+    return [Installed(f"{live.name}=={version}", version, True) for live, version in found]
 
 
 def available() -> list[str]:
