@@ -52,7 +52,8 @@ def command(
 ) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
-    LOADER is a registered name (see `lora-harness loaders`), NAME==VERSION, package.module:callable, path/to/file.py:callable, or
+    LOADER is a registered name (see `lora-harness loaders`), one in another release (peft==0.12.0),
+    package.module:callable, path/to/file.py:callable, or
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
     from harness.checks.cell import cells_of

@@ -68,15 +68,24 @@ class Apart:
 
     def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
         """Return the answer."""
-        if self._process is None:
-            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
-            self._number = 0
-            self._next(START_SECONDS, on_part, 0)
+        self.begin()
+        assert self._process is not None
         self._number += 1
         with contextlib.suppress(OSError):  # it is dead, which shows when it does not answer
             self._process.order({"number": self._number, "order": order})
         more = self._first_seconds if self._number == 1 else 0.0  # to import what the first trial needs
         return self._next(seconds + more, on_part, parts)
+
+    def begin(self) -> None:
+        """Start the process, unless it runs, and wait until it has imported what the subject needs.
+
+        Raises:
+            SubjectLostError: it could not.
+        """
+        if self._process is None:
+            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
+            self._number = 0
+            self._next(START_SECONDS, lambda part: None, 0)
 
     def _next(self, seconds: float, on_part: Part, parts: int) -> Any:
         assert self._process is not None

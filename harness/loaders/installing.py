@@ -52,8 +52,24 @@ def parse_pin(pin: str) -> tuple[str, str]:
 
 
 def here(name: str, version: str) -> Release | None:
-    """Return a release that lies in a folder of its own, None when it does not."""
-    return next((each for each in unpacked(name) if Version(each.version) == Version(version)), None)
+    """Return a release that lies in a folder of its own, or is the one installed; None when it is neither."""
+    own = next((each for each in unpacked(name) if Version(each.version) == Version(version)), None)
+    return own or _installed(name, version)
+
+
+def _installed(name: str, version: str) -> Release | None:
+    found = installed_version(name)
+    if found is None or Version(found) != Version(version):
+        return None
+    return Release(name, found, Path(str(metadata.distribution(name).locate_file(""))))
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of a package that this environment has installed, None when it has none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def missing(pins: Iterable[str]) -> list[tuple[str, str]]:
@@ -131,16 +147,9 @@ def _commands(target: Path) -> list[list[str]]:
     beside_python = Path(sys.executable).with_name("uv")
     uv = shutil.which("uv") or (str(beside_python) if beside_python.exists() else None)
     found = [[uv, "pip", "install", "--python", sys.executable, *options]] if uv else []
-    if _has_pip() or not found:
+    if installed_version("pip") or not found:
         found.append([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options])
     return found
-
-
-def _has_pip() -> bool:
-    try:
-        return bool(metadata.version("pip"))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def _ran(command: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ in a process of their own, which has another search path or is another interpret
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 from harness.errors import LoaderSpecError, UserError
 from harness.isolation.elsewhere import Elsewhere
 from harness.loaders.commits import Sources, sources_at
-from harness.loaders.installing import here, install, missing, parse_pin, said_size, sized
+from harness.loaders.installing import here, install, installed_version, missing, parse_pin, said_size, sized
 from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.package_index import published
 from harness.loaders.protocol import Subject, declaration_of
@@ -83,7 +84,8 @@ def _from_releases(spec: str, live: LiveLoader, parts: Sequence[str]) -> Subject
         load, version = live.bound(pins[package])
         return Subject(spec, load, version, declaration_of(live.load))
     every = [*pins.items(), *(parse_pin(pin) for name, version in pins.items() for pin in beside(name, version))]
-    folders = [str(release.folder) for name, version in every if (release := here(name, version))]
+    found = [str(release.folder) for name, version in every if (release := here(name, version))]
+    folders = [folder for folder in found if folder not in sys.path]  # one that is installed is found there
     return _subject(spec, live, pins[package], folders, {"versions": pins})
 
 
@@ -169,3 +171,12 @@ def pinned_here(live: LiveLoader) -> list[str]:
     """Return the versions of a loader's package that lie unpacked here, oldest first."""
     package = package_of(live)
     return [release.version for release in unpacked(package)] if package else []
+
+
+def releases_of(live: LiveLoader) -> list[str]:
+    """Return the versions of a loader's package that can be measured here, the installed one among them."""
+    package = package_of(live)
+    if package is None:
+        return []
+    installed = [version] if (version := installed_version(package)) else []
+    return sorted({*pinned_here(live), *installed}, key=Version)
