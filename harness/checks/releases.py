@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.benches import get_bench
 from harness.checks.apart import SILENCE, budget, served
-from harness.checks.cell import Cell
+from harness.checks.cell import Cell, cells_of
 from harness.checks.law import MeasuredLaw, law_of
 from harness.checks.measuring import base_weights
 from harness.checks.run import unloaded
@@ -17,8 +17,11 @@ from harness.errors import UserError
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Apart, SubjectLostError
-from harness.loaders.protocol import Subject
+from harness.loaders.live import LiveLoader
+from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 
+Place = tuple[str, str]
+"""Format and bench."""
 NOTHING, RAISES, NO_LAW = "loads nothing", "raises", "no single law"
 
 
@@ -62,6 +65,11 @@ class ReleaseLaw:
         """The state of each cell by its place."""
         return {cell.place: cell.state for cell in self.cells}
 
+    @property
+    def outcome(self) -> tuple[object, ...]:
+        """What two releases are compared by: their states, and whether they could be measured at all."""
+        return bool(self.problem), self.states
+
 
 @dataclass(frozen=True)
 class Change:
@@ -91,9 +99,44 @@ def changes(releases: Iterable[ReleaseLaw]) -> list[Change]:
     return found
 
 
+def places_of(live: LiveLoader, formats: Sequence[str] = (), benches: Sequence[str] = ()) -> list[Place]:
+    """Return the places to measure a loader in, plain LoRA: those asked for, else all that it declares.
+
+    Raises:
+        UserError: an unknown format or bench, or none that the loader declares.
+    """
+    cells, skipped = cells_of(
+        Subject(live.name, live.load, declaration=declaration_of(live.load)),
+        formats or None,
+        benches or None,
+        ("lora",),
+    )
+    if not cells:
+        raise UserError(f"{live.name}: {skipped[0].reason}; nothing to measure")
+    return [(cell.format, cell.bench_name) for cell in cells if cell.bench_name not in IMPLIED_BENCHES]
+
+
+def bisected(versions: Sequence[str], measure: Callable[[str], ReleaseLaw]) -> list[ReleaseLaw]:
+    """Measure the first and the last of `versions`, and, wherever two measured ones differ, the one half-way between.
+
+    Return what was measured, oldest first. What changes and changes back between two that agree is not seen.
+    """
+    measured = {index: measure(versions[index]) for index in sorted({0, len(versions) - 1})}
+
+    def look_between(low: int, high: int) -> None:
+        if high - low > 1 and measured[low].outcome != measured[high].outcome:
+            middle = (low + high) // 2
+            measured[middle] = measure(versions[middle])
+            look_between(low, middle)
+            look_between(middle, high)
+
+    look_between(0, len(versions) - 1)
+    return [measured[index] for index in sorted(measured)]
+
+
 def measure_releases(
     subjects: Mapping[str, Subject],
-    places: Sequence[tuple[str, str]],
+    places: Sequence[Place],
     *,
     limits: Limits = Limits(workers=1),
     on_release: Callable[[ReleaseLaw], object] = lambda release: None,
@@ -143,14 +186,14 @@ class _Row:
         self.over = "seconds" in event
         return self.over
 
-    def died(self, end: JobEnd, places: Sequence[tuple[str, str]]) -> None:
+    def died(self, end: JobEnd, places: Sequence[Place]) -> None:
         """Say how it ended: for cells that it did not come to, nothing is known."""
         missing = len(places) - len(self.release.cells)
         problem = f"{end.what} ({missing} of {len(places)} cells not measured)"
         self.release = replace(self.release, problem=problem, seconds=round(end.seconds, 1))
 
 
-def _job(subject: Subject, places: Sequence[tuple[str, str]], limits: Limits) -> Callable[[Channel], None]:
+def _job(subject: Subject, places: Sequence[Place], limits: Limits) -> Callable[[Channel], None]:
     """Return the job that measures one release, all its places in one process."""
 
     def job(channel: Channel) -> None:

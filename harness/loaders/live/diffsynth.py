@@ -40,7 +40,8 @@ def load(model: torch.nn.Module, lora: Path, *, release: Release, strength: floa
     What is written here are the lines of the shipped `BasePipeline.load_lora` that follow the choice of the file.
     """
     if Version(release.version) < _SECOND:
-        return _load_first(release, model, lora, strength)
+        _load_first(release, model, lora, strength)
+        return
     lora_loader, tensors = _converted(release, "general.GeneralLoRALoader", model, lora)
     with quiet():
         lora_loader.fuse_lora_to_base_model(model, tensors, alpha=strength)
