@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Apart, SubjectLostError
+from harness.law.probe import Probe
 from harness.loaders.live import LiveLoader
 from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 
@@ -229,12 +230,17 @@ def _measured(cell: Cell) -> CellLaw:
     return replace(law, seconds=round(time.monotonic() - began, 1))
 
 
+def unloads(probes: Sequence[Probe]) -> bool:
+    """Whether no module that was probed has changed at all."""
+    return bool(probes) and unloaded(probes) == {probe.module for probe in probes}
+
+
 def _state(cell: Cell, law: MeasuredLaw) -> CellLaw:
     found = CellLaw(cell.format, cell.bench_name, NO_LAW, law.diagnosis.code, probes=len(law.probes))
     found = replace(found, trait=str(law.diagnosis.trait) if law.diagnosis.trait else None)
     if law.raised:
         return replace(found, state=RAISES, what=law.raised[0])
-    if law.probes and unloaded(law.probes) == {probe.module for probe in law.probes}:
+    if unloads(law.probes):
         return replace(found, state=NOTHING)
     if law.formula is None:
         return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,8 @@ def command(
     names = list(loaders) or (with_releases() if newest else [])
     if not names:
         raise click.UsageError("name a LOADER, or give --newest for all of them")
+    if files is not None:
+        sys.exit(_gate(names, low, high, files, install, as_json))
     limits = Limits(time_limit, workers=workers)
     how = _How(low, high, every or bisect, newest, install, bisect, limits, shared.quiet_on(as_json))
     tables = [how.table(*loader_with_releases(name), formats, benches) for name in names]
@@ -85,6 +88,28 @@ def command(
     for flip in flips if newest else ():
         click.echo(f"changed: {flip}", err=as_json)
     sys.exit(_exit_code(tables, bool(newest and flips)))
+
+
+def _gate(names: Sequence[str], low: str | None, high: str | None, files: Path, install: bool, as_json: bool) -> int:
+    """Print what becomes of each file between two releases; 1 when one changes, 2 when none could be judged."""
+    from harness.doctor.upgrade import compare_files, files_below
+    from harness.loaders.between import loader_with_releases
+    from harness.loaders.registry import resolve
+
+    if len(names) != 1 or low is None or high is None:
+        raise click.UsageError("--files compares two releases of one LOADER: give --from and --to")
+    live, _ = loader_with_releases(names[0])
+    specs = [f"{live.name}=={version}" for version in (low, high)]
+    paths = files_below(files)
+    shared.fetch(specs, install)
+    seen: Counter[str] = Counter()
+    for change in compare_files(paths, *map(resolve, specs)):
+        seen[change.outcome] += 1
+        line = f"{change.outcome:<10}  {change.path}: {change.what}"
+        click.echo(json.dumps({"kind": "file change", **asdict(change)}) if as_json else on_one_line(line))
+    if not as_json:
+        click.echo(f"{specs[0]} → {specs[1]}: " + ", ".join(f"{number} {outcome}" for outcome, number in seen.items()))
+    return 1 if seen["changes"] else 0 if seen["same"] else 2
 
 
 def _exit_code(tables: Sequence[ReleaseTable], flipped: bool) -> int:
