@@ -32,8 +32,9 @@ ANSWERS = """
                 return os.getpid()
             if order == "part":
                 on_part({"half": 1})
+            libraries = sorted({"torch", "numpy"} & set(sys.modules))
             return {"acme": acme.WHICH, "told": told, "variable": os.environ.get("ACME"), "tmp": os.environ["TMPDIR"],
-                    "harness": sys.modules["harness"].__file__, "libraries": sorted({"torch", "numpy"} & set(sys.modules))}
+                    "harness": sys.modules["harness"].__file__, "libraries": libraries}
         return answer
 
     def broken(told):
@@ -117,15 +118,16 @@ def _group(entry: Path) -> int:
 def test_what_cannot_be_imported_there_says_so(folders):
     place = Elsewhere("answers:broken", {}, folders)
     with subject_process(lambda order, part: None, apart=True, elsewhere=place) as asked:
+        assert isinstance(asked, Apart)
         with pytest.raises(SubjectLostError, match="acme needs a library that is not here"):
-            asked.begin()  # type: ignore[attr-defined]
+            asked.begin()
 
 
 def test_an_interpreter_that_is_not_there_says_so(folders):
     place = Elsewhere("answers:begin", {}, folders, python="/nowhere/python")
-    with subject_process(lambda order, part: None, apart=True, elsewhere=place) as asked:
-        with pytest.raises(SubjectLostError, match="No such file"):
-            asked.ask("what", 20.0)
+    child = subject_process(lambda order, part: None, apart=True, elsewhere=place)
+    with child as asked, pytest.raises(SubjectLostError, match="No such file"):
+        asked.ask("what", 20.0)
 
 
 def test_its_memory_is_limited(folders):
