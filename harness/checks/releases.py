@@ -24,11 +24,15 @@ from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 Place = tuple[str, str]
 """Format and bench."""
 NOTHING, RAISES, NO_LAW = "loads nothing", "raises", "no single law"
+SOME = "; raises on some files"
 
 
 @dataclass(frozen=True)
 class CellLaw:
-    """What one release does in one cell: its law, or why there is none; `state` is what releases are compared by."""
+    """What one release does in one cell: its law, or why there is none; `state` is what releases are compared by.
+
+    `what` is what it raises: on every file, or only on some, which the state says.
+    """
 
     format: str
     bench: str
@@ -238,10 +242,10 @@ def unloads(probes: Sequence[Probe]) -> bool:
 def _state(cell: Cell, law: MeasuredLaw) -> CellLaw:
     found = CellLaw(cell.format, cell.bench_name, NO_LAW, law.diagnosis.code, probes=len(law.probes))
     found = replace(found, trait=str(law.diagnosis.trait) if law.diagnosis.trait else None)
-    if law.raised:
-        return replace(found, state=RAISES, what=law.raised[0])
+    if not law.probes:
+        return replace(found, state=RAISES, what=law.raised[0] if law.raised else "no answer")
+    some, what = (SOME, law.raised[0]) if law.raised else ("", "")
     if unloads(law.probes):
-        return replace(found, state=NOTHING)
-    if law.formula is None:
-        return found
-    return replace(found, state=law.formula, right=law.diagnosis.code is None)
+        return replace(found, state=NOTHING + some, what=what)
+    right = law.formula is not None and law.diagnosis.code is None
+    return replace(found, state=(law.formula or NO_LAW) + some, right=right, what=what)

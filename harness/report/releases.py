@@ -89,8 +89,10 @@ class ReleaseTable:
 
 
 def look(cell: CellLaw) -> str:
-    """Return how a page shows a cell: `passed`, `failed` or `errored`."""
-    return "passed" if cell.right else "errored" if cell.state == RAISES else "failed"
+    """Return how a page shows a cell: `passed`, `xfailed` (right where it does not raise), `failed` or `errored`."""
+    if cell.right:
+        return "xfailed" if cell.what else "passed"
+    return "errored" if cell.state == RAISES else "failed"
 
 
 def lines(table: ReleaseTable) -> Iterator[str]:
@@ -111,9 +113,9 @@ def _of_place(table: ReleaseTable, place: str) -> Iterator[str]:
         (first, cell), *more = group
         span = f"{first.version} – {more[-1][0].version}" if more else first.version
         code = f"  {cell.code}" if cell.code else ""
-        why = f": {cell.what}" if cell.what else ""
-        day = f"  {first.day}" if first.day else ""
-        shown = f"  {span:<20} {SYMBOLS[look(cell)]} {pretty_formula(cell.state)}{code}{why}{day}"
+        why = f" ({cell.what})" if cell.what else ""
+        day = f"{first.day}  " if first.day else ""
+        shown = f"  {span:<20} {day}{SYMBOLS[look(cell)]} {pretty_formula(cell.state)}{code}{why}"
         yield on_one_line(shown, 220)
 
 
