@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
-	$(BIN)/python -m harness.loaders.releases $(RELEASES)
+	$(BIN)/lora-harness install $(RELEASES)
 	touch $@
 
 clean:

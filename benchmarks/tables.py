@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.checks.releases import CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import TABLE, title_of
+from harness.text import printable
 
 DOCS = Path(__file__).parents[1] / "docs"
+RELEASES = Path(__file__).with_name("releases.json")
+_RIGHT = "strength * alpha / rank"
 _LABEL = {
     "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
     "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
@@ -44,6 +48,17 @@ What `diagnose` knows of each tool (`harness/law/tools.toml`); written by `pytho
 
 | tool | field | scale on B @ A | without alpha | alpha 0 | reads | known |
 | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+_RELEASES = """# Which release changed the law
+
+What each release of a loader does with a LoRA at strength 1 and others: the scale that it puts on B @ A, identified from about ten
+planned files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed. *Right* is
+strength * alpha / rank. Measured by `python -m benchmarks.releases`; written by `python -m benchmarks.tables`. `lora-harness releases
+LOADER --install` does the same for any loader, range, format and bench; `--files` says what it means for files of yours.
+
+Seconds hold starting the release (importing it) and all its cells, on two cores shared with other work.
+
 """
 
 
@@ -101,7 +116,50 @@ def tools_page() -> str:
     return _TOOLS + "\n".join(lines) + "\n"
 
 
-PAGES = {"findings/README.md": findings_page, "reads.md": reads_page, "tools.md": tools_page}
+def releases_page() -> str:
+    """Return the tables of releases, the newest first, and what changed where."""
+    tables = json.loads(RELEASES.read_text(encoding="utf-8"))
+    torch = ", ".join(sorted({table["versions"]["torch"] for table in tables}))
+    return _RELEASES.format(torch=torch) + "\n".join(_of_loader(table) for table in tables)
+
+
+def _of_loader(table: Mapping[str, Any]) -> str:
+    measured = [each for each in table["releases"] if each["cells"]]
+    mean = sum(each["seconds"] for each in measured) / len(measured)
+    lines = [f"## {table['loader']}", f"{len(table['releases'])} releases, {mean:.0f} s each.", ""]
+    rows = [ReleaseLaw(**{**each, "cells": tuple(CellLaw(**cell) for cell in each["cells"])}) for each in measured]
+    lines += [f"- **{c.first}** {c.place}: {_escaped(c.before)} → {_escaped(c.after)}" for c in changes(rows)]
+    places = list(dict.fromkeys(place for row in rows for place in row.states))
+    lines += ["", f"| release | day | {' | '.join(places)} | s |", f"| --- | --- | {'--- | ' * len(places)}--- |"]
+    lines += [_release_row(each, places) for each in reversed(table["releases"])]
+    return "\n".join(lines) + "\n"
+
+
+def _release_row(release: Mapping[str, Any], places: list[str]) -> str:
+    cells = {f"{cell['format']}/{cell['bench']}": cell for cell in release["cells"]}
+    told = [_release_cell(cells[place]) if place in cells else "" for place in places]
+    if release["problem"]:
+        told[0] = f"{told[0]} {_escaped(release['problem'])}".strip()
+    return f"| {release['version']} | {release['day'] or ''} | {' | '.join(told)} | {release['seconds']:.0f} |"
+
+
+def _release_cell(cell: Mapping[str, Any]) -> str:
+    state = "**right**" + cell["state"].removeprefix(_RIGHT) if cell["state"].startswith(_RIGHT) else cell["state"]
+    code = f" ({cell['code']})" if cell["code"] else ""
+    what = f": {printable(cell['what'])}" if cell["what"] else ""
+    return _escaped(f"{state}{code}{what}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace(" * ", " · ")
+
+
+PAGES = {
+    "releases.md": releases_page,
+    "findings/README.md": findings_page,
+    "reads.md": reads_page,
+    "tools.md": tools_page,
+}
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ COMMANDS = {
     "explain": "Say what a code means and how to fix it.",
     "loaders": "List the loaders that can be checked here.",
     "benches": "List the models that they are checked on; say what is measured of one of your own.",
+    "releases": "Say which release of a loader changed its law, and which of your files that changes.",
+    "install": "Fetch releases of loaders, to be checked beside the installed ones.",
 }
 
 

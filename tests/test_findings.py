@@ -84,7 +84,7 @@ def warm_up(page: Page) -> str:
     if page.package == "diffsynth":
         found = [release for release in find_releases("diffsynth") if release.version == page.version]
         if not found:
-            pytest.skip(f"diffsynth {page.version} is not unpacked (python -m harness.loaders.releases)")
+            pytest.skip(f"diffsynth {page.version} is not unpacked (lora-harness install)")
         return WARM_UP["diffsynth"].format(folder=str(found[0].folder / "diffsynth"))
     for package, version in ((page.package, page.version), *page.beside):
         try:

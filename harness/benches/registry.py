@@ -21,6 +21,7 @@ _CORE = {  # in the order in which they are checked, with the module that has mo
     "qwen-image-deep": "qwen_image",
 }
 _OWN: dict[str, Bench] = {}
+_GIVEN: dict[str, Bench] = {}
 
 
 def get_bench(name: str) -> Bench:
@@ -29,8 +30,9 @@ def get_bench(name: str) -> Bench:
     Raises:
         UserError: no bench has this name.
     """
-    if name in _OWN:
-        return _OWN[name]
+    for brought in (_GIVEN, _OWN):
+        if name in brought:
+            return brought[name]
     if name not in _CORE and name not in rows():
         near = difflib.get_close_matches(name, (*_CORE, *rows(), *_OWN), n=3)
         known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join((*_CORE, *_OWN))}, …"
@@ -63,6 +65,11 @@ def more_benches() -> tuple[str, ...]:
 def own_benches() -> tuple[str, ...]:
     """Return the names of the benches that were brought along."""
     return tuple(_OWN)
+
+
+def give_bench(name: str, bench: Bench) -> None:
+    """Let `get_bench` return `bench` for `name` from now on in this process, whatever else is called so."""
+    _GIVEN[name] = bench
 
 
 def add_bench(bench: Bench) -> None:

@@ -5,16 +5,21 @@ run (prints, records)  <-  judge (one per cell: examples, files, fits, verdicts)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from harness.benches.given import describe_benches
 from harness.checks.cell import Cell
 from harness.checks.measuring import answering
+from harness.isolation.elsewhere import Elsewhere
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits, no_limit
 from harness.isolation.subject import START_SECONDS, subject_process
+from harness.loaders.protocol import Subject
 
 SILENCE = (
     600.0  # seconds without a message in which a judge, which runs no foreign code, does something else than think
@@ -28,19 +33,37 @@ def budget(cell: Cell, limits: Limits) -> float:
 
 
 @contextmanager
-def served(cell: Cell, channel: Channel, limits: Limits) -> Iterator[Cell]:
-    """Give the block the cell with its loader in a process of its own, unless the run has none either."""
+def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = ()) -> Iterator[Cell]:
+    """Give the block the cell with its loader in a process of its own, unless the run has none either.
+
+    That process can be asked for `more` benches too.
+    """
 
     def watch(label: str, seconds: float | None = None) -> AbstractContextManager[None]:
         return channel.call(label, START_SECONDS + 2 * (seconds or 0.0))
 
     subject = cell.subject
-    asking = subject_process(
-        answering(subject), prepare=subject.prepare, apart=channel.apart, memory_limit=limits.memory
-    )
-    with closing(subject), asking as asked:
+    with (
+        tempfile.TemporaryDirectory(prefix="lora-harness-") as folder,
+        closing(subject),
+        subject_process(
+            answering(subject),
+            prepare=subject.prepare,
+            apart=channel.apart,
+            memory_limit=limits.memory,
+            elsewhere=_there(subject, (cell.bench_name, *more), Path(folder)),
+        ) as asked,
+    ):
         seconds = cell.seconds or limits.seconds
         yield replace(cell, asked=asked, watch=watch if channel.apart else no_limit, seconds=seconds)
+
+
+def _there(subject: Subject, benches: Iterable[str], folder: Path) -> Elsewhere | None:
+    """Return where the subject's code runs, told of the benches whose weights lie in `folder`; None for here."""
+    if subject.elsewhere is None:
+        return None
+    told = subject.elsewhere.told
+    return replace(subject.elsewhere, told={**told, "benches": describe_benches(benches, folder, plain=told["plain"])})
 
 
 def done_apart(

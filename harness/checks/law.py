@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,11 +55,21 @@ def measure_law(
     return first if first.probes else _apart(cell, alpha, uniform=True)
 
 
+def law_of(cell: Cell, *, alpha: bool = True) -> MeasuredLaw:
+    """Return the law of a cell whose loader runs where it can do no harm: `cell.asked`."""
+    first = _named(_measured(cell, alpha, uniform=False))
+    return first if first.probes else _named(_measured(cell, alpha, uniform=True))
+
+
 def _apart(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
     """Have the probes made where the loader can do no harm, and name their law here."""
     seen, end = done_apart(cell, lambda own: _measured(own, alpha, uniform=uniform))
     if seen is None:
         return MeasuredLaw(diagnose(()), (), (end.what,))
+    return _named(seen)
+
+
+def _named(seen: Mapping[str, Any]) -> MeasuredLaw:
     probes = [probe_from(fields) for fields in seen["probes"]]
     return MeasuredLaw(diagnose(probes), tuple(probes), tuple(seen["raised"]))
 

@@ -186,6 +186,13 @@ def _likely(example: Example, target: Target) -> Iterator[float]:
     alpha, rank, strength = target.alpha, target.rank, example.strength
     factors = {1.0, 1 / rank, rank**-0.5}
     if alpha is not None:
-        factors |= {alpha, alpha / rank, alpha / rank**0.5, (alpha / rank) ** 2, alpha / rank**2, float(int(alpha)) / rank}
+        factors |= {
+            alpha,
+            alpha / rank,
+            alpha / rank**0.5,
+            (alpha / rank) ** 2,
+            alpha / rank**2,
+            float(int(alpha)) / rank,
+        }
     yield from {0.0, *factors, *(strength * factor for factor in factors), *(strength**2 * f for f in factors)}
     yield from (sign * 2.0**power for sign, power in itertools.product((1, -1), range(-6, 7)))

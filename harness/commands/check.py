@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @shared.limit_option
 @shared.workers_option
 @click.option("--statistics", is_flag=True, help="Print what the examples were: how many of each dtype, pattern, ...")
+@shared.install_option
 @shared.json_option
 def command(
     loaders: tuple[str, ...],
@@ -50,12 +51,14 @@ def command(
     time_limit: float | None,
     workers: int | None,
     statistics: bool,
+    install: bool,
     as_json: bool,
 ) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
-    LOADER is a registered name (see `lora-harness loaders`), package.module:callable, path/to/file.py:callable, or
-    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}", or "serve:COMMAND" (docs/serve.md).
+    LOADER is a registered name (see `lora-harness loaders`), one in another release (peft==0.12.0),
+    package.module:callable, path/to/file.py:callable, "serve:COMMAND" (docs/serve.md), or
+    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
     """
     from harness.checks.cell import cells_of
     from harness.checks.known import known_failures as read_known
@@ -70,6 +73,7 @@ def command(
     places = [names or None for names in (formats, benches, variants)]
     limits = Limits(time_limit, workers=shared.worker_count(workers))
     plan = Plan(max_examples, seed, pins, read_known(known_failures))
+    shared.fetch(loaders, install)
     subjects = [resolve(spec, name=name) for spec, name in shared.named(loaders, names)]
     work = [cells_of(subject, *places) for subject in subjects]
     header = new_header(seed=seed, planned=[f"checks:{subject.title}" for subject in subjects])

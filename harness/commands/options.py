@@ -58,6 +58,23 @@ workers_option = click.option(
 )
 
 
+install_option = click.option(
+    "--install", is_flag=True, help="Fetch releases that are named (`peft==0.12.0`) and not here, with uv or pip."
+)
+
+
+def fetch(specs: Sequence[str], wanted: bool) -> None:
+    """Fetch the releases that `specs` name and that are not here, where that is wanted; says first how large they are.
+
+    Raises:
+        UserError: the index cannot be reached, or has no such release.
+    """
+    if wanted:
+        from harness.loaders.pinned import install_named
+
+        install_named(specs, lambda line: click.echo(f"install: {line}", err=True))
+
+
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Return a number that was given as an option, unless it is NaN or infinite.
 

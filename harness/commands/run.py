@@ -44,6 +44,7 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
 @click.option("--device", default="cpu", show_default=True, help="Device of the image sweep.")
 @shared.limit_option
 @shared.workers_option
+@shared.install_option
 @shared.json_option
 def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: bool, **options: Any) -> None:
     """Check every installed loader, print what was found and write OUT/run.jsonl and OUT/index.html."""
@@ -52,6 +53,7 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
+    shared.fetch(only, options.pop("install"))
     loaders = list(only) or available()
     planned = [f"checks:{name}" for name in loaders]
     drawn = _drawn(loaders) if options["images"] else []

@@ -70,6 +70,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 )
 @click.option("--allow-download", is_flag=True, help="Let --pipeline be a hub id.")
 @click.option("--out", type=shared.FOLDER, default=Path("reports/out/sweep"), show_default=True)
+@shared.install_option
 @shared.json_option
 def command(
     loader: str,
@@ -80,6 +81,7 @@ def command(
     prompts_file: Path | None,
     seeds: int,
     dtype: str | None,
+    install: bool,
     **options: Any,
 ) -> None:
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
@@ -89,6 +91,7 @@ def command(
     from harness.report.environment import new_header
     from harness.report.records import RunWriter, counts_of, exit_code_of
 
+    shared.fetch([loader], install)
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
     wanted = SweepOptions(
         prompts=texts or None,

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from harness.isolation.child import Ends
+from harness.isolation.elsewhere import Elsewhere
 from harness.isolation.frames import FrameError, Frames, unwrapped, wrapped
 from harness.isolation.limits import GRACE_SECONDS
 from harness.isolation.process import READ_BYTES, Process, Status, wait_for
@@ -76,21 +77,31 @@ class Timed:
 class Apart:
     """Answers in a child of its own, which lives from the first question to the first one it fails to answer."""
 
-    def __init__(self, answer: Answer, prepare: Callable[[], object], memory_limit: int | None) -> None:
-        self._answer, self._prepare, self._memory_limit = answer, prepare, memory_limit
+    def __init__(self, serve: Callable[[Ends], None], memory_limit: int | None, first_seconds: float = 0.0) -> None:
+        self._serve, self._memory_limit, self._first_seconds = serve, memory_limit, first_seconds
         self._process: Process | None = None
         self._number = 0
 
     def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
         """Return the answer."""
-        if self._process is None:
-            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
-            self._number = 0
-            self._next(START_SECONDS, on_part, 0)
+        self.begin()
+        assert self._process is not None
         self._number += 1
         with contextlib.suppress(OSError):  # it is dead, which shows when it does not answer
             self._process.order({"number": self._number, "order": order})
-        return self._next(seconds, on_part, parts)
+        more = self._first_seconds if self._number == 1 else 0.0  # to import what the first trial needs
+        return self._next(seconds + more, on_part, parts)
+
+    def begin(self) -> None:
+        """Start the process, unless it runs, and wait until it has imported what the subject needs.
+
+        Raises:
+            SubjectLostError: it could not.
+        """
+        if self._process is None:
+            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
+            self._number = 0
+            self._next(START_SECONDS, lambda part: None, 0)
 
     def _next(self, seconds: float, on_part: Part, parts: int) -> Any:
         assert self._process is not None
@@ -108,16 +119,18 @@ class Apart:
             self._process = None
             kill_orphans()
 
-    def _serve(self, ends: Ends) -> None:
-        owner = os.getpid()
-        self._prepare()
-        ends.say({"number": 0, "answer": "ready"})
-        for message in _orders(ends.orders):
-            number = message["number"]
-            answer = self._answer(message["order"], partial(_say_part, ends, number))
-            if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
-                os._exit(0)
-            ends.say(wrapped("answer", answer, number=number))
+
+def answer_orders(ends: Ends, begin: Callable[[], Answer]) -> None:
+    """Answer orders, as long as they come, with what `begin` returns once all is imported that the subject needs."""
+    owner = os.getpid()
+    answer = begin()
+    ends.say({"number": 0, "answer": "ready"})
+    for message in _orders(ends.orders):
+        number = message["number"]
+        answered = answer(message["order"], partial(_say_part, ends, number))
+        if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
+            os._exit(0)
+        ends.say(wrapped("answer", answered, number=number))
 
 
 def _say_part(ends: Ends, number: int, part: Any) -> None:
@@ -184,14 +197,30 @@ def _content(message: Any, number: int) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def subject_process(
-    answer: Answer, *, prepare: Callable[[], object] = lambda: None, apart: bool, memory_limit: int | None = None
+    answer: Answer,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    apart: bool,
+    memory_limit: int | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Iterator[Asked]:
-    """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process."""
-    if not apart or not can_fork():
+    """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process.
+
+    What answers `elsewhere` is always a child, which goes on there.
+    """
+
+    def serve(ends: Ends) -> None:
+        def begin() -> Answer:
+            prepare()
+            return answer
+
+        answer_orders(ends, begin)
+
+    if elsewhere is None and not (apart and can_fork()):
         prepare()  # not within the time of the first question
         yield Here(answer)
         return
-    asked = Apart(answer, prepare, memory_limit)
+    asked = Apart(elsewhere.become, memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)
     try:
         yield asked
     finally:

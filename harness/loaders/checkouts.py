@@ -53,8 +53,7 @@ class Checkout:
         """Return the version that the checkout states, else the first 8 digits of its commit, else None."""
         with contextlib.suppress(LoaderSpecError):
             folder = self.folder()
-            stated = next(filter(None, (_stated(folder / name) for name in _VERSION_FILES)), None)
-            return stated or _commit(folder)
+            return stated_version(folder) or _commit(folder)
         return None
 
     def modules(self, *names: str) -> list[ModuleType]:
@@ -91,6 +90,12 @@ def _standing_in(names: Sequence[str]) -> Iterator[None]:
     finally:
         for name in missing:
             del sys.modules[name]
+
+
+def stated_version(folder: Path, package: Path | None = None) -> str | None:
+    """Return the version that the files of a checkout, or the `__init__` of its `package`, state."""
+    files = [folder / name for name in _VERSION_FILES] + ([package / "__init__.py"] if package else [])
+    return next(filter(None, map(_stated, files)), None)
 
 
 def _stated(file: Path) -> str | None:

@@ -43,9 +43,7 @@ def outputs_command(spec: str, *, seconds: float = OUTPUTS.seconds) -> Outputs:
     """
     words = words_of(spec, PLACES, USAGE)
 
-    def answer(
-        base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def answer(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with tempfile.TemporaryDirectory(prefix="lora-harness-outputs-") as folder:
             given, out = Path(folder) / "input.safetensors", Path(folder) / "output.safetensors"
             write_inputs(inputs, given)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from harness.benches import bench_names, own_benches
 from harness.benches.own import declared
 from harness.errors import LoaderSpecError
+from harness.isolation.elsewhere import Elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +45,7 @@ class Outputs(Protocol):
     gives, such as logits `[1, 6, 40]`.
     """
 
-    def __call__(
-        self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def __call__(self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the output."""
 
 
@@ -102,7 +101,10 @@ SERVER = Defaults(seconds=60.0)
 
 @dataclass(frozen=True)
 class Subject:
-    """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead."""
+    """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead.
+
+    One whose code runs `elsewhere`, in another interpreter or among other packages, says there by what it is found.
+    """
 
     spec: str
     load: Load
@@ -110,6 +112,7 @@ class Subject:
     declaration: Declaration = Declaration()
     defaults: Defaults = FUNCTION
     name: str | None = None
+    elsewhere: Elsewhere | None = field(default=None, compare=False)
 
     @property
     def title(self) -> str:

@@ -15,6 +15,7 @@ from harness.errors import LoaderSpecError, one_line
 from harness.loaders.apart import subject_apart, subject_here
 from harness.loaders.benches import bench_name
 from harness.loaders.live import LiveLoader, live_loaders
+from harness.loaders.pinned import is_pinned, pinned_here, pinned_subject
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.source import import_callable, is_file
 
@@ -34,8 +35,9 @@ class Installed:
 def resolve(spec: str | Callable[..., Any], *, name: str | None = None) -> Subject:
     """Return the loader that `spec` names, ready to be tested; reports show it as `name` where one is given.
 
-    `spec` is a registered name (`peft`, `diffsynth-2.0.4`), `package.module:callable`, `path/to/file.py:callable`,
-    `cmd:...`, `serve:...`, `outputs:...`, or the function itself.
+    `spec` is a registered name (`peft`, `diffsynth-2.0.4`), one with a release or a checkout (`peft==0.12.0`,
+    `comfyui@COMMIT`), `package.module:callable`, `path/to/file.py:callable`, `cmd:...`, `serve:...`, `outputs:...`, or
+    the function itself.
 
     Raises:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
@@ -60,6 +62,8 @@ def _resolved(spec: str | Callable[..., Any]) -> Subject:
         from harness.loaders.serve import serve_subject
 
         return serve_subject(spec)
+    if is_pinned(spec):
+        return pinned_subject(spec)
     if ":" in spec:
         module = spec.rpartition(":")[0]
         version = None if is_file(module) else _version_of(module)
@@ -80,6 +84,12 @@ def installed() -> list[Installed]:
     """Return every loader that has a name: the live ones, then those of other packages; none is imported."""
     points = _entry_points().items()
     return [*_live(), *(Installed(name, _point_version(point), True) for name, point in points)]
+
+
+def releases_here() -> list[Installed]:
+    """Return the fetched releases, by the names under which they are checked: `peft==0.12.0`."""
+    found = ((live, version) for live in live_loaders().values() if not live.package for version in pinned_here(live))
+    return [Installed(f"{live.name}=={version}", version, True) for live, version in found]
 
 
 def available() -> list[str]:
@@ -122,7 +132,8 @@ def _unknown(name: str) -> str:
     if not close and (is_file(name) or Path(name).is_file()):
         return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
-    known = f"known: {', '.join(names)}; or package.module:function, file.py:function, cmd:..., serve:..., outputs:..."
+    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, cmd:..., "
+    known += "serve:..., outputs:..."
     return f"no loader is called {name!r}{guess} ({known})"
 
 

@@ -1,29 +1,29 @@
-"""Releases of one package beside each other: `python -m harness.loaders.releases diffsynth==2.0.4 diffsynth==2.1.12`.
+"""Releases beside each other: `lora-harness install diffsynth==2.0.4 peft==0.12.0` unpacks each to a folder of its own.
 
-Each is unpacked to `<root>/<name>-<version>/` and imported from there, so a release known to be wrong and the current
-one can be tested in one process. The root is `LORA_HARNESS_RELEASES`, else `<sys.prefix>/share/lora-harness/releases`.
+It is `<root>/<name>-<version>/`, without dependencies: the packages of the present interpreter serve, torch among them,
+and `releases.toml` says which release needs others beside it. The root is `LORA_HARNESS_RELEASES`, else in the user's
+cache; what lies in `<sys.prefix>/share/lora-harness/releases` is found too.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from harness.errors import LoaderSpecError, UserError
+from harness.errors import LoaderSpecError
+from harness.text import read_toml
 
 ROOT_VARIABLE = "LORA_HARNESS_RELEASES"
-_PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!]*)")
+_TABLE = Path(__file__).with_name("releases.toml")
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,36 @@ class Package:
         which = (
             f"release {version} is not here (found: {', '.join(found) or 'none'})" if version else "no release is here"
         )
-        raise LoaderSpecError(f"{which}; run `python -m harness.loaders.releases {wanted}`")
+        raise LoaderSpecError(f"{which}; run `lora-harness install {wanted}`")
 
 
 def releases_root() -> Path:
-    """Return the folder that holds the unpacked releases (it may not exist yet)."""
-    chosen = os.environ.get(ROOT_VARIABLE)
-    return Path(chosen) if chosen else Path(sys.prefix) / "share" / "lora-harness" / "releases"
+    """Return the folder that releases are unpacked to (it may not exist yet)."""
+    if chosen := os.environ.get(ROOT_VARIABLE):
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lora-harness" / "releases" / str(sys.implementation.cache_tag)
+
+
+def _roots() -> list[Path]:
+    older = Path(sys.prefix) / "share" / "lora-harness" / "releases"
+    return [releases_root()] if os.environ.get(ROOT_VARIABLE) else [older, releases_root()]
 
 
 def find_releases(name: str) -> list[Release]:
     """Return every release of `name` found, oldest first: the unpacked ones and the one installed, if any."""
-    found = {release.version: release for release in [*_installed(name), *_unpacked(name)]}
+    found = {release.version: release for release in [*_installed(name), *unpacked(name)]}
     return sorted(found.values(), key=lambda release: Version(release.version))
 
 
-def _unpacked(name: str) -> list[Release]:
-    folders = sorted(releases_root().glob(f"{name}-*"))
-    pairs = [(folder.name.removeprefix(f"{name}-"), folder) for folder in folders]
-    return [Release(name, version, folder) for version, folder in pairs if _is_complete(folder, name, version)]
+def unpacked(name: str) -> list[Release]:
+    """Return the releases of `name` that lie in folders of their own, oldest first."""
+    found: dict[str, Release] = {}
+    for folder in (folder for root in _roots() for folder in root.glob(f"{name}-*")):
+        version = folder.name.removeprefix(f"{name}-")
+        if _is_complete(folder, name, version):
+            found[version] = Release(name, version, folder)
+    return sorted(found.values(), key=lambda release: Version(release.version))
 
 
 def _is_complete(folder: Path, name: str, version: str) -> bool:
@@ -104,7 +115,7 @@ def _is_complete(folder: Path, name: str, version: str) -> bool:
         Version(version)
     except InvalidVersion:
         return False
-    return (folder / name).is_dir()
+    return (folder / name).is_dir() or any(folder.glob("*.dist-info"))
 
 
 def _installed(name: str) -> list[Release]:
@@ -117,58 +128,23 @@ def _installed(name: str) -> list[Release]:
     return [Release(name, version, Path(next(iter(found.submodule_search_locations))).parent)]
 
 
-def install(pin: str) -> tuple[Release, bool]:
-    """Unpack the release `name==version` without its dependencies; return it and whether it was fetched now.
+@dataclass(frozen=True)
+class Beside:
+    """What the releases `versions` of a package need beside them: `pins`, and why."""
 
-    Raises:
-        UserError: `pin` is no exact pin, or pip cannot get it.
-    """
-    match = _PIN.fullmatch(pin)
-    if match is None:
-        raise UserError(f"{pin!r} is no exact release; write name==version, for example diffsynth==2.0.4")
-    name, version = match["name"], match["version"]
-    folder = releases_root() / f"{name}-{version}"
-    if _is_complete(folder, name, version):
-        return Release(name, version, folder), False
-    try:
-        _unpack(pin, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}; {ROOT_VARIABLE} chooses another place") from error
-    return Release(name, version, folder), True
+    package: str
+    versions: str
+    pins: tuple[str, ...]
+    why: str
 
 
-def _unpack(pin: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place when complete, so that an interrupted run leaves no half of a release behind.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-        target = Path(partial) / "release"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--target", str(target), pin], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise UserError(f"cannot install {pin} to {folder}: pip says: {lines[-1].strip()}")
-        if folder.exists():
-            shutil.rmtree(folder)
-        target.rename(folder)
+@cache
+def _table() -> tuple[Beside, ...]:
+    rows = read_toml(_TABLE)["beside"]
+    return tuple(Beside(row["package"], row["versions"], tuple(row["with"]), row["why"]) for row in rows)
 
 
-def main(pins: Sequence[str] | None = None) -> int:
-    """Install every pin given; print one line each; return 0, or 2 when one could not be had."""
-    wanted = list(sys.argv[1:] if pins is None else pins)
-    if not wanted or wanted[0] in {"-h", "--help"}:
-        print(__doc__)
-        return 0 if wanted else 2
-    failed = False
-    for pin in wanted:
-        try:
-            release, fetched = install(pin)
-        except UserError as error:
-            failed = True
-            print(error, file=sys.stderr)
-        else:
-            print(f"{release.name} {release.version}: {'unpacked to' if fetched else 'already in'} {release.folder}")
-    return 2 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def beside(name: str, version: str) -> tuple[str, ...]:
+    """Return the pins of the releases that this one needs beside it."""
+    fits = (row for row in _table() if row.package == name and Version(version) in SpecifierSet(row.versions))
+    return tuple(pin for row in fits for pin in row.pins)

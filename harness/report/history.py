@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from packaging.version import Version
 from pydantic import Field, ValidationError
 
 from harness.errors import UserError
@@ -45,12 +46,13 @@ class HistoryCell(Record):
 
 
 class HistoryRecord(Record):
-    """One run in the history."""
+    """One run in the history, or with `release` what that release of a loader does."""
 
     kind: Literal["history"] = "history"
     run_id: str
     created: str
     status: str
+    release: str | None = None
     commit: str | None = None
     machine: str = ""
     device: str = "cpu"
@@ -126,12 +128,25 @@ def append_history(path: Path | str, run: Run) -> HistoryRecord:
     Raises:
         UserError: the file is no history file or cannot be written.
     """
-    path, record = Path(path), history_record(run)
-    with only_writer(path, seconds=_PATIENCE), saying(path, "the history cannot be written"):
-        if not path.exists() or all(known.run_id != record.run_id for known in read_history(path)):
-            with closing(LineWriter(path)) as lines:
-                lines.write(record.model_dump_json())
+    record = history_record(run)
+    append_records(path, [record])
     return record
+
+
+def append_records(path: Path | str, records: Sequence[HistoryRecord]) -> None:
+    """Append records to the history file, those whose ids it has not.
+
+    Raises:
+        UserError: the file is no history file or cannot be written.
+    """
+    path = Path(path)
+    with only_writer(path, seconds=_PATIENCE), saying(path, "the history cannot be written"):
+        known = {record.run_id for record in read_history(path)} if path.exists() else set()
+        new = [record for record in records if record.run_id not in known]
+        if new:
+            with closing(LineWriter(path)) as lines:
+                for record in new:
+                    lines.write(record.model_dump_json())
 
 
 def read_history(*paths: Path | str) -> list[HistoryRecord]:
@@ -173,14 +188,18 @@ def _read(path: Path) -> list[HistoryRecord]:
 def flips(history: Sequence[HistoryRecord]) -> list[Flip]:
     """Return what changed from one run to the next on the same kind of device, the newest first.
 
-    A cell that a run did not measure is compared with the last run that did.
+    A cell that a run did not measure is compared with the last run that did. Releases of a loader are compared with one
+    another, by their versions, whenever they were measured.
     """
     last: dict[tuple[str, ...], HistoryCell] = {}
     found: list[Flip] = []
-    for record in merge_history(history):
+    runs = merge_history(history)
+    ordered = [run for run in runs if run.release is None]
+    ordered += sorted((run for run in runs if run.release), key=lambda run: Version(run.release or "0"))
+    for record in ordered:
         changed: dict[tuple[object, ...], list[tuple[HistoryCell, HistoryCell]]] = {}
         for cell in record.cells:
-            key = (record.device.split(" ")[0], *cell.key)
+            key = ("release" if record.release else record.device.split(" ")[0], *cell.key)
             before = last.get(key)
             if cell.outcome == "skipped":
                 continue
@@ -188,7 +207,9 @@ def flips(history: Sequence[HistoryRecord]) -> list[Flip]:
             if before is not None and _state(before)[1:] != _state(cell)[1:]:
                 changed.setdefault((cell.loader, _state(before), _state(cell)), []).append((before, cell))
         found += [_flip(record, pairs) for pairs in changed.values()]
-    return found[::-1]
+    newest = found[::-1]
+    newest.sort(key=lambda flip: flip.created, reverse=True)
+    return newest
 
 
 def _state(cell: HistoryCell) -> tuple[str | None, str, str | None]:
@@ -209,6 +230,9 @@ def history_text(history: Sequence[HistoryRecord], last: int = 30) -> str:
 
 
 def _line(record: HistoryRecord) -> str:
+    if record.release:
+        lead = f"{record.created[:16]}  {record.status:<10}"
+        return f"{lead}  release {record.release} of {', '.join(dict.fromkeys(cell.loader for cell in record.cells))}"
     counted = f"{_counted(record.counts):<40}"
     return f"{record.created[:16]}  {record.status:<10}  {counted}  {record.commit or '-':<12}  {record.machine}"
 
@@ -251,7 +275,7 @@ class Trend:
     @cached_property
     def bars(self) -> list[RunBar]:
         """The last runs, oldest first, scaled to the largest of them."""
-        records = merge_history(self.history)[-_LAST:]
+        records = [run for run in merge_history(self.history) if run.release is None][-_LAST:]
         most = max((sum(record.counts.values()) for record in records), default=0) or 1
         return [RunBar(record, _parts(record, most)) for record in records] if len(records) > 1 else []
 

@@ -66,6 +66,6 @@ def bench() -> Bench:
 def needs_diffsynth() -> Callable[[str], None]:
     def needs(version: str) -> None:
         if version not in {release.version for release in find_releases("diffsynth")}:
-            pytest.skip(f"python -m harness.loaders.releases diffsynth=={version} has not been run")
+            pytest.skip(f"lora-harness install diffsynth=={version} has not been run")
 
     return needs

@@ -148,7 +148,7 @@ def test_two_releases_run_side_by_side(tmp_path, monkeypatch):
 
 def test_a_release_that_is_not_there_is_named_with_the_command_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path))
-    with pytest.raises(LoaderSpecError, match=r"python -m harness\.loaders\.releases diffsynth==9\.9\.9"):
+    with pytest.raises(LoaderSpecError, match=r"lora-harness install diffsynth==9\.9\.9"):
         resolve("diffsynth-9.9.9")
 
 

@@ -205,7 +205,7 @@ def test_what_is_missing_is_listed_with_the_reason_and_the_command(tmp_path, mon
     listed = {entry.name: entry for entry in installed()}
     assert not listed["peft"].available
     assert "pip install peft" in str(listed["peft"].reason)
-    assert "python -m harness.loaders.releases diffsynth" in str(listed["diffsynth"].reason)
+    assert "lora-harness install diffsynth" in str(listed["diffsynth"].reason)
     with pytest.raises(LoaderSpecError, match="peft: peft is not installed"):
         resolve("peft")
 

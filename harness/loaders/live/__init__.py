@@ -33,7 +33,8 @@ class LiveLoader:
 
     `needs` are distributions; the first gives the version unless a checkout or a package does. Of a `checkout`,
     `shipped` imports what is used of it. The `load` of a `package` takes the keyword `release`, and every release
-    found of it is a loader of its own, `NAME-VERSION`.
+    found of it is a loader of its own, `NAME-VERSION`. `imports` are the modules that loading imports; `any_model` says
+    that it takes whatever has layers, not only the classes of a library.
     """
 
     name: str
@@ -42,6 +43,8 @@ class LiveLoader:
     checkout: Checkout | None = None
     shipped: Callable[[], object] | None = None
     package: Package | None = None
+    imports: tuple[str, ...] = ()
+    any_model: bool = False
 
     def version(self) -> str | None:
         """Return the version that runs under the plain name, None when there is none."""

@@ -14,6 +14,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import renamed
 from harness.loaders.protocol import loader
@@ -22,6 +24,7 @@ from harness.loaders.releases import Package, Release
 if TYPE_CHECKING:
     import torch
 
+_SECOND = Version("2.0.0")
 PACKAGE = Package("diffsynth", tested=("2.1.12", "2.0.4"))
 FORMATS = ("diffsynth",)
 FLUX_UNSUPPORTED: dict[tuple[str, ...], str] = {
@@ -36,9 +39,30 @@ def load(model: torch.nn.Module, lora: Path, *, release: Release, strength: floa
 
     What is written here are the lines of the shipped `BasePipeline.load_lora` that follow the choice of the file.
     """
+    if Version(release.version) < _SECOND:
+        _load_first(release, model, lora, strength)
+        return
     lora_loader, tensors = _converted(release, "general.GeneralLoRALoader", model, lora)
     with quiet():
         lora_loader.fuse_lora_to_base_model(model, tensors, alpha=strength)
+
+
+def _load_first(release: Release, model: torch.nn.Module, lora: Path, strength: float) -> None:
+    """Do what releases before 2.0 do: one call merges what the file holds.
+
+    Those before 1.1.8 have another class for it, written for the models of that time, which asks nothing of a model but
+    its state; what read the file then gave its tensors as they are.
+    """
+    from safetensors.torch import load_file
+
+    base = next(model.parameters())
+    with quiet():
+        weights = {name: tensor.to(base) for name, tensor in load_file(lora).items()}
+        if (release.folder / release.name / "lora").is_dir():
+            merging = _module(release, "lora").GeneralLoRALoader(device=base.device, torch_dtype=base.dtype)
+        else:
+            merging = _module(release, "models.lora").GeneralLoRAFromPeft()
+        merging.load(model, weights, alpha=strength)
 
 
 def clear(model: torch.nn.Module) -> None:
@@ -122,7 +146,7 @@ def _converted(release: Release, name: str, model: torch.nn.Module, lora: Path) 
 def _module(release: Release, name: str) -> Any:
     """Return the shipped module `diffsynth.<name>`."""
     alias = f"_lora_harness_diffsynth_{abs(hash(release)):x}"
-    release.hollow(("", ".core", ".core.loader"), alias=alias)
+    release.hollow(("", ".core", ".core.loader", ".models"), alias=alias)
     return importlib.import_module(f"{alias}.{name}")
 
 

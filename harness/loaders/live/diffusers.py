@@ -82,7 +82,7 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """
     strengths, pipeline = held(model), _pipeline(model)
     with quiet("diffusers", "peft", "transformers"):
-        pipeline.load_lora_weights(str(lora), adapter_name=f"lora_{len(strengths)}")
+        _load(pipeline, lora, f"lora_{len(strengths)}")
         _activate(pipeline, [*strengths, strength])
     strengths.append(strength)
 
@@ -99,9 +99,14 @@ def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
     pipeline = _pipeline(model)
     with quiet("diffusers", "peft", "transformers"):
         pipeline.unload_lora_weights()
-        pipeline.load_lora_weights(str(lora), adapter_name="lora")
+        _load(pipeline, lora, "lora")
         pipeline.set_adapters("lora")  # raises when nothing of the file was loaded
         pipeline.fuse_lora(components=[_mixin(model)[1]], lora_scale=strength)
+
+
+def _load(pipeline: Any, lora: Path, name: str) -> None:
+    # Up to 0.34 the name of the file has to be given too where no hub may be asked.
+    pipeline.load_lora_weights(str(lora), weight_name=lora.name, adapter_name=name)
 
 
 def _activate(pipeline: Any, strengths: list[float]) -> None:
@@ -144,4 +149,8 @@ def _bystander() -> torch.nn.Module:
 
 
 _NEEDS = ("diffusers", "peft")
-LIVE = (LiveLoader("diffusers", load, _NEEDS), LiveLoader("diffusers-fused", load_fused, _NEEDS))
+_IMPORTS = ("diffusers.loaders", "peft")
+LIVE = (
+    LiveLoader("diffusers", load, _NEEDS, imports=_IMPORTS),
+    LiveLoader("diffusers-fused", load_fused, _NEEDS, imports=_IMPORTS),
+)

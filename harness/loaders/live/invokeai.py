@@ -1,6 +1,6 @@
 """The live loaders `invokeai` (patched weights) and `invokeai-sidecar`: InvokeAI's shipped LoRA code, unmodified.
 
-The wheel is unpacked without its dependencies (`python -m harness.loaders.releases invokeai==6.14.2`). Its converters,
+The wheel is unpacked without its dependencies (`lora-harness install invokeai==6.14.2`). Its converters,
 layer classes, `LayerPatcher` and sidecar layers run as they are; services of the application that they import, a
 logger, a lock and the name of the CPU, stand in as a few lines below. What is written here around the shipped
 functions are the lines of `LoRALoader._load_model` (read the file, normalise PEFT keys, convert by model family) and

@@ -103,4 +103,4 @@ def _pair(new: Any, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]
     return {"lora_A": a.repeat(new.lora_A.shape[0] // a.shape[0], 1), "lora_B": b}
 
 
-LIVE = (LiveLoader("loralib", load, ("loralib",)),)
+LIVE = (LiveLoader("loralib", load, ("loralib",), imports=("loralib",), any_model=True),)

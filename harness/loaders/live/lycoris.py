@@ -95,6 +95,6 @@ def _prefix(network: Any, prefix: str) -> Iterator[None]:
 
 
 LIVE = (
-    LiveLoader("lycoris", load, ("lycoris-lora",)),
-    LiveLoader("lycoris-runtime", load_runtime, ("lycoris-lora",)),
+    LiveLoader("lycoris", load, ("lycoris-lora",), imports=("lycoris",), any_model=True),
+    LiveLoader("lycoris-runtime", load_runtime, ("lycoris-lora",), imports=("lycoris",), any_model=True),
 )

@@ -114,4 +114,7 @@ def _set_scale(adapted: torch.nn.Module, name: str, strength: float) -> None:
             set_scale(name, strength)  # a layer that has no adapter of this name passes over it
 
 
-LIVE = (LiveLoader("peft", load, ("peft",)), LiveLoader("peft-runtime", load_runtime, ("peft",)))
+LIVE = (
+    LiveLoader("peft", load, ("peft",), imports=("peft",), any_model=True),
+    LiveLoader("peft-runtime", load_runtime, ("peft",), imports=("peft",), any_model=True),
+)

@@ -1,0 +1,77 @@
+"""Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what is missing).
+
+`--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+DATA = Path(__file__).with_name("releases.json")
+_KOHYA = (
+    "--format",
+    "kohya",
+    "--format",
+    "diffusers",
+    "--bench",
+    "sd-unet",
+    "--bench",
+    "flux",
+    "--bench",
+    "qwen-image",
+)
+WHAT: dict[str, tuple[str, ...]] = {
+    "peft": ("--from", "0.6.2", "--bench", "qwen-image"),
+    "diffusers": ("--from", "0.31.0", *_KOHYA),
+    "diffsynth": ("--from", "1.0.0", "--every", "--bench", "qwen-image"),
+    "lycoris": ("--from", "3.0.0", "--bench", "qwen-image"),
+    "loralib": ("--every", "--bench", "qwen-image"),
+}
+
+
+def measured(loader: str) -> list[dict[str, Any]]:
+    """Return the tables of one loader, measured now."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "harness", "releases", loader, *WHAT[loader], "--install", "--out", folder]
+        subprocess.run(command, check=True)
+        return read(Path(folder) / "releases.json")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the tables of a file."""
+    tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return tables
+
+
+def merged(tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one table per loader: of each release what was measured last, oldest release first."""
+    found: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        releases = {each["version"]: each for each in found.get(table["loader"], {}).get("releases", ())}
+        releases |= {each["version"]: each for each in table["releases"]}
+        ordered = sorted(releases.values(), key=lambda each: Version(each["version"]))
+        found[table["loader"]] = {key: table[key] for key in ("loader", "package", "created", "versions")}
+        found[table["loader"]]["releases"] = ordered
+    return [found[name] for name in WHAT if name in found]
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure, or take what was measured, and write the data."""
+    old = read(DATA) if DATA.exists() else []
+    if words[:1] == ["--merge"]:
+        new = [table for name in words[1:] for table in read(Path(name))]
+    else:
+        new = [table for name in words or WHAT for table in measured(name)]
+    DATA.write_text(json.dumps(merged([*old, *new]), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
