@@ -133,17 +133,17 @@ def test_diffsynth_2_0_4_never_reads_alpha(bench, needs_diffsynth, tmp_path, cap
 
 
 def test_two_releases_run_side_by_side(tmp_path, monkeypatch):
-    for version, factor in (("1.0.9", 2), ("1.0.10", 3)):
+    for version, factor in (("2.0.9", 2), ("2.0.10", 3)):
         _fake_release(tmp_path, version, factor)
     monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path))
     changes = {}
-    for name in ("diffsynth-1.0.9", "diffsynth"):
+    for name in ("diffsynth-2.0.9", "diffsynth"):
         model = torch.nn.Linear(1, 1)
         before = model.weight.item()
         resolve(name).load(model, tmp_path / "lora.safetensors", strength=10.0)
         changes[name] = model.weight.item() - before
-    assert changes == pytest.approx({"diffsynth-1.0.9": 20.0, "diffsynth": 30.0})
-    assert resolve("diffsynth").version == "1.0.10"
+    assert changes == pytest.approx({"diffsynth-2.0.9": 20.0, "diffsynth": 30.0})
+    assert resolve("diffsynth").version == "2.0.10"
 
 
 def test_a_release_that_is_not_there_is_named_with_the_command_that_gets_it(tmp_path, monkeypatch):

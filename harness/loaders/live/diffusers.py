@@ -106,7 +106,7 @@ def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
 
 def _load(pipeline: Any, lora: Path, name: str) -> None:
     # Up to 0.34 the name of the file has to be given too where no hub may be asked.
-    pipeline.load_lora_weights(str(lora), weight_name=lora.name, adapter_name=name)
+    pipeline.load_lora_weights(str(lora), weight_name=lora.name if lora.is_file() else None, adapter_name=name)
 
 
 def _activate(pipeline: Any, strengths: list[float]) -> None:
