@@ -98,8 +98,10 @@ class Bench:
 
     @cached_property
     def chosen(self) -> tuple[str, ...]:
-        """The layers that `targets` select, by path in the model."""
-        return tuple(name for name in self.layers if self.targets is None or ends_with(name, self.targets))
+        """The layers that `targets` select, by path in the model; where nobody said which, all that share no weight."""
+        if self.targets is None:
+            return tuple(name for name in self.layers if name not in {*self.shared, *self.shared.values()})
+        return tuple(name for name in self.layers if ends_with(name, self.targets))
 
     @cached_property
     def shared(self) -> Mapping[str, str]:

@@ -154,9 +154,13 @@ def cells_of(
 
 
 def cells_beside(subject: Subject) -> list[Cell]:
-    """Return a cell for each bench that the loader takes beside those it is checked on: one format, plain LoRA."""
+    """Return a cell for each bench that the loader takes beside those it is checked on: one format, plain LoRA.
+
+    It is a format that has the model's own names.
+    """
     names = sorted(subject.declaration.also - set(subject.benches))
-    cells = (Cell(subject, subject.formats[0], name) for name in names)
+    form = next((name for name in subject.formats if not FORMATS[name].flattened), subject.formats[0])
+    cells = (Cell(subject, form, name) for name in names)
     return [cell for cell in cells if cell.possible and subject.unsupported(cell.format, cell.bench_name) is None]
 
 
