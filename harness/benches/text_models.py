@@ -56,7 +56,7 @@ def make_tiny_llama() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
         initializer_range=0.15,
         bos_token_id=38,

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SEEN = frozenset({"smoke", "coverage", "direction", "scale", "strength"})
 """The families that outputs show something of."""
 NOT_SEEN = "not judged: an engine that gives only outputs shows no weights and no model after a load"
-_LEAST_ERROR, _SIGMAS = 1e-6, 4.0
+_LEAST_ERROR, _SIGMAS = 1e-5, 4.0
 _MOST_ERROR = 0.05  # of the outputs without a LoRA: more says that it is another model
 _STEPS, _STEP = 8, 1e-4
 _REFINED = 3
@@ -174,7 +174,7 @@ class _Reference:
             energy = float((slope * slope).sum())
             step = float((slope * left).sum()) / energy if energy else 0.0
             while step and norm(after := rest(scale + step)) > norm(left):
-                step = step / 2 if abs(step) > _LEAST_ERROR * max(1.0, abs(scale)) else 0.0
+                step = step / 2 if abs(step) > _STEP * max(1.0, abs(scale)) * _STEP else 0.0
             if not step:
                 break
             scale, left = scale + step, after
