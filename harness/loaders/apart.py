@@ -14,7 +14,16 @@ from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
-from harness.loaders.protocol import FACTS, FUNCTION, OUTPUTS, Declaration, Load, Subject, declaration_from, declaration_of
+from harness.loaders.protocol import (
+    FACTS,
+    FUNCTION,
+    OUTPUTS,
+    Declaration,
+    Load,
+    Subject,
+    declaration_from,
+    declaration_of,
+)
 from harness.loaders.source import adapt
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Engines that hold no weights to read: `outputs:tool` with {base}, {lora}, {strength}, {input} and {out} writes answers.
+"""Engines that hold no weights to read: `outputs:tool {base} {lora} {strength} {input} {out}` writes what they answer.
 
 What comes back is a tensor, the output of the model with the LoRA on it; `checks/outputs.py` finds the scale behind it.
 """
@@ -43,9 +43,7 @@ def outputs_command(spec: str, *, seconds: float = OUTPUTS.seconds) -> Outputs:
     """
     words = words_of(spec, PLACES, USAGE)
 
-    def answer(
-        base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def answer(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with tempfile.TemporaryDirectory(prefix="lora-harness-outputs-") as folder:
             given, out = Path(folder) / "input.safetensors", Path(folder) / "output.safetensors"
             write_inputs(inputs, given)

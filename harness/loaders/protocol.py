@@ -43,9 +43,7 @@ class Outputs(Protocol):
     gives, such as logits `[1, 6, 40]`.
     """
 
-    def __call__(
-        self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def __call__(self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the output."""
 
 
@@ -187,8 +185,8 @@ def loader(
 
     For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. For engines that hold
-    no weights to read: `outputs=True`, and a function `(base, lora, *, strength, inputs)` that returns a tensor.
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. For engines that
+    hold no weights to read: `outputs=True`, and a function `(base, lora, *, strength, inputs)` that returns a tensor.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...

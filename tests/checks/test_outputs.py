@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +14,29 @@ from harness import loader
 from harness.benches import get_bench
 from harness.checks.cell import Cell, cells_of
 from harness.checks.engine import base_folder, inputs_of
-from harness.checks.law import measure_law
+from harness.checks.observation import probes_of
 from harness.checks.outputs import _Reference, judge_outputs, observe_outputs
+from harness.checks.plan import planned
 from harness.checks.run import check_loader
 from harness.errors import LoaderSpecError
 from harness.example import Example, Target
 from harness.files import read_lora
 from harness.isolation.limits import Limits
+from harness.law.diagnosis import diagnose
 from harness.loaders.registry import resolve
 from harness.variants import get_variant
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "outputs_command.py"
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.v_proj")
 
 
-def engine(law, *, offset=0.0, wrong=False, weights=1.0):
+def engine(law, **faults):
+    return resolve(loader(outputs=True)(law_of(law, **faults)))
+
+
+def law_of(law, *, offset=0.0, wrong=False, weights=1.0):
     """An engine whose factor on B @ A is `law(alpha, rank, strength)`; `offset` is the relative error of its own."""
 
-    @loader(outputs=True)
     def answer(base, lora, *, strength, inputs):
         model = get_bench("tiny-llama").build()
         generator = torch.Generator().manual_seed(3)
@@ -44,7 +51,7 @@ def engine(law, *, offset=0.0, wrong=False, weights=1.0):
             logits = model(**inputs).logits
         return logits + offset * logits.norm() / logits.numel() ** 0.5 * torch.randn(logits.shape, generator=generator)
 
-    return resolve(answer)
+    return answer
 
 
 def observed(subject, *, alpha=6.0, rank=4, strength=0.5, layer=LAYERS[0]):
@@ -65,25 +72,32 @@ def test_the_scale_is_read_from_the_outputs(layer, offset):
 RIVALS = {
     "alpha not divided": (lambda a, r, s: s * a, "LH201"),
     "alpha ignored": (lambda a, r, s: s, "LH202"),
-    "divided by the root of the rank": (lambda a, r, s: s * a / r**0.5, "LH205"),
+    "divided by the root of the rank": (lambda a, r, s: s * a / r**0.5, "LH203"),
     "strength ignored": (lambda a, r, s: a / r, "LH207"),
     "strength squared": (lambda a, r, s: s * s * a / r, "LH207"),
 }
 
 
+def diagnosed(subject):
+    """The law behind the planned files, measured in this process."""
+    cell = Cell(subject, "peft", "tiny-llama")
+    seen = [observe_outputs(cell, example) for example in planned(cell)]
+    assert not any(each.raised for each in seen)
+    probes = [probe for each in seen for probe in probes_of(each, cell)]
+    assert len(probes) > 7
+    return diagnose(probes)
+
+
 @pytest.mark.parametrize("rival", RIVALS)
 def test_another_law_is_named(rival):
     law, code = RIVALS[rival]
-    found = measure_law(engine(law, offset=1e-4))
-    assert found.diagnosis.code == code, found
+    assert diagnosed(engine(law, offset=1e-4)).code == code
 
 
 def test_the_trained_law_is_named_with_an_error_of_the_engine_s_own():
-    found = measure_law(engine(lambda a, r, s: s * a / r, offset=3e-4))
-    assert found.raised == ()
-    assert len(found.probes) > 8
-    assert found.diagnosis.law is not None
-    assert found.diagnosis.law.is_trained
+    found = diagnosed(engine(lambda a, r, s: s * a / r, offset=3e-4))
+    assert found.law is not None
+    assert found.law.is_trained
 
 
 def test_alpha_0_that_acts_as_1_is_told_and_no_fault():
@@ -145,41 +159,50 @@ def test_what_the_model_is_called_with_is_written():
     assert len(load_file(folder / "model.safetensors")) == len(get_bench("tiny-llama").base().state_dict())
 
 
-ENGINE = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-base, lora, strength, given, out = sys.argv[1:]
-model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
-model.load_state_dict(load_file(Path(base, "model.safetensors")))
-config = json.loads(Path(lora, "adapter_config.json").read_text())
-tensors = load_file(Path(lora, "adapter_model.safetensors"))
-for key in [key for key in tensors if ".lora_A." in key]:
-    a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-    layer = model.get_submodule(key.removeprefix("base_model.model.").partition(".lora_A.")[0])
-    alpha = [*config["alpha_pattern"].values(), config["lora_alpha"]][0]
-    layer.weight.data += float(strength) * alpha * (b @ a)
-with torch.no_grad():
-    save_file({"logits": model.eval()(**load_file(given)).logits}, out)
-"""
-
-
-def test_a_command_is_checked_like_any_loader(tmp_path):
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE)
-    spec = f"outputs:'{sys.executable}' '{script}' {{base}} {{lora}} {{strength}} {{input}} {{out}}"
+def test_a_command_is_checked_like_any_loader():
+    spec = f"outputs:python '{EXAMPLE}' {{base}} {{lora}} {{strength}} {{input}} {{out}}"
     cells, skipped = cells_of(resolve(spec))
     assert ([cell.place for cell in cells], skipped) == (["format peft, bench tiny-llama"], [])
-    verdicts = check_loader(spec, max_examples=1, limits=Limits(workers=1))
+    seen = observed(resolve(spec))
+    assert judge_outputs(seen) == []
+    assert seen.fits[LAYERS[0]][0].scale == pytest.approx(0.75, rel=1e-4)
+
+
+def raw(base, lora, *, strength, inputs):
+    return law_of(lambda a, r, s: s * a)(base, lora, strength=strength, inputs=inputs)
+
+
+def test_what_outputs_do_not_show_is_not_judged():
+    verdicts = check_loader(loader(outputs=True)(raw), max_examples=1, limits=Limits(workers=0))
     assert {v.code for v in verdicts if v.outcome == "failed"} == {"LH201"}
     (failed,) = [v for v in verdicts if v.outcome == "failed"]
     assert failed.reproduce is not None
-    assert "outputs:" in failed.reproduce
     unseen = {v.check: v.reason for v in verdicts if v.outcome == "skipped"}
     assert set(unseen) == {"side_effects", "numerics"}
     assert all(reason is not None and reason.startswith("not judged: ") for reason in unseen.values())
+
+
+SERVER = """
+import json, sys
+print(json.dumps({"protocol": 1, "outputs": True, "name": "acme"}), flush=True)
+import torch
+from safetensors.torch import save_file
+for line in sys.stdin:
+    ask = json.loads(line)
+    assert ask["op"] == "outputs", ask
+    save_file({"logits": torch.full((1, 6, 40), ask["strength"])}, ask["out"])
+    print(json.dumps({"id": ask["id"], "done": True}), flush=True)
+"""
+
+
+def test_a_server_may_give_outputs_too(tmp_path):
+    (tmp_path / "server.py").write_text(SERVER)
+    subject = resolve(f"serve:'{sys.executable}' '{tmp_path / 'server.py'}'")
+    assert (subject.title, subject.benches, subject.outputs is not None) == ("acme", ("tiny-llama",), True)
+    assert subject.outputs is not None
+    answer = subject.outputs(tmp_path, tmp_path, strength=0.5, inputs={"input_ids": torch.ones(1, 6)})
+    assert torch.equal(answer, torch.full((1, 6, 40), 0.5))
+    subject.close()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ _FLOAT32 = 0  # ggml's number of the type: the cache of keys and values is of ha
     formats={"peft", "gguf"},
     benches={"tiny-llama"},
     strength_argument="scale",
-    modules=r"\.(?:v|o|gate|up|down)_proj$",  # GGUF has the rows of q and k in another order, which a LoRA file must too
+    modules=r"\.(?:v|o|gate|up|down)_proj$",  # rows of q and k stand in another order in GGUF
     outputs=True,
 )
 def load(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
