@@ -80,7 +80,7 @@ def model_of(ask: Mapping[str, Any]) -> nn.Module:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         print(f"no {ask['class']} here: plain layers stand in for it", file=sys.stderr)
-        return _layers(ask)
+        return layers_of(ask)
     if hasattr(kind, "from_config"):
         config = {key: value for key, value in ask["config"].items() if not key.startswith("_")}
         return kind.from_config(config)  # type: ignore[no-any-return]  # diffusers
@@ -106,7 +106,8 @@ def _loaded(build: Callable[[Mapping[str, Any]], nn.Module], ask: Mapping[str, A
     return model.eval().requires_grad_(False)
 
 
-def _layers(ask: Mapping[str, Any]) -> nn.Module:
+def layers_of(ask: Mapping[str, Any]) -> nn.Module:
+    """Return plain layers, and the other tensors of a question's model, under their names."""
     weights = load_file(ask["model"])
     root = nn.Module()
     for path, kind in ask["layers"].items():

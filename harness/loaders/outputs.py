@@ -1,4 +1,4 @@
-"""Engines that hold no weights to read: `outputs:tool` with {base}, {lora}, {strength}, {input} and {out} writes answers.
+"""Engines that hold no weights to read: `outputs:tool {base} {lora} {strength} {input} {out}` writes what they answer.
 
 What comes back is a tensor, the output of the model with the LoRA on it; `checks/outputs.py` finds the scale behind it.
 """

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.benches import bench_names
 from harness.errors import LoaderSpecError
@@ -22,7 +22,8 @@ from harness.files import FORMATS
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.server import Server, ServerError, started
 from harness.loaders.exchange import OutputError, load_back, program_of, write_weights
-from harness.loaders.protocol import SERVER, Declaration, Subject, declaration_from
+from harness.loaders.outputs import read_output, write_inputs
+from harness.loaders.protocol import SERVER, Declaration, Load, Subject, declaration_from
 from harness.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -46,13 +47,15 @@ def serve_subject(spec: str) -> Subject:
         LoaderSpecError: it names no program, or what it starts does not say what it is.
     """
     hello = _hello(spec)
+    declaration = _declaration(spec, hello)
+    version, name = hello.get("version"), hello.get("name")
+    if declaration.outputs:
+        return Subject(spec, cast("Load", ServedOutputs(spec)), version, declaration, SERVER, name=name)
     served = Served(spec)
     unload = served.unload if hello.get("unload") else None
     set_strength = served.set_strength if hello.get("set_strength") else None
-    declaration = _declaration(spec, hello)
     declaration = replace(declaration, unload=unload, set_strength=set_strength)
-    load = cast("Load", served.answer) if declaration.outputs else served
-    return Subject(spec, load, hello.get("version"), declaration, SERVER, name=hello.get("name"))
+    return Subject(spec, served, version, declaration, SERVER, name=name)
 
 
 @cache
@@ -104,8 +107,8 @@ def _known(kind: str, names: frozenset[str] | None, known: Collection[str]) -> N
         raise LoaderSpecError(f"no {kind} is called {unknown[0]!r}; known are {', '.join(known)}")
 
 
-class Served:
-    """The loader behind a server, which starts in the process that first calls it and lives as long as that."""
+class _Server:
+    """A server, which starts in the process that first asks it and lives as long as that."""
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -115,18 +118,6 @@ class Served:
     def prepare(self) -> None:
         """Start the server now."""
         self._running()
-
-    def __call__(self, model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
-        """Have a LoRA loaded into `model`."""
-        return self._change(model, {"op": "load", "lora": str(lora), "strength": float(strength)})
-
-    def unload(self, model: torch.nn.Module) -> None:
-        """Have the last load undone."""
-        self._change(model, {"op": "unload"})
-
-    def set_strength(self, model: torch.nn.Module, strength: float) -> None:
-        """Have the strength of the last load changed."""
-        self._change(model, {"op": "set_strength", "strength": float(strength)})
 
     def close(self) -> None:
         """End the server, if one runs."""
@@ -145,19 +136,6 @@ class Served:
                 self.close()
                 raise
         return self._server
-
-    def _change(self, model: torch.nn.Module, order: Mapping[str, Any]) -> torch.nn.Module:
-        with tempfile.TemporaryDirectory(prefix="lora-harness-serve-") as folder:
-            base, out = Path(folder) / _MODEL, Path(folder) / _OUT
-            write_weights(model, base)
-            said = self._ask({**order, "model": str(base), "out": str(out), **_facts(model)})
-            try:
-                load_back(model, base, out)
-            except OutputError as error:
-                raise ServerError(str(error), printed=said) from error
-        if said:
-            print(said, file=sys.stderr)  # who listens to loaders hears this one too
-        return model
 
     def _ask(self, question: dict[str, Any]) -> str:
         """Return what the server printed while it did what it was asked.
@@ -180,6 +158,51 @@ class Served:
                 self.close()  # dead or confused: the next load gets a new one
             raise
         return said
+
+
+class Served(_Server):
+    """The loader behind a server."""
+
+    def __call__(self, model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
+        """Have a LoRA loaded into `model`."""
+        return self._change(model, {"op": "load", "lora": str(lora), "strength": float(strength)})
+
+    def unload(self, model: torch.nn.Module) -> None:
+        """Have the last load undone."""
+        self._change(model, {"op": "unload"})
+
+    def set_strength(self, model: torch.nn.Module, strength: float) -> None:
+        """Have the strength of the last load changed."""
+        self._change(model, {"op": "set_strength", "strength": float(strength)})
+
+    def _change(self, model: torch.nn.Module, order: Mapping[str, Any]) -> torch.nn.Module:
+        with tempfile.TemporaryDirectory(prefix="lora-harness-serve-") as folder:
+            base, out = Path(folder) / _MODEL, Path(folder) / _OUT
+            write_weights(model, base)
+            said = self._ask({**order, "model": str(base), "out": str(out), **_facts(model)})
+            try:
+                load_back(model, base, out)
+            except OutputError as error:
+                raise ServerError(str(error), printed=said) from error
+        if said:
+            print(said, file=sys.stderr)  # who listens to loaders hears this one too
+        return model
+
+
+class ServedOutputs(_Server):
+    """The engine behind a server that gives outputs, no weights."""
+
+    def __call__(self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Have the model in `base` with the LoRA on it answer `inputs`."""
+        with tempfile.TemporaryDirectory(prefix="lora-harness-serve-") as folder:
+            given, out = Path(folder) / "input.safetensors", Path(folder) / "output.safetensors"
+            write_inputs(inputs, given)
+            order = {"op": "outputs", "base": str(base), "lora": str(lora), "strength": float(strength)}
+            said = self._ask({**order, "input": str(given), "out": str(out)})
+            try:
+                return read_output(out)
+            except OutputError as error:
+                raise ServerError(str(error), printed=said) from error
 
 
 def _facts(model: torch.nn.Module) -> dict[str, Any]:
