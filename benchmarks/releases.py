@@ -16,21 +16,11 @@ from typing import Any
 from packaging.version import Version
 
 DATA = Path(__file__).with_name("releases.json")
-_KOHYA = (
-    "--format",
-    "kohya",
-    "--format",
-    "diffusers",
-    "--bench",
-    "sd-unet",
-    "--bench",
-    "flux",
-    "--bench",
-    "qwen-image",
-)
+_FORMATS = ("--format", "kohya", "--format", "diffusers")
+_BENCHES = ("--bench", "sd-unet", "--bench", "flux", "--bench", "qwen-image")
 WHAT: dict[str, tuple[str, ...]] = {
     "peft": ("--from", "0.6.2", "--bench", "qwen-image"),
-    "diffusers": ("--from", "0.31.0", *_KOHYA),
+    "diffusers": ("--from", "0.31.0", *_FORMATS, *_BENCHES),
     "diffsynth": ("--from", "1.0.0", "--every", "--bench", "qwen-image"),
     "lycoris": ("--from", "3.0.0", "--bench", "qwen-image"),
     "loralib": ("--every", "--bench", "qwen-image"),

@@ -61,9 +61,10 @@ def releases_between(
         found = [(version, None) for version in releases_of(live)]
     inside = [pair for pair in found if _is_between(pair[0], low, high)]
     if not inside:
-        where = "the package index has" if ask_index else "here is"
-        hint = "" if ask_index else "; --install asks the package index and fetches them"
-        raise UserError(f"{where} no release of {package}{_said_range(low, high)}{hint}")
+        what = f"no release of {package}{_said_range(low, high)}"
+        if ask_index:
+            raise UserError(f"the package index has {what}")
+        raise UserError(f"{what} is here; --install asks the package index and fetches them")
     return inside if every else _last_of_each_minor(inside, ends)
 
 
