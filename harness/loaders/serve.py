@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.benches import bench_names
+from harness.benches import bench_names, more_benches, own_benches
 from harness.errors import LoaderSpecError
 from harness.files import FORMATS
 from harness.isolation.limits import TimeLimitExceeded
@@ -94,7 +94,7 @@ def _declaration(spec: str, hello: Mapping[str, Any]) -> Declaration:
     try:
         said = declaration_from(facts)
         _known("format", said.formats, FORMATS)
-        _known("bench", said.benches, bench_names())
+        _known("bench", frozenset(map(str, said.benches or ())), (*bench_names(), *more_benches(), *own_benches()))
         _known("variant", said.variants, VARIANTS)
     except LoaderSpecError as error:
         raise LoaderSpecError(f"{spec!r}: its first line: {error}") from error
