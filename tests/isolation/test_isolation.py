@@ -89,7 +89,6 @@ HANGS = {
     "printing without end": lambda: [os.write(1, b"y" * 10_000) for _ in iter(int, 1)],
     "after catching everything": lambda: [_sleep_through() for _ in iter(int, 1)],
     "with the alarm blocked": lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32)), time.sleep(60)),
-    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 
@@ -108,6 +107,15 @@ def test_a_call_that_hangs_is_ended_and_what_came_before_is_kept(how):
     assert (end.status, end.detail, end.last_label) == ("timeout", "load: no answer within 0.3 s", "load")
     assert seen == ["found before"]
     assert end.seconds < 5
+
+
+def test_a_job_that_was_stopped_from_outside_goes_on():
+    def job(channel):
+        calling(lambda: os.kill(os.getpid(), signal.SIGSTOP))(channel)
+        channel.send("found after")
+
+    end, seen = events_of(job, seconds=5)
+    assert (end.status, seen) == ("done", ["found after"])
 
 
 def test_only_calls_are_limited_and_each_has_its_own_time():
