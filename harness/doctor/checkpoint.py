@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Shape
+from harness.doctor.llama_cpp import NATIVE, Translation, scheme, translation
 from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
 from harness.doctor.spelling import shared_prefix
@@ -35,19 +36,21 @@ class Checkpoint:
     """Tensors by name without the checkpoint's own prefix (`model.diffusion_model.`); nothing is loaded.
 
     `names` maps each such name to the key in the file, `files` maps that key to the file that has it. `config` is the
-    model's own config.json, as far as there is one. Weights are the real ones where the file holds quantised codes.
+    model's own config.json, as far as there is one. Weights are the real ones where the file holds quantised codes, and
+    those of llama.cpp's models by `translation` as transformers has them.
     """
 
     path: Path
     files: Mapping[str, SafetensorsFile | GgufFile]
     prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    translation: Translation = NATIVE
     _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _room: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkpoint:
-        """Read the headers.
+    def open(cls, path: Path | str, *, native: bool = False) -> Checkpoint:
+        """Read the headers; llama.cpp's models stay as they are with `native`.
 
         Raises:
             LoraFileError: nothing readable there, a shard is missing, or two files have the same tensor.
@@ -61,13 +64,19 @@ class Checkpoint:
             files.update(dict.fromkeys(file.keys, file))
         if not files:
             raise LoraFileError(path, "holds no tensor")
-        config = _config_beside(next(iter(files.values())).path)
-        return cls(path, files, shared_prefix([key for key in files if key.endswith(_WEIGHT)]), config)
+        first = next(iter(files.values()))
+        known = translation(first) if isinstance(first, GgufFile) and not native else NATIVE
+        prefix = shared_prefix([known.names.get(key, key) for key in files if key.endswith(_WEIGHT)])
+        return cls(path, files, prefix, _config_beside(first.path), known)
+
+    def _called(self, key: str) -> str:
+        """Return the name of a tensor of the file."""
+        return self.translation.names.get(key, key).removeprefix(self.prefix)
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Every tensor by its name without the prefix, and the weight of a layer whose codes have another name."""
-        own = {key.removeprefix(self.prefix): key for key in self.files}
+        own = {self._called(key): key for key in self.files}
         return {name: scheme.owned[0] for name, scheme in self.schemes.items()} | own
 
     @cached_property
@@ -83,12 +92,15 @@ class Checkpoint:
             found = schemes(Tensors(infos, lambda key, start, stop: files[key].rows(key, start, stop), self.config))
         except ValueError as error:
             raise LoraFileError(self.path, printable(error)) from error
-        return {key.removeprefix(self.prefix): scheme for key, scheme in found.items()}
+        for key, file in files.items():
+            if isinstance(file, GgufFile) and (packed := scheme(file, key, self.translation)):
+                found[key] = packed
+        return {self._called(key): one for key, one in found.items()}
 
     @cached_property
     def owned(self) -> frozenset[str]:
         """Tensors that belong to a quantised layer, such as scales, or to none: all but the weights' own names."""
-        parts = {key.removeprefix(self.prefix) for scheme in self.schemes.values() for key in scheme.owned}
+        parts = {self._called(key) for scheme in self.schemes.values() for key in scheme.owned}
         return frozenset(parts | idle(self.files)) - self.schemes.keys()
 
     @cached_property
@@ -101,10 +113,9 @@ class Checkpoint:
             LoraFileError: no tensor is the weight of a layer.
         """
         plain = [key for key, file in self.files.items() if key.endswith(_WEIGHT) or len(file.tensors[key].shape) == 3]
-        keys = dict.fromkeys(
-            [*plain, *(self.prefix + name for name in self.schemes if self.prefix + name not in plain)]
-        )
-        layers = {key.removesuffix(_WEIGHT): key.removeprefix(self.prefix) for key in keys}
+        known = {self._called(key) for key in plain}
+        keys = dict.fromkeys([*plain, *(self.prefix + name for name in self.schemes if name not in known)])
+        layers = {key.removesuffix(_WEIGHT): self._called(key) for key in keys}
         if not layers:
             raise LoraFileError(self.path, "holds no weight of a layer")
         return {self._names.get(layer, layer): weight for layer, weight in layers.items()}
@@ -179,7 +190,8 @@ class Checkpoint:
             LoraFileError: the file changed since its header was read, or this torch does not know its dtype.
         """
         key = self.names[name]
-        part = self.files[key].rows(key, start, stop, room)
+        file = self.files[key]
+        part = self.translation.rows(key, lambda first, last: file.rows(key, first, last, room), start, stop)
         return part.flatten(1) if part.dim() > 1 else part.reshape(-1, 1)
 
     def rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:

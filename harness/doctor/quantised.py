@@ -34,8 +34,9 @@ class Scheme:
 
     `shape` is that of the real weight, empty when it is not known. `owned` are the keys that belong to it: codes,
     scales, zero points. `rows` returns rows [start, stop) of the real weight as float32 [rows, in]; without it `why`
-    says what stands in the way. `step`, where the codes are numbers times one scale per row or less, returns the scales
-    of these rows, [rows or 1, 1], and `codes` is the key of those numbers.
+    says what stands in the way. `step`, where the real weights are the numbers of `codes`, times it, plus `offset`,
+    returns the scales of these rows, [rows or 1, in or 1], `offset` likewise; `codes` is the key of those numbers,
+    empty for whole numbers that are packed.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Scheme:
     rows: Rows | None = None
     step: Rows | None = None
     codes: str = ""
+    offset: Rows | None = None
     why: str = ""
 
 
@@ -112,13 +114,15 @@ def _scaled(tensors: Tensors, stem: str) -> Found:
         return codes, Scheme(name, shape, owned, why=f"the shape of {scale.rpartition('.')[2]} fits no known layout")
     factors = partial(_factors, tensors, scale, spread)
 
+    def step(start: int, stop: int) -> Tensor:
+        return factors(start, stop)[:, : math.prod(shape[1:])]
+
     def rows(start: int, stop: int) -> Tensor:
         code = tensors.read(codes, start, stop).flatten(1).float()
         code = code - _factors(tensors, zero, spread, start, stop) if zero else code
-        return code * factors(start, stop)[:, : code.shape[1]]
+        return code * step(start, stop)
 
-    plain = not zero and spread[1] == 0
-    return codes, Scheme(name, shape, owned, rows, factors if plain else None, codes)
+    return codes, Scheme(name, shape, owned, rows, None if zero else step, codes)
 
 
 Spread = tuple[int, int]  # rows and columns that share a scale; 0: all of them
@@ -256,8 +260,14 @@ def _affine(tensors: Tensors, stem: str) -> Found:
     columns = 32 * words // int(bits)
     if 32 * words % int(bits) or columns % groups[1]:
         return codes, Scheme("MLX", (), owned, why=f"{bits} bits do not fit the shapes of its codes and scales")
-    decode = partial(_affine_rows, tensors, stem, int(bits), columns // groups[1])
-    return codes, Scheme(f"MLX {bits}-bit", (rows, columns), owned, decode)
+    group = columns // groups[1]
+    decode = partial(_affine_rows, tensors, stem, int(bits), group)
+    step, offset = (partial(_per_group, tensors, f"{stem}.{part}", group) for part in ("scales", "biases"))
+    return codes, Scheme(f"MLX {bits}-bit", (rows, columns), owned, decode, step, offset=offset)
+
+
+def _per_group(tensors: Tensors, key: str, group: int, start: int, stop: int) -> Tensor:
+    return tensors.read(key, start, stop).float().repeat_interleave(group, 1)
 
 
 def _affine_rows(tensors: Tensors, stem: str, bits: int, group: int, start: int, stop: int) -> Tensor:
@@ -265,9 +275,7 @@ def _affine_rows(tensors: Tensors, stem: str, bits: int, group: int, start: int,
     raw = torch.nn.functional.pad(raw, (0, 1))
     at = torch.arange((raw.shape[1] - 1) * 8 // bits) * bits
     codes = ((raw[:, at // 8] | raw[:, at // 8 + 1] << 8) >> (at % 8)) & (1 << bits) - 1
-    scales, biases = (
-        tensors.read(f"{stem}.{part}", start, stop).float().repeat_interleave(group, 1) for part in ("scales", "biases")
-    )
+    scales, biases = (_per_group(tensors, f"{stem}.{part}", group, start, stop) for part in ("scales", "biases"))
     return codes * scales + biases
 
 

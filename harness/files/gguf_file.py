@@ -27,9 +27,20 @@ _LONGEST_ARRAY = 65_536  # vocabularies, which only whole models have, cost the 
 _LONGEST_VOCABULARY = 2_000_000
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 _MOST_BLOCKS = 512
-_MODERN = ("model.layers.", "model.embed_tokens", "lm_head", "transformer.h.")
+_MODERN = ("model.layers.", "model.", "lm_head", "transformer.h.")
+_OLDER = frozenset({"bloom", "codeshell", "falcon", "gpt2", "gptj", "jais", "mpt", "starcoder"})  # transformer.h.
 _PLAIN = ("F16", "F32", "F64")
 _REFUSED = (ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, OSError, TypeError)
+
+
+# type -> bytes of a block, and (first byte, end, the byte that holds a code of 1 in each place) of its codes
+Codes = tuple[int, tuple[tuple[int, int, int], ...]]
+_CODES: Mapping[str, Codes] = {
+    "Q4_0": (18, ((2, 18, 0x11),)), "Q4_1": (20, ((4, 20, 0x11),)), "Q8_0": (34, ((2, 34, 1),)),
+    "Q5_0": (22, ((2, 6, 0), (6, 22, 0x11))), "Q5_1": (24, ((4, 8, 0), (8, 24, 0x11))),
+    "Q2_K": (84, ((16, 80, 0x55),)), "Q3_K": (110, ((0, 32, 0), (32, 96, 0x55))), "Q4_K": (144, ((16, 144, 0x11),)),
+    "Q5_K": (176, ((16, 48, 0), (48, 176, 0x11))), "Q6_K": (210, ((0, 128, 0x11), (128, 192, 0))),
+}  # fmt: skip
 
 
 class GgufFile(TensorFile):
@@ -55,6 +66,23 @@ class GgufFile(TensorFile):
             return _decoded(self, self._layouts[key], start, stop)
         except _REFUSED as error:
             raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+
+    def has_grid(self, key: str) -> bool:
+        """Tell whether the numbers of a tensor are whole numbers of steps; those of types with a codebook are not."""
+        return self.tensors[key].dtype in _CODES
+
+    def grid(self, key: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return step and offset of each weight of rows [start, stop): [rows, in] in float32 each.
+
+        Raises:
+            LoraFileError: as `rows`.
+        """
+        codes = _CODES[self.tensors[key].dtype]
+        try:
+            low, high = (_decoded(self, self._layouts[key], start, stop, (codes, one)) for one in (False, True))
+        except _REFUSED as error:
+            raise LoraFileError(self.path, f"cannot be read ({printable(error)})", key=printable(key)) from error
+        return high - low, low
 
     @cached_property
     def _layouts(self) -> dict[str, Any]:
@@ -100,10 +128,10 @@ def model_names(file: GgufFile, layers: Iterable[str]) -> dict[str, str]:
     spellings: dict[str, list[str]] = {}
     for spelling, (_, name) in gguf.get_tensor_name_map(kind, min(blocks, _MOST_BLOCKS)).mapping.items():
         spellings.setdefault(name, []).append(spelling)
+    starts = _MODERN[::-1] if file.metadata.get("general.architecture") in _OLDER else _MODERN
+    known = [layer for layer in layers if layer in spellings]
     return {
-        layer: next((name for name in spellings[layer] if name.startswith(_MODERN)), layer)
-        for layer in layers
-        if layer in spellings
+        layer: next((n for start in starts for n in spellings[layer] if n.startswith(start)), layer) for layer in known
     }
 
 
@@ -164,7 +192,8 @@ def _package(path: Path) -> Any:
         raise LoraFileError(path, "is a GGUF file: install `gguf` to have it read (lora-harness[gguf])") from None
 
 
-def _decoded(file: GgufFile, tensor: Any, start: int, stop: int) -> Tensor:
+def _decoded(file: GgufFile, tensor: Any, start: int, stop: int, codes: tuple[Codes, bool] | None = None) -> Tensor:
+    """Return rows of a tensor; with `codes` as if all of them were 0, or 1."""
     import torch
 
     name, stored = tensor.tensor_type.name, tensor.data.dtype
@@ -172,12 +201,23 @@ def _decoded(file: GgufFile, tensor: Any, start: int, stop: int) -> Tensor:
     start, stop = min(start, count), min(stop, count)
     width = int(tensor.data.nbytes) // max(count, 1)
     raw = file.elements(int(tensor.data_offset) + start * width, (stop - start) * width, torch.uint8).numpy()
+    if codes:
+        raw = _with_codes(raw, *codes)
     native = raw.view(stored).astype(stored.newbyteorder("="), copy=False).reshape(stop - start, *rest)
     if name in _PLAIN:
         return torch.from_numpy(native)
     if name == "BF16":
         return torch.from_numpy(native).view(torch.bfloat16)
     return torch.from_numpy(import_module("gguf.quants").dequantize(native, tensor.tensor_type).copy())
+
+
+def _with_codes(raw: Any, layout: Codes, one: bool) -> Any:
+    """Return blocks whose codes are all 0, or 1."""
+    size, places = layout
+    blocks = raw.reshape(-1, size).copy()
+    for first, end, byte in places:
+        blocks[:, first:end] = byte if one else 0
+    return blocks.reshape(-1)
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], alpha: float | None, architecture: str = "llama") -> None:

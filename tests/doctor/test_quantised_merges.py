@@ -101,3 +101,124 @@ def test_what_cannot_be_dequantised_is_not_judged_by_name(tmp_path: Path) -> Non
     report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")))
     assert report.exit_code == 3
     assert "GPTQ" in str(report.overall)
+
+
+Stored = dict[str, Any]
+ROWS, COLUMNS, GROUP = 96, 128, 32
+
+
+def _int8(weight: Any, maxima: Any) -> tuple[Any, Any]:
+    step = (maxima / 127).clamp_min(1e-12)
+    return (weight / step).round().clamp(-127, 127).to(torch.int8), step
+
+
+def _by_group(weight: Any) -> Any:
+    return weight.reshape(len(weight), -1, GROUP)
+
+
+def _mlx(weight: Any, bits: int) -> Stored:
+    """MLX: codes from the low end of 32-bit words, a scale and a bias for each group of columns."""
+    groups = _by_group(weight)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).half().float()
+    low = low.half().float()
+    codes = ((groups - low) / step).round().clamp(0, 2**bits - 1).reshape(len(weight), -1).long()
+    per = 32 // bits
+    words = (codes.reshape(len(weight), -1, per) << (torch.arange(per) * bits)).sum(2)
+    return {"weight": words.to(torch.uint32), "scales": step[..., 0].half(), "biases": low[..., 0].half()}
+
+
+def _of_group(weight: Any) -> Stored:
+    codes, step = _int8(_by_group(weight), _by_group(weight).abs().amax(2, keepdim=True))
+    return {"weight": codes.reshape(weight.shape), "weight_scale": step[..., 0]}
+
+
+def _of_row(weight: Any, name: str = "weight_scale") -> Stored:
+    codes, step = _int8(weight, weight.abs().amax(1, keepdim=True))
+    return {"weight": codes, name: step}
+
+
+def _bnb(weight: Any) -> Stored:
+    return {"weight": _of_row(weight)["weight"], "SCB": weight.abs().amax(1)}
+
+
+def _quanto(weight: Any) -> Stored:
+    stored = _of_row(weight)
+    return {"weight._data": stored["weight"], "weight._scale": stored["weight_scale"]}
+
+
+STORAGES = {
+    "int8 of rows": _of_row,
+    "int8 of the tensor": lambda weight: dict(zip(("weight", "weight_scale"), _int8(weight, weight.abs().max()), strict=True)),
+    "int8 of groups": _of_group,
+    "bitsandbytes": _bnb,
+    "quanto": _quanto,
+    "mlx 4": lambda weight: _mlx(weight, 4),
+    "mlx 8": lambda weight: _mlx(weight, 8),
+}  # fmt: skip
+HEAD = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(9))
+TIMES = {(1, 1): (0, None), (2, 2): (1, "LH202"), (0.5, 0.5): (1, "LH209"), (0, 0): (1, "LH101"), (1, 0): (1, "LH102")}
+
+
+def _update(generator: Any) -> tuple[Any, Any]:
+    return torch.randn(8, COLUMNS, generator=generator) / 10, 0.05 * torch.randn(ROWS, 8, generator=generator)
+
+
+def _drawn(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the weights of three layers, and what the LoRA adds to them; write the LoRA."""
+    generator = torch.Generator().manual_seed(5)
+    names = [f"model.layers.{layer}.self_attn.v_proj" for layer in range(3)]
+    weights = {name: 0.02 * torch.randn(ROWS, COLUMNS, generator=generator) for name in names}
+    halves = {name: _update(generator) for name in names}
+    lora = {f"base_model.model.{name}.lora_{half}.weight": part
+            for name, pair in halves.items() for half, part in zip("AB", pair, strict=True)}  # fmt: skip
+    (folder / "lora").mkdir()
+    save_file(lora, folder / "lora" / "adapter_model.safetensors")
+    (folder / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 4}')
+    return weights, {name: 0.5 * b @ a for name, (a, b) in halves.items()}
+
+
+def _written(folder: Path, weights: dict[str, Any], storage: Any) -> Path:
+    folder.mkdir()
+    tensors = {f"{name}.{key}": tensor for name, weight in weights.items() for key, tensor in storage(weight).items()}
+    tensors |= {"model.norm.weight": torch.ones(COLUMNS), "model.embed_tokens.weight": torch.ones(4, COLUMNS)}
+    tensors |= {f"lm_head.{key}": tensor for key, tensor in storage(HEAD).items()}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    bits = 4 if "4" in folder.name else 8
+    (folder / "config.json").write_text(f'{{"quantization": {{"bits": {bits}, "group_size": {GROUP}}}}}')
+    return folder
+
+
+def _merged(weights: dict[str, Any], updates: dict[str, Any], times: tuple[float, float]) -> dict[str, Any]:
+    factors = [times[0], *[times[1]] * (len(weights) - 1)]
+    return {name: weights[name] + factor * updates[name] for name, factor in zip(weights, factors, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("base", "times"), [*(("in float32", times) for times in TIMES), ("in the same codes", (1, 1)), ("codes", (2, 2))]
+)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_merge_stored_in_whole_numbers_of_steps_is_judged(
+    storage: str, times: tuple[float, float], base: str, tmp_path: Path
+) -> None:
+    weights, updates = _drawn(tmp_path)
+    kind = storage.replace(" ", "_")
+    before = _written(
+        tmp_path / f"base_{kind}", weights, STORAGES[storage] if "codes" in base else lambda w: {"weight": w}
+    )
+    after = _written(tmp_path / f"merged_{kind}", _merged(weights, updates, times), STORAGES[storage])
+    for full in (False, True):
+        report = verify_merge(before, after, tmp_path / "lora", full=full)
+        assert (report.exit_code, report.overall.code) == TIMES[times], report.overall.text()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_damaged_rows_of_codes_are_found(full: bool, tmp_path: Path) -> None:
+    weights, updates = _drawn(tmp_path)
+    merged = _merged(weights, updates, (1, 1))
+    for name in list(merged)[:1]:
+        merged[name][40:56] = weights[name][40:56]
+    before = _written(tmp_path / "base", weights, lambda weight: {"weight": weight})
+    after = _written(tmp_path / "merged", merged, _of_row)
+    report = verify_merge(before, after, tmp_path / "lora", full=full)
+    assert report.exit_code == 1, report.overall.text()

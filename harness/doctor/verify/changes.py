@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Slot
-from harness.doctor.quantised import Rows
 from harness.doctor.spelling import layers_by_spelling
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
@@ -261,9 +260,9 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
     if fitted is None:
         return None
-    if step := _steps(tensor, merged):
-        fitted = Scaled(fitted, step)
-        tensor = [base.in_codes(tensor, step), merged.in_codes(tensor, None)].pop()
+    if grid := merged.grid(tensor):
+        fitted = Scaled(fitted, grid.steps)
+        tensor = [base.in_codes(tensor, grid), merged.in_codes(tensor, None)].pop()
     first = next(role for role in ("B", *module.keys) if role in module.keys and role != "alpha")
     dtype = str(adapter.part(change.module, first).dtype).removeprefix("torch.")
     parts = (tensor, base, merged, fitted, dtype)
@@ -272,12 +271,6 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     magnitude = adapter.part(change.module, "magnitude")
     axis = _axis(tuple(magnitude.shape), product.shape, adapter.format)
     return None if axis is None else DoraLayer(*parts, magnitude, axis)
-
-
-def _steps(tensor: str, merged: Weights) -> Rows | None:
-    """Return the scales of the rows of a merged weight that is stored in codes; None where it is stored as it is."""
-    scheme = merged.store.schemes.get(tensor)
-    return scheme.step if scheme else None
 
 
 def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged: Weights) -> str:

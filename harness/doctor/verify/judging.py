@@ -14,6 +14,7 @@ from harness.doctor.verify.measurement import MergeMeasurement, measure, measure
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
 from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.untouched import requantised
 from harness.doctor.verify.vote import DTYPES
 from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
@@ -26,6 +27,7 @@ _ELEMENTS = 100_000
 _ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
 _OWN = 1e-4  # relative; singular values of this LoRA's update
 _ABOVE = 5.0  # medians; singular values of noise lie below
+_NONE = 0.005  # of the expected scale
 _NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
 Stores = tuple[Weights, Weights]
 
@@ -130,6 +132,17 @@ def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Read
     return measured if measured.state in ("merged", "two roundings") else None
 
 
+def _is_requantised(measured: MergeMeasurement, tensor: str, wanted: Probe, stores: Stores) -> bool:
+    """Tell whether a weight is the base's, stored otherwise: nothing of the update is in it."""
+    if not wanted.expected or stores[0].quantised(tensor) == stores[1].quantised(tensor):
+        return False
+    if measured.state == "unexplained":
+        return requantised(*stores, tensor, (0, min(_ROWS_LEFT, stores[0].info(tensor).shape[0])))
+    return measured.state in ("merged", "two roundings", "mixed") and abs(measured.scale) <= _NONE * abs(
+        wanted.expected
+    )
+
+
 def _of_squares(layer: MergedLayer, change: Change, adapter: LoraAdapter) -> bool:
     """Tell whether a layer stacks square experts of which nothing says how they lie."""
     experts = adapter.modules[change.module].experts if change.stacks and change.turned is None else 0
@@ -226,6 +239,8 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     if blends:
         scale = wanted.expected
         measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
+    if _is_requantised(measured, change.tensor, wanted, stores):
+        measured = replace(measured, state="not merged", scale=0.0)
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
@@ -285,7 +300,7 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     whole = change.tensor.partition("[")[0]
     if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
         return NotMeasured("quantised", why)
-    if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, whole, stores[1]):
+    if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, stores[1]):
         return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
@@ -301,11 +316,9 @@ def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     return _odd_dtype([base.dtype(tensor), merged.dtype(tensor)])
 
 
-def _has_steps(change: Change, tensor: str, merged: Weights) -> bool:
-    """Tell whether the rounding of codes is known: numbers of eight bits that a scale multiplies, all rows of them."""
-    scheme = merged.store.schemes.get(tensor)
-    fits = scheme is not None and scheme.step is not None and change.tensor == tensor and change.product is not None
-    return fits and scheme is not None and merged.store.dtype(scheme.codes.removeprefix(merged.store.prefix)) in DTYPES
+def _has_steps(change: Change, merged: Weights) -> bool:
+    """Tell whether the rounding of a quantised weight is known: whole numbers, or numbers of eight bits, of steps."""
+    return change.product is not None and change.tensor is not None and merged.grid(change.tensor) is not None
 
 
 def _odd_dtype(dtypes: list[str]) -> NotMeasured | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.doctor.verify.products import Product, sums_by_chunk, window
 from harness.doctor.verify.row_products import Rows
 from harness.doctor.verify.rows import Rounding, RowSums, Window
-from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
+from harness.doctor.verify.vote import Array, Flags, half_step, stored_as, work_dtype
 from harness.doctor.verify.weights import Weights
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
@@ -56,7 +56,7 @@ class Sample:
 
     def rounded(self, values: Array) -> Array:
         """Return `values` rounded to the dtype of the merge."""
-        stored = torch.from_numpy(values).to(getattr(torch, self.dtype))
+        stored = stored_as(torch.from_numpy(values), self.dtype)
         return stored.to(torch.from_numpy(values[:0]).dtype).numpy()
 
 
@@ -112,7 +112,7 @@ class MergedLayer:
             change=(after - before).numpy(),
             product=product.numpy(),
             half=half_step(after.numpy(), self.dtype),
-            changed=(base.to(getattr(torch, self.dtype)).to(work) != after).numpy(),
+            changed=(stored_as(base, self.dtype).to(work) != after).numpy(),
             block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
             index=index_of(runs).numpy(),
             finite=finite,

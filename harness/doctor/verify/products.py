@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.doctor.verify.row_products import Rows, row_products
 from harness.doctor.verify.rows import Looks, Rounding, RowSums, Window
-from harness.doctor.verify.vote import Array, half_step
+from harness.doctor.verify.vote import Array, half_step, stored_as
 
 _CHUNK_ELEMENTS = 1 << 20
 _ALL = slice(None)
@@ -89,7 +89,7 @@ def window(product: Product, before: Rows, after: Rows, dtype: str, run: tuple[i
     """Return some rows, with what they were multiplied by taken out."""
     work = torch.float64 if dtype in ("float32", "float64") else torch.float32
     stored, merged = before(*run), after(*run)
-    changed = (stored.to(getattr(torch, dtype)).to(work) != merged.to(work)).numpy()
+    changed = (stored_as(stored, dtype).to(work) != merged.to(work)).numpy()
     update = product.part(torch.arange(*run), _ALL, work).double().numpy()
     old, new = (part.to(work).double().numpy() for part in (stored, merged))
     with np.errstate(all="ignore"):
@@ -225,7 +225,7 @@ class Picked(Product):
 
 @dataclass(frozen=True)
 class Scaled(Product):
-    """A product in the codes of a weight: each row over its scale, which `step` returns: [rows or 1, 1]."""
+    """A product in the codes of a weight: over the scales that `step` returns for rows, [rows or 1, columns or 1]."""
 
     whole: Product
     step: Rows
@@ -240,7 +240,7 @@ class Scaled(Product):
         first, last = int(rows.min()), int(rows.max()) + 1
         step = self.step(first, last).to(work)
         own = step if len(step) == 1 else step[rows - first]
-        return self.whole.part(rows, columns, work) / own
+        return self.whole.part(rows, columns, work) / (own if own.shape[1] == 1 else own[:, columns])
 
     def turned(self) -> Product:
         """Return itself: rows have their scales as the weight lies."""

@@ -89,8 +89,9 @@ def verify_merge(
     _usable(options)
     bases, loras = _several(base), _several(lora)
     given = list(_given(loras, options))
-    after = Checkpoint.open(merged)
-    stores, notes = _best([Checkpoint.open(path) for path in bases], after, given)
+    native = all(one.adapter.format == "gguf" for one in given)
+    after = Checkpoint.open(merged, native=native)
+    stores, notes = _best([Checkpoint.open(path, native=native) for path in bases], after, given)
     claims = _claims(given, stores)
     reading = Reading(options.full, options.device, options.on_module)
     found = [module for claim in claims.values() for module in judged(claim, stores, reading)]

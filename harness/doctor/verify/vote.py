@@ -7,10 +7,13 @@ merged dtype at w'. The plain projection <w' - w, p> / <p, p> is biased low wher
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[np.floating[Any]]
 Flags = NDArray[np.bool_]
@@ -21,7 +24,9 @@ _STEPS = {
     "float64": (40, -1022), "float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14),
     "float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14),
 }  # fmt: skip
-DTYPES = frozenset(_STEPS)
+_WHOLE = "int8"  # whole numbers of steps of a quantised weight
+DTYPES = frozenset({*_STEPS, _WHOLE})
+_STEP_ROUNDED = 2.0**-11  # relative: the step is stored in 16 bits, codes were made before that
 _SURE = 3.0  # standard deviations of a count of elements that disagree
 
 
@@ -45,12 +50,22 @@ def work_dtype(dtype: str) -> type[np.floating[Any]]:
     return np.float64 if dtype in ("float64", "float32") else np.float32
 
 
+def stored_as(values: Tensor, dtype: str) -> Tensor:
+    """Return values as `dtype` keeps them: whole numbers are the nearest."""
+    import torch
+
+    return values.round() if dtype == _WHOLE else values.to(getattr(torch, dtype))
+
+
 def half_step(values: NDArray[Any], dtype: str) -> Array:
     """Return half the distance from each value to its neighbours in `dtype`.
 
     Exact but below a power of two, where the neighbour is nearer: the interval is then too wide on one side, never
     too narrow.
     """
+    if dtype == _WHOLE:
+        whole: Array = np.abs(values) * values.dtype.type(_STEP_ROUNDED) + values.dtype.type(0.5)
+        return whole
     bits, smallest = _STEPS[dtype]
     if values.dtype == np.float64:
         powers = (values.view(np.uint64) & np.uint64(0x7FF0 << 48)).view(np.float64)

@@ -16,6 +16,7 @@ from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
 from harness.doctor.quantised import Rows
+from harness.doctor.verify.vote import DTYPES
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.tensor_file import is_float
@@ -24,6 +25,29 @@ _WEIGHT = ".weight"
 TIED = re.compile(
     r"(?:lm_head|embed_out|output|head|embed_tokens|wte|shared|word_embeddings|tok_embeddings|decoder)\.weight$"
 )
+
+
+class Grid(NamedTuple):
+    """The steps of a quantised weight, and from where they count (None: 0)."""
+
+    step: Rows
+    offset: Rows | None = None
+
+    def steps(self, start: int, stop: int) -> Tensor:
+        """Return the steps of rows; infinite where a weight has no choice."""
+        step = self.step(start, stop)
+        return torch.where(step == 0, torch.inf, step)
+
+    def codes(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of a weight in steps."""
+        away = weight.float() - self.offset(start, stop) if self.offset else weight.float()
+        return away / self.steps(start, stop)
+
+
+def code_dtype(store: Checkpoint, name: str) -> str:
+    """Return the dtype of the codes of a quantised weight: whole numbers where they are packed."""
+    codes = store.schemes[name].codes
+    return store.dtype(codes.removeprefix(store.prefix)) if codes else "int8"
 
 
 class Piece(NamedTuple):
@@ -44,7 +68,7 @@ class Weights:
     folds: dict[str, str] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     held: dict[str, Tensor] = field(default_factory=dict)
-    coded: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
+    coded: dict[str, tuple[str, Grid | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Checkpoint) -> Weights:
@@ -128,13 +152,7 @@ class Weights:
         if name in self.held:
             return self.held[name][start:stop].flatten(1)
         if name in self.coded:
-            own, step = self.coded[name]
-            key = self.store.schemes[own].codes.removeprefix(self.store.prefix) if step is None else ""
-            return (
-                self.store.stored_rows(key, start, stop)
-                if step is None
-                else self.rows(own, start, stop) / step(start, stop)
-            )
+            return self._codes(*self.coded[name], start, stop)
         if name in self.folds:
             return self._unfolded(self.folds[name], start, stop)
         height = self.groups.get(name, 1)
@@ -168,15 +186,48 @@ class Weights:
             self.held[f"{name}[copy]"] = tensor
         return f"{name}[copy]"
 
-    def in_codes(self, name: str, step: Rows | None) -> str:
-        """Return a name for a weight divided by the scales `step` of each row; None: for the codes stored for it."""
-        self.coded[f"{name}[codes]"] = name, step
+    def grid(self, name: str) -> Grid | None:
+        """Return the steps in which a tensor is stored; None where it is stored as it is, or nothing tells."""
+        pieces, schemes = self._pieces(name), self.store.schemes
+        if name in self.held or name in self.folds or not all(self._has_steps(piece.name) for piece in pieces):
+            return None
+
+        def read(part: str, start: int, stop: int) -> Tensor:
+            found = []
+            for own, first, last in _cut(pieces, start, stop, self._stop):
+                values = getattr(schemes[own], part)
+                rows = values(first, last) if values else torch.zeros(1, 1)
+                found.append(rows.expand(last - first, rows.shape[1]) if len(pieces) > 1 else rows)
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        shifted = any(schemes[piece.name].offset for piece in pieces)
+        return Grid(partial(read, "step"), partial(read, "offset") if shifted else None)
+
+    def _has_steps(self, name: str) -> bool:
+        scheme = self.store.schemes.get(name)
+        return scheme is not None and scheme.step is not None and code_dtype(self.store, name) in DTYPES
+
+    def in_codes(self, name: str, grid: Grid | None) -> str:
+        """Return a name for a weight in steps of the `grid` of another; None: for the codes stored for it."""
+        self.coded[f"{name}[codes]"] = name, grid
         return f"{name}[codes]"
 
-    def _code_dtype(self, name: str, step: Rows | None) -> str:
-        if f"{name}[codes]" not in self.coded or step is not None:
+    def _codes(self, name: str, grid: Grid | None, start: int, stop: int) -> Tensor:
+        schemes, pieces = self.store.schemes, self._pieces(name)
+        if grid is None and all(schemes[piece.name].codes for piece in pieces):
+            keys = {piece.name: schemes[piece.name].codes.removeprefix(self.store.prefix) for piece in pieces}
+            runs = _cut(pieces, start, stop, self._stop)
+            parts = [self.store.stored_rows(keys[own], first, last) for own, first, last in runs]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        steps = grid or self.grid(name)
+        assert steps is not None
+        found = steps.codes(self.rows(name, start, stop), start, stop)
+        return found if grid else found.round()
+
+    def _code_dtype(self, name: str, grid: Grid | None) -> str:
+        if f"{name}[codes]" not in self.coded or grid is not None:
             return "float32"
-        return self.store.dtype(self.store.schemes[name].codes.removeprefix(self.store.prefix))
+        return code_dtype(self.store, self.owner(name))
 
     def owner(self, name: str) -> str:
         """Return the tensor that `name` is, or is cut from."""
