@@ -69,6 +69,7 @@ def examples(
     negative_alpha: bool = True,
     max_layers: int | None = None,
     dtypes: Sequence[str] = DTYPES,
+    file_dtypes: Sequence[str] | None = None,
     alpha: bool = True,
     max_rank: int = 64,
     strength: SearchStrategy[float] | None = None,
@@ -79,7 +80,7 @@ def examples(
 
     `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional); without `alpha` none do.
     `strength` is drawn from `strengths()` unless another strategy is given. The model's dtype is one of `dtypes`, the
-    file's any of them. With `patterns` its configuration names modules in different ways. What is
+    file's any of them, or of `file_dtypes`. With `patterns` its configuration names modules in different ways. What is
     `uniform`, rank or alpha, is the same in all modules.
     """
     count = min(max_layers or len(layers), len(layers))
@@ -102,7 +103,7 @@ def examples(
         targets,
         strength=draw(strengths() if strength is None else strength),
         dtype=dtype,
-        file_dtype=draw(st.sampled_from(("float32", dtype, *dtypes))),
+        file_dtype=draw(st.sampled_from(("float32", dtype, *(file_dtypes or dtypes)))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
         value_seed=draw(st.integers(0, 99)),
         patterns=draw(st.sampled_from(("names", "names", "tails", "regex"))) if patterns else "names",

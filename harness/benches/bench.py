@@ -179,10 +179,10 @@ class Bench:
 
 def shared(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
     """Return the layers that share the weight of an earlier one, with that one."""
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in layers}  # held: ids stay their own
     first, found = dict[int, str](), dict[str, str]()
-    for name in layers:
-        weight = getattr(model.get_submodule(name), "weight", None)
-        other = name if weight is None else first.setdefault(weight.data_ptr(), name)
+    for name, weight in weights.items():
+        other = name if weight is None else first.setdefault(id(weight), name)
         if other != name:
             found[name] = other
     return found
@@ -198,8 +198,9 @@ def fill_zeros(model: torch.nn.Module, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if name and layer_of(module) else None
+    for module in model.modules():
+        layer = layer_of(module)
+        weight = getattr(module, "weight", None) if layer and not layer.codes else None
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() and not weight.any():
             drawn = torch.randn(weight.shape, generator=generator) / max(1, weight.shape[-1]) ** 0.5
             weight.data.copy_(drawn)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+from harness.benches.quantise import codes_of
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -24,7 +26,8 @@ class Layer:
     A convolution of one, two or three dimensions has one column per input channel and kernel place,
     `[out, in * kh * kw]`; an embedding one column per
     token; `transposed` is a linear layer that stores its weight as [in, out] (transformers' `Conv1D`). `bias` says
-    whether it has one.
+    whether it has one. `codes` is what a quantised weight is rounded to, `blur` the share of an answer that such a
+    layer loses of dense input, where it rounds that too.
     """
 
     kind: Kind
@@ -35,6 +38,8 @@ class Layer:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
+    codes: str = ""
+    blur: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +58,7 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
 
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
-        return Layer("linear", module.out_features, module.in_features, bias)
+        return Layer("linear", module.out_features, module.in_features, bias, codes=codes_of(module))
     if isinstance(module, nn.Embedding):
         return Layer("embedding", module.embedding_dim, module.num_embeddings)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:

@@ -85,6 +85,11 @@ def bench(
     chosen = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
     said = OwnBench(name, chosen, run, dict(fused or {}), component, dict(names or {}))
     _check(said)
+    return declare_as(said)
+
+
+def declare_as(said: OwnBench) -> Callable[[F], F]:
+    """Return what says this of a function."""
 
     def declare(make: F) -> F:
         setattr(make, _ATTRIBUTE, said)
@@ -147,7 +152,7 @@ class _Factory:
         try:
             with _seeded():
                 model = self.make()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # a script that ends the process is no end of the run
             if isinstance(error, Exception) and is_out_of_memory(error):

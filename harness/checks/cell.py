@@ -73,6 +73,11 @@ class Cell:
         return tuple(name for name in names if naming is None or naming.write(name) is not None)
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that the bench runs in."""
+        return self.bench.dtypes
+
+    @property
     def strengths(self) -> tuple[float, ...]:
         """The only strengths that can be asked for, empty for any."""
         return self.variant.strengths or ((1.0,) if self.subject.strength_argument is None else ())

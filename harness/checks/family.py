@@ -158,6 +158,8 @@ class Scenario:
     def possible(self, cell: Cell) -> bool:
         """Whether a loader can be asked for this in `cell`."""
         plain = all(step.times in (1, None) or step == rebuild(2) for step in self.steps)
+        if any(step == rebuild(2) for step in self.steps) and any(layer.codes for layer in cell.view.layers.values()):
+            return False  # no arithmetic on codes makes a model of other weights
         return has(cell, self.requires) and (plain or has(cell, "any strength"))
 
 

@@ -11,7 +11,7 @@ from harness.checks.cell import Cell
 from harness.example import Example, Target
 from harness.isolation.calls import Raised
 from harness.law.probe import Probe
-from harness.measure.compare import Fit, norm
+from harness.measure.compare import Fit, coarser, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
@@ -87,7 +87,9 @@ def observation_of(
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype)
+        seen = cell.variant.fits(*both, expected=expected, dtype=example.dtype)
+        codes = cell.view.layers[name].codes
+        fits[name] = coarser(seen, codes, before[name], updates[name].direction, both[3]) if codes else seen
     untouched = [name for name in cell.view.layers if name not in fits]
     changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
     wrong = [t for t in example.targets if wrong_direction(fits[t.name][0])]

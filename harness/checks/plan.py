@@ -115,13 +115,14 @@ class Plan:
 
 def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
     """Return the random examples of the cell."""
-    variant = cell.variant
+    variant, dtypes = cell.variant, plan.dtypes if cell.subject.outputs is None else ("float32",)
     return lora_examples(
         cell.targets,
         missing_alpha=FORMATS[cell.format].alpha[0] in ("tensor", "header"),
         alpha=cell.has_alpha,
         max_layers=plan.max_layers if cell.subject.outputs is None else 1,
-        dtypes=plan.dtypes if cell.subject.outputs is None else ("float32",),
+        dtypes=tuple(dtype for dtype in dtypes if dtype in cell.dtypes) or cell.dtypes[:1],
+        file_dtypes=dtypes,
         max_rank=variant.rank_limit(cell.view),
         strength=sampled_from(cell.strengths) if cell.strengths else None,
         patterns=cell.has_patterns,
@@ -165,7 +166,8 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
     yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)
     shapes = [_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED
     for (dtype, file_dtype), drawn in zip(_DTYPES, itertools.cycle(shapes), strict=False):
-        yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
+        if dtype in cell.dtypes:
+            yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
     if alpha and cell.zero_alpha_is_ambiguous:
         yield example([(_UNIFORM[0][0], 0.0)], 1.0)
         yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)

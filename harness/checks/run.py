@@ -213,7 +213,8 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
             result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
     if cell.subject.outputs:
         return
-    _add_what_follows(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
+    dtypes = [d for d in plan.dtypes if d in cell.dtypes and allowed(replace(smoke, dtype=d))]
+    _add_what_follows(cell, dtypes, smoke, result)
 
 
 def _add_what_follows(cell: Cell, dtypes: Sequence[str], example: Example, result: Search) -> None:

@@ -31,6 +31,7 @@ File = Literal["example", "copy", "other", "replaced"]
 _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
 _ROUNDINGS = 32  # of a dense answer: the sum, and B @ (A @ x) whose parts are larger than their product
 _REMEMBERED = 4  # examples, and the last one: a loader that mixes files up has the first ones, or the last
+_BLURS = 3  # times what a layer that rounds its input loses of a dense answer anyway
 _SHARE = 0.05  # of the change, below which a dense answer is a matter of precision
 
 
@@ -226,7 +227,8 @@ def _bent(
         weight, change = (w[:, : layer.columns] for w in (after[name], after[name] - before[name]))
         off = norm(tensors[DENSE + name] - x.double() @ weight.T)
         rounding = _ROUNDINGS * roundoff * norm(x.double()) * norm(weight) / layer.columns**0.5
-        if not off <= max(rounding, _SHARE * norm(x.double() @ change.T)) and bool(weight.isfinite().all()):
+        blur = _BLURS * layer.blur * norm(x.double() @ weight.T)
+        if not off <= max(rounding, blur, _SHARE * norm(x.double() @ change.T)) and bool(weight.isfinite().all()):
             yield name
 
 

@@ -185,6 +185,13 @@ _BENCHES = (
 )
 
 
+_QUANTISE = click.option(
+    "--quantise",
+    metavar="SCHEME",
+    help="The layers of these benches rounded to nf4, fp4, int8 (bitsandbytes), torchao-int8 or quanto-int8.",
+)
+
+
 def bench_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which benches; `command` gets the names as `benches`."""
 
@@ -192,10 +199,15 @@ def bench_options(command: Callable[..., None]) -> Callable[..., None]:
     def folded(**options: Any) -> None:
         from harness.loaders.benches import bench_name
 
-        models = [bench_name(spec, model=True) for spec in options.pop("models")]
-        command(**{**options, "benches": (*options["benches"], *models)})
+        scheme, models = options.pop("quantise"), options.pop("models")
+        if scheme and not (models or options["benches"]):
+            raise click.UsageError("--quantise rounds the layers of a bench: say which with --bench or --model")
+        named = [bench_name(spec, model=True, quantise=scheme) for spec in models]
+        if scheme:
+            options["benches"] = [bench_name(spec, quantise=scheme) for spec in options["benches"]]
+        command(**{**options, "benches": (*options["benches"], *named)})
 
-    for option in _BENCHES:
+    for option in (*_BENCHES, _QUANTISE):
         folded = option(folded)
     return folded
 

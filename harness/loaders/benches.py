@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.benches import Bench, Layer, add_bench, bench_names, get_bench, more_benches, own_benches
-from harness.benches.own import OwnBench, bench_of, declared
+from harness.benches.own import OwnBench, bench_of, declare_as, declared
+from harness.benches.quantise import check_scheme, quantised
 from harness.errors import UserError, one_line
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import Limits
@@ -41,7 +42,7 @@ class KnownBench(Bench):
     """A bench that was looked at: what is known of its layers needs no model."""
 
     prepare: Callable[[], object] = lambda: None  # imports what builds it
-    undeclared: bool = False  # named with --model, not with --bench
+    said_as: str = ""  # on the command line, where it is not `--bench` and its spec
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -62,7 +63,7 @@ class KnownBench(Bench):
     @property
     def option(self) -> str:
         """What names it on the command line."""
-        return f"--model {shlex.quote(self.spec or self.name)}" if self.undeclared else super().option
+        return self.said_as or super().option
 
     def known_weights(self, dtype: str) -> dict[str, Tensor] | None:
         """Return the layers' weights, with a column for the bias, in float64."""
@@ -100,15 +101,18 @@ def _layer(fields: Mapping[str, Any]) -> Layer:
     return Layer(**known)
 
 
-def bench_name(which: Which, *, model: bool = False) -> str:
+def bench_name(which: Which, *, model: bool = False, quantise: str | None = None) -> str:
     """Return the name of a bench, which it can be asked for by from now on; one of one's own is looked at first.
 
     `which` is the name of one, `package.module:function`, `path/to/file.py:function`, or the function itself. With
-    `model` the function declares nothing: every layer of what it builds takes a LoRA.
+    `model` the function declares nothing: every layer of what it builds takes a LoRA. `quantise` says to which codes
+    its linear layers that take one are rounded; that is another bench.
 
     Raises:
         UserError: no such bench, or one that cannot be used, in a sentence.
     """
+    if quantise:
+        return _of_codes(get_bench(bench_name(which, model=model)), quantise)
     if not isinstance(which, str):
         return _of_function(which, model=model)
     if not model and which in (*bench_names(), *more_benches(), *own_benches()):
@@ -133,6 +137,29 @@ def _loaded(point: metadata.EntryPoint) -> Make:
         raise
     except BaseException as error:
         raise UserError(f"bench {point.name}: importing {point.value} raises {one_line(error)}") from error
+
+
+def _of_codes(bench: Bench, scheme: str) -> str:
+    """Return the name of a bench with its linear layers quantised, after looking at it."""
+    check_scheme(scheme)
+    spec, chosen = f"{bench.spec or bench.name}+{scheme}", frozenset(bench.chosen)
+    fused = {
+        end: {str(n): rows for n, rows in enumerate(parts)} for end, parts in bench.fused if not isinstance(parts, int)
+    }
+    prepare = getattr(bench, "prepare", lambda: None)
+
+    def find() -> Make:
+        prepare()
+        build = quantised(bench.make, scheme, chosen.__contains__)
+        codes = OwnBench(f"{bench.name}+{scheme}", tuple(bench.chosen), bench.run, fused, bench.component, bench.names)
+        return declare_as(codes)(build)
+
+    name = f"{bench.name}+{scheme}"
+    if name in own_benches():
+        return name
+    return _add(
+        spec, find, _looked_at(spec, find, model=False), model=False, option=f"{bench.option} --quantise {scheme}"
+    )
 
 
 _FUNCTIONS: dict[str, Make] = {}
@@ -161,7 +188,7 @@ def _said(make: Make, spec: str, *, model: bool) -> OwnBench:
     return said or OwnBench(spec)
 
 
-def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model: bool) -> str:
+def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model: bool, option: str = "") -> str:
     later = _Later(find, spec, model)
     said = OwnBench(**{name: value for name, value in facts["said"].items() if name != "runs"})
     plain = bench_of(said, later.make, spec)
@@ -182,7 +209,7 @@ def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model
             dtypes=tuple(facts["dtypes"]),
             copies=facts["copies"],
             prepare=partial(_found, later),
-            undeclared=model and said.name == spec,
+            said_as=option or (f"--model {shlex.quote(spec)}" if model and said.name == spec else ""),
             facts=facts,
         )
     )

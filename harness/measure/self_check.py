@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from harness.benches.bench import DTYPES, Bench, ends_with, shared
 from harness.benches.layer import Layer, layer_of
@@ -17,13 +20,10 @@ from harness.measure.compare import norm
 from harness.measure.effective import dense_input, effective_weight, keep_dense, numbers_of
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 MOST_WEIGHTS = 30_000_000
 _SHOWN = 6
 _NOT_LINEAR = 1e-3  # of an answer: what rounding never makes
+_BLUR = 0.05  # of an answer: what rounding the input to eight bits does
 Refused = Callable[[str], UserError]
 
 
@@ -83,15 +83,15 @@ def _check_repeats(bench: Bench, model: torch.nn.Module, refused: Refused) -> No
     if again.keys() != state.keys():
         raise refused("two calls of its function build models with other layers")
     for name, value in state.items():
-        if not _same(value, again[name].to(value.dtype)):
+        if not _same(value, again[name]):
             why = "draw its weights with torch, Python's random or NumPy, which are seeded, and leave none undrawn"
             raise refused(f"two calls of its function differ in {name}: {why}")
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    import torch
-
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(one: object, other: object) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one == other
+    return one.shape == other.shape and torch.equal(_numbers(one), _numbers(other).to(_numbers(one).dtype))
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -99,8 +99,15 @@ def digest(model: torch.nn.Module) -> str:
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(name.encode())
-        found.update(value.detach().double().contiguous().numpy().tobytes())
+        if isinstance(value, torch.Tensor):  # quantised layers keep words in their state too
+            found.update(_numbers(value).double().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """Return the numbers that a tensor of any class stands for."""
+    inner = value.detach().data
+    return inner if type(inner) is torch.Tensor else inner.dequantize()
 
 
 def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -111,29 +118,30 @@ def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]
         layer = layer_of(module)
         if layer is None or not name:  # a model that is one layer has no name for it
             continue
-        if why := _unreadable(name, module, layer, like):
+        blur, why = _looked_into(name, module, layer, like)
+        if why:
             unread[name] = why
         else:
-            layers[name] = layer
+            layers[name] = replace(layer, blur=blur) if blur > _NOT_LINEAR else layer
     return layers, unread
 
 
-def _unreadable(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) -> str | None:
-    """Return why what a layer computes is not read; None when it is a matrix."""
-    dense = dict[str, "Tensor"]()
+def _looked_into(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) -> tuple[float, str]:
+    """Return the share of a dense answer that is not its matrix's, and why a layer is not read where it is none."""
+    dense = dict[str, Tensor]()
     try:
         weight = effective_weight(module, layer, like)
         keep_dense(dense, name, module, layer, like)
     except Exception as error:
-        return f"it does not answer as a layer does ({one_line(error)[:80]})"
+        return 0.0, f"it does not answer as a layer does ({one_line(error)[:80]})"
     if not bool(weight.isfinite().all()):
-        return "its weights are not finite"
+        return 0.0, "its weights are not finite"
     x = dense_input(layer, like.dtype)
-    if x is not None and name in dense:
-        wanted = x.double() @ weight.T
-        if not norm(dense[name] - wanted) <= _NOT_LINEAR * norm(wanted):
-            return "what it computes is no matrix"
-    return None
+    if x is None or name not in dense:
+        return 0.0, ""
+    wanted = x.double() @ weight.T
+    blur = norm(dense[name] - wanted) / norm(wanted) if norm(wanted) else 0.0
+    return blur, "" if blur <= (_BLUR if layer.codes else _NOT_LINEAR) else "what it computes is no matrix"
 
 
 def _targets(
@@ -181,8 +189,8 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
 
     Of other dtypes than the first only those stand there that are not its own rounded.
     """
-    tensors, dtypes = dict[str, "Tensor"](), list[str]()
-    for dtype in DTYPES:
+    tensors, dtypes = dict[str, Tensor](), list[str]()
+    for dtype in DTYPES[:1] if any(layer.codes for layer in layers.values()) else DTYPES:
         try:
             found = _in_dtype(bench, layers, dtype, refused)
         except (UserError, MemoryError):
@@ -197,8 +205,6 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
 
 
 def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Refused) -> dict[str, Tensor]:
-    import torch
-
     model = bench.base(getattr(torch, dtype))
     like = numbers_of(model)
     found = {
@@ -214,8 +220,6 @@ def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Re
 
 
 def _is_rounded(weight: Tensor, tensors: Mapping[str, Tensor], name: str, dtype: str) -> bool:
-    import torch
-
     first = tensors.get(f"float32:{name}")
     return first is not None and torch.equal(first.to(getattr(torch, dtype)).double(), weight)
 
@@ -228,8 +232,6 @@ def _other_parameters(model: torch.nn.Module, layers: Mapping[str, Layer]) -> di
 
 def _copies(bench: Bench, model: torch.nn.Module) -> bool:
     """Whether a copy by way of pickling is the same model; else each is built anew."""
-    import torch
-
     try:
         copied = Template(model).build()
         same = all(_same(value, copied.state_dict()[name]) for name, value in model.state_dict().items())
@@ -264,6 +266,8 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
         yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
     if not facts["said"]["runs"]:
         yield "no forward is given: copies, casts and saved states are not tried, nor what a loader does in one"
+    if codes := sorted({layer["codes"] for layer in layers.values() if layer["codes"]}):
+        yield f"quantised to {', '.join(codes)}: what a merge may be off by is what rounding the right sum to that does"
     if missing := [dtype for dtype in DTYPES if dtype not in facts["dtypes"]]:
         yield f"does not run in {', '.join(missing)}, which is not tried"
 
