@@ -10,16 +10,12 @@ from typing import Any
 from harness.checks.releases import CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
-from harness.law.reads import TABLE, title_of
+from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
 from harness.text import printable
 
 DOCS = Path(__file__).parents[1] / "docs"
 RELEASES = Path(__file__).with_name("releases.json")
 _RIGHT = "strength * alpha / rank"
-_LABEL = {
-    "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
-    "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
-}  # fmt: skip
 _FINDINGS = """# Findings
 
 Wrong or undocumented behaviour found in current releases of LoRA loaders. Each page has a script of its own that needs
@@ -53,8 +49,8 @@ What `diagnose` knows of each tool (`harness/law/tools.toml`); written by `pytho
 _RELEASES = """# Which release changed the law
 
 What each release of a loader does with a LoRA: the scale that it puts on B @ A, identified from about ten planned
-files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed. *Right* is
-strength · alpha / rank. Measured by `python -m benchmarks.releases`; written by `python -m benchmarks.tables`.
+files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed. *Right*
+is strength · alpha / rank. Measured by `python -m benchmarks.releases`; written by `python -m benchmarks.tables`.
 `lora-harness releases LOADER --install` does the same for any loader, range, format and bench; `--files` says what it
 means for files of yours. Seconds hold starting the release (importing it) and all its cells, on two cores shared with
 other work.
@@ -72,29 +68,19 @@ def findings_page() -> str:
     return _FINDINGS + "".join(lines) + "\n`lora-harness explain CODE` says what a code means.\n"
 
 
-def kind_of(outcome: Any) -> str:
-    """Return one word for what was measured of a spelling."""
-    if isinstance(outcome, str):
-        return outcome
-    if "all" in outcome:
-        return "depends"
-    return next((kind for kind in ("raises", "hangs") if kind in outcome), "partly")
-
-
 def reads_page() -> str:
     """Return what every tool was measured to read, a line per tool, architecture and naming."""
-    table: Mapping[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     by_place: dict[tuple[str, str, str, str], dict[str, list[str]]] = {}
-    for row in table["rows"]:
+    for row in every_row():
         place = (row["tool"], row["release"], row["family"], row["names"])
         found, mixed = kind_of(row["uniform"]), kind_of(row.get("mixed", row["uniform"]))
-        label = _LABEL[found] if found == mixed else f"{_LABEL[found]}; ranks or alphas that differ: {_LABEL[mixed]}"
+        label = LABELS[found] if found == mixed else f"{LABELS[found]}; ranks or alphas that differ: {LABELS[mixed]}"
         by_place.setdefault(place, {}).setdefault(label, []).append(row["scheme"])
     lines = []
     for (tool, release, family, names), found in by_place.items():
         said = "<br>".join(f"**{label}**: {', '.join(schemes)}" for label, schemes in found.items())
         lines.append(f"| {tool} {release} | {title_of(family)} | {names} | {said} |")
-    return _READS.format(measured=table["measured"]) + "\n".join(lines) + "\n"
+    return _READS.format(measured=measured_on()) + "\n".join(lines) + "\n"
 
 
 def tools_page() -> str:

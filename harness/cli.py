@@ -23,6 +23,7 @@ COMMANDS = {
     "audit": "Read a whole library of LoRA files: one row each.",
     "repair": "Write a new LoRA file whose scale every reader agrees on.",
     "report": "Write the HTML report from recorded runs.",
+    "site": "Write a static site from recorded runs: a page per loader, finding, format and code.",
     "history": "Show what changed between recorded runs.",
     "selftest": "Check the checks: broken loaders must be found and named, right ones never blamed.",
     "explain": "Say what a code means and how to fix it.",

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from harness.commands import options as shared
-
-if TYPE_CHECKING:
-    from harness.law.findings import Finding
-    from harness.verdict.codes import Code
 
 
 @click.command(
@@ -30,21 +23,24 @@ if TYPE_CHECKING:
 @shared.json_option
 def command(asked: tuple[str, ...], as_json: bool) -> None:
     """Say what a CODE means and how to fix it, which codes a SYMPTOM leads to; without an argument list them."""
+    from harness.law.explained import about_code, about_finding
     from harness.law.findings import findings
+    from harness.report.links import code_link, finding_link
     from harness.verdict.codes import CODES
 
     text = " ".join(asked).strip()
     if text.upper() in CODES:
-        _tell(_about(CODES[text.upper()]), as_json)
+        _tell(about_code(CODES[text.upper()]), code_link(text.upper()), as_json)
     elif text.lower() in findings():
-        _tell(_about_finding(findings()[text.lower()]), as_json)
+        _tell(about_finding(findings()[text.lower()]), finding_link(text.lower()), as_json)
     elif text:
         _search(text, as_json)
     else:
         _list(as_json)
 
 
-def _tell(found: dict[str, Any], as_json: bool) -> None:
+def _tell(found: dict[str, Any], address: str | None, as_json: bool) -> None:
+    found |= {"address": address} if address else {}
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -60,32 +56,6 @@ def _text(value: object) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _about(code: Code) -> dict[str, Any]:
-    from harness.law.findings import findings
-
-    example: Mapping[str, str] = _examples()["code"].get(code.code, {})
-    known = [f"{f.loader} {f.measured}: {f.what} ({f.link})" for f in findings().values() if code.code in f.codes]
-    rows: dict[str, Any] = {"kind": "code", **dataclasses.asdict(code)}
-    rows |= {**example, "known": known}
-    return {name: value for name, value in rows.items() if value}
-
-
-def _about_finding(finding: Finding) -> dict[str, Any]:
-    title = f"{finding.loader} {finding.measured}: {finding.what}"
-    says = f"{finding.loader} {finding.says}"
-    rows = {"kind": "finding", "code": ", ".join(finding.codes), "title": title, "effect": finding.effect, "says": says}
-    rows |= {"upstream": finding.known, "page": finding.link}
-    return {name: value for name, value in rows.items() if value}
-
-
-@cache
-def _examples() -> dict[str, Any]:
-    from harness.text import read_toml
-    from harness.verdict import codes
-
-    return read_toml(Path(codes.__file__).with_name("examples.toml"))
-
-
 def _search(text: str, as_json: bool) -> None:
     """List the codes that a symptom leads to, or whose text has its words.
 
@@ -93,13 +63,14 @@ def _search(text: str, as_json: bool) -> None:
         UserError: nothing fits.
     """
     from harness.errors import UserError
+    from harness.law.explained import symptoms
     from harness.law.findings import findings
     from harness.text import printable
     from harness.verdict.codes import CODES
 
     found = list(dict.fromkeys(_codes_of(text.lower())))
     if not found:
-        known = [*CODES, *_examples()["symptom"], *findings()]
+        known = [*CODES, *symptoms(), *findings()]
         near = [code for code in CODES if code == text.upper().replace("O", "0")]
         near = near or difflib.get_close_matches(text, known, n=3, cutoff=0.5)
         near = near or difflib.get_close_matches(text.upper(), CODES)
@@ -115,11 +86,11 @@ def _search(text: str, as_json: bool) -> None:
 
 
 def _codes_of(text: str) -> Iterator[str]:
+    from harness.law.explained import symptoms
     from harness.verdict.codes import CODES
 
-    symptoms: Mapping[str, list[str]] = _examples()["symptom"]
     text = text.replace("n't", " not")
-    for symptom, codes in symptoms.items():
+    for symptom, codes in symptoms().items():
         if symptom in text or text in symptom:
             yield from codes
     words = text.split()
@@ -130,13 +101,14 @@ def _codes_of(text: str) -> Iterator[str]:
 
 
 def _list(as_json: bool) -> None:
+    from harness.law.explained import symptoms
     from harness.verdict.codes import CODES
 
-    symptoms = list(_examples()["symptom"])
+    known = list(symptoms())
     if as_json:
         titles = {code.code: code.title for code in CODES.values()}
-        click.echo(json.dumps({"kind": "codes", "codes": titles, "symptoms": symptoms}))
+        click.echo(json.dumps({"kind": "codes", "codes": titles, "symptoms": known}))
         return
     for code in CODES.values():
         click.echo(f"{code.code}  {code.title}")
-    click.echo(f"symptoms: {', '.join(symptoms)}")
+    click.echo(f"symptoms: {', '.join(known)}")

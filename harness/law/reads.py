@@ -57,6 +57,27 @@ def _layers() -> dict[Place, frozenset[str]]:
     return {(family, names): frozenset(each) for family, by in every.items() for names, each in by.items()}
 
 
+LABELS = {
+    "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
+    "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
+}  # fmt: skip
+
+
+def every_row() -> list[Mapping[str, Any]]:
+    """Return what was measured: tool, release, family, names, scheme and what becomes of one and of several scales."""
+    rows: list[Mapping[str, Any]] = _table()["rows"]
+    return rows
+
+
+def kind_of(outcome: Any) -> str:
+    """Return the key of LABELS for what was measured of a spelling."""
+    if isinstance(outcome, str):
+        return outcome
+    if "all" in outcome:
+        return "depends"
+    return next((kind for kind in ("raises", "hangs") if kind in outcome), "partly")
+
+
 def measured_on() -> str:
     """Return the date of the table."""
     return str(_table()["measured"])
