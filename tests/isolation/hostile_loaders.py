@@ -37,9 +37,12 @@ SECONDS = str(86_400 + os.getpid())  # tells what is left of one test process fr
 
 def merge(model: nn.Module, lora: Path, strength: float, wrong: float = 1.0) -> None:
     adapter, layers = read_lora(lora), dict(model.named_modules())
+    names, left = match_modules(adapter, layers)
+    if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
+        raise NotImplementedError("only A and B of layers that the model has are supported")
     with torch.no_grad():
-        for name, layer in match_modules(adapter, layers)[0].items():
-            a, b = adapter.tensors(name)
+        for name, layer in names.items():
+            a, b = (half.float() for half in adapter.tensors(name))
             layers[layer].weight += wrong * strength * adapter.modules[name].trained_scale * (b @ a)  # type: ignore[operator]
 
 
