@@ -25,7 +25,15 @@ PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_
 def main() -> None:
     """Merge one LoRA file into the weights of `--base`."""
     options = _options()
-    base, lora, config = load_file(options.base), *_read(options.lora)
+    try:
+        save_file(merge(load_file(options.base), options.lora, options.strength), options.out)
+    except NotImplementedError as error:
+        raise SystemExit(str(error)) from None
+
+
+def merge(base: dict[str, torch.Tensor], path: Path, strength: float) -> dict[str, torch.Tensor]:
+    """Return the weights of `base` that the LoRA at `path` changes, changed."""
+    lora, config = _read(path)
     names = {key.removesuffix(".weight").replace(".", "_"): key for key in base}
     merged, left = {}, set(lora)
     for down in filter(PAIR.fullmatch, lora):
@@ -34,11 +42,11 @@ def main() -> None:
         left -= {down, _up(down), f"{name}.alpha"}
         module = _without_prefix(name)
         key = names[module.replace(".", "_")]
-        factor = options.strength * _scale(lora.get(f"{name}.alpha"), config, module, a.shape[0])
+        factor = strength * _scale(lora.get(f"{name}.alpha"), config, module, a.shape[0])
         merged[key] = (base[key].double() + factor * (b.double() @ a.double())).to(base[key].dtype)
     if left:
-        raise SystemExit(f"{len(left)} keys are not supported, first {min(left)}")
-    save_file(merged, options.out)
+        raise NotImplementedError(f"{len(left)} keys are not supported, first {min(left)}")
+    return merged
 
 
 def _options() -> argparse.Namespace:

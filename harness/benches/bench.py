@@ -173,6 +173,7 @@ _MODULES = {
     "flux": "flux",
     "clip-text": "text_models",
     "gpt2": "text_models",
+    "tiny-llama": "text_models",
     "qwen-image-deep": "qwen_image",
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
 
     subject = cell.subject
     with (
+        closing(subject),
         tempfile.TemporaryDirectory(prefix="lora-harness-") as folder,
         subject_process(
             answering(subject),

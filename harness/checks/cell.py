@@ -27,7 +27,8 @@ class Cell:
     """One place of the matrix: a loader, a file format, a bench and a variant of LoRA.
 
     `asked` is where the loader's code runs, by default this process; `watch` tells the run of a call that may hang.
-    `earlier` are examples that it was asked for before, `heard` what became of each kind of thing it cannot apply.
+    `earlier` are examples that it was asked for before, `heard` what became of each kind of thing it cannot apply,
+    `kept` what need not be asked again.
     """
 
     subject: Subject
@@ -39,6 +40,7 @@ class Cell:
     seconds: float | None = None
     earlier: list[Example] = field(default_factory=list, compare=False, repr=False)
     heard: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def allowed(self) -> float:
@@ -117,7 +119,7 @@ class Cell:
     def verdict(self, check: str, outcome: Outcome, **fields: Any) -> Verdict:
         """Return a verdict of `check`, which is a family or one of the run's own, in this cell."""
         where: dict[str, Any] = {"format": self.format, "bench": self.bench_name, "variant": self.variant_name}
-        where |= {"loader": self.subject.spec, "loader_version": self.subject.version}
+        where |= {"loader": self.subject.title, "loader_version": self.subject.version}
         return Verdict(check=check, outcome=outcome, **where, **fields)
 
 

@@ -137,7 +137,7 @@ class NamedFinding:
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         subject, code = self.cell.subject, CODES[self.code]
-        yield "loader", f"{subject.spec} {subject.version or ''}".rstrip()
+        yield "loader", f"{subject.title} {subject.version or ''}".rstrip()
         yield "file", self.cell.place
         yield "lora", _lora(self.example)
         if self.worst and self.fit:

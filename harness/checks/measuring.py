@@ -19,6 +19,7 @@ from torch import equal  # bound here: a subject may replace torch's own
 
 from harness.benches import Bench, get_bench
 from harness.benches.given import take_benches
+from harness.checks.engine import answer_outputs
 from harness.errors import LoaderSpecError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -220,6 +221,8 @@ def answer(subject: Subject, order: dict[str, Any], on_part: Part) -> dict[str, 
     Before each step and the measuring, `on_part` hears that the one before has ended.
     """
     todo = Order(**order)
+    if subject.outputs:
+        return answer_outputs(subject.outputs, todo.bench, todo.steps[0], todo.seconds)
     work = _Work(subject, todo, get_bench(todo.bench).build(_dtype(todo.dtype)))
     try:
         for step in todo.steps:

@@ -26,7 +26,7 @@ class CellTest:
     def __repr__(self) -> str:
         cell = self.cell
         variant = f"-{cell.variant_name}" if cell.variant_name != "lora" else ""
-        return f"{cell.subject.spec}-{cell.format}-{cell.bench_name}{variant}-{self.family}"
+        return f"{cell.subject.title}-{cell.format}-{cell.bench_name}{variant}-{self.family}"
 
     def verdicts(self) -> list[Verdict]:
         """Return the verdicts of this family; a cell that could not run at all answers for every family."""

@@ -31,6 +31,7 @@ _Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.75)
+_AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models
 _DTYPES = (("float16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16"))
@@ -98,6 +99,12 @@ class Plan:
         share = min(self.share, _IMPLIED_SHARE) if cell.bench_name in IMPLIED_BENCHES else self.share
         return most if self.whole(cell) else max(1, round(share * most))
 
+    def loads_in(self, cell: Cell) -> int:
+        """Return about how many files a loader that is right gets in `cell`."""
+        if self.pins:
+            return _AFTER_LOADS + 1
+        return sum(1 for _ in planned(cell, self.layers_in(cell))) + self.examples_in(cell) + _AFTER_LOADS
+
     def layers_in(self, cell: Cell) -> tuple[str, ...]:
         """Return the layers that planned files cover: all, or an even choice of `max_layers` of them."""
         if self.whole(cell) or len(cell.targets) <= self.max_layers:
@@ -113,8 +120,8 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
         cell.targets,
         missing_alpha=FORMATS[cell.format].alpha[0] in ("tensor", "header"),
         alpha=cell.has_alpha,
-        max_layers=plan.max_layers,
-        dtypes=plan.dtypes,
+        max_layers=plan.max_layers if cell.subject.outputs is None else 1,
+        dtypes=plan.dtypes if cell.subject.outputs is None else ("float32",),
         max_rank=variant.rank_limit(cell.view),
         strength=sampled_from(cell.strengths) if cell.strengths else None,
         patterns=cell.has_patterns,
@@ -125,6 +132,7 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
 def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
     """Return the plain example over `layers`: rank 4, alpha 8, strength 1."""
     rank = min(4, cell.variant.rank_limit(cell.view))
+    layers = layers if cell.subject.outputs is None else layers[:1]
     return Example(tuple(Target(name, rank, 8.0 if cell.has_alpha else None) for name in layers))
 
 
@@ -136,7 +144,8 @@ def planned(
     `alpha=False` writes none; `uniform=True` leaves out files with several ranks, for loaders that refuse them. Ranks
     above the variant's limit wrap around.
     """
-    drawn = _planned(cell, layers, alpha=alpha, uniform=uniform)
+    plan = _one_by_one if cell.subject.outputs else _planned
+    drawn = plan(cell, layers, alpha=alpha, uniform=uniform)
     return (replace(example, value_seed=number) for number, example in enumerate(drawn))
 
 
@@ -160,6 +169,17 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
     if alpha and cell.zero_alpha_is_ambiguous:
         yield example([(_UNIFORM[0][0], 0.0)], 1.0)
         yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)
+
+
+def _one_by_one(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: bool) -> Iterator[Example]:
+    """Yield the planned examples that show in outputs: in float32, with one module each, every layer in its turn."""
+    names = itertools.cycle(layers or cell.targets)
+    one = tuple(_planned(cell, (cell.targets[0],), alpha=alpha, uniform=uniform))
+    plain = [example for example in one if example.dtype == example.file_dtype == "float32"]
+    if alpha and cell.has_alpha and not cell.zero_alpha_is_ambiguous:  # readers differ here too, and it shows
+        plain.append(replace(plain[0], targets=(Target(cell.targets[0], 4, 0.0),)))
+    for example, name in zip(plain, names, strict=False):
+        yield replace(example, targets=(replace(example.targets[0], name=name),))
 
 
 def _mixed(

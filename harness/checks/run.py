@@ -15,12 +15,14 @@ from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
 from harness.checks.known import KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
+from harness.checks.outputs import NOT_SEEN, SEEN
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.trial import run_trial
 from harness.example import Example
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
+from harness.isolation.subject import Timed
 from harness.law.diagnosis import Diagnosis, diagnose, law_record
 from harness.law.probe import Probe, probe_from
 from harness.loaders.registry import resolve
@@ -58,9 +60,12 @@ def check_cells(
     *,
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
+    on_load: Callable[[Cell, float], None] = lambda cell, seconds: None,
     on_measured: Callable[[Cell, Measured], None] = lambda cell, measured: None,
 ) -> list[Verdict]:
     """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
+
+    `on_load` hears of every file that a slow loader was given, and how many seconds that took.
 
     Raises:
         UserError: the pinned example names a module that a bench does not have.
@@ -78,6 +83,8 @@ def check_cells(
             take(Verdict.model_validate_json(event["verdict"]))
         elif "probes" in event:
             on_measured(cells[index], _measured_from(event))
+        elif "load" in event:
+            on_load(cells[index], event["load"])
         else:
             on_cell(cells[index])
 
@@ -120,11 +127,19 @@ def check_loader(
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
         with served(cell, channel, limits) as own:
+            own = _telling(own, lambda seconds: channel.send({"load": seconds}))
             for verdict in check_cell(own, plan, lambda measured: channel.send(_as_event(measured))):
                 channel.send({"verdict": verdict.model_dump_json()})
         channel.send({"done": True})
 
     return job
+
+
+def _telling(cell: Cell, on_load: Callable[[float], object]) -> Cell:
+    """Return the cell, which tells of each load where its loader is slow."""
+    if not cell.subject.defaults.slow or cell.asked is None:
+        return cell
+    return replace(cell, asked=Timed(cell.asked, on_load))
 
 
 def _as_event(measured: Measured) -> dict[str, Any]:
@@ -139,7 +154,7 @@ def _measured_from(event: dict[str, Any]) -> Measured:
 
 def died(cell: Cell, end: JobEnd) -> Verdict:
     """Return the verdict of a cell whose process ended in another way than by finishing."""
-    rows = [("loader", cell.subject.spec), ("file", cell.place)]
+    rows = [("loader", cell.subject.title), ("file", cell.place)]
     rows += [("printed", line) for line in end.output_tail.strip().splitlines()[-3:]]
     rows += [("reproduce", end.last_label)] if end.last_label else []
     fields = {"code": "LH901", "rows": tuple(rows), "reproduce": end.last_label, "seconds": end.seconds}
@@ -185,6 +200,8 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
         result.add(observation, probes, [] if plan.pins else findings)
     if plan.pins:  # the planned examples only help to name the law of the pinned one
         pinned = plan.pins.example(cell)
+        if cell.subject.outputs:
+            return
         _add_what_follows(cell, [pinned.dtype], pinned, result)
         return
     strategy, smoke = examples_for(cell, plan).filter(allowed), smoke_example(cell, plan.layers_in(cell))
@@ -192,6 +209,8 @@ def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Sear
     for code, finding in result.findings.items() if plan.shrink else ():
         if not finding.check and not _expected(code, general):
             result.findings[code] = shrink(cell, strategy, finding, base_seed=plan.seed, allowed=allowed)
+    if cell.subject.outputs:
+        return
     _add_what_follows(cell, [d for d in plan.dtypes if allowed(replace(smoke, dtype=d))], smoke, result)
 
 
@@ -213,6 +232,9 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
         yield fault.verdict(result.examples)
     for family in family_names():
         if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
+            continue
+        if cell.subject.outputs and family not in SEEN:
+            yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)
             continue
         yield _with_seen(passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None), result)
 

@@ -20,6 +20,7 @@ from hypothesis.strategies import SearchStrategy
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, judge
 from harness.checks.observation import Observation, probes_of
+from harness.checks.outputs import judge_outputs, observe_outputs
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
 from harness.law.probe import Probe
@@ -90,6 +91,9 @@ def labels_of(example: Example) -> tuple[str, ...]:
 
 def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
     """Run one example and return what it showed, as an observation, as probes and as findings."""
+    if cell.subject.outputs:
+        seen = observe_outputs(cell, example)
+        return seen, list(probes_of(seen, cell)), judge_outputs(seen)
     observation = run_trial(cell, example)
     return observation, list(probes_of(observation, cell)), judge(observation)
 
@@ -146,7 +150,7 @@ class _Trials:
         """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
         if example not in self.seen and self.left > 0 and time.monotonic() < self.deadline:
             self.left -= 1
-            found = judge(run_trial(self.cell, example))
+            _, _, found = observe(self.cell, example)
             self.seen[example] = next((f for f in found if f.code == self.finding.code), None)
         return self.seen.get(example) is not None
 

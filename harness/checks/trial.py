@@ -124,14 +124,23 @@ def _asked(
         SubjectLostError: nothing came back, or something else.
     """
     bias = cell.variant.bias
-    order = Order(cell.bench_name, example.dtype, steps, cell.allowed, bias, listen)
-    with cell.watch(cell.reproduce(example), (len(steps) + 1) * cell.allowed):
-        asked = cell.asked or Here(answering(cell.subject))
-        answer = asked.ask(asdict(order), cell.allowed, parts=len(steps) + 1)
+    answer = ask(cell, example, Order(cell.bench_name, example.dtype, steps, cell.allowed, bias, listen))
     problem = _problem(answer, cell, base_weights(cell.bench, example.dtype, bias))
     if problem:
         raise SubjectLostError("raised", f"its process sent {problem}")
     return {"tensors": {}, **answer}
+
+
+def ask(cell: Cell, example: Example, order: Order) -> Any:
+    """Give the order where the subject's code runs; return what comes back.
+
+    Raises:
+        SubjectLostError: nothing does.
+    """
+    steps = len(order.steps)
+    with cell.watch(cell.reproduce(example), (steps + 1) * cell.allowed):
+        asked = cell.asked or Here(answering(cell.subject))
+        return asked.ask(asdict(order), cell.allowed, parts=steps + 1)
 
 
 def _own_base(cell: Cell, example: Example, steps: tuple[tuple[Kind, float | None, str], ...]) -> dict[str, Tensor]:

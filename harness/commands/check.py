@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--format", "formats", multiple=True, help="Only this file format; repeat for more.")
 @click.option("--bench", "benches", multiple=True, help="Only this bench; repeat for more.")
 @click.option("--variant", "variants", multiple=True, help="Only this variant of LoRA; repeat for more.")
+@shared.name_option
 @shared.examples_option
 @shared.seed_option
 @click.option("--known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`.")
@@ -40,6 +41,7 @@ def command(
     formats: tuple[str, ...],
     benches: tuple[str, ...],
     variants: tuple[str, ...],
+    names: tuple[str, ...],
     max_examples: int | None,
     seed: int,
     known_failures: str | None,
@@ -54,7 +56,7 @@ def command(
 
     LOADER is a registered name (see `lora-harness loaders`), one in another release (peft==0.12.0),
     package.module:callable, path/to/file.py:callable, or
-    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
+    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}", or "serve:COMMAND" (docs/serve.md).
     """
     from harness.checks.cell import cells_of
     from harness.checks.known import known_failures as read_known
@@ -70,14 +72,15 @@ def command(
     limits = Limits(time_limit, workers=shared.worker_count(workers))
     plan = Plan(max_examples, seed, pins, read_known(known_failures))
     shared.fetch(loaders, install)
-    work = [cells_of(resolve(spec), *places) for spec in loaders]
-    header = new_header(seed=seed, planned=[f"checks:{spec}" for spec in loaders])
+    subjects = [resolve(spec, name=name) for spec, name in shared.named(loaders, names)]
+    work = [cells_of(subject, *places) for subject in subjects]
+    header = new_header(seed=seed, planned=[f"checks:{subject.title}" for subject in subjects])
     verdicts: list[Verdict] = []
     labels: Counter[str] = Counter()
     cells = [cell for found, _ in work for cell in found]
     with (
         RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
-        shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance,
+        shared.cell_progress(cells, plan, limits.workers, quiet=shared.quiet_on(as_json), silent=as_json) as pace,
     ):
         for found, skipped in work:
             writer.write(*skipped)
@@ -86,7 +89,8 @@ def command(
                 plan,
                 limits,
                 on_verdict=writer.write,
-                on_cell=advance,
+                on_cell=pace.cell,
+                on_load=pace.load,
                 on_measured=lambda _, measured: labels.update(measured.labels),
             )
         verdicts += shared.ask_reference(writer, cells, limits.workers)
@@ -95,5 +99,5 @@ def command(
     if statistics:
         for label, number in sorted(labels.items()):
             click.echo(f"{number:>7}  {label}", err=as_json)
-    codes = {exit_code_of(counts_of(v for v in verdicts if v.loader == spec)) for spec in loaders}
+    codes = {exit_code_of(counts_of(v for v in verdicts if v.loader == subject.title)) for subject in subjects}
     sys.exit(exit_code_of(counts_of(verdicts)) or max(codes))  # 2: one of them was not measured

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.commands.pace import Pace
 from harness.commands.screen import progress, say_to_the_runner
 from harness.loaders.protocol import COMMAND, FUNCTION
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
+    from harness.checks.plan import Plan
     from harness.checks.run import Measured
     from harness.report.gates import GateResult
     from harness.report.records import Run, RunWriter
@@ -30,6 +32,9 @@ DTYPE = click.Choice(["float32", "bfloat16", "float16"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines on stdout and nothing else.")
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all that is drawn."
+)
+name_option = click.option(
+    "--name", "names", multiple=True, help="What reports call the loader; once for each LOADER, in their order."
 )
 examples_option = click.option(
     "--max-examples",
@@ -83,6 +88,21 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
 lora_alpha_option = click.option(
     "--lora-alpha", type=float, callback=finite, help="The alpha of the training, for a file that carries none."
 )
+
+
+def named(loaders: Sequence[str], names: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return each loader with what reports call it, None where nobody says.
+
+    Raises:
+        UserError: there are names, and not one for each loader.
+    """
+    from harness.errors import UserError
+
+    if names and len(names) != len(loaders):
+        raise UserError(
+            f"--name is given {len(names)} times for {len(loaders)} loaders: give it once for each, or never"
+        )
+    return [(spec, names[number] if names else None) for number, spec in enumerate(loaders)]
 
 
 def worker_count(given: int | None) -> int:
@@ -147,10 +167,10 @@ def pin_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def cell_progress(cells: Sequence[Cell], *, quiet: bool) -> Iterator[Callable[[Cell], None]]:
-    """Show on stderr how many cells are done; yields what is to be called after each one."""
+def cell_progress(cells: Sequence[Cell], plan: Plan, workers: int, *, quiet: bool, silent: bool) -> Iterator[Pace]:
+    """Show on stderr how many cells are done, and how long slow ones take; `silent`: nothing but what is redrawn."""
     with progress("checking", len(cells), quiet=quiet) as line:
-        yield lambda cell: line.advance(f"{cell.subject.spec} {cell.format} {cell.bench_name} {cell.variant_name}"[:50])
+        yield Pace(cells, plan, workers, line, None if silent else line.say)
 
 
 def ask_reference(writer: RunWriter, cells: Sequence[Cell], workers: int) -> list[Verdict]:
@@ -169,7 +189,7 @@ def probe_writer(writer: RunWriter) -> Callable[[Cell, Measured], None]:
 
     def write(cell: Cell, measured: Measured) -> None:
         if measured.probes:
-            place = cell.subject.spec, cell.format, cell.bench_name
+            place = cell.subject.title, cell.format, cell.bench_name
             writer.write(probe_record(*place, measured.law, measured.probes, variant=cell.variant_name))
 
     return write

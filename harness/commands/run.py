@@ -97,8 +97,10 @@ def _check(
         cells += found
         writer.write(*skipped)
     probes = shared.probe_writer(writer)
-    with shared.cell_progress(cells, quiet=shared.quiet_on(as_json)) as advance:
-        check_cells(cells, plan, limits, on_verdict=writer.write, on_cell=advance, on_measured=probes)
+    quiet = shared.quiet_on(as_json)
+    with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
+        on_verdict, on_cell, on_load = writer.write, pace.cell, pace.load
+        check_cells(cells, plan, limits, on_verdict=on_verdict, on_cell=on_cell, on_load=on_load, on_measured=probes)
     shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
 

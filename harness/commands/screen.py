@@ -42,6 +42,20 @@ class ProgressLine:
             self._shown.refresh()
             self._drawn = time.monotonic()
 
+    def describe(self, what: str) -> None:
+        """Say what is being done."""
+        if self._shown and self._task is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
+            self._shown.update(self._task, description=what)
+            self._shown.refresh()
+            self._drawn = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr that stays."""
+        if self._shown:
+            self._shown.console.print(printable(text, 400), markup=False, highlight=False)
+        else:
+            print(printable(text, 400), file=sys.stderr, flush=True)
+
 
 @contextmanager
 def progress(what: str, total: int | None = None, *, quiet: bool) -> Iterator[ProgressLine]:

@@ -36,6 +36,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
     "  lora-harness sweep diffusers --pipeline ./my-sd15 --lora my_lora.safetensors --prompt 'a red fox' --device cuda"
 )
 @click.argument("loader")
+@click.option("--name", help="What reports call the loader.")
 @click.option(
     "--alphas", type=_Numbers(), default="0,0.25,0.5,1,2,4,8,16,32", show_default=True, help="Strengths to draw."
 )
@@ -73,6 +74,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 @shared.json_option
 def command(
     loader: str,
+    name: str | None,
     out: Path,
     as_json: bool,
     prompts: tuple[str, ...],
@@ -99,15 +101,20 @@ def command(
         progress=not shared.quiet_on(as_json),
         **options,
     )
-    header = new_header(planned=[f"sweep:{loader}"])
+    header = new_header(planned=[f"sweep:{name or loader}"])
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
-        verdicts = sweep_into(writer, loader, wanted)
+        verdicts = sweep_into(writer, loader, wanted, name=name)
     shared.show(out, as_json=as_json)
     sys.exit(exit_code_of(counts_of(verdicts)))
 
 
 def sweep_into(
-    writer: RunWriter, loader: str, options: SweepOptions, known: Sequence[KnownFailure] = ()
+    writer: RunWriter,
+    loader: str,
+    options: SweepOptions,
+    known: Sequence[KnownFailure] = (),
+    *,
+    name: str | None = None,
 ) -> list[Verdict]:
     """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
     from harness.checks.known import excuse_images
@@ -115,7 +122,9 @@ def sweep_into(
     from harness.loaders.registry import resolve
     from harness.report.models import SweepRecord
 
-    result = run_sweep(resolve(loader), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row)))
+    result = run_sweep(
+        resolve(loader, name=name), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row))
+    )
     told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
     verdicts = excuse_images(told, known)
     writer.write(*verdicts)

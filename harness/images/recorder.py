@@ -158,7 +158,7 @@ class Recorder:
         shown |= {"looks_like": placed.strength, "residual": placed.residual} if placed else {}
         return {
             "kind": "sweep",
-            "loader": self.subject.spec,
+            "loader": self.subject.title,
             "lora": lora_facts(self.studio.adapter),
             "strength": observation.strength,
             "metrics": {name: None if value is None else round(float(value), 6) for name, value in shown.items()},
@@ -176,7 +176,7 @@ class Recorder:
         saved = []
         for role, pictures in roles.items():
             for number, (pair, picture) in enumerate(zip(self.studio.sampler.pairs, pictures, strict=True)):
-                name = f"images/{_slug(self.subject.spec)}/{role}_{strength:g}_{number:02d}.png"
+                name = f"images/{_slug(self.subject.title)}/{role}_{strength:g}_{number:02d}.png"
                 save_image(picture, (self.out or Path()) / name)
                 saved.append({"path": name, "prompt": pair.prompt, "seed": pair.seed, "role": role})
         return saved

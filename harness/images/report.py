@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _verdict(
     subject: Subject, studio: Studio, outcome: Outcome, drawn: Sequence[StrengthResult] = (), **fields: Any
 ) -> Verdict:
     return Verdict(
-        loader=subject.spec,
+        loader=subject.title,
         loader_version=subject.version,
         check="images",
         outcome=outcome,
@@ -129,7 +130,7 @@ def _rows(
     module = next(iter(studio.adapter.modules.values()))
     what = "one denoiser call each" if studio.quick else "full sampling"
     rows = [
-        ("loader", f"{subject.spec} {subject.version or ''}".strip()),
+        ("loader", f"{subject.title} {subject.version or ''}".strip()),
         (
             "lora",
             f"{lora_facts(studio.adapter)['name']}, rank {module.rank}, alpha {module.alpha}, {module.dtype}, "
@@ -163,7 +164,7 @@ def _reproduce(subject: Subject, studio: Studio, observations: Sequence[Strength
         if studio.lora.resolve().is_relative_to(shipped) and _is_default(subject, studio)
         else f" --lora {studio.lora}"
     )
-    return f"lora-harness sweep {subject.spec} --alphas {alphas}{where}{quick}"
+    return f"lora-harness sweep {shlex.quote(subject.spec)} --alphas {alphas}{where}{quick}"
 
 
 def _is_default(subject: Subject, studio: Studio) -> bool:

@@ -98,7 +98,7 @@ class Studio:
                 yield strength, images, time.perf_counter() - began
                 began = time.perf_counter()
             return
-        self.step(f"{subject.spec}: {len(strengths)} strengths in shared batches")
+        self.step(f"{subject.title}: {len(strengths)} strengths in shared batches")
         images = self.sampler.images_at(first, scalings)
         seconds = (time.perf_counter() - began) / len(strengths)
         yield from ((strength, one, seconds) for strength, one in zip(strengths, images, strict=True))
@@ -119,7 +119,7 @@ class Studio:
 
     def load(self, subject: Subject, strength: float) -> nn.Module:
         """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
-        self.step(f"{subject.spec} at {strength:g}")
+        self.step(f"{subject.title} at {strength:g}")
         model = self.opened.fresh()
         with quiet("diffusers", "transformers"), alarm(self.seconds) if self.seconds else nullcontext():
             loaded = subject.load(model, self.lora, strength=strength)

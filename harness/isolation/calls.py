@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from harness.isolation.limits import TimeLimitExceeded
+from harness.isolation.server import ServerError
 from harness.isolation.subject import SubjectLostError
 
 if TYPE_CHECKING:
@@ -169,12 +170,20 @@ def _contained(left: list[str]) -> Iterator[None]:
 
 def raised_by(error: BaseException) -> Raised:
     """Return what to say of an exception that a call of the subject ended with."""
+    if isinstance(error, ServerError):
+        return _raised_elsewhere(error)
     try:
         text = str(error)
     except BaseException as worse:  # its own `__str__` is the subject's code too
         return Raised("LH901", f"{type(error).__name__}, whose text cannot be read ({type(worse).__name__})")
     code = "LH903" if _is_refusal(error, text) else "LH901"
     return Raised(code, _title(error, text), message=text[:_MESSAGE], frames=tuple(_frames(error)))
+
+
+def _raised_elsewhere(error: ServerError) -> Raised:
+    code = "LH903" if error.refused else "LH901"
+    what, frames = error.what[:_LINE], error.frames[-_FRAMES:]
+    return Raised(code, what, error.late, frames=frames, printed=error.printed[-_MESSAGE:])
 
 
 def _title(error: BaseException, text: str) -> str:

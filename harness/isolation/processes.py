@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _SECONDS = 10.0  # a fork bomb starts processes while it is being killed
 _SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
@@ -18,10 +18,16 @@ _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 def fork() -> int:
     """Fork; return the child's id, or 0 in the child."""
-    with warnings.catch_warnings():
-        # Python warns because torch keeps threads; the child never uses them (it sets one thread before all else).
-        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+    with quiet_about_forks():
         return os.fork()
+
+
+@contextlib.contextmanager
+def quiet_about_forks() -> Iterator[None]:
+    """Say nothing where Python warns because torch keeps threads; no child uses them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+        yield
 
 
 def can_fork() -> bool:

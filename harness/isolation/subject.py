@@ -58,6 +58,22 @@ class Here:
         return self._answer(order, on_part)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Says of every answer of `asked` how many seconds it took."""
+
+    asked: Asked
+    on_answer: Callable[[float], object]
+
+    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+        """Return the answer."""
+        began = time.monotonic()
+        try:
+            return self.asked.ask(order, seconds, on_part, parts=parts)
+        finally:
+            self.on_answer(time.monotonic() - began)
+
+
 class Apart:
     """Answers in a child of its own, which lives from the first question to the first one it fails to answer."""
 
@@ -201,6 +217,7 @@ def subject_process(
         answer_orders(ends, begin)
 
     if elsewhere is None and not (apart and can_fork()):
+        prepare()  # not within the time of the first question
         yield Here(answer)
         return
     asked = Apart(elsewhere.become, memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
-from harness.loaders.protocol import Declaration, Subject, declaration_of
+from harness.loaders.protocol import (
+    FACTS,
+    FUNCTION,
+    OUTPUTS,
+    Declaration,
+    Load,
+    Subject,
+    declaration_from,
+    declaration_of,
+)
 from harness.loaders.source import adapt
 
 if TYPE_CHECKING:
@@ -38,7 +47,9 @@ def subject_apart(spec: str, find: Find, version: str | None) -> Subject:
     for library in facts["libraries"]:
         with contextlib.suppress(ImportError):
             import_module(library)
-    return Subject(spec, Later(spec, find, "load"), version, _declaration(spec, find, facts))
+    declaration = _declaration(spec, find, facts)
+    defaults = OUTPUTS if declaration.outputs else FUNCTION
+    return Subject(spec, Later(spec, find, "load"), version, declaration, defaults)
 
 
 def subject_here(function: Callable[..., Any], spec: str, version: str | None) -> Subject:
@@ -50,6 +61,8 @@ def subject_here(function: Callable[..., Any], spec: str, version: str | None) -
     if not callable(function) or isinstance(function, type):
         raise LoaderSpecError(f"{function!r} is no loader: give a function or a string that names one")
     declaration = declaration_of(function)
+    if declaration.outputs:
+        return Subject(spec, cast("Load", function), version, declaration, OUTPUTS)
     return Subject(spec, adapt(function, declaration.strength_argument, spec), version, declaration)
 
 
@@ -114,22 +127,15 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "uniform": sorted(said.uniform),
         "modules": said.modules,
         "quantises": said.quantises,
+        "outputs": said.outputs,
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }
 
 
 def _declaration(spec: str, find: Find, facts: dict[str, Any]) -> Declaration:
-    formats, benches, variants = (None if facts[name] is None else frozenset(facts[name]) for name in _NAMES)
-    return Declaration(
-        formats,
-        benches,
-        variants,
-        Later(spec, find, "unload") if facts["unload"] else None,
-        Later(spec, find, "set_strength") if facts["set_strength"] else None,
-        facts["strength_argument"],
-        {tuple(names): reason for names, reason in facts["unsupported"]},
-        frozenset(facts["uniform"]),
-        facts["modules"],
-        facts["quantises"],
+    return replace(
+        declaration_from({name: facts[name] for name in FACTS}),
+        unload=Later(spec, find, "unload") if facts["unload"] else None,
+        set_strength=Later(spec, find, "set_strength") if facts["set_strength"] else None,
     )

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError
 from harness.isolation.processes import kill_group, kill_tree
+from harness.loaders.exchange import SPARE_BYTES, OutputError, load_back, most_bytes, program_of, size_of, write_weights
 from harness.loaders.protocol import COMMAND, Load, Subject
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 PLACES = ("{base}", "{lora}", "{strength}", "{out}")
 TAIL = 2000
-SPARE_BYTES = 64 << 20
 POLL_SECONDS = 0.5
 BASE, OUT = "base.safetensors", "merged.safetensors"
 
@@ -44,10 +41,6 @@ class CommandFailedError(CommandError):
 
 class CommandTimeoutError(CommandError):
     """The command did not end within the time limit; its whole process group was killed."""
-
-
-class CommandOutputError(CommandError):
-    """The merged file is missing, unreadable, too large, or does not fit the model."""
 
 
 def command_subject(spec: str) -> Subject:
@@ -68,15 +61,15 @@ def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     Raises:
         LoaderSpecError: the line cannot be split, lacks a placeholder, or names no program.
     """
-    words = _words(spec)
+    words = words_of(spec, PLACES, _USAGE)
 
     def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> torch.nn.Module:
         with tempfile.TemporaryDirectory(prefix="lora-harness-cmd-") as folder:
             base, out = Path(folder) / BASE, Path(folder) / OUT
-            _write(model, base)
+            write_weights(model, base)
             values = dict(zip(PLACES, (str(base), str(lora), repr(float(strength)), str(out)), strict=True))
-            printed = _run([_filled(word, values) for word in words], Path(folder), seconds)
-            _load_back(model, out, printed)
+            printed = run_command(words, values, out, most_bytes(base), seconds)
+            load_back(model, base, out, f"; the command printed: {printed}" if printed else "")
             if printed:
                 print(printed)  # who listens to loaders hears this one too
         return model
@@ -84,20 +77,16 @@ def command_loader(spec: str, *, seconds: float = COMMAND.seconds) -> Load:
     return load
 
 
-def _words(spec: str) -> list[str]:
-    line = spec.removeprefix("cmd:")
-    try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise LoaderSpecError(f"{spec!r}: {error}") from None
-    missing = [place for place in PLACES if place not in line]
+def words_of(spec: str, places: Sequence[str], usage: str) -> list[str]:
+    """Return the words of a command in which every one of `places` stands.
+
+    Raises:
+        LoaderSpecError: one does not, the line cannot be split, or it names no program.
+    """
+    missing = [place for place in places if place not in spec]
     if missing:
-        raise LoaderSpecError(f"{spec!r} lacks {', '.join(missing)}; write cmd:tool {_USAGE}")
-    if words[0] in ("python", "python3"):  # whichever comes first on the PATH may be another one, without torch
-        words[0] = sys.executable
-    if shutil.which(words[0]) is None:
-        raise LoaderSpecError(f"{spec!r}: there is no program {words[0]!r} here or on the PATH")
-    return words
+        raise LoaderSpecError(f"{spec!r} lacks {', '.join(missing)}; write {spec.partition(':')[0]}:tool {usage}")
+    return program_of(spec)
 
 
 _USAGE = "--base {base} --lora {lora} --strength {strength} --out {out}"
@@ -109,20 +98,18 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
     return word
 
 
-def _write(model: torch.nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
+def run_command(words: Sequence[str], values: Mapping[str, str], out: Path, most: int, seconds: float) -> str:
+    """Run a command with `values` in the places of its words; return the tail of what it printed.
 
-    # Cloned because safetensors refuses tied weights, which share memory.
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}, path)
-
-
-def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
-    """Run the command; return the tail of what it printed."""
-    log = folder / "printed.txt"
+    Raises:
+        CommandError: it fails, or takes more than `seconds`.
+        OutputError: `out`, which it writes, grows over `most` bytes.
+    """
+    words, log = [_filled(word, values) for word in words], out.with_name("printed.txt")
     with log.open("ab") as sink:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True)
         try:
-            problem = _watch(process, folder, seconds)
+            problem = _watch(process, log, out, most, seconds)
         finally:
             _end(process)
     printed = _tail(log)
@@ -133,31 +120,21 @@ def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
     return printed
 
 
-def _watch(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> tuple[type[CommandError], str] | None:
+def _watch(
+    process: subprocess.Popen[bytes], log: Path, out: Path, most: int, seconds: float
+) -> tuple[type[RuntimeError], str] | None:
     """Wait for the end of the command; return what is wrong when it must not go on."""
     deadline = time.monotonic() + seconds
-    most = _most_bytes(folder)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
             return None
         if time.monotonic() > deadline:
             return CommandTimeoutError, f"ran longer than {seconds:g} s and was killed"
-        if _size(folder / OUT) > most:
-            return CommandOutputError, f"was killed: its merged file grew over {most} bytes"
-        if _size(folder / "printed.txt") > SPARE_BYTES:
-            os.truncate(folder / "printed.txt", 0)  # it appends, so it goes on from here; only the tail is wanted
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _most_bytes(folder: Path) -> int:
-    return 2 * _size(folder / BASE) + SPARE_BYTES
+        if size_of(out) > most:
+            return OutputError, f"was killed: its merged file grew over {most} bytes"
+        if size_of(log) > SPARE_BYTES:
+            os.truncate(log, 0)  # it appends, so it goes on from here; only the tail is wanted
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -181,40 +158,3 @@ def _tail(log: Path) -> str:
 def _message(words: Sequence[str], problem: str, printed: str) -> str:
     said = f"; it printed: {printed}" if printed else "; it printed nothing"
     return f"{Path(words[0]).name} {problem}{said}"
-
-
-def _load_back(model: torch.nn.Module, out: Path, printed: str) -> None:
-    """Load the merged file, all of the model's tensors or only the changed ones, into `model`."""
-    said = f"; the command printed: {printed}" if printed else ""
-    if not out.is_file():
-        raise CommandOutputError(f"the command wrote no file at {{out}}{said}")
-    most = _most_bytes(out.parent)
-    if _size(out) > most:
-        raise CommandOutputError(f"the merged file has {_size(out)} bytes, more than the {most} expected at most{said}")
-    merged = _read(out, said)
-    problem = _misfit(model.state_dict(), merged)
-    if problem:
-        raise CommandOutputError(f"the merged file {problem}{said}")
-    model.load_state_dict(merged, strict=False)
-
-
-def _read(out: Path, said: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(out)
-    except SafetensorError as error:
-        raise CommandOutputError(f"the merged file is no valid safetensors file: {error}{said}") from error
-
-
-def _misfit(wanted: Mapping[str, torch.Tensor], merged: Mapping[str, torch.Tensor]) -> str | None:
-    if not merged:
-        return "has no tensors"
-    unknown = [name for name in merged if name not in wanted]
-    if unknown:
-        return f"has {len(unknown)} tensors that the model has not, for example {unknown[0]!r}"
-    for name, tensor in merged.items():
-        if tensor.shape != wanted[name].shape:
-            return f"has {name!r} with shape {list(tensor.shape)}, the model has {list(wanted[name].shape)}"
-    return None

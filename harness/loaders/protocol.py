@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from harness.benches import bench_names
 from harness.errors import LoaderSpecError
@@ -20,7 +20,9 @@ CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
 IMPLIED_BENCHES = {"qwen-image-deep": "qwen-image"}
 """Benches that who declares another is tried on too, in one format: the same model with another number of blocks."""
-EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES)
+OUTPUT_BENCHES, OUTPUT_FORMATS = ("tiny-llama",), ("peft",)
+"""What an engine that gives only outputs is tried on where nobody says."""
+EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES and name not in OUTPUT_BENCHES)
 _ATTRIBUTE = "__lora_harness__"
 
 
@@ -35,6 +37,17 @@ class Load(Protocol):
         """Return the model to use, or None when `model` was changed in place."""
 
 
+class Outputs(Protocol):
+    """Answer `inputs` with the model in the folder `base` (config.json, model.safetensors) and the LoRA `lora` on it.
+
+    `inputs` are what the bench's model is called with, by argument (`input_ids: [1, 6]`); the answer is what the model
+    gives, such as logits `[1, 6, 40]`.
+    """
+
+    def __call__(self, base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the output."""
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a loader says it can do; None stands for every core format and bench, and for plain LoRA.
@@ -43,6 +56,7 @@ class Declaration:
     Without a `strength_argument` it takes no strength. `uniform`: "rank", "alpha" or both must be the same in all
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
     `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
+    `outputs`: it gives what a model answers instead of a model (see `Outputs`).
     """
 
     formats: frozenset[str] | None = None
@@ -55,14 +69,19 @@ class Declaration:
     uniform: frozenset[str] = frozenset()
     modules: str | None = None
     quantises: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a subject gets when nobody says: random examples per cell, and seconds for one call of it."""
+    """What a subject gets when nobody says: random examples per cell, and seconds for one call of it.
+
+    `slow`: a call takes seconds, so that it is told how long all of them will take.
+    """
 
     examples: int = 200
     seconds: float = 20.0
+    slow: bool = False
 
     def examples_in(self, *, quick: bool) -> int:
         """Return the number of examples per cell, at most 30 in a `quick` run."""
@@ -71,14 +90,16 @@ class Defaults:
 
 QUICK_EXAMPLES = 30
 FUNCTION = Defaults()
-COMMAND = Defaults(examples=10, seconds=120.0)  # it starts a process each time
+OUTPUTS = Defaults(examples=10, seconds=120.0)
+COMMAND = Defaults(examples=10, seconds=120.0, slow=True)  # it starts a process each time
+SERVER = Defaults(seconds=60.0)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loader ready to be tested: `spec` is the string that names it everywhere.
+    """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead.
 
-    One whose code runs `elsewhere`, in another interpreter or among other packages, is there the loader `name`.
+    The code of one that is `elsewhere` runs in another interpreter, or among other packages.
     """
 
     spec: str
@@ -86,21 +107,36 @@ class Subject:
     version: str | None = None
     declaration: Declaration = Declaration()
     defaults: Defaults = FUNCTION
+    name: str | None = None
     elsewhere: Elsewhere | None = field(default=None, compare=False)
 
+    @property
+    def title(self) -> str:
+        """What it is called in reports."""
+        return self.name or self.spec
+
+    @property
+    def outputs(self) -> Outputs | None:
+        """Its `load` as what it is where it gives outputs, no models; else None."""
+        return cast("Outputs", self.load) if self.declaration.outputs else None
+
     def prepare(self) -> None:
-        """Import what is imported only where the loader runs."""
+        """Import, or start, what runs only where the loader does."""
         getattr(self.load, "prepare", lambda: None)()
+
+    def close(self) -> None:
+        """End what it started in this process."""
+        getattr(self.load, "close", lambda: None)()
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats it declares, the core formats first and in their own order."""
-        return _ordered(self.declaration.formats, CORE_FORMATS)
+        return _ordered(self.declaration.formats, OUTPUT_FORMATS if self.declaration.outputs else CORE_FORMATS)
 
     @property
     def benches(self) -> tuple[str, ...]:
         """The benches it declares, the core benches first and in their own order."""
-        return _ordered(self.declaration.benches, CORE_BENCHES)
+        return _ordered(self.declaration.benches, OUTPUT_BENCHES if self.declaration.outputs else CORE_BENCHES)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -143,6 +179,7 @@ def loader(
     uniform: Iterable[str] = (),
     modules: str | None = None,
     quantises: bool = False,
+    outputs: bool = False,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -153,7 +190,8 @@ def loader(
 
     For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline.
+    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. For engines that
+    hold no weights to read: `outputs=True`, and a function `(base, lora, *, strength, inputs)` that returns a tensor.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
@@ -169,6 +207,7 @@ def loader(
         frozenset(uniform),
         modules,
         quantises,
+        outputs,
     )
     _check(declaration)
 
@@ -177,6 +216,68 @@ def loader(
         return function
 
     return declare
+
+
+FACTS = (
+    "formats",
+    "benches",
+    "variants",
+    "strength_argument",
+    "uniform",
+    "modules",
+    "quantises",
+    "unsupported",
+    "outputs",
+)
+"""What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
+
+
+def declaration_from(facts: Mapping[str, Any]) -> Declaration:
+    """Return what a loader in another process declares, given as JSON under some of the names in `FACTS`.
+
+    `unsupported` is a list of pairs: a list of names, and the reason.
+
+    Raises:
+        LoaderSpecError: a name that is none of these, or a value that cannot be meant.
+    """
+    unknown = sorted(set(facts) - set(FACTS))
+    if unknown:
+        raise LoaderSpecError(f"{unknown[0]!r} is nothing that a loader declares; that is {', '.join(FACTS)}")
+    places = ("formats", "benches", "variants")
+    formats, benches, variants = (None if facts.get(k) is None else _names(k, facts[k]) for k in places)
+    said = Declaration(
+        formats,
+        benches,
+        variants,
+        strength_argument=_text("strength_argument", facts.get("strength_argument", "strength")),
+        unsupported=_reasons(facts.get("unsupported") or []),
+        uniform=_names("uniform", facts.get("uniform") or []),
+        modules=_text("modules", facts.get("modules")),
+        quantises=bool(facts.get("quantises")),
+        outputs=bool(facts.get("outputs")),
+    )
+    _check(said)
+    return said
+
+
+def _names(key: str, value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise LoaderSpecError(f"{key} must be a list of names")
+    return frozenset(value)
+
+
+def _text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise LoaderSpecError(f"{key} must be text or null")
+    return value
+
+
+def _reasons(value: Any) -> dict[tuple[str, ...], str]:
+    try:
+        pairs = [(tuple(map(str, names)), str(reason)) for names, reason in value]
+    except (TypeError, ValueError):
+        raise LoaderSpecError("unsupported must be a list of pairs: a list of names, and the reason") from None
+    return dict(pairs)
 
 
 def _check(said: Declaration) -> None:

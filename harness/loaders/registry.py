@@ -6,7 +6,7 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,35 @@ class Installed:
     reason: str | None = None
 
 
-def resolve(spec: str | Callable[..., Any]) -> Subject:
-    """Return the loader that `spec` names, ready to be tested.
+def resolve(spec: str | Callable[..., Any], *, name: str | None = None) -> Subject:
+    """Return the loader that `spec` names, ready to be tested; reports show it as `name` where one is given.
 
     `spec` is a registered name (`peft`, `diffsynth-2.0.4`), one with a release or a checkout (`peft==0.12.0`,
-    `comfyui@COMMIT`), `package.module:callable`, `path/to/file.py:callable`,
-    `cmd:...`, or the function itself.
+    `comfyui@COMMIT`), `package.module:callable`, `path/to/file.py:callable`, `cmd:...`, `serve:...`, `outputs:...`, or
+    the function itself.
 
     Raises:
         LoaderSpecError: nothing has that name, it cannot be imported, or it cannot be called as a loader.
     """
+    subject = _resolved(spec)
+    return replace(subject, name=name) if name else subject
+
+
+def _resolved(spec: str | Callable[..., Any]) -> Subject:
     if not isinstance(spec, str):
         return subject_here(spec, _spec_of(spec), _version_of(getattr(spec, "__module__", "") or ""))
     if spec.startswith("cmd:"):
         from harness.loaders.command import command_subject
 
         return command_subject(spec)
+    if spec.startswith("outputs:"):
+        from harness.loaders.outputs import outputs_subject
+
+        return outputs_subject(spec)
+    if spec.startswith("serve:"):
+        from harness.loaders.serve import serve_subject
+
+        return serve_subject(spec)
     if is_pinned(spec):
         return pinned_subject(spec)
     if ":" in spec:
@@ -108,7 +121,8 @@ def _unknown(name: str) -> str:
     if not close and (is_file(name) or Path(name).is_file()):
         return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
-    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, cmd:..."
+    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, "
+    known += "cmd:..., serve:..., outputs:..."
     return f"no loader is called {name!r}{guess} ({known})"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.errors import LoaderSpecError
-from harness.loaders import command
+from harness.loaders import command, exchange
 from harness.loaders.registry import resolve
 
 PLACES = "{base} {lora} {strength} {out}"
@@ -74,7 +74,7 @@ BAD_OUTPUT = {
 
 @pytest.mark.parametrize("text", BAD_OUTPUT)
 def test_a_merged_file_that_does_not_fit_is_named_with_what_the_tool_printed(text, tmp_path):
-    with pytest.raises(command.CommandOutputError, match=BAD_OUTPUT[text]) as caught:
+    with pytest.raises(exchange.OutputError, match=BAD_OUTPUT[text]) as caught:
         tool(tmp_path, f"print('a hint')\n{text}")(torch.nn.Linear(2, 2), tmp_path)
     assert "a hint" in str(caught.value)
 
@@ -115,8 +115,8 @@ def test_a_command_that_prints_without_end_fills_no_disk(tmp_path, monkeypatch):
 
 
 def test_a_merged_file_that_grows_without_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "SPARE_BYTES", 1 << 16)
-    with pytest.raises(command.CommandOutputError, match="grew over"):
+    monkeypatch.setattr(exchange, "SPARE_BYTES", 1 << 16)
+    with pytest.raises(exchange.OutputError, match="grew over"):
         shell("yes > $3; #", seconds=20)(torch.nn.Linear(1, 1), tmp_path)
 
 
