@@ -1,4 +1,4 @@
-"""Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what is missing).
+"""Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what it needs).
 
 `--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
 """

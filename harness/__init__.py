@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from harness.checks.run import check_loader
     from harness.errors import LoaderSpecError, LoraFileError, UserError
     from harness.example import Example, Target
+    from harness.isolation.elsewhere import Elsewhere
     from harness.isolation.limits import Limits
     from harness.law.diagnosis import Diagnosis
     from harness.law.grammar import Word
@@ -29,6 +30,7 @@ _NAMES = {
     "checks.run": ("check_loader",),
     "errors": ("LoaderSpecError", "LoraFileError", "UserError"),
     "example": ("Example", "Target"),
+    "isolation.elsewhere": ("Elsewhere",),
     "isolation.limits": ("Limits",),
     "law.diagnosis": ("Diagnosis",),
     "law.grammar": ("Word",),
@@ -41,9 +43,10 @@ _NAMES = {
 _HOME = {name: f"harness.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Declaration", "Defaults", "Diagnosis", "Example", "KnownFailure", "Law", "LawRecord", "Limits", "Load",
-    "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Probe", "Subject", "Target", "Trait", "UserError", "Verdict",
-    "Word", "bench", "check_loader", "loader", "measure_law", "parametrize_with_checks", "read_known_failures",
+    "Declaration", "Defaults", "Diagnosis", "Elsewhere", "Example", "KnownFailure", "Law", "LawRecord", "Limits",
+    "Load", "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Probe", "Subject", "Target", "Trait", "UserError",
+    "Verdict", "Word", "bench", "check_loader", "loader", "measure_law", "parametrize_with_checks",
+    "read_known_failures",
 ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
 
     subject = cell.subject
     with (
+        closing(subject),
         tempfile.TemporaryDirectory(prefix="lora-harness-") as folder,
         closing(subject),
         subject_process(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -54,7 +55,7 @@ class CellLaw:
 class ReleaseLaw:
     """One release: its cells, or, where its code could not be started at all, the `problem`.
 
-    `start` are the seconds until it had imported what it needs, `seconds` all of them.
+    `start` are the seconds until it had imported what it needs, `seconds` all of them, `cpu` those of a processor.
     """
 
     loader: str
@@ -64,6 +65,7 @@ class ReleaseLaw:
     day: str | None = None
     start: float = 0.0
     seconds: float = 0.0
+    cpu: float = 0.0
 
     @property
     def states(self) -> dict[str, str]:
@@ -202,13 +204,14 @@ def _job(subject: Subject, places: Sequence[Place], limits: Limits) -> Callable[
     """Return the job that measures one release, all its places in one process."""
 
     def job(channel: Channel) -> None:
-        began = time.monotonic()
+        began, used = time.monotonic(), sum(os.times()[:4])
         with served(Cell(subject, *places[0]), channel, limits, [bench for _, bench in places]) as own:
             problem = _begun(own)
             channel.send({"start": round(time.monotonic() - began, 1), "problem": problem})
             for form, bench in places if not problem else ():
                 channel.send({"cell": asdict(_measured(replace(own, format=form, bench_name=bench)))})
-        channel.send({"seconds": round(time.monotonic() - began, 1)})
+        cpu = sum(os.times()[:4]) - used  # of its children too, which have ended
+        channel.send({"seconds": round(time.monotonic() - began, 1), "cpu": round(cpu, 1)})
 
     return job
 

@@ -57,8 +57,8 @@ def command(
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
     LOADER is a registered name (see `lora-harness loaders`), one in another release (peft==0.12.0),
-    package.module:callable, path/to/file.py:callable, "serve:COMMAND" (docs/serve.md), or
-    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}".
+    package.module:callable, path/to/file.py:callable, or
+    "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}", or "serve:COMMAND" (docs/serve.md).
     """
     from harness.checks.cell import cells_of
     from harness.checks.known import known_failures as read_known

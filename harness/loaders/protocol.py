@@ -103,7 +103,7 @@ SERVER = Defaults(seconds=60.0)
 class Subject:
     """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead.
 
-    One whose code runs `elsewhere`, in another interpreter or among other packages, says there by what it is found.
+    The code of one that is `elsewhere` runs in another interpreter, or among other packages.
     """
 
     spec: str

@@ -132,8 +132,8 @@ def _unknown(name: str) -> str:
     if not close and (is_file(name) or Path(name).is_file()):
         return f"{name!r} names a file but no function; write {name}:load when `load` is its name"
     guess = f"; did you mean {' or '.join(close)}?" if close else ""
-    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, cmd:..., "
-    known += "serve:..., outputs:..."
+    known = f"known: {', '.join(names)}; or NAME==VERSION, package.module:function, file.py:function, "
+    known += "cmd:..., serve:..., outputs:..."
     return f"no loader is called {name!r}{guess} ({known})"
 
 
