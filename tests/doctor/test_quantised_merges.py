@@ -147,9 +147,13 @@ def _quanto(weight: Any) -> Stored:
     return {"weight._data": stored["weight"], "weight._scale": stored["weight_scale"]}
 
 
+def _of_tensor(weight):
+    return dict(zip(("weight", "weight_scale"), _int8(weight, weight.abs().max()), strict=True))
+
+
 STORAGES = {
     "int8 of rows": _of_row,
-    "int8 of the tensor": lambda weight: dict(zip(("weight", "weight_scale"), _int8(weight, weight.abs().max()), strict=True)),
+    "int8 of the tensor": _of_tensor,
     "int8 of groups": _of_group,
     "bitsandbytes": _bnb,
     "quanto": _quanto,
