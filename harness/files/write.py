@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,15 +64,26 @@ def write_lora(
     that have no place for alpha (`xlabs`, `attn-procs`, `bfl-control`) refuse one; `mlx` and `gguf` have one for all
     modules. Formats that have no flag for `rslora` store alpha * sqrt(rank), as LyCORIS does, so that alpha / rank is
     right. `key_order` is a permutation of the keys or a random generator that draws one; the data is laid out in that
-    order. `prefix` replaces the format's own (such as `transformer.`), `pair` the spelling of the halves (see
-    `keys.PAIRS`).
+    order, and a configuration's default is the first of the values that are most common. `prefix` replaces the
+    format's own (such as `transformer.`), `pair` the spelling of the halves (see `keys.PAIRS`).
 
     Raises:
         ValueError: an argument that cannot be written, named with its value.
         LoraFileError: `gguf` is not installed.
     """
     content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
-    return save(path, format, replace(content, tensors=_ordered(content.tensors, key_order)))
+    tensors = _ordered(content.tensors, key_order)
+    if content.config:
+        modules = _as_they_stand(modules, content.tensors, tensors)
+        content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
+    return save(path, format, replace(content, tensors=tensors))
+
+
+def _as_they_stand(modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
+    """Return the modules of a format with a configuration in the order of their keys in the file."""
+    names = (name for name, weights in modules.items() for _ in weights.parts)
+    owner = dict(zip(composed, names, strict=True))
+    return {name: modules[name] for name in dict.fromkeys(owner[key] for key in ordered)}
 
 
 @dataclass(frozen=True)

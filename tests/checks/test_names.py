@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness import check_loader
 from harness.checks.cell import Cell
 from harness.checks.families.direction import check_direction
 from harness.checks.families.scale import _ratio
@@ -101,3 +102,28 @@ def test_a_constant_over_the_square_of_the_rank_is_not_the_most_common_rank() ->
     found = measure_law(loader_with(lambda u, m, every: 4 * u * (m.alpha or 0.0) / m.rank**2), format="kohya").diagnosis
     assert found.law is not None
     assert found.law.formula == "4 * strength * alpha / rank^2"
+
+
+CONFIG = """
+import json
+import torch
+from safetensors.torch import load_file
+
+@torch.no_grad()
+def load(model, lora, *, strength=1.0):
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = load_file(lora / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]  # the patterns are never read
+    for key in (key for key in tensors if key.endswith("lora_A.weight")):
+        layer = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        product = tensors[key.replace("lora_A", "lora_B")].float() @ tensors[key].float()
+        layer.weight.add_((strength * scale * product).to(layer.weight.dtype))
+"""
+
+
+def test_the_defaults_of_a_configuration_for_every_module_are_named_on_random_files_too(tmp_path):
+    """Values that are equally common in a file are told apart by their order, for the configuration and the law."""
+    (tmp_path / "mine.py").write_text(CONFIG)
+    found = check_loader(f"{tmp_path / 'mine.py'}:load", formats=["peft"], benches=["qwen-image"], max_examples=20)
+    scale = next(verdict for verdict in found if verdict.check == "scale")
+    assert (scale.outcome, scale.code) == ("failed", "LH204")

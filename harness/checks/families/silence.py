@@ -27,6 +27,7 @@ Tensors = dict[str, "Tensor"]
 Edit = Callable[[Cell, Path], None]
 _MOST = 6  # modules of a file of another variant
 _LAW = ("scale", "strength")
+_PLAIN = 1e-3
 _COMPLAINT = re.compile(
     r"unexpected|un(?:known|supported|used|matched|loaded|recogni[sz]ed|resolved)|support|skip|ignor|miss|match|found|cannot"
     r"|could ?n.t|unable|fail|warn|invalid|without|drop|not (?:loaded|applied|used|handled)|left (?:out|over)|error",
@@ -134,8 +135,9 @@ def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> 
     cell.heard[place.variant_name] = outcome
     if outcome != "silent" or {fault.code for fault in faults} != {"LH209"}:
         return None
-    code = diagnose(list(probes_of(seen, place))).code or "LH209"
-    code = code if CODES[code].family in _LAW else "LH209"
+    named = diagnose(list(probes_of(seen, place)))
+    plain = named.law is not None and abs(named.law.constant - 1) < _PLAIN  # one file: a factor fits by chance
+    code = named.code if plain and named.code and CODES[named.code].family in _LAW else "LH209"
     fact = (
         f"a file of the variant {place.variant_name}, which is not declared, is loaded without a word: {faults[0].fact}"
     )
