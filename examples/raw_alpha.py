@@ -15,6 +15,5 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
         raise NotImplementedError("only A and B of layers that the model has are supported")
     for name, layer in names.items():
-        a, b = (half.float() for half in adapter.tensors(name))
-        alpha = adapter.modules[name].alpha
+        alpha, (a, b) = adapter.modules[name].alpha, (half.float() for half in adapter.tensors(name))
         layers[layer].weight += strength * (1.0 if alpha is None else alpha) * (b @ a)  # the mistake: no / rank

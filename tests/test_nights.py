@@ -25,7 +25,7 @@ def load(model, lora, *, strength=1.0):
     adapter, layers = read_lora(lora), dict(model.named_modules())
     names, left = match_modules(adapter, layers)
     if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
+        raise NotImplementedError("only A and B of layers that the model has are supported")
     for name, target in names.items():
         a, b = adapter.tensors(name)
         module, weight = adapter.modules[name], layers[target].weight
