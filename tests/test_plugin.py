@@ -77,18 +77,18 @@ def test_a_missing_gpu_skips_with_the_reason_and_fails_when_required(tmp_path: P
 
 def test_each_cell_is_checked_in_one_worker(tmp_path: Path) -> None:
     (tmp_path / "counted.py").write_text(
-        "import os\nfrom pathlib import Path\nfrom harness.selftest.parts import merge, right\n"
+        "import os\nfrom pathlib import Path\nfrom harness.loaders.live.peft import load as real\n"
         f"SEEN = Path({str(tmp_path)!r}) / 'seen'\n"
         "def load(model, lora, *, strength=1.0):\n"
         "    SEEN.mkdir(exist_ok=True)\n    (SEEN / str(os.getpid())).touch()\n"
-        "    merge(model, lora, strength, right)\n"
+        "    return real(model, lora, strength=strength)\n"
     )
     done = pytest_run(
         tmp_path, "--pyargs", "harness.suite", "--lora-loader=counted.py:load", "--lora-max-examples=2",
         "-n", "2", "--dist", "loadgroup", "-k", "peft-qwen-image and not silence and not deep",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((tmp_path / "seen").iterdir())) == 3  # qwen-image, -fused and -deep, a child process each
+    assert len(list((tmp_path / "seen").iterdir())) == 2  # qwen-image and qwen-image-fused, a child process each
 
 
 def test_a_run_that_crashes_in_the_middle_is_reported_and_red(tmp_path: Path) -> None:

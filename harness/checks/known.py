@@ -31,7 +31,7 @@ from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
-_KNOWN_EXAMPLES = 40
+KNOWN_EXAMPLES = 40
 
 
 def _code(code: str) -> str:
@@ -226,7 +226,7 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     if (verdict := _shown(limited, known, found)) is not None:
         return verdict
     strategy = examples_for(cell, plan).filter(tried)
-    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    found.join(search(limited, strategy, max_examples=KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
     return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
 
 

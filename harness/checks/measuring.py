@@ -199,7 +199,7 @@ def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
         if module.training and (dropout or before.get(_base_name(name)) is type(module)):
-            yield name or "the model itself"
+            yield f"{name} (dropout)" if dropout else name or "the model itself"
 
 
 def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Iterator[str]:
