@@ -6,6 +6,7 @@ loader, and the scale on B @ A is measured in every layer; where no number is gi
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from benchmarks.lora_file import MIXED, UNIFORM, File, Reader, Shape, make_file, outcome
+from benchmarks.peft_folders import READERS, folders
 from benchmarks.reads import BENCHES, FAITHFUL, bench_shapes, diffusers_reader, live_reader
 from benchmarks.zoo import Parts, zoo
 from harness.doctor.answers import Answer, Asked, answer
@@ -125,6 +127,16 @@ def pairs(tools: Sequence[str] = (), families: Sequence[str] = ()) -> Iterator[P
                     yield _judge(shown, tool.name, given, reader, _trained_with(file, lora_alpha))
 
 
+def folder_pairs() -> Iterator[Pair]:
+    """Ask and measure PEFT's folders in PEFT and transformers."""
+    with tempfile.TemporaryDirectory() as place:
+        for what, folder, file in folders(Path(place) / "adapter"):
+            for tool, reader in READERS.items():
+                traits = Traits(read_lora(folder, strict=False))
+                given = answer(known_tools()[tool], traits, Asked())
+                yield _judge(f"Llama, a PEFT folder, {what}", tool, given, reader(folder), file)
+
+
 def _asked(file: File, tool: Tool, lora_alpha: float | None) -> Answer | None:
     """Return the tool's answer for the file, None where it does not read the format."""
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +174,8 @@ def _said(seen: Any) -> str:
     if isinstance(seen, str):
         return {"nothing": "loads nothing", "alpha ignored": "ignores alpha"}.get(seen, seen)
     kind, value = next(iter(seen.items()))
-    return f"{kind}: {value}"[:60] if kind in ("raises", "hangs") else f"{kind} in {len(value)} kinds of layers"
+    said = re.sub(r"/\S+", "…", str(value))  # a temporary folder
+    return f"{kind}: {said}"[:60] if kind in ("raises", "hangs") else f"{kind} in {len(value)} kinds of layers"
 
 
 def page(found: Sequence[Pair]) -> str:
@@ -180,7 +193,7 @@ def page(found: Sequence[Pair]) -> str:
 
 def main() -> None:
     """Measure every pair and write the page; exit 1 when one is wrong."""
-    found = list(pairs())
+    found = [*pairs(), *folder_pairs()]
     PAGE.write_text(page(found), encoding="utf-8")
     wrong = [pair for pair in found if pair.agrees is False]
     print(f"{len(found)} pairs, {len(wrong)} wrong", *wrong, sep="\n")

@@ -88,7 +88,7 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     known = (each for each in traits.findings if tool.name in each.tools and each.in_release(asked.version))
     hit = [*known, *_limits(tool, traits)]
     if lost := _lost(tool, traits):
-        return Answer(tool, "nothing", lost, _sure(tool), findings=tuple(hit))
+        return Answer(tool, *lost, _sure(tool), findings=tuple(hit))
     notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))
     blocking = [finding for finding in hit if finding.blocks]
     read = _read(tool, traits)
@@ -104,9 +104,11 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
 
 
-def _lost(tool: Tool, traits: Traits) -> str:
-    """Say why the tool finds no layer, or not all, by what the file alone says; empty when nothing tells."""
-    return traits.wrapped or (traits.ignored_by_peft if tool.name in _BY_CONFIG else "")
+def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
+    """Say why the tool finds no layer, or not all, by what the file alone says; None when nothing tells."""
+    if traits.wrapped:
+        return "nothing", traits.wrapped
+    return traits.ignored_by_peft if tool.name in _BY_CONFIG else None
 
 
 def _effect(found: str) -> Effect:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from harness.doctor.inspect.fit import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
@@ -78,11 +79,16 @@ class Traits:
         return f"looks for plain names, not for those of a wrapper ({printable(found, 70)})" if found else ""
 
     @cached_property
-    def ignored_by_peft(self) -> str:
-        """What PEFT ignores of the file by its configuration or its names, empty when nothing is known."""
+    def ignored_by_peft(self) -> tuple[Literal["raises", "nothing", "drops"], str] | None:
+        """What PEFT does not take of the file, by its configuration or its names; None when nothing is known."""
         if any(key.endswith(_AUTOMODEL) for key in self._keys):
-            return "does not know AutoModel's names of experts"
-        return next((hazard.what for hazard in peft_hazards(self.adapter) if hazard.code in ("LH720", "LH721")), "")
+            return "nothing", "does not know AutoModel's names of experts"
+        found = next((hazard for hazard in peft_hazards(self.adapter) if hazard.code in ("LH720", "LH721")), None)
+        if found is None:
+            return None
+        if found.code == "LH721":
+            return "drops", found.what
+        return "raises" if not self.adapter.config else "nothing", found.what
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
