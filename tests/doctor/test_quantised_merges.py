@@ -138,6 +138,11 @@ def _of_row(weight: Any, name: str = "weight_scale") -> Stored:
     return {"weight": codes, name: step}
 
 
+def _of_tensor(weight: Any) -> Stored:
+    codes, step = _int8(weight, weight.abs().max())
+    return {"weight": codes, "weight_scale": step}
+
+
 def _bnb(weight: Any) -> Stored:
     return {"weight": _of_row(weight)["weight"], "SCB": weight.abs().amax(1)}
 
@@ -149,7 +154,7 @@ def _quanto(weight: Any) -> Stored:
 
 STORAGES = {
     "int8 of rows": _of_row,
-    "int8 of the tensor": lambda weight: dict(zip(("weight", "weight_scale"), _int8(weight, weight.abs().max()), strict=True)),
+    "int8 of the tensor": _of_tensor,
     "int8 of groups": _of_group,
     "bitsandbytes": _bnb,
     "quanto": _quanto,
