@@ -16,6 +16,7 @@ from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
 from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
+from harness.files.config import changing_init
 from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
 
@@ -129,6 +130,11 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
         return
     if _by_method(adapter, module):
         yield Change(name, name, tensor, method=True)
+        return
+    if adapter.format == "peft" and module.rank and (init := changing_init(adapter.config)):
+        yield Change(
+            name, name, tensor, unread=f"init_lora_weights is {printable(init, 40)}, which changes the base too"
+        )
         return
     if adapter.format == "peft" and name.removesuffix(_OUTPUT) in adapter.modules.keys() - {name}:
         yield Change(name, name, tensor, unread=_ADDED_TWICE, kind="ambiguous")
