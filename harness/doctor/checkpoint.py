@@ -16,7 +16,7 @@ from harness.doctor.architectures import Shape
 from harness.doctor.llama_cpp import NATIVE, Translation, scheme, translation
 from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
-from harness.doctor.spelling import shared_prefix
+from harness.doctor.spelling import layer_of, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
 from harness.files.gguf_file import GgufFile, is_gguf, model_names, read_gguf
@@ -107,15 +107,13 @@ class Checkpoint:
     def layers(self) -> dict[str, str]:
         """The weight of every layer, by the layer's name with the prefix; llama.cpp's names as transformers has them.
 
-        Parameters of three dimensions are layers too, under their own names: they stack experts.
-
         Raises:
             LoraFileError: no tensor is the weight of a layer.
         """
-        plain = [key for key, file in self.files.items() if key.endswith(_WEIGHT) or len(file.tensors[key].shape) == 3]
-        known = {self._called(key) for key in plain}
-        keys = dict.fromkeys([*plain, *(self.prefix + name for name in self.schemes if name not in known)])
-        layers = {key.removesuffix(_WEIGHT): self._called(key) for key in keys}
+        found = {key: layer_of(key, len(file.tensors[key].shape)) for key, file in self.files.items()}
+        layers = {layer: self._called(key) for key, layer in found.items() if layer is not None}
+        known = set(layers.values())
+        layers |= {self.prefix + name.removesuffix(_WEIGHT): name for name in self.schemes if name not in known}
         if not layers:
             raise LoraFileError(self.path, "holds no weight of a layer")
         return {self._names.get(layer, layer): weight for layer, weight in layers.items()}

@@ -99,7 +99,9 @@ class _Placer:
         self._scopes: dict[str, Scope] = {}
 
     def add(self, name: str, module: LoraModule) -> None:
-        """Find the place of one module."""
+        """Find the place of one module; what other methods share among all has no name, and none."""
+        if not module.name:
+            return
         try:
             found = self._find(name, module)
             if found:

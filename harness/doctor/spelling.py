@@ -20,6 +20,18 @@ _FLAT_LEADING = re.compile(
 )
 
 
+def layer_of(tensor: str, dimensions: int) -> str | None:
+    """Return the layer whose weight a tensor is; None when it is none.
+
+    Parameters of three dimensions, which stack experts, have their own name, torch's attention has `in_proj`.
+    """
+    if tensor.endswith(".weight"):
+        return tensor.removesuffix(".weight")
+    if tensor.endswith(".in_proj_weight") and dimensions == 2:
+        return tensor.removesuffix("_weight")
+    return tensor if dimensions == 3 else None
+
+
 def layers_by_spelling(layers: Iterable[str], *, flattened: bool) -> dict[str, str]:
     """Return {spelling: layer} for all spellings that mean one layer; a layer's own name always means that layer."""
     found: dict[str, str] = {}

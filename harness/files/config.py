@@ -326,3 +326,9 @@ def _patterns(key: str, raw: Mapping[str, Any], budget: Budget) -> Patterns:
     if not isinstance(value, dict):
         raise ConfigError(key, f"is {value!r}, an object of module name to number is needed")
     return Patterns(value, key, budget)
+
+
+def changing_init(config: Mapping[str, Any]) -> str | None:
+    """Return how PEFT began, where that changes the base too, so that B @ A is no difference to it."""
+    init = config.get("init_lora_weights")
+    return init if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.IGNORECASE) else None

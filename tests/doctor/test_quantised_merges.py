@@ -138,6 +138,11 @@ def _of_row(weight: Any, name: str = "weight_scale") -> Stored:
     return {"weight": codes, name: step}
 
 
+def _of_tensor(weight: Any) -> Stored:
+    codes, step = _int8(weight, weight.abs().max())
+    return {"weight": codes, "weight_scale": step}
+
+
 def _bnb(weight: Any) -> Stored:
     return {"weight": _of_row(weight)["weight"], "SCB": weight.abs().amax(1)}
 

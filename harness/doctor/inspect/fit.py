@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.doctor.architectures import Shape, looks_like
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
-from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
+from harness.files.config import PAIRED, Budget, ConfigError, Patterns, changing_init, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.text import count, first_of, printable
 from harness.verdict.blocks import family_of
@@ -35,7 +35,7 @@ def fit_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> BaseFit
     return BaseFit(
         base=printable(base.path, 200),
         applied=len(placed.slots),
-        modules=len(adapter.modules),
+        modules=sum(bool(module.name) for module in adapter.modules.values()),
         foreign=tuple(printable(name, 120) for name in placed.missing[:_SHOWN]),
         foreign_total=len(placed.missing),
         misfits=_reasons(placed.misfits),
@@ -72,7 +72,9 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
         yield Hazard(code="LH719", what=f"{other}{fit.said}")
-    elif fit.foreign_total or any(adapter.modules[name].variant != "experts" for name in placed.ambiguous):
+    elif (fit.foreign_total and not adapter.config.get("layer_replication")) or any(
+        adapter.modules[name].variant != "experts" for name in placed.ambiguous
+    ):
         yield Hazard(code="LH718", what=fit.said)
     yield from _peft_against(adapter, base, placed, fit)
 
@@ -81,7 +83,7 @@ def _other_model(adapter: LoraAdapter, base: Checkpoint) -> str:
     """Say what the file and the base look like, as far as names, widths and metadata tell it and they differ."""
     modules = {module.name: _shape(module.out_features, module.in_features) for module in adapter.modules.values()}
     mine, other = looks_like(modules), looks_like(base.shapes)
-    named = {**adapter.metadata, **{key: str(value) for key, value in adapter.config.items()}}
+    named = {**adapter.metadata, **{key: str(value) for key, value in adapter.config.items() if value}}
     says = next((f"{key} = {printable(named[key], 80)}" for key in _SPEAKING if named.get(key)), None)
     told = f" (it says {says})" if says else ""
     if mine and mine != other:
@@ -209,8 +211,7 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
     if config.get("alora_invocation_tokens"):
         what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
         yield Hazard(code="LH723", what=what)
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.I):
+    if init := changing_init(config):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
         way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
         yield Hazard(code="LH723", what=f"{what}; {way}")

@@ -95,7 +95,7 @@ def _names(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:
     names: Homes = {}
     for key, module in adapter.modules.items():
         dotted = _dotted(module) if adapter.flattened else module.name
-        if dotted and not placed.get(key, ()):
+        if dotted is not None and not placed.get(key, ()):
             names[key] = (Home("", dotted),)
         elif key in placed:
             names[key] = placed[key]

@@ -16,6 +16,7 @@ from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
 from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
+from harness.files.config import changing_init
 from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
 
@@ -86,6 +87,10 @@ _NOT_READ = {
     "query_norm": "a replaced norm scale", "key_norm": "a replaced norm scale",
 }  # fmt: skip
 _OTHERS = {**NOT_LORA, "alpha": "an alpha that no module uses"}
+_OUTPUT = ".base_layer.out_proj"
+_ADDED_TWICE = (
+    "PEFT adds the update of torch's attention output twice, in training and when it merges; others add it once"
+)
 _BASE_COPIES = frozenset({"copy"})
 _IN_OUT = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})  # `is_transposed` in transformers 5.23.0
 _STORED_TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})  # otherwise on disk than in memory
@@ -125,6 +130,14 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
         return
     if _by_method(adapter, module):
         yield Change(name, name, tensor, method=True)
+        return
+    if adapter.format == "peft" and module.rank and (init := changing_init(adapter.config)):
+        yield Change(
+            name, name, tensor, unread=f"init_lora_weights is {printable(init, 40)}, which changes the base too"
+        )
+        return
+    if adapter.format == "peft" and name.removesuffix(_OUTPUT) in adapter.modules.keys() - {name}:
+        yield Change(name, name, tensor, unread=_ADDED_TWICE, kind="ambiguous")
         return
     found = [*_low_rank(adapter, name, tensor), *_wholes(adapter, name, tensor), *_unread(adapter, name, tensor)]
     what = OTHER_NAMES.get(module.variant) or f"parts {', '.join(sorted(module.keys))}"

@@ -16,6 +16,7 @@ from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
 from harness.doctor.quantised import Rows
+from harness.doctor.spelling import layer_of
 from harness.doctor.verify.vote import DTYPES
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
@@ -85,10 +86,9 @@ class Weights:
         """Its layers by their names with the prefix of the file: weights, and parameters that have no other name."""
         found = {}
         for name in self.names:
-            if name.endswith(_WEIGHT):
-                found[self.store.prefix + name.removesuffix(_WEIGHT)] = name
-            elif len(self.info(name).shape) > 2:
-                found[self.store.prefix + name] = name
+            dimensions = 0 if name.endswith(_WEIGHT) else len(self.info(name).shape)
+            if (layer := layer_of(name, dimensions)) is not None:
+                found[self.store.prefix + layer] = name
         if not found:
             raise LoraFileError(self.path, "holds no weight of a layer")
         return found
