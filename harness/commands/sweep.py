@@ -40,11 +40,16 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 @click.option(
     "--alphas", type=_Numbers(), default="0,0.25,0.5,1,2,4,8,16,32", show_default=True, help="Strengths to draw."
 )
-@click.option("--pipeline", metavar="DIR", help="A saved diffusers pipeline.  [default: the tiny trained one]")
+@click.option(
+    "--pipeline",
+    metavar="DIR",
+    help="A saved diffusers pipeline.  [default: a toy model for tests, which no LoRA of yours was trained on]",
+)
 @click.option("--lora", type=shared.PATH, help="The LoRA file or PEFT folder.  [default: rank 8, alpha 16]")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat for more.")
 @click.option("--prompts", "prompts_file", type=shared.PATH, help="A text file, one prompt per line.")
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="How many seeds per prompt.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The first seed; the others follow.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--dtype", type=shared.DTYPE, help="Dtype of the pipeline.")
 @click.option("--offload", type=click.Choice(["none", "model", "sequential"]), default="none", show_default=True)
@@ -80,11 +85,14 @@ def command(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     seeds: int,
+    seed: int,
     dtype: str | None,
     install: bool,
     **options: Any,
 ) -> None:
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
+    if options["lora"] is not None and options["pipeline"] is None:
+        _refuse_lora_of_another_model(options["lora"])
     import torch
 
     from harness.images import SweepOptions, read_prompts
@@ -95,7 +103,7 @@ def command(
     texts = [*prompts, *(read_prompts(prompts_file) if prompts_file else ())]
     wanted = SweepOptions(
         prompts=texts or None,
-        seeds=tuple(range(seeds)),
+        seeds=tuple(range(seed, seed + seeds)),
         dtype=getattr(torch, dtype) if dtype else None,
         out=out,
         progress=not shared.quiet_on(as_json),
@@ -106,6 +114,35 @@ def command(
         verdicts = sweep_into(writer, loader, wanted, name=name)
     shared.show(out, as_json=as_json)
     sys.exit(exit_code_of(counts_of(verdicts)))
+
+
+def _refuse_lora_of_another_model(lora: Path) -> None:
+    """Refuse a LoRA that was not trained on the toy model, which is drawn with where no pipeline is named.
+
+    Only headers are read, and nothing that draws is imported.
+
+    Raises:
+        UserError: none of its modules, or modules of another shape, are in the toy model; or it cannot be read.
+    """
+    from harness.doctor.match import place
+    from harness.errors import UserError
+    from harness.files import read_header, read_lora
+    from harness.fixtures import fixtures_folder
+    from harness.text import count, printable
+
+    adapter = read_lora(lora)
+    weights = fixtures_folder() / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    layers = {name.removesuffix(".weight"): info.shape for name, info in read_header(weights).tensors.items()}
+    placed = place(adapter, layers)
+    if placed.slots and not placed.misfits:
+        return
+    fitting, modules = len(placed.slots), count(len(adapter.modules), "module")
+    raise UserError(
+        f"{printable(lora, 300)}: without --pipeline, sweep draws with a toy model (a Qwen-Image of 4 blocks that "
+        f"knows shapes on a ground), and {fitting} of its {modules} fit it. Name the pipeline that the LoRA was "
+        "trained for: --pipeline DIR, a folder that diffusers' save_pretrained wrote, or --pipeline OWNER/NAME "
+        "--allow-download"
+    )
 
 
 def sweep_into(
