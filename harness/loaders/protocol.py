@@ -116,7 +116,8 @@ class Subject:
     def unsupported(self, form: str, bench: str, variant: str = "lora") -> str | None:
         """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
         said = self.declaration
-        cell = {"format": form, "bench": IMPLIED_BENCHES.get(bench, bench), "variant": variant}
+        named = bench in (said.benches or ())
+        cell = {"format": form, "bench": bench if named else IMPLIED_BENCHES.get(bench, bench), "variant": variant}
         open_to = bench in own_benches() or bench in said.also  # who asks for a bench of his own declares it so
         benches = None if open_to else said.benches
         for (kind, name), names in zip(cell.items(), (said.formats, benches, said.variants), strict=True):
