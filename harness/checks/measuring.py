@@ -276,6 +276,8 @@ def _raised(error: BaseException) -> Raised:
 
 def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     model = bench.build(_dtype(dtype))
+    if times == 1:
+        return model  # what a weight is stored as may not be a number
     for weight in {id(w): w for name in bench.layers if (w := model.get_submodule(name).weight) is not None}.values():
         weight.data.mul_(times)  # type: ignore[operator]  # nn.Module's attributes are tensors or modules
     return model

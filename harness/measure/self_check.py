@@ -48,6 +48,7 @@ def look_at(bench: Bench, said: OwnBench, what: str) -> dict[str, Any]:
 def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
     model = bench.base()
     _check_tensors(model, refused)
+    fresh = digest(model)  # some layers repack their codes when they first run
     _check_repeats(bench, model, refused)
     layers, unread = _readable(model)
     targets = _targets(layers, model, said, unread, refused)
@@ -61,8 +62,8 @@ def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
         "unread": unread,
         "others": _other_parameters(model, layers),
         "dtypes": dtypes,
-        "copies": _copies(bench, model),
-        "digest": digest(model),
+        "copies": not any(layer.codes for layer in layers.values()) and _copies(bench, model),
+        "digest": fresh,
         "tensors": tensors,
     }
 
