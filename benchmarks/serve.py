@@ -45,7 +45,7 @@ def main(argv: Sequence[str] = ()) -> list[str]:
             "`serve:node examples/serve_merge.js`": "serve:node examples/serve_merge.js",
         }
         found = {name: seconds(loader, most) for name, loader in ways.items()}
-    wall, own = found["a function"]
+    wall, _ = found["a function"]
     rows = []
     for name, (took, processor) in found.items():
         ratio = f"{took / wall:.2f}"
