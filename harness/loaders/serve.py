@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 PROTOCOL = 1
-START_SECONDS, START_PATIENCE = 600.0, 180.0  # in all, and without a sign of life
+START_SECONDS, START_PATIENCE = 600.0, 300.0  # in all, and without a sign of life
 _LONGEST = 3600.0  # of a load, where nobody limits it
 _MODEL, _OUT = "model.safetensors", "merged.safetensors"
 _SESSION = "_lora_harness_session"

@@ -159,7 +159,8 @@ def test_what_the_model_is_called_with_is_written():
     assert len(load_file(folder / "model.safetensors")) == len(get_bench("tiny-llama").base().state_dict())
 
 
-def test_a_command_is_checked_like_any_loader():
+def test_a_command_is_checked_like_any_loader(monkeypatch):
+    monkeypatch.setenv("LORA_HARNESS_COMMAND_SECONDS", "900")  # it imports peft and transformers, twice
     spec = f"outputs:python '{EXAMPLE}' {{base}} {{lora}} {{strength}} {{input}} {{out}}"
     cells, skipped = cells_of(resolve(spec))
     assert ([cell.place for cell in cells], skipped) == (["format peft, bench tiny-llama"], [])

@@ -227,8 +227,7 @@ def test_layers_under_adapters_are_read_as_merging_them_leaves_them(name, tmp_pa
     assert sum(not torch.equal(kept[n], base[n]) for n in kept) >= 4
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.filterwarnings("ignore:Already found:UserWarning", "ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_layers_under_two_wrappers_are_found_by_their_names(tmp_path):
     bench = get_bench("qwen-image")
     lora = peft_folder(bench, tmp_path / "lora")
