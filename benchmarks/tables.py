@@ -55,9 +55,9 @@ _RELEASES = """# Which release changed the law
 What each release of a loader does with a LoRA: the scale that it puts on B @ A, identified from about ten planned
 files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed.
 *Right* is strength · alpha / rank. Measured by `python -m benchmarks.releases`, written by
-`python -m benchmarks.tables`. `lora-harness releases LOADER --install` does the same for any loader, range, format and bench; `--files` says what it
-means for files of yours. Seconds hold starting the release (importing it) and all its cells, on two cores shared with
-other work.
+`python -m benchmarks.tables`. `lora-harness releases LOADER --install` does the same for any loader, range, format and
+bench; `--files` says what it means for files of yours. Seconds hold starting the release (importing it) and all its
+cells, on two cores shared with other work.
 
 """
 
