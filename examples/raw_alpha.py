@@ -10,12 +10,10 @@ from harness.files import match_modules, read_lora
 @torch.no_grad()
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add strength * alpha * B @ A to every layer of `model` that the file adapts."""
-    adapter = read_lora(lora)
-    layers = dict(model.named_modules())
-    names, unmatched = match_modules(adapter, layers)
-    if unmatched or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
+    adapter, layers = read_lora(lora), dict(model.named_modules())
+    names, left = match_modules(adapter, layers)
+    if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
         raise NotImplementedError("only A and B of layers that the model has are supported")
     for name, layer in names.items():
-        a, b = adapter.tensors(name)
-        alpha = adapter.modules[name].alpha
+        alpha, (a, b) = adapter.modules[name].alpha, (half.float() for half in adapter.tensors(name))
         layers[layer].weight += strength * (1.0 if alpha is None else alpha) * (b @ a)  # the mistake: no / rank

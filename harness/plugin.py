@@ -69,9 +69,11 @@ def cuda(request: pytest.FixtureRequest) -> Any:
     """The CUDA device; without one the test skips, or fails under `--lora-require-gpu`."""
     import torch
 
-    if torch.cuda.is_available():
+    from harness.isolation.device import cuda_devices
+
+    if cuda_devices():
         return torch.device("cuda")
-    reason = "no CUDA device: torch.cuda.is_available() is False"
+    reason = f"no CUDA device that torch {torch.__version__} can use"
     if request.config.getoption("--lora-require-gpu"):
         pytest.fail(f"{reason} (--lora-require-gpu)", pytrace=False)
     pytest.skip(reason)

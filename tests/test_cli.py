@@ -48,7 +48,8 @@ def test_help_and_inspect_import_no_torch() -> None:
 
 
 def test_a_right_loader_exits_0() -> None:
-    result = run("check", "peft", "--bench", "qwen-image", "--max-examples", "10", "-j", "1")
+    args = ("--bench", "qwen-image", "--max-examples", "10", "-j", "1", "--known-failures", "shipped")
+    result = run("check", "peft", *args)
     assert result.exit_code == 0, result.output
 
 

@@ -28,6 +28,7 @@ WARM_UP = {
     "loralib": "import loralib",
     "peft": "import peft",
     "refiners": "import refiners.fluxion.adapters.lora",
+    "transformers": "import peft, transformers.models.llama.modeling_llama",
     # `import diffsynth` needs torchvision; its LoRA modules do not
     "diffsynth": "import sys, types, torch; package = types.ModuleType('diffsynth'); "
     "package.__path__ = [{folder!r}]; sys.modules['diffsynth'] = package",
@@ -58,23 +59,24 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says: the release, the script and the script's output."""
+    """What a page says: the release, what else the script needs, the script and its output."""
 
     package: str
     version: str
+    beside: tuple[tuple[str, str], ...]
     script: str
     output: str
 
 
 def read_page(path: Path) -> Page:
     text = path.read_text(encoding="utf-8")
-    pin = re.search(r"^\*\*Version\*\* `([\w-]+)==([\w.]+)`", text, re.MULTILINE)
+    pins = re.findall(r"`([\w-]+)==([\w.]+)`", text.partition("**Version** ")[2].partition("\n")[0])
     script = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     output = re.search(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert pin, f"{path.name}: no line '**Version** `package==version`'"
+    assert pins, f"{path.name}: no line '**Version** `package==version`'"
     assert script, f"{path.name}: no python block"
     assert output, f"{path.name}: no text block"
-    return Page(pin[1], pin[2], script[1], output[1])
+    return Page(*pins[0], tuple(pins[1:]), script[1], output[1])
 
 
 def warm_up(page: Page) -> str:
@@ -84,12 +86,13 @@ def warm_up(page: Page) -> str:
         if not found:
             pytest.skip(f"diffsynth {page.version} is not unpacked (lora-harness install)")
         return WARM_UP["diffsynth"].format(folder=str(found[0].folder / "diffsynth"))
-    try:
-        installed = metadata.version(page.package)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"{page.package} is not installed")
-    if installed != page.version:
-        pytest.skip(f"the page is about {page.package} {page.version}; installed is {installed}")
+    for package, version in ((page.package, page.version), *page.beside):
+        try:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed")
+        if installed != version:
+            pytest.skip(f"the page is about {package} {version}; installed is {installed}")
     return WARM_UP[page.package]
 
 

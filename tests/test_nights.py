@@ -23,7 +23,10 @@ from harness.files import match_modules, read_lora
 @torch.no_grad()
 def load(model, lora, *, strength=1.0):
     adapter, layers = read_lora(lora), dict(model.named_modules())
-    for name, target in match_modules(adapter, layers)[0].items():
+    names, left = match_modules(adapter, layers)
+    if left or adapter.unused_keys or any(m.keys.keys() - {"A", "B", "alpha"} for m in adapter.modules.values()):
+        raise NotImplementedError("only A and B of layers that the model has are supported")
+    for name, target in names.items():
         a, b = adapter.tensors(name)
         module, weight = adapter.modules[name], layers[target].weight
         delta = strength * SCALE * (b.double() @ a.double())

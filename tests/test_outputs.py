@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,51 @@ def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
 def test_what_a_power_cut_left_is_no_line(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"one\n" + b"\0" * 4096 + b"\ntwo\n")
     assert list(read_lines(tmp_path / "lines")) == [(1, b"one"), (3, b"two")]
+
+
+ROOT = Path(__file__).parents[1]
+# What is no file that somebody keeps: a stream of lines, the runner's file, the kernel's, what goes with its folder.
+IN_PLACE = {
+    "harness/checks/patterns.py",
+    "harness/doctor/audit/remote.py",
+    "harness/isolation/child.py",
+    "harness/loaders/command.py",
+    "harness/outputs.py",
+    "harness/report/ci.py",
+    "harness/report/records.py",
+}
+WRITES = re.compile(r"""write_text\(|write_bytes\(|copyfile\(|open\([^)]*["'][wax]b?\+?["']""")
+
+
+def test_no_source_writes_a_file_in_place() -> None:
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "harness").rglob("*.py") if writes(path)}
+    assert found <= IN_PLACE
+
+
+def writes(path: Path) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return any(
+        WRITES.search(line) and "copytree if" not in line for line in lines
+    )  # one copy goes to a temporary folder
+
+
+def test_a_log_or_page_for_which_there_is_no_room_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    from harness.report.ci import write_sarif
+    from harness.report.environment import new_header
+    from harness.report.html import write_report
+    from harness.report.records import Run
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("log.sarif", "results.jsonl"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    run = Run(new_header("lora-harness"), ())
+    for write in (lambda: write_sarif(run, tmp_path / "log.sarif"), lambda: write_report([run], tmp_path)):
+        with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)):
+            write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.sarif": "old", "results.jsonl": "old"}
 
 
 HOLD = (

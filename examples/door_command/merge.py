@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 def main(base_file: str, lora_file: str, strength: str, out: str) -> None:
     """Write the changed weights, under their names in the base."""
     base, lora = load_file(base_file), load_file(lora_file)
+    if other := [key for key in lora if not key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha"))]:
+        raise SystemExit(f"{other[0]} is no key that is supported")
     keys = {"lora_unet_" + key.removesuffix(".weight").replace(".", "_"): key for key in base}
     merged = {}
     for down_key, down in lora.items():

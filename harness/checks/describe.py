@@ -32,11 +32,15 @@ def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None =
 
 @dataclass(frozen=True)
 class NamedFinding:
-    """A finding under the name that the law behind all scales of its cell gives it."""
+    """A finding under the name that the law behind all scales of its cell gives it.
+
+    `only_where` says what the examples with it have in common.
+    """
 
     cell: Cell
     finding: Finding
     diagnosis: Diagnosis
+    only_where: str = ""
 
     @property
     def code(self) -> str:
@@ -131,7 +135,7 @@ class NamedFinding:
         )
 
     def _title(self) -> str:
-        trait = self.diagnosis.trait if self.family in LAW_FAMILIES else None
+        trait = self.diagnosis.trait if self.family in LAW_FAMILIES else self.only_where
         when = f" only where: {trait}" if trait else ""
         return f"{CODES[self.code].title}{when}: {self.finding.fact}".removesuffix(": ")
 

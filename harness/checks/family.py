@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 from harness.checks.cell import Cell
-from harness.checks.observation import Observation, wrong_direction
+from harness.checks.observation import Observation, changed_otherwise, wrong_direction
 from harness.checks.trial import Step, rebuild, run_trial
 from harness.measure.compare import Fit
 
@@ -116,9 +116,20 @@ def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[F
     """Yield what the load behind `once` leaves behind that it should not; nothing where the load itself is broken."""
     if once.raised or once.unsteady or once.training or not all(fits[0].finite for fits in once.fits.values()):
         return  # said already
+    if forgetful := _not_the_same_again(cell, once):
+        yield forgetful  # nothing that follows can be put down to its own steps
+        return
     for check in checks():
         if check.sequel and has(cell, check.requires):
             yield from check.sequel(cell, once, dtypes)
+
+
+def _not_the_same_again(cell: Cell, once: Observation) -> Finding | None:
+    """Return LH408 when the same file loaded into a fresh model is another LoRA the second time."""
+    seen = run_trial(cell, once.example)
+    names = () if seen.raised else changed_otherwise(once, seen)
+    what = "layers are not as they were when the same file was loaded into the same model before"
+    return Finding("LH408", seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
 
 
 def has(cell: Cell, need: Need | None) -> bool:

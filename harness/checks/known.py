@@ -30,7 +30,7 @@ from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
-_KNOWN_EXAMPLES = 40
+KNOWN_EXAMPLES = 40
 
 
 def _code(code: str) -> str:
@@ -83,7 +83,7 @@ class KnownFailure:
     trait: Annotated[str, _among(lambda: TRAITS)] | None = None
     versions: Annotated[str, AfterValidator(_versions)] | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    kinds: Annotated[tuple[str, ...], _among(lambda: KINDS)] = ()
+    kinds: tuple[Annotated[str, _among(lambda: KINDS)], ...] = ()
 
     @property
     def of_images(self) -> bool:
@@ -225,7 +225,7 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     if (verdict := _shown(limited, known, found)) is not None:
         return verdict
     strategy = examples_for(cell, plan).filter(tried)
-    found.join(search(limited, strategy, max_examples=_KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    found.join(search(limited, strategy, max_examples=KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
     return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
 
 

@@ -77,6 +77,8 @@ def _measured(cell: Cell, alpha: bool, *, uniform: bool) -> dict[str, Any]:
     probes: list[Probe] = []
     raised: list[str] = []
     for example in planned(cell, alpha=alpha, uniform=uniform):
+        if len({target.alpha is None for target in example.targets}) > 1:  # a question of its own, which some refuse
+            continue
         observation, seen, _ = observe(cell, example)
         probes += seen
         if observation.raised:

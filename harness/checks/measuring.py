@@ -73,12 +73,18 @@ class _Work:
     times: float = 1.0
     left: list[str] = field(default_factory=list)
     last: tuple[str, float | None] = ("", None)
-    outputs: list[Tensor] = field(default_factory=list)
+    is_cast: bool = False
+    effects: list[Tensor] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
     @property
     def bench(self) -> Bench:
         return get_bench(self.order.bench)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model runs in, whatever a loader has put into it."""
+        return _dtype("float32" if self.is_cast else self.order.dtype)
 
     def take(self, kind: Kind, number: float | None, path: str) -> None:
         if kind in _OURS:
@@ -101,7 +107,7 @@ class _Work:
 
     def cast(self, number: float, path: str) -> None:
         self._answers(self.model)
-        self.model = self.model.to(_dtype("float32"))
+        self.model, self.is_cast = self.model.to(_dtype("float32")), True
         self._answers(self.model)
 
     def save(self, number: float, path: str) -> None:
@@ -114,18 +120,18 @@ class _Work:
         self._answers(self.model, before)
 
     def _answers(self, *models: torch.nn.Module) -> None:
-        """Run each model, which should all answer alike, the copies before what they are made of."""
-        self.outputs += [self.bench.forward(model).double() for model in models]
+        """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
+        plain = _base_output(self.bench, self.order.dtype, self.is_cast)
+        self.effects += [self.bench.forward(model).double() - plain for model in models]
 
     @property
     def drift(self) -> float:
-        """How far apart the answers are, as a share of what the LoRA changed in one of them."""
-        if not self.outputs:
+        """How far apart the effects on models that should answer alike are, as a share of one of them."""
+        if not self.effects:
             return 0.0
-        plain = _base_output(self.bench, self.order.dtype)
-        last = self.outputs[-1]
-        effect = norm(last - plain) or norm(self.outputs[0] - plain)
-        return max(norm(each - last) for each in self.outputs) / effect if effect else 0.0
+        last = self.effects[-1]
+        size = norm(last) or norm(self.effects[0])
+        return max(norm(each - last) for each in self.effects) / size if size else 0.0
 
     def replace(self, number: float, path: str) -> None:
         """Put another file, or folder, in the place of `path`."""
@@ -148,12 +154,13 @@ class _Work:
         bench, dtype, bias, dense = self.bench, self.order.dtype, self.order.bias, dict[str, "Tensor"]()
         base = base_weights(bench, dtype, bias)
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
-            found = effective_weights(self.model, bench.layers, bias=bias, dense=dense)
+            how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
+            found = effective_weights(self.model, bench.layers, **how)
             if all(equal(self.times * base[name], found[name]) for name in bench.layers):
                 dense.clear()
-                found = weights_while_running(self.model, bench.layers, bench.forward, bias=bias, dense=dense)
-            shifted = () if bias else tuple(_shifted(bench, self.model, dtype))
-            unsteady = list(_unsteady(bench, self.model, found, dense, bias))
+                found = weights_while_running(self.model, bench.layers, bench.forward, **how)
+            shifted = () if bias else tuple(_shifted(bench, self.model, dtype, self.dtype))
+            unsteady = list(_unsteady(self, found, dense))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
         tensors = changed | {DENSE + name: value for name, value in dense.items()}
@@ -192,22 +199,22 @@ def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
         if module.training and (dropout or before.get(_base_name(name)) is type(module)):
-            yield name or "the model itself"
+            yield f"{name} (dropout)" if dropout else name or "the model itself"
 
 
-def _unsteady(
-    bench: Bench, model: torch.nn.Module, found: Mapping[str, Tensor], dense: Mapping[str, Tensor], bias: bool
-) -> Iterator[str]:
+def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield the layers that answer the same input differently when they are asked once more.
 
     Only those are asked again whose answer to dense input is not that of their weight.
     """
-    modules = dict(model.named_modules())
+    import torch
+
+    modules, layers, like = dict(work.model.named_modules()), work.bench.layers, torch.empty(0, dtype=work.dtype)
     for name, answer in dense.items():
-        x = dense_input(bench.layers[name], answer.dtype)
-        if x is None or name not in modules or not _apart(answer, x @ found[name][:, : x.shape[1]].T):
+        x = dense_input(layers[name], work.dtype)
+        if x is None or name not in modules or not _apart(answer, x.double() @ found[name][:, : x.shape[1]].T):
             continue
-        if _apart(effective_weight(modules[name], bench.layers[name], bias=bias), found[name]):
+        if _apart(effective_weight(modules[name], layers[name], like, bias=work.order.bias), found[name]):
             yield name
 
 
@@ -274,9 +281,10 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
 
 
 @cache
-def _base_output(bench: Bench, dtype: str) -> Tensor:
-    """Return what the unloaded bench answers, in float64."""
-    return bench.forward(bench.base(_dtype(dtype))).double()
+def _base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
+    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
+    model = bench.base(_dtype(dtype))
+    return bench.forward(bench.build(_dtype(dtype)).to(_dtype("float32")) if cast else model).double()
 
 
 @cache
@@ -295,9 +303,9 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
     return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
 
 
-def _shifted(bench: Bench, model: torch.nn.Module, dtype: str) -> Iterator[str]:
+def _shifted(bench: Bench, model: torch.nn.Module, dtype: str, runs_in: torch.dtype) -> Iterator[str]:
     """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in offsets(model, bench.layers).items():
+    for name, value in offsets(model, bench.layers, runs_in).items():
         expected = _base_offsets(bench, dtype)[name]
         if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
             yield f"{name}.bias"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDING_LIKE = 0.1  # a residual below a tenth of the change is a matter of precision, not of direction
+_TWO_LOADS = 4  # times the tolerance of one: both sides of the comparison were rounded, some of them twice
 
 
 @dataclass(frozen=True)
@@ -174,3 +175,11 @@ def _allowed(fits: Sequence[Fit]) -> float:
     if explained or not whole.product:
         return whole.tolerance.scale
     return max(whole.tolerance.scale, whole.residual / whole.product)
+
+
+def changed_otherwise(once: Observation, seen: Observation) -> list[str]:
+    """Return the layers of the file whose change is not the one of a plain load, the furthest off first."""
+    off = {name: norm(seen.changes[name] - once.changes[name]) for name in once.fits}
+    allowed = {name: _TWO_LOADS * fits[0].tolerance.noise for name, fits in once.fits.items()}
+    wrong = [name for name in off if not off[name] <= allowed[name]]
+    return sorted(wrong, key=lambda name: -off[name] / (allowed[name] or 1.0))

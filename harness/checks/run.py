@@ -14,7 +14,7 @@ from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.describe import NamedFinding, passed
 from harness.checks.family import LAW_FAMILIES, family_names, follow
-from harness.checks.known import KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
+from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
 from harness.checks.outputs import NOT_SEEN, SEEN
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
@@ -180,7 +180,7 @@ def check_cell(
     law = law_record(diagnosis.law) if diagnosis.law else None
     on_measured(Measured(law, tuple(result.probes), dict(result.labels)))
     verdicts = list(_verdicts(cell, result, diagnosis))
-    short = not plan.whole(cell)
+    short = not plan.whole(cell) or plan.examples_in(cell) < KNOWN_EXAMPLES
     yield from (_excused(verdict, general, short=short) for verdict in verdicts)
     shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
     if plan.pins is None:
@@ -227,7 +227,8 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
     symptoms = Symptoms(result, diagnosis)
     faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
     for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
-        fault = NamedFinding(cell, finding, diagnosis)
+        where = "" if finding.check or finding.code not in result.counts else result.only_where(finding.code)
+        fault = NamedFinding(cell, finding, diagnosis, where)
         reported.add(fault.family)
         yield fault.verdict(result.examples)
     for family in family_names():
@@ -275,6 +276,8 @@ class Symptoms:
     def include(self, code: str) -> bool:
         """Tell whether findings of `code` only follow from what another finding says."""
         if any(code in CODES[other].explains for other in self.result.findings if other in CODES):
+            return True
+        if code == "LH209" and self._by_chance:
             return True
         if code in _RESIDUAL:
             return self._rarer(code, 3)
@@ -327,6 +330,13 @@ class Symptoms:
     def _by_law(self) -> bool:
         law = self.diagnosis.law
         return bool(law and not law.is_trained and not self._unloaded)
+
+    @property
+    def _by_chance(self) -> bool:
+        """Whether what was measured is another in every call, as dropout makes it."""
+        left_on = self.result.findings.get("LH406")
+        seen = left_on.observation if left_on else None
+        return seen is not None and (bool(seen.unsteady) or any(n.endswith(" (dropout)") for n in seen.training))
 
     @property
     def _lost_digits(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,8 @@ _MAX_RAISED = 3  # a subject that keeps raising, or hanging, tells nothing new
 _SECONDS = 60.0  # only a slow subject meets it: the number of trials keeps the result the same everywhere
 _TRIALS, _TRIALS_BY_HAND = 250, 100
 _EXAMPLES = 400
+_CHANCE = 0.001
+_WHERE = {"model": "{} models", "file": "{} files", "patterns": "patterns in the style {}", "keys": "keys {}"}
 _RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48, 64)  # plainest first
 _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 
@@ -38,7 +40,7 @@ _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 class Search:
     """What a search found: the first observation per code, every probe, and how many examples ran.
 
-    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are.
+    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` those of each code.
     """
 
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -47,16 +49,19 @@ class Search:
     examples: int = 0
     zero_alpha: set[str] = field(default_factory=set)
     labels: Counter[str] = field(default_factory=Counter)
+    wrong: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
         """Keep what one example showed."""
         self.examples += 1
         self.probes.extend(probes)
         self.zero_alpha |= observation.zero_alpha
-        self.labels.update(labels_of(observation.example))
+        labels = labels_of(observation.example)
+        self.labels.update(labels)
         for finding in findings:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+            self.wrong[finding.code].update(labels)
 
     def keep(self, finding: Finding) -> None:
         """Let the first finding of a code stand for it, or the first that is not faint."""
@@ -72,6 +77,29 @@ class Search:
         self.examples += later.examples
         self.zero_alpha |= later.zero_alpha
         self.labels += later.labels
+        for code, labels in later.wrong.items():
+            self.wrong[code].update(labels)
+
+    def only_where(self, code: str) -> str:
+        """Return what every example with this fault is and others are not, in words; empty when nothing is sure."""
+        shares = {kind: self._share(code, kind) for kind in _WHERE}
+        sure = {kind: share for kind, share in shares.items() if share}
+        alone = [kind for kind, share in sure.items() if share == 1]
+        return " and ".join(self._where(code, kind) for kind in alone[:1] or sure)
+
+    def _of_kind(self, code: str, kind: str) -> list[str]:
+        return [label for label in self.labels if label.startswith(f"{kind} ") and self.wrong[code][label]]
+
+    def _where(self, code: str, kind: str) -> str:
+        words = (label.removeprefix(f"{kind} ") for label in self._of_kind(code, kind))
+        return _WHERE[kind].format(" or ".join(sorted(words)))
+
+    def _share(self, code: str, kind: str) -> float:
+        """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance."""
+        here = sum(self.labels[label] for label in self._of_kind(code, kind))
+        rest = sum(count for label, count in self.labels.items() if label.startswith(f"{kind} ")) - here
+        share = sum(self.wrong[code][label] for label in self._of_kind(code, kind)) / here if here else 0.0
+        return share if rest and (1 - share) ** rest < _CHANCE else 0.0
 
 
 def labels_of(example: Example) -> tuple[str, ...]:

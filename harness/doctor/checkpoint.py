@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Shape
-from harness.doctor.match import Placement, match_layers, place, shared_prefix
+from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
+from harness.doctor.spelling import shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
 from harness.files.gguf_file import GgufFile, is_gguf, model_names, read_gguf
@@ -193,6 +194,19 @@ class Checkpoint:
         if scheme.rows is None:
             raise LoraFileError(self.path, scheme.why, key=printable(name))
         return scheme.rows(start, min(stop, (*scheme.shape, 1)[0]))
+
+    def matrix_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a weight, or of the matrices that a parameter of three dimensions stacks, one below the other.
+
+        Raises:
+            LoraFileError: as `rows`.
+        """
+        shape = self.info(name).shape
+        if len(shape) != 3:
+            return self.rows(name, start, stop)
+        height, first = shape[1], start // shape[1]
+        whole = self.rows(name, first, -(-stop // height)).reshape(-1, shape[2])
+        return whole[start - first * height : stop - first * height]
 
     def chunks(self, name: str) -> Callable[[int, int], Tensor]:
         """Return what reads rows of a tensor into one memory of this checkpoint; fresh memory costs as much as reading.

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.doctor.architectures import Alias, Rows, Shape, Slot, UnjudgedError, UnplacedError, aliases, sliced
+from harness.doctor.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
+from harness.doctor.experts import in_one, one_by_one
+from harness.doctor.spelling import Scope, core, flat_core
 from harness.files import LoraAdapter, LoraModule
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
-_LIKE_A_NAME = "transformer."  # flattened it would make `transformer_blocks_0` of a layer `blocks.0`
-_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
-_LEADING = (
-    "base_model", "model", "diffusion_model", "transformer", "unet", "language_model", "text_model", "net", "dit",
-    "pipe",
-)  # fmt: skip
-_FLAT_LEADING = re.compile(
-    rf"(?:_orig_mod|module|{'|'.join(word for word in _LEADING if word != 'transformer')}|transformer(?!_blocks))_(?=.)"
-)
-_OF_OTHER_SHAPE = ("experts", "set", "tokens")  # whole tensors may have more rows than the base, experts lie otherwise
 # where a component of a pipeline lies in a checkpoint that holds several
 _HOMES: Mapping[str, tuple[str, ...]] = {
     "te": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."),
     "te2": ("conditioner.embedders.1.", "text_encoder_2.", "text_encoders.clip_g.", "text_encoders.t5xxl."),
     "te3": ("text_encoder_3.", "text_encoders.t5xxl."),
 }
+_MAIN = frozenset({"", "transformer", "unet", "diffusion_model", "lycoris"})  # whose names begin the model's
 _ALIKE = {"te1": "te", "text_encoder": "te", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
@@ -86,94 +78,6 @@ def match_layers(adapter: LoraAdapter, layers: Collection[str]) -> dict[str, Mat
     return {name: Match(slot.layer, slot.spelling) for name, slot in whole.items()}
 
 
-def layers_by_spelling(layers: Iterable[str], *, flattened: bool) -> dict[str, str]:
-    """Return {spelling: layer} for all spellings that mean one layer; a layer's own name always means that layer."""
-    found: dict[str, str] = {}
-    shared, own = set(), dict.fromkeys(layers)
-    for layer in own:
-        for spelling in _spellings(layer):
-            if found.setdefault(spelling, layer) != layer:
-                shared.add(spelling)
-    odd = {name for name in found if flattened and name.startswith(_LIKE_A_NAME)}
-    return {name: layer for name, layer in found.items() if name not in shared | odd} | {name: name for name in own}
-
-
-def _spellings(layer: str) -> Iterator[str]:
-    bare = layer.removeprefix(next((prefix for prefix in _PREFIXES if layer.startswith(prefix)), ""))
-    yield bare
-    yield from (prefix + bare for prefix in _PREFIXES)
-
-
-def shared_prefix(names: Collection[str]) -> str:
-    """Return the known prefix that most names share, empty when there is none."""
-    best = max(_PREFIXES, key=lambda prefix: sum(name.startswith(prefix) for name in names))
-    return best if 2 * sum(name.startswith(best) for name in names) > len(names) else ""
-
-
-def core(name: str) -> str:
-    """Return a dotted name without wrappers and without the prefixes of larger models."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS] or [name]
-    start = next((place for place, part in enumerate(parts) if part not in _LEADING), len(parts) - 1)
-    return ".".join(parts[start:])
-
-
-def _flat_core(name: str) -> str:
-    while found := _FLAT_LEADING.match(name):
-        name = name[found.end() :]
-    return name
-
-
-class _Scope:
-    """The names under which the layers of one component can be found; `names` maps a name in the component to each."""
-
-    def __init__(self, names: Mapping[str, str], flattened: bool) -> None:
-        self.names, self.flattened = names, flattened
-        self.exact: dict[str, set[str]] = defaultdict(set)
-        self.dotted = layers_by_spelling(names, flattened=flattened)
-        for spelling in self.dotted:
-            self.exact[self.key(spelling)].add(spelling)
-        self._cores: dict[str, list[str]] | None = None
-        self._others: dict[str, list[tuple[Alias, str]]] = {}
-        self._tails: dict[str, set[str]] = {}
-
-    def key(self, name: str) -> str:
-        return name.replace(".", "_") if self.flattened else name
-
-    @property
-    def cores(self) -> dict[str, list[str]]:
-        """Names by their core."""
-        if self._cores is None:
-            self._cores = defaultdict(list)
-            self._others = defaultdict(list)
-            for own, layer in self.names.items():
-                self._cores[self.key(core(own))].append(own)
-                for alias in aliases(core(own)):
-                    self._others[self.key(alias.name)].append((alias, layer))
-            for name in [*self._cores, *self._others]:
-                for tail in self.tails(name):
-                    self._tails.setdefault(tail, set()).add(name)
-        return self._cores
-
-    def others(self, name: str) -> list[tuple[Alias, str]]:
-        """Return the layers that an architecture calls `name`."""
-        return self._others.get(name, []) if self.cores else []
-
-    def tails(self, name: str) -> list[str]:
-        """Return the endings of a name that still hold its first number and the word before it, the longest first."""
-        mark = "_" if self.flattened else "."
-        parts = name.split(mark)
-        first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
-        return [mark.join(parts[start:]) for start in range(1, first)]
-
-    def ending(self, name: str) -> str | None:
-        """Return the one name of a layer that `name` ends in, or that ends in `name`."""
-        known = self.cores
-        longer = self._tails.get(name, set())
-        if not longer:
-            return next((tail for tail in self.tails(name) if tail in known or tail in self._others), None)
-        return next(iter(longer)) if len(longer) == 1 else None
-
-
 class _Placer:
     """Place modules one by one, then tell which of them are in each other's way."""
 
@@ -184,17 +88,18 @@ class _Placer:
         self.ambiguous: dict[str, str] = {}
         self.misfits: dict[str, str] = {}
         self.replaced: Counter[tuple[str, str]] = Counter()
+        self.by_ending: set[str] = set()
         self.families: dict[str, None] = {}
-        self._scopes: dict[str, _Scope] = {}
+        self._scopes: dict[str, Scope] = {}
 
     def add(self, name: str, module: LoraModule) -> None:
         """Find the place of one module."""
         try:
-            found = self._find(module)
+            found = self._find(name, module)
             if found:
                 self.slots[name] = self._fitted(module, found)
-            elif module.variant == "experts" and (first := self._first_expert(module)):
-                self.ambiguous[name] = f"{first}: this base keeps its experts one by one, which is not judged"
+            elif experts := self._experts(module):
+                self.slots[name] = experts
             else:
                 self.missing.append(name)
         except UnjudgedError as why:
@@ -204,30 +109,45 @@ class _Placer:
 
     def result(self) -> Placement:
         """Return the placement without the modules that claim the same rows."""
-        claims: dict[str, list[tuple[Rows | None, str]]] = defaultdict(list)
-        for name, slots in self.slots.items():
-            for slot in slots:
-                claims[slot.layer].append((slot.rows, name))
-        for layer, some in claims.items():
-            for name in {name for rows, name in some for other, owner in some if owner != name and _meet(rows, other)}:
-                self.ambiguous[name] = f"several modules claim {layer}"
+        guessed = {
+            name for names in self._claims().values() for name in names & self.by_ending if names - self.by_ending
+        }
+        self.slots = {name: slots for name, slots in self.slots.items() if name not in guessed}
+        self.missing += guessed
+        for layer, names in self._claims().items():
+            self.ambiguous |= dict.fromkeys(names, f"several modules claim {layer}")
         placed = {name: some for name, some in self.slots.items() if name not in self.ambiguous}
         replaced = tuple(Replaced(*pair, times) for pair, times in self.replaced.most_common())
         return Placement(placed, tuple(self.missing), self.ambiguous, self.misfits, replaced, tuple(self.families))
 
-    def _scope(self, component: str) -> _Scope:
+    def _claims(self) -> dict[str, set[str]]:
+        """Return the modules that claim the same rows, by the layer."""
+        claims: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for name, slots in self.slots.items():
+            for slot in slots:
+                claims[slot.layer].append((*(slot.rows or (0, math.inf)), name))
+        return {layer: _meeting(some) for layer, some in claims.items() if len(some) > 1}
+
+    def _scope(self, component: str) -> Scope:
         if component not in self._scopes:
-            self._scopes[component] = _Scope(self._of_component(component), self.adapter.flattened)
+            self._scopes[component] = Scope(self._of_component(component), self.adapter.flattened)
         return self._scopes[component]
 
-    def _first_expert(self, module: LoraModule) -> str | None:
-        """Return a layer of the first expert where a base keeps apart what the module has in one parameter."""
-        owner = core(module.name.rpartition(".")[0])
-        return next((layer for layer in self.layers if core(layer).startswith(f"{owner}.0.")), None)
+    def _experts(self, module: LoraModule) -> tuple[Slot, ...]:
+        """Return the slots of experts that the model keeps otherwise than the LoRA: one by one, or in one parameter."""
+        scope = self._scope(module.component)
+
+        def find(name: str) -> str | None:
+            found = scope.exact.get(name, ())
+            layers = {scope.names[scope.dotted[spelling]] for spelling in found}
+            layers |= {scope.names[own] for own in scope.cores.get(core(name), ())} if not layers else set()
+            return layers.pop() if len(layers) == 1 else None
+
+        return (one_by_one if module.variant == "experts" else in_one)(module, find, self.layers)
 
     def _of_component(self, component: str) -> dict[str, str]:
         """Return the layers of a component by their names in it where a checkpoint holds several, else all of them."""
-        own = _HOMES.get(_ALIKE.get(component, component), ())
+        own = _HOMES.get(_ALIKE.get(component, component), () if component in _MAIN else (f"{component}.",))
         if any(layer.startswith(own) for layer in self.layers if own):
             homes = {layer: next((home for home in own if layer.startswith(home)), None) for layer in self.layers}
             return {layer.removeprefix(home): layer for layer, home in homes.items() if home}
@@ -235,19 +155,21 @@ class _Placer:
         left = {layer: layer for layer in self.layers if not layer.startswith(others)}
         return left or {layer: layer for layer in self.layers}
 
-    def _find(self, module: LoraModule) -> tuple[Slot, ...]:
+    def _find(self, key: str, module: LoraModule) -> tuple[Slot, ...]:
         scope, name = self._scope(module.component), module.name
         if spellings := scope.exact.get(name):
             return _one(name, [Slot(scope.names[scope.dotted[spelling]], spelling) for spelling in spellings])
-        short = _flat_core(name) if scope.flattened else core(name)
+        short = flat_core(name) if scope.flattened else core(name)
         for found in (short, *filter(None, [scope.ending(short)] if short not in scope.cores else [])):
             slots = self._by_core(scope, module, found)
             if slots:
-                self._note(module, slots)
+                if found in scope.cores:
+                    self._note(module, slots)
+                self.by_ending |= {key} if found != short else set()
                 return slots
         return ()
 
-    def _by_core(self, scope: _Scope, module: LoraModule, short: str) -> tuple[Slot, ...]:
+    def _by_core(self, scope: Scope, module: LoraModule, short: str) -> tuple[Slot, ...]:
         names = scope.cores.get(short, [])
         if names:
             spelling = core if scope.flattened else lambda _: module.name
@@ -299,8 +221,16 @@ def _one(name: str, slots: list[Slot]) -> tuple[Slot, ...]:
     return (slots[0],)
 
 
-def _meet(rows: Rows | None, other: Rows | None) -> bool:
-    return rows is None or other is None or (rows[0] < other[1] and other[0] < rows[1])
+def _meeting(claims: list[tuple[float, float, str]]) -> set[str]:
+    """Return the names of those of several (start, stop, name) that meet one of another name."""
+    found: set[str] = set()
+    open_: list[tuple[float, str]] = []
+    for start, stop, name in sorted(claims):
+        open_ = [(end, other) for end, other in open_ if end > start]
+        others = {other for _, other in open_ if other != name}
+        found |= others | ({name} if others else set())
+        open_.append((stop, name))
+    return found
 
 
 def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape | None) -> Slot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -120,6 +121,7 @@ class Traits:
             "ranks": len({module.rank for module in scaled}) > 1,
             "negative": any(value < 0 for value in values),
             "zero": 0.0 in values,
+            "inexact": any(math.frexp(module.trained_scale)[0] not in (0.0, 0.5, -0.5) for module in known),
             "rslora": any(module.rslora for module in scaled),
             self.adapter.alpha_source if known else "none": bool(scaled),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError, one_line
+from harness.isolation.device import cuda_devices
 from harness.loaders.live import quiet
 
 Offload = Literal["none", "model", "sequential"]
@@ -27,7 +29,7 @@ PROMPTS = (
 
 @dataclass
 class OpenPipeline:
-    """A diffusers pipeline ready to draw.
+    """A diffusers pipeline ready to draw, on the CPU until it does.
 
     `base` is the denoiser as it was saved, kept on the CPU and never changed; loaders get fresh copies of it.
     `words` maps a word to its row when the pipeline has a word table instead of a text encoder.
@@ -62,8 +64,8 @@ class OpenPipeline:
             self.pipe.enable_model_cpu_offload(device=self.device)
         elif self.offload == "sequential":
             self.pipe.enable_sequential_cpu_offload(device=self.device)
-        else:
-            denoiser.to(self.device)
+        else:  # only now: a process that is forked later could not use a GPU any more
+            (denoiser if self.device.type == "cpu" else self.pipe).to(self.device)
         return denoiser
 
     def conditioning(self, prompts: Sequence[str]) -> dict[str, Any]:
@@ -127,9 +129,6 @@ def open_pipeline(
     _read_table(Path(folder), opened, steps)
     if size is None and opened.words is None:
         _default_size(opened)
-    if offload == "none":
-        pipe.to(where)
-        opened.base = opened.base.to("cpu") if where.type == "cpu" else copy.deepcopy(opened.base).to("cpu")
     return opened
 
 
@@ -175,9 +174,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name!r}: torch {torch.__version__} sees no CUDA device")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name!r}: {one_line(error)}") from None
+    if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # libraries that ask must not open the driver here
+        if (count := len(cuda_devices())) <= (device.index or 0):
+            raise UserError(f"device={name!r}: torch {torch.__version__} sees {count or 'no'} CUDA device(s)")
     return device
 
 

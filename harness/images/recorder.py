@@ -22,6 +22,7 @@ from harness.isolation.calls import CallFailedError, Raised, lost_raised, raised
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
 from harness.loaders.protocol import Subject
+from harness.outputs import replacing
 from harness.verdict.verdict import Verdict
 
 
@@ -36,7 +37,8 @@ def save_image(image: Tensor, path: Path) -> Path:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_bytes(image)).save(path, optimize=True)
+    with replacing(path, durable=False) as stream:
+        Image.fromarray(to_bytes(image)).save(stream, "PNG", optimize=True)
     return path
 
 
@@ -112,7 +114,8 @@ class Recorder:
             if part["strength"] not in waiting or images.shape != shape:
                 raise CallFailedError(Raised("LH901", "its process sent pictures that nobody asked for"))
             waiting.remove(part["strength"])
-            self._record(part["strength"], images, float(part["seconds"]))
+            cost = {"seconds": round(float(part["seconds"]), 4), "peak_memory": _number(part["peak_memory"])}
+            self._record(part["strength"], images, cost)
 
         try:
             end = self.asked.ask({"strengths": list(strengths)}, patience, take, parts=3 * len(strengths) + 5)
@@ -134,9 +137,9 @@ class Recorder:
         factor = min(seen, key=lambda pair: abs(pair[0] * pair[1]))[1]
         return float(f"{1 / factor:.3g}")
 
-    def _record(self, strength: float, images: Tensor, seconds: float) -> None:
+    def _record(self, strength: float, images: Tensor, cost: dict[str, Any]) -> None:
         observation, values = self._observe(strength, images)
-        row = self._row(images, observation, values) | {"seconds": round(seconds, 4), "peak_memory": _peak(self.studio)}
+        row = self._row(images, observation, values) | cost
         self.result.observations.append(observation)
         self.result.records.append(row)
         self.on_record(row)
@@ -213,6 +216,10 @@ def _peak(studio: Studio) -> int | None:
     return torch.cuda.max_memory_allocated() if studio.opened.device.type == "cuda" else None
 
 
+def _number(said: Any) -> int | None:
+    return None if said is None else int(said)
+
+
 def _slug(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("_.") or "loader"
 
@@ -235,6 +242,7 @@ def drawing(studio: Studio, subject: Subject) -> Answer:
                 return {"raised": asdict(Raised("LH901", str(late), timed_out=True))}
             except Exception as error:  # a crash of the subject is data
                 return {"raised": asdict(raised_by(error))}
-            on_part({"strength": strength, "seconds": seconds, "tensors": {"images": images}})
+            cost = {"seconds": seconds, "peak_memory": _peak(own)}
+            on_part({"strength": strength, **cost, "tensors": {"images": images}})
 
     return answer

@@ -13,17 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harness.errors import UserError
 from harness.images.factor import Estimate, estimate
 from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler, Scaling, runtime_scaling, same_branches
 from harness.isolation.jobs import Channel
 from harness.isolation.limits import alarm
+from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
 from harness.loaders.live import quiet
 from harness.loaders.protocol import Subject
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
+_SECONDS_TO_PAINT = 3600.0  # on the slowest of devices
 _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines are kept for the next loader
 
 
@@ -53,11 +56,16 @@ class Studio:
         self._is_shared = shared is not None
         self.seconds = 0.0
         self._share: Callable[[Any], object] | None = None
+        self._painter: Asked | None = None
 
     def work_for(self, channel: Channel, seconds: float) -> None:
         """Take the pictures for a job from now on: tell `channel` of each step, and limit one load to `seconds`."""
         self.step, self.seconds = lambda text: channel.send({"step": text}), seconds
         self._share = channel.send if self._is_shared else None
+
+    def draw_apart(self, painter: Asked) -> None:
+        """Have another process draw the references from now on, by `painting`; this one leaves the device alone."""
+        self._painter = painter
 
     def keep(self, strength: float, pictures: Tensor) -> None:
         """Take over a reference that another process drew."""
@@ -72,10 +80,25 @@ class Studio:
         """Return the reference's pictures `[n, ...]` at `strength`; 0 is the base."""
         if strength not in self._drawn:
             self.step(f"reference at {strength:g}")
-            self._drawn[strength] = self._take(self._reference.at(strength))
+            self._drawn[strength] = self._painted(strength) if self._painter else self.paint(strength)
             if self._share:
                 self._share({"reference": strength, "tensors": {"pictures": self._drawn[strength]}})
         return self._drawn[strength]
+
+    def paint(self, strength: float) -> Tensor:
+        """Draw the reference's pictures at `strength` in this process."""
+        return self._take(self._reference.at(strength))
+
+    def _painted(self, strength: float) -> Tensor:
+        assert self._painter is not None
+        try:
+            answer = self._painter.ask({"strength": strength}, _SECONDS_TO_PAINT)
+        except SubjectLostError as lost:
+            answer = {"error": f"{self.opened.device}: the reference's pictures could not be drawn: {lost.what}"}
+        if "error" in answer:
+            raise UserError(answer["error"])
+        pictures: Tensor = answer["tensors"]["pictures"]
+        return pictures
 
     @property
     def shares_batches(self) -> bool:
@@ -143,6 +166,18 @@ class Studio:
         if self._calls is None:
             self._calls = self.sampler.record(self.opened.fresh())
         return self.sampler.replay(denoiser, self._calls)
+
+
+def painting(studio: Studio) -> Answer:
+    """Return what answers an order for a reference's pictures."""
+
+    def answer(order: Any, on_part: Part) -> dict[str, Any]:
+        try:
+            return {"tensors": {"pictures": studio.paint(order["strength"])}}
+        except UserError as error:
+            return {"error": str(error)}
+
+    return answer
 
 
 def _around(strength: float, ladder: Mapping[float, Tensor]) -> tuple[float, ...]:

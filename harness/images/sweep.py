@@ -18,7 +18,7 @@ from harness.images.pipelines import Offload, OpenPipeline, open_pipeline
 from harness.images.recorder import Recorder, SweepResult, drawing
 from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
-from harness.images.studio import Studio
+from harness.images.studio import Studio, painting
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import GIB
 from harness.isolation.subject import subject_process
@@ -99,8 +99,9 @@ def run_sweep(
 
     `changes` are fields of `options` by name. `on_record` gets each row as soon as it is measured. The subject loads
     and draws in a child process: one that hangs or dies is an errored verdict, and what it drew before is kept. On
-    another device than the CPU, or where this process has initialised CUDA, it runs here: a process that ends then
-    takes this one with it, and only Python code can be interrupted.
+    CUDA another child draws the references, since what is forked from a process that has opened the driver cannot use
+    it. On other devices, or where this process has initialised CUDA itself, the subject runs here: a process that ends
+    then takes this one with it, and only Python code can be interrupted.
 
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
@@ -116,15 +117,18 @@ def run_sweep(
     studio = Studio(opened, options.lora or _default_lora(subject, opened), pairs, quick=options.quick, batch=batch)
     result = SweepResult()
 
-    apart = options.workers > 0 and opened.device.type == "cpu"
+    apart = options.workers > 0 and opened.device.type in ("cpu", "cuda")
 
     def job(channel: Channel) -> None:
         studio.work_for(channel, options.time_limit)
-        answer = drawing(studio, subject)
+        alone = apart and channel.apart
         try:
-            with subject_process(
-                answer, prepare=subject.prepare, apart=apart and channel.apart, memory_limit=_memory(opened)
-            ) as asked:
+            with (
+                _painter(studio, alone),
+                subject_process(
+                    drawing(studio, subject), prepare=subject.prepare, apart=alone, memory_limit=_memory(opened)
+                ) as asked,
+            ):
                 recorder = Recorder(studio, subject, options.out, lambda row: channel.send({"record": row}), asked)
                 channel.send({"result": _RESULT.dump_python(recorder.run(strengths, started))})
         except UserError as error:
@@ -153,8 +157,24 @@ def run_sweep(
     return result
 
 
-def _memory(opened: OpenPipeline) -> int:
-    """Return the bytes that drawing may take over what is there: copies of the denoiser, room for activations."""
+@contextmanager
+def _painter(studio: Studio, apart: bool) -> Iterator[None]:
+    """On CUDA, have a process of its own draw the references: a subject is forked from this one."""
+    if not apart or studio.opened.device.type != "cuda":
+        yield
+        return
+    with subject_process(painting(studio), apart=True) as asked:
+        studio.draw_apart(asked)
+        yield
+
+
+def _memory(opened: OpenPipeline) -> int | None:
+    """Return the bytes that drawing may take over what is there: copies of the denoiser, room for activations.
+
+    None on CUDA, whose driver reserves addresses for all memory of the machine and the device.
+    """
+    if opened.device.type == "cuda":
+        return None
     return 4 * GIB + 8 * sum(weight.nbytes for weight in opened.base.parameters())
 
 

@@ -152,7 +152,8 @@ class Subject:
     def unsupported(self, form: str, bench: str, variant: str = "lora") -> str | None:
         """Return why this loader does not claim the cell, or None when it does, or declares nothing about it."""
         said = self.declaration
-        cell = {"format": form, "bench": IMPLIED_BENCHES.get(bench, bench), "variant": variant}
+        named = bench in (said.benches or ())
+        cell = {"format": form, "bench": bench if named else IMPLIED_BENCHES.get(bench, bench), "variant": variant}
         for (kind, name), declared in zip(cell.items(), (said.formats, said.benches, said.variants), strict=True):
             if declared is not None and name not in declared:
                 return f"{self.spec} does not declare the {kind} {name}"

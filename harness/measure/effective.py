@@ -81,19 +81,25 @@ class MissingModuleError(LookupError):
 
 
 def effective_weights(
-    model: nn.Module, layers: Mapping[str, Layer], *, bias: bool = False, dense: dict[str, Tensor] | None = None
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    *,
+    bias: bool = False,
+    dense: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
     `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
     the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
-    and untouched is not asked; of the others, `dense` takes what they answer to `dense_input`.
+    and untouched is not asked; of the others, `dense` takes what they answer to `dense_input`. Inputs are of `dtype`,
+    by default that of the model's first numbers, which a loader may have put there.
 
     Raises:
         MissingModuleError: a path is gone.
         ValueError: a module answers with another shape than its layer does.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), _numbers_of(model, dtype), torch_is_itself()
 
     def read(name: str, module: nn.Module, layer: Layer) -> Tensor:
         if known and is_plain(module, layer, like):
@@ -111,13 +117,14 @@ def weights_while_running(
     *,
     bias: bool = False,
     dense: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return the effective weights as they are inside the model's own forward, which `run` calls once.
 
     Some loaders put the LoRA in when the model begins to run and take it out at the end (functional calls, samplers
     that patch), others merge at the first run: a layer asked on its own then answers as if nothing were loaded.
     """
-    modules, like = dict(model.named_modules()), _numbers_of(model)
+    modules, like = dict(model.named_modules()), _numbers_of(model, dtype)
     found: dict[str, Tensor] = {}
 
     def read(name: str, module: nn.Module) -> None:
@@ -136,7 +143,7 @@ def weights_while_running(
         for handle in handles:
             handle.remove()
     rest = {name: layer for name, layer in layers.items() if name not in found}
-    found |= effective_weights(model, rest, bias=bias, dense=dense)
+    found |= effective_weights(model, rest, bias=bias, dense=dense, dtype=dtype)
     return {name: found[name] for name in layers}
 
 
@@ -187,13 +194,13 @@ def _keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, l
 
 
 @torch.no_grad()
-def offsets(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Return what each linear layer and convolution answers to zeros, its bias: [rows] in float64.
+def offsets(model: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return what each linear layer and convolution answers to zeros of `dtype`, its bias: [rows] in float64.
 
     Raises:
         MissingModuleError: a path is gone.
     """
-    modules, like, known = dict(model.named_modules()), _numbers_of(model), torch_is_itself()
+    modules, like, known = dict(model.named_modules()), _numbers_of(model, dtype), torch_is_itself()
 
     def read(module: nn.Module, layer: Layer) -> Tensor:
         plain = known and is_plain(module, layer, like)
@@ -254,10 +261,11 @@ _ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
 }
 
 
-def _numbers_of(module: nn.Module) -> Tensor:
-    """Return the first floating tensor: activations have its dtype and device."""
+def _numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the first floating tensor, as of `dtype`: activations have its dtype and device."""
     numbers = itertools.chain(module.parameters(), module.buffers())
-    return next((x for x in numbers if x.is_floating_point()), torch.empty(0))
+    first = next((x for x in numbers if x.is_floating_point()), torch.empty(0))
+    return first if dtype in (None, first.dtype) else first.new_empty(0, dtype=dtype)
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
+from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.gates import GateResult
 from harness.report.records import Run
@@ -158,9 +159,14 @@ def sarif(run: Run) -> dict[str, Any]:
 
 
 def write_sarif(run: Run, path: Path | str) -> Path:
-    """Write the SARIF log of a run and return its path."""
+    """Write the SARIF log of a run and return its path.
+
+    Raises:
+        UserError: it cannot be written; a log that was there stays as it was.
+    """
     path = Path(path)
-    path.write_text(json.dumps(sarif(run), indent=1) + "\n", encoding="utf-8")
+    with saying(path):
+        replace_file(path, (json.dumps(sarif(run), indent=1) + "\n").encode())
     return path
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
+from harness.isolation.device import cuda_devices
 from harness.report.models import Header
 
 PACKAGES = ("lora-harness", "torch", "safetensors", "peft", "diffusers", "transformers", "diffsynth", "hypothesis")
@@ -59,10 +60,8 @@ def _command_line(command: str | Sequence[str] | None) -> str:
 
 
 def _device() -> str:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda ({torch.cuda.get_device_name(0)})"
+    devices = cuda_devices() if "torch" in sys.modules else ()
+    return f"cuda ({devices[0]})" if devices else "cpu"
 
 
 def _commit() -> str | None:

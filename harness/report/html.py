@@ -109,7 +109,7 @@ def _machine_data(run: Run, out: Path) -> str:
         return quote(run.path.name)
     lines = [run.header, *run.records, *([run.footer] if run.footer else [])]
     text = "".join(line.model_dump_json() + "\n" for line in lines)
-    (out / "results.jsonl").write_text(text, encoding="utf-8")
+    replace_file(out / "results.jsonl", text.encode("utf-8"))
     return "results.jsonl"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
+from harness.outputs import replace_file
 from harness.report.models import ADAPTER, SCHEMA_VERSION
 
 _MODE: JsonSchemaMode = "serialization"
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     text = json.dumps(run_schema(), indent=1, sort_keys=True) + "\n"
     if argv:
-        Path(argv[0]).write_text(text, encoding="utf-8")
+        replace_file(Path(argv[0]), text.encode())
     else:
         sys.stdout.write(text)
     return 0

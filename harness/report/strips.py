@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from harness.outputs import replace_file
 from harness.report.models import LoraFacts, SweepRecord
 from harness.report.records import Run
 from harness.report.summary import OUTCOMES, badness, digest
@@ -93,7 +93,7 @@ def link_beside(path: Path, out: Path) -> str:
     if not path.is_relative_to(out):
         target = out / "images" / f"{digest(path)}-{path.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        replace_file(target, path.read_bytes(), durable=False)
         path = target
     return quote(os.path.relpath(path, out).replace(os.sep, "/"))
 

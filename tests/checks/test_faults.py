@@ -68,11 +68,9 @@ def test_a_fault_is_found_and_named(name: str) -> None:
 def test_a_right_loader_is_not_blamed(name: str) -> None:
     verdicts = check_loader(getattr(loaders, name), **{**QUICK, "formats": None, "benches": None})  # type: ignore[arg-type]
     assert all(v.outcome == "passed" for v in verdicts), "\n".join(v.text() for v in verdicts if not v.ok)
-    assert {(v.format, v.bench) for v in verdicts} == {
-        (form, bench)
-        for form in ("peft", "kohya", "diffusers", "diffsynth")
-        for bench in ("qwen-image", "qwen-image-fused")
-    }
+    formats, benches = ("peft", "kohya", "diffusers", "diffsynth"), ("qwen-image", "qwen-image-fused")
+    deep = {("peft", "qwen-image-deep")}  # twelve blocks test names, in one format
+    assert {(v.format, v.bench) for v in verdicts} == {(form, bench) for form in formats for bench in benches} | deep
 
 
 @pytest.mark.parametrize(("name", "trait"), [("only_rank_one", "rank = 1"), ("high_rank", "rank > 64")])

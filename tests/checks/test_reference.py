@@ -53,7 +53,7 @@ def test_the_line_of_a_run_says_version_distance_and_places() -> None:
     both, _ = cells_of(resolve(loaders.right))
     found = ask_peft(both)
     apart = f"{max(place.apart for place in found.places):.0e}".replace("e-0", "e-")
-    assert str(found) == f"PEFT {NUMBER} agrees with the closed form to {apart} (2 benches, 1 variant)"
+    assert str(found) == f"PEFT {NUMBER} agrees with the closed form to {apart} (3 benches, 1 variant)"
 
 
 PERTURBED = (

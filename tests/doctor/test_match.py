@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from harness.doctor import inspect_file, repair_file, verify_merge
-from harness.doctor.match import Placement, layers_by_spelling, match_layers, place
+from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.repair.naming import layers_from
+from harness.doctor.spelling import layers_by_spelling
 from harness.files import LoraWeights, read_lora, write_lora
 
 QWEN = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")

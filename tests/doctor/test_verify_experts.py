@@ -1,4 +1,4 @@
-"""Merges of fused experts (PEFT's `target_parameters`), made by PEFT: judged per expert; and an alpha of 0."""
+"""Fused experts (PEFT's `target_parameters`; vllm#41754) that PEFT merged, judged per expert; and an alpha of 0."""
 
 from __future__ import annotations
 
@@ -116,3 +116,71 @@ def test_an_alpha_of_0_is_not_judged_until_it_is_given(alpha: float | None, code
     files = (tmp_path / "base.safetensors", tmp_path / "merged.safetensors", lora)
     assert verify_merge(*files, lora_alpha=alpha).exit_code == code
     assert load_file(lora / "adapter_model.safetensors").keys()
+
+
+class _Square(nn.Module):
+    """Square experts alone; `is_transposed` is how transformers' classes say that they lie as [experts, in, out]."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.down_proj = nn.Parameter(0.02 * torch.randn(EXPERTS, WIDE, WIDE))
+        self.experts.is_transposed = turned
+        self.config = {"model_type": "mixture"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _square(folder: Path, *, turned: bool, model: str | None, version: str | None) -> tuple[Path, State, State]:
+    torch.manual_seed(0)
+    base_model = _Square(turned)
+    base = copy.deepcopy(base_model.state_dict())
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=["experts.down_proj"])
+    adapted = peft.get_peft_model(base_model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder / "lora")
+    path = folder / "lora" / "adapter_config.json"
+    said = {**json.loads(path.read_text(encoding="utf-8")), "peft_version": version}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}), encoding="utf-8")
+    if model:
+        (folder / "config.json").write_text(json.dumps({"model_type": model}), encoding="utf-8")
+    return folder / "lora", base, adapted.merge_and_unload().state_dict()
+
+
+# how the parameter lies, the model's type, PEFT's version: the code of PEFT's own merge, and of the transposed one
+SQUARES = [
+    (False, "mixture", peft.__version__, 0, 1),
+    (True, "gpt_oss", peft.__version__, 0, 1),
+    (True, "mixture", "0.18.1", 0, 1),
+    (False, "gpt_oss", peft.__version__, 1, 0),
+    (False, None, peft.__version__, 3, 3),
+    (False, "mixture", None, 3, 3),
+    (False, "qwen3_vl_moe", peft.__version__, 3, 3),
+]
+
+
+@pytest.mark.parametrize(("turned", "model", "version", "right", "other"), SQUARES)
+def test_square_experts_are_judged_where_peft_s_rule_tells_how_they_lie(
+    turned: bool, model: str | None, version: str | None, right: int, other: int, tmp_path: Path
+) -> None:
+    lora, base, good = _square(tmp_path, turned=turned, model=model, version=version)
+    swapped = {name: base[name] + (good[name] - base[name]).transpose(1, 2) for name in good}
+    for merged, code in ((good, right), (swapped, other)):
+        assert _verified(lora, base, merged, tmp_path, torch.float32) == code
+    assert _verified(lora, base, base, tmp_path, torch.float32) == 1
+    strange = {name: base[name] + 0.01 * torch.randn_like(base[name]) for name in base}
+    assert _verified(lora, base, strange, tmp_path, torch.float32) == 1
+
+
+def test_a_transposed_merge_of_square_experts_is_called_so(tmp_path: Path) -> None:
+    lora, base, good = _square(tmp_path, turned=False, model="mixture", version=peft.__version__)
+    for name, state in (
+        ("base", base),
+        ("merged", {name: base[name] + (good[name] - base[name]).transpose(1, 2) for name in good}),
+    ):
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / f"{name}.safetensors")
+    report = verify_merge(tmp_path / "base.safetensors", tmp_path / "merged.safetensors", lora)
+    assert (report.overall.code, "transposed" in report.overall.title) == ("LH301", True)

@@ -202,22 +202,36 @@ def test_a_bias_has_the_scale_of_its_pair(tmp_path: Path) -> None:
     assert unscaled.overall.code == "LH202"
 
 
-def test_a_whole_difference_beside_a_pair_has_no_alpha_and_one_on_its_weight_is_not_read(tmp_path: Path) -> None:
+# what a merge takes of the pair and of the difference: exit code, the tensor that is wrong
+BESIDE = {
+    (2, 1): (0, None), (0, 1): (1, "LH102"), (2, 0): (1, "LH102"), (0, 0): (1, "LH102"), (4, 1): (1, "LH203"),
+    (2, 2): (1, "LH209"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taken", BESIDE, ids=str)
+def test_a_pair_and_a_whole_difference_of_one_weight_are_told_apart(
+    taken: tuple[int, int], dtype: torch.dtype, full: bool, tmp_path: Path
+) -> None:
+    """A pair has alpha / rank, a difference the strength alone, whether it is the weight's or the bias'."""
     torch.manual_seed(0)
-    base = {f"{name}.{end}": torch.randn(96, 48) if end == "weight" else torch.randn(96)
+    base = {f"{name}.{end}": (0.02 * torch.randn(96, 48) if end == "weight" else torch.randn(96)).to(dtype)
             for name in ("a", "c") for end in ("weight", "bias")}  # fmt: skip
-    a, b = torch.randn(4, 48), torch.randn(96, 4)
+    a, b = torch.randn(4, 48), 0.01 * torch.randn(96, 4)
     lora = {f"lora_unet_{n}.{key}": t.clone() for n in ("a", "c")
             for key, t in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", torch.tensor(8.0)))}  # fmt: skip
-    lora |= {"lora_unet_a.diff_b": torch.randn(96), "lora_unet_c.diff": torch.randn(96, 48)}
+    lora |= {"lora_unet_a.diff_b": torch.randn(96), "lora_unet_c.diff": 0.01 * torch.randn(96, 48)}
     save_file(base, tmp_path / "base.safetensors")
     save_file(lora, tmp_path / "lora.safetensors")
-    own = {"a.weight": base["a.weight"] + 2 * b @ a, "a.bias": base["a.bias"] + lora["lora_unet_a.diff_b"]}
-    both = {"c.weight": base["c.weight"] + 2 * b @ a + lora["lora_unet_c.diff"]}
-    report = stored(tmp_path, {**base, **own, **both})
-    assert report.exit_code == 3, report.overall.text()
-    assert [verdict.outcome for verdict in report.modules] == ["passed", "passed", "skipped"]
-    assert "are not told apart" in report.overall.text()
+    add = lambda key, change: {key: (base[key].float() + change).to(dtype)}  # noqa: E731
+    merged = {**base, **add("a.weight", 2 * b @ a), **add("a.bias", lora["lora_unet_a.diff_b"])}
+    merged |= add("c.weight", taken[0] * b @ a + taken[1] * lora["lora_unet_c.diff"])
+    report = stored(tmp_path, merged, full=full)
+    assert (report.exit_code, report.overall.code) == BESIDE[taken], report.overall.text()
+    wrong = [verdict.worst_module for verdict in report.modules if not verdict.ok]
+    assert wrong == [name for name, own, due in zip(("c", "c (difference)"), taken, (2, 1), strict=True) if own != due]
 
 
 def test_what_is_not_read_is_listed_and_its_layer_not_blamed(tmp_path: Path) -> None:

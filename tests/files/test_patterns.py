@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import time
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from harness.doctor import inspect_file
 from harness.files import LoraWeights, write_lora
-from harness.files.config import AdapterConfig, ConfigError, PatternError, Patterns, anchored, build
+from harness.files.config import AdapterConfig, Budget, ConfigError, PatternError, Patterns, anchored, build
 
 NAMES = st.lists(st.sampled_from(["to_q", "add_to_q", "0", "10", "a", "aXb"]), min_size=1, max_size=4).map(".".join)
 PATTERNS = st.one_of(
@@ -44,6 +45,28 @@ def test_a_catastrophic_pattern_is_given_up_within_one_budget_for_all_modules() 
         with pytest.raises(PatternError, match="too long to match"):
             patterns.get("a" * 60, 0)
     assert time.perf_counter() - start < 3
+
+
+def test_collecting_the_garbage_of_a_large_process_is_not_put_down_to_the_patterns() -> None:
+    collected: list[str] = []
+
+    def collect(phase: str, info: object) -> None:
+        collected.append(phase)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(collect)
+    gc.set_threshold(1)
+    try:
+        with Budget().spent():
+            collected.clear()
+            kept = [[number] for number in range(1000)]
+            during = list(collected)
+        kept += [[number] for number in range(1000)]
+    finally:
+        gc.callbacks.remove(collect)
+        gc.set_threshold(*before)
+    assert during == []
+    assert collected
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+[^a]", "(.*a){20}[^a]", "(a{1,1000}){1,1000}[^a]"])

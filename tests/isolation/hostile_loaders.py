@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from harness.files import match_modules, read_lora
 
 Load = Callable[..., Any]
+PLAIN = {"A", "B", "alpha"}
 RIGHT = (None, "passed")
 DIED, HUNG, RAISED = ("LH901", "process died"), ("LH901", "no answer within"), ("LH901", "")
 LOADERS: dict[str, Load] = {}
@@ -38,8 +39,11 @@ SECONDS = str(86_400 + os.getpid())  # tells what is left of one test process fr
 def merge(model: nn.Module, lora: Path, strength: float, wrong: float = 1.0) -> None:
     adapter, layers = read_lora(lora), dict(model.named_modules())
     with torch.no_grad():
-        for name, layer in match_modules(adapter, layers)[0].items():
-            a, b = adapter.tensors(name)
+        names, unmatched = match_modules(adapter, layers)
+        if unmatched or adapter.unused_keys or {key for m in adapter.modules.values() for key in m.keys} - PLAIN:
+            raise NotImplementedError("only A, B and alpha of layers that the model has are read")
+        for name, layer in names.items():
+            a, b = (half.float() for half in adapter.tensors(name))
             layers[layer].weight += wrong * strength * adapter.modules[name].trained_scale * (b @ a)  # type: ignore[operator]
 
 

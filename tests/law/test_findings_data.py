@@ -43,7 +43,7 @@ def test_a_row_says_what_its_page_says(finding: Finding) -> None:
 
 def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() -> None:
     named = {tool for finding in findings().values() for tool in finding.tools}
-    assert named - set(tools()) <= {"refiners", "loralib"}
+    assert named - set(tools()) <= {"refiners", "loralib", "lightx2v"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,18 @@ def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() 
         ),
         (words(scheme="base_model.A.none"), "diffsynth-dora-and-unknown-keys-silent", True),
         (words(variant="dora", format="diffsynth"), "diffsynth-dora-and-unknown-keys-silent", True),
+        (
+            words(alpha=["tensor", "inexact"], family="qwen-image", dtype="BF16"),
+            "diffusers-qwen-half-precision-alpha",
+            True,
+        ),
+        (words(alpha="tensor", family="qwen-image", dtype="BF16"), "diffusers-qwen-half-precision-alpha", False),
+        (
+            words(alpha=["tensor", "inexact"], family="qwen-image", dtype="F32"),
+            "diffusers-qwen-half-precision-alpha",
+            False,
+        ),
+        (words(variant="dora", format="peft"), "transformers-load-adapter-drops-dora-magnitude", True),
         (words(), "diffusers-fuse-scale-compounds", False),
     ],
 )

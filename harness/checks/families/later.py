@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, Need, follows, has, judges
-from harness.checks.observation import Observation
+from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
-from harness.measure.compare import norm
 
 _OTHER_SEED = 51
-_ROUNDINGS = 4  # times the tolerance of one load: both sides of the comparison were rounded, some of them twice
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
 _HALF_DRIFT = 0.3  # where one of them computes in bfloat16
 _PLAIN = "lora"  # the variant in which copies, saved state and caches are tried: they know nothing of variants
@@ -102,7 +100,7 @@ def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_
         seen = run_trial(cell, once.example, scenario.steps, other=second_example(once.example))
         if seen.raised and scenario.may_raise:
             continue
-        if names := tuple(_other(once, seen)) if scenario.layers and not seen.raised else ():
+        if names := tuple(changed_otherwise(once, seen)) if scenario.layers and not seen.raised else ():
             what = f"{len(names)} of {len(once.fits)} layers are not as after one load"
             yield Finding(code, seen, names, f"{what}, after {scenario.what}")
             return
@@ -110,11 +108,3 @@ def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_
             what = f"it raised {seen.raised.what}" if seen.raised else f"{seen.drift:.0%} of the effect is another"
             yield Finding(code, seen, fact=f"{what} after {scenario.what}")
             return
-
-
-def _other(once: Observation, seen: Observation) -> Iterator[str]:
-    """Yield the layers of the file whose change is not the one of a plain load, the furthest off first."""
-    off = {name: norm(seen.changes[name] - once.changes[name]) for name in once.fits}
-    allowed = {name: _ROUNDINGS * fits[0].tolerance.noise for name, fits in once.fits.items()}
-    wrong = [name for name in off if not off[name] <= allowed[name]]
-    yield from sorted(wrong, key=lambda name: -off[name] / (allowed[name] or 1.0))

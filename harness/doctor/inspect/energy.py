@@ -207,7 +207,7 @@ def base_norm(base: Checkpoint, slots: Iterable[Slot]) -> float:
 def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
     if slot.rows is None:
         return base.norm(tensor)
-    weight = base.rows(tensor, *slot.rows)
+    weight = base.matrix_rows(tensor, *slot.rows)
     weight = weight if weight.dtype.itemsize > 1 else weight.float()
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 

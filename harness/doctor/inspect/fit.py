@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.architectures import Shape, looks_like
-from harness.doctor.match import core
+from harness.doctor.spelling import core
 from harness.files import LoraAdapter
 from harness.files.config import PAIRED, Budget, ConfigError, Patterns, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
@@ -99,7 +99,7 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
     """Yield what PEFT would leave out, as far as the names in the base's file tell those in memory."""
     if adapter.format != "peft" or not adapter.config:
         return
-    whole = {name: slots[0].layer for name, slots in placed.slots.items() if slots[0].rows is None and not fit.names}
+    whole = {name: s[0].layer for name, s in placed.slots.items() if s[0][2:] == (None, None) and not fit.names}
     reached = _reached(adapter, base)
     odd = [
         name for name, layer in whole.items() if not _wrapped(name) and not reached(adapter.modules[name].name, layer)

@@ -109,7 +109,7 @@ def _placed(adapter: LoraAdapter, layers: Layers) -> Homes:
     for key, slots in found.slots.items():
         module = adapter.modules[key]
         if not adapter.flattened or not _dotted(module):
-            placed[key] = tuple(_slot_home(adapter, module, slot, layers) for slot in slots)
+            placed[key] = tuple(dict.fromkeys(_slot_home(adapter, module, slot, layers) for slot in slots))
             _refuse_gaps(adapter, module, placed[key])
     return placed
 
@@ -132,6 +132,8 @@ def _slot_home(adapter: LoraAdapter, module: LoraModule, slot: Slot, layers: Lay
     if slot.rows and not shape:
         raise UserError(f"{adapter.path}: {printable(slot.layer)} holds rows of others too: --base tells how many")
     height = shape[0] if shape and slot.rows else None
+    if "experts" in slot.layer.split(".") and (slot.rows or slot.part):
+        return Home("", module.name)  # how a model keeps its experts is the reader's concern: PEFT converts them
     if slot.rows is None and slot.part is None and _same_naming(module.name, slot.layer, adapter.flattened):
         return Home("", slot.spelling if adapter.flattened else module.name)
     bare = next((start for start in _CHECKPOINT if slot.layer.startswith(start)), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from harness.doctor.architectures import Slot
-from harness.doctor.match import layers_by_spelling
 from harness.doctor.quantised import Rows
+from harness.doctor.spelling import layers_by_spelling
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
+from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable
@@ -87,6 +88,8 @@ _NOT_READ = {
 }  # fmt: skip
 _OTHERS = {**NOT_LORA, "alpha": "an alpha that no module uses"}
 _BASE_COPIES = frozenset({"copy"})
+_IN_OUT = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})  # `is_transposed` in transformers 5.23.0
+_STORED_TURNED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})  # otherwise on disk than in memory
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ class Change:
 
     `product` returns what one unit of scale adds to it, `part` are the rows of the product that go there; `saved` is
     the role of the tensor that replaces it; `method` says that PEFT's own merge must tell, `largest` the size of the
-    largest layer of its kind. `turned` says that experts lie as [in, out] in this model, None where all are square and
-    nothing tells. `name` is the module's, with the tensor behind it where that is a bias. `scaled` says
-    that alpha / rank is in its scale; whole differences have the strength alone. `unread` says why it is not judged,
-    `kind` of what kind that is.
+    largest layer of its kind. `stacks` says that it is of several experts, `turned` that B_e @ A_e of each is stored
+    transposed, None where all are square and nothing tells. `name` is the module's, with the tensor behind it where
+    that is a bias. `scaled` says that alpha / rank is in its scale; whole differences have the strength alone. `unread`
+    says why it is not judged, `kind` of what kind that is.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Change:
     largest: tuple[int, int] = (1, 1)
     part: tuple[int, int] | None = None
     turned: bool | None = None
+    stacks: bool = False
     kind: str = "unsupported"
 
 
@@ -124,10 +128,6 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
         yield Change(name, name, tensor, method=True)
         return
     found = [*_low_rank(adapter, name, tensor), *_wholes(adapter, name, tensor), *_unread(adapter, name, tensor)]
-    weights = [change for change in found if change.product and change.tensor == tensor]
-    if len(weights) > 1 and tensor is not None:
-        why = "a low-rank update and a whole difference of one weight are not told apart"
-        found = [change for change in found if change not in weights] + [Change(name, name, tensor, unread=why)]
     what = OTHER_NAMES.get(module.variant) or f"parts {', '.join(sorted(module.keys))}"
     yield from found or [Change(name, name, tensor, unread=f"{what} is not read")]
 
@@ -139,23 +139,49 @@ def _by_method(adapter: LoraAdapter, module: LoraModule) -> bool:
 
 
 def experts_turned(adapter: LoraAdapter, slots: Mapping[str, tuple[Slot, ...]], base: Weights) -> bool | None:
-    """Tell whether a model stores its experts as [experts, in, out]; None where all of them are square."""
+    """Tell whether a model stores B_e @ A_e transposed; None where all experts are square and nothing else tells."""
+    modules = {name: module for name, module in adapter.modules.items() if module.variant == "experts"}
+    stacked = False
     for name, some in slots.items():
-        module = adapter.modules[name]
-        if module.variant == "experts" and module.in_features != module.out_features:
+        if name in modules:
             shape = base.info(base.layers[some[0].layer]).shape
-            return shape[1:] == (module.in_features, module.out_features)
-    return None
+            stacked |= len(shape) > 2
+            side = shape[1] if len(shape) > 2 else (some[-1].part or (0, 0))[1] // modules[name].experts
+            if modules[name].in_features != modules[name].out_features:
+                return side == modules[name].in_features
+    return _squares_turned(adapter, base.store.config.get("model_type") if stacked else "")
+
+
+def _squares_turned(adapter: LoraAdapter, model: object) -> bool | None:
+    """Tell it of square experts, by PEFT's rule: since 0.19 the model's class says how its parameters lie.
+
+    `model` is the type of one whose file stacks its experts, empty for one by one, None when it is not known.
+    """
+    if adapter.format != "peft":
+        return None if any(module.flipped for module in adapter.modules.values()) else False
+    version = re.match(r"(\d+)\.(\d+)", str(adapter.config.get("peft_version", "")))
+    if version is None or model is None or model in _STORED_TURNED:
+        return None
+    return (int(version[1]), int(version[2])) < (0, 19) or model in _IN_OUT
 
 
 def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Weights]) -> Iterator[Change]:
-    """Yield a change for every slot of its module: rows of the layer, and the part of the product that goes there."""
+    """Yield a change for every slot of its module: rows of the layer, and the part of the product that goes there.
+
+    Experts that the model keeps one by one are one tensor, stacked.
+    """
+    tensors = [stores[0].layers[slot.layer] for slot in slots]
+    if change.stacks and len(tensors) > 1 and all(name in store.names for name in tensors for store in stores):
+        yield replace(change, tensor=[store.stack(change.module, tensors) for store in stores].pop())
+        return
     for slot in slots:
         tensor = stores[0].layers[slot.layer]
         is_bias = change.tensor is not None and change.tensor.endswith(_BIAS) and tensor.endswith(_WEIGHT)
         place = _bias(tensor) if is_bias else tensor
         shown = change.name if len(slots) == 1 else f"{change.name} ({'.'.join(slot.layer.split('.')[-2:])})"
         if slot.rows and place and all(place in store.names for store in stores):
+            if len(stores[0].info(place).shape) > 2:
+                place = [store.folded(place) for store in stores].pop()
             place = [store.slice(place, slot.rows) for store in stores].pop()
         yield replace(change, name=shown, tensor=place, part=slot.part)
 
@@ -165,7 +191,7 @@ def _low_rank(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[C
     role = next((role for role in _PRODUCTS if role in module.keys), None)
     if role:
         make = experts_product if module.variant == "experts" else _PRODUCTS[role]
-        yield Change(name, name, tensor, lambda: make(adapter, name))
+        yield Change(name, name, tensor, lambda: make(adapter, name), stacks=module.variant == "experts")
     if "bias" in module.keys:
         yield Change(f"{name} (bias)", name, _bias(tensor), lambda: whole_product(adapter, name, "bias"))
 
@@ -174,6 +200,11 @@ def _wholes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
     for role, end in {**_WHOLE, **_SAVED}.items():
         if role in adapter.modules[name].keys:
             place, shown = (tensor, name) if end == _WEIGHT else (_bias(tensor), f"{name} (bias)")
+            shown = (
+                f"{name} (difference)"
+                if shown == name and _PRODUCTS.keys() & adapter.modules[name].keys.keys()
+                else shown
+            )
             if role in _SAVED:
                 yield Change(shown, name, place, scaled=False, saved=role)
             else:
@@ -217,9 +248,10 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     assert change.tensor is not None
     module, tensor = adapter.modules[change.module], change.tensor
     product = change.product() if change.part is None else change.product().sliced(*change.part)
-    if module.variant == "experts" and len(base.info(tensor).shape) > 2:
-        tensor = [store.folded(tensor) for store in (base, merged)].pop()
+    if change.stacks:
         product = product.turned() if change.turned else product
+        if len(base.info(tensor).shape) > 2:
+            tensor = [store.folded(tensor) for store in (base, merged)].pop()
     if "base_copy" in module.keys and base.info(tensor).shape != merged.info(tensor).shape:
         tensor = _copied(adapter, change.module, tensor, base, merged)
     fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))

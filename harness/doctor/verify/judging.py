@@ -12,10 +12,10 @@ from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Total
 from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
 from harness.doctor.verify.vote import DTYPES
+from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
 from harness.law.probe import Probe
 from harness.measure.tolerance import scale_rounding
@@ -52,7 +52,7 @@ class Reading:
 
 
 def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Reading) -> Iterator[Module]:
-    """Yield what was found of one tensor, which one or several LoRAs change."""
+    """Yield what was found of one tensor, which one or several LoRAs change, or one in several ways."""
     reading.tell(claims[0][1].name)
     if len(claims) == 1:
         yield from _judged(*claims[0], stores, reading)
@@ -61,7 +61,7 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
     problem = next(filter(None, (_unmeasured(change, stores) for _, change in claims)), None)
     layers = [] if problem else [_layer_of(given, change, stores) for given, change in claims]
     if problem is None and any(layer is None or isinstance(layer, DoraLayer) for layer in layers):
-        problem = NotMeasured("ambiguous", "several of the LoRAs change it, and not all of them by a sum")
+        problem = NotMeasured("ambiguous", "several updates change it, and not all of them by a sum")
     if problem:
         yield from (
             Module(probe, change.tensor, None, problem) for probe, (_, change) in zip(wanted, claims, strict=True)
@@ -77,7 +77,7 @@ def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | Non
 def _together(
     claims: Sequence[tuple[Given, Change]], wanted: list[Probe], layers: list[MergedLayer], reading: Reading
 ) -> Iterator[Module]:
-    """Measure the sum of what several LoRAs add; where it is not as wanted, find the scale of each."""
+    """Measure the sum of several updates; where it is not as wanted, find the scale of each."""
     scales = [probe.expected for probe in wanted]
     layer, measured = _sum_of(layers, scales, reading)
     if measured.state not in ("hidden", "not merged", "not finite") and not _near(measured):
@@ -87,6 +87,8 @@ def _together(
         factor = measured.scale * scale
         ends = sorted(end * scale for end in measured.interval)
         alone = replace(measured, scale=factor, interval=(ends[0], ends[1]), overlap=0.0, product=0.0)
+        if abs(factor) <= _NEAR * abs(probe.expected) and measured.state in ("merged", "partly", "two roundings"):
+            alone = replace(alone, state="not merged")  # the others explain the layer without it
         found = _found(probe, alone, own)
         if scale != probe.expected:
             found = replace(found, tolerance=max(found.tolerance, _NEAR * max(map(abs, scales))))
@@ -126,6 +128,17 @@ def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Read
         return None
     measured = reading.measure(replace(layer, product=turned), wanted.expected)
     return measured if measured.state in ("merged", "two roundings") else None
+
+
+def _of_squares(layer: MergedLayer, change: Change, adapter: LoraAdapter) -> bool:
+    """Tell whether a layer stacks square experts of which nothing says how they lie."""
+    experts = adapter.modules[change.module].experts if change.stacks and change.turned is None else 0
+    return bool(experts) and layer.rows == experts * layer.columns
+
+
+def _is_found(measured: MergeMeasurement) -> bool:
+    """Tell whether a merge by this LoRA, as it was laid out, explains what is there."""
+    return measured.state in ("merged", "partly", "damaged", "twice", "two roundings", "mixed")
 
 
 def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
@@ -216,10 +229,11 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
-    if measured.state == "unexplained" and (other := _transposed(change, layer, wanted, reading)):
-        if adapter.modules[change.module].variant == "experts" and change.turned is None:
-            what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
-            return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+    other = _transposed(change, layer, wanted, reading) if measured.state == "unexplained" else None
+    if _of_squares(layer, change, adapter) and (other or _is_found(measured)):
+        what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
+        return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
+    if other:
         measured, fault = other, ("LH301", "the update was merged transposed")
     note = BLENDED if blends else _left_over(layer, measured)
     lora = adapter.modules[change.module]

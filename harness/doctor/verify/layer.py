@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import Product, sums_by_chunk, window
 from harness.doctor.verify.row_products import Rows
 from harness.doctor.verify.rows import Rounding, RowSums, Window
 from harness.doctor.verify.vote import Array, Flags, half_step, work_dtype
+from harness.doctor.verify.weights import Weights
 
 BLOCKS = 12  # a multiple of 2, 3, 4 and 6: q/k/v, k/v and gate/up lie in blocks of their own
 _LOOKED_AT = 16_000  # elements

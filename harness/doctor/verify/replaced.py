@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.doctor.verify.measurement import MergeMeasurement, State
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.rows import Damage, runs_of
 from harness.doctor.verify.vote import DTYPES, Flags, half_step
+from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
 
 _CHUNK = 1 << 20  # elements

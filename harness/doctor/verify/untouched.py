@@ -10,14 +10,13 @@ import torch
 
 from harness.doctor.verify.pairing import (
     EMA,
-    TIED,
     WHOLE_BYTES,
-    Weights,
     is_left_over,
     plain_name,
     same_tensor,
     unchanged,
 )
+from harness.doctor.verify.weights import TIED, Weights
 
 _ROWS = 4
 _BUFFERS = re.compile(

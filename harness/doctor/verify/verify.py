@@ -16,8 +16,9 @@ from harness.doctor.verify.changes import Change, changes, experts_turned, slots
 from harness.doctor.verify.judging import Given, Reading, Stores, judged
 from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
-from harness.doctor.verify.pairing import Weights, paired
+from harness.doctor.verify.pairing import paired
 from harness.doctor.verify.untouched import Untouched, compare_untouched
+from harness.doctor.verify.weights import Weights
 from harness.errors import UserError
 from harness.files import LoraAdapter, read_lora, with_alpha
 from harness.law.diagnosis import Diagnosis, diagnose
@@ -159,12 +160,11 @@ def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, i
     for module in found:
         if module.tensor is None:
             continue
-        name, _, rows = module.tensor.partition("[")
-        if not rows or rows == "*]":
-            touched |= {name: None, stores[0].owner(name): None}  # a head may be the embedding
-        elif (runs := touched.setdefault(name, [])) is not None:
-            start, stop = rows.rstrip("]").split(":")
-            runs.append((int(start), int(stop)))
+        for name, run in stores[0].covered(module.tensor):
+            if run is None:
+                touched |= {name: None, stores[0].owner(module.tensor): None}  # a head may be the embedding
+            elif (runs := touched.setdefault(name, [])) is not None:
+                runs.append(run)
     return touched
 
 

@@ -1,0 +1,61 @@
+"""What the examples with a fault have in common is said only where chance does not explain it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from harness.checks.family import Finding
+from harness.checks.observation import Observation
+from harness.checks.search import Search
+from harness.example import Example, Target
+
+PLAIN = Example((Target("x", 4, 8.0),))
+DTYPES = ("float32", "bfloat16", "float16")
+EVERY = [
+    replace(PLAIN, dtype=model, file_dtype=file, key_seed=seed)
+    for model in DTYPES
+    for file in DTYPES
+    for seed in (0, 1)
+]
+
+
+def searched(*wrong: Example, times: int = 4) -> Search:
+    result = Search()
+    for example in EVERY * times:
+        seen = Observation(example)
+        result.add(seen, [], [Finding("LH304", seen)] if example in wrong else [])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("fails", "text"),
+    [
+        (lambda e: e.dtype == "float16", "float16 models"),
+        (lambda e: e.dtype != "float32", "bfloat16 or float16 models"),
+        (lambda e: e.file_dtype == "bfloat16", "bfloat16 files"),
+        (lambda e: e.key_seed == 1, "keys permuted"),
+        (lambda e: e.dtype == "float32" and e.file_dtype != "float32", "float32 models and bfloat16 or float16 files"),
+        (lambda e: True, ""),
+        (lambda e: False, ""),
+        (lambda e: e is EVERY[3], "float32 models and bfloat16 files"),
+    ],
+)
+def test_a_condition_is_named_where_it_separates(fails: object, text: str) -> None:
+    wrong = [example for example in EVERY if fails(example)]  # type: ignore[operator]
+    assert searched(*wrong).only_where("LH304") == text
+
+
+def test_a_rare_fault_has_no_condition() -> None:
+    result = searched()
+    seen = Observation(EVERY[0])
+    result.add(seen, [], [Finding("LH304", seen)])
+    assert result.only_where("LH304") == ""
+
+
+def test_two_searches_are_counted_as_one() -> None:
+    first, second = (searched(*(e for e in EVERY if e.dtype == "float16"), times=n) for n in (1, 3))
+    first.join(second)
+    assert first.only_where("LH304") == "float16 models"
+    assert first.counts == {"LH304": 24}
