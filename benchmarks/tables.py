@@ -49,11 +49,11 @@ What `diagnose` knows of each tool (`harness/law/tools.toml`); written by `pytho
 _RELEASES = """# Which release changed the law
 
 What each release of a loader does with a LoRA: the scale that it puts on B @ A, identified from about ten planned
-files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed. *Right*
-is strength · alpha / rank. Measured by `python -m benchmarks.releases`; written by `python -m benchmarks.tables`.
-`lora-harness releases LOADER --install` does the same for any loader, range, format and bench; `--files` says what it
-means for files of yours. Seconds hold starting the release (importing it) and all its cells, on two cores shared with
-other work.
+files, each release in a process that finds it first, with torch {torch} and otherwise the packages installed.
+*Right* is strength · alpha / rank. Measured by `python -m benchmarks.releases`, written by
+`python -m benchmarks.tables`. `lora-harness releases LOADER --install` does the same for any loader, range, format and
+bench; `--files` says what it means for files of yours. Seconds hold starting the release (importing it) and all its
+cells, on two cores that were busy with much other work; those of the processor say what a quiet machine takes.
 
 """
 
@@ -111,12 +111,13 @@ def releases_page() -> str:
 
 def _of_loader(table: Mapping[str, Any]) -> str:
     measured = [each for each in table["releases"] if each["cells"]]
-    mean = sum(each["seconds"] for each in measured) / len(measured)
-    lines = [f"## {table['loader']}", f"{len(table['releases'])} releases, {mean:.0f} s each.", ""]
+    number = len(table["releases"])
+    lines = [f"## {table['loader']}", f"{number} release{'' if number == 1 else 's'}.", ""]
     rows = [ReleaseLaw(**{**each, "cells": tuple(CellLaw(**cell) for cell in each["cells"])}) for each in measured]
     lines += [f"- **{c.first}** {c.place}: {_escaped(c.before)} → {_escaped(c.after)}" for c in changes(rows)]
     places = list(dict.fromkeys(place for row in rows for place in row.states))
-    lines += ["", f"| release | day | {' | '.join(places)} | s |", f"| --- | --- | {'--- | ' * len(places)}--- |"]
+    lines += ["", f"| release | day | {' | '.join(places)} | s | CPU s |"]
+    lines += [f"| --- | --- | {'--- | ' * len(places)}--- | --- |"]
     lines += [_release_row(each, places) for each in reversed(table["releases"])]
     return "\n".join(lines) + "\n"
 
@@ -126,7 +127,9 @@ def _release_row(release: Mapping[str, Any], places: list[str]) -> str:
     told = [_release_cell(cells[place]) if place in cells else "" for place in places]
     if release["problem"]:
         told[0] = f"{told[0]} {_escaped(release['problem'])}".strip()
-    return f"| {release['version']} | {release['day'] or ''} | {' | '.join(told)} | {release['seconds']:.0f} |"
+    cpu = f"{release['cpu']:.0f}" if release.get("cpu") else ""
+    lead = f"| {release['version']} | {release['day'] or ''} | {' | '.join(told)}"
+    return f"{lead} | {release['seconds']:.0f} | {cpu} |"
 
 
 def _release_cell(cell: Mapping[str, Any]) -> str:

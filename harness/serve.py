@@ -78,7 +78,7 @@ def model_of(ask: Mapping[str, Any]) -> nn.Module:
     module, _, name = ask["class"].partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, RuntimeError):  # diffusers wraps the ImportError of what it imports
         print(f"no {ask['class']} here: plain layers stand in for it", file=sys.stderr)
         return layers_of(ask)
     if hasattr(kind, "from_config"):

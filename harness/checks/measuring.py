@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,10 +19,11 @@ from torch import equal  # bound here: a subject may replace torch's own
 from harness.benches import Bench, get_bench
 from harness.benches.given import take_benches
 from harness.checks.engine import answer_outputs
-from harness.errors import LoaderSpecError, one_line
+from harness.errors import one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
 from harness.isolation.subject import Part
+from harness.loaders.pinned import subject_there
 from harness.loaders.protocol import Subject
 from harness.measure.compare import norm
 from harness.measure.effective import (
@@ -247,20 +247,13 @@ def answering(subject: Subject) -> Callable[[Any, Part], Any]:
 
 
 def served(told: dict[str, Any]) -> Callable[[Any, Part], Any]:
-    """Return what answers, in another interpreter, for the live loader `told["loader"]` of the releases `versions`.
+    """Return what answers, in another interpreter, for the live loader of a pinned string.
 
     Raises:
-        LoaderSpecError: something that it imports cannot be imported, or another release would be measured.
+        LoaderSpecError: another release would be measured.
     """
-    from harness.loaders.registry import resolve
-
     take_benches(told["benches"])
-    for name in told["imports"]:
-        import_module(name)
-    for name, version in told["versions"].items():
-        if metadata.version(name) != version:
-            raise LoaderSpecError(f"{name} is {metadata.version(name)} here, not {version}")
-    return answering(resolve(told["loader"]))
+    return answering(subject_there(told))
 
 
 def _raised(error: BaseException) -> Raised:

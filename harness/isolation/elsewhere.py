@@ -10,7 +10,7 @@ import faulthandler
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -22,14 +22,15 @@ from harness.isolation.child import Ends
 _PACKAGE = Path(__file__).parents[1]
 # `harness` by its path, whatever else has that name there; its folder must not bring other packages along
 _BEGIN = """
-import importlib.util as u, json, sys
+import importlib.util as u, json, os, sys
 told = json.loads(sys.argv[1])
+os.environ.update(told["variables"])
 sys.path[:0] = told["folders"]
 spec = u.spec_from_file_location("harness", told["harness"] + "/__init__.py")
 sys.modules["harness"] = u.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["harness"])
-from harness.isolation.elsewhere import go_on
-go_on(told)
+from harness.isolation.elsewhere import call
+call(told["go"], told)
 """
 
 
@@ -55,9 +56,18 @@ class Elsewhere:
         """
         for descriptor in (ends.orders, ends.messages):
             os.set_inheritable(descriptor, True)
-        mine = {"ends": asdict(ends), "harness": str(_PACKAGE), "folders": self.folders, "answer": self.answer}
-        words = [self.python, "-c", _BEGIN, json.dumps({**mine, "told": dict(self.told)})]
-        os.execve(self.python, words, {**os.environ, **self.variables})
+        os.execv(self.python, self.words("harness.isolation.elsewhere:go_on", ends=asdict(ends), answer=self.answer))
+
+    def words(self, go: str, **more: Any) -> list[str]:
+        """Return the program that calls the `module:function` in `go` there, with what is told and `more`."""
+        where = {"harness": str(_PACKAGE), "folders": self.folders, "variables": dict(self.variables), "go": go}
+        return [self.python, "-c", _BEGIN, json.dumps({**where, **more, "told": dict(self.told)})]
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call the function `module:function`."""
+    module, _, function = name.rpartition(":")
+    return getattr(import_module(module), function)(*args)
 
 
 def go_on(told: Mapping[str, Any]) -> NoReturn:
@@ -67,8 +77,6 @@ def go_on(told: Mapping[str, Any]) -> NoReturn:
     faulthandler.enable(sys.stderr)
 
     def work(ends: Ends) -> None:
-        module, _, name = told["answer"].rpartition(":")
-        makes: Callable[[Any], Any] = getattr(import_module(module), name)
-        answer_orders(ends, lambda: makes(told["told"]))
+        answer_orders(ends, lambda: call(told["answer"], told["told"]))
 
     child.go_on(work, Ends(**{**told["ends"], "output": 1}))

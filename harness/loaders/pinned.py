@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module, metadata
 from typing import Any
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -25,11 +26,12 @@ from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.package_index import published
 from harness.loaders.protocol import Subject, declaration_of
 from harness.loaders.releases import beside, unpacked
+from harness.loaders.serve import Served
 from harness.text import printable
 
 _SPEC = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)(?P<sign>==|@)(?P<rest>.+)", re.DOTALL)
 _RELEASE = re.compile(r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?)(?P<range>(?:[=<>!~].*)?)", re.DOTALL)
-_ANSWER = "harness.checks.measuring:served"
+_ANSWER, _SERVE = "harness.checks.measuring:served", "harness.loaders.pinned:serve_there"
 
 
 def is_pinned(spec: str) -> bool:
@@ -107,17 +109,34 @@ def _subject(
 ) -> Subject:
     told |= {"loader": live.name, "imports": list(live.imports), "plain": live.any_model}
     elsewhere = Elsewhere(_ANSWER, told, tuple(folders), **more)
-    return Subject(spec, _Nowhere(spec), version, declaration_of(live.load), elsewhere=elsewhere)
+    served, said = Served(spec, elsewhere.words(_SERVE)), declaration_of(live.load)
+    unload, set_strength = said.unload and served.unload, said.set_strength and served.set_strength
+    declaration = replace(said, unload=unload, set_strength=set_strength)
+    return Subject(spec, served, version, declaration, elsewhere=elsewhere)
 
 
-@dataclass(frozen=True)
-class _Nowhere:
-    """The function of a loader whose code cannot run in this process."""
+def subject_there(told: Mapping[str, Any]) -> Subject:
+    """Return the live loader `told["loader"]` where it runs, with all imported that it needs.
 
-    spec: str
+    Raises:
+        LoaderSpecError: another release than that of `told["versions"]` would run.
+    """
+    for name in told["imports"]:
+        import_module(name)
+    for name, version in told["versions"].items():
+        if metadata.version(name) != version:
+            raise LoaderSpecError(f"{name} is {metadata.version(name)} here, not {version}")
+    live = live_loaders(told["loader"])[told["loader"]]
+    return Subject(live.name, *live.bound(), declaration_of(live.load))
 
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        raise LoaderSpecError(f"{self.spec} runs in a process of its own only: check it, or measure its law")
+
+def serve_there(told: Mapping[str, Any]) -> None:
+    """Serve the loader of a pinned string where it runs, for whoever loads into a model of his own."""
+    from harness.serve import serve
+
+    subject = subject_there(told["told"])
+    declared = subject.declaration
+    serve(subject.load, unload=declared.unload, set_strength=declared.set_strength, name=subject.spec)
 
 
 def install_named(specs: Sequence[str], say: Callable[[str], object]) -> None:

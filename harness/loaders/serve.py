@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -110,8 +110,8 @@ def _known(kind: str, names: frozenset[str] | None, known: Collection[str]) -> N
 class _Server:
     """A server, which starts in the process that first asks it and lives as long as that."""
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
+    def __init__(self, spec: str, words: Sequence[str] | None = None) -> None:
+        self.spec, self._words = spec, words  # words: the program, where the string does not name it
         self._server: Server | None = None
         self._number = 0
 
@@ -128,7 +128,7 @@ class _Server:
     def _running(self) -> Server:
         if self._server is None or not self._server.running:
             self.close()
-            server = self._server = started(program_of(self.spec))
+            server = self._server = started(self._words or program_of(self.spec))
             weakref.finalize(self, Server.close, server)
             try:
                 _greeting(self.spec, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -56,12 +57,11 @@ def test_a_release_is_found_by_the_name_of_the_loader_or_of_its_package(root):
         assert subject.version == "3.1.0"
         assert subject.elsewhere is not None
         assert subject.elsewhere.folders == (str(folder),)
-    assert resolve("lycoris-runtime==3.1.0").declaration == live_declaration("lycoris-runtime")
+    own, pinned = resolve("lycoris-runtime").declaration, resolve("lycoris-runtime==3.1.0").declaration
+    assert replace(pinned, unload=own.unload, set_strength=own.set_strength) == own
+    assert pinned.unload is not None
+    assert resolve("lycoris==3.1.0").declaration.unload is None
     assert [each.name for each in releases_here()] == ["lycoris==3.1.0", "lycoris-runtime==3.1.0"]
-
-
-def live_declaration(name):
-    return resolve(name).declaration
 
 
 def test_companions_come_after_the_release_and_win_over_what_is_installed(root):
