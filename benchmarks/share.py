@@ -5,18 +5,17 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import judged, table
 from harness.checks.cell import Cell, declared_cells
+from harness.checks.known import known_failures
 from harness.checks.plan import Plan
 from harness.checks.run import check_cell
-from harness.commands.options import known_failures
-from harness.isolation.jobs import TimeLimitExceeded
-from harness.isolation.limits import alarm
+from harness.isolation.limits import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import installed, resolve
 from harness.variants.variant import Variant
@@ -88,7 +87,7 @@ def watched(subject: Subject, watch: Watch) -> Subject:
 
 def measure(name: str, plan: Plan, most_cells: int | None) -> Spent:
     subject, loader = resolve(name), Watch()
-    cells = [replace(c, subject=watched(subject, loader), limit=limit) for c in declared_cells(subject)][:most_cells]
+    cells = [replace(c, subject=watched(subject, loader)) for c in declared_cells(subject)][:most_cells]
     gc.freeze()  # as the children do that check cells
     _check(cells[0], Plan(max_examples=1))  # imports
     loader.seconds, loader.calls, loader.hung = 0.0, 0, 0.0
@@ -98,10 +97,6 @@ def measure(name: str, plan: Plan, most_cells: int | None) -> Spent:
             _check(cell, plan)
         total = time.process_time() - started - loader.hung
     return Spent(name, len(cells), loader.calls, loader.seconds, right.seconds, total - loader.seconds - right.seconds)
-
-
-def limit(label: str, seconds: float | None) -> AbstractContextManager[None]:
-    return alarm(seconds or 20.0)
 
 
 def _check(cell: Cell, plan: Plan) -> None:
@@ -120,7 +115,7 @@ def main(argv: Sequence[str] = ()) -> list[str]:
     torch.set_num_threads(1)
     quick = "--quick" in argv
     names = [each.name for each in installed() if each.available]
-    plan = Plan(1 if quick else CI_EXAMPLES, known=tuple(known_failures("shipped")), share=CI_SHARE)
+    plan = Plan(1 if quick else CI_EXAMPLES, known=known_failures("shipped"), share=CI_SHARE)
     found = [measure(name, plan, QUICK_CELLS if quick else None) for name in names]
     numbers = zip(*((s.cells, s.calls, s.loader, s.reference, s.own) for s in found), strict=True)
     whole = Spent("**all**", *map(sum, numbers))
