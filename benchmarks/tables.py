@@ -14,7 +14,8 @@ from harness.law.reads import TABLE, title_of
 DOCS = Path(__file__).parents[1] / "docs"
 _LABEL = {
     "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
-    "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
+    "alpha ignored": "alpha ignored", "magnitudes ignored": "magnitudes ignored",
+    "partly": "some layers only", "depends": "depends on the layers",
 }  # fmt: skip
 _FINDINGS = """# Findings
 
