@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.magnitudes import KINDS, Change, Dora, drawn, fit
 from benchmarks.zoo import Parts
 from harness.errors import one_line
 from harness.files import FORMATS
@@ -66,7 +67,7 @@ class Low:
         return float(((self.b.double().T @ other.b.double()) * (self.a.double() @ other.a.double().T)).sum())
 
 
-Update = Low | torch.Tensor
+Update = Low | Dora | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def make_file(
     names: Parts, shapes: Mapping[str, Shape], scheme: str, numbers: Sequence[tuple[int, float]], component: str
 ) -> File:
     """Write every name of `names` in the spelling `scheme`, ranks and alphas taken from `numbers` in turn."""
+    scheme, _, dora = scheme.partition("+")
     own = FORMATS[scheme].naming if scheme in FORMATS else None
     prefix, pair, alpha = ("", "processor", "none") if own else _spelled(scheme)
     generator = torch.Generator().manual_seed(5)
@@ -95,20 +97,30 @@ def make_file(
         rank, number = numbers[index % len(numbers)]
         rows, kernel = [shapes[layer][0] for layer in layers], shapes[layers[0]][1:]
         written = own.write(name) if own else name
-        if written is None:
-            continue  # the format has no such module
+        if written is None or (dora == "in" and len(layers) > 1):
+            continue  # the format has no such module; the norm over all outputs of a fused layer is no layer's own
         flat = f"{FLAT[prefix]}{written.replace('.', '_')}" if prefix in FLAT else ""
         before = FORMATS[scheme].write_prefix if own else PREFIXES.get(prefix, "").format(component=component)
         stem = flat or before + written
         parts, product = _parts(pair, rank, sum(rows), kernel, generator)
+        magnitudes = drawn(dora, (sum(rows), *kernel), generator) if dora else None
+        parts |= {KINDS[dora]: magnitudes} if magnitudes is not None else {}
         tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
         ranks[name] = (rank, number)
         scale, at = 1.0 if alpha == "none" else number / rank, 0
         for layer, height in zip(layers, rows, strict=True):
-            expected[layer] = product(slice(at, at + height)), scale
+            expected[layer] = _update(product, slice(at, at + height), kernel, magnitudes, dora), scale
             where[layer], at = name, at + height
-    return File(tensors, _header(ranks, component) if alpha == "header" else {}, expected, where)
+    return File(tensors, _header(ranks, component, use_dora=bool(dora)) if alpha == "header" else {}, expected, where)
+
+
+def _update(product: Rows, rows: slice, kernel: Shape, magnitudes: torch.Tensor | None, dora: str) -> Update:
+    update = product(rows)
+    if magnitudes is None:
+        return update
+    assert isinstance(update, Low)
+    return Dora(update.dense(), kernel, magnitudes if dora == "in" else magnitudes.flatten()[rows], dora == "in")
 
 
 def _spelled(scheme: str) -> tuple[str, str, str]:
@@ -159,13 +171,13 @@ def _factor(number: int) -> int:
     return next(each for each in (4, 3, 2, 1) if number % each == 0)
 
 
-def _header(ranks: Mapping[str, tuple[int, float]], component: str) -> dict[str, str]:
+def _header(ranks: Mapping[str, tuple[int, float]], component: str, *, use_dora: bool) -> dict[str, str]:
     config = build({n: r for n, (r, _) in ranks.items()}, {n: a for n, (_, a) in ranks.items()}, rslora=False)
-    config |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
+    config |= {"target_modules": sorted(ranks), "peft_type": "LORA", "use_dora": use_dora}
     return {"format": "pt", "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in config.items()})}
 
 
-Deltas = Mapping[str, Update]
+Deltas = Mapping[str, Update | Change]
 Reader = Callable[[Path, float], Deltas]  # what every layer got, for the file at a path and the strength passed
 
 
@@ -187,6 +199,8 @@ def outcome(reader: Reader, file: File, strength: float = 1.0) -> Any:
 def _judged(file: File, deltas: Deltas) -> Any:
     found: dict[str, Any] = {}
     fits = {layer: _fit(deltas.get(layer), *expected) for layer, expected in file.expected.items()}
+    if {kind for kind, _ in fits.values()} == {"plain"}:
+        return "magnitudes ignored"
     if _ignores_alpha(file, fits):
         return "alpha ignored"
     for layer, (kind, value) in fits.items():
@@ -198,7 +212,7 @@ def _judged(file: File, deltas: Deltas) -> Any:
         return "ok"
     if set(found) == {"dropped"}:
         return "nothing"
-    shown = {kind: sorted(each) for kind, each in found.items() if kind in ("dropped", "other")}
+    shown = {kind: sorted(each) for kind, each in found.items() if kind in ("dropped", "plain", "other")}
     if "factor" in found:
         shown["factor"] = {name: sorted(each) for name, each in sorted(found["factor"].items())}
     return shown
@@ -210,9 +224,13 @@ def _ignores_alpha(file: File, fits: Mapping[str, tuple[str, float]]) -> bool:
     return all(abs(s - 1) < 0.005 and k in ("ok", "factor") for s, k in scales) and ("factor" in {k for _, k in scales})
 
 
-def _fit(delta: Update | None, product: Update, scale: float) -> tuple[str, float]:
+def _fit(delta: Update | Change | None, product: Update, scale: float) -> tuple[str, float]:
     if delta is None:
         return "dropped", 0.0
+    if isinstance(product, Dora):
+        assert isinstance(delta, Change)
+        return fit(delta, product, scale), 1.0
+    assert not isinstance(delta, Change | Dora)
     if isinstance(delta, Low) and isinstance(product, Low):
         own, dot, whole = delta.dot(delta), delta.dot(product), product.dot(product)
     else:
@@ -230,18 +248,18 @@ def _fit(delta: Update | None, product: Update, scale: float) -> tuple[str, floa
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Raise TimeoutError when the block takes longer than a load may."""
+    """Raise TimeoutError when the block takes longer of the processor than a load may, however busy the machine is."""
 
     def late(*_: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextlib.contextmanager

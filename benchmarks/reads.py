@@ -15,14 +15,16 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.lora_file import MIXED, UNIFORM, Deltas, Low, Reader, Shape, Update, make_file, outcome
+from benchmarks.magnitudes import Change
 from benchmarks.zoo import Animal, Parts, zoo
-from harness.law.reads import TABLE, in_part, pattern_of
+from harness.law.reads import TABLE, block_of, in_part, pattern_of
 
 SCHEMES = (
     "transformer.A.none", "transformer.A.header", "transformer.A.tensor", "transformer.down.none",
@@ -52,12 +54,21 @@ FAITHFUL: Mapping[str, Sequence[tuple[str, str]]] = {
     "diffusers": (("clip-text", "own"),),
 }  # fmt: skip
 BENCHES = {"qwen-image": "qwen-image", "sd-unet": "sd-unet", "flux": "flux", "clip-text": "clip-text"}
+# DoRA, as PEFT and diffusers write it, as LyCORIS does for ComfyUI's and kohya's names, and as older LyCORIS did (+in)
+DORA = (
+    "transformer.A.none+vector", "transformer.A.header+vector", "transformer.A.tensor+out",
+    "diffusion_model.A.none+vector", "diffusion_model.A.tensor+out", "bare.default.none+vector",
+    "lora_unet.down.tensor+out", "lora_unet.down.tensor+in", "lycoris.down.tensor+out",
+)  # fmt: skip
 TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
 LIVE = tuple(tool for tool in FAITHFUL if tool != "diffusers")
 
 
-def diffusers_reader(animal: Animal) -> Reader:
-    """Return what loads a file with the pipeline mixin of `animal` and reads PEFT's own delta of each layer."""
+def diffusers_reader(animal: Animal, *, whole: bool = False) -> Reader:
+    """Return what loads a file with the pipeline mixin of `animal` and reads PEFT's own delta of each layer.
+
+    With `whole` PEFT merges, and the weights before and after are what was read.
+    """
     from diffusers.loaders import lora_pipeline
 
     def read(path: Path, strength: float) -> Deltas:
@@ -69,9 +80,15 @@ def diffusers_reader(animal: Animal) -> Reader:
         if strength != 1:
             pipeline.set_adapters("a", adapter_weights=strength)  # raises where nothing was loaded
         layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-        return {name: _delta(layer) for name, layer in layers.items()}
+        return {name: (_merged if whole else _delta)(layer) for name, layer in layers.items()}
 
     return read
+
+
+def _merged(layer: Any) -> Change:
+    before = layer.get_base_layer().weight.detach().clone()
+    layer.merge(adapter_names=["a"])
+    return Change(before, layer.get_base_layer().weight.detach())
 
 
 def _delta(layer: Any) -> Update:
@@ -83,8 +100,11 @@ def _delta(layer: Any) -> Update:
     return Low(b.flatten(1) * layer.scaling["a"], a.flatten(1))
 
 
-def live_reader(tool: str, bench_name: str) -> Reader:
-    """Return what loads a file with the live loader `tool` and reads the effective weight of each layer."""
+def live_reader(tool: str, bench_name: str, *, whole: bool = False) -> Reader:
+    """Return what loads a file with the live loader `tool` and reads the effective weight of each layer.
+
+    It is read as what was added, or with `whole` as the weights before and after.
+    """
     from harness.benches import get_bench
     from harness.loaders.registry import resolve
     from harness.measure.effective import effective_weights
@@ -97,7 +117,8 @@ def live_reader(tool: str, bench_name: str) -> Reader:
     def read(path: Path, strength: float) -> Deltas:
         model = bench.build()
         model = subject.load(model, path, strength=strength) or model
-        return {name: weight - before[name] for name, weight in effective_weights(model, layers).items()}
+        found = effective_weights(model, layers)
+        return {n: Change(before[n], weight) if whole else weight - before[n] for n, weight in found.items()}
 
     return read
 
@@ -152,15 +173,16 @@ def measure_diffusers(families: Sequence[str], schemes: Sequence[str]) -> Iterat
         for naming in namings(animal):
             meant = animal.of_width(naming)
             reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
-            for scheme in chosen(schemes, *SCHEMES, *PROCESSORS, *(() if meant.is_wide else VARIANTS)):
+            whole = diffusers_reader(meant, whole=True)
+            for scheme in chosen(schemes, *SCHEMES, *PROCESSORS, *(() if meant.is_wide else (*VARIANTS, *DORA))):
                 place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
-                if found := row(reader, names, shapes, scheme, animal.component):
+                if found := row(whole if "+" in scheme else reader, names, shapes, scheme, animal.component):
                     yield {**place, "scheme": scheme, **found}
 
 
 def chosen(schemes: Sequence[str], *every: str) -> list[str]:
-    """Return the spellings to measure: those asked for, or all."""
-    return [scheme for scheme in every if not schemes or scheme in schemes]
+    """Return the spellings to measure: those asked for (patterns such as `*+out`), or all."""
+    return [each for each in every if not schemes or any(fnmatchcase(each, scheme) for scheme in schemes)]
 
 
 def bench_shapes(bench_name: str) -> dict[str, Shape]:
@@ -181,14 +203,14 @@ def measure_live(tool: str, families: Sequence[str], schemes: Sequence[str]) -> 
             continue
         bench, animal = get_bench(bench_name), zoo().get(family)
         shapes = bench_shapes(bench_name)
-        reader = live_reader(tool, bench_name)
+        reader, whole = live_reader(tool, bench_name), live_reader(tool, bench_name, whole=True)
         for naming in (names for there, names in FAITHFUL[tool] if there == family):
             own = {name: [name] for name in shapes}
             names = animal.names(naming) if animal and naming != "own" else own
             names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
-            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *VARIANTS) if animal else TEXT)):
+            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *VARIANTS, *DORA) if animal else TEXT)):
                 place = {"tool": tool, "release": release, "family": family, "names": naming}
-                if found := row(reader, names, shapes, scheme, bench.component):
+                if found := row(whole if "+" in scheme else reader, names, shapes, scheme, bench.component):
                     yield {**place, "scheme": scheme, **found}
 
 
@@ -203,6 +225,29 @@ def layer_patterns() -> dict[str, dict[str, list[str]]]:
     text = {pattern_of(name) for name in get_bench("clip-text").lora_layers}
     bare = {name.removeprefix("text_model_") for name in text}
     return {**every, "clip-text": {"own": sorted(bare | {f"text_model_{name}" for name in bare})}}
+
+
+_SEQUENCE = re.compile(r"[^#]+#[^#]+_#")
+
+
+def several() -> dict[str, dict[str, dict[str, int]]]:
+    """Return the patterns that fit several layers of a block, such as `ffn.0` and `ffn.2`, with their number."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for family, animal in zoo().items():
+        for naming in namings(animal):
+            blocks: dict[str, list[str]] = {}
+            for name in animal.names(naming):
+                blocks.setdefault(pattern_of(name), []).append(block_of(name))
+            numbers = {pattern: {every.count(one) for one in every} for pattern, every in blocks.items()}
+            more = {
+                pattern: each.pop()
+                for pattern, each in sorted(numbers.items())
+                if len(each) == 1 and _SEQUENCE.fullmatch(pattern)
+            }
+            more = {pattern: number for pattern, number in more.items() if number > 1}
+            if more:
+                found.setdefault(family, {})[naming] = more
+    return found
 
 
 def depths() -> dict[str, list[int]]:
@@ -252,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write(rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the table, one row a line so that a change can be read."""
-    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths()}
+    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths(), "several": several()}
     head["titles"] = {**{family: animal.title for family, animal in zoo().items()}, "clip-text": "CLIP text encoder"}
     rows = [{**each, **{kind: _folded(each[kind]) for kind in ("uniform", "mixed") if kind in each}} for each in rows]
     lines = [json.dumps(head)[:-1] + ',\n"layers": {']

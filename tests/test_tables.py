@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("benchmarks")
 
-from benchmarks.prescriptions import PAGE, pairs
+from benchmarks.prescriptions import PAGE, folder_pairs, pairs
 from benchmarks.reads import SCHEMES, _folded, bench_shapes, diffusers_reader, layer_patterns, live_reader, row
 from benchmarks.tables import DOCS, PAGES
 from benchmarks.zoo import zoo
@@ -55,15 +55,39 @@ def test_other_tools_still_read_what_the_table_says(tool: str) -> None:
 
 
 def test_every_spelling_of_the_table_is_one_that_the_script_writes() -> None:
-    from benchmarks.reads import PROCESSORS, TEXT, VARIANTS
+    from benchmarks.reads import DORA, PROCESSORS, TEXT, VARIANTS
 
-    assert {scheme for *_, scheme in ROWS} <= {*SCHEMES, *PROCESSORS, *VARIANTS, *TEXT}
+    assert {scheme for *_, scheme in ROWS} <= {*SCHEMES, *PROCESSORS, *VARIANTS, *TEXT, *DORA}
+
+
+@pytest.mark.parametrize("scheme", ["lora_unet.down.tensor+out", "transformer.A.none+vector"])
+def test_lycoris_still_reads_magnitudes_as_the_table_says(scheme: str) -> None:
+    if "lycoris" not in AVAILABLE:
+        pytest.skip("lycoris is not installed here")
+    shapes = bench_shapes("qwen-image")
+    reader = live_reader("lycoris", "qwen-image", whole=True)
+    found = row(reader, {name: [name] for name in shapes}, shapes, scheme, "transformer")
+    table = ROWS["lycoris", "qwen-image", "own", scheme]
+    assert found == {kind: table[kind] for kind in ("uniform", "mixed") if kind in table}
+
+
+def test_diffusers_still_reads_magnitudes_as_the_table_says() -> None:
+    animal, scheme = zoo()["qwen-image"], "transformer.A.none+vector"
+    found = row(diffusers_reader(animal, whole=True), animal.names("own"), animal.layers, scheme, animal.component)
+    assert found == {"uniform": "ok"}
+    assert ROWS["diffusers", "qwen-image", "own", scheme]["uniform"] == "ok"
 
 
 def test_the_numbers_given_are_right_in_the_tools_own_code() -> None:
     found = list(pairs(("diffusers", "lycoris", "diffsynth", "diffsynth-2.0.4"), ("qwen-image",)))
     assert len([pair for pair in found if pair.agrees]) >= 25
     assert [pair for pair in found if pair.agrees is False] == []
+
+
+def test_the_answers_for_pefts_folders_are_what_peft_and_transformers_do() -> None:
+    found = list(folder_pairs())
+    assert len(found) >= 16
+    assert [pair for pair in found if not pair.agrees] == []
 
 
 def test_the_committed_page_has_sixty_pairs_and_no_wrong_one() -> None:

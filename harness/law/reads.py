@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 TABLE = Path(__file__).with_name("reads.json")
+_BLOCK = re.compile(r"\D*\d+(?=_)")
 _NUMBER = re.compile(r"_\d+(?=_|$)")
 Place: TypeAlias = tuple[str, str]
 """Architecture, and whose names its layers have there: the model's `own`, the authors' `original`, or `sgm`."""
@@ -40,6 +41,12 @@ def pattern_of(name: str) -> str:
     return _NUMBER.sub("_#", f"_{name.replace('.', '_')}")[1:]
 
 
+def block_of(name: str) -> str:
+    """Return the name of the block that a layer is in, up to its first number, with `_` for dots."""
+    found = _BLOCK.match(flat := name.replace(".", "_"))
+    return found[0] if found else flat
+
+
 @cache
 def _table() -> Mapping[str, Any]:
     found: Mapping[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -59,7 +66,8 @@ def _layers() -> dict[Place, frozenset[str]]:
 
 LABELS = {
     "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
-    "alpha ignored": "alpha ignored", "partly": "some layers only", "depends": "depends on the layers",
+    "alpha ignored": "alpha ignored", "magnitudes ignored": "magnitudes ignored",
+    "partly": "some layers only", "depends": "depends on the layers",
 }  # fmt: skip
 
 
@@ -125,11 +133,18 @@ def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, 
     outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
     if not isinstance(outcome, dict) or "all" not in outcome:
         return _read(outcome, counts)
-    found = [_read(outcome[part], counts) for part in _parts(counts, layers_of(place)) if part in outcome]
+    parts = _parts({p: number / _in_one_block(place, p) for p, number in counts.items()}, layers_of(place))
+    found = [_read(outcome[part], counts) for part in parts if part in outcome]
     if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
         seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
         return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
     return found[0]
+
+
+def knows_magnitudes(tool: str, kind: str) -> bool:
+    """Tell whether `tool` applied magnitudes of a `kind` (`out`, `in`, `vector`) somewhere, or was never asked to."""
+    seen = [row["uniform"] for row in _table()["rows"] if row["tool"] == tool and row["scheme"].endswith(f"+{kind}")]
+    return not seen or "ok" in seen
 
 
 _BLOCKS = re.compile(r"(blocks|layers|refiner|resnets|attentions)_#")
@@ -140,17 +155,26 @@ def in_part(part: str, pattern: str) -> bool:
     return part == "all" or bool(_BLOCKS.search(pattern) and (part == "blocks" or "att" in pattern))
 
 
-def _parts(counts: Mapping[str, int], layers: frozenset[str]) -> tuple[str, ...]:
-    """Return which part of the model the file has in full; with another choice of layers, the parts that tell of it."""
-    inside = all(in_part("blocks", pattern) for pattern in counts)
+def _in_one_block(place: Place, pattern: str) -> int:
+    """Return how many layers of a block have this pattern, such as `ffn.0` and `ffn.2`."""
+    family, names = place
+    return int(_table().get("several", {}).get(family, {}).get(names, {}).get(pattern, 1))
+
+
+def _parts(blocks: Mapping[str, float], layers: frozenset[str]) -> tuple[str, ...]:
+    """Return which part of the model the file has in full; with another choice of layers, the parts that tell of it.
+
+    `blocks` has the file's layer patterns with the number of blocks that they fill.
+    """
+    inside = all(in_part("blocks", pattern) for pattern in blocks)
     others = ("blocks", "attention", "half") if inside else ("all", "half")
-    by_block: dict[str, set[int]] = {}
-    for pattern, number in counts.items():
-        by_block.setdefault(pattern.partition("#")[0], set()).add(number)
-    if any(len(each) > 1 for each in by_block.values()):
+    by_stack: dict[str, set[float]] = {}
+    for pattern, number in blocks.items():
+        by_stack.setdefault(pattern.partition("#")[0], set()).add(number)
+    if any(len(each) > 1 for each in by_stack.values()):
         return others  # some blocks have layers that others lack
     parts = {part: {name for name in layers if in_part(part, name)} for part in ("all", "blocks", "attention")}
-    return next(((part,) for part, names in parts.items() if names == set(counts)), others)
+    return next(((part,) for part, names in parts.items() if names == set(blocks)), others)
 
 
 def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
@@ -160,6 +184,8 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
         return Reading("nothing", "loads none of its modules, without an error")
     if outcome == "alpha ignored":
         return Reading("factor", "ignores alpha: every module is applied at scale 1", alpha_ignored=True)
+    if outcome == "magnitudes ignored":
+        return Reading("drops", "ignores the magnitudes of DoRA: a plain LoRA is applied")
     if "raises" in outcome or "hangs" in outcome:
         effect: Effect = "raises" if "raises" in outcome else "hangs"
         return Reading(effect, f"{effect}: {outcome[effect]}")
@@ -174,6 +200,8 @@ def _partly(outcome: Mapping[str, Any], counts: Mapping[str, int]) -> Reading:
         return Reading(
             "nothing" if dropped == total else "drops", f"drops {dropped} of {total} modules, such as {which}"
         )
+    if plain := [pattern for pattern in outcome.get("plain", ()) if pattern in counts]:
+        return Reading("drops", f"ignores the magnitudes of DoRA in some layers, such as {plain[0]}")
     if wrong := [pattern for pattern in outcome.get("other", ()) if pattern in counts]:
         return Reading("wrong", f"puts something else than B @ A into {wrong[0]}")
     factors = {value for name, each in outcome.get("factor", {}).items() if name in counts for value in each}

@@ -379,3 +379,50 @@ def test_a_whole_tensor_beside_a_pair_is_what_comfyui_makes_of_it(
     found = answer(tools()["comfyui"], Traits(read_lora(path)))
     assert found.strength == strength
     assert found.effect == ("law" if strength else "drops")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool", "strength"),
+    [
+        ("in", "comfyui", 1.0),
+        ("out", "comfyui", None),
+        ("vector", "comfyui", None),
+        ("vector", "diffusers", None),
+        ("out", "diffusers", None),
+    ],
+)
+def test_magnitudes_count_as_each_tool_was_measured_to_take_them(
+    kind: str, tool: str, strength: float | None, tmp_path: Path
+) -> None:
+    path = kohya(tmp_path, UNET, ((4, 4.0),))
+    tensors, tail = load_file(path), "lora_magnitude_vector" if kind == "vector" else "dora_scale"
+    shape = {"out": (8, 1), "in": (1, 8), "vector": (8,)}[kind]
+    tensors |= {key.replace(".alpha", f".{tail}"): torch.ones(shape) for key in list(tensors) if key.endswith("alpha")}
+    save_file(tensors, path)
+    found = answer(tools()[tool], Traits(read_lora(path)))
+    assert found.strength == strength
+    if strength is None:
+        assert found.effect != "law"
+
+
+@pytest.mark.parametrize(("ffn", "strength"), [((0, 2), 1.0), ((0,), None)])
+def test_blocks_are_whole_where_all_layers_of_a_sequence_are_there(
+    ffn: Sequence[int], strength: float | None, tmp_path: Path
+) -> None:
+    attention = [f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"]
+    names = [f"blocks.{i}.{part}" for i in range(40) for part in (*attention, *(f"ffn.{n}" for n in ffn))]
+    traits = Traits(read_lora(kohya(tmp_path, names)))
+    assert answer(tools()["diffusers"], traits).strength == strength
+
+
+def test_the_authors_names_are_no_work_of_diffusers_scripts(tmp_path: Path) -> None:
+    flux = [f"double_blocks.{i}.img_attn.{part}" for i in range(19) for part in ("qkv", "proj")]
+    assert diagnose(write(tmp_path, flux, "diffusers", ((8, None),), prefix="transformer.")).rule is None
+    own = [f"transformer_blocks.{i}.attn.to_q" for i in range(19)]
+    assert diagnose(write(tmp_path, own, "diffusers", ((8, None),), prefix="transformer.")).rule
+
+
+def test_musubis_networks_are_musubis(tmp_path: Path) -> None:
+    path = kohya(tmp_path, WAN)
+    save_file(load_file(path), path, metadata={"ss_network_module": "networks.lora_wan", "ss_network_dim": "4"})
+    assert diagnose(path).trainer == "musubi-tuner"

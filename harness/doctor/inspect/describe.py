@@ -31,8 +31,8 @@ _FIRST = (
 )  # fmt: skip
 _TRAINERS = (
     ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
-    ("musubi-tuner", r"musubi"), ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"),
-    ("kohya sd-scripts", r"sd-scripts|^ss_"),
+    ("musubi-tuner", r"musubi|networks\.lora_(wan|framepack|qwen_image|zimage|kandinsky)"),
+    ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
 
 
