@@ -143,3 +143,16 @@ def test_a_model_of_two_towers_is_judged_by_foreign_words_alone(tmp_path: Path, 
     record = inspect_file(adapter, base=model)
     assert (record.fit and record.fit.applied, record.codes) == (6, codes)
     assert any("several towers" in note for note in record.notes)
+
+
+def test_a_text_encoder_beside_its_model_is_not_missing_from_it(tmp_path: Path) -> None:
+    lora = {}
+    for name in ("lora_transformer_blocks_0_attn_to_q", "lora_te1_text_model_encoder_layers_0_mlp_fc1"):
+        lora |= {f"{name}.lora_down.weight": torch.randn(4, 32), f"{name}.lora_up.weight": torch.randn(32, 4),
+                 f"{name}.alpha": torch.tensor(4.0)}  # fmt: skip
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file({"blocks.0.attn.to_q.weight": torch.randn(32, 32)}, tmp_path / "base.safetensors")
+    record = inspect_file(tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors")
+    assert record.codes == ()
+    assert record.fit is not None
+    assert (record.fit.applied, record.fit.foreign_total) == (1, 1)

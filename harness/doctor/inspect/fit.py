@@ -72,11 +72,18 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
         yield Hazard(code="LH719", what=f"{other}{fit.said}")
-    elif (fit.foreign_total and not adapter.config.get("layer_replication")) or any(
+    elif any(_is_asked_of(adapter, placed, name) for name in placed.missing) or any(
         adapter.modules[name].variant != "experts" for name in placed.ambiguous
     ):
         yield Hazard(code="LH718", what=fit.said)
     yield from _peft_against(adapter, base, placed, fit)
+
+
+def _is_asked_of(adapter: LoraAdapter, placed: Placement, name: str) -> bool:
+    """Tell whether the base should have a layer for a module: no layer used twice, no text encoder beside its model."""
+    if adapter.config.get("layer_replication"):
+        return False
+    return adapter.modules[name].component in {adapter.modules[other].component for other in placed.slots}
 
 
 def _other_model(adapter: LoraAdapter, base: Checkpoint) -> str:
