@@ -299,10 +299,18 @@ def _base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
 
 
 def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
-    """Return the parameters and buffers that are not measured (biases, norms) and not what they were."""
+    """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
+
+    Beside codes stand their scales, which are a part of the weight.
+    """
+    import torch
+
     measured = ("weight", "bias") if bias else ("weight",)
     weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
-    expected = {name: value for name, value in bench.base(_dtype(dtype)).state_dict().items() if name not in weights}
+    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
+    kept = bench.base(_dtype(dtype)).state_dict().items()
+    own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
+    expected = {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
     state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     found = {base: value for name, value in state if (base := _base_name(name)) in expected}
     return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "lora_harness.benches"
 Make = Callable[[], Any]
 Which = str | Make
-_SECONDS = 120.0  # to import, build and read a bench
 _LIBRARIES = ("torch", "diffusers", "transformers")  # their modules are imported here too, once for all that follow
 
 
@@ -263,7 +262,7 @@ def _asked(spec: str, find: Callable[[], Make], model: bool) -> dict[str, Any]:
 
         with subject_process(answer, apart=channel.apart, memory_limit=Limits().memory) as asked:
             try:
-                channel.send(asked.ask(spec, _SECONDS))
+                channel.send(asked.ask(spec, START_SECONDS))
             except SubjectLostError as lost:
                 channel.send({"error": f"bench {spec}: building it ended its process: {lost.what}"})
 

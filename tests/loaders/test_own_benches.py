@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from harness import UserError, bench, check_loader, loader
 from harness.benches import get_bench, own_benches, registry
@@ -249,3 +251,83 @@ def test_the_command_line_ends_with_2_and_says_why(tmp_path: Path) -> None:
 
 def test_a_function_is_named_by_its_file_or_its_module() -> None:
     assert spec_of(attention).endswith(":attention")
+
+
+class Codes(nn.Linear):
+    """A linear layer whose weight is eight-bit codes with a scale per row."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        whole = self.weight.detach()
+        self.register_buffer("step", torch.empty(rows, 1))
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
+        self.put(whole)
+
+    def whole(self) -> torch.Tensor:
+        return self.weight.float() * self.step  # type: ignore[operator]
+
+    def put(self, whole: torch.Tensor) -> None:
+        self.step.copy_(whole.abs().amax(1, keepdim=True) / 127)  # type: ignore[operator]
+        self.weight.copy_((whole / self.step).round().to(torch.int8))  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.whole())
+
+
+@bench("codes", run=lambda model: model(torch.randn(2, 24)))
+def codes_model() -> nn.Module:
+    return nn.Sequential(Codes(32, 24), nn.Tanh(), Codes(24, 32), nn.Linear(24, 24))
+
+
+def into_codes(model: nn.Module, lora: Path, strength: float, *, raw: bool) -> None:
+    adapter = read_lora(lora)
+    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
+        raise NotImplementedError("only pairs are supported")
+    for name, module in adapter.modules.items():
+        a, b = adapter.tensors(name)
+        layer = model.get_submodule(name)
+        scale = strength * ((module.alpha or 1.0) if raw else module.trained_scale)
+        if isinstance(layer, Codes):
+            layer.put(layer.whole() + scale * b.float() @ a.float())
+        else:
+            layer.weight += scale * b.float() @ a.float()  # type: ignore[operator]
+
+
+@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
+def merges_into_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    into_codes(model, lora, strength, raw=False)
+
+
+@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
+def raw_alpha_into_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    into_codes(model, lora, strength, raw=True)
+
+
+@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
+def beside_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    adapter = read_lora(lora)
+    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
+        raise NotImplementedError("only pairs are supported")
+    for name, module in adapter.modules.items():
+        a, b = (part.float() for part in adapter.tensors(name))
+        delta = strength * module.trained_scale * (b @ a)
+        model.get_submodule(name).register_forward_hook(lambda layer, args, out, d=delta: out + args[0] @ d.T.to(out))
+
+
+def test_a_merge_into_codes_is_right_and_one_beside_them_too() -> None:
+    assert codes(merges_into_codes) == codes(beside_codes) == set()
+    bench_of_codes = get_bench("codes")
+    assert [layer.codes for layer in bench_of_codes.layers.values()] == ["int8", "int8", ""]
+    assert (bench_of_codes.dtypes, bench_of_codes.copies) == (("float32",), False)
+
+
+def test_a_wrong_law_shows_through_codes() -> None:
+    assert "LH201" in codes(raw_alpha_into_codes)
+
+
+def test_a_scheme_that_there_is_not_and_a_library_that_is_missing_are_told() -> None:
+    with pytest.raises(UserError, match="quantise='q9': no such scheme; known are nf4, fp4, int8"):
+        bench_name(attention, quantise="q9")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match="bitsandbytes is not installed, or does not fit the installed torch"):
+            bench_name(attention, quantise="nf4")
