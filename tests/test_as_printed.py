@@ -54,6 +54,7 @@ PRINTED = {
     next(re.findall(r"reproduce  (lora-harness check [^\n]+)", README)[i] for i in (0,)): 1,
     **{line + SHORT: 0 for line in re.findall(r'lora-harness check "cmd:python [^\n]+', README)},
     **{line + SHORT: 0 for line in re.findall(r'lora-harness check "cmd:python [^\n]+', EXAMPLES)},
+    **{line + SHORT: 0 for line in re.findall(r'lora-harness check "serve:python [^\n]+', README + EXAMPLES)},
 }
 
 

@@ -110,6 +110,49 @@ def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() 
         ),
         (words(variant="dora", format="peft"), "transformers-load-adapter-drops-dora-magnitude", True),
         (words(), "diffusers-fuse-scale-compounds", False),
+        (
+            words(
+                family="flux",
+                scheme="transformer.A.tensor",
+                alpha=["several", "tensor"],
+                layer=["proj_out", "single_transformer_blocks_#_proj_out"],
+            ),
+            "diffusers-flux-alpha-of-proj-out-goes-to-the-blocks",
+            True,
+        ),
+        (
+            words(family="flux", scheme="transformer.A.tensor", alpha=["several"], layer="proj_out"),
+            "diffusers-flux-alpha-of-proj-out-goes-to-the-blocks",
+            False,
+        ),
+        (
+            words(
+                family="wan21-t2v",
+                scheme="lora_unet.down.tensor",
+                layer=["blocks_#_self_attn_q", "blocks_#_cross_attn_q"],
+            ),
+            "diffusers-wan-musubi-subset-raises",
+            True,
+        ),
+        (
+            words(
+                family="wan21-t2v",
+                scheme="lora_unet.down.tensor",
+                layer=["blocks_#_self_attn_q", "blocks_#_cross_attn_q", "blocks_#_ffn_#"],
+            ),
+            "diffusers-wan-musubi-subset-raises",
+            False,
+        ),
+        (
+            words(family="z-image", scheme="diffusion_model.A.none", layer="layers_#_attention_qkv"),
+            "diffusers-zimage-fused-attention-dropped",
+            True,
+        ),
+        (
+            words(family="ltx", scheme="diffusion_model.A.none", layer="transformer_blocks_#_attn1_to_q"),
+            "diffusers-ltx-outer-modules-dropped",
+            False,
+        ),
     ],
 )
 def test_a_predicate_hits_the_files_it_describes(traits: Mapping[str, frozenset[str]], page: str, hit: bool) -> None:

@@ -227,13 +227,14 @@ def test_layers_under_adapters_are_read_as_merging_them_leaves_them(name, tmp_pa
     assert sum(not torch.equal(kept[n], base[n]) for n in kept) >= 4
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_layers_under_two_wrappers_are_found_by_their_names(tmp_path):
-    bench = get_bench("qwen-image")
-    lora = peft_folder(bench, tmp_path / "lora")
-    base = bench.build().state_dict()
-    twice = PeftModel.from_pretrained(PeftModel.from_pretrained(bench.build(), lora), lora).eval()
-    assert weights_of(twice, base).keys() == base.keys()
+def test_layers_under_two_wrappers_are_found_by_their_names():
+    first = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    base = first.state_dict()
+    model = get_peft_model(first, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    outer = torch.nn.Module()
+    outer.base_model = torch.nn.Module()
+    outer.base_model.model = model
+    assert weights_of(outer.eval(), base).keys() == base.keys()
 
 
 def peft_folder(bench, folder):
@@ -270,23 +271,24 @@ def test_unload_and_strength_are_tested_where_a_server_has_them(unload, codes, t
 
 
 STALE = """
-import sys; sys.path.insert(0, {examples!r})
+import sys; sys.path[:0] = [{root!r}, {examples!r}]
 from functools import cache
-from pathlib import Path
+from harness.serve import layers_of, serve
 import merge_cmd
 {cached}
 def load(model, lora, *, strength=1.0):
-    model.load_state_dict(merge_cmd.merge(model.state_dict(), Path(lora), strength), strict=False)
+    model.load_state_dict(merge_cmd.merge(model.state_dict(), lora, strength), strict=False)
+serve(load, build=layers_of)
 """
 
 
-@pytest.mark.parametrize(("cached", "right"), [("", True), ("merge_cmd._read = cache(merge_cmd._read)", False)])
-def test_a_server_that_keeps_what_it_read_is_found(cached, right, tmp_path):
-    (tmp_path / "loader.py").write_text(STALE.format(examples=str(EXAMPLES), cached=cached))
-    spec = f"serve:'{sys.executable}' '{HELPER}' '{tmp_path / 'loader.py'}:load'"
-    verdicts = check_loader(spec, formats=["kohya"], benches=["qwen-image"], max_examples=2, limits=Limits(workers=1))
-    failing = [v for v in verdicts if v.outcome == "failed"]
-    assert (failing == []) == right, [v.title for v in failing]
+@pytest.mark.parametrize(("cached", "codes"), [("", set()), ("merge_cmd._read = cache(merge_cmd._read)", {"LH408"})])
+def test_a_server_that_keeps_what_it_read_is_found(cached, codes, tmp_path):
+    script = tmp_path / "server.py"
+    script.write_text(STALE.format(root=str(ROOT), examples=str(EXAMPLES), cached=cached))
+    spec = f"serve:'{sys.executable}' '{script}'"
+    verdicts = check_loader(spec, formats=["kohya"], benches=["qwen-image"], max_examples=1, limits=Limits(workers=1))
+    assert {v.code for v in verdicts if v.code and v.check != "silence"} == codes, [v.title for v in verdicts]
 
 
 def test_nothing_outlives_a_run(server, tmp_path):
@@ -298,7 +300,7 @@ def test_nothing_outlives_a_run(server, tmp_path):
     subject = server(body + DOUBLE)
     check_loader(subject.spec, formats=["kohya"], benches=["qwen-image"], max_examples=1, limits=Limits(workers=1))
     started = set(pids.read_text().split())
-    assert len(started) > 2
+    assert len(started) >= 2
     assert not set(filter(lives, started))
 
 
