@@ -48,20 +48,21 @@ class Elsewhere:
     variables: Mapping[str, str] = field(default_factory=dict, hash=False)
     python: str = sys.executable
 
-    def become(self, ends: Ends) -> NoReturn:
-        """Let this process, a fenced child, go on as that interpreter.
-
-        Raises:
-            OSError: there is no such program.
-        """
-        for descriptor in (ends.orders, ends.messages):
-            os.set_inheritable(descriptor, True)
-        os.execv(self.python, self.words("harness.isolation.elsewhere:go_on", ends=asdict(ends), answer=self.answer))
-
     def words(self, go: str, **more: Any) -> list[str]:
         """Return the program that calls the `module:function` in `go` there, with what is told and `more`."""
         where = {"harness": str(_PACKAGE), "folders": self.folders, "variables": dict(self.variables), "go": go}
         return [self.python, "-c", _BEGIN, json.dumps({**where, **more, "told": dict(self.told)})]
+
+
+def become(place: Elsewhere, ends: Ends) -> NoReturn:
+    """Let this process, a fenced child, go on as the interpreter of `place`.
+
+    Raises:
+        OSError: there is no such program.
+    """
+    for descriptor in (ends.orders, ends.messages):
+        os.set_inheritable(descriptor, True)
+    os.execv(place.python, place.words(f"{__name__}:go_on", ends=asdict(ends), answer=place.answer))
 
 
 def call(name: str, *args: Any) -> Any:

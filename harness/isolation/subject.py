@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from harness.isolation.child import Ends
-from harness.isolation.elsewhere import Elsewhere
+from harness.isolation.elsewhere import Elsewhere, become
 from harness.isolation.frames import FrameError, Frames, unwrapped, wrapped
 from harness.isolation.limits import GRACE_SECONDS
 from harness.isolation.process import READ_BYTES, Process, Status, wait_for
@@ -220,7 +220,7 @@ def subject_process(
         prepare()  # not within the time of the first question
         yield Here(answer)
         return
-    asked = Apart(elsewhere.become, memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)
+    asked = Apart(partial(become, elsewhere), memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)
     try:
         yield asked
     finally:
