@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +13,7 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.report.models import PowerRecord
+    from harness.report.power import Family
     from harness.selftest.cases import Case
     from harness.selftest.measure import Result
 
@@ -144,20 +144,20 @@ def power_markdown(records: Sequence[PowerRecord]) -> str:
     The median is over the loaders that random examples show; the others are found by loading twice, unloading and the
     like. Records of the checks of pictures are left out.
     """
-    weights = [record for record in records if record.source == "weights" and record.images is None]
-    broken = [record for record in weights if record.fault]
-    right = [record for record in weights if not record.fault]
-    families = dict.fromkeys(record.subject.partition(":")[0] for record in broken)
-    rows = [_broken_row(name, [r for r in broken if r.subject.partition(":")[0] == name]) for name in families]
-    rows += [_broken_row("**all that are wrong**", broken)] if broken else []
+    from harness.report.power import Family, families, of_weights
+
+    found = families(records)
+    broken = tuple(record for family in found for record in family.records)
+    right = [record for record in of_weights(records) if not record.fault]
+    rows = [_broken_row(family) for family in found]
+    rows += [_broken_row(Family("**all that are wrong**", broken))] if broken else []
     rows += [_right_row(right)] if right else []
     return "\n".join([_HEAD, "| --- | --- | --- | --- | --- | --- |", *rows]) + "\n"
 
 
-def _broken_row(family: str, records: Sequence[PowerRecord]) -> str:
-    found, named = sum(r.detected for r in records), sum(r.named or 0 for r in records)
-    seen = [r.examples for r in records if r.examples is not None]
-    return f"| {family} | {len(records)} | {found} | {named} | {f'{median(seen):g}' if seen else '–'} | |"
+def _broken_row(family: Family) -> str:
+    needed = "–" if family.examples is None else f"{family.examples:g}"
+    return f"| {family.name} | {len(family.records)} | {family.found} | {family.named} | {needed} | |"
 
 
 def _right_row(records: Sequence[PowerRecord]) -> str:

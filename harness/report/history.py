@@ -15,13 +15,14 @@ from pydantic import Field, ValidationError
 from harness.errors import UserError
 from harness.outputs import LineWriter, damaged, only_writer, read_lines, saying, tell
 from harness.report.records import VIOLATIONS, Run, first_problem
-from harness.report.summary import OUTCOMES, WORDS, MatrixCell, cells, listed
-from harness.text import count, on_one_line
+from harness.report.summary import OUTCOMES, SYMBOLS, WORDS, MatrixCell, cells, listed
+from harness.text import count, elided, on_one_line
 from harness.verdict.verdict import Record
 
 _GREEN = "passed"  # a failure that is recorded as known is no better than it was
 _PATIENCE = 30.0  # seconds that another run may take to add its line
 _LAST = 30
+_NAME = 32
 _MOST_FLIPS = 20
 _HEIGHT = 48.0
 
@@ -223,10 +224,35 @@ def _flip(record: HistoryRecord, pairs: list[tuple[HistoryCell, HistoryCell]]) -
 
 
 def history_text(history: Sequence[HistoryRecord], last: int = 30) -> str:
-    """Return the history as printed by `lora-harness history`: a line per run, then the flips."""
-    lines = [_line(record) for record in merge_history(history)[-last:]]
+    """Return the history as printed by `lora-harness history`: a line per run, a line per loader, then the flips."""
+    records = merge_history(history)[-last:]
+    lines = [_line(record) for record in records]
+    trends = _trends(records) if len(records) > 1 else []
+    lines += ["", "by loader, the oldest run first (· not measured)", *trends] if trends else []
     changed = [f"  {flip.created[:10]}  {flip.text()}" for flip in flips(history)]
     return "\n".join(map(on_one_line, [*lines, *(["", "changes, the newest first", *changed] if changed else [])]))
+
+
+def by_loader(records: Sequence[HistoryRecord]) -> list[tuple[str, list[tuple[HistoryRecord, str | None]]]]:
+    """Return for each loader its worst outcome in each run, None where it was not measured."""
+    names = dict.fromkeys(cell.loader for record in records for cell in record.cells)
+    return [(name, [(record, _worst(record, name)) for record in records]) for name in names]
+
+
+def _worst(record: HistoryRecord, loader: str) -> str | None:
+    outcomes = {cell.outcome for cell in record.cells if cell.loader == loader} - {"skipped"}
+    return next((outcome for outcome in OUTCOMES if outcome in outcomes), None)
+
+
+def _trends(records: Sequence[HistoryRecord]) -> list[str]:
+    """Return a line per loader with a sign per run, the oldest first."""
+    found = by_loader(records)
+    width = max((len(elided(name, _NAME)) for name, _ in found), default=0)
+    return [f"  {elided(name, _NAME):<{width}}  {''.join(map(_sign, outcomes))}" for name, outcomes in found]
+
+
+def _sign(seen: tuple[HistoryRecord, str | None]) -> str:
+    return SYMBOLS.get(seen[1] or "", "·")
 
 
 def _line(record: HistoryRecord) -> str:
@@ -278,6 +304,11 @@ class Trend:
         records = [run for run in merge_history(self.history) if run.release is None][-_LAST:]
         most = max((sum(record.counts.values()) for record in records), default=0) or 1
         return [RunBar(record, _parts(record, most)) for record in records] if len(records) > 1 else []
+
+    @cached_property
+    def loaders(self) -> list[tuple[str, list[tuple[HistoryRecord, str | None]]]]:
+        """(loader, (run, its worst outcome there)) over the last runs, oldest first; None: not measured in that run."""
+        return by_loader(merge_history(self.history)[-_LAST:]) if self.bars else []
 
     @cached_property
     def flips(self) -> list[Flip]:

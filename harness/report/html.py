@@ -15,6 +15,7 @@ from harness.outputs import replace_file, saying
 from harness.report.links import code_link
 from harness.report.matrix import LETTERS, law_shown, place_of, said
 from harness.report.models import PowerRecord
+from harness.report.power import families
 from harness.report.records import Run, merge_runs, rebased
 from harness.report.summary import (
     SYMBOLS,
@@ -94,6 +95,7 @@ def render(
             gate=gate,
             files=run.of(FileRecord),
             powers=run.of(PowerRecord),
+            power_families=families(run.of(PowerRecord)),
             unmeasured=not_measured(run),
             headline=headline(run),
             findings=loader_summaries(run),

@@ -17,6 +17,7 @@ from harness.report.history import (
     merge_history,
     read_history,
 )
+from harness.report.html import write_report
 from harness.report.records import Run
 
 
@@ -178,3 +179,20 @@ def test_a_cut_last_line_is_ended_before_the_next(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     append_history(path, night(3, "2.0.5", right=True))
     assert [record.run_id for record in read_history(path)] == ["night-1", "night-3"]
+
+
+def test_every_loader_has_a_trend_a_sign_per_run() -> None:
+    history = [history_record(night(day, "2.0.4", right=day > 1)) for day in (1, 2, 3)]
+    gone = history[1].model_copy(update={"run_id": "gone", "created": "2026-11-02T12:00:00+00:00", "cells": ()})
+    trend = Trend([*history, gone])
+    assert [(name, [outcome for _, outcome in runs]) for name, runs in trend.loaders] == [
+        ("diffsynth", ["failed", "passed", None, "passed"])
+    ]
+    assert "  diffsynth  ✕✓·✓" in history_text([*history, gone]).splitlines()
+    assert Trend(history[:1]).loaders == []
+
+
+def test_the_page_shows_the_trend_of_every_loader(tmp_path: Path) -> None:
+    history = [history_record(night(day, "2.0.4", right=day > 1)) for day in (1, 2)]
+    text = write_report([night(2, "2.0.4", right=True)], tmp_path, history=history).read_text(encoding="utf-8")
+    assert '2026-11-01: wrong">✕</span><span class="mark passed" title="2026-11-02: right">✓</span>' in text

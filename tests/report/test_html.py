@@ -27,7 +27,7 @@ from harness.errors import UserError
 from harness.report.gates import GateResult
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.models import LoraFacts, ProbePoint, SweepImage, SweepRecord
+from harness.report.models import LoraFacts, PowerRecord, ProbePoint, SweepImage, SweepRecord
 from harness.report.records import Run, merge_runs, read_run
 from harness.report.strips import Size, _size
 from harness.report.view import energy_by_block
@@ -304,6 +304,23 @@ def test_what_the_doctor_writes_is_read_back_and_shown(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, [record]), tmp_path)
     for text in ("x.safetensors", "LH701 no alpha anywhere", "50%", "a.0"):
         assert text in page.texts["files"]
+
+
+def test_the_page_of_a_selftest_says_what_was_tried_and_what_named_means(tmp_path: Path) -> None:
+    def record(name: str, named: int, examples: float | None) -> PowerRecord:
+        facts = {"fault": "x", "expected_code": "LH201", "trials": 1, "detected": 1, "examples": examples}
+        return PowerRecord(subject=name, named=named, **facts)
+
+    some = [record("scale_laws:raw", 1, 1), record("scale_laws:half", 1, 3), record("dora:axis", 0, None)]
+    right = PowerRecord(subject="peft", trials=500, detected=0, factor=1.0)
+    page = page_of(run_of(*some, right, command="lora-harness selftest --quick"), tmp_path)
+    text = " ".join(page.texts["power"].split())
+    assert "3 loaders that are wrong in one known way and 1 that are right" in text
+    assert "lora-harness selftest --quick" in text
+    assert "Named: all that was blamed has a code that is right for this fault" in text
+    assert "dora11✕ 0–" in text
+    assert "scale_laws22✓ 22" in text
+    assert any(fold.get("class") == "fold" and "open" in fold for fold in page.all("details"))
 
 
 def test_a_closed_and_an_open_gate_are_told(tmp_path: Path) -> None:
