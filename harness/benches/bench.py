@@ -178,12 +178,12 @@ _MODULES = {
 }
 
 
-_given: dict[str, Bench] = {}
+_given: dict[str, Callable[[], Bench]] = {}
 
 
-def give_bench(name: str, bench: Bench) -> None:
-    """Let `get_bench` return `bench` for `name` from now on in this process."""
-    _given[name] = bench
+def give_bench(name: str, make: Callable[[], Bench]) -> None:
+    """Let `get_bench` return what `make` returns for `name` from now on in this process."""
+    _given[name] = make
     get_bench.cache_clear()
 
 
@@ -194,8 +194,15 @@ def get_bench(name: str) -> Bench:
     Raises:
         UserError: no bench has this name.
     """
-    if name in _given:
-        return _given[name]
+    return _given[name]() if name in _given else built_bench(name)
+
+
+def built_bench(name: str) -> Bench:
+    """Return the bench called `name` as this interpreter builds it.
+
+    Raises:
+        UserError: no bench has this name.
+    """
     if name not in _MODULES:
         raise UserError(f"bench={name!r}: no such bench; known are {', '.join(bench_names())}")
     benches: tuple[Bench, ...] = import_module(f"harness.benches.{_MODULES[name]}").BENCHES
