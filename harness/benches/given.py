@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.benches.bench import Bench, Noise
 from harness.benches.layer import Layer
-from harness.benches.registry import get_bench, give_bench
+from harness.benches.registry import built_bench, get_bench, give_bench
 from harness.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -45,12 +46,39 @@ def _described(bench: Bench, path: Path, plain: bool) -> dict[str, Any]:
 def take_benches(described: Mapping[str, Any]) -> None:
     """Let `get_bench` return the benches that were described, instead of those that this interpreter would build."""
     for name, told in described.items():
-        give_bench(name, _plain(name, told) if told["layers"] else _own(name, told["weights"]))
+        give_bench(name, partial(_plain, name, told) if told["layers"] else partial(_own, name, told["weights"]))
 
 
 def _own(name: str, path: str) -> Bench:
-    bench = get_bench(name)
-    return replace(bench, make=lambda: _with_weights(bench.make(), path, name))
+    """Return the bench that this interpreter builds, with the weights given.
+
+    Raises:
+        UserError: the library has no such model in this release.
+    """
+    try:
+        bench = built_bench(name)
+    except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports
+        raise UserError(f"bench {name} is no model of this release ({one_line(error)})") from error
+    own = replace(bench, make=lambda: _with_weights(bench.make(), path, name))
+
+    def run(model: Any, noise: Noise) -> Any:
+        return own.run(model, noise) if _runs(own) else _run(own.layers, model, noise)
+
+    return replace(own, run=run)
+
+
+_running: dict[str, bool] = {}
+
+
+def _runs(own: Bench) -> bool:
+    """Whether the untouched model can be called here as the present release's is: else its layers are, one by one."""
+    if own.name not in _running:
+        try:
+            own.forward(own.base())
+            _running[own.name] = True
+        except Exception:  # whatever another signature leads to
+            _running[own.name] = False
+    return _running[own.name]
 
 
 def _with_weights(model: Any, path: str, name: str) -> Any:

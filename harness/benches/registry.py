@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
@@ -21,7 +22,7 @@ _CORE = {  # in the order in which they are checked, with the module that has mo
     "qwen-image-deep": "qwen_image",
 }
 _OWN: dict[str, Bench] = {}
-_GIVEN: dict[str, Bench] = {}
+_GIVEN: dict[str, Callable[[], Bench]] = {}
 
 
 def get_bench(name: str) -> Bench:
@@ -30,9 +31,22 @@ def get_bench(name: str) -> Bench:
     Raises:
         UserError: no bench has this name.
     """
-    for brought in (_GIVEN, _OWN):
-        if name in brought:
-            return brought[name]
+    return _given(name) if name in _GIVEN else built_bench(name)
+
+
+@cache
+def _given(name: str) -> Bench:
+    return _GIVEN[name]()
+
+
+def built_bench(name: str) -> Bench:
+    """Return the bench called `name` as this interpreter builds it.
+
+    Raises:
+        UserError: no bench has this name.
+    """
+    if name in _OWN:
+        return _OWN[name]
     if name not in _CORE and name not in rows():
         near = difflib.get_close_matches(name, (*_CORE, *rows(), *_OWN), n=3)
         known = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join((*_CORE, *_OWN))}, …"
@@ -67,9 +81,10 @@ def own_benches() -> tuple[str, ...]:
     return tuple(_OWN)
 
 
-def give_bench(name: str, bench: Bench) -> None:
-    """Let `get_bench` return `bench` for `name` from now on in this process, whatever else is called so."""
-    _GIVEN[name] = bench
+def give_bench(name: str, make: Callable[[], Bench]) -> None:
+    """Let `get_bench` return what `make` returns for `name` from now on in this process, whatever else is called so."""
+    _GIVEN[name] = make
+    _given.cache_clear()
 
 
 def add_bench(bench: Bench) -> None:

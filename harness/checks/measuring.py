@@ -19,7 +19,7 @@ from torch import equal  # bound here: a subject may replace torch's own
 from harness.benches import Bench, get_bench
 from harness.benches.given import take_benches
 from harness.checks.engine import answer_outputs
-from harness.errors import one_line
+from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
 from harness.isolation.subject import Part
@@ -230,7 +230,10 @@ def answer(subject: Subject, order: dict[str, Any], on_part: Part) -> dict[str, 
     todo = Order(**order)
     if subject.outputs:
         return answer_outputs(subject.outputs, todo.bench, todo.steps[0], todo.seconds)
-    work = _Work(subject, todo, get_bench(todo.bench).build(_dtype(todo.dtype)))
+    try:
+        work = _Work(subject, todo, get_bench(todo.bench).build(_dtype(todo.dtype)))
+    except UserError as error:  # elsewhere the bench may be no model of the release
+        return {"raised": asdict(Raised("LH902", str(error)))}
     try:
         for step in todo.steps:
             on_part("step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,9 @@ Place = tuple[str, str]
 """Format and bench."""
 NOTHING, RAISES, NO_LAW = "loads nothing", "raises", "no single law"
 SOME = "; raises on some files"
+NO_MODEL, SLOW = "no such model in this release", "not judged: too slow"
+_LATE = re.compile(r"no answer within|time limit")
+_SECONDS = 120.0  # for a call, where nobody says: what is imported on the way belongs to it
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def changes(releases: Iterable[ReleaseLaw]) -> list[Change]:
     found = []
     for release in releases:
         for place, state in release.states.items():
+            if state == SLOW:
+                continue
             if place in last and last[place][1] != state:
                 found.append(Change(place, last[place][0], release.version, last[place][1], state))
             last[place] = release.version, state
@@ -161,6 +167,7 @@ def measure_releases(
         if rows[index].take(event):
             on_release(rows[index].release)
 
+    limits = replace(limits, seconds=limits.seconds or _SECONDS)
     jobs = [_job(row.subject, places, limits) for row in rows]
     longest = max((len(places) * budget(Cell(row.subject, *places[0]), limits) for row in rows), default=None)
     ends = run_jobs(jobs, workers=limits.workers, silence=SILENCE, budget=longest, on_event=take)
@@ -245,6 +252,11 @@ def unloads(probes: Sequence[Probe]) -> bool:
 def _state(cell: Cell, law: MeasuredLaw) -> CellLaw:
     found = CellLaw(cell.format, cell.bench_name, NO_LAW, law.diagnosis.code, probes=len(law.probes))
     found = replace(found, trait=str(law.diagnosis.trait) if law.diagnosis.trait else None)
+    what = law.raised[0] if law.raised else ""
+    if what.startswith("bench "):
+        return replace(found, state=NO_MODEL, what=what)
+    if _LATE.search(what):
+        return replace(found, state=SLOW, what=what)
     if not law.probes:
         return replace(found, state=RAISES, what=law.raised[0] if law.raised else "no answer")
     some, what = (SOME, law.raised[0]) if law.raised else ("", "")

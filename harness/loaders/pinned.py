@@ -7,6 +7,7 @@ in a process of their own, which has another search path or is another interpret
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,8 @@ def pinned_subject(spec: str) -> Subject:
     """
     found = _SPEC.fullmatch(spec)
     assert found is not None, spec
+    if not hasattr(os, "fork"):
+        raise LoaderSpecError(f"{printable(spec)!r}: other releases run in a process that this system cannot start")
     live = live_named(found["name"])
     if live is None:
         raise LoaderSpecError(f"{printable(spec)!r}: {found['name']} is no loader whose releases are known here")

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.checks.releases import RAISES, CellLaw, Change, ReleaseLaw, changes
+from harness.checks.releases import NO_MODEL, RAISES, SLOW, CellLaw, Change, ReleaseLaw, changes
 from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.history import HistoryCell, HistoryRecord
@@ -89,9 +89,11 @@ class ReleaseTable:
 
 
 def look(cell: CellLaw) -> str:
-    """Return how a page shows a cell: `passed`, `xfailed` (right where it does not raise), `failed` or `errored`."""
+    """Return how a page shows a cell: `passed`, `xfailed` (right, and raises on some files), `failed`, `errored` or `skipped`."""
     if cell.right:
         return "xfailed" if cell.what else "passed"
+    if cell.state in (NO_MODEL, SLOW):
+        return "skipped"
     return "errored" if cell.state == RAISES else "failed"
 
 
