@@ -74,7 +74,9 @@ def test_the_failure_in_the_readme_is_what_is_printed() -> None:
     command = re.search(r"reproduce +(lora-harness .*)", block)
     assert command is not None
     printed = CliRunner().invoke(main, [*shlex.split(command[1])[1:], "-j", "1"]).output
-    assert printed.splitlines()[: len(block.splitlines())] == block.splitlines()
+    lines = printed.splitlines()
+    start = lines.index(block.splitlines()[0])
+    assert lines[start : start + len(block.splitlines())] == block.splitlines()
 
 
 def test_the_readme_names_every_bench_and_variant_that_a_loader_may_declare() -> None:

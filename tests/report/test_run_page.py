@@ -21,6 +21,7 @@ from harness.report.summary import cells
 Open = Callable[..., Any]
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 FINDING = "lycoris-missing-alpha"
+FOLDER = "docs/findings"
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_known_failures_are_one_row_per_finding() -> None:
     ]
 
 
-@pytest.mark.parametrize("reason", [*HOSTILE, "x (javascript:alert(1))", "x (docs/findings/../../etc.md)", "((", ""])
+@pytest.mark.parametrize("reason", [*HOSTILE, "x (javascript:alert(1))", f"x ({FOLDER}/../../etc.md)", "((", ""])
 def test_only_an_address_becomes_a_link(reason: str, tmp_path: Path) -> None:
     verdict = known("a", "kohya", "b").model_copy(update={"reason": reason})
     (group,) = known_groups([verdict])
@@ -156,7 +157,7 @@ def test_only_an_address_becomes_a_link(reason: str, tmp_path: Path) -> None:
 
 
 def test_a_reason_is_split_from_its_link() -> None:
-    assert cited("f(x) is wrong (docs/findings/a-b.md)") == ("f(x) is wrong", "docs/findings/a-b.md", "")
+    assert cited(f"f(x) is wrong ({FOLDER}/a-b.md)") == ("f(x) is wrong", f"{FOLDER}/a-b.md", "")
     assert cited("old (http://a/b (fixed in 2.0.5))") == ("old", "http://a/b", "(fixed in 2.0.5)")
     assert cited("no link (at all)") == ("no link (at all)", "", "")
 
