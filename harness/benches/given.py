@@ -62,7 +62,7 @@ def _own(name: str, path: str) -> Bench:
     own = replace(bench, make=lambda: _with_weights(bench.make(), path, name))
 
     def run(model: Any, noise: Noise) -> Any:
-        return own.run(model, noise) if _runs(own) else _run(own.layers, model, noise)
+        return own.run(model, noise) if own.run and _runs(own) else _run(own.layers, model, noise)
 
     return replace(own, run=run)
 
