@@ -89,7 +89,7 @@ class ReleaseTable:
 
 
 def look(cell: CellLaw) -> str:
-    """Return how a page shows a cell: `passed`, `xfailed` (right, raises on some files), `failed`, `errored`, `skipped`."""
+    """Return how a page shows a cell: `passed`, `xfailed` (right, raises on some), `failed`, `errored`, `skipped`."""
     if cell.right:
         return "xfailed" if cell.what else "passed"
     if cell.state in (NO_MODEL, SLOW):
