@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from harness.benches import bench, get_bench, given
+from harness.benches import get_bench, given, registry
 from harness.benches.given import describe_benches, take_benches
 from harness.errors import UserError
 from harness.measure.effective import effective_weights
@@ -19,10 +19,10 @@ from harness.measure.effective import effective_weights
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """Leave no bench behind that was given."""
-    monkeypatch.setattr(bench, "_given", {})
+    monkeypatch.setattr(registry, "_GIVEN", {})
     monkeypatch.setattr(given, "_running", {})
     yield
-    get_bench.cache_clear()
+    registry._given.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "sd-unet", "gpt2", "clip-text"])
