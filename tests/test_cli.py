@@ -56,7 +56,7 @@ def test_a_right_loader_exits_0() -> None:
 def test_raw_alpha_exits_1_with_its_code_and_formula() -> None:
     result = run("check", RAW, *QUICK)
     assert result.exit_code == 1
-    assert result.output.startswith("LH201 alpha not divided by rank: delta is")
+    assert "\nLH201 alpha not divided by rank: delta is" in result.output
     assert "strength * alpha" in result.output
 
 

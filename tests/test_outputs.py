@@ -60,6 +60,7 @@ IN_PLACE = {
     "harness/doctor/audit/remote.py",
     "harness/isolation/child.py",
     "harness/loaders/command.py",
+    "harness/loaders/commits.py",
     "harness/outputs.py",
     "harness/report/ci.py",
     "harness/report/records.py",

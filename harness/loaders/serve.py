@@ -24,7 +24,6 @@ from harness.isolation.server import Server, ServerError, started
 from harness.loaders.exchange import OutputError, load_back, program_of, write_weights
 from harness.loaders.outputs import read_output, write_inputs
 from harness.loaders.protocol import SERVER, Declaration, Load, Subject, declaration_from
-from harness.variants import VARIANTS
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +89,8 @@ def _greeting(spec: str, server: Server) -> Mapping[str, Any]:
 
 
 def _declaration(spec: str, hello: Mapping[str, Any]) -> Declaration:
+    from harness.variants import VARIANTS  # which needs torch
+
     facts = {key: value for key, value in hello.items() if key not in ("protocol", *_TEXT, "unload", "set_strength")}
     try:
         said = declaration_from(facts)
