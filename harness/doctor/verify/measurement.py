@@ -20,6 +20,7 @@ State = Literal[
 # Elements sampled, and the relative width of the interval at which that is enough
 _SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
 _EXPLAINED = 0.97
+_AS_ONCE = 0.01  # of the scale: so near, two merges make what one should
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
 _MISSED = 5  # elements that should have changed and did not
 _RESOLVED = 8.0  # half steps; larger updates are rounded without bias
@@ -194,6 +195,8 @@ def _classified(
         return replace(made, state="partly") if made.unmerged else made
     for once in (expected, made.scale / 2):
         if _merged_twice(sample, once):
+            if abs(2 * once - expected) <= _AS_ONCE * abs(expected):  # in two steps, or rounded to those of a block
+                return replace(made, state="two roundings")
             return replace(made, state="twice", scale=2 * once, interval=(2 * once, 2 * once))
     near = error <= Rounding.of(sample, made.scale, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
     if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
