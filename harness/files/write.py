@@ -73,10 +73,10 @@ def write_lora(
     """
     content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
     tensors = _ordered(content.tensors, key_order)
-    if content.config:
-        modules = _as_they_stand(modules, content.tensors, tensors)
-        content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
-    return save(path, format, replace(content, tensors=tensors))
+    config = content.config
+    if config:
+        config = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
+    return save(path, format, replace(content, tensors=tensors, config=config))
 
 
 def _as_they_stand(modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
@@ -119,10 +119,14 @@ def compose(
     if rslora and row.alpha[0] in ("tensor", "kv"):
         modules = {name: _with_root(name, weights) for name, weights in modules.items()}
     tensors = _tensors(row, prefix, modules, pair or row.pairs[0], dtype)
-    config = configuration(row, modules, rslora=rslora)
-    if row.alpha[0] == "header":
-        config = {f"{prefix}{key}": value for key, value in config.items()}
+    config = _config(row, prefix, modules, rslora)
     return Content(tensors, row.metadata, config, _one("gguf", "alpha", modules) if row.alpha[0] == "kv" else None)
+
+
+def _config(row: Format, prefix: str | None, modules: Modules, rslora: bool) -> dict[str, Any]:
+    config = configuration(row, modules, rslora=rslora)
+    start = (row.write_prefix if prefix is None else prefix) if row.alpha[0] == "header" else ""
+    return {f"{start}{key}": value for key, value in config.items()}
 
 
 def save(path: Path | str, format: str, content: Content) -> Path:
