@@ -77,31 +77,24 @@ _ATTENTIONS, _WIDTH = [f"transformer_blocks.{block}.attn" for block in range(2)]
 
 def make_split() -> Any:
     """Build the stock transformer: 2 blocks, width 48, 3 heads."""
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=len(_ATTENTIONS),
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
+    return _made(blocks=len(_ATTENTIONS), heads=3)
 
 
 def make_deep() -> Any:
     """Build it with 12 blocks of width 16 and one head: `blocks.1` is the beginning of `blocks.10` and `blocks.11`."""
+    return _made(blocks=12, heads=1)
+
+
+def _made(blocks: int, heads: int) -> Any:
     from diffusers import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
-        num_layers=12,
+        num_layers=blocks,
         attention_head_dim=16,
-        num_attention_heads=1,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
