@@ -10,7 +10,7 @@ from functools import cached_property
 from harness.checks.cell import Cell
 from harness.checks.families.silence import silence_title
 from harness.checks.family import LAW_FAMILIES, Finding
-from harness.example import Example, Target
+from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.measure.compare import Fit
@@ -162,7 +162,7 @@ class NamedFinding:
         layers = self.cell.view.layers
         yield "worst", f"{worst} [{'x'.join(map(str, layers[worst].shape)) if worst in layers else ''}]"
         yield "measured", _measured(fit)
-        yield "expected", _expected(self.example, worst, fit, self.cell.variant.root)
+        yield "expected", _expected(self.example, worst, fit, self.finding.observation.root)
         yield "tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}"
 
 
@@ -194,15 +194,8 @@ def _measured(fit: Fit) -> str:
     return f"scale {fit.scale:.4f}, {direction}"
 
 
-def _is_rooted(strength: float, target: Target, expected: float) -> bool:
-    alpha, roots = target.alpha or 0.0, (math.sqrt(target.rank), target.rank)
-    root, plain = (math.isclose(expected, strength * alpha / each, rel_tol=1e-6) for each in roots)
-    return root and not plain
-
-
 def _expected(example: Example, worst: str, fit: Fit, root: bool) -> str:
     target = next(t for t in example.targets if t.name == worst)
-    root = root or _is_rooted(example.strength, target, fit.expected)  # of a variant that is not declared
     rank = f"sqrt({target.rank})" if root else str(target.rank)
     formula = f"{example.strength:g} * {_alpha(target.alpha)} / {rank}" if target.alpha is not None else "strength"
     return f"scale {fit.expected:.4f} = {formula}   (PEFT: {_TRAINED[root]})"

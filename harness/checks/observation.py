@@ -32,7 +32,8 @@ class Observation:
     `mistakes` say of layers whose change has another direction which mistake explains it, `earlier` what files loaded
     before hold for them. `drift` is how far apart the answers of models are that should answer alike, as a share of the
     LoRA's effect. `said` is what the loader said, where somebody listened. `additive`: the variant adds a
-    multiple of its direction. `tied` are layers outside the file that share their weight with one of it.
+    multiple of its direction; `root`: training divided alpha by sqrt(rank). `tied` are layers outside the file that
+    share their weight with one of it.
     Of a load that `raised` there is nothing else.
     """
 
@@ -51,6 +52,7 @@ class Observation:
     earlier: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     said: tuple[str, ...] = ()
     additive: bool = True
+    root: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
     file_changed: bool = False
     order: tuple[str, ...] = ()
@@ -104,6 +106,7 @@ def observation_of(
         tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
         ambiguous=frozenset(zero),
         additive=cell.variant.additive,
+        root=cell.variant.root,
         tied=_tied(cell, fits),
         mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, updates, before, after))},
     )

@@ -132,7 +132,8 @@ def _observation(
     tolerance = OutputTolerance(blur, allowed, "float32")
     fit = Fit(scale, rest, norm(given - plain), slope, tolerance, expected, blur)
     ambiguous = frozenset({target.name} if target.alpha == 0 else ())
-    return Observation(example, {target.name: (fit,)}, order=(target.name,), ambiguous=ambiguous)
+    fits, root = {target.name: (fit,)}, cell.variant.root
+    return Observation(example, fits, order=(target.name,), ambiguous=ambiguous, root=root)
 
 
 class _Reference:
