@@ -11,9 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.errors import LoaderSpecError
-from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.facts import facts_apart
 from harness.isolation.processes import can_fork
-from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
 from harness.loaders.benches import spec_of
 from harness.loaders.protocol import (
     FACTS,
@@ -93,22 +92,7 @@ class Later:
 
 def _asked(spec: str, find: Find) -> dict[str, Any]:
     """Have a child import the loader and return its declaration."""
-    found: list[dict[str, Any]] = []
-
-    def job(channel: Channel) -> None:
-        def answer(order: str, on_part: Part) -> dict[str, Any]:
-            return _facts(order, find)
-
-        with subject_process(answer, apart=channel.apart) as asked:
-            try:
-                channel.send(asked.ask(spec, START_SECONDS))
-            except SubjectLostError as lost:
-                channel.send({"error": f"{spec!r}: importing it ended its process: {lost.what}"})
-
-    (end,) = run_jobs([job], budget=2 * START_SECONDS, on_event=lambda index, event: found.append(event))
-    facts = found[0] if found else {"error": f"{spec!r}: {end.what}"}
-    if not isinstance(facts, dict) or not isinstance(facts.get("error", ""), str):
-        raise LoaderSpecError(f"{spec!r}: the process that imported it gave no answer that makes sense")
+    facts = facts_apart(lambda: _facts(spec, find), repr(spec), "importing", "imported")
     if "error" in facts:
         raise LoaderSpecError(facts["error"])
     return facts

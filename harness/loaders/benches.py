@@ -20,10 +20,9 @@ from harness.benches import Bench, Layer, add_bench, bench_names, get_bench, mor
 from harness.benches.own import OwnBench, bench_of, declare_as, declared
 from harness.benches.quantise import check_scheme, quantised
 from harness.errors import UserError, one_line
-from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.facts import facts_apart
 from harness.isolation.limits import Limits
 from harness.isolation.processes import can_fork
-from harness.isolation.subject import START_SECONDS, Part, SubjectLostError, subject_process
 from harness.loaders.source import A_BENCH, import_callable, is_file
 
 if TYPE_CHECKING:
@@ -244,32 +243,14 @@ def _looked_at(spec: str, find: Callable[[], Make], *, model: bool) -> dict[str,
     Raises:
         UserError: it cannot be used, or ends its process.
     """
-    facts = _asked(spec, find, model) if can_fork() else _facts(spec, find, model)
+    gather = partial(_facts, spec, find, model)
+    limit = Limits().memory
+    facts = facts_apart(gather, f"bench {spec}", "building", "built", memory_limit=limit) if can_fork() else gather()
     if "error" in facts:
         raise UserError(facts["error"])
     for name in facts["modules"]:
         with contextlib.suppress(Exception):
             import_module(name)
-    return facts
-
-
-def _asked(spec: str, find: Callable[[], Make], model: bool) -> dict[str, Any]:
-    found: list[Any] = []
-
-    def job(channel: Channel) -> None:
-        def answer(order: str, on_part: Part) -> dict[str, Any]:
-            return _facts(order, find, model)
-
-        with subject_process(answer, apart=channel.apart, memory_limit=Limits().memory) as asked:
-            try:
-                channel.send(asked.ask(spec, START_SECONDS))
-            except SubjectLostError as lost:
-                channel.send({"error": f"bench {spec}: building it ended its process: {lost.what}"})
-
-    (end,) = run_jobs([job], budget=2 * START_SECONDS, on_event=lambda index, event: found.append(event))
-    facts = found[0] if found else {"error": f"bench {spec}: {end.what}"}
-    if not isinstance(facts, dict) or not isinstance(facts.get("error", ""), str):
-        return {"error": f"bench {spec}: the process that built it gave no answer that makes sense"}
     return facts
 
 
