@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "replace"]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
+_SEEN = 8  # roundings of an answer, above which an effect on it is compared with another
 _UNSTEADY = 0.01  # of an answer: dropout changes tenths of it, rounding thousandths
 
 
@@ -130,8 +131,11 @@ class _Work:
         if not self.effects:
             return 0.0
         last = self.effects[-1]
+        plain = norm(_base_output(self.bench, self.order.dtype, self.is_cast))
+        if max(map(norm, self.effects)) <= _SEEN * UNIT_ROUNDOFF[self.order.dtype] * plain:
+            return 0.0  # rounding of the answers is as large
         size = norm(last) or norm(self.effects[0])
-        return max(norm(each - last) for each in self.effects) / size if size else 0.0
+        return max(norm(each - last) for each in self.effects) / size
 
     def replace(self, number: float, path: str) -> None:
         """Put another file, or folder, in the place of `path`."""

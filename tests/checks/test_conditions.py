@@ -30,6 +30,12 @@ def test_one_example_is_enough_for_what_depends_on_a_condition(case: Case) -> No
     assert result.named, "\n".join(verdict.text() for verdict in result.violations)
 
 
+def test_an_effect_as_small_as_the_rounding_of_answers_is_not_another_after_a_cast() -> None:
+    (faint,) = (case for case in broken_cases() if case.name == "scale_laws:input_width")
+    (result,) = measure([faint], max_examples=1, seeds=(), limits=Limits(seconds=10, workers=1))
+    assert {verdict.code for verdict in result.violations} == {"LH209"}
+
+
 @pytest.mark.parametrize("case", [c for c in correct_cases() if c.name in STEADY], ids=lambda case: case.name)
 def test_a_loader_that_is_right_in_every_state_is_never_blamed(case: Case) -> None:
     where = {"formats": ("kohya",), "benches": ("qwen-image-fused",)}
