@@ -71,7 +71,7 @@ def _rarity(law: Law, fused_only: bool) -> int:
 
 def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     """No one law explains everything: look for the part of the probes that is wrong and for that part's own law."""
-    in_order = [p for p in usable if not p.permuted]
+    every, in_order = wrong, [p for p in usable if not p.permuted]
     if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
         usable, wrong = in_order, [p for p in in_order if not p.right]
     silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
@@ -89,8 +89,18 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
         return Diagnosis(None, "LH204", by_rank)
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
-        return _named(law, wrong, Trait("some modules of some files", "part"))
-    return Diagnosis(None, "LH205", exact) if exact and exact.about == "alpha" else _by_input(wrong, telling, exact)
+        found = _named(law, wrong, Trait("some modules of some files", "part"))
+        if all(_explains(found.law, p) for p in every):
+            return found
+    return Diagnosis(None, "LH205", exact) if exact and exact.about == "alpha" else _by_input(every, telling, exact)
+
+
+def _explains(law: Law | None, probe: Probe) -> bool:
+    """Whether `law` gives the measured scale; of permuted keys nobody knows whose alpha is the first."""
+    if law is None:
+        return False
+    ordered = (law.alpha_source, law.rank_source) != ("own", "own")
+    return (probe.permuted and ordered) or abs(probe.measured - law.scale(probe)) <= 1.5 * probe.tolerance
 
 
 def _by_input(wrong: Sequence[Probe], telling: Sequence[Probe], trait: Trait | None) -> Diagnosis:

@@ -145,9 +145,11 @@ def _of_same_rank(probe: Probe, place: int) -> float | None:
 
 
 def _with_alphas(probe: Probe) -> Iterator[float]:
-    """Yield the scale with every alpha of the file; a module that has none counts as alpha = rank."""
-    pairs = zip(probe.alphas, probe.ranks, strict=True)
-    return (probe.scale_of(a if a is not None else float(r), probe.rank) for a, r in pairs)
+    """Yield the scale with every alpha of the file; a missing one stands for scale 1, or for its module's rank."""
+    for alpha, rank in zip(probe.alphas, probe.ranks, strict=True):
+        yield probe.scale_of(alpha, probe.rank)
+        if alpha is None:
+            yield probe.scale_of(float(rank), probe.rank)
 
 
 def _with_ranks(probe: Probe) -> Iterator[float]:

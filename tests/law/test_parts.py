@@ -265,3 +265,16 @@ def test_a_fault_of_permuted_files_alone_is_not_said_of_what_all_probes_have() -
     odd = probes(lambda p: p.strength * 8.0 / p.rank, shapes=shapes, permuted=True, dtype="bfloat16")
     found = diagnose([*right, *odd])
     assert said(found) == ("LH204", "strength * alpha(first) / rank", "several alphas in the file")
+
+
+def test_a_law_that_permuted_files_contradict_is_not_named() -> None:
+    ordered = [replace(p, measured=p.strength) for p in probes(lambda p: p.expected, shapes=[(2.0, 4), (8.0, 4)] * 3)]
+    mixed = (2.0, 8.0, 5.0)
+    exchanged = [
+        replace(p, alphas=mixed, ranks=(4, 4, 4), index=i, measured=p.strength * mixed[i - 1] / 4, permuted=True)
+        for i in range(3)
+        for p in ordered[:4]
+    ]
+    beside = [replace(p, measured=p.expected) for p in ordered]
+    assert diagnose([*ordered, *beside]).code == "LH202"
+    assert diagnose([*ordered, *beside, *exchanged]).code != "LH202"
