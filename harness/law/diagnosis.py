@@ -136,7 +136,7 @@ def _clamped(wrong: Sequence[Probe]) -> Diagnosis | None:
         one_side = max(values) <= bound or min(values) >= bound
         if len(values) > 2 and one_side and near:
             return Diagnosis(None, code, Trait(f"{name} beyond {bound:.4g}", name))
-    return _capped(wrong)
+    return _capped(wrong) or _rank_bound(wrong)
 
 
 def _capped(wrong: Sequence[Probe]) -> Diagnosis | None:
@@ -148,6 +148,21 @@ def _capped(wrong: Sequence[Probe]) -> Diagnosis | None:
     if len({round(scale, 6) for scale in scales}) > 2 and one_side and all(near):
         return Diagnosis(None, "LH205", Trait(f"alpha / rank beyond {bound:.4g}, which caps it", "alpha"))
     return None
+
+
+def _rank_bound(wrong: Sequence[Probe]) -> Diagnosis | None:
+    """Name a bound on the rank when the wrong probes all behave as if their ranks were one same number."""
+    ones = [(p, p.scale_of(p.alpha, 1)) for p in wrong]
+    if any(p.alpha is None or p.measured * one <= 0 for p, one in ones):
+        return None
+    power, ranks = 2 if all(p.root for p in wrong) else 1, {p.rank for p in wrong}
+    bound = median((one / p.measured) ** power for p, one in ones)
+    if len(ranks) < 3 or not (max(ranks) <= bound or min(ranks) >= bound):
+        return None
+    if any(abs(p.measured - one / bound ** (1 / power)) > 1.5 * p.tolerance for p, one in ones):
+        return None
+    side = "below" if max(ranks) <= bound else "above"
+    return Diagnosis(None, "LH209", Trait(f"a rank {side} {bound:.4g} counts as {bound:.4g}", "rank"))
 
 
 def _per_block(usable: Sequence[Probe]) -> Diagnosis | None:

@@ -278,3 +278,14 @@ def test_a_law_that_permuted_files_contradict_is_not_named() -> None:
     beside = [replace(p, measured=p.expected) for p in ordered]
     assert diagnose([*ordered, *beside]).code == "LH202"
     assert diagnose([*ordered, *beside, *exchanged]).code != "LH202"
+
+
+@pytest.mark.parametrize(("bound", "side"), [(lambda r: max(r, 16), "below"), (lambda r: min(r, 16), "above")])
+@pytest.mark.parametrize("root", [False, True])
+def test_a_bound_on_the_rank_is_named(bound: Callable[[int], int], side: str, root: bool) -> None:
+    shapes = [(8.0, 2), (8.0, 4), (4.0, 8), (32.0, 16), (32.0, 20), (16.0, 32), (8.0, 64)]
+    files = [[*shapes[n:], *shapes[:n]] for n in range(len(shapes))]
+    found = diagnose(
+        [p for file in files for p in probes(lambda p: p.scale_of(p.alpha, bound(p.rank)), shapes=file, root=root)]
+    )
+    assert (found.code, str(found.trait)) == ("LH209", f"a rank {side} 16 counts as 16")

@@ -179,10 +179,20 @@ def _aligned(change: Tensor, candidate: Tensor, least: float = _ALIGNED) -> bool
 
 
 def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
-    """Whether each row of the change is some row of B @ A, times one factor; `most` of the change may be left over."""
+    """Whether each row of the change is some row of B @ A, times one factor; `most` of the change may be left over.
+
+    Few rows may be there twice and none may be empty: zeros, and rows of rank 1, are near one row or another anyway.
+    """
+    if _empty_rows(change) > _empty_rows(product):
+        return False
     scaled = change.double() * (norm(product) / norm(change))
-    nearest = min(norm(torch.cdist(sign * scaled, product.double()).amin(1)) for sign in (1, -1))
-    return nearest <= min(most, ROUNDING_LIKE) * norm(product)
+    near = (torch.cdist(sign * scaled, product.double()).min(1) for sign in (1, -1))
+    distances, rows = min(near, key=lambda each: norm(each[0]))
+    return norm(distances) <= min(most, ROUNDING_LIKE) * norm(product) and 2 * len(set(rows.tolist())) >= len(rows)
+
+
+def _empty_rows(matrix: Tensor) -> int:
+    return int((matrix == 0).all(1).sum())
 
 
 def _mispaired(change: Tensor, product: Tensor, others: Sequence[Tensor]) -> bool:
