@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from harness.isolation import frames
 from harness.isolation.child import Ends, run_child
 from harness.isolation.frames import FrameError, Frames
-from harness.isolation.processes import fork, kill_group, kill_tree, process_descriptor
+from harness.isolation.processes import fork, free_from_tracer, kill_group, kill_tree, process_descriptor
 
 Status = Literal["done", "raised", "timeout", "killed", "memory"]
 TAIL_BYTES = 4096
@@ -115,6 +115,8 @@ class Process:
             pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
             if pid and os.WIFSTOPPED(status):
                 pid = self._go_on()
+            elif pid == 0 and self._trusted:
+                free_from_tracer(self.pid)
             self._code = None if pid == 0 else os.waitstatus_to_exitcode(status)
         return self._code
 

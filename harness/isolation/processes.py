@@ -88,6 +88,15 @@ def kill_below(pid: int) -> None:
         time.sleep(0.002)  # dying takes a moment
 
 
+def free_from_tracer(pid: int) -> None:
+    """Kill the process below `pid` that traces it and holds it still (Linux); a debugger is no process below it."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        told = dict(line.split(":", 1) for line in file if ":" in line)
+        tracer = int(told.get("TracerPid", "0"))
+        if tracer and told["State"].strip().startswith("t") and tracer in descendants(pid):
+            _send(signal.SIGKILL, [tracer])
+
+
 def kill_group(pid: int) -> None:
     """Kill what is left of the process group that `pid` leads."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

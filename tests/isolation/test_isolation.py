@@ -20,6 +20,8 @@ from harness.isolation import jobs as isolation
 from harness.isolation.jobs import JobEnd, SubjectExitError, TimeLimitExceeded, run_jobs
 from harness.isolation.process import TAIL_BYTES
 
+_PTRACE_ATTACH = 16
+
 MIB = 1 << 20
 
 
@@ -116,6 +118,27 @@ def test_a_job_that_was_stopped_from_outside_goes_on():
 
     end, seen = events_of(job, seconds=5)
     assert (end.status, seen) == ("done", ["found after"])
+
+
+def _traced() -> bool:
+    """Let a process below this one trace it; whether the system allowed that."""
+    ask, tell = os.pipe()
+    if os.fork() == 0:
+        os.write(tell, bytes([ctypes.CDLL(None).ptrace(_PTRACE_ATTACH, os.getppid(), 0, 0) == 0]))
+        time.sleep(60)
+        os._exit(0)
+    return os.read(ask, 1) == b"\1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ptrace is Linux's")
+def test_a_job_that_a_process_below_it_traces_goes_on():
+    def job(channel):
+        channel.send(_traced())
+
+    end, seen = events_of(job, budget=20)
+    assert end.status == "done"
+    if seen == [False]:
+        pytest.skip("this system lets no process trace its parent")
 
 
 def test_only_calls_are_limited_and_each_has_its_own_time():
