@@ -108,6 +108,7 @@ class Tool:
     source: str = ""
     by_name: tuple[str, ...] = ()
     original_names: bool = False
+    models: str = ""
     families: tuple[str, ...] | None = None
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)

@@ -96,11 +96,6 @@ def release_of(tool: str) -> str | None:
     return next((row["release"] for row in _table()["rows"] if row["tool"] == tool), None)
 
 
-def depths_of(family: str) -> tuple[int, ...]:
-    """Return how many blocks of each kind the real models of an architecture have."""
-    return tuple(_table()["depths"].get(family, ()))
-
-
 def places_of(patterns: Iterable[str]) -> tuple[Place, ...]:
     """Return every measured architecture that has all layers of a file, given as patterns, with whose names."""
     wanted = frozenset(patterns)

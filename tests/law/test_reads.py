@@ -28,7 +28,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
         row = {"tool": "t", "release": "1.2", "family": "f", "names": "own", "scheme": "s", "uniform": uniform}
         row |= {"mixed": mixed} if mixed else {}
         layers = {"f": {"own": list(MODEL)}, "g": {"own": [PROJ], "original": ["out"]}}
-        about = {"measured": "2026-11-01", "depths": {"f": [4]}, "titles": {"f": "Family"}}
+        about = {"measured": "2026-11-01", "titles": {"f": "Family"}}
         path = tmp_path / "reads.json"
         path.write_text(json.dumps({"rows": [row], "layers": layers, **about}), encoding="utf-8")
         monkeypatch.setattr(reads, "TABLE", path)
@@ -168,7 +168,6 @@ def test_a_pattern_is_a_name_without_dots_and_numbers() -> None:
 def test_the_table_says_when_and_what_was_measured(ask: Ask) -> None:
     ask("ok")
     assert (reads.measured_on(), reads.release_of("t"), reads.release_of("u")) == ("2026-11-01", "1.2", None)
-    assert (reads.depths_of("f"), reads.depths_of("g")) == ((4,), ())
     assert (reads.title_of("f"), reads.title_of("g")) == ("Family", "g")
     assert (reads.has_other_names("f"), reads.has_other_names("g"), reads.has_other_names("h")) == (False, True, False)
     assert (reads.layers_of(("g", "original")), reads.layers_of(("h", "own"))) == ({"out"}, frozenset())

@@ -1,0 +1,197 @@
+"""Files as trainers write them, in the sizes of real models: what they are called and what is said of each tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.doctor import inspect_file
+from harness.doctor.answers import Answer, Asked, answers
+from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.traits import Traits, model_of
+from harness.files import read_lora
+from tests.cases.layouts import Layout, of
+
+A, DOWN = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+LLM = [f"model.layers.{number}.self_attn.{name}_proj" for number in range(3) for name in "qv"]
+Tensors = dict[str, tuple[int, ...]]
+
+
+def pairs(
+    names: Iterable[str], width: int, inputs: int = 0, *, halves: tuple[str, str] = A, prefix: str = "",
+    alpha: bool = False,
+) -> Tensors:  # fmt: skip
+    """Return pairs of rank 2 [width, inputs] for these layers; alpha is 4 where there is one."""
+    found: Tensors = {}
+    for name in names:
+        stem = f"{prefix}{name}"
+        found |= {f"{stem}.{halves[0]}": (2, inputs or width), f"{stem}.{halves[1]}": (width, 2)}
+        found |= {f"{stem}.alpha": ()} if alpha else {}
+    return found
+
+
+def kohya(names: Iterable[str], width: int, inputs: int = 0) -> Tensors:
+    return pairs((n.replace(".", "_") for n in names), width, inputs, halves=DOWN, prefix="lora_unet_", alpha=True)
+
+
+def written(folder: Path, tensors: Mapping[str, tuple[int, ...]], **fields: Any) -> Path:
+    layout: Layout = of("file", tensors, **fields)
+    return layout.write(folder)
+
+
+def asked(path: Path, **question: Any) -> dict[str, Answer]:
+    return answers(Traits(read_lora(path, strict=False)), Asked(**question))
+
+
+def blocks(stack: str, number: int, *layers: str) -> list[str]:
+    return [f"{stack}.{place}.{layer}" for place in range(number) for layer in layers]
+
+
+TO = ("attn.to_q", "attn.to_k")
+MODELS = {
+    "sdxl, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"], 640)
+        | kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"], 640, 2048),
+        "SDXL",
+    ),
+    "sd 1.5, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"], 640, 768),
+        "Stable Diffusion 1.x/2.x or AnimateDiff",
+    ),
+    "sd 2, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"], 640, 1024),
+        "Stable Diffusion 1.x/2.x",
+    ),
+    "sd3, OneTrainer": (
+        pairs((f"lora_transformer_transformer_blocks_{n}_attn_to_q" for n in range(24)), 1536, halves=DOWN, alpha=True),
+        "Stable Diffusion 3",
+    ),
+    "sd3, joint blocks": (
+        pairs(blocks("joint_blocks", 24, "x_block.attn.qkv"), 4608, 1536, prefix="diffusion_model."),
+        "Stable Diffusion 3",
+    ),
+    "wan 14b": (pairs(blocks("blocks", 40, "self_attn.q"), 5120, prefix="diffusion_model."), "Wan 14B"),
+    "hunyuan, diffusion-pipe": (
+        pairs(blocks("double_blocks", 20, "img_attn_qkv"), 9216, 3072, prefix="transformer."),
+        "HunyuanVideo or FramePack",
+    ),
+    "cogvideox 5b": (
+        pairs(blocks("transformer_blocks", 42, "attn1.to_q"), 3072, prefix="transformer."),
+        "CogVideoX or ConsisID",
+    ),
+    "stable audio": (
+        pairs(blocks("transformer_blocks", 24, "attn1.to_q"), 1536, prefix="transformer."),
+        "unknown model (with layers named as in LTX-Video or LTX-2 or CogVideoX (or 9 more), of other sizes)",
+    ),
+    "omnigen 2": (
+        pairs(blocks("layers", 32, "attn.to_q"), 2520, prefix="diffusion_model."),
+        "unknown model (with layers named as in Lumina 2, of other sizes)",
+    ),
+    "40 blocks of nobody": (
+        pairs(blocks("transformer_blocks", 40, *TO), 2048, prefix="transformer."),
+        "unknown model (with layers named as in Qwen-Image or Qwen-Image 2.1 or FLUX.1 (or 9 more), of other sizes)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_named_by_its_sizes_too(name: str, tmp_path: Path) -> None:
+    tensors, model = MODELS[name]
+    assert model_of(Traits(read_lora(written(tmp_path, tensors)))) == model
+
+
+@pytest.mark.parametrize("name", ["stable audio", "omnigen 2", "40 blocks of nobody"])
+def test_no_tool_is_said_to_read_a_model_that_nobody_knows(name: str, tmp_path: Path) -> None:
+    found = asked(written(tmp_path, MODELS[name][0]), lora_alpha=2.0)["diffusers"]
+    assert (found.effect, found.strength) == ("unknown", None)
+
+
+def test_what_was_measured_on_one_unet_holds_for_another_of_its_class(tmp_path: Path) -> None:
+    found = asked(written(tmp_path, MODELS["sdxl, kohya"][0]))
+    assert (found["comfyui"].strength, found["comfyui"].sure) == (1.0, "by name")
+    assert found["diffsynth"].effect == "factor"
+    found = asked(written(tmp_path, MODELS["sd 1.5, kohya"][0]))
+    assert found["diffsynth"].effect == "unknown"  # its fault was measured on SDXL
+
+
+HF = "base_model.model."
+ENCODER = "an encoder of transformers (vision, speech or text)"
+FOREIGN = {
+    "dinov2": (["dinov2.encoder.layer.0.mlp.fc1"], "unknown model"),
+    "whisper": (["model.encoder.layers.0.self_attn.q_proj"], ENCODER),
+    "siglip": (
+        ["vision_model.encoder.layers.0.self_attn.v_proj"],
+        ENCODER,
+    ),
+    "esm": (["esm.encoder.layer.0.attention.self.query"], "BERT, or an encoder like it,"),
+    "rwkv": (["rwkv.blocks.0.attention.key"], "unknown model"),
+    "mamba": (["backbone.layers.0.mixer.in_proj"], "unknown model"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_an_engine_of_language_models_is_no_sure_reader_of_others(name: str, tmp_path: Path) -> None:
+    layers, model = FOREIGN[name]
+    config = CONFIG | {"target_modules": [layers[0].rpartition(".")[2], "v_proj"]}
+    traits = Traits(read_lora(written(tmp_path, pairs(layers, 768, prefix=HF), config=config)))
+    found = answers(traits)
+    assert model_of(traits) == model
+    assert (found["vllm"].strength, found["peft"].strength, found["transformers"].strength) == (None, 1.0, 1.0)
+
+
+def test_a_unet_is_no_model_of_transformers(tmp_path: Path) -> None:
+    names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k")]
+    found = asked(written(tmp_path, pairs(names, 320, prefix=HF), config=CONFIG | {"target_modules": ["to_q", "to_k"]}))
+    assert {found[name].effect for name in ("transformers", "vllm", "sglang")} == {"cannot"}
+    assert found["peft"].strength == 1.0
+
+
+def test_an_engine_is_asked_by_its_own_rules(tmp_path: Path) -> None:
+    found = asked(written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG))
+    assert found["vllm"].strength == found["sglang"].strength == 1.0
+    (tmp_path / "pissa").mkdir()
+    changed = CONFIG | {"init_lora_weights": "pissa_niter_16"}
+    vllm = asked(written(tmp_path / "pissa", pairs(LLM, 64, prefix=HF), config=changed))["vllm"]
+    assert (vllm.effect, vllm.strength) == ("raises", None)
+    assert "it takes no initialisation that changes the base" in vllm.says
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_a_configuration_beside_says_the_alpha_that_no_tool_reads(prefix: str, tmp_path: Path) -> None:
+    """diffusion-pipe saves ComfyUI's names in a folder with PEFT's configuration."""
+    layers = blocks("transformer_blocks", 28, "attn1.to_q", "attn1.to_k")
+    path = written(tmp_path, pairs(layers, 2048, prefix=prefix), config=CONFIG | {"lora_alpha": 8})
+    record = inspect_file(path)
+    assert record.format == {"diffusion_model.": "comfyui", "transformer.": "diffusers"}[prefix]
+    assert (record.alpha_source, record.trained, record.codes) == ("config", (4.0, 4.0), ())
+    assert record.prescription["diffusers"] == 4.0
+    assert not record.prescription.keys() & {"peft", "vllm"}
+
+
+def test_gpt2_without_a_prefix_stays_a_file_of_peft(tmp_path: Path) -> None:
+    names = ["transformer.h.0.attn.c_attn", "transformer.blocks.0.attn.Wqkv"]
+    assert inspect_file(written(tmp_path, pairs(names, 64), config=CONFIG)).format == "peft"
+
+
+def test_pairs_that_a_tool_does_not_look_for_are_not_applied_by_name(tmp_path: Path) -> None:
+    layers = [f"decoder.layers.{number}.self_attention.linear_qkv" for number in range(2)]
+    tensors = pairs(layers, 192, 64, halves=("adapter.linear_in.weight", "adapter.linear_out.weight"))
+    found = asked(written(tmp_path, tensors), lora_alpha=2.0)
+    assert {found[name].effect for name in ("diffsynth", "diffsynth-2.0.4")} == {"unknown"}
+
+
+def test_what_was_extracted_from_two_models_is_at_scale_one_in_every_line(tmp_path: Path) -> None:
+    tensors = pairs(["blocks.0.self_attn.q"], 5120, halves=DOWN, prefix="diffusion_model.")
+    path = written(tmp_path, tensors | {"diffusion_model.blocks.0.norm3.diff": (5120,)})
+    said = dict(lines(diagnose(path)))
+    assert "extracted from the difference of two models: scale 1, so 1 is as trained" in said["alpha"]
+
+
+def test_methods_without_pairs_are_not_said_to_lose_their_alpha(tmp_path: Path) -> None:
+    tensors = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.oft_blocks": (10, 8, 8)}
+    found = asked(written(tmp_path, tensors))["diffsynth"]
+    assert found.says == "reads lora_A, lora_B, lora_down and lora_up alone: nothing is loaded"
