@@ -322,7 +322,8 @@ def looks_like(layers: Mapping[str, Shape | None], *, by_width: bool = False) ->
     for look, dotted, flat in _signs():
         wide = not {"inputs", "ratio"}.isdisjoint(look)
         for name, shape in layers.items() if wide or not by_width else ():
-            if (dotted if "." in name else flat).search(name) and (not wide or _is_as_wide(look, shape)):
+            pattern = dotted if "." in name or look.get("dotted") else flat
+            if pattern.search(name) and (not wide or _is_as_wide(look, shape)):
                 return str(look["title"])
     return None
 
