@@ -16,7 +16,7 @@ from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, wants_a_base
 from harness.doctor.traits import Traits, model_of, rule_of, what_it_is
 from harness.errors import UserError
-from harness.files import read_lora
+from harness.files import Problem, read_lora
 from harness.law.findings import is_within
 from harness.law.known import Tool, tools
 from harness.law.scale import word_of
@@ -69,9 +69,14 @@ class Diagnosis:
         return tuple(hazard for hazard in self.weighed.hazards if hazard.code in _GRAVE)
 
     @property
+    def fatal(self) -> list[Problem]:
+        """What makes modules of the file unreadable."""
+        return [problem for problem in self.traits.adapter.problems if problem.fatal]
+
+    @property
     def exit_code(self) -> int:
         """0 answered, 1 the file is broken or the tool that was asked for does not apply it as trained."""
-        broken = any(problem.fatal for problem in self.traits.adapter.problems) or bool(self.grave)
+        broken = bool(self.fatal or self.grave)
         bad = self.tool and self.answers[self.tool.name].effect in _CANNOT
         return int(broken or bool(bad))
 
@@ -124,6 +129,8 @@ def _placed(traits: Traits, base: Path) -> str:
 def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Yield the answer, line by line: a label and a sentence."""
     yield "file", what_it_is(found.traits, found.trainer)
+    for problem in found.fatal[:1]:
+        yield "broken", f"{problem.code} {problem.text()}"
     for hazard in found.grave:
         yield "broken", f"{hazard.code} {hazard.what}"
     if found.placed:
@@ -216,7 +223,7 @@ def _kind(given: Answer) -> tuple[str, str]:
 
 def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Say what a file without alpha may mean, in numbers."""
-    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None:
+    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None or found.fatal:
         return
     ranks = sorted({module.rank for module in found.traits.modules if module.rank})
     rank = f"{ranks[0]}" if len(ranks) == 1 else "r"

@@ -118,12 +118,19 @@ class Tool:
         """How the row is known: `measured on 0.42.1`, or `read in the code of 2026-06`."""
         return f"measured on {self.release}" if self.known == "measured" else f"read in the code of {self.release}"
 
-    def without(self, variant: str) -> str:
-        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known."""
+    def without(self, variant: str, magnitude: str) -> str:
+        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known.
+
+        `magnitude` is how it spells its magnitudes: `dora_scale`, or `magnitude` otherwise.
+        """
         if (says := self.variants.get(variant, "ok")) != "ok":
             return says
-        limits = (each for each in self.limits if each["effect"] == "drops")
-        return next((str(each["says"]) for each in limits if variant in each["file"].get("variant", ())), "")
+        drops = [each for each in self.limits if each["effect"] == "drops"]
+        asked = {"variant": variant, "magnitude": magnitude}
+        hit = (
+            each for each in drops if all(value in each["file"].get(trait, [value]) for trait, value in asked.items())
+        )
+        return next((str(each["says"]) for each in hit if "variant" in each["file"]), "")
 
 
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")

@@ -195,3 +195,76 @@ def test_methods_without_pairs_are_not_said_to_lose_their_alpha(tmp_path: Path) 
     tensors = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.oft_blocks": (10, 8, 8)}
     found = asked(written(tmp_path, tensors))["diffsynth"]
     assert found.says == "reads lora_A, lora_B, lora_down and lora_up alone: nothing is loaded"
+
+
+@pytest.mark.parametrize("halves", [A, ("lora_A", "lora_B")], ids=["transposed", "mflux"])
+def test_halves_that_lie_the_other_way_round_are_no_lora_of_enormous_rank(
+    halves: tuple[str, str], tmp_path: Path
+) -> None:
+    tensors = {
+        f"transformer.transformer_blocks.0.attn.{name}.{half}": shape
+        for name in ("to_q", "to_k") for half, shape in zip(halves, ((3072, 4), (4, 3072)), strict=True)
+    }  # fmt: skip
+    path = written(
+        tmp_path, tensors if halves != A[::-1] else {key: shape[::-1] for key, shape in tensors.items()} | {}
+    )
+    record = inspect_file(path)
+    assert "LH706" in record.codes
+    assert set(record.prescription.values()) == {None}
+    found = diagnose(path)
+    assert "rank 3072 in a layer of 4x4: the halves lie the other way round" in dict(lines(found))["broken"]
+    assert found.exit_code == 1
+
+
+def test_a_narrow_layer_of_high_rank_is_a_lora(tmp_path: Path) -> None:
+    tensors = {
+        "diffusion_model.x_embedder.lora_A.weight": (512, 64),
+        "diffusion_model.x_embedder.lora_B.weight": (64, 512),
+    }
+    more = {"diffusion_model.proj.lora_A.weight": (512, 640), "diffusion_model.proj.lora_B.weight": (640, 512)}
+    assert "LH706" not in inspect_file(written(tmp_path, tensors | more)).codes
+
+
+def test_halves_of_unequal_rank_that_fit_the_other_way_round_are_told_so(tmp_path: Path) -> None:
+    tensors = {"diffusion_model.a.b.lora_A.weight": (640, 4), "diffusion_model.a.b.lora_B.weight": (4, 320)}
+    (hazard,) = (h for h in inspect_file(written(tmp_path, tensors)).hazards if h.code == "LH706")
+    assert "the other way round they fit" in hazard.what
+
+
+def test_t_lora_of_lycoris_is_named(tmp_path: Path) -> None:
+    from lycoris.modules.tlora import TLoraModule
+    from torch import nn
+
+    state = TLoraModule("x", nn.Linear(32, 48), lora_dim=4, alpha=2).custom_state_dict()
+    tensors = {f"lora_unet_mid_block_attentions_0_proj_in.{key}": tuple(value.shape) for key, value in state.items()}
+    record = inspect_file(written(tmp_path, tensors))
+    assert (record.format, dict(record.variants), record.codes) == ("kohya", {"tlora": 1}, ())
+    assert record.prescription["lycoris"] is None
+
+
+def test_a_full_checkpoint_with_a_q_layer_stays_one(tmp_path: Path) -> None:
+    assert inspect_file(written(tmp_path, {"block.0.q_layer.weight": (32, 32)})).codes == ("LH797",)
+
+
+def test_a_folder_of_checkpoints_says_which_hold_a_lora(tmp_path: Path) -> None:
+    for step in ("checkpoint-500", "checkpoint-1000"):
+        (tmp_path / "run" / step).mkdir(parents=True)
+        (tmp_path / "run" / step / "adapter_model.safetensors").write_bytes(b"")
+    (hazard,) = inspect_file(tmp_path / "run").hazards
+    assert "it has folders with one (checkpoint-1000, checkpoint-500): name one of them" in hazard.what
+
+
+def test_shards_are_called_shards(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"adapter_model-0000{number}-of-00002.safetensors").write_bytes(b"")
+    (hazard,) = inspect_file(tmp_path).hazards
+    assert "holds one LoRA in 2 shards: PEFT and diffusers open a single file" in hazard.what
+
+
+def test_only_tools_that_read_the_file_are_said_to_drop_its_magnitudes(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = pairs(["transformer_blocks.0.attn.to_q"], 64, prefix="transformer.")
+    (note,) = (n for n in inspect_file(written(tmp_path, tensors | {f"{stem}.lora_magnitude_vector": (64,)})).notes)
+    assert note.startswith("DoRA magnitudes (lora_magnitude_vector) in 1 module: DiffSynth-Studio >= 2.0.5 ignores")
+    assert "diffusers filters" not in note
+    assert "sd-scripts" not in note

@@ -181,7 +181,9 @@ def _parts(adapter: LoraAdapter) -> Iterator[str]:
             yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
     if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
         tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
-        told = "; ".join(f"{each.title} {why}" for each in tools().values() if (why := each.without("dora")))
+        kind = "dora_scale" if tail == "dora_scale" else "magnitude"
+        able = [each for each in tools().values() if adapter.format in each.formats]
+        told = "; ".join(f"{each.title} {why}" for each in able if (why := each.without("dora", kind)))
         head = f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}"
         yield f"{head}: {told}" if told else head
 
