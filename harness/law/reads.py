@@ -128,12 +128,27 @@ def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, 
     outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
     if not isinstance(outcome, dict) or "all" not in outcome:
         return _read(outcome, counts)
+    if _each_by_itself(outcome):
+        return _read(outcome["all"], counts)
     parts = _parts({p: number / _in_one_block(place, p) for p, number in counts.items()}, layers_of(place))
     found = [_read(outcome[part], counts) for part in parts if part in outcome]
     if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
         seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
         return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
     return found[0]
+
+
+def _each_by_itself(outcome: Mapping[str, Any]) -> bool:
+    """Tell whether what becomes of a layer does not hang on the others: the same are dropped whichever are there."""
+    if not {"blocks", "half"} <= outcome.keys() or not all(
+        each == "ok" or (isinstance(each, dict) and each.keys() <= {"dropped"}) for each in outcome.values()
+    ):
+        return False
+    lost = {part: set() if each == "ok" else set(each["dropped"]) for part, each in outcome.items()}
+    same = all(
+        lost[p] == {name for name in lost["all"] if in_part(p, name)} for p in lost if p in ("blocks", "attention")
+    )
+    return same and lost.get("half", set()) <= lost["all"]
 
 
 def knows_magnitudes(tool: str, kind: str) -> bool:

@@ -181,3 +181,16 @@ def test_a_reading_cannot_be_changed_in_place() -> None:
     assert Reading("law") == Reading("law", "", None, False)
     with pytest.raises(AttributeError):
         Reading("law").effect = "nothing"  # type: ignore[misc]
+
+
+def test_layers_that_are_dropped_whatever_is_beside_them_are_known_in_any_file(ask: Ask) -> None:
+    parts = {"all": {"dropped": [PROJ]}, "blocks": "ok", "attention": "ok", "half": "ok"}
+    assert ask(parts, {TO_Q: 4, PROJ: 1}).what == "drops 1 of 5 modules, such as proj_out"
+    assert ask(parts, {TO_Q: 3}).effect == "law"
+    parts = {"all": {"dropped": [PROJ, FF]}, "blocks": {"dropped": [FF]}, "attention": "ok", "half": {"dropped": [FF]}}
+    assert ask(parts, {TO_Q: 4, FF: 3, PROJ: 1}).what == "drops 4 of 8 modules, such as proj_out"
+
+
+def test_layers_that_are_dropped_for_what_is_beside_them_are_not(ask: Ask) -> None:
+    parts = {"all": {"dropped": [FF]}, "blocks": "ok", "attention": "ok", "half": "ok"}
+    assert ask(parts, {TO_Q: 4, FF: 3, PROJ: 1}).effect == "unknown"
