@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.doctor.inspect.engines import engine_hazards, engines
-from harness.doctor.traits import Group, Traits, is_language
+from harness.doctor.traits import Group, Traits, is_language, listed
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
@@ -218,8 +218,8 @@ def _by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: bo
         return Reading("law")
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
-    which = " or ".join(dict.fromkeys(title_of(family) for family, _ in group.places))
-    return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.spelled)[:120]}")
+    which = listed(dict.fromkeys(title_of(family) for family, _ in group.places))
+    return Reading("unknown", f"was not measured on {which} with keys as {', '.join(group.spelled)[:120]}")
 
 
 def _is_original(place: Place) -> bool:
@@ -278,11 +278,14 @@ def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> d
     return {name: each.strength for name, each in answers(Traits(adapter), Asked(lora_alpha=lora_alpha)).items()}
 
 
-def why_not(found: Answer) -> str:
+def why_not(found: Answer, traits: Traits, asked: Asked) -> str:
     """Return why there is no strength, with the page of the finding and what to do instead, in one clause each."""
+    from harness.doctor.mending import options
+
     parts = [found.says, *(finding.link for finding in found.findings if finding.blocks and finding.page)]
     if found.instead:
-        parts.append(f"`lora-harness repair --to {found.instead}` writes a file that it reads")
+        words = ["lora-harness repair --to", found.instead, *options(traits, asked)]
+        parts.append(f"`{' '.join(words)}` writes a file that it reads")
     return "; ".join(dict.fromkeys(part for part in parts if part))
 
 

@@ -198,7 +198,7 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
     groups: dict[tuple[str, str], list[Answer]] = {}
     for each in found.answers.values():
         if each.tool.release:
-            groups.setdefault(_kind(each), []).append(each)
+            groups.setdefault(_kind(found, each), []).append(each)
     for (label, says), some in sorted(groups.items(), key=lambda item: _RANKED.index(item[0][0])):
         names = ", ".join(each.tool.title for each in some)
         yield label, f"{names}: {says}"
@@ -209,7 +209,7 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
 _RANKED = ("pass", "wrong", "ask", "unknown")
 
 
-def _kind(given: Answer) -> tuple[str, str]:
+def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
     if given.strength is not None:
         how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
         return (
@@ -218,7 +218,11 @@ def _kind(given: Answer) -> tuple[str, str]:
         )
     if given.effect == "law":
         return "ask", given.says
-    return ("unknown", given.says) if given.effect == "unknown" else ("wrong", why_not(given))
+    return (
+        ("unknown", given.says)
+        if given.effect == "unknown"
+        else ("wrong", why_not(given, found.traits, found.question))
+    )
 
 
 def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:

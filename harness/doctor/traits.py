@@ -241,9 +241,9 @@ def model_of(traits: Traits) -> str:
     modules = traits.adapter.modules.values()
     layers = {each.name: (each.out_features, each.in_features) for each in modules}
     if titles:
-        return looks_like(layers, by_width=True) or _listed(titles)
+        return looks_like(layers, by_width=True) or listed(titles)
     if alike := _titles(place for group in _main(traits) for place in group.named):
-        return f"unknown model (with layers named as in {_listed(alike)}, of other sizes)"
+        return f"unknown model (with layers named as in {listed(alike)}, of other sizes)"
     return "language model" if is_language(traits) else looks_like(layers) or "unknown model"
 
 
@@ -256,7 +256,9 @@ def _titles(places: Iterable[Place]) -> list[str]:
     return list(dict.fromkeys(title_of(family) for family, _ in places))
 
 
-def _listed(titles: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return the first names of models in words, and how many more there are."""
+    titles = list(names)
     return " or ".join(titles[:_FEW]) + (f" (or {len(titles) - _FEW} more)" if len(titles) > _FEW else "")
 
 

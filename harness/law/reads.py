@@ -198,7 +198,7 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
         return Reading("drops", "ignores the magnitudes of DoRA: a plain LoRA is applied")
     if "raises" in outcome or "hangs" in outcome:
         effect: Effect = "raises" if "raises" in outcome else "hangs"
-        return Reading(effect, f"{effect}: {outcome[effect]}")
+        return Reading(effect, f"{effect}: {outcome[effect].rstrip(': ')}")
     return _partly(outcome, counts)
 
 

@@ -11,7 +11,9 @@ import pytest
 from harness.doctor import inspect_file
 from harness.doctor.answers import Answer, Asked, answers
 from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.repair.repair import repair_file
 from harness.doctor.traits import Traits, model_of
+from harness.errors import UserError
 from harness.files import read_lora
 from tests.cases.layouts import Layout, of
 
@@ -268,3 +270,18 @@ def test_only_tools_that_read_the_file_are_said_to_drop_its_magnitudes(tmp_path:
     assert note.startswith("DoRA magnitudes (lora_magnitude_vector) in 1 module: DiffSynth-Studio >= 2.0.5 ignores")
     assert "diffusers filters" not in note
     assert "sd-scripts" not in note
+
+
+def test_the_repair_that_is_hinted_at_has_the_alpha_that_was_given(tmp_path: Path) -> None:
+    names = ["down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"]
+    path = written(tmp_path, pairs(names, 320, prefix="unet."))
+    assert (
+        "`lora-harness repair --to kohya --lora-alpha 4` writes"
+        in inspect_file(path, lora_alpha=4).unprescribed["comfyui"]
+    )
+
+
+def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
+    with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
+        repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")

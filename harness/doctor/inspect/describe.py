@@ -135,10 +135,11 @@ def describe(
 
 def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
     """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
-    found = answers(traits, Asked(lora_alpha=lora_alpha))
+    asked = Asked(lora_alpha=lora_alpha)
+    found = answers(traits, asked)
     return {
         "prescription": {name: each.strength for name, each in found.items()},
-        "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
+        "unprescribed": {name: why_not(each, traits, asked) for name, each in found.items() if each.strength is None},
         "findings": tuple(finding.page for finding in traits.findings),
     }
 
