@@ -43,9 +43,11 @@ def command(path: Path, traits: Traits, asked: Asked, to: str) -> str:
 
 def options(traits: Traits, asked: Asked) -> list[str]:
     """Return what a repair must be told of the scale, which the file does not say."""
-    if "none" in traits.alphas or traits.alphas & {"zero", "some-missing"}:
-        return ["--scale", "1"] if asked.as_rank else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
-    return []
+    if not traits.alphas & {"none", "zero", "some-missing"}:
+        return []
+    if asked.as_rank:
+        return ["--scale", "1"]
+    return [] if asked.lora_alpha is None else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
 
 
 def _suffix(to: str) -> str:

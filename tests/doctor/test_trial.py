@@ -281,6 +281,13 @@ def test_the_repair_that_is_hinted_at_has_the_alpha_that_was_given(tmp_path: Pat
     )
 
 
+def test_a_repair_of_what_has_scale_one_by_construction_needs_no_alpha(tmp_path: Path) -> None:
+    names = [f"double_blocks.{number}.img_attn.qkv" for number in range(19)]
+    said = {"software": '{"name": "ai-toolkit"}'}
+    path = written(tmp_path, pairs(names, 9216, 3072, prefix="diffusion_model."), metadata=said)
+    assert "`lora-harness repair --to kohya` writes a file" in inspect_file(path).unprescribed["diffusers"]
+
+
 def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
     with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
