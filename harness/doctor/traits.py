@@ -26,7 +26,8 @@ _WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base
 _AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _PREFIXES = {
     "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
-    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "base_model.model.": "base_model", "": "bare",
+    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "text_encoders.": "text_encoders",
+    "base_model.model.": "base_model", "": "bare",
 }  # fmt: skip
 _PAIRS = {
     "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
@@ -36,6 +37,7 @@ _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self
 _OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
+_UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 
@@ -179,6 +181,7 @@ class Traits:
             "dtype": {module.dtype for module in modules},
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
+            "unread": adapter.unused_keys[:_UNREAD],
             "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
         return {trait: frozenset(values) for trait, values in lists.items()}

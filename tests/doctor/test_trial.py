@@ -292,3 +292,20 @@ def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
     with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
         repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("foreign", ["emb_params", "some.other.weight"])
+def test_a_key_that_no_lora_has_makes_diffusers_refuse_the_file(foreign: str, tmp_path: Path) -> None:
+    tensors = kohya([f"down_blocks.{n}.attentions.0.transformer_blocks.0.attn1.to_q" for n in range(2)], 320)
+    found = asked(written(tmp_path, tensors | {foreign: (4, 768)}))["diffusers"]
+    assert (found.effect, found.strength) == ("raises", None)
+    assert "keys that its converter does not know" in found.says
+
+
+def test_text_encoders_of_comfyui_are_not_those_of_diffusers(tmp_path: Path) -> None:
+    tensors = pairs(
+        ["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"], 768, halves=DOWN, prefix="text_encoders."
+    )
+    more = pairs(["input_blocks.4.1.transformer_blocks.0.attn1.to_q"], 640, halves=DOWN, prefix="diffusion_model.")
+    found = asked(written(tmp_path, more | tensors), lora_alpha=2.0)
+    assert (found["diffusers"].effect, found["comfyui"].strength) == ("nothing", 1.0)
