@@ -23,6 +23,10 @@ _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of
 _PLAIN = ("lora", "conv")
 _BY_CONFIG = ("peft", "transformers")
 _REFUSED = "LH724"
+_BESIDE = {
+    "peft": "adapter_config.json beside it, where lora_alpha stands",
+    "mlx": "adapter_config.json beside it, where lora_parameters say rank and scale",
+}
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -34,7 +38,8 @@ class Answer:
     then the number for the tool's field, None when no single value is right or the file does not say enough. `gain`
     is how many times too strong the modules are at strength 1, smallest and largest, as far as it is known. `says`
     continues "<tool> …". `sure`: `measured` on the tool's own code and this architecture; `by name`: its law is
-    measured, and it takes modules by the model's own names; `read` in its code; `unknown`.
+    measured, and it takes modules by the model's own names; `read` in its code; `unknown`. `instead` is the format of
+    the repair that mends it, `do` what else does.
     """
 
     tool: Tool
@@ -46,6 +51,7 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     instead: str | None = None
+    do: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what `tool` does with the file as it is."""
     form = traits.adapter.format
     if form not in tool.formats:
-        return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
+        what = f"does not read {form} files, it reads {', '.join(tool.formats)}"
+        return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
     if not _is_known_release(tool, asked.version):
@@ -231,8 +238,9 @@ def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
     without = [module for module in traits.modules if module.rank and module.alpha is None]
     if without and tool.without_alpha == "raises":
-        needs = "adapter_config.json beside it, where lora_alpha stands" if "peft" in tool.formats else "alpha"
-        return Answer(tool, "raises", f"cannot load a file without {needs}", "read")
+        what = _BESIDE.get(next(iter(tool.formats)), "alpha")
+        do = f"put {what}" if what != "alpha" else ""
+        return Answer(tool, "raises", f"cannot load a file without {what}", "read", do=do)
     wanted = [_wanted(module, asked) for module in traits.modules]
     known = [scale for scale in wanted if scale is not None]
     gains = [law.at_one(module) for module in traits.modules]

@@ -342,5 +342,6 @@ def _signs() -> list[tuple[Mapping[str, Any], re.Pattern[str], re.Pattern[str]]]
 
 
 def _sign(template: str, mark: str) -> str:
-    parts = ({"*": r"\d+", "**": ".+"}.get(part, re.escape(part)) for part in template.split("."))
-    return f"(?:^|{re.escape(mark)}){re.escape(mark).join(parts)}$"
+    parts = ({"*": r"\d+", "**": ".+"}.get(part, re.escape(part)) for part in template.lstrip("^").split("."))
+    start = "^" if template.startswith("^") else f"(?:^|{re.escape(mark)})"
+    return f"{start}{re.escape(mark).join(parts)}$"

@@ -105,18 +105,22 @@ def tool_named(name: str, version: str | None = None) -> Tool:
     Raises:
         UserError: there is no such tool, or several.
     """
-    wanted, every = name.strip().lower(), tools()
-    if wanted in every:
+    every = tools()
+    wanted = next((tool.name for tool in every.values() if _plain(name) in map(_plain, (tool.name, *tool.also))), "")
+    if wanted:
         rows = [tool for tool in every.values() if tool.name == wanted or tool.name.startswith(f"{wanted}-")]
         fits = (tool for tool in rows if version and tool.versions and is_within(version, tool.versions))
         return next(fits, every[wanted])
-    found = [
-        tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())
-    ]
+    asked = name.strip().lower()
+    found = [tool for tool in every.values() if asked and (tool.name.startswith(asked) or asked in tool.title.lower())]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(tool.name for tool in found or every.values())
     raise UserError(f"tool={printable(name, 40)!r}: {'several tools' if found else 'no such tool'}; known are {listed}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
 def _placed(traits: Traits, base: Path) -> str:
@@ -174,6 +178,8 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
         return "no repair makes NaN right: take an earlier step of the training"
     if given.instead:
         return command(found.path, found.traits, found.question, given.instead)
+    if given.do:
+        return given.do
     if given.effect == "law" and given.strength is None:
         return "give the alpha of the training: --lora-alpha N"
     if given.effect in _CANNOT:

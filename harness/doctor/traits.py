@@ -13,6 +13,7 @@ from typing import Literal
 from harness.doctor.architectures import looks_like
 from harness.doctor.inspect.fit import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.config import changing_init
 from harness.files.keys import PAIRS
 from harness.law.findings import Finding, Words, findings
 from harness.law.known import distinct
@@ -181,6 +182,7 @@ class Traits:
             "dtype": {module.dtype for module in modules},
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
+            "init": [found] if (found := changing_init(adapter.config)) else [],
             "unread": adapter.unused_keys[:_UNREAD],
             "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
@@ -303,10 +305,13 @@ def rule_of(traits: Traits, trainer: str | None) -> str | None:
 
 
 def untargeted(traits: Traits) -> list[str]:
-    """Return the kinds of layers of the model that the file leaves alone."""
+    """Return the kinds of layers of the model that the file leaves alone everywhere."""
     for group in traits.groups:
         if group.places:
-            left = layers_of(group.places[0]) - set(group.counts)
-            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
-            return sorted({kind for kind in kinds if kind})
+            return sorted(_kinds(layers_of(group.places[0])) - _kinds(group.counts))
     return []
+
+
+def _kinds(patterns: Iterable[str]) -> set[str]:
+    """Return what layers are called behind the numbers of their blocks."""
+    return {kind for pattern in patterns if (kind := _LAYER.sub("", pattern.partition("#_")[2]).rpartition("#_")[2])}

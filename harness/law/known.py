@@ -109,6 +109,8 @@ class Tool:
     by_name: tuple[str, ...] = ()
     original_names: bool = False
     models: str = ""
+    also: tuple[str, ...] = ()
+    convert: str = ""
     families: tuple[str, ...] | None = None
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
@@ -118,10 +120,10 @@ class Tool:
         """How the row is known: `measured on 0.42.1`, or `read in the code of 2026-06`."""
         return f"measured on {self.release}" if self.known == "measured" else f"read in the code of {self.release}"
 
-    def without(self, variant: str, magnitude: str) -> str:
+    def without(self, variant: str, magnitude: str = "") -> str:
         """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known.
 
-        `magnitude` is how it spells its magnitudes: `dora_scale`, or `magnitude` otherwise.
+        `magnitude` is how the file spells its magnitudes: `dora_scale`, or `magnitude` otherwise.
         """
         if (says := self.variants.get(variant, "ok")) != "ok":
             return says
@@ -145,7 +147,7 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits") if name in row}
+    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits", "also") if name in row}
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 
 
