@@ -250,22 +250,6 @@ def several() -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def depths() -> dict[str, list[int]]:
-    """Return how many blocks the real models have, as the defaults of their classes say: what tells twins apart."""
-    import inspect
-
-    import diffusers
-
-    found = {}
-    for family, animal in zoo().items():
-        every = inspect.signature(getattr(diffusers, animal.kind).__init__).parameters
-        numbers = {
-            p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int
-        }
-        found[family] = sorted(number for number in numbers if number > 1)
-    return found
-
-
 def measure(tool: str, families: Sequence[str], schemes: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Measure one tool on the architectures it can be run on here."""
     from harness.errors import LoaderSpecError
@@ -297,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write(rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the table, one row a line so that a change can be read."""
-    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "depths": depths(), "several": several()}
+    head = {"measured": str(date.today()), "by": "python -m benchmarks.reads", "several": several()}
     head["titles"] = {**{family: animal.title for family, animal in zoo().items()}, "clip-text": "CLIP text encoder"}
     rows = [{**each, **{kind: _folded(each[kind]) for kind in ("uniform", "mixed") if kind in each}} for each in rows]
     lines = [json.dumps(head)[:-1] + ',\n"layers": {']

@@ -74,7 +74,7 @@ def _search(text: str, as_json: bool) -> None:
         near = [code for code in CODES if code == text.upper().replace("O", "0")]
         near = near or difflib.get_close_matches(text, known, n=3, cutoff=0.5)
         near = near or difflib.get_close_matches(text.upper(), CODES)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CODES)}"
+        hint = f"did you mean {', '.join(near)}?" if near else "`lora-harness explain` lists what is known"
         raise UserError(f"{printable(text, 60)!r}: no such code or symptom; {hint}")
     if as_json:
         click.echo(json.dumps({"kind": "symptom", "symptom": text, "codes": found}))
@@ -86,13 +86,11 @@ def _search(text: str, as_json: bool) -> None:
 
 
 def _codes_of(text: str) -> Iterator[str]:
-    from harness.law.explained import symptoms
+    from harness.law.explained import symptoms, symptoms_of
     from harness.verdict.codes import CODES
 
-    text = text.replace("n't", " not")
-    for symptom, codes in symptoms().items():
-        if symptom in text or text in symptom:
-            yield from codes
+    for symptom in symptoms_of(text):
+        yield from symptoms()[symptom]
     words = text.split()
     for code in CODES.values():
         said = f"{code.title} {code.cause} {code.fix}".lower()

@@ -8,11 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from harness.doctor.traits import Group, Traits
+from harness.doctor.inspect.engines import engine_hazards, engines
+from harness.doctor.traits import Group, Traits, is_language, listed
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
 from harness.law.reads import Place, Reading, has_other_names, knows_magnitudes, measured_on, reading, title_of
+from harness.law.sizes import like
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
@@ -20,6 +22,11 @@ _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "f
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _PLAIN = ("lora", "conv")
 _BY_CONFIG = ("peft", "transformers")
+_REFUSED = "LH724"
+_BESIDE = {
+    "peft": "adapter_config.json beside it, where lora_alpha stands",
+    "mlx": "adapter_config.json beside it, where lora_parameters say rank and scale",
+}
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -31,7 +38,8 @@ class Answer:
     then the number for the tool's field, None when no single value is right or the file does not say enough. `gain`
     is how many times too strong the modules are at strength 1, smallest and largest, as far as it is known. `says`
     continues "<tool> …". `sure`: `measured` on the tool's own code and this architecture; `by name`: its law is
-    measured, and it takes modules by the model's own names; `read` in its code; `unknown`.
+    measured, and it takes modules by the model's own names; `read` in its code; `unknown`. `instead` is the format of
+    the repair that mends it, `do` what else does.
     """
 
     tool: Tool
@@ -43,6 +51,7 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     instead: str | None = None
+    do: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what `tool` does with the file as it is."""
     form = traits.adapter.format
     if form not in tool.formats:
-        return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
+        what = f"does not read {form} files, it reads {', '.join(tool.formats)}"
+        return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
     if not _is_known_release(tool, asked.version):
@@ -98,7 +108,9 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
         sure: Sure = "unknown" if read.effect == "unknown" else _sure(tool)
         return Answer(tool, read.effect, read.what, sure, findings=tuple(hit), notes=notes)
-    ignores = read.alpha_ignored or any(finding.effect == "alpha ignored" for finding in blocking)
+    ignores = (
+        read.alpha_ignored or traits.alpha_is_beside or any(finding.effect == "alpha ignored" for finding in blocking)
+    )
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     notes += (read.what,) if read.what and read.effect == "law" else ()
     return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
@@ -108,6 +120,12 @@ def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
     """Say why the tool finds no layer, or not all, by what the file alone says; None when nothing tells."""
     if traits.wrapped:
         return "nothing", traits.wrapped
+    if tool.models and (denoisers := [group for group in traits.groups if group.named and not group.text_encoder]):
+        return "cannot", f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
+    if tool.name in engines():
+        return next(
+            (("raises", each.what) for each in engine_hazards(traits.adapter, tool.name) if each.code == _REFUSED), None
+        )
     return traits.ignored_by_peft if tool.name in _BY_CONFIG else None
 
 
@@ -164,16 +182,22 @@ def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Readin
     return None if None in found else [each for each in found if each]
 
 
+def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
+    """Return what `_rows` does, on a model of the same class where the architecture itself was not measured."""
+    found, other = _rows(tool, place, group, mixed=mixed), like(place)
+    return _rows(tool, other, group, mixed=mixed) if found is None and other else found
+
+
 def _worst(found: Iterable[Reading]) -> Reading:
     return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
 
 
 def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
-    every = {place: _rows(tool, place, group, mixed=traits.varied) for place in group.places}
+    every = {place: _rows_or_alike(tool, place, group, mixed=traits.varied) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
-        return _by_name(tool, group, known.values())
+        return _by_name(tool, group, known.values(), language=is_language(traits))
     (place, first), *others = known.items()
     differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
     if not differ:
@@ -188,8 +212,10 @@ def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
 _LOUD = ("raises", "nothing", "drops", "unknown")  # a user of the other model is not left with a wrong scale
 
 
-def _by_name(tool: Tool, group: Group, known: Iterable[Reading]) -> Reading:
+def _by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: bool) -> Reading:
     """Return the reading of a group that was not measured: by the model's own names, or unknown."""
+    if tool.models == "language" and not language:
+        return Reading("unknown", "serves language models: whether it takes these layers was not measured")
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
     named = not tool.original_names or not group.places or any(map(_is_original, group.places))
@@ -199,8 +225,8 @@ def _by_name(tool: Tool, group: Group, known: Iterable[Reading]) -> Reading:
         return Reading("law")
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
-    which = " or ".join(dict.fromkeys(title_of(family) for family, _ in group.places))
-    return Reading("unknown", f"was not measured on {which[:80]} with keys as {', '.join(group.spelled)[:120]}")
+    which = listed(dict.fromkeys(title_of(family) for family, _ in group.places))
+    return Reading("unknown", f"was not measured on {which} with keys as {', '.join(group.spelled)[:120]}")
 
 
 def _is_original(place: Place) -> bool:
@@ -212,8 +238,9 @@ def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
     without = [module for module in traits.modules if module.rank and module.alpha is None]
     if without and tool.without_alpha == "raises":
-        needs = "adapter_config.json beside it, where lora_alpha stands" if "peft" in tool.formats else "alpha"
-        return Answer(tool, "raises", f"cannot load a file without {needs}", "read")
+        what = _BESIDE.get(next(iter(tool.formats)), "alpha")
+        do = f"put {what}" if what != "alpha" else ""
+        return Answer(tool, "raises", f"cannot load a file without {what}", "read", do=do)
     wanted = [_wanted(module, asked) for module in traits.modules]
     known = [scale for scale in wanted if scale is not None]
     gains = [law.at_one(module) for module in traits.modules]
@@ -259,11 +286,14 @@ def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> d
     return {name: each.strength for name, each in answers(Traits(adapter), Asked(lora_alpha=lora_alpha)).items()}
 
 
-def why_not(found: Answer) -> str:
+def why_not(found: Answer, traits: Traits, asked: Asked) -> str:
     """Return why there is no strength, with the page of the finding and what to do instead, in one clause each."""
+    from harness.doctor.mending import options
+
     parts = [found.says, *(finding.link for finding in found.findings if finding.blocks and finding.page)]
     if found.instead:
-        parts.append(f"`lora-harness repair --to {found.instead}` writes a file that it reads")
+        words = ["lora-harness repair --to", found.instead, *options(traits, asked)]
+        parts.append(f"`{' '.join(words)}` writes a file that it reads")
     return "; ".join(dict.fromkeys(part for part in parts if part))
 
 

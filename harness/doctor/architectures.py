@@ -314,32 +314,34 @@ def _falcon(said: Mapping[str, Any], count: int, kv: int) -> Heads:
     return Heads(count, 1, False) if said.get("multi_query", True) else Heads(count, count, True)
 
 
-def looks_like(layers: Mapping[str, Shape | None]) -> str | None:
+def looks_like(layers: Mapping[str, Shape | None], *, by_width: bool = False) -> str | None:
     """Return what model has layers of these names and shapes [out, in, ...]; None when no sign of one is known.
 
-    Names may be flattened.
+    Names may be flattened. With `by_width` only signs count that tell of a width too.
     """
-    for look, pattern in _signs():
-        for name, shape in layers.items():
-            if pattern.search(name) and _is_as_wide(look, shape):
+    for look, dotted, flat in _signs():
+        wide = not {"inputs", "ratio"}.isdisjoint(look)
+        for name, shape in layers.items() if wide or not by_width else ():
+            pattern = dotted if "." in name or look.get("dotted") else flat
+            if pattern.search(name) and (not wide or _is_as_wide(look, shape)):
                 return str(look["title"])
     return None
 
 
 def _is_as_wide(look: Mapping[str, Any], shape: Shape | None) -> bool:
-    if not {"inputs", "ratio"} & look.keys():
-        return True
-    if not shape or len(shape) < 2:
+    if not shape or len(shape) < 2 or 0 in shape[:2]:
         return False
     high, wide = shape[:2]
-    return bool(look.get("inputs", wide) == wide and look.get("ratio", high / wide) * wide == high)
+    return bool(look.get("inputs", wide) == wide and look.get("ratio", 0) * wide in (0, high))
 
 
 @cache
-def _signs() -> list[tuple[Mapping[str, Any], re.Pattern[str]]]:
-    return [(look, re.compile("|".join(map(_sign, look["any"])))) for look in _data()["looks"]]
+def _signs() -> list[tuple[Mapping[str, Any], re.Pattern[str], re.Pattern[str]]]:
+    looks = _data()["looks"]
+    return [(look, *(re.compile("|".join(_sign(one, mark) for one in look["any"])) for mark in "._")) for look in looks]
 
 
-def _sign(template: str) -> str:
-    parts = ({"*": r"\d+", "**": ".+"}.get(part, part) for part in template.split("."))
-    return f"(?:^|[._]){'[._]'.join(parts)}$"
+def _sign(template: str, mark: str) -> str:
+    parts = ({"*": r"\d+", "**": ".+"}.get(part, re.escape(part)) for part in template.lstrip("^").split("."))
+    start = "^" if template.startswith("^") else f"(?:^|{re.escape(mark)})"
+    return f"{start}{re.escape(mark).join(parts)}$"

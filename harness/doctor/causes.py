@@ -82,7 +82,7 @@ def _nothing(found: Diagnosis) -> Iterator[Cause]:
 
 
 def _weak(found: Diagnosis) -> Iterator[Cause]:
-    yield from list(_nothing(found))[2:3]
+    yield from (cause for cause in (_dropped_cause(found), *list(_nothing(found))[2:3]) if cause.evidence)
     missing = ", ".join(untargeted(found.traits)) or "none that is known"
     yield Cause(
         "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"

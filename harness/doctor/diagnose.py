@@ -16,7 +16,7 @@ from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, wants_a_base
 from harness.doctor.traits import Traits, model_of, rule_of, what_it_is
 from harness.errors import UserError
-from harness.files import read_lora
+from harness.files import Problem, read_lora
 from harness.law.findings import is_within
 from harness.law.known import Tool, tools
 from harness.law.scale import word_of
@@ -69,9 +69,14 @@ class Diagnosis:
         return tuple(hazard for hazard in self.weighed.hazards if hazard.code in _GRAVE)
 
     @property
+    def fatal(self) -> list[Problem]:
+        """What makes modules of the file unreadable."""
+        return [problem for problem in self.traits.adapter.problems if problem.fatal]
+
+    @property
     def exit_code(self) -> int:
         """0 answered, 1 the file is broken or the tool that was asked for does not apply it as trained."""
-        broken = any(problem.fatal for problem in self.traits.adapter.problems) or bool(self.grave)
+        broken = bool(self.fatal or self.grave)
         bad = self.tool and self.answers[self.tool.name].effect in _CANNOT
         return int(broken or bool(bad))
 
@@ -100,18 +105,22 @@ def tool_named(name: str, version: str | None = None) -> Tool:
     Raises:
         UserError: there is no such tool, or several.
     """
-    wanted, every = name.strip().lower(), tools()
-    if wanted in every:
+    every = tools()
+    wanted = next((tool.name for tool in every.values() if _plain(name) in map(_plain, (tool.name, *tool.also))), "")
+    if wanted:
         rows = [tool for tool in every.values() if tool.name == wanted or tool.name.startswith(f"{wanted}-")]
         fits = (tool for tool in rows if version and tool.versions and is_within(version, tool.versions))
         return next(fits, every[wanted])
-    found = [
-        tool for tool in every.values() if wanted and (tool.name.startswith(wanted) or wanted in tool.title.lower())
-    ]
+    asked = name.strip().lower()
+    found = [tool for tool in every.values() if asked and (tool.name.startswith(asked) or asked in tool.title.lower())]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(tool.name for tool in found or every.values())
     raise UserError(f"tool={printable(name, 40)!r}: {'several tools' if found else 'no such tool'}; known are {listed}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
 def _placed(traits: Traits, base: Path) -> str:
@@ -124,6 +133,8 @@ def _placed(traits: Traits, base: Path) -> str:
 def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Yield the answer, line by line: a label and a sentence."""
     yield "file", what_it_is(found.traits, found.trainer)
+    for problem in found.fatal[:1]:
+        yield "broken", f"{problem.code} {problem.text()}"
     for hazard in found.grave:
         yield "broken", f"{hazard.code} {hazard.what}"
     if found.placed:
@@ -167,6 +178,8 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
         return "no repair makes NaN right: take an earlier step of the training"
     if given.instead:
         return command(found.path, found.traits, found.question, given.instead)
+    if given.do:
+        return given.do
     if given.effect == "law" and given.strength is None:
         return "give the alpha of the training: --lora-alpha N"
     if given.effect in _CANNOT:
@@ -191,7 +204,7 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
     groups: dict[tuple[str, str], list[Answer]] = {}
     for each in found.answers.values():
         if each.tool.release:
-            groups.setdefault(_kind(each), []).append(each)
+            groups.setdefault(_kind(found, each), []).append(each)
     for (label, says), some in sorted(groups.items(), key=lambda item: _RANKED.index(item[0][0])):
         names = ", ".join(each.tool.title for each in some)
         yield label, f"{names}: {says}"
@@ -202,7 +215,7 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
 _RANKED = ("pass", "wrong", "ask", "unknown")
 
 
-def _kind(given: Answer) -> tuple[str, str]:
+def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
     if given.strength is not None:
         how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
         return (
@@ -211,12 +224,16 @@ def _kind(given: Answer) -> tuple[str, str]:
         )
     if given.effect == "law":
         return "ask", given.says
-    return ("unknown", given.says) if given.effect == "unknown" else ("wrong", why_not(given))
+    return (
+        ("unknown", given.says)
+        if given.effect == "unknown"
+        else ("wrong", why_not(given, found.traits, found.question))
+    )
 
 
 def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
     """Say what a file without alpha may mean, in numbers."""
-    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None:
+    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None or found.fatal:
         return
     ranks = sorted({module.rank for module in found.traits.modules if module.rank})
     rank = f"{ranks[0]}" if len(ranks) == 1 else "r"

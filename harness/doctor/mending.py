@@ -35,11 +35,19 @@ def wants_a_base(tool: Tool, traits: Traits, asked: Asked) -> bool:
 def command(path: Path, traits: Traits, asked: Asked, to: str) -> str:
     """Return the repair of `repaired_to` as it is typed."""
     words = ["lora-harness", "repair", printable(path, 500), "--to", to, "--out", f"{path.stem}-{to}{_suffix(to)}"]
-    if "none" in traits.alphas or traits.alphas & {"zero", "some-missing"}:
-        words += ["--scale", "1"] if asked.as_rank else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
+    words += options(traits, asked)
     if asked.base is not None:
         words += ["--base", printable(asked.base, 500)]
     return shlex.join(words)
+
+
+def options(traits: Traits, asked: Asked) -> list[str]:
+    """Return what a repair must be told of the scale, which the file does not say."""
+    if not traits.alphas & {"none", "zero", "some-missing"}:
+        return []
+    if asked.as_rank:
+        return ["--scale", "1"]
+    return [] if asked.lora_alpha is None else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
 
 
 def _suffix(to: str) -> str:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from harness.doctor.architectures import looks_like
 from harness.doctor.inspect.fit import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.config import changing_init
 from harness.files.keys import PAIRS
 from harness.law.findings import Finding, Words, findings
 from harness.law.known import distinct
-from harness.law.reads import Place, depths_of, layers_of, pattern_of, places_of, title_of
+from harness.law.reads import Place, layers_of, pattern_of, places_of, title_of
+from harness.law.sizes import fitting
 from harness.text import count, printable
 
 _TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
@@ -24,16 +27,18 @@ _WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base
 _AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _PREFIXES = {
     "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
-    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "base_model.model.": "base_model", "": "bare",
+    "lycoris_": "lycoris", "diffusion_model.": "diffusion_model", "text_encoders.": "text_encoders",
+    "base_model.model.": "base_model", "": "bare",
 }  # fmt: skip
 _PAIRS = {
     "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
-_BLOCK = re.compile(r"(\D*)(\d+)[._]")
-_DEEP = 6
 _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
+_FEW = 3
+_UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 
@@ -41,6 +46,7 @@ _NAMED = PAIRS["lora_A.default"][0].split("*")
 class Group:
     """The modules of one part of the pipeline: their layers by pattern, what they can belong to, spellings of keys.
 
+    `named` are all whose layers are called so, `places` those that have them in these sizes too.
     `spelled` has the spellings as `reads.json` names them: with `+out`, `+in` or `+vector` where there are magnitudes.
     """
 
@@ -48,6 +54,7 @@ class Group:
     counts: Mapping[str, int]
     places: tuple[Place, ...]
     spelled: tuple[str, ...]
+    named: tuple[Place, ...] = ()
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -78,6 +85,11 @@ class Traits:
         found = next(filter(_WRAPPED.search, self._keys), None)
         return f"looks for plain names, not for those of a wrapper ({printable(found, 70)})" if found else ""
 
+    @property
+    def alpha_is_beside(self) -> bool:
+        """Tell whether alpha stands in an adapter_config.json that no reader of the format opens."""
+        return self.adapter.alpha_source == "config" and not FORMATS[self.adapter.format].folder
+
     @cached_property
     def ignored_by_peft(self) -> tuple[Literal["raises", "nothing", "drops"], str] | None:
         """What PEFT does not take of the file, by its configuration or its names; None when nothing is known."""
@@ -100,18 +112,18 @@ class Traits:
 
     def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
         counts = Counter(pattern_of(module.name) for module in modules)
-        places = [place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder]
-        if len(places) > 1:
-            places = _of_depth(places, modules) or places
-            places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
-        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))))
+        named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
+        places = fitting(named, modules) if named else []
+        places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
+        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named)
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
         if (row := FORMATS[self.adapter.format]).naming:
             keys = [next(iter(module.keys.values())) for module in modules]
             usual = [key.startswith(row.write_prefix or row.starts) == bool(row.write_prefix) for key in keys]
             return {row.name if fits else f"{row.name}.other" for fits in usual}
-        source, found = self.adapter.alpha_source, set()
+        source = "none" if self.alpha_is_beside else self.adapter.alpha_source
+        found = set()
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
@@ -170,6 +182,8 @@ class Traits:
             "dtype": {module.dtype for module in modules},
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
+            "init": [found] if (found := changing_init(adapter.config)) else [],
+            "unread": adapter.unused_keys[:_UNREAD],
             "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
         return {trait: frozenset(values) for trait, values in lists.items()}
@@ -213,18 +227,6 @@ def _pair_name(after: str) -> str:
     return "named" if tail.startswith(_NAMED[0]) and tail.endswith(_NAMED[1]) else "other"
 
 
-def _of_depth(places: list[Place], modules: Iterable[LoraModule]) -> list[Place]:
-    """Return the architectures whose real models have as many blocks as the file, where it has all of some model's."""
-    blocks: dict[str, set[int]] = {}
-    for module in modules:
-        if found := _BLOCK.match(module.name):
-            blocks.setdefault(found[1], set()).add(int(found[2]))
-    have = {len(each) for each in blocks.values() if len(each) == max(each) + 1}  # every block from the first on
-    if len(have) < len(blocks) or not have or min(have) < _DEEP:
-        return []
-    return [place for place in places if have <= set(depths_of(place[0]))]
-
-
 def what_it_is(traits: Traits, trainer: str | None) -> str:
     """Return model, format, trainer, number of modules, rank and alpha in one line."""
     adapter = traits.adapter
@@ -238,12 +240,37 @@ def what_it_is(traits: Traits, trainer: str | None) -> str:
 
 def model_of(traits: Traits) -> str:
     """Return what models have these layers, as far as their names tell."""
-    families = [family for group in traits.groups for family, _ in group.places]
-    titles = list(dict.fromkeys(map(title_of, families)))
+    titles = _titles(place for group in _main(traits) for place in group.places)
+    if 0 < len(titles) <= _FEW:
+        return " or ".join(titles)
+    modules = traits.adapter.modules.values()
+    layers = {each.name: (each.out_features, each.in_features) for each in modules}
     if titles:
-        return " or ".join(titles[:3]) + (f" (or {len(titles) - 3} more)" if len(titles) > 3 else "")
+        return looks_like(layers, by_width=True) or listed(titles)
+    if alike := _titles(place for group in _main(traits) for place in group.named):
+        return f"unknown model (with layers named as in {listed(alike)}, of other sizes)"
+    return "language model" if is_language(traits) else looks_like(layers) or "unknown model"
+
+
+def _main(traits: Traits) -> tuple[Group, ...]:
+    """Return the denoiser's groups, those of text encoders where there is none."""
+    return tuple(group for group in traits.groups if not group.text_encoder) or traits.groups
+
+
+def _titles(places: Iterable[Place]) -> list[str]:
+    return list(dict.fromkeys(title_of(family) for family, _ in places))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first names of models in words, and how many more there are."""
+    titles = list(names)
+    return " or ".join(titles[:_FEW]) + (f" (or {len(titles) - _FEW} more)" if len(titles) > _FEW else "")
+
+
+def is_language(traits: Traits) -> bool:
+    """Tell whether every layer is called as those of the decoder of a language model are, none as another tower's."""
     patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return "language model" if patterns and all(map(_LANGUAGE.search, patterns)) else "unknown model"
+    return bool(patterns) and all(_LANGUAGE.search(each) and not _OTHER_TOWER.search(each) for each in patterns)
 
 
 def _spread(values: Iterable[object]) -> str:
@@ -264,6 +291,8 @@ def rule_of(traits: Traits, trainer: str | None) -> str | None:
     schemes = {scheme for group in traits.groups for scheme in group.schemes}
     if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
         return "ai-toolkit trains with alpha = rank"
+    if adapter.format == "comfyui" and all(module.unscaled for module in adapter.modules.values() if module.rank):
+        return "the whole differences beside say that it was extracted from the difference of two models: scale 1"
     if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
         return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
     if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
@@ -276,10 +305,13 @@ def rule_of(traits: Traits, trainer: str | None) -> str | None:
 
 
 def untargeted(traits: Traits) -> list[str]:
-    """Return the kinds of layers of the model that the file leaves alone."""
+    """Return the kinds of layers of the model that the file leaves alone everywhere."""
     for group in traits.groups:
         if group.places:
-            left = layers_of(group.places[0]) - set(group.counts)
-            kinds = (_LAYER.sub("", pattern.partition("#_")[2]) for pattern in left)
-            return sorted({kind for kind in kinds if kind})
+            return sorted(_kinds(layers_of(group.places[0])) - _kinds(group.counts))
     return []
+
+
+def _kinds(patterns: Iterable[str]) -> set[str]:
+    """Return what layers are called behind the numbers of their blocks."""
+    return {kind for pattern in patterns if (kind := _LAYER.sub("", pattern.partition("#_")[2]).rpartition("#_")[2])}

@@ -39,8 +39,9 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         if home in row.alpha:
             found = fill(source, modules, problems)
     if configs := _configs(source, row, modules):
-        home, place = ("config", CONFIG_NAME) if "config" in row.alpha else ("header", HEADER_KEY)
-        config = next(iter(configs.values())) if len(configs) == 1 else configs
+        inside = "config" not in row.alpha and HEADER_KEY in source.file.metadata
+        home, place = ("header", HEADER_KEY) if inside else ("config", CONFIG_NAME)
+        config = next(iter(configs.values())) if len(configs) == 1 or not inside else configs
         found = Alphas(_from_configs(modules, configs, place, problems), home, config)
     if "tensor" in row.alpha:
         found = _from_tensors(source, found, problems)
@@ -102,7 +103,8 @@ def _configs(source: Source, row: Format, modules: Modules) -> dict[str, Mapping
     if "config" in row.alpha:
         return {} if source.config is None else {"": source.config}
     if "header" not in row.alpha or HEADER_KEY not in source.file.metadata:
-        return {}
+        components = {place[0] for place in modules}
+        return dict.fromkeys(components, source.config) if "beside" in row.alpha and source.config else {}
     try:
         raw = parse_json(source.file.metadata[HEADER_KEY])
     except ValueError as error:

@@ -14,9 +14,12 @@ from harness.files.keys import METHOD_WORD, Spelling, cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
-AlphaHome = Literal["tensor", "config", "header", "scale", "kv", "none"]
+AlphaHome = Literal["tensor", "config", "header", "beside", "scale", "kv", "none"]
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
+_DENOISER = re.compile(
+    r"(model\.)?diffusion_model\.|unet\.(down_blocks|up_blocks|mid_block)\.|transformer\.\w+_blocks\.\d"
+)  # no name in PEFT's files of models of transformers
 WEIGHTS_NAME = "adapter_model.safetensors"
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 
@@ -76,7 +79,8 @@ class Format:
     this format has, with their roles. `bare` says when a name without a prefix belongs here: never, always, or only
     beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
-    module, `config` and `header` (PEFT's configuration), `scale` (mlx-lm: one factor for the file, instead of alpha),
+    module, `config` and `header` (PEFT's configuration), `beside` (that in a folder which readers of the format do not
+    open: diffusion-pipe), `scale` (mlx-lm: one factor for the file, instead of alpha),
     `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles of a module that are stored transposed.
     `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with. `marks`
     are keys that only say which format this is; beside them other keys replace weights.
@@ -131,9 +135,12 @@ class Format:
         return {
             "never": False,
             "always": True,
-            "config": source.config is not None and not any(stem.startswith(self.starts) for stem in source.stems),
+            "config": source.config is not None and not any(map(self._is_of_another, source.stems)),
             "header": HEADER_KEY in source.file.metadata,
         }[self.bare]
+
+    def _is_of_another(self, stem: str) -> bool:
+        return stem.startswith(self.starts) or bool(_DENOISER.match(stem))
 
     def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
         """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""

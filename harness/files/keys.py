@@ -42,7 +42,7 @@ OTHER_PARTS: Mapping[str, str] = {
     "on_input": "ia3", "ia3_l": "ia3", "ia3_weight": "ia3",
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "glora"),
     "lora_down": "nunchaku", "lora_up": "nunchaku", "lora_E": "adalora", "ranknum": "adalora",
-    "embedded_vectors": "textual_inversion",
+    "embedded_vectors": "textual_inversion", "lambda_layer": "tlora",
 }  # fmt: skip
 """Roles of other methods than low-rank pairs, with the variant of the module that has one."""
 
@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "boft": "BOFT",
     "ia3": "IA3",
     "glora": "GLoRA",
+    "tlora": "T-LoRA",
     "adalora": "AdaLoRA",
     "textual_inversion": "embedded textual inversion",
     "nunchaku": "nunchaku's packed layout",
@@ -70,6 +71,8 @@ EXTRAS: Mapping[str, str] = {
     **{tail: tail for tail in _LYCORIS},
     **{tail: tail for tail in FULL_PARTS},
     **{tail: tail for tail in OTHER_PARTS},
+    "q_layer.weight": "q_layer",
+    "p_layer.weight": "p_layer",
 }
 """Tails that belong to a module in any format, with their role."""
 

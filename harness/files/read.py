@@ -16,7 +16,7 @@ from harness.files.formats import FORMATS
 from harness.files.gguf_file import is_gguf, read_gguf
 from harness.files.peft_folder import add_peft_parts
 from harness.files.safetensors_file import read_header
-from harness.files.shapes import Signature, measure
+from harness.files.shapes import Signature, measure, turned
 from harness.files.tensor_file import os_problem
 from harness.text import count, is_printable, parse_json, printable
 
@@ -24,6 +24,7 @@ _MAX_CONFIG_BYTES = 8_000_000
 _PICKLED = "adapter_model.bin"
 _NAMED = (WEIGHTS_NAME, MLX_WEIGHTS_NAME)  # the names that have a configuration beside them
 _STEP = re.compile(r"\d+_adapters\.safetensors")
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _SUFFIXES = (".safetensors", ".gguf")
 
 
@@ -63,12 +64,18 @@ def _weights_in(folder: Path) -> Path:
     found = _candidates(folder)
     if len(found) == 1:
         return folder / found[0]
+    if found and all(map(_SHARD.search, found)):
+        what = f"holds one LoRA in {len(found)} shards: PEFT and diffusers open a single file, join them first"
+        raise LoraFileError(folder, what)
     if found:
         shown = ", ".join(printable(name, 60) for name in found[:4])
         raise LoraFileError(folder, f"a folder with {len(found)} safetensors files ({shown}, …): name one of them")
     if (folder / _PICKLED).exists():
         raise LoraFileError(folder / _PICKLED, "is a pickle, which can run code when opened: save it as safetensors")
-    raise LoraFileError(folder, f"a folder without {WEIGHTS_NAME} or any other safetensors file")
+    inside = sorted(one.name for one in folder.iterdir() if any((one / name).is_file() for name in _NAMED))
+    shown = ", ".join(printable(name, 60) for name in inside[:4]) + (", …" if len(inside) > 4 else "")
+    more = f"; it has folders with one ({shown}): name one of them" if inside else ""
+    raise LoraFileError(folder, f"a folder without {WEIGHTS_NAME} or any other safetensors file{more}")
 
 
 def _config(path: Path) -> dict[str, Any] | None:
@@ -133,6 +140,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
             continue
         if module := measure(source.file, place, roles, problems, row.flips(place[1]), known=known, method=method):
             measured[place] = module.changed(variant="experts") if place in stacked else module
+    problems += turned(measured.values())
     found = find_alphas(source, row, measured, problems)
     modules = _named(found.modules)
     return LoraAdapter(

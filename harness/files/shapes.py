@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.files.adapter import LoraModule, Problem
 from harness.files.keys import COPIES, EXTRAS, OTHER_PARTS, WHOLE_ROLES
@@ -12,6 +12,7 @@ from harness.text import printable
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
+_UNLIKELY = 256  # no trainer gives a layer of half that size such a rank
 GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
 _NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
 _KNOWN_ROLES = frozenset({"A", "B", *EXTRAS.values(), *WHOLE_ROLES, *COPIES})
@@ -85,6 +86,20 @@ def _kind(
     return LoraModule("", *sizes, None, False, parts[main][0], {}, variant, "", kernel, flipped, number)
 
 
+def turned(modules: Iterable[LoraModule]) -> Iterator[Problem]:
+    """Yield a problem where every pair has a rank far above the size of its layer: its halves lie the other way round.
+
+    Of a layer [n, n] swapped or transposed halves of rank r fit each other, as a pair of rank n in a layer [r, r].
+    """
+    pairs = [module for module in modules if module.variant == "lora" and not module.flipped]
+    sizes = {(module.in_features, module.out_features) for module in pairs}
+    if len(sizes) == 1 and len(set(*sizes)) == 1 and min(module.rank for module in pairs) >= _UNLIKELY:
+        rank, size = pairs[0].rank, pairs[0].in_features
+        if rank >= 2 * size:
+            what = f"rank {rank} in a layer of {size}x{size}: the halves lie the other way round, swapped or transposed"
+            yield Problem("LH706", printable(pairs[0].keys["A"]), what, fatal=True)
+
+
 def _variant(shapes: Shapes, *, table: bool, method: str = "lora") -> str:
     """Name what a module is by the roles it has.
 
@@ -126,7 +141,9 @@ def _pair(shapes: Shapes) -> Sizes:
     _both(shapes)
     (rank, inputs), (outputs, other_rank) = shapes["A"][:2], shapes["B"][:2]
     if rank != other_rank:
-        raise ShapeError("A", f"A {_shown(shapes['A'])} has rank {rank}, B {_shown(shapes['B'])} has rank {other_rank}")
+        fits = "; the other way round they fit: swapped, or transposed" if inputs == outputs else ""
+        found = f"A {_shown(shapes['A'])} has rank {rank}, B {_shown(shapes['B'])} has rank {other_rank}"
+        raise ShapeError("A", found + fits)
     return _positive("A", rank, inputs, outputs, shapes["A"])
 
 

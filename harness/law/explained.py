@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,18 @@ def symptoms() -> Mapping[str, list[str]]:
     """Return the codes that each symptom leads to, the most usual first."""
     found: Mapping[str, list[str]] = _examples()["symptom"]
     return found
+
+
+def symptoms_of(text: str) -> list[str]:
+    """Return the symptoms that a question in a user's own words is about: those that it names, else by other words."""
+    words = re.findall(r"\w+", text.lower().replace("n't", " not"))
+    named = [each for each in symptoms() if _is_said(each, words) or text.lower() in each]
+    also: Mapping[str, str] = _examples()["also"]
+    return named or list(dict.fromkeys(symptom for phrase, symptom in also.items() if _is_said(phrase, words)))
+
+
+def _is_said(phrase: str, words: list[str]) -> bool:
+    return all(any(word.startswith(each) for word in words) for each in phrase.split())
 
 
 @cache

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,29 @@ def _trait(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _fits(globs: Iterable[str], values: Iterable[str]) -> bool:
+def _fits(globs: tuple[str, ...], values: Iterable[str]) -> bool:
     every = list(values)
+    never, whole, some = _compiled(globs)
+    if never and any(map(never, every)):
+        return False
+    if whole and not (every and all(map(whole, every))):
+        return False
+    return some is None or any(map(some, every))
+
+
+Match = Callable[[str], object]
+
+
+@cache
+def _compiled(globs: tuple[str, ...]) -> tuple[Match | None, Match | None, Match | None]:
+    """Return what fits none of the globs that must not, all of those that must, and one of the others."""
     never = [glob[1:] for glob in globs if glob.startswith("!")]
     whole = [glob[1:] for glob in globs if glob.startswith("=")]
-    some = [glob for glob in globs if not glob.startswith(("!", "="))]
-    if any(fnmatchcase(value, glob) for value in every for glob in never):
-        return False
-    if whole and not (every and all(any(fnmatchcase(value, glob) for glob in whole) for value in every)):
-        return False
-    return not some or any(fnmatchcase(value, glob) for value in every for glob in some)
+    return _match(never), _match(whole), _match([glob for glob in globs if not glob.startswith(("!", "="))])
+
+
+def _match(globs: list[str]) -> Match | None:
+    return re.compile("|".join(map(translate, globs))).match if globs else None
 
 
 def is_within(version: str | None, versions: str) -> bool:

@@ -108,6 +108,9 @@ class Tool:
     source: str = ""
     by_name: tuple[str, ...] = ()
     original_names: bool = False
+    models: str = ""
+    also: tuple[str, ...] = ()
+    convert: str = ""
     families: tuple[str, ...] | None = None
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
@@ -117,12 +120,19 @@ class Tool:
         """How the row is known: `measured on 0.42.1`, or `read in the code of 2026-06`."""
         return f"measured on {self.release}" if self.known == "measured" else f"read in the code of {self.release}"
 
-    def without(self, variant: str) -> str:
-        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known."""
+    def without(self, variant: str, magnitude: str = "") -> str:
+        """Say what becomes of a variant that the tool does not apply in full; empty when nothing is known.
+
+        `magnitude` is how the file spells its magnitudes: `dora_scale`, or `magnitude` otherwise.
+        """
         if (says := self.variants.get(variant, "ok")) != "ok":
             return says
-        limits = (each for each in self.limits if each["effect"] == "drops")
-        return next((str(each["says"]) for each in limits if variant in each["file"].get("variant", ())), "")
+        drops = [each for each in self.limits if each["effect"] == "drops"]
+        asked = {"variant": variant, "magnitude": magnitude}
+        hit = (
+            each for each in drops if all(value in each["file"].get(trait, [value]) for trait, value in asked.items())
+        )
+        return next((str(each["says"]) for each in hit if "variant" in each["file"]), "")
 
 
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")
@@ -137,7 +147,7 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits") if name in row}
+    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits", "also") if name in row}
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 
 

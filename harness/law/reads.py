@@ -96,11 +96,6 @@ def release_of(tool: str) -> str | None:
     return next((row["release"] for row in _table()["rows"] if row["tool"] == tool), None)
 
 
-def depths_of(family: str) -> tuple[int, ...]:
-    """Return how many blocks of each kind the real models of an architecture have."""
-    return tuple(_table()["depths"].get(family, ()))
-
-
 def places_of(patterns: Iterable[str]) -> tuple[Place, ...]:
     """Return every measured architecture that has all layers of a file, given as patterns, with whose names."""
     wanted = frozenset(patterns)
@@ -133,12 +128,27 @@ def reading(tool: str, place: Place, scheme: str, counts: Mapping[str, int], *, 
     outcome = row.get("mixed", row["uniform"]) if mixed else row["uniform"]
     if not isinstance(outcome, dict) or "all" not in outcome:
         return _read(outcome, counts)
+    if _each_by_itself(outcome):
+        return _read(outcome["all"], counts)
     parts = _parts({p: number / _in_one_block(place, p) for p, number in counts.items()}, layers_of(place))
     found = [_read(outcome[part], counts) for part in parts if part in outcome]
     if not found or len({(each.effect, each.factor, each.alpha_ignored) for each in found}) > 1:
         seen = "; ".join(f"{name}: {_read(each, counts).what or 'as trained'}" for name, each in outcome.items())
         return Reading("unknown", f"depends on which modules of the model a file has ({seen[:300]})")
     return found[0]
+
+
+def _each_by_itself(outcome: Mapping[str, Any]) -> bool:
+    """Tell whether what becomes of a layer does not hang on the others: the same are dropped whichever are there."""
+    if not {"blocks", "half"} <= outcome.keys() or not all(
+        each == "ok" or (isinstance(each, dict) and each.keys() <= {"dropped"}) for each in outcome.values()
+    ):
+        return False
+    lost = {part: set() if each == "ok" else set(each["dropped"]) for part, each in outcome.items()}
+    same = all(
+        lost[p] == {name for name in lost["all"] if in_part(p, name)} for p in lost if p in ("blocks", "attention")
+    )
+    return same and lost.get("half", set()) <= lost["all"]
 
 
 def knows_magnitudes(tool: str, kind: str) -> bool:
@@ -188,7 +198,7 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
         return Reading("drops", "ignores the magnitudes of DoRA: a plain LoRA is applied")
     if "raises" in outcome or "hangs" in outcome:
         effect: Effect = "raises" if "raises" in outcome else "hangs"
-        return Reading(effect, f"{effect}: {outcome[effect]}")
+        return Reading(effect, f"{effect}: {outcome[effect].rstrip(': ')}")
     return _partly(outcome, counts)
 
 

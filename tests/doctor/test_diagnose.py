@@ -122,7 +122,7 @@ def test_per_module_alphas_of_a_unet_get_no_number_in_diffusers_but_a_repair(tmp
     found = answer(tools()["diffusers"], traits)
     assert (found.strength, found.effect, found.sure) == (None, "factor", "measured")
     assert found.instead == "kohya"
-    assert "docs/findings/diffusers-unet-mixed-alphas-ignored.md" in why_not(found)
+    assert "docs/findings/diffusers-unet-mixed-alphas-ignored.md" in why_not(found, traits, Asked())
     assert answer(tools()["comfyui"], traits).strength == 1.0
     assert answer(tools()["diffusers"], Traits(read_lora(kohya(tmp_path, UNET)))).strength == 1.0
 

@@ -191,7 +191,8 @@ def test_keys_not_understood_are_counted_by_kind(tmp_path: Path) -> None:
 
 
 def test_rank_stabilised_scaling_is_noted(tmp_path: Path) -> None:
-    record = inspect_file(write_lora(tmp_path / "x", "peft", {"a": weights(16, 4.0)}, rslora=True))
+    layers = {f"model.layers.0.self_attn.{n}_proj": weights(16, 4.0) for n in "qv"}
+    record = inspect_file(write_lora(tmp_path / "x", "peft", layers, rslora=True))
     assert record.trained == (1.0, 1.0)
     assert "sqrt(rank) = 4" in record.notes[0]
     known = {name: strength for name, strength in record.prescription.items() if strength is not None}

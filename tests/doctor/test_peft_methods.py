@@ -43,3 +43,11 @@ def test_a_merge_of_what_changed_the_base_too_is_not_judged(init: str, tmp_path:
     report = verify_merge(*write(tmp_path, llama(), lora(init_lora_weights=init)))
     assert report.exit_code == 3, report.overall.text()
     assert "which changes the base too" in report.overall.text()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_base_passed_off_as_such_a_merge_is_wrong(init: str, tmp_path: Path) -> None:
+    base, _, adapter = write(tmp_path, llama(), lora(init_lora_weights=init))
+    report = verify_merge(base, base, adapter)
+    assert report.exit_code == 1
+    assert report.overall.code == "LH101", report.overall.text()

@@ -86,12 +86,15 @@ def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() 
         ),
         (words(scheme="transformer.A.tensor", family=[]), "diffusers-qwen-transformer-prefix-doubled", False),
         (
-            words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj"]),
+            words(scheme="lora_te.down.tensor", text_encoder=["encoder_layers_#_self_attn_q_proj"]),
             "diffusers-text-encoder-without-out-proj",
             True,
         ),
         (
-            words(scheme="lora_te.down.tensor", text_encoder=["x_self_attn_q_proj", "x_self_attn_out_proj"]),
+            words(
+                scheme="lora_te.down.tensor",
+                text_encoder=["encoder_layers_#_self_attn_q_proj", "encoder_layers_#_self_attn_out_proj"],
+            ),
             "diffusers-text-encoder-without-out-proj",
             False,
         ),

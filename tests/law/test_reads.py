@@ -28,7 +28,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
         row = {"tool": "t", "release": "1.2", "family": "f", "names": "own", "scheme": "s", "uniform": uniform}
         row |= {"mixed": mixed} if mixed else {}
         layers = {"f": {"own": list(MODEL)}, "g": {"own": [PROJ], "original": ["out"]}}
-        about = {"measured": "2026-11-01", "depths": {"f": [4]}, "titles": {"f": "Family"}}
+        about = {"measured": "2026-11-01", "titles": {"f": "Family"}}
         path = tmp_path / "reads.json"
         path.write_text(json.dumps({"rows": [row], "layers": layers, **about}), encoding="utf-8")
         monkeypatch.setattr(reads, "TABLE", path)
@@ -168,7 +168,6 @@ def test_a_pattern_is_a_name_without_dots_and_numbers() -> None:
 def test_the_table_says_when_and_what_was_measured(ask: Ask) -> None:
     ask("ok")
     assert (reads.measured_on(), reads.release_of("t"), reads.release_of("u")) == ("2026-11-01", "1.2", None)
-    assert (reads.depths_of("f"), reads.depths_of("g")) == ((4,), ())
     assert (reads.title_of("f"), reads.title_of("g")) == ("Family", "g")
     assert (reads.has_other_names("f"), reads.has_other_names("g"), reads.has_other_names("h")) == (False, True, False)
     assert (reads.layers_of(("g", "original")), reads.layers_of(("h", "own"))) == ({"out"}, frozenset())
@@ -182,3 +181,16 @@ def test_a_reading_cannot_be_changed_in_place() -> None:
     assert Reading("law") == Reading("law", "", None, False)
     with pytest.raises(AttributeError):
         Reading("law").effect = "nothing"  # type: ignore[misc]
+
+
+def test_layers_that_are_dropped_whatever_is_beside_them_are_known_in_any_file(ask: Ask) -> None:
+    parts = {"all": {"dropped": [PROJ]}, "blocks": "ok", "attention": "ok", "half": "ok"}
+    assert ask(parts, {TO_Q: 4, PROJ: 1}).what == "drops 1 of 5 modules, such as proj_out"
+    assert ask(parts, {TO_Q: 3}).effect == "law"
+    parts = {"all": {"dropped": [PROJ, FF]}, "blocks": {"dropped": [FF]}, "attention": "ok", "half": {"dropped": [FF]}}
+    assert ask(parts, {TO_Q: 4, FF: 3, PROJ: 1}).what == "drops 4 of 8 modules, such as proj_out"
+
+
+def test_layers_that_are_dropped_for_what_is_beside_them_are_not(ask: Ask) -> None:
+    parts = {"all": {"dropped": [FF]}, "blocks": "ok", "attention": "ok", "half": "ok"}
+    assert ask(parts, {TO_Q: 4, FF: 3, PROJ: 1}).effect == "unknown"

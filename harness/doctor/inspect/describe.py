@@ -135,10 +135,11 @@ def describe(
 
 def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
     """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
-    found = answers(traits, Asked(lora_alpha=lora_alpha))
+    asked = Asked(lora_alpha=lora_alpha)
+    found = answers(traits, asked)
     return {
         "prescription": {name: each.strength for name, each in found.items()},
-        "unprescribed": {name: why_not(each) for name, each in found.items() if each.strength is None},
+        "unprescribed": {name: why_not(each, traits, asked) for name, each in found.items() if each.strength is None},
         "findings": tuple(finding.page for finding in traits.findings),
     }
 
@@ -181,7 +182,9 @@ def _parts(adapter: LoraAdapter) -> Iterator[str]:
             yield f"{what} in {count(len(names), 'module')} ({first_of(names)}): {effect}"
     if magnitudes := [module.keys["magnitude"] for module in adapter.modules.values() if "magnitude" in module.keys]:
         tail = (cut(magnitudes[0]) or ("", "magnitude"))[1].replace(".*", "")
-        told = "; ".join(f"{each.title} {why}" for each in tools().values() if (why := each.without("dora")))
+        kind = "dora_scale" if tail == "dora_scale" else "magnitude"
+        able = [each for each in tools().values() if adapter.format in each.formats]
+        told = "; ".join(f"{each.title} {why}" for each in able if (why := each.without("dora", kind)))
         head = f"DoRA magnitudes ({tail}) in {count(len(magnitudes), 'module')}"
         yield f"{head}: {told}" if told else head
 

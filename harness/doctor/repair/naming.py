@@ -85,8 +85,23 @@ def homes(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:
     if len(components) > 1 and (len(FORMATS[to].prefixes) < 2 or len(denoisers) > 1):
         listed = ", ".join(sorted(component or "no prefix" for component in components))
         raise UserError(f"{adapter.path}: adapts several components ({listed}); a {to} file cannot keep them apart")
-    names = _names(adapter, to, layers)
-    return {name: tuple(_home(adapter, name, home, to) for home in names[name]) for name in adapter.modules}
+    names, known = _names(adapter, to, layers), _Prefixes.of(adapter, to)
+    return {name: tuple(_home(adapter, name, home, known) for home in names[name]) for name in adapter.modules}
+
+
+class _Prefixes(NamedTuple):
+    """What a format calls the components of an adapter: those that have a prefix there, and that of the denoiser."""
+
+    to: str
+    by_component: Mapping[str, str]
+    denoiser: str
+
+    @classmethod
+    def of(cls, adapter: LoraAdapter, to: str) -> _Prefixes:
+        row = FORMATS[to]
+        by_component = {owner: prefix for prefix, owner in reversed(tuple(row.prefixes.items()))}
+        unet = to == "diffusers" and any(one.name.startswith(_UNET_LAYERS) for one in adapter.modules.values())
+        return cls(to, by_component, by_component["unet"] if unet else row.write_prefix)
 
 
 def _names(adapter: LoraAdapter, to: str, layers: Layers | None) -> Homes:
@@ -177,15 +192,14 @@ def _dotted(module: LoraModule) -> str | None:
     return ".".join(found.groups()) if found else None
 
 
-def _home(adapter: LoraAdapter, key: str, home: Home, to: str) -> Home:
+def _home(adapter: LoraAdapter, key: str, home: Home, known: _Prefixes) -> Home:
     """Return a place with the prefix of the module's component."""
-    module, row, name = adapter.modules[key], FORMATS[to], home.name
-    by_component = {owner: prefix for prefix, owner in reversed(tuple(row.prefixes.items()))}
+    module, (to, by_component, denoiser), name = adapter.modules[key], known, home.name
+    row = FORMATS[to]
     if to == adapter.format and module.component in by_component:
         return home._replace(prefix=_own_prefix(adapter, module))
     if module.component in _DENOISER:
-        unet = to == "diffusers" and any(one.name.startswith(_UNET_LAYERS) for one in adapter.modules.values())
-        return home._replace(prefix=by_component["unet"] if unet else row.write_prefix)
+        return home._replace(prefix=denoiser)
     if not row.prefixes or row.write_prefix in ("", "base_model.model."):
         return home._replace(prefix=row.write_prefix)
     encoder, name = _encoder_place(adapter, module, name)

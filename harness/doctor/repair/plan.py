@@ -159,7 +159,8 @@ def _takes(adapter: LoraAdapter, to: str, places: Sequence[Home]) -> bool:
 
 def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
     if module.variant not in _LOW_RANK | _WHOLE:
-        what = f"{printable(module.name)} is a {module.variant} module, whose scale is no alpha / rank to be repaired"
+        name = printable(module.name or next(iter(module.keys.values())))
+        what = f"{name} is a {module.variant} module, whose scale is no alpha / rank to be repaired"
         raise UserError(f"{adapter.path}: {what}")
 
 

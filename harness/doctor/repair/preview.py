@@ -12,12 +12,13 @@ from typing import Any
 from harness.doctor.repair.naming import Home, Layers, homes, refuse_what_a_configuration_does
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.configuration import configuration
 from harness.files.detect import detect
 from harness.files.format import Format, Source
 from harness.files.keys import cut
 from harness.files.read import interpret
 from harness.files.tensor_file import TensorFile, TensorInfo
-from harness.files.write import configuration, header_of, key_of, stem_of
+from harness.files.write import header_of, key_of, stem_of
 from harness.text import printable
 
 _PLAIN = frozenset({"A", "B", "alpha"})

@@ -22,8 +22,9 @@ from harness.doctor.repair.proof import proved
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alpha
 from harness.files.alpha import MLX
+from harness.files.configuration import configuration
 from harness.files.format import HEADER_KEY
-from harness.files.write import Content, compose, configuration, save, stem_of
+from harness.files.write import Content, compose, save, stem_of
 from harness.text import count
 from harness.verdict.verdict import Record
 

@@ -105,7 +105,8 @@ class Change:
     largest layer of its kind. `stacks` says that it is of several experts, `turned` that B_e @ A_e of each is stored
     transposed, None where all are square and nothing tells. `name` is the module's, with the tensor behind it where
     that is a bias. `scaled` says that alpha / rank is in its scale; whole differences have the strength alone. `unread`
-    says why it is not judged, `kind` of what kind that is.
+    says why it is not judged, `kind` of what kind that is; `residual` why the base had other weights in training, so
+    that of its merge nothing can be told but that there was none.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Change:
     turned: bool | None = None
     stacks: bool = False
     kind: str = "unsupported"
+    residual: str = ""
 
 
 def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
@@ -131,17 +133,15 @@ def changes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
     if _by_method(adapter, module):
         yield Change(name, name, tensor, method=True)
         return
-    if adapter.format == "peft" and module.rank and (init := changing_init(adapter.config)):
-        yield Change(
-            name, name, tensor, unread=f"init_lora_weights is {printable(init, 40)}, which changes the base too"
-        )
-        return
     if adapter.format == "peft" and name.removesuffix(_OUTPUT) in adapter.modules.keys() - {name}:
         yield Change(name, name, tensor, unread=_ADDED_TWICE, kind="ambiguous")
         return
     found = [*_low_rank(adapter, name, tensor), *_wholes(adapter, name, tensor), *_unread(adapter, name, tensor)]
     what = OTHER_NAMES.get(module.variant) or f"parts {', '.join(sorted(module.keys))}"
-    yield from found or [Change(name, name, tensor, unread=f"{what} is not read")]
+    found = found or [Change(name, name, tensor, unread=f"{what} is not read")]
+    init = changing_init(adapter.config) if adapter.format == "peft" and module.rank else None
+    why = f"init_lora_weights is {printable(init, 40)}, which changes the base too" if init else ""
+    yield from (replace(one, residual=why) for one in found) if why else found
 
 
 def _by_method(adapter: LoraAdapter, module: LoraModule) -> bool:

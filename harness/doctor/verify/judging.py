@@ -61,6 +61,8 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
         return
     wanted = [_wanted(given.adapter, change, given.strength) for given, change in claims]
     problem = next(filter(None, (_unmeasured(change, stores) for _, change in claims)), None)
+    if residual := next((change.residual for _, change in claims if change.residual), ""):
+        problem = NotMeasured("unsupported", residual)
     layers = [] if problem else [_layer_of(given, change, stores) for given, change in claims]
     if problem is None and any(layer is None or isinstance(layer, DoraLayer) for layer in layers):
         problem = NotMeasured("ambiguous", "several updates change it, and not all of them by a sum")
@@ -241,6 +243,8 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         measured = replace(measured, state="merged", scale=scale, interval=(scale, scale), overlap=0.0, product=0.0)
     if _is_requantised(measured, change.tensor, wanted, stores):
         measured = replace(measured, state="not merged", scale=0.0)
+    if change.residual and measured.state != "not merged":
+        return Module(wanted, change.tensor, None, NotMeasured("unsupported", change.residual))
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)

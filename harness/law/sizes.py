@@ -1,0 +1,137 @@
+"""Whether a file's layers have the sizes of the released models of an architecture, whose layers others call alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.law.reads import Place, pattern_of
+from harness.text import read_toml
+
+TABLE = Path(__file__).with_name("sizes.toml")
+_TOY = 512  # no released model is narrower: smaller ones are benches and examples, which have the names alone
+_DEEP = 6  # so many blocks from the first on are no choice of a few
+
+
+class Sized(Protocol):
+    """What tells the size of a layer."""
+
+    @property
+    def name(self) -> str:
+        """Its path in the model, with dots or flattened."""
+
+    @property
+    def in_features(self) -> int:
+        """Its inputs, 0 where it has none."""
+
+    @property
+    def out_features(self) -> int:
+        """Its outputs."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A row of `sizes.toml`; see there for what the fields mean."""
+
+    widths: frozenset[int] = frozenset()
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    inputs: Mapping[str, frozenset[int]] = field(default_factory=dict, hash=False)
+    like: str = ""
+
+    def allow(self, file: _Measured) -> bool:
+        """Tell whether a model of these sizes can have the layers of a file."""
+        inside = all(max(seen) < max(self.blocks[stack]) for stack, seen in file.stacks.items() if stack in self.blocks)
+        return inside and not self.widths.isdisjoint(file.widths) and all(map(self._takes, file.inputs.items()))
+
+    def _takes(self, layer: tuple[str, set[int]]) -> bool:
+        pattern, seen = layer
+        return all(seen & widths for end, widths in self.inputs.items() if pattern.endswith(end))
+
+    def is_as_deep(self, full: Mapping[str, int]) -> bool:
+        """Tell whether a model has as many blocks as a file that has all of its first ones: stack -> number."""
+        known = [number in self.blocks[stack] for stack, number in full.items() if stack in self.blocks]
+        return all(known) and bool(known)
+
+    def is_deeper(self, full: Mapping[str, int]) -> bool:
+        """Tell whether no stack of the file that begins with the first block ends where a model's does."""
+        known = [number in self.blocks[stack] for stack, number in full.items() if stack in self.blocks]
+        return bool(known) and not any(known)
+
+
+@dataclass
+class _Measured:
+    """Widths, numbers of blocks by their stack, and inputs by pattern, of a file's layers."""
+
+    widths: set[int] = field(default_factory=set)
+    stacks: dict[str, set[int]] = field(default_factory=dict)
+    inputs: dict[str, set[int]] = field(default_factory=dict)
+
+    def add(self, layer: Sized, pattern: str) -> None:
+        self.widths |= {layer.in_features, layer.out_features}
+        if pattern.endswith(_asked()):
+            self.inputs.setdefault(pattern, set()).add(layer.in_features)
+        if found := _stack().match(layer.name.replace(".", "_")):
+            self.stacks.setdefault(_NUMBER.sub("_#", found[1]), set()).add(int(found[2]))
+
+    @property
+    def full(self) -> dict[str, int]:
+        """The stacks of which the file has every block from the first on, with their number."""
+        counts = {stack: len(seen) for stack, seen in self.stacks.items() if len(seen) == max(seen) + 1}
+        return {stack: number for stack, number in counts.items() if number >= _DEEP}
+
+
+_NUMBER = re.compile(r"_\d+(?=_|$)")
+
+
+@cache
+def _rows() -> dict[str, Sizes]:
+    return {family: _row(row) for family, row in read_toml(TABLE).items()}
+
+
+def _row(row: Mapping[str, Any]) -> Sizes:
+    blocks = {stack: tuple(numbers) for stack, numbers in row.get("blocks", {}).items()}
+    inputs = {end: frozenset(widths) for end, widths in row.get("inputs", {}).items()}
+    return Sizes(frozenset(row["widths"]), blocks, inputs, row.get("like", ""))
+
+
+def families() -> frozenset[str]:
+    """Return the architectures whose sizes are known."""
+    return frozenset(_rows())
+
+
+def like(place: Place) -> Place | None:
+    """Return the place with the same class of model, None where there is none."""
+    sizes = _rows().get(place[0])
+    return (sizes.like, place[1]) if sizes and sizes.like else None
+
+
+@cache
+def _asked() -> tuple[str, ...]:
+    return tuple({end for sizes in _rows().values() for end in sizes.inputs})
+
+
+@cache
+def _stack() -> re.Pattern[str]:
+    """Match the name of a layer inside a stack whose number of blocks is known, the longest first."""
+    stacks = sorted({stack for sizes in _rows().values() for stack in sizes.blocks}, key=len, reverse=True)
+    able = "|".join(stack.replace("#", r"\d+") for stack in stacks)
+    return re.compile(rf"({able})_(\d+)(?:_|$)")
+
+
+def fitting(places: Iterable[Place], layers: Iterable[Sized]) -> list[Place]:
+    """Return the architectures of `places` that a file with these layers can be for, by its widths and its blocks.
+
+    Where it has all blocks of some of them, those alone.
+    """
+    file = _Measured()
+    for layer in layers:
+        file.add(layer, pattern_of(layer.name))
+    known, full = {place: _rows().get(place[0]) for place in places}, file.full
+    toy = max(file.widths, default=0) < _TOY
+    able = {place: sizes for place, sizes in known.items() if toy or sizes is None or sizes.allow(file)}
+    deep = [place for place, sizes in able.items() if sizes and sizes.is_as_deep(full)]
+    return deep or [place for place, sizes in able.items() if toy or sizes is None or not sizes.is_deeper(full)]

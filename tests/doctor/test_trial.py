@@ -1,0 +1,360 @@
+"""Files as trainers write them, in the sizes of real models: what they are called and what is said of each tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.doctor import inspect_file
+from harness.doctor.answers import Answer, Asked, answers
+from harness.doctor.diagnose import diagnose, lines, tool_named
+from harness.doctor.repair.repair import repair_file
+from harness.doctor.traits import Traits, model_of, untargeted
+from harness.errors import UserError
+from harness.files import read_lora
+from tests.cases.layouts import Layout, of
+
+A, DOWN = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+LLM = [f"model.layers.{number}.self_attn.{name}_proj" for number in range(3) for name in "qv"]
+Tensors = dict[str, tuple[int, ...]]
+
+
+def pairs(
+    names: Iterable[str], width: int, inputs: int = 0, *, halves: tuple[str, str] = A, prefix: str = "",
+    alpha: bool = False,
+) -> Tensors:  # fmt: skip
+    """Return pairs of rank 2 [width, inputs] for these layers; alpha is 4 where there is one."""
+    found: Tensors = {}
+    for name in names:
+        stem = f"{prefix}{name}"
+        found |= {f"{stem}.{halves[0]}": (2, inputs or width), f"{stem}.{halves[1]}": (width, 2)}
+        found |= {f"{stem}.alpha": ()} if alpha else {}
+    return found
+
+
+def kohya(names: Iterable[str], width: int, inputs: int = 0) -> Tensors:
+    return pairs((n.replace(".", "_") for n in names), width, inputs, halves=DOWN, prefix="lora_unet_", alpha=True)
+
+
+def written(folder: Path, tensors: Mapping[str, tuple[int, ...]], **fields: Any) -> Path:
+    layout: Layout = of("file", tensors, **fields)
+    return layout.write(folder)
+
+
+def asked(path: Path, **question: Any) -> dict[str, Answer]:
+    return answers(Traits(read_lora(path, strict=False)), Asked(**question))
+
+
+def blocks(stack: str, number: int, *layers: str) -> list[str]:
+    return [f"{stack}.{place}.{layer}" for place in range(number) for layer in layers]
+
+
+TO = ("attn.to_q", "attn.to_k")
+MODELS = {
+    "sdxl, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"], 640)
+        | kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"], 640, 2048),
+        "SDXL",
+    ),
+    "sd 1.5, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"], 640, 768),
+        "Stable Diffusion 1.x/2.x or AnimateDiff",
+    ),
+    "sd 2, kohya": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"], 640, 1024),
+        "Stable Diffusion 1.x/2.x",
+    ),
+    "sd3, OneTrainer": (
+        pairs((f"lora_transformer_transformer_blocks_{n}_attn_to_q" for n in range(24)), 1536, halves=DOWN, alpha=True),
+        "Stable Diffusion 3",
+    ),
+    "sd3, joint blocks": (
+        pairs(blocks("joint_blocks", 24, "x_block.attn.qkv"), 4608, 1536, prefix="diffusion_model."),
+        "Stable Diffusion 3",
+    ),
+    "wan 14b": (pairs(blocks("blocks", 40, "self_attn.q"), 5120, prefix="diffusion_model."), "Wan 14B"),
+    "hunyuan, diffusion-pipe": (
+        pairs(blocks("double_blocks", 20, "img_attn_qkv"), 9216, 3072, prefix="transformer."),
+        "HunyuanVideo or FramePack",
+    ),
+    "cogvideox 5b": (
+        pairs(blocks("transformer_blocks", 42, "attn1.to_q"), 3072, prefix="transformer."),
+        "CogVideoX or ConsisID",
+    ),
+    "stable audio": (
+        pairs(blocks("transformer_blocks", 24, "attn1.to_q"), 1536, prefix="transformer."),
+        "unknown model (with layers named as in LTX-Video or LTX-2 or CogVideoX (or 9 more), of other sizes)",
+    ),
+    "omnigen 2": (
+        pairs(blocks("layers", 32, "attn.to_q"), 2520, prefix="diffusion_model."),
+        "unknown model (with layers named as in Lumina 2, of other sizes)",
+    ),
+    "40 blocks of nobody": (
+        pairs(blocks("transformer_blocks", 40, *TO), 2048, prefix="transformer."),
+        "unknown model (with layers named as in Qwen-Image or Qwen-Image 2.1 or FLUX.1 (or 9 more), of other sizes)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_named_by_its_sizes_too(name: str, tmp_path: Path) -> None:
+    tensors, model = MODELS[name]
+    assert model_of(Traits(read_lora(written(tmp_path, tensors)))) == model
+
+
+@pytest.mark.parametrize("name", ["stable audio", "omnigen 2", "40 blocks of nobody"])
+def test_no_tool_is_said_to_read_a_model_that_nobody_knows(name: str, tmp_path: Path) -> None:
+    found = asked(written(tmp_path, MODELS[name][0]), lora_alpha=2.0)["diffusers"]
+    assert (found.effect, found.strength) == ("unknown", None)
+
+
+def test_what_was_measured_on_one_unet_holds_for_another_of_its_class(tmp_path: Path) -> None:
+    found = asked(written(tmp_path, MODELS["sdxl, kohya"][0]))
+    assert (found["comfyui"].strength, found["comfyui"].sure) == (1.0, "by name")
+    assert found["diffsynth"].effect == "factor"
+    found = asked(written(tmp_path, MODELS["sd 1.5, kohya"][0]))
+    assert found["diffsynth"].effect == "unknown"  # its fault was measured on SDXL
+
+
+HF = "base_model.model."
+ENCODER = "an encoder of transformers (vision, speech or text)"
+FOREIGN = {
+    "dinov2": (["dinov2.encoder.layer.0.mlp.fc1"], "unknown model"),
+    "whisper": (["model.encoder.layers.0.self_attn.q_proj"], ENCODER),
+    "siglip": (
+        ["vision_model.encoder.layers.0.self_attn.v_proj"],
+        ENCODER,
+    ),
+    "esm": (["esm.encoder.layer.0.attention.self.query"], "BERT, or an encoder like it,"),
+    "rwkv": (["rwkv.blocks.0.attention.key"], "unknown model"),
+    "mamba": (["backbone.layers.0.mixer.in_proj"], "unknown model"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_an_engine_of_language_models_is_no_sure_reader_of_others(name: str, tmp_path: Path) -> None:
+    layers, model = FOREIGN[name]
+    config = CONFIG | {"target_modules": [layers[0].rpartition(".")[2], "v_proj"]}
+    traits = Traits(read_lora(written(tmp_path, pairs(layers, 768, prefix=HF), config=config)))
+    found = answers(traits)
+    assert model_of(traits) == model
+    assert (found["vllm"].strength, found["peft"].strength, found["transformers"].strength) == (None, 1.0, 1.0)
+
+
+def test_a_unet_is_no_model_of_transformers(tmp_path: Path) -> None:
+    names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k")]
+    found = asked(written(tmp_path, pairs(names, 320, prefix=HF), config=CONFIG | {"target_modules": ["to_q", "to_k"]}))
+    assert {found[name].effect for name in ("transformers", "vllm", "sglang")} == {"cannot"}
+    assert found["peft"].strength == 1.0
+
+
+def test_an_engine_is_asked_by_its_own_rules(tmp_path: Path) -> None:
+    found = asked(written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG))
+    assert found["vllm"].strength == found["sglang"].strength == 1.0
+    (tmp_path / "pissa").mkdir()
+    changed = CONFIG | {"init_lora_weights": "pissa_niter_16"}
+    vllm = asked(written(tmp_path / "pissa", pairs(LLM, 64, prefix=HF), config=changed))["vllm"]
+    assert (vllm.effect, vllm.strength) == ("raises", None)
+    assert "it takes no initialisation that changes the base" in vllm.says
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_a_configuration_beside_says_the_alpha_that_no_tool_reads(prefix: str, tmp_path: Path) -> None:
+    """diffusion-pipe saves ComfyUI's names in a folder with PEFT's configuration."""
+    layers = blocks("transformer_blocks", 28, "attn1.to_q", "attn1.to_k")
+    path = written(tmp_path, pairs(layers, 2048, prefix=prefix), config=CONFIG | {"lora_alpha": 8})
+    record = inspect_file(path)
+    assert record.format == {"diffusion_model.": "comfyui", "transformer.": "diffusers"}[prefix]
+    assert (record.alpha_source, record.trained, record.codes) == ("config", (4.0, 4.0), ())
+    assert record.prescription["diffusers"] == 4.0
+    assert not record.prescription.keys() & {"peft", "vllm"}
+
+
+def test_gpt2_without_a_prefix_stays_a_file_of_peft(tmp_path: Path) -> None:
+    names = ["transformer.h.0.attn.c_attn", "transformer.blocks.0.attn.Wqkv"]
+    assert inspect_file(written(tmp_path, pairs(names, 64), config=CONFIG)).format == "peft"
+
+
+def test_pairs_that_a_tool_does_not_look_for_are_not_applied_by_name(tmp_path: Path) -> None:
+    layers = [f"decoder.layers.{number}.self_attention.linear_qkv" for number in range(2)]
+    tensors = pairs(layers, 192, 64, halves=("adapter.linear_in.weight", "adapter.linear_out.weight"))
+    found = asked(written(tmp_path, tensors), lora_alpha=2.0)
+    assert {found[name].effect for name in ("diffsynth", "diffsynth-2.0.4")} == {"unknown"}
+
+
+def test_what_was_extracted_from_two_models_is_at_scale_one_in_every_line(tmp_path: Path) -> None:
+    tensors = pairs(["blocks.0.self_attn.q"], 5120, halves=DOWN, prefix="diffusion_model.")
+    path = written(tmp_path, tensors | {"diffusion_model.blocks.0.norm3.diff": (5120,)})
+    said = dict(lines(diagnose(path)))
+    assert "extracted from the difference of two models: scale 1, so 1 is as trained" in said["alpha"]
+
+
+def test_methods_without_pairs_are_not_said_to_lose_their_alpha(tmp_path: Path) -> None:
+    tensors = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.oft_blocks": (10, 8, 8)}
+    found = asked(written(tmp_path, tensors))["diffsynth"]
+    assert found.says == "reads lora_A, lora_B, lora_down and lora_up alone: nothing is loaded"
+
+
+@pytest.mark.parametrize("halves", [A, ("lora_A", "lora_B")], ids=["transposed", "mflux"])
+def test_halves_that_lie_the_other_way_round_are_no_lora_of_enormous_rank(
+    halves: tuple[str, str], tmp_path: Path
+) -> None:
+    tensors = {
+        f"transformer.transformer_blocks.0.attn.{name}.{half}": shape
+        for name in ("to_q", "to_k") for half, shape in zip(halves, ((3072, 4), (4, 3072)), strict=True)
+    }  # fmt: skip
+    path = written(
+        tmp_path, tensors if halves != A[::-1] else {key: shape[::-1] for key, shape in tensors.items()} | {}
+    )
+    record = inspect_file(path)
+    assert "LH706" in record.codes
+    assert set(record.prescription.values()) == {None}
+    found = diagnose(path)
+    assert "rank 3072 in a layer of 4x4: the halves lie the other way round" in dict(lines(found))["broken"]
+    assert found.exit_code == 1
+
+
+def test_a_narrow_layer_of_high_rank_is_a_lora(tmp_path: Path) -> None:
+    tensors = {
+        "diffusion_model.x_embedder.lora_A.weight": (512, 64),
+        "diffusion_model.x_embedder.lora_B.weight": (64, 512),
+    }
+    more = {"diffusion_model.proj.lora_A.weight": (512, 640), "diffusion_model.proj.lora_B.weight": (640, 512)}
+    assert "LH706" not in inspect_file(written(tmp_path, tensors | more)).codes
+
+
+def test_halves_of_unequal_rank_that_fit_the_other_way_round_are_told_so(tmp_path: Path) -> None:
+    tensors = {"diffusion_model.a.b.lora_A.weight": (640, 4), "diffusion_model.a.b.lora_B.weight": (4, 320)}
+    (hazard,) = (h for h in inspect_file(written(tmp_path, tensors)).hazards if h.code == "LH706")
+    assert "the other way round they fit" in hazard.what
+
+
+def test_t_lora_of_lycoris_is_named(tmp_path: Path) -> None:
+    from lycoris.modules.tlora import TLoraModule
+    from torch import nn
+
+    state = TLoraModule("x", nn.Linear(32, 48), lora_dim=4, alpha=2).custom_state_dict()
+    tensors = {f"lora_unet_mid_block_attentions_0_proj_in.{key}": tuple(value.shape) for key, value in state.items()}
+    record = inspect_file(written(tmp_path, tensors))
+    assert (record.format, dict(record.variants), record.codes) == ("kohya", {"tlora": 1}, ())
+    assert record.prescription["lycoris"] is None
+
+
+def test_a_full_checkpoint_with_a_q_layer_stays_one(tmp_path: Path) -> None:
+    assert inspect_file(written(tmp_path, {"block.0.q_layer.weight": (32, 32)})).codes == ("LH797",)
+
+
+def test_a_folder_of_checkpoints_says_which_hold_a_lora(tmp_path: Path) -> None:
+    for step in ("checkpoint-500", "checkpoint-1000"):
+        (tmp_path / "run" / step).mkdir(parents=True)
+        (tmp_path / "run" / step / "adapter_model.safetensors").write_bytes(b"")
+    (hazard,) = inspect_file(tmp_path / "run").hazards
+    assert "it has folders with one (checkpoint-1000, checkpoint-500): name one of them" in hazard.what
+
+
+def test_shards_are_called_shards(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"adapter_model-0000{number}-of-00002.safetensors").write_bytes(b"")
+    (hazard,) = inspect_file(tmp_path).hazards
+    assert "holds one LoRA in 2 shards: PEFT and diffusers open a single file" in hazard.what
+
+
+def test_only_tools_that_read_the_file_are_said_to_drop_its_magnitudes(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = pairs(["transformer_blocks.0.attn.to_q"], 64, prefix="transformer.")
+    (note,) = (n for n in inspect_file(written(tmp_path, tensors | {f"{stem}.lora_magnitude_vector": (64,)})).notes)
+    assert note.startswith("DoRA magnitudes (lora_magnitude_vector) in 1 module: DiffSynth-Studio >= 2.0.5 ignores")
+    assert "diffusers filters" not in note
+    assert "sd-scripts" not in note
+
+
+def test_the_repair_that_is_hinted_at_has_the_alpha_that_was_given(tmp_path: Path) -> None:
+    names = ["down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"]
+    path = written(tmp_path, pairs(names, 320, prefix="unet."))
+    assert (
+        "`lora-harness repair --to kohya --lora-alpha 4` writes"
+        in inspect_file(path, lora_alpha=4).unprescribed["comfyui"]
+    )
+
+
+def test_a_repair_of_what_has_scale_one_by_construction_needs_no_alpha(tmp_path: Path) -> None:
+    names = [f"double_blocks.{number}.img_attn.qkv" for number in range(19)]
+    said = {"software": '{"name": "ai-toolkit"}'}
+    path = written(tmp_path, pairs(names, 9216, 3072, prefix="diffusion_model."), metadata=said)
+    assert "`lora-harness repair --to kohya` writes a file" in inspect_file(path).unprescribed["diffusers"]
+
+
+def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
+    with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
+        repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("foreign", ["emb_params", "some.other.weight"])
+def test_a_key_that_no_lora_has_makes_diffusers_refuse_the_file(foreign: str, tmp_path: Path) -> None:
+    tensors = kohya([f"down_blocks.{n}.attentions.0.transformer_blocks.0.attn1.to_q" for n in range(2)], 320)
+    found = asked(written(tmp_path, tensors | {foreign: (4, 768)}))["diffusers"]
+    assert (found.effect, found.strength) == ("raises", None)
+    assert "keys that its converter does not know" in found.says
+
+
+def test_text_encoders_of_comfyui_are_not_those_of_diffusers(tmp_path: Path) -> None:
+    tensors = pairs(
+        ["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"], 768, halves=DOWN, prefix="text_encoders."
+    )
+    more = pairs(["input_blocks.4.1.transformer_blocks.0.attn1.to_q"], 640, halves=DOWN, prefix="diffusion_model.")
+    found = asked(written(tmp_path, more | tensors), lora_alpha=2.0)
+    assert (found["diffusers"].effect, found["comfyui"].strength) == ("nothing", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [("swarmui", "comfyui"), ("ComfyUI", "comfyui"), ("comfy-ui", "comfyui"), ("automatic1111", "a1111"),
+     ("SD.Next", "sd-next"), ("kohya_ss", "sd-scripts"), ("mlx-lm", "mlx"), ("llama cpp", "llama.cpp")],
+)  # fmt: skip
+def test_tools_are_known_by_the_names_that_people_use(name: str, tool: str) -> None:
+    assert tool_named(name).name == tool
+
+
+def test_a_release_is_still_asked_by_its_own_row() -> None:
+    assert tool_named("DiffSynth-Studio", "1.1.9").name == "diffsynth-2.0.4"
+    with pytest.raises(UserError, match="no such tool"):
+        tool_named("...")
+
+
+def test_a_file_for_llama_cpp_is_made_by_its_own_script(tmp_path: Path) -> None:
+    said = dict(lines(diagnose(written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG), tool="llama.cpp")))
+    assert said["do"] == "convert the PEFT folder with llama.cpp's convert_lora_to_gguf.py"
+
+
+def test_mlx_is_told_what_is_missing(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.self_attn.q_proj.lora_a": (64, 4), "model.layers.0.self_attn.q_proj.lora_b": (4, 64)}
+    said = dict(lines(diagnose(written(tmp_path, tensors), tool="mlx")))
+    assert said["do"] == "put adapter_config.json beside it, where lora_parameters say rank and scale"
+
+
+def test_peft_is_said_to_repeat_what_changed_the_base(tmp_path: Path) -> None:
+    path = written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"init_lora_weights": "pissa_niter_4"})
+    said = dict(lines(diagnose(path, tool="peft")))
+    assert "repeats what init_lora_weights did to the base" in said["sure"]
+
+
+def test_kinds_of_layers_that_are_trained_somewhere_are_not_called_left_alone(tmp_path: Path) -> None:
+    names = [f"down_blocks.1.attentions.0.transformer_blocks.1.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
+    left = untargeted(Traits(read_lora(written(tmp_path, kohya(names, 640)))))
+    assert {"attn1_to_out", "ff_net", "conv1", "proj_in"} <= set(left)
+    assert not {"attn1_to_q", "attn1_to_k"} & set(left)
+    assert not any("#" in kind for kind in left)
+
+
+def test_a_weak_effect_is_first_what_the_tool_leaves_out(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = pairs(["transformer_blocks.0.attn.to_q"], 64, prefix="transformer.") | {
+        f"{stem}.lora_magnitude_vector": (64,)
+    }
+    said = [text for label, text in lines(diagnose(written(tmp_path, tensors), tool="diffsynth", saw="weak"))]
+    assert any(text.startswith("modules dropped or misplaced (diffsynth ignores the magnitudes") for text in said)
