@@ -1,6 +1,6 @@
 """Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what it needs).
 
-`--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
+`--resume` goes on with a run that was cut; `--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 DATA = Path(__file__).with_name("releases.json")
+OUT = Path("reports/out/measured")
 _FORMATS = ("--format", "kohya", "--format", "diffusers")
 _BENCHES = ("--bench", "sd-unet", "--bench", "flux", "--bench", "qwen-image")
 WHAT: dict[str, tuple[str, ...]] = {
@@ -27,12 +27,12 @@ WHAT: dict[str, tuple[str, ...]] = {
 }
 
 
-def measured(loader: str) -> list[dict[str, Any]]:
+def measured(loader: str, *options: str) -> list[dict[str, Any]]:
     """Return the tables of one loader, measured now."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "harness", "releases", loader, *WHAT[loader], "--install", "--out", folder]
-        subprocess.run(command, check=True)
-        return read(Path(folder) / "releases.json")
+    folder = OUT / loader
+    command = [sys.executable, "-m", "harness", "releases", loader, *WHAT[loader], "--install", "--out", str(folder)]
+    subprocess.run([*command, *options], check=True)
+    return read(folder / "releases.json")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +59,9 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["--merge"]:
         new = [table for name in words[1:] for table in read(Path(name))]
     else:
-        new = [table for name in words or WHAT for table in measured(name)]
+        options = [word for word in words if word == "--resume"]
+        names = [word for word in words if word not in options] or list(WHAT)
+        new = [table for name in names for table in measured(name, *options)]
     DATA.write_text(json.dumps(merged([*old, *new]), indent=1) + "\n", encoding="utf-8")
 
 
