@@ -1,6 +1,7 @@
 """Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what it needs).
 
-`--resume` goes on with a run that was cut; `--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
+`--resume` goes on with a run that was cut; `--merge FILE...` takes what `lora-harness releases --out DIR` wrote to
+DIR/releases.json instead of measuring.
 """
 
 from __future__ import annotations
