@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.checks.releases import CellLaw, ReleaseLaw, changes
+from harness.checks.releases import NO_MODEL, CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
@@ -135,7 +135,7 @@ def _release_row(release: Mapping[str, Any], places: list[str]) -> str:
 def _release_cell(cell: Mapping[str, Any]) -> str:
     state = "**right**" + cell["state"].removeprefix(_RIGHT) if cell["state"].startswith(_RIGHT) else cell["state"]
     code = f" ({cell['code']})" if cell["code"] else ""
-    what = f": {printable(cell['what'])}" if cell["what"] else ""
+    what = f": {printable(cell['what'])}" if cell["what"] and cell["state"] != NO_MODEL else ""
     return _escaped(f"{state}{code}{what}")
 
 

@@ -195,7 +195,9 @@ class _How:
         by_version = self.kept.measured(live.name, versions, places)
         for release in by_version.values():
             self._tell(release, "measured before")
-        had = {version: self._had(live, version) for version in versions if version not in by_version}
+        left = [version for version in versions if version not in by_version]
+        self._say_size(live, left)
+        had = {version: self._had(live, version) for version in left}
         subjects = {version: subject for version, subject in had.items() if not isinstance(subject, str)}
 
         def keep(release: ReleaseLaw) -> None:
@@ -207,14 +209,23 @@ class _How:
         by_version |= {v: ReleaseLaw(live.name, v, problem=why) for v, why in had.items() if isinstance(why, str)}
         return [by_version[version] for version in versions]
 
+    def _say_size(self, live: LiveLoader, versions: Sequence[str]) -> None:
+        """Say in one line how much is going to be fetched."""
+        from harness.loaders.pinned import size_of_named
+
+        if self.install and (size := size_of_named([f"{live.name}=={version}" for version in versions])):
+            click.echo(f"install: {size}", err=True)
+
     def _had(self, live: LiveLoader, version: str) -> Subject | str:
         """Return a release as a subject, or why it cannot be had."""
         from harness.errors import UserError
+        from harness.loaders.pinned import install_named
         from harness.loaders.registry import resolve
 
         spec = f"{live.name}=={version}"
         try:
-            shared.fetch([spec], self.install)
+            if self.install:
+                install_named([spec], lambda line: None)
             return resolve(spec)
         except UserError as error:
             return str(error)
