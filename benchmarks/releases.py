@@ -15,6 +15,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from harness.loaders.releases import beside, unpacked
+
 DATA = Path(__file__).with_name("releases.json")
 OUT = Path("reports/out/measured")
 _FORMATS = ("--format", "kohya", "--format", "diffusers")
@@ -37,9 +39,21 @@ def measured(loader: str, *options: str) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the tables of a file."""
+    """Return the tables of a file, with the bytes of the releases that lie here."""
     tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return tables
+    return [{"bytes": _sizes(table["package"]), **table} for table in tables]
+
+
+def _sizes(package: str) -> dict[str, int]:
+    """Return the bytes of every release of a package that lies in a folder of its own, and of what they need."""
+    own = unpacked(package)
+    pins = {pin.split("==")[0] for release in own for pin in beside(package, release.version)}
+    every = [*own, *(release for name in sorted(pins) for release in unpacked(name))]
+    return {f"{release.name} {release.version}": _bytes_in(release.folder) for release in every}
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def merged(tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,9 +62,11 @@ def merged(tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for table in tables:
         releases = {each["version"]: each for each in found.get(table["loader"], {}).get("releases", ())}
         releases |= {each["version"]: each for each in table["releases"]}
+        sizes = found.get(table["loader"], {}).get("bytes", {}) | table.get("bytes", {})
         ordered = sorted(releases.values(), key=lambda each: Version(each["version"]))
         found[table["loader"]] = {key: table[key] for key in ("loader", "package", "created", "versions")}
         found[table["loader"]]["releases"] = ordered
+        found[table["loader"]]["bytes"] = sizes
     return [found[name] for name in WHAT if name in found]
 
 

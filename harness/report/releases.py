@@ -64,7 +64,8 @@ class ReleaseTable:
         if self.changes:
             first = self.changes[-1]
             more = f", and {count(len(self.changes) - 1, 'more change')}" if len(self.changes) > 1 else ""
-            return f"{self.loader} {first.first} changed {first.place}: {first.before} → {first.after}{more}."
+            before, after = pretty_formula(first.before), pretty_formula(first.after)
+            return f"{self.loader} {first.first} changed {first.place}: {before} → {after}{more}."
         return f"No release of {self.loader} that was measured changed what another does."
 
     def cell(self, release: ReleaseLaw, place: str) -> CellLaw | None:
