@@ -1,6 +1,7 @@
 """Measure the releases of docs/releases.md again: `python -m benchmarks.releases [LOADER...]` (fetches what it needs).
 
-`--merge FILE...` takes what `lora-harness releases --out DIR` wrote to DIR/releases.json instead of measuring.
+`--resume` goes on with a run that was cut; `--merge FILE...` takes what `lora-harness releases --out DIR` wrote to
+DIR/releases.json instead of measuring.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
+from harness.loaders.releases import beside, unpacked
+
 DATA = Path(__file__).with_name("releases.json")
+OUT = Path("reports/out/measured")
 _FORMATS = ("--format", "kohya", "--format", "diffusers")
 _BENCHES = ("--bench", "sd-unet", "--bench", "flux", "--bench", "qwen-image")
 WHAT: dict[str, tuple[str, ...]] = {
@@ -27,18 +30,30 @@ WHAT: dict[str, tuple[str, ...]] = {
 }
 
 
-def measured(loader: str) -> list[dict[str, Any]]:
+def measured(loader: str, *options: str) -> list[dict[str, Any]]:
     """Return the tables of one loader, measured now."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "harness", "releases", loader, *WHAT[loader], "--install", "--out", folder]
-        subprocess.run(command, check=True)
-        return read(Path(folder) / "releases.json")
+    folder = OUT / loader
+    command = [sys.executable, "-m", "harness", "releases", loader, *WHAT[loader], "--install", "--out", str(folder)]
+    subprocess.run([*command, *options], check=True)
+    return read(folder / "releases.json")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the tables of a file."""
+    """Return the tables of a file, with the bytes of the releases that lie here."""
     tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return tables
+    return [{"bytes": _sizes(table["package"]), **table} for table in tables]
+
+
+def _sizes(package: str) -> dict[str, int]:
+    """Return the bytes of every release of a package that lies in a folder of its own, and of what they need."""
+    own = unpacked(package)
+    pins = {pin.split("==")[0] for release in own for pin in beside(package, release.version)}
+    every = [*own, *(release for name in sorted(pins) for release in unpacked(name))]
+    return {f"{release.name} {release.version}": _bytes_in(release.folder) for release in every}
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def merged(tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,9 +62,11 @@ def merged(tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for table in tables:
         releases = {each["version"]: each for each in found.get(table["loader"], {}).get("releases", ())}
         releases |= {each["version"]: each for each in table["releases"]}
+        sizes = found.get(table["loader"], {}).get("bytes", {}) | table.get("bytes", {})
         ordered = sorted(releases.values(), key=lambda each: Version(each["version"]))
         found[table["loader"]] = {key: table[key] for key in ("loader", "package", "created", "versions")}
         found[table["loader"]]["releases"] = ordered
+        found[table["loader"]]["bytes"] = sizes
     return [found[name] for name in WHAT if name in found]
 
 
@@ -59,7 +76,9 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["--merge"]:
         new = [table for name in words[1:] for table in read(Path(name))]
     else:
-        new = [table for name in words or WHAT for table in measured(name)]
+        options = [word for word in words if word == "--resume"]
+        names = [word for word in words if word not in options] or list(WHAT)
+        new = [table for name in names for table in measured(name, *options)]
     DATA.write_text(json.dumps(merged([*old, *new]), indent=1) + "\n", encoding="utf-8")
 
 

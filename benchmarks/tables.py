@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.checks.releases import CellLaw, ReleaseLaw, changes
+from harness.checks.releases import NO_MODEL, CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
@@ -54,6 +54,7 @@ files, each release in a process that finds it first, with torch {torch} and oth
 `python -m benchmarks.tables`. `lora-harness releases LOADER --install` does the same for any loader, range, format and
 bench; `--files` says what it means for files of yours. Seconds hold starting the release (importing it) and all its
 cells, on two cores that were busy with much other work; those of the processor say what a quiet machine takes.
+{environments}
 
 """
 
@@ -106,7 +107,9 @@ def releases_page() -> str:
     """Return the tables of releases, the newest first, and what changed where."""
     tables = json.loads(RELEASES.read_text(encoding="utf-8"))
     torch = ", ".join(sorted({table["versions"]["torch"] for table in tables}))
-    return _RELEASES.format(torch=torch) + "\n".join(_of_loader(table) for table in tables)
+    sizes = {name: size for table in tables for name, size in table["bytes"].items()}.values()
+    told = f"{len(sizes)} folders hold them and what some need beside them, {sum(sizes) / 1e6:.0f} MB together."
+    return _RELEASES.format(torch=torch, environments=told) + "\n".join(_of_loader(table) for table in tables)
 
 
 def _of_loader(table: Mapping[str, Any]) -> str:
@@ -135,7 +138,7 @@ def _release_row(release: Mapping[str, Any], places: list[str]) -> str:
 def _release_cell(cell: Mapping[str, Any]) -> str:
     state = "**right**" + cell["state"].removeprefix(_RIGHT) if cell["state"].startswith(_RIGHT) else cell["state"]
     code = f" ({cell['code']})" if cell["code"] else ""
-    what = f": {printable(cell['what'])}" if cell["what"] else ""
+    what = f": {printable(cell['what'])}" if cell["what"] and cell["state"] != NO_MODEL else ""
     return _escaped(f"{state}{code}{what}")
 
 

@@ -5,6 +5,7 @@ It touches no test but its own: without a `--lora-…` option nothing changes fo
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lora-bench", action="append", default=[], metavar="BENCH", help="only this bench, a name or FILE.py:FUNCTION"
     )
+    group.addoption(
+        "--lora-install", action="store_true", help="fetch releases that --lora-loader names and that are not here"
+    )
     group.addoption("--lora-report", metavar="DIR", help="write run.jsonl and index.html to DIR")
     group.addoption("--lora-max-examples", type=int, metavar="N", help="random examples per format and bench")
     group.addoption("--lora-seed", type=int, default=0, metavar="S", help="seed of all that is drawn")
@@ -43,8 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; open the run record when a report was asked for (not in xdist's workers)."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
-    folder = config.getoption("--lora-report")
-    if folder and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    _fetch(config)
+    if folder := config.getoption("--lora-report"):
         from harness.report.environment import new_header
         from harness.report.records import RunWriter
 
@@ -55,6 +61,19 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[_WRITER] = RunWriter(Path(folder) / "run.jsonl", header).__enter__()
         except OSError as error:
             raise pytest.UsageError(f"--lora-report={folder}: {error.strerror or error}") from None
+
+
+def _fetch(config: pytest.Config) -> None:
+    """Fetch the releases that are named and not here, where that is wanted; says first how large they are."""
+    if not config.getoption("--lora-install"):
+        return
+    from harness.errors import UserError
+    from harness.loaders.pinned import install_named
+
+    try:
+        install_named(config.getoption("--lora-loader"), lambda line: print(f"install: {line}", file=sys.stderr))
+    except UserError as error:
+        raise pytest.UsageError(f"--lora-install: {error}") from None
 
 
 @pytest.hookimpl(optionalhook=True)

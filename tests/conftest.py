@@ -25,7 +25,7 @@ NO_TORCH = "torch is not installed: pip install 'lora-harness[check]'"
 NEEDS_TORCH = (
     "benches", "checks/test_direction.py", "checks/test_family.py", "checks/test_faults.py", "checks/test_known.py",
     "checks/test_laws_table.py", "checks/test_reference.py", "checks/test_shrink.py", "checks/test_state.py",
-    "checks/test_use.py", "doctor",
+    "checks/test_use.py", "commands/test_pace.py", "doctor",
     "files/test_adapter.py", "files/test_bad_input.py", "files/test_blocks.py", "files/test_detect.py",
     "files/test_flux_readers.py", "files/test_formats.py", "files/test_gguf.py", "files/test_imports.py",
     "files/test_match.py", "files/test_other_readers.py", "files/test_patterns.py", "files/test_peft_folder.py",

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from harness.report.records import read_run
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,20 @@ def test_the_suite_takes_a_bench_of_the_user_s_own(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "--bench mine.py:make" in done.stdout
+
+
+def test_a_release_is_fetched_only_when_asked_for_and_without_a_network_it_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path / "releases"))
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
+    words = ("--pyargs", "harness.suite", "--lora-loader=peft==0.1.0")
+    unasked = pytest_run(tmp_path, *words)
+    assert "run `lora-harness install peft==0.1.0`, or give --install (pytest: --lora-install)" in unasked.stdout
+    asked = pytest_run(tmp_path, *words, "--lora-install")
+    assert asked.returncode == pytest.ExitCode.USAGE_ERROR
+    assert asked.stderr.startswith("ERROR: --lora-install: no release of peft can be asked for: ")
+    assert "Traceback" not in asked.stderr
 
 
 def test_an_own_suite_can_take_the_checks_over(tmp_path: Path) -> None:

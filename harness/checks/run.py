@@ -5,6 +5,7 @@ A cell is checked by planned probes of the law, a random search and what follows
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from harness.verdict.verdict import LawRecord, Verdict
 
 __all__ = ["Limits", "Measured", "check_cell", "check_cells", "check_loader", "died"]
 
+_TELL_SECONDS = 0.25
 _NOT_LOADED = ("LH101", "LH102")
 _DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304", "LH306"})
 _RESIDUAL = (
@@ -61,12 +63,12 @@ def check_cells(
     *,
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
-    on_load: Callable[[Cell, float], None] = lambda cell, seconds: None,
+    on_examples: Callable[[Cell, int, float], None] = lambda cell, number, seconds: None,
     on_measured: Callable[[Cell, Measured], None] = lambda cell, measured: None,
 ) -> list[Verdict]:
     """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
 
-    `on_load` hears of every file that a slow loader was given, and how many seconds that took.
+    `on_examples` hears, a few times a second, how many examples a cell tried since, and how many seconds those took.
 
     Raises:
         UserError: the pinned example names a module that a bench does not have.
@@ -84,8 +86,8 @@ def check_cells(
             take(Verdict.model_validate_json(event["verdict"]))
         elif "probes" in event:
             on_measured(cells[index], _measured_from(event))
-        elif "load" in event:
-            on_load(cells[index], event["load"])
+        elif "examples" in event:
+            on_examples(cells[index], event["examples"], event["seconds"])
         else:
             on_cell(cells[index])
 
@@ -129,7 +131,7 @@ def check_loader(
 def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     def job(channel: Channel) -> None:
         with served(cell, channel, limits) as own:
-            own = _telling(own, lambda seconds: channel.send({"load": seconds}))
+            own = _telling(own, channel)
             for verdict in check_cell(own, plan, lambda measured: channel.send(_as_event(measured))):
                 channel.send({"verdict": verdict.model_dump_json()})
         channel.send({"done": True})
@@ -137,11 +139,25 @@ def _job(cell: Cell, plan: Plan, limits: Limits) -> Callable[[Channel], None]:
     return job
 
 
-def _telling(cell: Cell, on_load: Callable[[float], object]) -> Cell:
-    """Return the cell, which tells of each load where its loader is slow."""
-    if not cell.subject.defaults.slow or cell.asked is None:
-        return cell
-    return replace(cell, asked=Timed(cell.asked, on_load))
+def _telling(cell: Cell, channel: Channel) -> Cell:
+    """Return the cell, which tells how many examples it has tried."""
+    return cell if cell.asked is None else replace(cell, asked=Timed(cell.asked, _Told(channel)))
+
+
+@dataclass
+class _Told:
+    """Examples that were tried and not told of yet, and their seconds; the first is told at once."""
+
+    channel: Channel
+    number: int = 0
+    seconds: float = 0.0
+    at: float = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        self.number, self.seconds, now = self.number + 1, self.seconds + seconds, time.monotonic()
+        if now - self.at > _TELL_SECONDS:
+            self.channel.send({"examples": self.number, "seconds": self.seconds})
+            self.number, self.seconds, self.at = 0, 0.0, now
 
 
 def _as_event(measured: Measured) -> dict[str, Any]:

@@ -162,10 +162,9 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     for name, tally in broken if len(library.folders) > 1 else ():
         click.echo(f"  {tally.broken:6,}  of {count(tally.files, 'file')} broken in {printable(name, 200)}")
     fine = library.total - library.hazardous - library.unreadable
-    unread = f", {library.unreadable} unreadable" if library.unreadable else ""
-    click.echo(
-        f"{count(library.total, 'file')}, {fine} without hazards{unread}, {library.copies} with the weights of another"
-    )
+    unread = f", {library.unreadable:,} unreadable" if library.unreadable else ""
+    copies = f"{library.copies:,} with the weights of another"
+    click.echo(f"{count(library.total, 'file')}, {fine:,} without hazards{unread}, {copies}")
     for out in outs:
         click.echo(f"rows: {out}")
 

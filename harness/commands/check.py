@@ -93,7 +93,7 @@ def command(
                 limits,
                 on_verdict=writer.write,
                 on_cell=pace.cell,
-                on_load=pace.load,
+                on_examples=pace.examples,
                 on_measured=lambda _, measured: labels.update(measured.labels),
             )
         verdicts += shared.ask_reference(writer, cells, limits.workers)

@@ -224,8 +224,8 @@ def say_what_is_measured(cells: Sequence[Cell], *, as_json: bool) -> None:
 
 @contextmanager
 def cell_progress(cells: Sequence[Cell], plan: Plan, workers: int, *, quiet: bool, silent: bool) -> Iterator[Pace]:
-    """Show on stderr how many cells are done, and how long slow ones take; `silent`: nothing but what is redrawn."""
-    with progress("checking", len(cells), quiet=quiet) as line:
+    """Show on stderr how far the cells are, a line a minute where nothing is redrawn; `silent`: nothing at all."""
+    with progress("checking", quiet=quiet, bar=False) as line:
         yield Pace(cells, plan, workers, line, None if silent else line.say)
 
 

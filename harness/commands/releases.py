@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from harness.checks.releases import Place, ReleaseLaw
     from harness.loaders.live import LiveLoader
     from harness.loaders.protocol import Subject
+    from harness.report.kept_releases import KeptReleases
     from harness.report.releases import ReleaseTable
 
 
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
 @click.option("--bisect", is_flag=True, help="Halve between releases that differ instead of measuring all.")
 @click.option("--files", type=shared.PATH, help="LoRA files: say which change between the two ends, by what factor.")
 @click.option("--out", type=shared.FOLDER, default=Path("reports/out/releases"), show_default=True)
+@click.option(
+    "--resume", is_flag=True,
+    help="Take over what OUT has of these releases, also of a run that was cut, measured beside the same packages.",
+)  # fmt: skip
 @click.option("--history", type=shared.FILE, help="History to add to.  [default: OUT/history.jsonl]")
 @shared.limit_option
 @click.option("-j", "--workers", type=click.IntRange(1), default=1, show_default=True, help="Releases at once.")
@@ -53,6 +59,7 @@ def command(
     newest: bool,
     files: Path | None,
     out: Path,
+    resume: bool,
     history: Path | None,
     as_json: bool,
     formats: tuple[str, ...],
@@ -76,10 +83,11 @@ def command(
     if files is not None:
         sys.exit(_gate(names, low, high, files, install, as_json))
     limits = Limits(time_limit, workers=workers)
-    how = _How(low, high, every or bisect, newest, install, bisect, limits, shared.quiet_on(as_json))
-    tables = [how.table(*loader_with_releases(name), formats, benches) for name in names]
-    flips = _remember(history or out / "history.jsonl", tables)
-    page = write_tables(tables, out)
+    with _keeping(out, resume) as kept:
+        how = _How(low, high, every or bisect, newest, install, bisect, limits, as_json, kept)
+        tables = [how.table(*loader_with_releases(name), formats, benches) for name in names]
+        flips = _remember(history or out / "history.jsonl", tables)
+        page = write_tables(tables, out)
     for table in tables:
         for line in [json.dumps(table.as_dict())] if as_json else lines(table):
             click.echo(line)
@@ -88,6 +96,22 @@ def command(
     for flip in flips if newest else ():
         click.echo(f"changed: {flip}", err=as_json)
     sys.exit(_exit_code(tables, bool(newest and flips)))
+
+
+@contextmanager
+def _keeping(out: Path, resume: bool) -> Iterator[KeptReleases]:
+    """Keep releases as they are measured, until the tables of all of them are written."""
+    from harness.outputs import only_writer
+    from harness.report.kept_releases import TABLES, KeptReleases
+
+    written = False
+    with only_writer(out / TABLES):
+        kept = KeptReleases(out, resume=resume)
+        try:
+            yield kept
+            written = True
+        finally:
+            kept.close(written=written)
 
 
 def _gate(names: Sequence[str], low: str | None, high: str | None, files: Path, install: bool, as_json: bool) -> int:
@@ -141,7 +165,8 @@ class _How:
     install: bool
     bisect: bool
     limits: Limits
-    quiet: bool
+    silent: bool
+    kept: KeptReleases
 
     def table(self, live: LiveLoader, package: str, formats: Sequence[str], benches: Sequence[str]) -> ReleaseTable:
         """Return the table of one loader.
@@ -167,26 +192,45 @@ class _How:
         """Return what each release does; one that cannot be had says so in its row."""
         from harness.checks.releases import ReleaseLaw, measure_releases
 
-        had = {version: self._had(live, version) for version in versions}
+        by_version = self.kept.measured(live.name, versions, places)
+        for release in by_version.values():
+            self._tell(release, "measured before")
+        left = [version for version in versions if version not in by_version]
+        self._say_size(live, left)
+        had = {version: self._had(live, version) for version in left}
         subjects = {version: subject for version, subject in had.items() if not isinstance(subject, str)}
-        measured = measure_releases(subjects, places, limits=self.limits, on_release=self._tell)
-        by_version = {release.version: release for release in measured}
+
+        def keep(release: ReleaseLaw) -> None:
+            self.kept.add(live.name, release)
+            self._tell(release, f"{release.seconds:g} s")
+
+        measured = measure_releases(subjects, places, limits=self.limits, on_release=keep)
+        by_version |= {release.version: release for release in measured}
         by_version |= {v: ReleaseLaw(live.name, v, problem=why) for v, why in had.items() if isinstance(why, str)}
         return [by_version[version] for version in versions]
+
+    def _say_size(self, live: LiveLoader, versions: Sequence[str]) -> None:
+        """Say in one line how much is going to be fetched."""
+        from harness.loaders.pinned import size_of_named
+
+        if self.install and (size := size_of_named([f"{live.name}=={version}" for version in versions])):
+            click.echo(f"install: {size}", err=True)
 
     def _had(self, live: LiveLoader, version: str) -> Subject | str:
         """Return a release as a subject, or why it cannot be had."""
         from harness.errors import UserError
+        from harness.loaders.pinned import install_named
         from harness.loaders.registry import resolve
 
         spec = f"{live.name}=={version}"
         try:
-            shared.fetch([spec], self.install)
+            if self.install:
+                install_named([spec], lambda line: None)
             return resolve(spec)
         except UserError as error:
             return str(error)
 
-    def _tell(self, release: ReleaseLaw) -> None:
-        if not self.quiet:
+    def _tell(self, release: ReleaseLaw, when: str) -> None:
+        if not self.silent:
             states = ", ".join(dict.fromkeys(release.states.values())) or release.problem
-            click.echo(on_one_line(f"{release.loader}: {states} ({release.seconds:g} s)", 160), err=True)
+            click.echo(on_one_line(f"{release.loader}: {states} ({when})", 160), err=True)

@@ -106,8 +106,10 @@ def _check(
     probes = shared.probe_writer(writer)
     quiet = shared.quiet_on(as_json)
     with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
-        on_verdict, on_cell, on_load = writer.write, pace.cell, pace.load
-        check_cells(cells, plan, limits, on_verdict=on_verdict, on_cell=on_cell, on_load=on_load, on_measured=probes)
+        on_verdict, on_cell, on_examples = writer.write, pace.cell, pace.examples
+        check_cells(
+            cells, plan, limits, on_verdict=on_verdict, on_cell=on_cell, on_examples=on_examples, on_measured=probes
+        )
     shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
 

@@ -49,6 +49,11 @@ class ProgressLine:
             self._shown.refresh()
             self._drawn = time.monotonic()
 
+    @property
+    def width(self) -> int:
+        """How many characters a line has, 0 where nothing is redrawn."""
+        return self._shown.console.width if self._shown else 0
+
     def say(self, text: str) -> None:
         """Print a line on stderr that stays."""
         if self._shown:
@@ -58,15 +63,17 @@ class ProgressLine:
 
 
 @contextmanager
-def progress(what: str, total: int | None = None, *, quiet: bool) -> Iterator[ProgressLine]:
-    """Show on stderr how far a command is, and take it away at the end."""
+def progress(what: str, total: int | None = None, *, quiet: bool, bar: bool = True) -> Iterator[ProgressLine]:
+    """Show on stderr how far a command is, as a bar or in words alone, and take it away at the end."""
     if quiet:
         yield ProgressLine(None)
         return
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
+    columns = columns if bar else (words,)
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as shown:
         line = ProgressLine(shown, what, total)
         shown.refresh()

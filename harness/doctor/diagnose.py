@@ -83,9 +83,11 @@ class Diagnosis:
 
 def diagnose(
     path: Path | str, *, tool: str | None = None, asked: Asked | None = None, saw: Saw | None = None,
-    base: Path | None = None,
+    base: Path | None = None, headers_only: bool = False,
 ) -> Diagnosis:  # fmt: skip
-    """Read a file and return its diagnosis; every weight is looked at once, for NaN and for factors that are zero.
+    """Read a file and return its diagnosis.
+
+    Every weight is looked at once, for NaN and for factors that are zero, unless `headers_only`.
 
     Raises:
         LoraFileError: the file, or the base, cannot be read.
@@ -96,7 +98,8 @@ def diagnose(
     known = tool_named(tool, asked.version) if tool else None
     placed = _placed(traits, base) if base else None
     asked = replace(asked, base=base)
-    return Diagnosis(Path(path), traits, asked, known, saw, placed, weigh(traits.adapter))
+    weighed = Weighed() if headers_only else weigh(traits.adapter)
+    return Diagnosis(Path(path), traits, asked, known, saw, placed, weighed)
 
 
 def tool_named(name: str, version: str | None = None) -> Tool:

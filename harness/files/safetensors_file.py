@@ -6,16 +6,20 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from harness.errors import LoraFileError, NoLoraError
+from harness.files.header_rules import refusal
 from harness.files.tensor_file import CUT, MAX_TENSORS, TensorFile, TensorInfo, os_problem, regular_size, set_apart
 from harness.text import printable
+
+_IN_BROWSER = sys.platform == "emscripten"
+if not _IN_BROWSER:
+    from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +102,10 @@ def read_header(path: Path | str) -> SafetensorsFile:
     count = raw.count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise LoraFileError(path, f"{count:,} tensors in the header, at most {MAX_TENSORS:,} are read")
+    if _IN_BROWSER:
+        if why := refusal(raw, size):
+            raise LoraFileError(path, f"not a valid safetensors file ({printable(why)})")
+        return _parsed(path, raw, size)
     handle = _validated(path, raw, size)
     return _listed(path, raw, size, handle) or _parsed(path, raw, size)
 

@@ -221,7 +221,7 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def _call_arguments(pipe: Any, size: int | None, steps: int | None) -> dict[str, Any]:
     accepted = inspect.signature(type(pipe).__call__).parameters
-    wanted: dict[str, Any] = {"num_inference_steps": steps or 20, "true_cfg_scale": 1.0}
+    wanted: dict[str, Any] = {"num_inference_steps": steps or 20, "true_cfg_scale": 1.0, "num_frames": 1}
     wanted |= {"height": size, "width": size} if size else {}
     return {name: value for name, value in wanted.items() if name in accepted}
 

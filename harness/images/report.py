@@ -143,7 +143,7 @@ def _rows(
     if use:
         rows.append(("use", f"strength = {use:g} until it is fixed"))
     if judgement.code:
-        rows.append(("fix", f"{CODES[judgement.code].fix}         lora-harness explain {judgement.code}"))
+        rows.append(("fix", f"{CODES[judgement.code].fix}   (lora-harness explain {judgement.code})"))
     return tuple(rows)
 
 

@@ -75,9 +75,9 @@ class Sampler:
         call = self.opened.call | self.opened.conditioning([pair.prompt for pair in pairs])
         generators = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
         with quiet("diffusers", "transformers"), torch.no_grad():
-            images = self.opened.pipe(**call, generator=generators, output_type="pt").images
-        result: Tensor = images.float().cpu()
-        return result
+            drawn = self.opened.pipe(**call, generator=generators, output_type="pt")
+        images: Tensor = drawn.images if hasattr(drawn, "images") else drawn.frames[:, 0]  # a video of one frame
+        return images.float().cpu()
 
     def _record(self, denoiser: nn.Module, pairs: Sequence[Pair], skip: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

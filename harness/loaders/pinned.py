@@ -84,7 +84,8 @@ def _from_releases(spec: str, live: LiveLoader, parts: Sequence[str]) -> Subject
         raise LoaderSpecError(str(error)) from None
     if absent:
         wanted = " ".join(f"{name}=={version}" for name, version in absent)
-        raise LoaderSpecError(f"{spec} is not here; run `lora-harness install {wanted}`, or give --install")
+        how = f"run `lora-harness install {wanted}`, or give --install (pytest: --lora-install)"
+        raise LoaderSpecError(f"{spec} is not here; {how}")
     if live.package:
         load, version = live.bound(pins[package])
         return Subject(spec, load, version, declaration_of(live.load))
@@ -148,11 +149,24 @@ def install_named(specs: Sequence[str], say: Callable[[str], object]) -> None:
     Raises:
         UserError: the index cannot be reached, or has no such release.
     """
-    pins = [pin for spec in specs if "==" in spec and is_pinned(spec) for pin in pins_of(spec)]
-    if absent := missing(pins):
+    if absent := _absent(specs):
         say(said_size(sized(absent)))
         for name, version in absent:
             install(name, version)
+
+
+def size_of_named(specs: Sequence[str]) -> str:
+    """Return how large the releases are that pinned strings name and that are not here, nothing when all are.
+
+    Raises:
+        UserError: the index cannot be reached, or has no such release.
+    """
+    absent = _absent(specs)
+    return said_size(sized(absent)) if absent else ""
+
+
+def _absent(specs: Sequence[str]) -> list[tuple[str, str]]:
+    return missing(pin for spec in specs if "==" in spec and is_pinned(spec) for pin in pins_of(spec))
 
 
 def pins_of(text: str) -> list[str]:

@@ -17,6 +17,7 @@ from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.history import HistoryCell, HistoryRecord
 from harness.report.html import asset, environment, policy
+from harness.report.kept_releases import TABLES
 from harness.report.summary import SYMBOLS, pretty_formula
 from harness.text import count, on_one_line
 
@@ -63,7 +64,8 @@ class ReleaseTable:
         if self.changes:
             first = self.changes[-1]
             more = f", and {count(len(self.changes) - 1, 'more change')}" if len(self.changes) > 1 else ""
-            return f"{self.loader} {first.first} changed {first.place}: {first.before} → {first.after}{more}."
+            before, after = pretty_formula(first.before), pretty_formula(first.after)
+            return f"{self.loader} {first.first} changed {first.place}: {before} → {after}{more}."
         return f"No release of {self.loader} that was measured changed what another does."
 
     def cell(self, release: ReleaseLaw, place: str) -> CellLaw | None:
@@ -130,7 +132,7 @@ def write_tables(tables: Sequence[ReleaseTable], out: Path) -> Path:
     with saying(out, "the tables cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps([table.as_dict() for table in tables], indent=1) + "\n"
-        replace_file(out / "releases.json", text.encode("utf-8"))
+        replace_file(out / TABLES, text.encode("utf-8"))
         replace_file(out / "index.html", render(tables).encode("utf-8"))
     return out / "index.html"
 

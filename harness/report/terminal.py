@@ -120,16 +120,21 @@ def _known(groups: Sequence[KnownGroup]) -> Iterator[Text]:
 
 def matrix_table(run: Run) -> Table:
     """Return the matrix as a table: a row per loader, a column per bench, a glyph per format and variant."""
-    grid = cells(run)
-    rows = [[Text(elided(line.loader, _NAME), style="bold"), *_glyphs(line)] for line in lines(grid) if line.cells]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
+    rows, heads = _rows_and_heads(run)
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1))
     table.add_column("", no_wrap=True)
-    for name in _fitted(columns(grid), widths[1:], _WIDTH - widths[0]):
+    for name in heads:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _rows_and_heads(run: Run) -> tuple[list[list[Text]], list[str]]:
+    grid = cells(run)
+    rows = [[Text(elided(line.loader, _NAME), style="bold"), *_glyphs(line)] for line in lines(grid) if line.cells]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
+    return rows, _fitted(columns(grid), widths[1:], _WIDTH - widths[0])
 
 
 def _fitted(names: Sequence[str], widths: Sequence[int], room: int) -> list[str]:
@@ -161,4 +166,6 @@ def _glyph(cell: MatrixCell) -> tuple[str, str]:
 def _legend(run: Run) -> Text:
     seen = {cell.outcome for cell in cells(run).values()}
     words = [f"{SYMBOLS[outcome]} {WORDS[outcome]}" for outcome in LETTERS if outcome in seen]
-    return Text(f"{', '.join(words)}; a sign per format and variant", style="dim")
+    names = [on_one_line(name) for name in columns(cells(run))]
+    heads = "" if names == _rows_and_heads(run)[1] else f"; columns: {', '.join(names)}"
+    return Text(f"{', '.join(words)}; a sign per format and variant{heads}", style="dim")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,6 +18,7 @@ from harness.checks.releases import CellLaw, ReleaseLaw
 from harness.cli import main
 from harness.loaders import package_index
 from harness.report.history import flips, read_history
+from harness.report.kept_releases import KeptReleases
 from harness.report.releases import ReleaseTable, history_records, lines, render
 
 RIGHT = "strength * alpha / rank"
@@ -69,7 +76,7 @@ def test_a_table_says_which_release_changed_what():
     assert shown[0] == "acme: diffusers/flux"
     assert shown[1].split()[:3] == ["1.0", "–", "1.1"]
     assert "acme-lora 9: cannot be installed: no" in shown
-    assert shown[-1] == f"acme 2.0 changed diffusers/flux: {RIGHT} → strength."
+    assert shown[-1] == "acme 2.0 changed diffusers/flux: strength · alpha / rank → strength."
 
 
 def test_the_page_escapes_what_a_release_says():
@@ -123,3 +130,93 @@ def test_a_release_that_cannot_be_had_is_a_row(tmp_path, monkeypatch):
     assert "peft 0.0.1: peft==0.0.1 is not here; run `lora-harness install peft==0.0.1`" in done.output
     assert "No release of peft could be measured." in done.output
     assert Path(tmp_path / "out" / "index.html").exists()
+
+
+def fake_release(root: Path, version: str, begin: str) -> None:
+    """Write a release of loralib that runs `begin` when it is imported and puts twice the trained scale."""
+    from tests.checks.test_releases import WRONG, release
+
+    release(root / "releases", version, WRONG, before=f"import os, time\n{begin}\n")
+
+
+def test_a_run_that_is_killed_keeps_what_it_measured_and_leaves_no_process(tmp_path):
+    began, pids, hold = (tmp_path / name for name in ("began", "pids", "hold"))
+    hold.touch()
+    note = f"open({str(began)!r}, 'a').write('%s ')\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')"
+    fake_release(tmp_path, "9.0", note % "9.0")
+    fake_release(tmp_path, "9.1", f"{note % '9.1'}\nwhile os.path.exists({str(hold)!r}): time.sleep(0.1)")
+    out = tmp_path / "out"
+    words = ["releases", "loralib", "--from", "9", "--every", "--bench", "qwen-image", "--out", str(out)]
+    part = out / "releases.json.part.jsonl"
+    with subprocess.Popen([sys.executable, "-m", "harness", *words], stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: began.exists() and "9.1" in began.read_text())
+        process.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in pids.read_text().split()))
+    assert len(part.read_text().splitlines()) == 1
+    hold.unlink()
+
+    done = run(*words, "--resume")
+    assert "loralib==9.0: 2 * strength * alpha / rank (measured before)" in done.output
+    assert began.read_text().split() == ["9.0", "9.1", "9.1"]
+    assert [each["version"] for each in json.loads((out / "releases.json").read_text())[0]["releases"]] == [
+        "9.0",
+        "9.1",
+    ]
+    assert not part.exists()
+
+    run(*words, "--resume")  # takes over the tables that are whole
+    assert began.read_text().split() == ["9.0", "9.1", "9.1"]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def law(version: str, state: str = RIGHT, **more: Any) -> ReleaseLaw:
+    return ReleaseLaw(f"acme=={version}", version, (cell(state),), **more)
+
+
+@contextmanager
+def kept_in(folder: Path, resume: bool = True) -> Iterator[KeptReleases]:
+    found = KeptReleases(folder, resume=resume)
+    yield found
+    found.close(written=False)
+
+
+def test_what_was_kept_is_taken_over_only_where_it_is_the_same_question(tmp_path, monkeypatch, capsys):
+    from harness.checks.releases import SLOW
+
+    places = [("diffusers", "flux")]
+    with kept_in(tmp_path, resume=False) as kept:
+        for each in (law("1"), law("2", SLOW), law("3", problem="process died"), law("4")):
+            kept.add("acme", each)
+    with (tmp_path / "releases.json.part.jsonl").open("a") as stream:
+        stream.write('{"loader": "acme", "versions": {}, "releases": [{"cells": 3}]}\n[1]\n{"loader": "ac')
+
+    with kept_in(tmp_path) as again:
+        assert set(again.measured("acme", ["1", "2", "3"], places)) == {"1"}
+        assert again.measured("acme", ["1"], [*places, ("kohya", "flux")]) == {}
+        assert again.measured("other", ["1"], places) == {}
+    assert "3 lines (5, 6, 7) are damaged" in capsys.readouterr().err
+    with kept_in(tmp_path, resume=False) as fresh:
+        assert fresh.measured("acme", ["1"], places) == {}
+    assert "has 4 releases of a run that was cut; --resume takes them over" in capsys.readouterr().err
+    monkeypatch.setattr("harness.report.kept_releases.installed_versions", lambda: {"torch": "1.0"})
+    with kept_in(tmp_path) as beside_others:
+        assert beside_others.measured("acme", ["1"], places) == {}
+
+
+def test_tables_that_are_none_are_said_and_not_taken_over(tmp_path, capsys):
+    (tmp_path / "releases.json").write_text('{"a": 1}')
+    with kept_in(tmp_path) as kept:
+        assert kept.measured("acme", ["1"], []) == {}
+    assert "holds no tables of releases" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["releases.json"]

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -19,6 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -31,6 +34,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -97,11 +102,30 @@ def qwen_image(folder: Path) -> Path:
     return _save(pipe, folder)
 
 
+def wan(folder: Path) -> Path:
+    """Save a WanPipeline, which draws videos."""
+    torch.manual_seed(0)
+    t5 = UMT5EncoderModel(UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2))
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32,
+        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    transformer.proj_out.weight.data *= 20.0  # untrained, it moves the latents too little for the VAE to show
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return _save(WanPipeline(_word_tokenizer(), t5, vae, scheduler, transformer), folder)
+
+
 ALL: dict[str, Callable[[Path], Path]] = {
     "sd15": stable_diffusion,
     "sdxl": stable_diffusion_xl,
     "flux": flux,
     "qwen-image": qwen_image,
+    "wan": wan,
 }
 
 

@@ -32,18 +32,23 @@ def missing() -> str | None:
     return None
 
 
-def start(profile: Path) -> Any:
-    """Return a driver whose user data lie in `profile`; the caller quits it."""
+def start(profile: Path, *, served: bool = False) -> Any:
+    """Return a driver whose user data lie in `profile`; the caller quits it.
+
+    The network is off, or `served` from this machine alone.
+    """
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, map(shutil.which, _NAMES)))
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
+    if served:
+        options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     browser.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    offline = {"offline": not served, "latency": 0, "downloadThroughput": -served, "uploadThroughput": -served}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
     return browser

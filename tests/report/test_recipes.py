@@ -151,8 +151,59 @@ def test_a_red_night_opens_one_issue_and_then_comments_on_it(known: str, does: s
     subprocess.run(["bash", "-eo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, check=True)
     assert (tmp_path / "gh.log").read_text(encoding="utf-8").startswith(does)
     body = (tmp_path / "body.md").read_text(encoding="utf-8")
-    assert "stopped before it wrote a report" in body
+    assert "stopped before it wrote a record" in body
     assert (repeat in body) is bool(known)
+
+
+def cut_run(folder: Path) -> None:
+    """Write the record of a run that was killed: a header, one verdict, no footer."""
+    from report_samples import failed, write_run
+
+    write_run(folder, [failed("acme")])
+    kept = (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()[:-1]
+    (folder / "run.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def real(folder: Path) -> Path:
+    """Write a `lora-harness` that is this one, in the place of a virtual environment."""
+    tool = folder / ".venv" / "bin" / "lora-harness"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m harness "$@"\n', encoding="utf-8")
+    tool.chmod(0o755)
+    return tool
+
+
+def test_the_issue_of_a_night_that_was_cut_says_so_below_what_it_had(tmp_path: Path) -> None:
+    cut_run(tmp_path / "reports" / "out")
+    real(tmp_path)
+    (tmp_path / "gh").write_text('#!/bin/sh\necho "$@" >> gh.log\n', encoding="utf-8")
+    (tmp_path / "gh").chmod(0o755)
+    script = next(script for script in SCRIPTS.values() if "gh issue create" in script)
+    env = dict(os.environ) | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN_URL": "x", "PACKAGES": "pinned"}
+    subprocess.run(["bash", "-eo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, check=True)
+    body = (tmp_path / "body.md").read_text(encoding="utf-8")
+    assert "acme" in body
+    assert "The run was cut short: above is what it had until then." in body
+
+
+def test_the_cron_script_writes_the_page_of_a_night_that_was_cut(tmp_path: Path) -> None:
+    tool = real(tmp_path)
+    inner = tool.with_name("inner")
+    tool.rename(inner)
+    cut_run(tmp_path / "cut")
+    tool.write_text(
+        f'#!/bin/sh\n[ "$1" = run ] || exec {inner} "$@"\nwhile [ "$1" != --out ]; do shift; done\n'
+        f'cp {tmp_path}/cut/run.jsonl "$2"\nexit 143\n',
+        encoding="utf-8",
+    )
+    tool.chmod(0o755)
+    env = dict(os.environ) | {"LORA_HARNESS_VENV": str(tmp_path / ".venv"), "LORA_NIGHTS": str(tmp_path / "nights")}
+    script = next(block for block in blocks("bash") if block.startswith("#!"))
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    page = Path(done.stdout.splitlines()[0].rpartition(": ")[2])
+    assert "cut short" in page.read_text(encoding="utf-8")
+    assert "cut short" in done.stdout
 
 
 def test_every_night_draws_the_tests_at_random_and_keeps_what_they_print() -> None:

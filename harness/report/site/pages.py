@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,21 @@ from harness.law.reads import measured_on, title_of
 from harness.outputs import replace_file, saying
 from harness.report.html import asset, environment, policy
 from harness.report.records import Run
+from harness.report.site import in_browser
 from harness.report.site.badge import badge, badge_state, badge_text
 from harness.report.site.loaders import ALPHAS, ASKED, Loader, releases_of, site_loaders
 from harness.report.site.markdown import finding_html
+from harness.report.site.page import Page
 from harness.text import plain
 from harness.verdict.codes import CODES, Code
 
 _MARK = "lora-harness site"
 
 
-@dataclass(frozen=True)
-class Page:
-    """One page: its address below the site, the template with its values, what stands in the JSON beside it."""
-
-    address: str
-    kind: str
-    title: str
-    template: str
-    values: dict[str, Any]
-    data: dict[str, Any]
-    words: str = ""
-    extra: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def root(self) -> str:
-        """The way from this page to the front page's folder."""
-        return "../" * self.address.count("/")
-
-
-def write_site(runs: Sequence[Run], out: Path | str) -> int:
+def write_site(runs: Sequence[Run], out: Path | str, *, python: in_browser.Parts | None = None) -> int:
     """Write the site of `runs` into the folder `out` and return the number of pages.
+
+    With `python`, which is Python for WebAssembly, it has a page that diagnoses a file in the browser.
 
     Raises:
         UserError: no run, `out` holds something else than such a site, or it cannot be written.
@@ -58,14 +42,16 @@ def write_site(runs: Sequence[Run], out: Path | str) -> int:
     if not runs:
         raise UserError("no run for the site: name at least one run file (RUN.jsonl)")
     _refuse_other_folder(out)
-    pages = [*site_pages(runs)]
-    write = _Writer()
+    pages = [*site_pages(runs, diagnoses=python is not None)]
+    write = _Writer(diagnoses=python is not None)
     with saying(out, "the site cannot be written"):
         for page in pages:
             for name, text in write.files(page).items():
                 target = out / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(target, text.encode("utf-8", "backslashreplace"), durable=False)
+    if python:
+        python.write(out)
     return len(pages)
 
 
@@ -84,15 +70,19 @@ def _refuse_other_folder(out: Path) -> None:
 class _Writer:
     """What all pages share: templates, style, script and the policy that allows these two alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, diagnoses: bool) -> None:
         style, script = asset("report.css") + asset("site.css"), asset("lora.js") + asset("site.js")
         self._templates = environment()
-        self._shared = {"policy": policy(script, style), "style": style, "script": script, "known_codes": CODES}
+        self._shared = {"style": style, "known_codes": CODES, "diagnoses": in_browser.ADDRESS if diagnoses else ""}
+        self._plain = {"policy": policy(script, style), "script": script}
+        script += asset("diagnose.js")
+        self._starting = {"policy": f"{policy(script, style)}; worker-src 'self'", "script": script}
 
     def files(self, page: Page) -> dict[str, str]:
         """Return the files of a page by their addresses: the page, its data, its badge."""
         template = self._templates.get_template(f"site/{page.template}")
-        text = template.render(**self._shared, page=page, root=page.root, **page.values)
+        own = self._starting if page.address == in_browser.ADDRESS else self._plain
+        text = template.render(**self._shared, **own, page=page, root=page.root, **page.values)
         beside = page.address.removesuffix(".html") + ".json"
         return {page.address: text, beside: json.dumps(_plain(page.data), indent=1) + "\n", **page.extra}
 
@@ -106,12 +96,13 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def site_pages(runs: Sequence[Run]) -> Iterator[Page]:
-    """Yield every page; the front page, which has the index of all others, last."""
+def site_pages(runs: Sequence[Run], *, diagnoses: bool = False) -> Iterator[Page]:
+    """Yield every page, that which diagnoses a file if wanted; the front page, which has the index of all, last."""
     loaders = site_loaders(runs)
     pages = [*(_loader_page(one, loaders) for one in loaders), *map(_finding_page, findings().values())]
     pages += [_format_page(name, loaders) for name in FORMATS]
     pages += map(_code_page, CODES.values())
+    pages += [in_browser.page({t.name: t.title for t in tools().values() if t.release})] if diagnoses else []
     yield from pages
     yield _front_page(runs, loaders, pages)
 
