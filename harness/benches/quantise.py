@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def _bnb4(kind: str) -> Callable[[Any], Any]:
         new.weight = bnb.nn.Params4bit(
             layer.weight.data, requires_grad=False, quant_type=kind, compress_statistics=False
         )
+        new.support_avx512bf16_for_cpu = False  # else its first forward repacks the codes, on some processors only
         return _with_bias(new, layer)
 
     return convert
@@ -106,45 +108,79 @@ def _quanto(layer: Any) -> Any:
     return new
 
 
-SCHEMES: Mapping[str, tuple[str, Callable[[Any], Any], str | None]] = {
-    "nf4": ("bitsandbytes", _bnb4("nf4"), "is_loaded_in_4bit"),
-    "fp4": ("bitsandbytes", _bnb4("fp4"), "is_loaded_in_4bit"),
-    "int8": ("bitsandbytes", _bnb8, "is_loaded_in_8bit"),
-    "torchao-int8": ("torchao", _torchao, None),
-    "quanto-int8": ("optimum-quanto", _quanto, None),
+@dataclass(frozen=True)
+class Scheme:
+    """The `package` with such layers, how it converts a linear layer, and what transformers sets on the model.
+
+    The layer's inputs are a multiple of `block`: bitsandbytes' own code for processors with AVX-512 takes the maximum
+    of another block where one goes on in the next row.
+    """
+
+    package: str
+    convert: Callable[[Any], Any]
+    mark: str | None = None
+    block: int = 1
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "nf4": Scheme("bitsandbytes", _bnb4("nf4"), "is_loaded_in_4bit", _BLOCK),
+    "fp4": Scheme("bitsandbytes", _bnb4("fp4"), "is_loaded_in_4bit", _BLOCK),
+    "int8": Scheme("bitsandbytes", _bnb8, "is_loaded_in_8bit"),
+    "torchao-int8": Scheme("torchao", _torchao),
+    "quanto-int8": Scheme("optimum-quanto", _quanto),
 }
-"""Name -> the package with such layers, how it makes one of a linear layer, what transformers sets on the model."""
 
 
-def quantised(make: Callable[[], Any], scheme: str, targets: Callable[[str], bool]) -> Callable[[], Any]:
+def quantised(make: Callable[[], Any], name: str, targets: Callable[[str], bool]) -> Callable[[], Any]:
     """Return a function that builds the model of `make` with its linear layers quantised, those that `targets` names.
 
+    Layers that the scheme cannot hold stay as they are.
+
     Raises:
-        UserError: no such scheme.
+        UserError: no such scheme; of the function: it holds none of the layers.
     """
-    check_scheme(scheme)
-    package, convert, mark = SCHEMES[scheme]
+    check_scheme(name)
+    scheme = SCHEMES[name]
 
     def build() -> Any:
-        import torch
-
         model = make()
-        for name, module in list(model.named_modules()):
-            if type(module) is torch.nn.Linear and name and targets(name):
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, _converted(convert, module, package))
-        if mark:
-            setattr(model, mark, True)
+        linear = _linear(model, targets)
+        held = [path for path, layer in linear.items() if layer.in_features % scheme.block == 0]
+        if not held:
+            raise UserError(_no_layer(name, linear.values()))
+        for path in held:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _converted(scheme, linear[path]))
+        if scheme.mark:
+            setattr(model, scheme.mark, True)
         return model
 
     return build
 
 
-def _converted(convert: Callable[[Any], Any], module: Any, package: str) -> Any:
+def _linear(model: Any, targets: Callable[[str], bool]) -> dict[str, Any]:
+    import torch
+
+    named = list(model.named_modules())
+    return {path: layer for path, layer in named if type(layer) is torch.nn.Linear and path and targets(path)}
+
+
+def _no_layer(name: str, linear: Collection[Any]) -> str:
+    if not linear:
+        return f"quantise={name!r}: none of the layers that take a LoRA is a torch.nn.Linear"
+    widths = ", ".join(map(str, sorted({layer.in_features for layer in linear})))
+    block = SCHEMES[name].block
+    return (
+        f"quantise={name!r}: its blocks are {block} weights of a row, and no layer's inputs are a multiple of that "
+        f"({widths}); --bench llama-wide has such, or give a model of your own such widths"
+    )
+
+
+def _converted(scheme: Scheme, module: Any) -> Any:
     try:
-        return convert(module)
+        return scheme.convert(module)
     except ImportError as error:
-        raise UserError(f"{package} is not installed, or does not fit the installed torch: {error}") from error
+        raise UserError(f"{scheme.package} is not installed, or does not fit the installed torch: {error}") from error
 
 
 @cache

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from harness.benches import View
+from harness.benches import Layer, View
 from harness.checks.cell import Cell
 from harness.example import Example, Target
 from harness.isolation.calls import Raised
 from harness.law.probe import Probe
-from harness.measure.compare import Fit, coarser, norm
+from harness.measure.codes import rounded
+from harness.measure.compare import Fit, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
 
@@ -89,11 +90,11 @@ def observation_of(
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
-        seen = cell.variant.fits(*both, expected=expected, dtype=example.dtype)
-        codes = cell.view.layers[name].codes
-        fits[name] = coarser(seen, codes, before[name], updates[name].direction, both[3]) if codes else seen
+        layer = cell.view.layers[name]
+        fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype, layer=layer)
     untouched = [name for name in cell.view.layers if name not in fits]
-    changed = tuple(n for n in untouched if norm(after[n] - before[n]) > _unchanged_limit(before[n], example.dtype))
+    limits = {name: _unchanged_limit(before[name], cell.view.layers[name], example.dtype) for name in untouched}
+    changed = tuple(name for name, limit in limits.items() if norm(after[name] - before[name]) > limit)
     wrong = [t for t in example.targets if wrong_direction(fits[t.name][0])]
     zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)
     return Observation(
@@ -131,9 +132,10 @@ def _mistake(
     return cell.variant.mistake(*weights, expected=expected, strength=example.strength)
 
 
-def _unchanged_limit(weight: Tensor, dtype: str) -> float:
-    """An untouched layer may be re-cast (one rounding), nothing more."""
-    return 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
+def _unchanged_limit(weight: Tensor, layer: Layer, dtype: str) -> float:
+    """An untouched layer may be re-cast, to its codes where it has some (one rounding), nothing more."""
+    recast = 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
+    return max(recast, 2 * norm(rounded(layer, weight) - weight)) if layer.codes else recast
 
 
 def wrong_direction(fit: Fit) -> bool:

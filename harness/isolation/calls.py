@@ -195,6 +195,8 @@ def _title(error: BaseException, text: str) -> str:
 def _is_refusal(error: BaseException, text: str) -> bool:
     """Whether the subject said on purpose that it does not take this: its own `raise`, with a sentence."""
     kind = type(error)
+    if isinstance(said := getattr(kind, "refuses", None), bool):  # of a program, that ended with a status
+        return said
     own = kind.__module__.partition(".")[0] not in {"builtins", *_LIBRARIES}
     if not (kind in _REFUSALS or own or _REFUSING.search(text)) or len(text.split()) < 2:
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -28,15 +29,29 @@ if TYPE_CHECKING:
 PLACES = ("{base}", "{lora}", "{strength}", "{out}")
 TAIL = 2000
 POLL_SECONDS = 0.5
+_REFUSING = re.compile(
+    r"^refused: |\bnot (yet )?(support|implement)ed\b|\bunsupported\b|\brefus(es|ing)\b", re.IGNORECASE
+)
+_CRASHED = re.compile(
+    r"^Traceback |\bpanicked at\b|core dumped|^\s+at .+:\d+|^goroutine \d+|Segmentation fault", re.MULTILINE
+)
 BASE, OUT = "base.safetensors", "merged.safetensors"
 
 
 class CommandError(RuntimeError):
     """A command loader that gave no merged weights; the message ends with the tail of what it printed."""
 
+    refuses = False
+
 
 class CommandFailedError(CommandError):
     """The command ended with a non-zero exit status, or was killed by a signal."""
+
+
+class CommandRefusedError(CommandFailedError):
+    """The command ended with an exit status that is not zero, and with a line that says that it does not take this."""
+
+    refuses = True
 
 
 class CommandTimeoutError(CommandError):
@@ -116,7 +131,8 @@ def run_command(words: Sequence[str], values: Mapping[str, str], out: Path, most
     if problem is not None:
         raise problem[0](_message(words, problem[1], printed))
     if process.returncode != 0:
-        raise CommandFailedError(_message(words, _status(process.returncode), printed))
+        kind = CommandRefusedError if process.returncode > 0 and _refuses(printed) else CommandFailedError
+        raise kind(_message(words, _status(process.returncode), printed))
     return printed
 
 
@@ -153,6 +169,14 @@ def _tail(log: Path) -> str:
     with log.open("rb") as source:
         source.seek(max(0, log.stat().st_size - TAIL))
         return source.read().decode(errors="replace").strip()
+
+
+def _refuses(printed: str) -> bool:
+    """Whether a command's last line says that it does not take the file: no crash in such words, no other error."""
+    last = (printed.splitlines() or [""])[-1].strip()
+    if _CRASHED.search(printed):
+        return re.match(r"([\w.]+\.)?NotImplementedError: \S", last) is not None
+    return _REFUSING.search(last) is not None and len(last.split()) > 1
 
 
 def _message(words: Sequence[str], problem: str, printed: str) -> str:

@@ -20,6 +20,8 @@ SPARE_BYTES = 64 << 20
 class OutputError(RuntimeError):
     """The merged file is missing, unreadable, too large, or does not fit the model."""
 
+    refuses = False
+
 
 def program_of(spec: str) -> list[str]:
     """Return the words of the command line that follows `kind:` in `spec`.

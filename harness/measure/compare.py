@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from harness.benches.quantise import rounded_to
 from harness.measure.tolerance import UNIT_ROUNDOFF, Tolerance, tolerance
 
 _FAINT = 0.05
@@ -147,38 +146,6 @@ def fit_slices(
 ) -> tuple[Fit, ...]:
     """Fit each row range on its own; a fault in one projection of a fused layer shows in its slice only."""
     return tuple(fit(before[r], after[r], direction.rows(r), expected=expected, dtype=dtype) for r in slices)
-
-
-_CODES = 2.0  # times what rounding the right sum to the layer's codes does: kinds of one family differ in details
-
-
-def coarser(
-    fits: Sequence[Fit], codes: str, before: Tensor, direction: Direction, slices: Sequence[slice]
-) -> tuple[Fit, ...]:
-    """Return the fits of a quantised layer with the tolerance that a merge into its codes needs.
-
-    Its floor is the reference merged into the same kind of codes: what is left of W + s * B@A when it is rounded to
-    them, `before` [rows, columns] being the weight behind the codes. Who adds at runtime is nearer.
-    """
-    rows = [slice(0, len(before)), *slices] if len(fits) > 1 else [slice(0, len(before))]
-    return tuple(_coarser(fit, codes, before, direction, part) for fit, part in zip(fits, rows, strict=True))
-
-
-def _coarser(fit: Fit, codes: str, before: Tensor, direction: Direction, rows: slice) -> Fit:
-    product = direction.product[rows, : before.shape[1]]
-    rests = [_rest(codes, before, direction.product, scale)[rows] for scale in (fit.expected, fit.scale)]
-    noise = _CODES * max(norm(rest) for rest in rests)
-    energy = float((product * product).sum())
-    lost = max(abs(float((rest * product).sum())) for rest in rests) / energy if energy else 0.0
-    sigma = noise / (math.sqrt(product.numel()) * math.sqrt(energy)) if energy else math.inf
-    old = fit.tolerance
-    wider = replace(old, noise=math.hypot(old.noise, noise), scale=old.scale + lost, lost=lost).blurred(sigma)
-    return replace(fit, tolerance=wider, lost=max(fit.lost, lost))
-
-
-def _rest(codes: str, before: Tensor, product: Tensor, scale: float) -> Tensor:
-    exact = before.double() + (scale if math.isfinite(scale) else 0.0) * product
-    return rounded_to(codes, exact) - exact
 
 
 def norm(x: Tensor) -> float:

@@ -241,6 +241,13 @@ def _copies(bench: Bench, model: torch.nn.Module) -> bool:
         return False
 
 
+def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:
+    if codes := sorted({layer["codes"] for layer in layers.values() if layer["codes"]}):
+        yield f"quantised to {', '.join(codes)}: a merge is held against the right sum rounded to that"
+        if plain := [name for name in targets if not layers[name]["codes"]]:
+            yield f"not quantised: {_patterns(plain)}"
+
+
 _VARIANTS = {"conv": "conv", "embedding": "embedding"}  # in which a LoRA is trained on such a layer
 
 
@@ -267,8 +274,7 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
         yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
     if not facts["said"]["runs"]:
         yield "no forward is given: copies, casts and saved states are not tried, nor what a loader does in one"
-    if codes := sorted({layer["codes"] for layer in layers.values() if layer["codes"]}):
-        yield f"quantised to {', '.join(codes)}: what a merge may be off by is what rounding the right sum to that does"
+    yield from _of_codes(layers, targets)
     if missing := [dtype for dtype in DTYPES if dtype not in facts["dtypes"]]:
         yield f"does not run in {', '.join(missing)}, which is not tried"
 

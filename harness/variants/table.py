@@ -81,6 +81,11 @@ def draw_dora(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor
     return {**draw_pair(layer, rank, generator), "magnitude": 0.5 + torch.rand(layer.rows, 1, generator=generator)}
 
 
+def dora(before: Tensor, update: Update, scale: float) -> Tensor:
+    """Return m * (W + s B A) / |W + s B A|, row by row."""
+    return dora_weight(before, scale * update.direction.product, update.parts["magnitude"])
+
+
 def fit_dora(before: Tensor, after: Tensor, update: Update, *, expected: float, dtype: str) -> Fit:
     """Fit W' = m * (W + s B A) / |W + s B A|, row by row, for the scale s.
 
@@ -94,7 +99,7 @@ def fit_dora(before: Tensor, after: Tensor, update: Update, *, expected: float, 
     c, cs = (wa * pp - pa * wp) / determinant, (pa * ww - wa * wp) / determinant
     weight = determinant / ww
     scale = float((weight * c * cs).sum() / (weight * c * c).sum())
-    exact = dora_weight(before, scale * p, update.parts["magnitude"])
+    exact = dora(before, update, scale)
     allowed = tolerance(
         dtype=dtype,
         scale=max(abs(scale), abs(expected)),
@@ -266,6 +271,7 @@ _ROWS = (  # in the order in which they are checked and printed
         additive=False,
         strengths=(1.0,),
         fit=fit_dora,
+        exact=dora,
         mistakes=dora_mistakes,
         readings=dora_readings,
     ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from harness.benches import Bench, View
 from harness.benches.layer import Kind, Layer
 from harness.example import Example, Target
 from harness.law.scale import trained_scale
+from harness.measure.codes import Reference, rounded, through_codes
 from harness.measure.compare import Direction, Fit, fit, fit_slices, norm
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 Parts = Mapping[str, "Tensor"]
 Topology = Literal["own", "split", "merged"]
 _SAME = 0.02  # of a change: one mistake is that near to itself in any dtype, and no two of them are to each other
+_STEP = 1e-3  # of scale, over which a slope is taken
 _ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
 
 
@@ -40,6 +43,11 @@ class FitOne(Protocol):
 def fit_sum(before: Tensor, after: Tensor, update: Update, *, expected: float, dtype: str) -> Fit:
     """Fit a variant that adds a multiple of its direction."""
     return fit(before, after, update.direction, expected=expected, dtype=dtype)
+
+
+def exact_sum(before: Tensor, update: Update, scale: float) -> Tensor:
+    """Return W + scale * direction."""
+    return before.double() + scale * update.direction.product
 
 
 class Mistakes(Protocol):
@@ -65,8 +73,9 @@ class Variant:
     roles that carry the size. `formats` (None: all) can say it and `kinds` of layers can have it, of those the ones it
     `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
     can be fitted on its own, as a multiple of its direction. `strengths`: what a strength other than 1 means is left to
-    the loader when there is only one. Two loads of a variant that is not `additive` have no meaning that everybody
-    shares. `readings` are what other strengths may mean then.
+    the loader when there is only one. `exact(W, update, scale)` is the weight that it makes of W. Two
+    loads of a variant that is not `additive` have no meaning that everybody shares. `readings` are what other strengths
+    may mean then.
     """
 
     name: str
@@ -85,6 +94,7 @@ class Variant:
     max_rank: Callable[[Layer], int] = lambda layer: 128
     wants: Callable[[Layer], bool] = lambda layer: True
     fit: FitOne = fit_sum
+    exact: Callable[[Tensor, Update, float], Tensor] = exact_sum
     mistakes: Mistakes = no_mistakes
     readings: Mistakes | None = None
 
@@ -137,9 +147,59 @@ class Variant:
         return next((what for what, weight in known if norm(after - weight) <= limit), None)
 
     def fits(
+        self,
+        before: Tensor,
+        after: Tensor,
+        update: Update,
+        slices: Sequence[slice],
+        *,
+        expected: float,
+        dtype: str,
+        layer: Layer | None = None,
+    ) -> tuple[Fit, ...]:
+        """Return the fit of the whole layer, then those of its slices when it stacks several projections.
+
+        Where `layer` is quantised the tolerance is what its codes need.
+        """
+        seen = self._fits(before, after, update, slices, expected=expected, dtype=dtype)
+        if layer is None or not layer.codes:
+            return seen
+        merged = partial(self._references, before, after, update, slices, layer, dtype=dtype)
+        references = [merged(scale) for scale in (expected, seen[0].scale) if math.isfinite(scale)]
+        references += [merged(each[0].scale + each[0].lost) for each in references[1:]]
+        return tuple(through_codes(fit, each) for fit, each in zip(seen, zip(*references, strict=True), strict=True))
+
+    def _references(
+        self,
+        before: Tensor,
+        after: Tensor,
+        update: Update,
+        slices: Sequence[slice],
+        layer: Layer,
+        scale: float,
+        *,
+        dtype: str,
+    ) -> tuple[Reference, ...]:
+        """Return an exact sum rounded to the codes of `layer`: as a whole, and of the slices that are fitted."""
+        exact = self.exact(before, update, scale)
+        slopes = self.exact(before, update, scale + _STEP) - exact
+        merged = rounded(layer, exact)
+        fits = self._fits(before, merged, update, slices, expected=scale, dtype=dtype)
+        return tuple(
+            Reference(
+                scale,
+                fit,
+                norm((merged - exact)[rows]),
+                norm((after - merged)[rows]),
+                norm(slopes[rows]) / _STEP,
+                exact[rows].numel(),
+            )
+            for fit, rows in zip(fits, (slice(0, len(before)), *slices), strict=False)
+        )
+
+    def _fits(
         self, before: Tensor, after: Tensor, update: Update, slices: Sequence[slice], *, expected: float, dtype: str
     ) -> tuple[Fit, ...]:
-        """Return the fit of the whole layer, then those of its slices when it stacks several projections."""
         whole = self.fit(before, after, update, expected=expected, dtype=dtype)
         if len(slices) < 2 or not self.split:
             return (whole,)

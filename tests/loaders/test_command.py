@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harness.errors import LoaderSpecError
+from harness.isolation.calls import raised_by
 from harness.loaders import command, exchange
 from harness.loaders.registry import resolve
 
@@ -82,6 +83,28 @@ def test_a_merged_file_that_does_not_fit_is_named_with_what_the_tool_printed(tex
 def test_a_failing_command_shows_its_status_and_the_tail_of_stderr(tmp_path):
     with pytest.raises(command.CommandFailedError, match=r"ended with exit status 3; it printed: .*the reason$"):
         shell("echo the reason >&2; exit 3")(torch.nn.Linear(1, 1), tmp_path)
+
+
+ENDS = {
+    "echo LoKr is not supported >&2; exit 2": "LH903",
+    "echo refused: LoHa >&2; exit 1": "LH903",
+    "echo Traceback of; echo NotImplementedError: LoHa; exit 1": "LH903",
+    "echo error: cannot read the file >&2; exit 1": "LH901",
+    "echo KeyError: lora_unet_x.alpha >&2; exit 1": "LH901",
+    "echo Traceback of; echo ValueError: unsupported operand here; exit 1": "LH901",
+    "echo panicked at x.rs:1: unsupported tensor; exit 101": "LH901",
+    "echo it is not supported; echo but more follows; exit 1": "LH901",
+    "echo LoKr is not supported; kill -9 $$": "LH901",
+    "exit 1": "LH901",
+    "true": "LH901",
+}
+
+
+@pytest.mark.parametrize("line", ENDS)
+def test_a_crash_is_no_refusal(line, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        shell(line)(torch.nn.Linear(1, 1), tmp_path)
+    assert raised_by(caught.value).code == ENDS[line]
 
 
 def test_a_killed_command_shows_the_signal(tmp_path):

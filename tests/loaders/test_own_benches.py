@@ -328,6 +328,8 @@ def test_a_wrong_law_shows_through_codes() -> None:
 def test_a_scheme_that_there_is_not_and_a_library_that_is_missing_are_told() -> None:
     with pytest.raises(UserError, match="quantise='q9': no such scheme; known are nf4, fp4, int8"):
         bench_name(attention, quantise="q9")
+    with pytest.raises(UserError, match=r"quantise='nf4': its blocks are 64 weights .* multiple of that \(16\)"):
+        bench_name(attention, quantise="nf4")
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match="bitsandbytes is not installed, or does not fit the installed torch"):
-            bench_name(attention, quantise="nf4")
+            bench_name(attention, quantise="int8")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from harness.benches.layer import Layer, layer_of
 from harness.benches.quantise import codes_of, rounded_to
-from harness.measure.compare import coarser, fit, low_rank, norm
+from harness.measure.compare import Fit, low_rank, norm
 from harness.measure.effective import dense_input, effective_weight, is_plain, keep_dense
+from harness.variants import Update, get_variant
 
 CONVOLUTIONS = (
     nn.Conv1d(3, 5, 4, stride=2, padding=1),
@@ -62,25 +65,57 @@ def test_rounding_to_codes_is_near_and_done_once(codes: str) -> None:
     assert torch.equal(rounded_to(codes, torch.zeros(3, 5).double()), torch.zeros(3, 5).double())
 
 
-@pytest.mark.parametrize(("times", "right"), [(1.0, True), (2.0, False), (0.5, False)])
-def test_a_merge_into_codes_is_right_and_a_wrong_scale_still_shows(times: float, right: bool) -> None:
-    generator = torch.Generator().manual_seed(2)
-    base = rounded_to("nf4", torch.randn(64, 64, generator=generator).double())
-    direction = low_rank(torch.randn(4, 64, generator=generator) / 8, torch.randn(64, 4, generator=generator) / 2)
-    after = rounded_to("nf4", base + times * direction.product)
-    strict = fit(base, after, direction, expected=1.0, dtype="float32")
-    assert not strict.direction_right
-    (seen,) = coarser((strict,), "nf4", base, direction, (slice(0, 64),))
+def update_of(rows: int, columns: int, rank: int, seed: int) -> tuple[torch.Tensor, Update]:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, columns, generator=generator).double()
+    a = torch.randn(rank, columns, generator=generator) / columns**0.5
+    b = torch.randn(rows, rank, generator=generator) * (0.7 * columns**0.5 / rank**0.5)
+    return base, Update({"A": a, "B": b, "magnitude": 0.5 + torch.rand(rows, 1, generator=generator)}, low_rank(a, b))
+
+
+def fitted(variant: str, codes: str, base: torch.Tensor, after: torch.Tensor, update: Update) -> Fit:
+    layer = Layer("linear", *base.shape, codes=codes)
+    whole = (slice(0, len(base)),)
+    (found,) = get_variant(variant).fits(base, after, update, whole, expected=0.5, dtype="float32", layer=layer)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("times", "right"), [(1.0, True), (1.05, False), (2.0, False), (0.5, False)])
+@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_merge_into_codes_is_right_and_a_wrong_scale_still_shows(
+    variant: str, codes: str, times: float, right: bool, seed: int
+) -> None:
+    base, update = update_of(64, 64, 4, seed)
+    base = rounded_to(codes, base)
+    merged = get_variant(variant).exact(base, update, 0.5 * times)
+    for after in (rounded_to(codes, merged), merged):
+        seen = fitted(variant, codes, base, after, update)
+        assert seen.direction_right
+        assert seen.scale_right is right
+
+
+def test_what_is_added_beside_codes_is_held_to_one_in_a_hundred() -> None:
+    base, update = update_of(64, 64, 4, 1)
+    seen = fitted(
+        "lora", "int8", rounded_to("int8", base), rounded_to("int8", base) + 0.505 * update.direction.product, update
+    )
     assert seen.direction_right
-    assert seen.scale_right is right
+    assert not seen.scale_right
+
+
+def test_the_scale_of_an_update_far_below_the_steps_says_nothing() -> None:
+    base, update = update_of(32, 32, 4, 2)
+    small = Update(update.parts, replace(update.direction, product=update.direction.product / 200))
+    base = rounded_to("nf4", base)
+    assert fitted("lora", "nf4", base, base, small).faint
 
 
 def test_a_layer_left_out_of_codes_is_seen() -> None:
-    generator = torch.Generator().manual_seed(3)
-    base = rounded_to("int8", torch.randn(32, 48, generator=generator).double())
-    direction = low_rank(torch.randn(2, 48, generator=generator) / 8, torch.randn(32, 2, generator=generator))
-    strict = fit(base, base, direction, expected=1.0, dtype="float32")
-    (seen,) = coarser((strict,), "int8", base, direction, (slice(0, 32),))
+    base, update = update_of(32, 48, 2, 3)
+    base = rounded_to("int8", base)
+    seen = fitted("lora", "int8", base, base, update)
     assert seen.unchanged
     assert not seen.scale_right
 
