@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from harness.doctor import inspect_file
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.energy import pair_energy, singular_values, untargeted
+from harness.doctor.inspect.energy import pair_energy, untargeted
+from harness.doctor.inspect.spectrum import singular_values
 from harness.errors import LoraFileError
 from harness.files import LoraWeights, read_lora, write_lora
 from harness.verdict.blocks import family_of

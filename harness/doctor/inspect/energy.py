@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from torch import Tensor
 from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.fit import base_hazards, fit_of, towers_note
+from harness.doctor.inspect.spectrum import Pair, Spectrum, spectra, spectrum
 from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
     from harness.doctor.match import Placement
-    from harness.files import LoraAdapter
+    from harness.files import LoraAdapter, LoraModule
 
 # ||ΔW|| / ||W|| over all adapted layers. On the tiny Qwen-Image pipeline of the image tests 0.016 to 0.08 is a clear
 # style with intact objects, twice that damages them and four times (0.12 to 0.32) destroys them. A guide, not a law.
@@ -117,12 +119,6 @@ def untargeted(base: Checkpoint, placed: Placement) -> list[str]:
     return [kind for kind, _ in sizes.most_common() if kind not in targeted]
 
 
-_CHUNK = 4096  # columns per float32 product; longer sums are done in float64
-_LEADING = 8
-_SYMMETRIC_PAYS = 64  # columns from which half the products save more than another library's call costs
-_TRUST_GRAM = 1e-3  # a Gram matrix squares the condition number: smaller ratios of singular values need QR
-
-
 def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | None = None) -> FileRecord:
     """Return `record` with the energy of every low-rank pair, hazard LH707, and what the energies advise.
 
@@ -181,22 +177,32 @@ def readable(base: Checkpoint, placed: Placement) -> dict[str, tuple[Slot, ...]]
 def energies(
     adapter: LoraAdapter, base: Checkpoint | None = None, placed: Placement | None = None
 ) -> dict[str, ModuleEnergy]:
-    """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts.
-
-    One module is in memory at a time.
-    """
+    """Return the energy of every module that is a pair A, B; of DoRA and biases only the low-rank part counts."""
     placed = base.place(adapter) if base and placed is None else placed
     slots = readable(base, placed) if base and placed else {}
-    found = {}
-    for name, module in adapter.modules.items():
-        pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
-        if pair and math.isfinite(module.trained_scale):
-            energy = _energy(adapter, name)
-            if base and name in slots and energy.finite:
-                norm = base_norm(base, slots[name])
-                energy = energy.model_copy(update={"relative": energy.norm / norm if norm else None})
-            found[name] = energy
-    return found
+    modules = {name: module for name, module in adapter.modules.items() if _is_measured(module)}
+    found = spectra([partial(_pairs, adapter, name) for name in modules])
+    named = {name: _energy(module, some) for (name, module), some in zip(modules.items(), found, strict=True)}
+    if base is None:
+        return named
+    return {name: _relative(energy, base, slots.get(name)) for name, energy in named.items()}
+
+
+def _is_measured(module: LoraModule) -> bool:
+    pair = "A" in module.keys and "B" in module.keys and "mid" not in module.keys
+    return pair and math.isfinite(module.trained_scale)
+
+
+def _pairs(adapter: LoraAdapter, name: str) -> Sequence[Pair]:
+    a, b = adapter.tensors(name)
+    return list(zip(a, b, strict=True)) if adapter.modules[name].variant == "experts" else [(a, b)]
+
+
+def _relative(energy: ModuleEnergy, base: Checkpoint, slots: Iterable[Slot] | None) -> ModuleEnergy:
+    if slots is None or not energy.finite:
+        return energy
+    norm = base_norm(base, slots)
+    return energy.model_copy(update={"relative": energy.norm / norm if norm else None})
 
 
 def base_norm(base: Checkpoint, slots: Iterable[Slot]) -> float:
@@ -212,86 +218,25 @@ def _slot_norm(base: Checkpoint, tensor: str, slot: Slot) -> float:
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
-def _energy(adapter: LoraAdapter, name: str) -> ModuleEnergy:
+def _energy(module: LoraModule, found: Sequence[Spectrum]) -> ModuleEnergy:
     """Return the energy of one pair, or of all experts of one parameter together."""
-    module, (a, b) = adapter.modules[name], adapter.tensors(name)
-    if module.variant != "experts":
-        return pair_energy(a, b, module.trained_scale)
-    found = [pair_energy(one_a, one_b, module.trained_scale) for one_a, one_b in zip(a, b, strict=True)]
-    if not all(energy.finite for energy in found):
-        return ModuleEnergy(norm=0.0, finite=False)
-    strongest = max(found, key=lambda energy: energy.spectral)
-    used = sum(energy.effective_rank for energy in found) / len(found)
-    return strongest.model_copy(update={"norm": norm_of(one.norm for one in found), "effective_rank": used})
+    energies = [_scaled(spectrum, module.trained_scale) for spectrum in found]
+    if len(energies) == 1 or not all(energy.finite for energy in energies):
+        return next((energy for energy in energies if not energy.finite), energies[0])
+    strongest = max(energies, key=lambda energy: energy.spectral)
+    used = sum(energy.effective_rank for energy in energies) / len(energies)
+    return strongest.model_copy(update={"norm": norm_of(one.norm for one in energies), "effective_rank": used})
 
 
 def pair_energy(a: Tensor, b: Tensor, scale: float) -> ModuleEnergy:
-    """Return the energy of scale * B @ A for a: [r, in, ...] and b: [out, r, ...].
+    """Return the energy of scale * B @ A for a: [r, in, ...] and b: [out, r, ...]."""
+    return _scaled(spectrum(a, b), scale)
 
-    ||BA||_F^2 = tr((B^T B)(A A^T)); the singular values of BA are those of R_B R_A^T with B = Q_B R_B, A^T = Q_A R_A.
-    """
-    values = singular_values(a.flatten(1), b.flatten(1)) * abs(scale)
-    norm = math.sqrt(float(values.square().sum()))
+
+def _scaled(found: Spectrum, scale: float) -> ModuleEnergy:
+    norm = found.norm * abs(scale)
     if not math.isfinite(norm):
-        return ModuleEnergy(norm=0.0, spectral=0.0, singular=(), effective_rank=0.0, finite=False)
-    leading = tuple(values[:_LEADING].tolist())
-    return ModuleEnergy(norm=norm, spectral=leading[0], singular=leading, effective_rank=_effective_rank(values))
-
-
-def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Return the r singular values of b @ a in float64, largest first, for a: [r, in] and b: [out, r].
-
-    All of them are NaN when a or b has an element that is not finite.
-    """
-    values = _from_grams(_gram(a.t()), _gram(b))
-    if values is not None and values[-1] > _TRUST_GRAM * values[0]:
-        return values
-    if torch.isfinite(a).all() and torch.isfinite(b).all():
-        return _from_qr(a, b)
-    return torch.full((a.shape[0],), math.nan, dtype=torch.float64)
-
-
-def _gram(columns: Tensor) -> Tensor:
-    """Return columns.T @ columns: [r, r] in float64; float32 products over a few thousand rows keep 7 digits."""
-    total = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
-    work = torch.float64 if columns.dtype == torch.float64 else torch.float32
-    for start in range(0, columns.shape[0], _CHUNK):
-        total += _square(columns[start : start + _CHUNK].to(work))
-    return total
-
-
-def _square(wide: Tensor) -> Tensor:
-    """Return wide.T @ wide; numpy asks BLAS for the symmetric product, half the work, which torch has not."""
-    if wide.shape[1] < _SYMMETRIC_PAYS:
-        return wide.t() @ wide
-    array = wide.numpy()
-    return torch.from_numpy(array.T @ array)
-
-
-def _from_grams(gram_a: Tensor, gram_b: Tensor) -> Tensor | None:
-    """Return sqrt(eig(L^T (B^T B) L)) with A A^T = L L^T, or None when A has no full rank or is not finite."""
-    root, failed = torch.linalg.cholesky_ex(gram_a)
-    small = root.t() @ gram_b @ root
-    if failed or not torch.isfinite(small).all():
-        return None
-    squares: Tensor = torch.linalg.eigvalsh(small)
-    return squares.clamp_min(0).sqrt().flip(0)
-
-
-def _from_qr(a: Tensor, b: Tensor) -> Tensor:
-    """The same by QR of the halves in float64: small singular values keep their digits."""
-    r_a = torch.linalg.qr(a.double().t(), mode="r").R
-    r_b = torch.linalg.qr(b.double(), mode="r").R
-    values = torch.linalg.svdvals(r_b @ r_a.t())
-    full = torch.zeros(a.shape[0], dtype=torch.float64)
-    full[: len(values)] = values
-    return full
-
-
-def _effective_rank(values: Tensor) -> float:
-    """Return exp(entropy of the normalised singular values), 0 for a zero matrix (Roy and Vetterli, 2007)."""
-    total = float(values.sum())
-    if total == 0:
-        return 0.0
-    shares = values / total
-    return math.exp(float(-torch.special.xlogy(shares, shares).sum()))
+        return ModuleEnergy(norm=0.0, finite=False)
+    leading = tuple(value * abs(scale) for value in found.leading)
+    used = found.effective_rank if scale else 0.0
+    return ModuleEnergy(norm=norm, spectral=leading[0], singular=leading, effective_rank=used)
