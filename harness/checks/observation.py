@@ -192,9 +192,14 @@ def _allowed(fits: Sequence[Fit]) -> float:
     return max(whole.tolerance.scale, whole.residual / whole.product)
 
 
+def _unsure(fit: Fit) -> float:
+    """Return what rounding, or a noise that the loader adds to right weights, leaves of the change unexplained."""
+    return fit.tolerance.noise if wrong_direction(fit) else max(fit.tolerance.noise, fit.residual)
+
+
 def changed_otherwise(once: Observation, seen: Observation) -> list[str]:
     """Return the layers of the file whose change is not the one of a plain load, the furthest off first."""
     off = {name: norm(seen.changes[name] - once.changes[name]) for name in once.fits}
-    allowed = {name: _TWO_LOADS * fits[0].tolerance.noise for name, fits in once.fits.items()}
+    allowed = {name: _TWO_LOADS * _unsure(fits[0]) for name, fits in once.fits.items()}
     wrong = [name for name in off if not off[name] <= allowed[name]]
     return sorted(wrong, key=lambda name: -off[name] / (allowed[name] or 1.0))

@@ -94,7 +94,7 @@ _ALL = (
     Code("LH408", "a file loaded before comes back", ("side_effects",), "deltas are cached under the file's name or path, or under a shape",
          "key a cache by the file's content, and empty it when a LoRA is unloaded", explains=("LH101", "LH102", "LH104", "LH209", "LH301", "LH302", "LH303", "LH304", "LH306", "LH401", "LH405", "LH501")),
     Code("LH501", "precision lost beyond the dtype's rounding", ("numerics",), "the delta or the sum is computed in a coarser dtype than the model's",
-         "compute the delta in float32 and round once"),
+         "compute the delta in float32 and round once", explains=("LH306",)),
     Code("LH502", "non-finite weights", ("numerics", "images", "verify"), "an overflow or a division by zero reaches the weights",
          "check rank and alpha before dividing; compute in float32"),
     Code("LH601", "noise", ("images",), "the LoRA is applied many times too strongly",
