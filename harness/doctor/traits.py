@@ -38,6 +38,7 @@ _LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self
 _OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
+_ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
@@ -127,11 +128,12 @@ class Traits:
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
-            found.add((before, after, "alpha" in module.keys, self._dora(module)))
+            marks = self._dora(module) or (_ROOT if module.rslora and source == "header" else "")
+            found.add((before, after, "alpha" in module.keys, marks))
         return {
             f"{_prefix_name(before)}.{_pair_name(after)}."
-            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{dora}"
-            for before, after, tensor, dora in found
+            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{marks}"
+            for before, after, tensor, marks in found
         }
 
     @cached_property
