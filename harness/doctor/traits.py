@@ -34,7 +34,10 @@ _PAIRS = {
     "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
-_LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_LANGUAGE = re.compile(
+    r"((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h|block|blocks)_#_.*"
+    r"(self_attn|attention|mlp|self_attention|attn)_\w+$"
+)
 _OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
@@ -232,6 +235,8 @@ def _pair_name(after: str) -> str:
 def what_it_is(traits: Traits, trainer: str | None) -> str:
     """Return model, format, trainer, number of modules, rank and alpha in one line."""
     adapter = traits.adapter
+    if not adapter.modules:
+        return f"no module that can be read ({adapter.format} keys)"
     by = f", written by {trainer}" if trainer else ""
     numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
     kinds = _spread(module.variant for module in adapter.modules.values())
@@ -272,7 +277,7 @@ def listed(names: Iterable[str]) -> str:
 def is_language(traits: Traits) -> bool:
     """Tell whether every layer is called as those of the decoder of a language model are, none as another tower's."""
     patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return bool(patterns) and all(_LANGUAGE.search(each) and not _OTHER_TOWER.search(each) for each in patterns)
+    return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
 
 
 def _spread(values: Iterable[object]) -> str:
