@@ -48,6 +48,7 @@ PAIRS = {
     "down": ("lora_down.weight", "lora_up.weight"),
     "lora.down": ("lora.down.weight", "lora.up.weight"),
 }
+ROOT = "rslora"  # how a spelling is marked whose header says that alpha was divided by sqrt(rank)
 SECONDS = 20
 Shape = tuple[int, ...]
 
@@ -84,7 +85,8 @@ def make_file(
     names: Parts, shapes: Mapping[str, Shape], scheme: str, numbers: Sequence[tuple[int, float]], component: str
 ) -> File:
     """Write every name of `names` in the spelling `scheme`, ranks and alphas taken from `numbers` in turn."""
-    scheme, _, dora = scheme.partition("+")
+    scheme, _, marked = scheme.partition("+")
+    root, dora = marked == ROOT, "" if marked == ROOT else marked
     own = FORMATS[scheme].naming if scheme in FORMATS else None
     prefix, pair, alpha = ("", "processor", "none") if own else _spelled(scheme)
     generator = torch.Generator().manual_seed(5)
@@ -108,11 +110,12 @@ def make_file(
         tensors |= {f"{stem}.{tail}": tensor for tail, tensor in parts.items()}
         tensors |= {f"{stem}.alpha": torch.tensor(number)} if alpha == "tensor" else {}
         ranks[name] = (rank, number)
-        scale, at = 1.0 if alpha == "none" else number / rank, 0
+        scale, at = 1.0 if alpha == "none" else number / (math.sqrt(rank) if root else rank), 0
         for layer, height in zip(layers, rows, strict=True):
             expected[layer] = _update(product, slice(at, at + height), kernel, magnitudes, dora), scale
             where[layer], at = name, at + height
-    return File(tensors, _header(ranks, component, use_dora=bool(dora)) if alpha == "header" else {}, expected, where)
+    metadata = _header(ranks, component, use_dora=bool(dora), rslora=root) if alpha == "header" else {}
+    return File(tensors, metadata, expected, where)
 
 
 def _update(product: Rows, rows: slice, kernel: Shape, magnitudes: torch.Tensor | None, dora: str) -> Update:
@@ -171,8 +174,8 @@ def _factor(number: int) -> int:
     return next(each for each in (4, 3, 2, 1) if number % each == 0)
 
 
-def _header(ranks: Mapping[str, tuple[int, float]], component: str, *, use_dora: bool) -> dict[str, str]:
-    config = build({n: r for n, (r, _) in ranks.items()}, {n: a for n, (_, a) in ranks.items()}, rslora=False)
+def _header(ranks: Mapping[str, tuple[int, float]], component: str, *, use_dora: bool, rslora: bool) -> dict[str, str]:
+    config = build({n: r for n, (r, _) in ranks.items()}, {n: a for n, (_, a) in ranks.items()}, rslora=rslora)
     config |= {"target_modules": sorted(ranks), "peft_type": "LORA", "use_dora": use_dora}
     return {"format": "pt", "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in config.items()})}
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lora_file import MIXED, UNIFORM, Deltas, Low, Reader, Shape, Update, make_file, outcome
+from benchmarks.lora_file import MIXED, ROOT, UNIFORM, Deltas, Low, Reader, Shape, Update, make_file, outcome
 from benchmarks.magnitudes import Change
 from benchmarks.zoo import Animal, Parts, zoo
 from harness.law.reads import TABLE, block_of, in_part, pattern_of
@@ -60,6 +60,7 @@ DORA = (
     "diffusion_model.A.none+vector", "diffusion_model.A.tensor+out", "bare.default.none+vector",
     "lora_unet.down.tensor+out", "lora_unet.down.tensor+in", "lycoris.down.tensor+out",
 )  # fmt: skip
+RSLORA = (f"transformer.A.header+{ROOT}",)
 TEXT = ("lora_te.down.tensor", "lora_te.down.none", "transformer.A.none", "transformer.lora.down.none")
 LIVE = tuple(tool for tool in FAITHFUL if tool != "diffusers")
 
@@ -174,10 +175,16 @@ def measure_diffusers(families: Sequence[str], schemes: Sequence[str]) -> Iterat
             meant = animal.of_width(naming)
             reader, names, shapes = diffusers_reader(meant), meant.names(naming), meant.layers
             whole = diffusers_reader(meant, whole=True)
-            for scheme in chosen(schemes, *SCHEMES, *PROCESSORS, *(() if meant.is_wide else (*VARIANTS, *DORA))):
+            for scheme in chosen(
+                schemes, *SCHEMES, *PROCESSORS, *RSLORA, *(() if meant.is_wide else (*VARIANTS, *DORA))
+            ):
                 place = {"tool": "diffusers", "release": diffusers.__version__, "family": family, "names": naming}
-                if found := row(whole if "+" in scheme else reader, names, shapes, scheme, animal.component):
+                if found := row(whole if _is_dora(scheme) else reader, names, shapes, scheme, animal.component):
                     yield {**place, "scheme": scheme, **found}
+
+
+def _is_dora(scheme: str) -> bool:
+    return "+" in scheme and not scheme.endswith(ROOT)
 
 
 def chosen(schemes: Sequence[str], *every: str) -> list[str]:
@@ -208,9 +215,9 @@ def measure_live(tool: str, families: Sequence[str], schemes: Sequence[str]) -> 
             own = {name: [name] for name in shapes}
             names = animal.names(naming) if animal and naming != "own" else own
             names = {name: parts for name, parts in names.items() if set(parts) <= set(shapes)}
-            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *VARIANTS, *DORA) if animal else TEXT)):
+            for scheme in chosen(schemes, *((*SCHEMES, *PROCESSORS, *RSLORA, *VARIANTS, *DORA) if animal else TEXT)):
                 place = {"tool": tool, "release": release, "family": family, "names": naming}
-                if found := row(whole if "+" in scheme else reader, names, shapes, scheme, bench.component):
+                if found := row(whole if _is_dora(scheme) else reader, names, shapes, scheme, bench.component):
                     yield {**place, "scheme": scheme, **found}
 
 

@@ -55,9 +55,9 @@ def test_other_tools_still_read_what_the_table_says(tool: str) -> None:
 
 
 def test_every_spelling_of_the_table_is_one_that_the_script_writes() -> None:
-    from benchmarks.reads import DORA, PROCESSORS, TEXT, VARIANTS
+    from benchmarks.reads import DORA, PROCESSORS, RSLORA, TEXT, VARIANTS
 
-    assert {scheme for *_, scheme in ROWS} <= {*SCHEMES, *PROCESSORS, *VARIANTS, *TEXT, *DORA}
+    assert {scheme for *_, scheme in ROWS} <= {*SCHEMES, *PROCESSORS, *VARIANTS, *TEXT, *DORA, *RSLORA}
 
 
 @pytest.mark.parametrize("scheme", ["lora_unet.down.tensor+out", "transformer.A.none+vector"])

@@ -2,7 +2,8 @@
 
 llama.cpp's converter (convert_hf_to_gguf.py, `LlamaModel.permute`) stores the rows of q and k of Llama's kind pair by
 pair for its rotary embedding: row 2 j + i of a head is row i d / 2 + j in transformers, d rows a head. Other models
-keep theirs; of those that are not listed here nobody says.
+keep theirs; of those that are not listed here nobody says. Experts are stacked in one tensor [experts, out, in]. To the
+norms of Gemma, which transformers multiplies by 1 + weight, 1 is added (conversion/gemma.py).
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from harness.doctor.quantised import Scheme
 from harness.files.gguf_file import ARCHITECTURE_KEY, GgufFile, model_names
 
 _PAIRED = frozenset({"llama", "granite"})
-_PLAIN = frozenset({"qwen2", "qwen2vl", "qwen3", "olmo2", "starcoder2"})
+_SHIFTED = frozenset({"gemma", "gemma2", "gemma3"})
+_PLAIN = _SHIFTED | {"qwen2", "qwen2vl", "qwen3", "qwen2moe", "qwen3moe", "olmo2", "starcoder2", "phi2", "phi3"}
 _ENDS = (".weight", ".bias")
 _COUNTS = {"q_proj": "head_count", "k_proj": "head_count_kv"}
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Names in transformers by key, and the rows of a head by key where they lie pair by pair."""
+    """Names in transformers by key, the rows of a head by key where they lie pair by pair, and norms with 1 added."""
 
     names: Mapping[str, str]
     heads: Mapping[str, int]
+    shifted: frozenset[str] = frozenset()
 
     def rows(self, key: str, read: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
         """Return rows [start, stop) in the order of transformers; `read` returns them as they lie."""
@@ -58,7 +61,8 @@ def translation(file: GgufFile) -> Translation:
         part = name.split(".")[-2]
         if kind in _PAIRED and part in counts and file.tensors[key].shape[0] % counts[part] == 0:
             heads[key] = file.tensors[key].shape[0] // counts[part]
-    return Translation(names, heads)
+    norms = (key for key in names if kind in _SHIFTED and key.endswith("norm.weight"))
+    return Translation(names, heads, frozenset(norms))
 
 
 def _count(file: GgufFile, key: str) -> int:
@@ -67,8 +71,16 @@ def _count(file: GgufFile, key: str) -> int:
 
 
 def scheme(file: GgufFile, key: str, order: Translation) -> Scheme | None:
-    """Return how a tensor is quantised, where its weights lie on a grid."""
+    """Return how a tensor is quantised, where its weights lie on a grid; a sum with 1 lies on that of its type."""
     info = file.tensors[key]
+    if key in order.shifted:
+        return Scheme(
+            f"GGUF {info.dtype} with 1 added",
+            info.shape,
+            (key,),
+            partial(_less_one, file, key),
+            partial(_ulp, file, key),
+        )
     if not file.has_grid(key):
         return None
 
@@ -80,3 +92,15 @@ def scheme(file: GgufFile, key: str, order: Translation) -> Scheme | None:
 
     step, offset = (partial(grid, part=part) for part in (0, 1))
     return Scheme(f"GGUF {info.dtype}", info.shape, (key,), rows, step, offset=offset)
+
+
+def _less_one(file: GgufFile, key: str, start: int, stop: int) -> Tensor:
+    """Return elements of a norm as transformers has them: [elements, 1]."""
+    return file.rows(key, start, stop).float()[:, None] - 1
+
+
+def _ulp(file: GgufFile, key: str, start: int, stop: int) -> Tensor:
+    """Return the distance of each element of a norm to the next number of its type: [elements, 1]."""
+    stored = file.rows(key, start, stop)[:, None]
+    exponent = torch.frexp(stored.float().abs()).exponent - 1
+    return torch.ldexp(torch.full(stored.shape, torch.finfo(stored.dtype).eps), exponent)

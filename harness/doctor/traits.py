@@ -34,10 +34,14 @@ _PAIRS = {
     "lora_A.weight": "A", "lora_A.default.weight": "default", "lora_down.weight": "down",
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
-_LANGUAGE = re.compile(r"(^|_)(layers|h|block)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$")
+_LANGUAGE = re.compile(
+    r"((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h|block|blocks)_#_.*"
+    r"(self_attn|attention|mlp|self_attention|attn)_\w+$"
+)
 _OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
+_ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
@@ -127,11 +131,12 @@ class Traits:
         for module in modules:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
-            found.add((before, after, "alpha" in module.keys, self._dora(module)))
+            marks = self._dora(module) or (_ROOT if module.rslora and source == "header" else "")
+            found.add((before, after, "alpha" in module.keys, marks))
         return {
             f"{_prefix_name(before)}.{_pair_name(after)}."
-            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{dora}"
-            for before, after, tensor, dora in found
+            f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{marks}"
+            for before, after, tensor, marks in found
         }
 
     @cached_property
@@ -230,6 +235,8 @@ def _pair_name(after: str) -> str:
 def what_it_is(traits: Traits, trainer: str | None) -> str:
     """Return model, format, trainer, number of modules, rank and alpha in one line."""
     adapter = traits.adapter
+    if not adapter.modules:
+        return f"no module that can be read ({adapter.format} keys)"
     by = f", written by {trainer}" if trainer else ""
     numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
     kinds = _spread(module.variant for module in adapter.modules.values())
@@ -270,7 +277,7 @@ def listed(names: Iterable[str]) -> str:
 def is_language(traits: Traits) -> bool:
     """Tell whether every layer is called as those of the decoder of a language model are, none as another tower's."""
     patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return bool(patterns) and all(_LANGUAGE.search(each) and not _OTHER_TOWER.search(each) for each in patterns)
+    return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
 
 
 def _spread(values: Iterable[object]) -> str:

@@ -28,6 +28,15 @@ _LONGEST_VOCABULARY = 2_000_000
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.")
 _MOST_BLOCKS = 512
 _MODERN = ("model.layers.", "model.", "lm_head", "transformer.h.")
+_OWN: Mapping[tuple[str, str], str] = {
+    ("phi2", "attn_output"): "self_attn.dense",
+    ("phi2", "ffn_up"): "mlp.fc1",
+    ("phi2", "ffn_down"): "mlp.fc2",
+    ("phi3", "attn_qkv"): "self_attn.qkv_proj",
+    ("phi3", "ffn_up"): "mlp.gate_up_proj",
+    ("gemma2", "ffn_up"): "mlp.up_proj",
+    ("gemma3", "ffn_up"): "mlp.up_proj",
+}  # layers of a model whose first name in the package is that of another
 _OLDER = frozenset({"bloom", "codeshell", "falcon", "gpt2", "gptj", "jais", "mpt", "starcoder"})  # transformer.h.
 _PLAIN = ("F16", "F32", "F64")
 _REFUSED = (ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, OSError, TypeError)
@@ -130,9 +139,14 @@ def model_names(file: GgufFile, layers: Iterable[str]) -> dict[str, str]:
         spellings.setdefault(name, []).append(spelling)
     starts = _MODERN[::-1] if file.metadata.get("general.architecture") in _OLDER else _MODERN
     known = [layer for layer in layers if layer in spellings]
-    return {
+    named = {
         layer: next((n for start in starts for n in spellings[layer] if n.startswith(start)), layer) for layer in known
     }
+    for layer in known:
+        own = _OWN.get((file.metadata["general.architecture"], layer.rpartition(".")[2]))
+        if own and (block := _BLOCK.match(layer)):
+            named[layer] = f"model.layers.{block[1]}.{own}"
+    return named
 
 
 def _metadata(path: Path, reader: Any) -> dict[str, str]:

@@ -152,7 +152,9 @@ def _both(shapes: Shapes) -> None:
         if role not in shapes:
             raise ShapeError(other, f"its partner, the {'down' if role == 'A' else 'up'} half ({role}), is missing")
         if not 2 <= len(shapes[role]) <= _MOST_DIMENSIONS:
-            raise ShapeError(role, f"has {len(shapes[role])} dimensions {_shown(shapes[role])}, 2 to 5 are needed")
+            lost = "; DeepSpeed ZeRO-3 and FSDP leave this where shards were not gathered" if 0 in shapes[role] else ""
+            what = f"has {len(shapes[role])} dimensions {_shown(shapes[role])}, 2 to 5 are needed{lost}"
+            raise ShapeError(role, what)
 
 
 def _experts(shapes: Shapes) -> Sizes:

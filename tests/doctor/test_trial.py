@@ -358,3 +358,25 @@ def test_a_weak_effect_is_first_what_the_tool_leaves_out(tmp_path: Path) -> None
     }
     said = [text for label, text in lines(diagnose(written(tmp_path, tensors), tool="diffsynth", saw="weak"))]
     assert any(text.startswith("modules dropped or misplaced (diffsynth ignores the magnitudes") for text in said)
+
+
+def test_shards_that_were_not_gathered_are_called_so(tmp_path: Path) -> None:
+    tensors = {f"{HF}{LLM[0]}.lora_{half}.weight": (0,) for half in "AB"}
+    path = written(tmp_path, tensors, config=CONFIG)
+    (hazard,) = (each for each in inspect_file(path).hazards if each.code == "LH706")
+    assert "DeepSpeed ZeRO-3 and FSDP leave this where shards were not gathered" in hazard.what
+    assert dict(lines(diagnose(path)))["file"] == "no module that can be read (peft keys)"
+
+
+@pytest.mark.parametrize("before", ["model.", "", "transformer.", "model.language_model.", "model.decoder."])
+def test_a_language_model_is_told_by_what_stands_before_its_layers(before: str, tmp_path: Path) -> None:
+    names = [name.replace("model.", before, 1) for name in LLM]
+    assert (
+        model_of(Traits(read_lora(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG)))) == "language model"
+    )
+
+
+def test_the_model_of_a_robot_is_no_language_model(tmp_path: Path) -> None:
+    names = [name.replace("model.", "paligemma_with_expert.gemma_expert.model.", 1) for name in LLM]
+    found = asked(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG))
+    assert (found["vllm"].effect, found["peft"].strength) == ("unknown", 1.0)

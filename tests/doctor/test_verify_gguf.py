@@ -116,6 +116,130 @@ def test_the_order_of_an_unknown_architecture_is_not_judged(tmp_path: Path) -> N
     assert "another order in some models" in report.overall.text()
 
 
+def _model(layers: dict[str, tuple[int, ...]], adapted: tuple[str, ...]) -> tuple[State, State, State]:
+    """Return weights of these shapes, what a LoRA of some of them adds, and its tensors."""
+    torch.manual_seed(1)
+    weights = {key: 0.02 * torch.randn(shape) for key, shape in layers.items()}
+    updates, lora = {}, {}
+    for key in (key for key in layers if key.removesuffix(".weight").endswith(adapted)):
+        out, into = layers[key]
+        a, b = 0.1 * torch.randn(8, into), 0.03 * torch.randn(out, 8)
+        stem = f"base_model.model.{key.removesuffix('.weight')}"
+        updates[key], lora[f"{stem}.lora_A.weight"], lora[f"{stem}.lora_B.weight"] = 2 * b @ a, a, b
+    return weights, updates, lora
+
+
+def _layer(*parts: tuple[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"model.layers.{block}.{name}.weight": shape for block in range(BLOCKS) for name, shape in parts}
+
+
+def _gguf(path: Path, architecture: str, tensors: State, kind: str = "F32") -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    for key, weight in tensors.items():
+        array = weight.contiguous().float().numpy()
+        raw = {} if array.ndim == 1 or kind == "F32" else {"raw_dtype": TYPES[kind]}
+        writer.add_tensor(key, quants.quantize(array, TYPES[kind]) if raw else array, **raw)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    return path
+
+
+def _judge(folder: Path, base: Path, merged: Path, lora: State) -> Any:
+    (folder / "lora").mkdir(exist_ok=True)
+    save_file(lora, folder / "lora" / "adapter_model.safetensors")
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16}))
+    return verify_merge(base, merged, folder / "lora", full=True)
+
+
+PHI3 = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm"}  # fmt: skip
+GEMMA = {"self_attn.q_proj": "attn_q", "self_attn.o_proj": "attn_output", "mlp.up_proj": "ffn_up",
+         "input_layernorm": "attn_norm", "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
+PHI2 = {"self_attn.q_proj": "attn_q", "self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"}
+FAMILIES = {
+    "phi3": (PHI3, ("qkv_proj", "gate_up_proj")),
+    "phi2": (PHI2, ("q_proj", "dense", "fc1")),
+    "gemma2": (GEMMA, ("q_proj", "up_proj")),
+    "gemma3": (GEMMA, ("q_proj", "up_proj")),
+}
+
+
+def _as_llama_cpp_has_it(architecture: str, names: dict[str, str], weights: State) -> State:
+    found = {}
+    for key, weight in weights.items():
+        block, part = key.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+        more = 1.0 if architecture.startswith("gemma") and part.endswith("norm") else 0.0
+        found[f"blk.{block}.{names[part]}.weight"] = weight + more
+    return found
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_names_and_norms_of_other_families_are_those_of_transformers(
+    architecture: str, kind: str, tmp_path: Path
+) -> None:
+    names, adapted = FAMILIES[architecture]
+    sizes = {name: (WIDE,) if name.endswith("norm") else (2 * WIDE, WIDE) for name in names}
+    weights, updates, lora = _model(_layer(*sizes.items()), adapted)
+    save_file({key: weight.to(torch.bfloat16) for key, weight in weights.items()}, tmp_path / "base.safetensors")
+    weights = {key: weight.to(torch.bfloat16).float() for key, weight in weights.items()}
+    some = next(iter(updates))
+    for without, code in (("none", 0), (some, 1)):
+        merged = _as_llama_cpp_has_it(architecture, names, _merged(weights, updates, 1.0, without))
+        after = _gguf(tmp_path / "merged.gguf", architecture, merged, kind)
+        report = _judge(tmp_path, tmp_path / "base.safetensors", after, lora)
+        assert report.exit_code == code, report.overall.text()
+        assert report.untouched.missing == report.untouched.changed == (), report.untouched
+    assert some.removesuffix(".weight") in report.overall.title
+
+
+def test_a_norm_that_changed_is_seen_through_the_one_that_was_added(tmp_path: Path) -> None:
+    names, adapted = FAMILIES["gemma2"]
+    sizes = {name: (WIDE,) if name.endswith("norm") else (2 * WIDE, WIDE) for name in names}
+    weights, updates, lora = _model(_layer(*sizes.items()), adapted)
+    save_file(weights, tmp_path / "base.safetensors")
+    merged = _as_llama_cpp_has_it("gemma2", names, _merged(weights, updates, 1.0))
+    merged["blk.1.attn_norm.weight"][3] += 0.001
+    after = _gguf(tmp_path / "merged.gguf", "gemma2", merged)
+    report = _judge(tmp_path, tmp_path / "base.safetensors", after, lora)
+    assert (report.exit_code, report.overall.code) == (1, "LH401")
+    assert "layers.1.input_layernorm" in report.overall.title
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+@pytest.mark.parametrize(
+    ("architecture", "owner", "parts"),
+    [
+        ("qwen3moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("qwen2moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("llama", "block_sparse_moe", ("w1", "w3", "w2")),  # Mixtral
+    ],
+)
+def test_experts_that_llama_cpp_stacks_are_judged_one_by_one(
+    architecture: str, owner: str, parts: tuple[str, ...], kind: str, tmp_path: Path
+) -> None:
+    shapes = dict(zip(parts, ((96, WIDE), (96, WIDE), (WIDE, 96)), strict=True))
+    layers = _layer(*((f"{owner}.experts.{e}.{part}", shape) for e in range(4) for part, shape in shapes.items()))
+    weights, updates, lora = _model(layers, (parts[0], parts[2]))
+    save_file(weights, tmp_path / "base.safetensors")
+    some = f"model.layers.1.{owner}.experts.2.{parts[2]}.weight"
+    for without, code in (("none", 0), (some, 1)):
+        merged = _merged(weights, updates, 1.0, without)
+        stacked = {
+            f"blk.{block}.ffn_{name}_exps.weight": torch.stack(
+                [merged[f"model.layers.{block}.{owner}.experts.{e}.{part}.weight"] for e in range(4)]
+            )
+            for block in range(BLOCKS) for name, part in zip(("gate", "up", "down"), parts, strict=True)
+        }  # fmt: skip
+        after = _gguf(tmp_path / "merged.gguf", architecture, stacked, kind)
+        report = _judge(tmp_path, tmp_path / "base.safetensors", after, lora)
+        assert report.exit_code == code, report.overall.text()
+    assert f"experts.2.{parts[2]}" in report.overall.title
+
+
 # where a block of each type keeps its scales in half precision: the rest may be any bytes
 SCALES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q5_0": [0], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108],
