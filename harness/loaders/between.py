@@ -8,7 +8,7 @@ from packaging.version import InvalidVersion, Version
 
 from harness.errors import UserError
 from harness.loaders.live import LiveLoader
-from harness.loaders.package_index import published
+from harness.loaders.package_index import every_published, published
 from harness.loaders.pinned import live_named, package_of, releases_of
 from harness.text import printable
 
@@ -54,9 +54,9 @@ def releases_between(
     ends = [_version(end) for end in (low, high) if end is not None]
     found: list[tuple[str, str | None]]
     if ask_index:
-        found = [
-            (each.version, each.day) for each in published(package) if not each.yanked or Version(each.version) in ends
-        ]
+        usual = [each for each in published(package) if not each.yanked]
+        wanted = [each for each in every_published(package) if each in usual or Version(each.version) in ends]
+        found = [(each.version, each.day) for each in wanted]
     else:
         found = [(version, None) for version in releases_of(live)]
     inside = [pair for pair in found if _is_between(pair[0], low, high)]

@@ -42,9 +42,28 @@ class Published:
     yanked: bool = False
 
 
-@cache
 def published(name: str) -> tuple[Published, ...]:
-    """Return the final releases of a package, oldest first.
+    """Return the final releases of a package, oldest first; of one that has none, those before.
+
+    Raises:
+        UserError: the index cannot be reached, or has no such package.
+    """
+    found = every_published(name)
+    return tuple(each for each in found if not Version(each.version).is_prerelease) or found
+
+
+def published_release(name: str, version: str) -> Published | None:
+    """Return what the index says of one release, final or not, None when it has none such.
+
+    Raises:
+        UserError: the index cannot be reached.
+    """
+    return next((each for each in every_published(name) if Version(each.version) == Version(version)), None)
+
+
+@cache
+def every_published(name: str) -> tuple[Published, ...]:
+    """Return the releases of a package, alphas, candidates and nightlies too, oldest first.
 
     Raises:
         UserError: the index cannot be reached, or has no such package.
@@ -53,17 +72,7 @@ def published(name: str) -> tuple[Published, ...]:
     found = _from_json(name, _fetched(url, name)) or [Published(name, version) for version in _listed_by_pip(name)]
     if not found:
         raise UserError(f"the package index {_shown(url)} has no release of {name}")
-    final = [each for each in found if not Version(each.version).is_prerelease]
-    return tuple(sorted(final or found, key=lambda each: Version(each.version)))
-
-
-def published_release(name: str, version: str) -> Published | None:
-    """Return what the index says of one release, None when it has none such.
-
-    Raises:
-        UserError: the index cannot be reached.
-    """
-    return next((each for each in published(name) if Version(each.version) == Version(version)), None)
+    return tuple(sorted(found, key=lambda each: Version(each.version)))
 
 
 def index_url() -> str:

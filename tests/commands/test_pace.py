@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import Progress, TextColumn
 
 from harness.checks.cell import Cell, cells_of
 from harness.checks.plan import Plan
+from harness.commands import pace
 from harness.commands.pace import Pace
 from harness.commands.screen import ProgressLine
 from harness.loaders.protocol import Defaults, Subject
@@ -32,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr("harness.commands.pace.time.monotonic", found)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=found))
     return found
 
 
@@ -47,10 +49,10 @@ def quiet_pace(cells: list[Cell], said: list[str], workers: int = 2) -> Pace:
 def test_a_line_a_minute_says_the_example_the_time_the_cells_and_what_is_left(clock: Clock) -> None:
     cells, said = some_cells(resolve("peft")), list[str]()
     each = Plan(max_examples=100).loads_in(cells[0])
-    pace = quiet_pace(cells, said)
+    seen = quiet_pace(cells, said)
     for second in range(150):
         clock.now += 1.0
-        pace.examples(cells[second % 2], 1, 0.9)
+        seen.examples(cells[second % 2], 1, 0.9)
     assert len(said) == 2  # after 61 and 122 seconds, and not for each of 150 examples
     assert (
         said[0]
@@ -58,11 +60,11 @@ def test_a_line_a_minute_says_the_example_the_time_the_cells_and_what_is_left(cl
     )
     for _ in range(100):
         clock.now += 1.0
-        pace.examples(cells[2], 1, 0.9)
-    pace.cell(cells[0])
-    pace.cell(cells[1])
+        seen.examples(cells[2], 1, 0.9)
+    seen.cell(cells[0])
+    seen.cell(cells[1])
     clock.now += 61.0
-    pace.cell(cells[2])
+    seen.cell(cells[2])
     assert "3 of 4 cells" in said[-1]
     assert minutes(said[-1]) < minutes(said[1])
 
@@ -77,22 +79,22 @@ def test_what_is_left_is_about_what_it_takes(clock: Clock) -> None:
     fast, slow = (Subject(name, lambda model, path: None, declaration=resolve("peft").declaration) for name in "ab")
     cells, said = [*some_cells(fast, 1), *some_cells(slow, 1)], list[str]()
     each = Plan(max_examples=100).loads_in(cells[0])
-    pace = quiet_pace(cells, said, workers=1)
+    seen = quiet_pace(cells, said, workers=1)
     for _ in range(each):
         clock.now += 0.1
-        pace.examples(cells[0], 1, 0.1)
-    pace.cell(cells[0])
+        seen.examples(cells[0], 1, 0.1)
+    seen.cell(cells[0])
     clock.now += 61.0
-    pace.examples(cells[1], 61, 61.0)  # ten times as slow as the other
+    seen.examples(cells[1], 61, 61.0)  # ten times as slow as the other
     left = (each - 61) * 1.0
     assert abs(60 * minutes(said[-1]) - left) <= 60 if left >= 90 else f"about {left:.0f} s left" in said[-1]
 
 
 def test_nothing_is_promised_before_anything_is_known(clock: Clock) -> None:
     cells, said = some_cells(resolve("peft")), list[str]()
-    pace = quiet_pace(cells, said)
+    seen = quiet_pace(cells, said)
     clock.now += 61.0
-    pace.cell(cells[0])
+    seen.cell(cells[0])
     assert said == [
         f"peft peft qwen-image lora: example 0/{Plan(max_examples=100).loads_in(cells[0])}, 61 s, 1 of 4 cells"
     ]
@@ -106,9 +108,9 @@ def test_a_slow_loader_is_said_to_be_slow_after_its_first_load(clock: Clock) -> 
         defaults=Defaults(10, 300.0, slow=True),
     )
     cells, said = some_cells(subject), list[str]()
-    pace = quiet_pace(cells, said)
-    pace.examples(cells[0], 1, 4.0)
-    pace.examples(cells[0], 1, 4.0)
+    seen = quiet_pace(cells, said)
+    seen.examples(cells[0], 1, 4.0)
+    seen.examples(cells[0], 1, 4.0)
     (line,) = said
     assert line.startswith("cmd:x: the first load took 4.0 s; a cell takes about ")
 
@@ -120,9 +122,9 @@ def test_what_is_drawn_keeps_within_the_terminal_and_elides_long_names(width: in
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     shown = Progress(TextColumn("{task.description}", markup=False), console=console, auto_refresh=False)
     line = ProgressLine(shown, "checking")
-    pace = Pace(some_cells(subject), Plan(), 1, line, lambda text: pytest.fail("nothing is said where it is drawn"))
+    seen = Pace(some_cells(subject), Plan(), 1, line, lambda text: pytest.fail("nothing is said where it is drawn"))
     clock.now += 61.0
-    pace.examples(some_cells(subject)[0], 57, 61.0)
+    seen.examples(some_cells(subject)[0], 57, 61.0)
     (task,) = shown.tasks
     assert len(task.description) <= width
     assert task.description.startswith("cmd")

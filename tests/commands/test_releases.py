@@ -29,7 +29,7 @@ def alone(tmp_path, monkeypatch):
     """No release, no index."""
     monkeypatch.setenv("LORA_HARNESS_RELEASES", str(tmp_path / "releases"))
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
-    package_index.published.cache_clear()
+    package_index.every_published.cache_clear()
 
 
 def run(*words: str) -> Result:

@@ -36,12 +36,12 @@ def index(monkeypatch) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/simple"
     monkeypatch.setenv("UV_DEFAULT_INDEX", address)
-    package_index.published.cache_clear()
+    package_index.every_published.cache_clear()
     PAGES.clear()
     yield address
     server.shutdown()
     server.server_close()
-    package_index.published.cache_clear()
+    package_index.every_published.cache_clear()
 
 
 def a_file(name: str, day: str = "2024-05-06", size: int = 1000, **more: object) -> dict[str, object]:
@@ -62,6 +62,13 @@ def test_releases_come_oldest_first_with_day_and_size():
         a_file("peft-0.11.0rc1-py3-none-any.whl"),
         a_file("nonsense"),
     )
+    assert package_index.published_release("peft", "0.11.0rc1") is not None  # one that is named need not be final
+    assert package_index.published_release("peft", "0.11.0") is None
+    ends = {"low": "0.10.0", "high": "0.11.0rc1"}
+    assert releases_between(live_loaders()["peft"], **ends, every=True, ask_index=True) == [
+        ("0.10.0", "2024-03-20"),
+        ("0.11.0rc1", "2024-05-06"),
+    ]
     found = package_index.published("peft")
     assert [(each.version, each.day, each.size) for each in found] == [
         ("0.9.0", "2024-02-01", 5),

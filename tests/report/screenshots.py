@@ -1,4 +1,7 @@
-"""Photograph a report: `python tests/report/screenshots.py reports/out/index.html docs/screenshots`."""
+"""Photograph a page: `python tests/report/screenshots.py reports/out/index.html docs/screenshots`.
+
+With a third word only the top of the page, under that name: `... reports/out/site/index.html docs/screenshots site`.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,31 @@ from typing import Any
 
 import chromium_browser
 
-DESKTOP, PHONE = (1280, 1500), (390, 1200)
+DESKTOP, PHONE = (1280, 1000), (390, 1000)
 VIEWS: tuple[tuple[str, tuple[int, int], dict[str, str], str], ...] = (
     ("desktop", DESKTOP, {}, "#verdict"),
     ("dark", DESKTOP, {"prefers-color-scheme": "dark"}, "#verdict"),
     ("phone", PHONE, {}, "#verdict"),
     ("images", DESKTOP, {}, "#sweeps"),
-    ("laws", DESKTOP, {}, "#laws"),
+    ("matrix", DESKTOP, {}, "#matrix"),
 )
 
 
-def photograph(page: Path, out: Path) -> None:
-    """Write one small PNG per view of `page` into `out`; a view whose part the page lacks is left out."""
+def photograph(page: Path, out: Path, name: str | None = None) -> None:
+    """Write one small PNG per view of `page` into `out`; a view whose part the page lacks is left out.
+
+    With a `name` only the top is photographed, and called so.
+    """
     with tempfile.TemporaryDirectory() as profile:
         browser = chromium_browser.start(Path(profile))
         try:
             browser.get(page.resolve().as_uri())
-            for name, size, media, part in VIEWS:
+            if name:
+                _save(_view(browser, DESKTOP, {}, "#verdict"), out / f"{name}.png")
+                return
+            for view, size, media, part in VIEWS:
                 if browser.execute_script("return document.querySelector(arguments[0])", part):
-                    _save(_view(browser, size, media, part), out / f"{name}.png")
+                    _save(_view(browser, size, media, part), out / f"{view}.png")
             _save(_first_printed_page(browser), out / "print.png")
         finally:
             browser.quit()
@@ -62,8 +71,8 @@ def _save(png: bytes, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(io.BytesIO(png)) as image:
-        image.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
+        image.convert("P", palette=Image.Palette.ADAPTIVE, colors=48).save(path, optimize=True)
 
 
 if __name__ == "__main__":
-    photograph(Path(sys.argv[1]), Path(sys.argv[2]))
+    photograph(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
