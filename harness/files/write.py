@@ -17,6 +17,7 @@ from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import ARCHITECTURE_KEY, write_gguf
 from harness.files.keys import PAIRS
+from harness.files.peft_folder import wrapped
 from harness.law.scale import trained_scale
 from harness.outputs import replace_file
 
@@ -75,7 +76,8 @@ def write_lora(
     tensors = _ordered(content.tensors, key_order)
     config = content.config
     if config:
-        config = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
+        ordered = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
+        config = {**ordered, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
     return save(path, format, replace(content, tensors=tensors, config=config))
 
 
@@ -186,6 +188,8 @@ def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
         if row.alpha[0] not in ("tensor", "none", "config"):
             raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
         return
+    if getattr(weights, "experts", 0) and not row.folder:
+        raise ValueError(f"modules[{name!r}]: a {row.name} file has no stacked experts, only peft")
     a, b = (tuple(weights.parts[half].shape) for half in "AB")
     if row.flips(name) and max(len(a), len(b)) > 2:
         raise ValueError(f"modules[{name!r}]: {row.name} holds matrices only, a is {list(a)}, b {list(b)}")
@@ -203,8 +207,9 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
     import torch
 
     tensors: dict[str, Tensor] = {}
+    stacked = wrapped(_stacked(modules))
     for name, weights in modules.items():
-        stem = prefix + stem_of(row, name)
+        stem = prefix + stem_of(row, stacked.get(name, name))
         for role, tensor in weights.parts.items():
             key = f"{stem}.{_tail(row, role, pair)}"
             if key in tensors:
@@ -214,6 +219,10 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
         if row.alpha[0] == "tensor" and weights.alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
     return tensors
+
+
+def _stacked(modules: Mapping[str, Ranked]) -> list[str]:
+    return [name for name, weights in modules.items() if getattr(weights, "experts", 0)]
 
 
 def stem_of(row: Format, name: str) -> str:
@@ -269,6 +278,9 @@ def configuration(row: Format, modules: Mapping[str, Ranked], *, rslora: bool = 
     neutral = {name: math.sqrt(rank) if rslora else float(rank) for name, rank in ranks.items()}
     config = build(ranks, {**neutral, **alphas}, rslora=rslora)
     roles = {role for weights in modules.values() for role in weights.parts}
+    if stacked := _stacked(modules):
+        rest = [name for name in config["target_modules"] if name not in stacked]
+        config |= {"target_modules": rest, "target_parameters": stacked}
     return _peft_config(config, roles) if row.folder else config
 
 
