@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from harness.benches.layer import Layer, Rows, View, layer_of, regroup, renamed
+from harness.benches.layer import Layer, Rows, View, experts_of, layer_of, parameter_of, regroup, renamed
 from harness.benches.template import Template
 from harness.errors import UserError
 
@@ -31,8 +31,8 @@ class Bench:
     layers end that LoRA is trained on in practice, None for every layer; `component` is what a pipeline calls the
     model. `fused` says of layers, by the end of their path, into how many projections their rows divide, or how many
     rows each has; `split` and `merged` say how the same layers are called where those are apart, or are one (see
-    `View`). `names` are runs of a path's words, and what files have there instead. `option` names it on the command
-    line. It is checked in `dtypes`.
+    `View`). `names` are runs of a path's words, and what files have there instead. `experts` are how the paths of
+    parameters end that stack the matrices of experts. `option` names it on the command line. It is checked in `dtypes`.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Bench:
     spec: str | None = None
     dtypes: tuple[str, ...] = DTYPES
     copies: bool = True
+    experts: tuple[str, ...] = ()
     _cast: dict[torch.dtype, torch.nn.Module] = field(default_factory=dict, init=False, repr=False)
     _templates: dict[torch.dtype, Template] = field(default_factory=dict, init=False, repr=False)
 
@@ -94,14 +95,15 @@ class Bench:
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
         """Every layer of the model that a LoRA could change, by path."""
-        return {name: found for name, module in self._base.named_modules() if (found := layer_of(module))}
+        modules = {name: found for name, module in self._base.named_modules() if (found := layer_of(module))}
+        return modules | experts_of(self._base, self.experts)
 
     @cached_property
     def chosen(self) -> tuple[str, ...]:
         """The layers that `targets` select, by path in the model; where nobody said which, all that share no weight."""
         if self.targets is None:
             return tuple(name for name in self.layers if name not in {*self.shared, *self.shared.values()})
-        return tuple(name for name in self.layers if ends_with(name, self.targets))
+        return tuple(name for name in self.layers if ends_with(name, (*self.targets, *self.experts)))
 
     @cached_property
     def shared(self) -> Mapping[str, str]:
@@ -115,11 +117,14 @@ class Bench:
     @cached_property
     def _own(self) -> View:
         """The model's own layers under their own names."""
-        parts = {name: rows for name, layer in self.layers.items() if (rows := self._parts(name, layer.rows))}
+        parts = {name: rows for name, layer in self.layers.items() if (rows := self._parts(name, layer))}
         return View(self.name, self.layers, self.chosen, parts)
 
-    def _parts(self, name: str, rows: int) -> tuple[int, ...]:
-        """Return how many rows each of the projections has that a layer stacks; nothing for an ordinary one."""
+    def _parts(self, name: str, layer: Layer) -> tuple[int, ...]:
+        """Return how many rows each of the matrices has that a layer stacks; nothing for an ordinary one."""
+        rows = layer.rows
+        if layer.kind == "experts":
+            return (rows // layer.experts,) * layer.experts
         parts = next((parts for end, parts in self.fused if ends_with(name, (end,))), ())
         return (rows // parts,) * parts if isinstance(parts, int) else tuple(parts)
 
@@ -177,9 +182,9 @@ class Bench:
         return output
 
 
-def shared(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, str]:
+def shared(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
     """Return the layers that share the weight of an earlier one, with that one."""
-    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in layers}  # held: ids stay their own
+    weights = {name: parameter_of(model, name, layer) for name, layer in layers.items()}  # held: ids stay their own
     first, found = dict[int, str](), dict[str, str]()
     for name, weight in weights.items():
         other = name if weight is None else first.setdefault(id(weight), name)

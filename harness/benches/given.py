@@ -1,7 +1,8 @@
 """Benches in another interpreter: given by description and weights, so that both sides measure the same model.
 
 Where the loader takes any model, plain layers stand at the bench's paths, and no library that has the bench's class is
-needed there. Else the bench's own class is built by whatever release of its library is there, and gets the weights.
+needed there. Else, and where experts are stacked in a parameter, the bench's own class is built by whatever release of
+its library is there, and gets the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _described(bench: Bench, path: Path, plain: bool) -> dict[str, Any]:
 
     state = {name: value.clone().contiguous() for name, value in bench.base().state_dict().items()}
     save_file(state, path)  # cloned: weights that are tied share memory, which safetensors refuses
-    layers = {name: asdict(layer) for name, layer in bench.layers.items()} if plain else None
+    layers = {name: asdict(layer) for name, layer in bench.layers.items()} if plain and not bench.experts else None
     return {"weights": str(path), "layers": layers}
 
 

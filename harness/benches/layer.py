@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.benches.quantise import codes_of
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["linear", "transposed", "conv", "embedding"]
+Kind = Literal["linear", "transposed", "conv", "embedding", "experts"]
 Rows = tuple[tuple[str, slice], ...]
 """Rows of the model's layers, stacked in this order."""
 
@@ -24,10 +24,11 @@ class Layer:
     """A layer whose weight is the matrix `[rows, columns]`: outputs by inputs.
 
     A convolution of one, two or three dimensions has one column per input channel and kernel place,
-    `[out, in * kh * kw]`; an embedding one column per
-    token; `transposed` is a linear layer that stores its weight as [in, out] (transformers' `Conv1D`). `bias` says
-    whether it has one. `codes` is what a quantised weight is rounded to, `blur` the share of an answer that such a
-    layer loses of dense input, where it rounds that too.
+    `[out, in * kh * kw]`; an embedding one column per token; `transposed` is a linear layer that stores its weight as
+    [in, out] (transformers' `Conv1D`). `experts` are the matrices of a parameter of three dimensions, one below the
+    other, `turned` where each is stored as [in, out]; its path is the parameter's. `bias` says whether it has one.
+    `codes` is what a quantised weight is rounded to, `blur` the share of an answer that such a layer loses of dense
+    input, where it rounds that too.
     """
 
     kind: Kind
@@ -40,6 +41,8 @@ class Layer:
     dilation: tuple[int, ...] = ()
     codes: str = ""
     blur: float = 0.0
+    experts: int = 1
+    turned: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,6 +72,26 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
         columns, rows = module.weight.shape  # type: ignore[misc]  # [in, out]
         return Layer("transposed", rows, columns, bias)
     return None
+
+
+def experts_of(model: torch.nn.Module, ends: Sequence[str]) -> dict[str, Layer]:
+    """Return the stacked experts of a model whose paths end so, by path; `is_transposed` says how a module stores them.
+
+    That is what transformers' models have, and what PEFT reads.
+    """
+    found = {}
+    for path, weight in model.named_parameters():
+        if weight.dim() == 3 and any(path == end or path.endswith(f".{end}") for end in ends):
+            number, first, second = weight.shape
+            turned = bool(getattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed", False))
+            rows, columns = (second, first) if turned else (first, second)
+            found[path] = Layer("experts", number * rows, columns, experts=number, turned=turned)
+    return found
+
+
+def parameter_of(model: torch.nn.Module, path: str, layer: Layer) -> Any:
+    """Return the parameter that the weight of a layer is, None where it has none."""
+    return model.get_parameter(path) if layer.kind == "experts" else getattr(model.get_submodule(path), "weight", None)
 
 
 def _padding(module: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) -> tuple[int, ...]:

@@ -35,13 +35,14 @@ class OwnBench:
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
     component: str = "transformer"
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    experts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return all but the forward, as JSON."""
         fused = {end: dict(parts) for end, parts in self.fused.items()}
         targets = None if self.targets is None else list(self.targets)
         said = {"name": self.name, "targets": targets, "fused": fused, "component": self.component}
-        return {**said, "names": dict(self.names), "runs": self.run is not None}
+        return {**said, "names": dict(self.names), "experts": list(self.experts), "runs": self.run is not None}
 
     def split(self, layers: Mapping[str, Layer]) -> dict[str, Rows]:
         """Return where in `layers` the rows are of what training kept apart."""
@@ -63,6 +64,7 @@ def bench(
     fused: Mapping[str, Mapping[str, int]] | None = None,
     component: str = "transformer",
     names: Mapping[str, str] | None = None,
+    experts: Iterable[str] | str = (),
 ) -> Callable[[F], F]:
     """Make a bench of a function without arguments that builds a small model; the function is returned as it is.
 
@@ -70,7 +72,9 @@ def bench(
     change. `run(model)` calls the model once and returns a tensor; it may draw its inputs with torch, whose generator
     is seeded and whose default dtype is the model's. `fused` says of layers that stack several projections which, with
     how many rows, in order. `component` is the model's name in a pipeline, which files of some formats begin with.
-    `names` maps runs of words in the layers' paths to what files have instead.
+    `names` maps runs of words in the layers' paths to what files have instead. `experts` are how the paths of
+    parameters of three dimensions end, `[experts, out, in]`, or `[experts, in, out]` where their module says
+    `is_transposed`: files adapt them as PEFT's `target_parameters`.
 
     The weights are drawn after a seed of the harness's, and the function is called anew in each process.
 
@@ -83,7 +87,8 @@ def bench(
     if not isinstance(name, str):
         raise UserError('write @bench("a-name"): a bench has a name')
     chosen = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
-    said = OwnBench(name, chosen, run, dict(fused or {}), component, dict(names or {}))
+    stacked = (experts,) if isinstance(experts, str) else tuple(experts)
+    said = OwnBench(name, chosen, run, dict(fused or {}), component, dict(names or {}), stacked)
     _check(said)
     return declare_as(said)
 
@@ -110,6 +115,10 @@ def _check(said: OwnBench) -> None:
         raise UserError(f"{where}: a name has letters, digits, dots and dashes")
     if said.targets == () or not all(isinstance(end, str) and end.strip(". ") for end in said.targets or ()):
         raise UserError(f"{where}: targets={said.targets!r} names no layer; leave it out for every layer")
+    if not all(isinstance(end, str) and end.strip(". ") for end in said.experts):
+        raise UserError(f'{where}: experts={said.experts!r} are no ends of paths, as in "experts.gate_up_proj"')
+    if said.experts and said.run is None:
+        raise UserError(f"{where}: experts need run=, because what is added to them shows only while the model runs")
     if said.run is not None and not callable(said.run):
         raise UserError(f"{where}: run is {type(said.run).__name__}, not a function run(model)")
     if not isinstance(said.component, str):
@@ -131,7 +140,18 @@ def bench_of(said: OwnBench, make: Callable[[], Any], spec: str) -> Bench:
     run = None if said.run is None else _running(said.run)
     fused = tuple((end, tuple(parts.values())) for end, parts in said.fused.items())
     factory = _Factory(make, what)
-    return Bench(said.name, _SEED, factory, said.targets, run, fused, said.component, names=said.names, spec=spec)
+    return Bench(
+        said.name,
+        _SEED,
+        factory,
+        said.targets,
+        run,
+        fused,
+        said.component,
+        names=said.names,
+        spec=spec,
+        experts=said.experts,
+    )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Row:
     seed: int | None = None
     targets: Sequence[str] | None = field(default=None, hash=False)
     fused: Sequence[Sequence[Any]] = field(default=(), hash=False)
+    experts: Sequence[str] = field(default=(), hash=False)
 
     @property
     def library(self) -> str:
@@ -81,6 +82,7 @@ class Row:
             tuple((end, rows) for end, rows in self.fused),
             self.component,
             merged=partial(_merged, self) if self.original else None,
+            experts=tuple(self.experts),
         )
 
 

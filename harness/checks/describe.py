@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +13,13 @@ from harness.checks.family import LAW_FAMILIES, Finding
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
+from harness.law.probe import Probe
 from harness.measure.compare import Fit
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
 
 _SHOWN_MODULES = 4
+_SHOWS = 1e-3  # of a scale: a smaller error than that need not be said to be hidden
 _AGREE = 0.01  # a strength that is further off would be harmful
 _TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
 
@@ -28,6 +30,22 @@ def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None =
     heard = {"heard": dict(cell.heard)} if family == "silence" else {}
     title = silence_title(cell.heard) if heard else f"{family} right"
     return cell.verdict(family, "passed", title=title, examples=examples, law=law, data=heard)
+
+
+def through_codes(cell: Cell, verdict: Verdict, probes: Sequence[Probe]) -> Verdict:
+    """Return the verdict on the scale with how far off one may be that the codes of the cell's layers hide."""
+    codes = {layer.codes for name, layer in cell.view.layers.items() if name in cell.targets and layer.codes}
+    if verdict.check != "scale" or not codes:
+        return verdict
+    kinds, seen = ", ".join(sorted(codes)), [p for p in probes if p.expected and cell.view.layers[p.module].codes]
+    if not seen:
+        reason = f"the steps of {kinds} are larger than what these files add"
+        return verdict.model_copy(update={"outcome": "skipped", "title": "not judged", "reason": reason})
+    share = min(probe.tolerance / abs(probe.expected) for probe in seen)
+    if share < _SHOWS:
+        return verdict
+    title = f"{verdict.title}; a scale that is less than {share:.1%} off is not judged: {kinds} hides it"
+    return verdict.model_copy(update={"title": title, "data": verdict.data | {"hidden": share}})
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import equal  # bound here: a subject may replace torch's own
 
-from harness.benches import Bench, get_bench
+from harness.benches import Bench, Layer, get_bench
 from harness.benches.given import take_benches
+from harness.benches.layer import parameter_of
 from harness.checks.engine import answer_outputs
+from harness.checks.experts import UnreadableExpertsError, check_experts
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -143,6 +146,11 @@ class _Work:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
         new.rename(old)
 
+    def _experts_as_before(self, base: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Layer]:
+        """Return the experts that are not merged: what is added to them is there only while the model runs."""
+        every = ((name, layer) for name, layer in self.bench.layers.items() if layer.kind == "experts")
+        return {name: layer for name, layer in every if equal(self.times * base[name], found[name])}
+
     def _call(self, kind: Kind, number: float | None, path: str) -> Callable[[torch.nn.Module], object]:
         """Return the call to make on the model; what the subject does not declare does nothing."""
         if kind == "load":
@@ -163,6 +171,9 @@ class _Work:
             if all(equal(self.times * base[name], found[name]) for name in bench.layers):
                 dense.clear()
                 found = weights_while_running(self.model, bench.layers, bench.forward, **how)
+            elif still := self._experts_as_before(base, found):
+                found |= weights_while_running(self.model, still, bench.forward, **how)
+            check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
             shifted = () if bias else tuple(_shifted(bench, self.model, dtype, self.dtype))
             unsteady = list(_unsteady(self, found, dense))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
@@ -269,6 +280,8 @@ def _raised(error: BaseException) -> Raised:
         return error.raised
     if isinstance(error, MissingModuleError):
         return Raised("LH902", f"the loaded model has no module {error}")
+    if isinstance(error, UnreadableExpertsError):
+        return Raised("LH902", str(error))
     if isinstance(error, TimeLimitExceeded):
         return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True)
     return Raised("LH902", f"the loaded model does not run: {one_line(error)}")
@@ -278,8 +291,9 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     model = bench.build(_dtype(dtype))
     if times == 1:
         return model  # what a weight is stored as may not be a number
-    for weight in {id(w): w for name in bench.layers if (w := model.get_submodule(name).weight) is not None}.values():
-        weight.data.mul_(times)  # type: ignore[operator]  # nn.Module's attributes are tensors or modules
+    weights = (parameter_of(model, name, layer) for name, layer in bench.layers.items())
+    for weight in {id(weight): weight for weight in weights if weight is not None}.values():
+        weight.data.mul_(times)
     return model
 
 
@@ -313,7 +327,7 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
     import torch
 
     measured = ("weight", "bias") if bias else ("weight",)
-    weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
+    weights = {*bench.layers, *(f"{layer}.{kind}" for layer in bench.layers for kind in measured)}
     coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
     kept = bench.base(_dtype(dtype)).state_dict().items()
     own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
@@ -332,7 +346,7 @@ def _shifted(bench: Bench, model: torch.nn.Module, dtype: str, runs_in: torch.dt
 
 
 def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -47,7 +47,7 @@ def _rewrite_header(path: Path, style: Patterns) -> None:
 
 
 def _restyled(config: dict[str, Any], prefix: str, style: Patterns) -> dict[str, Any]:
-    names = list(config[f"{prefix}target_modules"])
+    names = [*config[f"{prefix}target_modules"], *config.get(f"{prefix}target_parameters", ())]
     tables = {f"{prefix}{name}": config[f"{prefix}{name}"] for name in _TABLES if config.get(f"{prefix}{name}")}
     return config | {key: _STYLES[style](table, names) for key, table in tables.items()}
 

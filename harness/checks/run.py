@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
-from harness.checks.describe import NamedFinding, passed
+from harness.checks.describe import NamedFinding, passed, through_codes
 from harness.checks.family import LAW_FAMILIES, family_names, follow
 from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, covers, no_longer_silent, tried_alone, unmatched
 from harness.checks.outputs import NOT_SEEN, SEEN
@@ -42,8 +42,6 @@ _RESIDUAL = (
     "LH306",
     "LH501",
 )  # four names of an unexplained change, which one fault may show in turn
-
-_SHOWS = 1e-3  # of a scale: a smaller error than that need not be said to be hidden
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ def _verdicts(cell: Cell, result: Search, diagnosis: Diagnosis) -> Iterator[Verd
             yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)
             continue
         right = passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
-        yield _through_codes(cell, _with_seen(right, result), result.probes)
+        yield through_codes(cell, _with_seen(right, result), result.probes)
 
 
 def _with_seen(verdict: Verdict, result: Search) -> Verdict:
@@ -272,22 +270,6 @@ def _with_seen(verdict: Verdict, result: Search) -> Verdict:
     how = " and ".join(sorted(result.zero_alpha))
     title = f"{verdict.title}; alpha = 0 is read {how}" if how else verdict.title
     return verdict.model_copy(update={"title": title, "data": seen | ({"zero_alpha": how} if how else {})})
-
-
-def _through_codes(cell: Cell, verdict: Verdict, probes: Sequence[Probe]) -> Verdict:
-    """Return the verdict on the scale with how far off one may be that the codes of the cell's layers hide."""
-    codes = {layer.codes for name, layer in cell.view.layers.items() if name in cell.targets and layer.codes}
-    if verdict.check != "scale" or not codes:
-        return verdict
-    kinds, seen = ", ".join(sorted(codes)), [p for p in probes if p.expected and cell.view.layers[p.module].codes]
-    if not seen:
-        reason = f"the steps of {kinds} are larger than what these files add"
-        return verdict.model_copy(update={"outcome": "skipped", "title": "not judged", "reason": reason})
-    share = min(probe.tolerance / abs(probe.expected) for probe in seen)
-    if share < _SHOWS:
-        return verdict
-    title = f"{verdict.title}; a scale that is less than {share:.1%} off is not judged: {kinds} hides it"
-    return verdict.model_copy(update={"title": title, "data": verdict.data | {"hidden": share}})
 
 
 def _words(label: str) -> tuple[str, str]:

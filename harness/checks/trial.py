@@ -273,7 +273,11 @@ def _file_name(cell: Cell) -> str:
 
 def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
     """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
-    modules = {t.name: LoraParts(updates[t.name].parts, t.alpha) for t in example.targets}
+    layers = ((t, cell.view.layers[t.name]) for t in example.targets)
+    modules = {
+        t.name: LoraParts(updates[t.name].parts, t.alpha, layer.experts if layer.kind == "experts" else 0)
+        for t, layer in layers
+    }
     order, prefix = example.key_order(), prefix_of(cell)
     root = cell.variant.root
     folder.mkdir(exist_ok=True)

@@ -188,7 +188,7 @@ _BENCHES = (
 _QUANTISE = click.option(
     "--quantise",
     metavar="SCHEME",
-    help="On trial: the layers of these benches as nf4, fp4, int8 (bitsandbytes), torchao-int8 or quanto-int8.",
+    help="The linear layers of these benches as nf4, fp4, int8 (bitsandbytes), torchao-int8 or quanto-int8.",
 )
 
 

@@ -178,10 +178,14 @@ def with_alpha(adapter: LoraAdapter, alpha: float | None) -> LoraAdapter:
 
 @dataclass(frozen=True)
 class LoraParts:
-    """One module of any variant in memory, to be written: role -> tensor (see `keys.EXTRAS`), and alpha."""
+    """One module of any variant in memory, to be written: role -> tensor (see `keys.EXTRAS`), and alpha.
+
+    `experts` is how many the pair stacks that adapts a parameter, 0 where it adapts a module.
+    """
 
     parts: Mapping[str, Tensor]
     alpha: float | None = None
+    experts: int = 0
 
     @property
     def rank(self) -> int:
@@ -192,7 +196,7 @@ class LoraParts:
         """
         for role in ("A", "embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
             if role in self.parts:
-                return int(self.parts[role].shape[0])
+                return int(self.parts[role].shape[0]) // (self.experts or 1)
         raise ValueError(f"PEFT has no configuration for parts {', '.join(self.parts)}")
 
 

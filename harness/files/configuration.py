@@ -47,7 +47,15 @@ def configuration(row: Format, modules: Mapping[str, Ranked], *, rslora: bool = 
     neutral = {name: math.sqrt(rank) if rslora else float(rank) for name, rank in ranks.items()}
     config = build(ranks, {**neutral, **alphas}, rslora=rslora)
     roles = {role for weights in modules.values() for role in weights.parts}
+    if stacked := stacked_experts(modules):
+        rest = [name for name in config["target_modules"] if name not in stacked]
+        config |= {"target_modules": rest, "target_parameters": stacked}
     return _peft_config(config, roles) if row.folder else config
+
+
+def stacked_experts(modules: Mapping[str, Ranked]) -> list[str]:
+    """Return the names of the parameters that hold all experts of a layer."""
+    return [name for name, weights in modules.items() if getattr(weights, "experts", 0)]
 
 
 def _peft_config(scales: dict[str, Any], roles: set[str]) -> dict[str, Any]:

@@ -120,6 +120,18 @@ def _parameters(owner: str, targets: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(fits), key=lambda last: bool(_LAST.search(last)) - bool(_FIRST.search(last)))
 
 
+def wrapped(parameters: Iterable[str]) -> dict[str, str]:
+    """Return under which names PEFT keeps what adapts parameters, in the order in which their model declares them."""
+    owners: dict[str, list[str]] = {}
+    for path in parameters:
+        owners.setdefault(path.rpartition(".")[0], []).append(path)
+    return {
+        path: owner + _NESTED * (len(paths) - 1 - depth)
+        for owner, paths in owners.items()
+        for depth, path in enumerate(paths)
+    }
+
+
 def experts(module: LoraModule, rank: int) -> LoraModule | None:
     """Return a module of stacked experts with `rank` each; None when its halves do not divide so."""
     if rank < 1 or module.rank % rank:

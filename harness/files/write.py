@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.files.adapter import LoraParts, LoraWeights
-from harness.files.configuration import configuration, one_of_all
+from harness.files.configuration import configuration, one_of_all, stacked_experts
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format
 from harness.files.formats import FORMATS
 from harness.files.gguf_file import ARCHITECTURE_KEY, write_gguf
 from harness.files.keys import PAIRS
+from harness.files.peft_folder import wrapped
 from harness.outputs import replace_file
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def write_lora(
     tensors = _ordered(content.tensors, key_order)
     config = content.config
     if config:
-        config = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
+        ordered = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
+        config = {**ordered, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
     return save(path, format, replace(content, tensors=tensors, config=config))
 
 
@@ -183,6 +185,8 @@ def _refuse(row: Format, name: str, weights: LoraWeights | LoraParts) -> None:
         if row.alpha[0] not in ("tensor", "none", "config"):
             raise ValueError(f"modules[{name!r}]: parts of a variant are not written to {row.name}")
         return
+    if getattr(weights, "experts", 0) and not row.folder:
+        raise ValueError(f"modules[{name!r}]: a {row.name} file has no stacked experts, only peft")
     a, b = (tuple(weights.parts[half].shape) for half in "AB")
     if row.flips(name) and max(len(a), len(b)) > 2:
         raise ValueError(f"modules[{name!r}]: {row.name} holds matrices only, a is {list(a)}, b {list(b)}")
@@ -200,8 +204,9 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
     import torch
 
     tensors: dict[str, Tensor] = {}
+    stacked = wrapped(stacked_experts(modules))
     for name, weights in modules.items():
-        stem = prefix + stem_of(row, name)
+        stem = prefix + stem_of(row, stacked.get(name, name))
         for role, tensor in weights.parts.items():
             key = f"{stem}.{_tail(row, role, pair)}"
             if key in tensors:

@@ -94,8 +94,12 @@ class KnownBench(Bench):
         return model
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _layer(fields: Mapping[str, Any]) -> Layer:
-    known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    known: dict[str, Any] = {name: _frozen(value) for name, value in fields.items()}
     return Layer(**known)
 
 
@@ -149,7 +153,8 @@ def _of_codes(bench: Bench, scheme: str) -> str:
     def find() -> Make:
         prepare()
         build = quantised(bench.make, scheme, chosen.__contains__)
-        codes = OwnBench(f"{bench.name}+{scheme}", tuple(bench.chosen), bench.run, fused, bench.component, bench.names)
+        name = f"{bench.name}+{scheme}"
+        codes = OwnBench(name, _modules(bench), bench.run, fused, bench.component, bench.names, bench.experts)
         return declare_as(codes)(build)
 
     name = f"{bench.name}+{scheme}"
@@ -158,6 +163,10 @@ def _of_codes(bench: Bench, scheme: str) -> str:
     return _add(
         spec, find, _looked_at(spec, find, model=False), model=False, option=f"{bench.option} --quantise {scheme}"
     )
+
+
+def _modules(bench: Bench) -> tuple[str, ...]:
+    return tuple(name for name in bench.chosen if bench.layers[name].kind != "experts")
 
 
 _FUNCTIONS: dict[str, Make] = {}
@@ -188,7 +197,7 @@ def _said(make: Make, spec: str, *, model: bool) -> OwnBench:
 
 def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model: bool, option: str = "") -> str:
     later = _Later(find, spec, model)
-    said = OwnBench(**{name: value for name, value in facts["said"].items() if name != "runs"})
+    said = OwnBench(**{name: _frozen(value) for name, value in facts["said"].items() if name != "runs"})
     plain = bench_of(said, later.make, spec)
     run = later.run if facts["said"]["runs"] else None
     split = partial(said.split, {name: _layer(fields) for name, fields in facts["layers"].items()})
@@ -204,6 +213,7 @@ def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model
             split if said.fused else None,
             names=plain.names,
             spec=spec,
+            experts=plain.experts,
             dtypes=tuple(facts["dtypes"]),
             copies=facts["copies"],
             prepare=partial(_found, later),

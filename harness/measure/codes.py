@@ -21,6 +21,7 @@ from harness.benches.quantise import rounded_to
 from harness.measure.compare import Fit
 
 _NOISE = 2.0  # times what rounding the right sum does: kinds of one family differ in details
+_SCALES = 2.0**-8  # of a weight: quantisers keep the codes' own scales in half precision, or eight bits
 _FLIPS = 4  # elements whose sum lies so near to the middle of a step that they may fall to either side
 _UNIFORM = 12  # times the mean square of a rounding is the square of its step
 _RESTORED = 0.2  # of the scale: what the codes take beyond that cannot be made up for
@@ -30,12 +31,13 @@ _RESTORED = 0.2  # of the scale: what the codes take beyond that cannot be made 
 class Reference:
     """The layer as an exact sum of `scale`, rounded to codes, makes it.
 
-    `fit` is what is measured of that; `rest` what the rounding took and `apart` what the loaded layer is off by it
-    (Frobenius norms); `slope` the size of what a unit of scale adds, `elements` how many weights there are.
+    `fit` is what is measured of that, `size` its weight's; `rest` what the rounding took and `apart` what the loaded
+    layer is off by it (Frobenius norms); `slope` the size of what a unit of scale adds, `elements` how many there are.
     """
 
     scale: float
     fit: Fit
+    size: float
     rest: float
     apart: float
     slope: float
@@ -61,7 +63,8 @@ def through_codes(seen: Fit, references: Sequence[Reference]) -> Fit:
     if seen.direction_right and not seen.unchanged:
         return seen
     near = min(references, key=lambda reference: reference.apart)
-    noise = math.hypot(seen.tolerance.noise, _NOISE * max(reference.fit.residual for reference in references))
+    rounding = max(math.hypot(_NOISE * each.fit.residual, _SCALES * each.size) for each in references)
+    noise = math.hypot(seen.tolerance.noise, rounding)
     lost = max(abs(reference.lost) for reference in references)
     return replace(
         seen,

@@ -21,6 +21,7 @@ _FUNCTIONS = {name: getattr(functional, name) for name in ("linear", "conv1d", "
 _METHODS = {
     (cls, name): getattr(cls, name, None) for cls in _CLASSES for name in ("forward", "_conv_forward", "__call__")
 }
+_WITHOUT_INPUT = ("embedding", "experts")  # of numbers
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -101,13 +102,45 @@ def effective_weights(
     """
     modules, like, known = dict(model.named_modules()), numbers_of(model, dtype), torch_is_itself()
 
-    def read(name: str, module: nn.Module, layer: Layer) -> Tensor:
+    def read(name: str, layer: Layer) -> Tensor:
+        if layer.kind == "experts":
+            return _stacked(_owner(modules, name), name, layer, bias=bias)
+        module = _find(modules, name)
         if known and is_plain(module, layer, like):
             return weight_of(module, layer, bias=bias)
         keep_dense(dense, name, module, layer, like)
         return effective_weight(module, layer, like, bias=bias)
 
-    return {name: read(name, _find(modules, name), layer) for name, layer in layers.items()}
+    return {name: read(name, layer) for name, layer in layers.items()}
+
+
+def _owner(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """Return the module that has the parameter at a path, below whatever wraps it.
+
+    Raises:
+        MissingModuleError: it is gone.
+    """
+    parent, _, leaf = path.rpartition(".")
+    for module in _find(modules, parent).modules():
+        if leaf in module._parameters or leaf in getattr(module, "parametrizations", ()):
+            return module
+    raise MissingModuleError(path)
+
+
+@torch.no_grad()
+def _stacked(module: nn.Module, path: str, layer: Layer, *, bias: bool) -> Tensor:
+    """Return the matrices of a parameter of three dimensions below each other, as it is at this moment.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    weight: Tensor = getattr(module, path.rpartition(".")[2])
+    each = (layer.rows // layer.experts, layer.columns)
+    shape = (layer.experts, *(each[::-1] if layer.turned else each))
+    if weight.shape != shape:
+        raise ValueError(f"{path} is {tuple(weight.shape)}, but should be {shape}")
+    stacked = (weight.mT if layer.turned else weight).double().cpu().flatten(0, 1)
+    return torch.cat([stacked, stacked.new_zeros(len(stacked), 1)], 1) if bias else stacked.clone()
 
 
 def weights_while_running(
@@ -128,14 +161,18 @@ def weights_while_running(
     found: dict[str, Tensor] = {}
 
     def read(name: str, module: nn.Module) -> None:
-        if name not in found:
+        if name not in found and layers[name].kind == "experts":
+            found[name] = _stacked(module, name, layers[name], bias=bias)
+        elif name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
             keep_dense(dense, name, module, layers[name], like)
             found[name] = effective_weight(module, layers[name], like, bias=bias)
 
+    def place(name: str) -> nn.Module:
+        return _owner(modules, name) if layers[name].kind == "experts" else _find(modules, name)
+
     handles = [
-        _find(modules, name).register_forward_pre_hook(lambda module, args, name=name: read(name, module))
-        for name in layers
+        place(name).register_forward_pre_hook(lambda module, args, name=name: read(name, module)) for name in layers
     ]
     try:
         run(model)
@@ -169,14 +206,15 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
 
 
 def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
-    """Return four random inputs of a layer, every one of its columns in use: `[4, columns]`; None for an embedding.
+    """Return four random inputs of a layer, every one of its columns in use: `[4, columns]`; None where it takes none.
 
     Identity and zeros are what no model ever sends: what is right for them may be wrong for all else.
     """
-    if layer.kind == "embedding":
+    if layer.kind in _WITHOUT_INPUT:
         return None
     generator = torch.Generator().manual_seed(layer.columns)
-    return torch.randn(4, layer.columns, generator=generator).to(dtype)
+    single = torch.float32  # whatever the default is at the moment
+    return torch.randn(4, layer.columns, generator=generator, dtype=single).to(dtype)
 
 
 def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
@@ -207,7 +245,9 @@ def offsets(model: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype | 
         plain = known and is_plain(module, layer, like)
         return offset_of(module, layer) if plain else _ask_nothing(module, layer, like)
 
-    return {name: read(_find(modules, name), layer) for name, layer in layers.items() if layer.kind != "embedding"}
+    return {
+        name: read(_find(modules, name), layer) for name, layer in layers.items() if layer.kind not in _WITHOUT_INPUT
+    }
 
 
 def _ask_nothing(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
@@ -268,6 +308,15 @@ def numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     numbers = itertools.chain(module.parameters(), module.buffers())
     first = next((x for x in numbers if x.is_floating_point()), torch.empty(0))
     return first if dtype in (None, first.dtype) else first.new_empty(0, dtype=dtype)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return what stands at a path of the base model, with all that was put around it.
+
+    Raises:
+        MissingModuleError: nothing does.
+    """
+    return _find(dict(model.named_modules()), path)
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from harness.benches.bench import DTYPES, Bench, ends_with, shared
-from harness.benches.layer import Layer, layer_of
+from harness.benches.layer import Layer, experts_of, layer_of
 from harness.benches.own import TOO_LARGE, OwnBench
 from harness.benches.template import Template
 from harness.errors import UserError, one_line
 from harness.isolation.child import is_out_of_memory
 from harness.measure.compare import norm
-from harness.measure.effective import dense_input, effective_weight, keep_dense, numbers_of
+from harness.measure.effective import dense_input, effective_weight, effective_weights, keep_dense, numbers_of
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
 MOST_WEIGHTS = 30_000_000
@@ -51,6 +51,7 @@ def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
     fresh = digest(model)  # some layers repack their codes when they first run
     _check_repeats(bench, model, refused)
     layers, unread = _readable(model)
+    layers |= _stacked(model, said, refused)
     targets = _targets(layers, model, said, unread, refused)
     _check_names(bench, said, layers, refused)
     tensors, dtypes = _weights(bench, layers, refused)
@@ -127,6 +128,16 @@ def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]
     return layers, unread
 
 
+def _stacked(model: torch.nn.Module, said: OwnBench, refused: Refused) -> dict[str, Layer]:
+    found = experts_of(model, said.experts)
+    for end in said.experts:
+        if not any(ends_with(path, (end,)) for path in found):
+            stacks = [name for name, value in model.named_parameters() if value.dim() == 3]
+            what = f"these are: {_patterns(stacks)}" if stacks else "the model has none"
+            raise refused(f"experts: {end!r} is the end of no parameter of three dimensions; {what}")
+    return found
+
+
 def _looked_into(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) -> tuple[float, str]:
     """Return the share of a dense answer that is not its matrix's, and why a layer is not read where it is none."""
     dense = dict[str, Tensor]()
@@ -163,7 +174,7 @@ def _targets(
             why = next((why for name, why in unread.items() if ends_with(name, (end,))), None)
             ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
             raise refused(f"targets: {end!r} is the end of no layer's path" + (f": {why}" if why else f" ({ends})"))
-    return [name for name in layers if ends_with(name, said.targets)]
+    return [name for name in layers if ends_with(name, (*said.targets, *said.experts))]
 
 
 def _check_names(bench: Bench, said: OwnBench, layers: Mapping[str, Layer], refused: Refused) -> None:
@@ -208,9 +219,12 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
 def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Refused) -> dict[str, Tensor]:
     model = bench.base(getattr(torch, dtype))
     like = numbers_of(model)
+    modules = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     found = {
-        name: effective_weight(model.get_submodule(name), layer, like, bias=True) for name, layer in layers.items()
+        name: effective_weight(model.get_submodule(name), layer, like, bias=True) for name, layer in modules.items()
     }
+    rest = {name: layer for name, layer in layers.items() if name not in modules}
+    found |= effective_weights(model, rest, bias=True)
     if bench.run is not None:
         first, second = bench.forward(model).double(), bench.forward(model).double()
         if dtype == "float32" and not (first.numel() and bool(first.isfinite().all())):
@@ -227,7 +241,7 @@ def _is_rounded(weight: Tensor, tensors: Mapping[str, Tensor], name: str, dtype:
 
 def _other_parameters(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, list[int]]:
     """Return the shape of each parameter that belongs to no layer: they are only looked at for being changed."""
-    named = ((name, list(value.shape)) for name, value in model.named_parameters())
+    named = ((name, list(value.shape)) for name, value in model.named_parameters() if name not in layers)
     return {name: shape for name, shape in named if layer_of(model.get_submodule(name.rpartition(".")[0])) is None}
 
 
@@ -248,7 +262,7 @@ def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:
             yield f"not quantised: {_patterns(plain)}"
 
 
-_VARIANTS = {"conv": "conv", "embedding": "embedding"}  # in which a LoRA is trained on such a layer
+_VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a layer of the kind of this name
 
 
 def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
@@ -258,7 +272,7 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
     yield f"{len(targets)} of {len(layers)} layers take a LoRA: {_patterns(targets)}"
     for kind in dict.fromkeys(idle.values()):
         names = [name for name, own in idle.items() if own == kind]
-        how = f": this loader does not declare the variant {_VARIANTS[kind]}" if kind in _VARIANTS else ""
+        how = f": this loader does not declare the variant {kind}" if kind in _VARIANTS else ""
         yield f"not tried here: {_patterns(names)}{how}"
     if rest:
         yield f"read, without a LoRA: {_patterns(rest)}"

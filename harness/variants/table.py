@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.measure.compare import Direction, Fit, low_rank, norm
 from harness.measure.tolerance import tolerance
 from harness.reference.closed_form import dora_weight, tucker_product
+from harness.variants.experts import draw_experts, experts_direction, experts_mistakes
 from harness.variants.variant import Parts, Update, Variant
 
 if TYPE_CHECKING:
@@ -260,6 +261,14 @@ _ROWS = (  # in the order in which they are checked and printed
         gain=("embedding_B",),
         kinds=frozenset({"embedding"}),
         formats=frozenset({"peft"}),
+    ),
+    Variant(
+        "experts",
+        draw_experts,
+        experts_direction,
+        kinds=frozenset({"experts"}),
+        formats=frozenset({"peft"}),
+        mistakes=experts_mistakes,
     ),
     Variant(
         "dora",

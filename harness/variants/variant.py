@@ -189,6 +189,7 @@ class Variant:
             Reference(
                 scale,
                 fit,
+                norm(merged[rows]),
                 norm((merged - exact)[rows]),
                 norm((after - merged)[rows]),
                 norm(slopes[rows]) / _STEP,

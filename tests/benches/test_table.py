@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness.benches import bench_names, get_bench, more_benches
+from harness.benches.layer import parameter_of
 from harness.benches.table import row_of, rows
 from harness.checks.cell import cells_beside, cells_of
 from harness.errors import UserError
@@ -28,9 +29,9 @@ def test_a_row_builds_at_once_and_twice_the_same(name: str) -> None:
     assert spent < 5 * SECONDS  # the machine may be slow; the reads say how long it takes alone
     assert layers
     assert set(bench.lora_layers) <= set(layers)
-    assert all(bool(model.get_submodule(layer).weight.any()) for layer in bench.lora_layers)
-    first = bench.lora_layers[0]
-    assert torch.equal(model.get_submodule(first).weight, bench.build().get_submodule(first).weight)
+    weights, again = ({n: parameter_of(m, n, layers[n]) for n in bench.lora_layers} for m in (model, bench.build()))
+    assert all(bool(weight.any()) for weight in weights.values())
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
     if rows()[name].inputs:
         assert bool(bench.forward(model).isfinite().all())
 

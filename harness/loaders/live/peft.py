@@ -15,7 +15,7 @@ from harness.loaders.protocol import EVERY_BENCH, loader
 if TYPE_CHECKING:
     import torch
 
-VARIANTS = ("lora", "rslora", "conv", "embedding", "dora", "loha", "lokr", "lora-bias")
+VARIANTS = ("lora", "rslora", "conv", "embedding", "experts", "dora", "loha", "lokr", "lora-bias")
 # All of it is right, at 5 s a cell: one bench for each kind of layer is enough of it, the merged `peft` has the rest.
 _ELSEWHERE = "left out for its time: PEFT has the same layers for it on clip-text"
 _OTHERS = tuple(variant for variant in VARIANTS if variant != "lora")
