@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from benchmarks.tools import GIGA, judged, table
-from harness.doctor.verify.row_products import row_products
+from harness.isolation.device import cuda_devices, no_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPORT = Path(__file__).parent / "gpu.md"
 PARAMETERS = 20e9
@@ -27,6 +28,8 @@ COPIED = 1 << 32  # bytes
 
 def seconds(work: Callable[[], object], device: str) -> float:
     """Return the time of one call after one that warms up."""
+    import torch
+
     work()
     torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -37,6 +40,8 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def copy_bandwidth(device: str) -> float:
     """Return the bytes a second that a copy reads and writes."""
+    import torch
+
     source = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED / min(seconds(lambda: target.copy_(source), device) for _ in range(5))
@@ -44,6 +49,10 @@ def copy_bandwidth(device: str) -> float:
 
 def verify(pairs: list[tuple[Tensor, Tensor]], rank: int, device: str) -> float:
     """Return the bytes a second that a full verify reads."""
+    import torch
+
+    from harness.doctor.verify.row_products import row_products
+
     rights = {columns: torch.randn(rank, columns) for columns in {before.shape[1] for before, _ in pairs}}
     read = sum(2 * before.nbytes for before, _ in pairs)
     times = round(4 * PARAMETERS / read)
@@ -62,10 +71,18 @@ def verify(pairs: list[tuple[Tensor, Tensor]], rank: int, device: str) -> float:
 
 def main() -> int:
     """Measure, print and write the table; 2 where there is no GPU."""
-    if not torch.cuda.is_available():
-        print("there is no GPU here that torch can use: nothing was measured", file=sys.stderr)
+    if not cuda_devices():
+        print(f"nothing was measured: {no_device()}", file=sys.stderr)
         return 2
-    device = "cuda"
+    text = measured("cuda")
+    print(text)
+    REPORT.write_text(text, encoding="utf-8")
+    return 0
+
+
+def measured(device: str) -> str:
+    import torch
+
     bandwidth = copy_bandwidth(device)
     bases = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in SHAPES for _ in range(8)]
     pairs = [(base, base + 0.01 * torch.randn_like(base)) for base in bases]
@@ -77,10 +94,7 @@ def main() -> int:
         rows.append([str(rank), f"{4 * PARAMETERS / speed:.2f}", f"{speed / GIGA:,.0f}", shown])
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies at {bandwidth / GIGA:,.0f} GB/s"
     head = ["rank", "20 B parameters, s", "GB/s read", f"of the copy bandwidth, aim {LEAST:.0%} up to {RANKS_OF_AIM}"]
-    text = "\n".join(["# Full verify on a GPU", "", f"{machine}; base and merged in bfloat16.", "", *table(head, rows)])
-    print(text)
-    REPORT.write_text(text, encoding="utf-8")
-    return 0
+    return "\n".join(["# Full verify on a GPU", "", f"{machine}; base and merged in bfloat16.", "", *table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _WRITER = pytest.StashKey["RunWriter"]()
 _MARKERS = (
-    "gpu: needs a CUDA device; skips without one, fails under --lora-require-gpu",
+    "gpu: needs a CUDA device; skips without one, --lora-require-gpu refuses to begin",
     "images: makes pictures with a diffusion pipeline",
     "slow: more than a few seconds",
 )
@@ -40,15 +40,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lora-max-examples", type=int, metavar="N", help="random examples per format and bench")
     group.addoption("--lora-seed", type=int, default=0, metavar="S", help="seed of all that is drawn")
     group.addoption("--lora-known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`")
-    group.addoption("--lora-require-gpu", action="store_true", help="a missing GPU is a failure, not a skip")
+    group.addoption(
+        "--lora-require-gpu", action="store_true", help="without a GPU end at once, exit 4, instead of skipping"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers; open the run record when a report was asked for (not in xdist's workers)."""
+    """Register the markers; not in xdist's workers, ask for the GPU and open the run record that are wanted."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
     if hasattr(config, "workerinput"):
         return
+    if config.getoption("--lora-require-gpu"):
+        _require_gpu()
     _fetch(config)
     if folder := config.getoption("--lora-report"):
         from harness.report.environment import new_header
@@ -89,16 +93,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest) -> Any:
     """The CUDA device; without one the test skips, or fails under `--lora-require-gpu`."""
+    from harness.isolation.device import cuda_devices, no_device
+
+    if not cuda_devices():
+        pytest.skip(no_device())
     import torch
 
-    from harness.isolation.device import cuda_devices
-
-    if cuda_devices():
-        return torch.device("cuda")
-    reason = f"no CUDA device that torch {torch.__version__} can use"
-    if request.config.getoption("--lora-require-gpu"):
-        pytest.fail(f"{reason} (--lora-require-gpu)", pytrace=False)
-    pytest.skip(reason)
+    return torch.device("cuda")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -120,6 +121,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         from harness.verdict.verdict import Verdict
 
         _ACTIVE[-1].write(*(Verdict.model_validate(verdict) for verdict in from_worker))
+
+
+def _require_gpu() -> None:
+    """Say that there is none before thousands of tests are collected of which none could run."""
+    from harness.isolation.device import cuda_devices, no_device
+
+    if not cuda_devices():
+        raise pytest.UsageError(f"--lora-require-gpu: {no_device()}")
 
 
 _ACTIVE: list[RunWriter] = []

@@ -81,14 +81,16 @@ def test_other_tests_and_their_gpu_marker_are_left_alone(tmp_path: Path) -> None
     assert "1 passed" in done.stdout
 
 
-def test_a_missing_gpu_skips_with_the_reason_and_fails_when_required(tmp_path: Path) -> None:
+def test_a_missing_gpu_skips_with_the_reason_and_ends_the_run_when_required(tmp_path: Path) -> None:
     (tmp_path / "test_gpu.py").write_text("def test_gpu(cuda):\n    pass\n")
     environment = {"CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(environment)
     assert "no CUDA device" in pytest_run(tmp_path, "-rs", "test_gpu.py").stdout
-    required = pytest_run(tmp_path, "--lora-require-gpu", "test_gpu.py")
-    assert required.returncode == 1
-    assert "1 error" in required.stdout
+    (tmp_path / "test_never_collected.py").write_text("raise SystemExit('collected')\n")
+    required = pytest_run(tmp_path, "--lora-require-gpu", "--lora-report=out")
+    assert required.returncode == pytest.ExitCode.USAGE_ERROR
+    assert required.stderr.splitlines()[0].startswith("ERROR: --lora-require-gpu: no CUDA device that torch ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_cell_is_checked_in_one_worker(tmp_path: Path) -> None:

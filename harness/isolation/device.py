@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 from harness.isolation.processes import can_fork
 from harness.isolation.subject import SubjectLostError, subject_process
@@ -16,9 +20,7 @@ def cuda_devices() -> tuple[str, ...]:
 
     A child asks: torch's own question opens the driver, and what is forked from a process that did so cannot use it.
     """
-    import torch
-
-    if not (torch.version.cuda or torch.version.hip):
+    if not _built_for_gpus():
         return ()
     if not can_fork():
         return tuple(_names())
@@ -27,6 +29,20 @@ def cuda_devices() -> tuple[str, ...]:
             return tuple(map(str, asked.ask("names", _SECONDS)))
     except SubjectLostError:
         return ()
+
+
+def _built_for_gpus() -> bool:
+    """Tell whether torch could use any; importing it to ask takes two seconds."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    said = runpy.run_path(str(Path(found.origin).with_name("version.py")))
+    return bool(said.get("cuda") or said.get("hip"))
+
+
+def no_device() -> str:
+    """Return the sentence for a machine without a device."""
+    return f"no CUDA device that torch {version('torch') if find_spec('torch') else '(not installed)'} can use"
 
 
 def _names() -> list[str]:
