@@ -20,8 +20,8 @@ from harness.text import on_one_line
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
+    from harness.checks.examine import Measured
     from harness.checks.plan import Plan
-    from harness.checks.run import Measured
     from harness.report.gates import GateResult
     from harness.report.records import Run, RunWriter
     from harness.verdict.verdict import Verdict
