@@ -15,13 +15,14 @@ from harness.checks.plan import Plan
 from harness.checks.search import Search
 from harness.checks.symptoms import Symptoms, unloaded
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.law import Law
 from harness.verdict.verdict import Verdict
 
 Tell = Callable[[Verdict], object]
 
 _HELD_OUT = 40  # random files that the law must foretell: what is met in one of thirteen shows with 95 %
 _AT_LEAST = 5  # of a loader that gets few, half of them
+
+_NONE = Diagnosis(None, None)
 
 
 class Early:
@@ -30,36 +31,35 @@ class Early:
     def __init__(self, cell: Cell, plan: Plan, known: Sequence[KnownFailure], tell: Tell | None) -> None:
         self._cell, self._plan, self._known, self._tell = cell, plan, known, tell
         self._first = Search()
-        self._law: Law | None = None
+        self._readings: set[str] = set()
         self._due = min(_HELD_OUT, max(_AT_LEAST, plan.examples_in(cell) // 2))
 
     def begin(self, planned: Search) -> None:
-        """Name the law from the planned probes."""
-        diagnosis = self._sure(planned) if self._tell else None
-        if diagnosis is not None:
+        """Name the law, or the few that it may be, from the planned probes."""
+        law = self._alone(planned).law if self._tell else None
+        if law is not None:
             self._first.join(planned)
-            self._law = diagnosis.law
+            self._readings = {each.formula for each in (law, *law.others)}
 
     def look(self, later: Search) -> None:
         """Hold the law against the random files so far, and tell it when they are enough."""
-        if self._law is None or later.examples < self._due:
+        if not self._readings or later.examples < self._due:
             return
-        law, self._law = self._law, None  # once
+        readings, self._readings = self._readings, set()  # once
         self._first.join(later)
-        diagnosis = self._sure(self._first)
-        if diagnosis is not None and diagnosis.law is not None and diagnosis.law.formula == law.formula:
+        diagnosis = self._alone(self._first)
+        if diagnosis.law is not None and diagnosis.law.formula in readings and not diagnosis.law.others:
             self._say(diagnosis)
 
-    def _sure(self, seen: Search) -> Diagnosis | None:
-        """Return the diagnosis where one wrong law explains all that was seen and nothing else was found."""
-        missing = unloaded(seen.probes)
-        if "LH209" not in seen.findings or missing:
-            return None
+    def _alone(self, seen: Search) -> Diagnosis:
+        """Return the diagnosis where a wrong law explains all that was seen and nothing else was found, else none."""
+        if "LH209" not in seen.findings or unloaded(seen.probes):
+            return _NONE
         diagnosis = diagnose(seen.probes)
         law, symptoms = diagnosis.law, Symptoms(seen, diagnosis)
-        alone = all(code == "LH209" or symptoms.include(code) for code in seen.findings)
-        one = law is not None and not law.is_trained and not law.others and not law.factors
-        return diagnosis if one and alone and diagnosis.trait is None and not symptoms.include("LH209") else None
+        alone = all((code == "LH209") != symptoms.include(code) for code in seen.findings)
+        wrong = law is not None and not law.is_trained and not law.factors
+        return diagnosis if wrong and alone and diagnosis.trait is None else _NONE
 
     def _say(self, diagnosis: Diagnosis) -> None:
         seen = self._first
