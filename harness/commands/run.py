@@ -134,6 +134,7 @@ def _sweep(
     wanted = SweepOptions(
         out=out,
         quick=quick,
+        sequential=True,
         device=options["device"],
         progress=not shared.quiet_on(as_json),
         workers=min(1, shared.worker_count(options["workers"])),
