@@ -44,12 +44,14 @@ def check_cells(
     on_measured: Callable[[Cell, Measured], None] = lambda cell, measured: None,
     on_sure: Callable[[Verdict], None] | None = None,
     first: bool = False,
+    beside: Sequence[Cell] = (),
 ) -> list[Verdict]:
     """Check `cells`, at most `limits.workers` at a time; a cell whose process died has one errored verdict more.
 
     `on_load` hears of every file that a slow loader was given, and how many seconds that took; `on_sure`, of each cell
     whose law is wrong, its verdict as soon as that is sure. With `first` all ends there, or with the first cell that
-    has a fault of another kind; what was not reached is skipped.
+    has a fault of another kind; what was not reached is skipped. `beside` are cells that were judged elsewhere: known
+    failures may speak of them.
 
     Raises:
         UserError: the pinned example names a module that a bench does not have.
@@ -67,7 +69,7 @@ def check_cells(
     for cell, end in zip(cells, ends, strict=True):
         if end.status != "done":
             heard.take(died(cell, end))
-    for known in unmatched(plan.known, cells) if plan.pins is None else ():
+    for known in unmatched(plan.known, [*cells, *beside]) if plan.pins is None else ():
         heard.take(_stale(known))
     return heard.verdicts
 
