@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.tools import judged, table
 from harness.checks.cell import Cell, declared_cells
+from harness.checks.examine import check_cell
 from harness.checks.known import known_failures
 from harness.checks.plan import Plan
-from harness.checks.run import check_cell
 from harness.isolation.limits import TimeLimitExceeded
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import installed, resolve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from harness.benches import own_benches
 from harness.checks.apart import served
@@ -14,7 +15,7 @@ from harness.checks.measuring import base_weights
 from harness.checks.plan import Plan, planned
 from harness.checks.trial import run_trial
 from harness.errors import LoaderSpecError
-from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.jobs import Channel, Job, run_jobs
 from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.measure.compare import norm
@@ -87,7 +88,7 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
     known = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
-    found = tuple(_asked(known, min(workers, 1)))
+    found = tuple(_asked(known, workers))
     without |= dict.fromkeys(place.bench for place in found if place.refused)
     without |= dict.fromkeys(c.bench_name for c in places if c.bench.names)
     return SelfCheck(subject.version, tuple(place for place in found if not place.refused), tuple(without))
@@ -98,18 +99,23 @@ def _place(cell: Cell) -> tuple[str, str]:
 
 
 def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
-    """Yield what each cell showed; when the process dies, where it did so and why."""
-    found: list[Agreement] = []
+    """Yield what each cell showed; where its process died, why."""
+    found: dict[int, Agreement] = {}
 
-    def job(channel: Channel) -> None:
-        for cell in cells:
+    def job_of(cell: Cell) -> Job:
+        def job(channel: Channel) -> None:
             with served(cell, channel, Limits(_SECONDS)) as own:
                 channel.send(asdict(compare(own)))
 
-    (end,) = run_jobs([job], workers=workers, on_event=lambda index, event: found.append(Agreement(**event)))
-    yield from found
-    for cell in cells[len(found) :][:1]:
-        yield Agreement(cell.bench_name, cell.variant_name, math.inf, f"its process ended: {end.detail or end.status}")
+        return job
+
+    def take(index: int, event: dict[str, Any]) -> None:
+        found[index] = Agreement(**event)
+
+    ends = run_jobs([job_of(cell) for cell in cells], workers=workers, on_event=take)
+    for index, (cell, end) in enumerate(zip(cells, ends, strict=True)):
+        why = f"its process ended: {end.detail or end.status}"
+        yield found.get(index) or Agreement(cell.bench_name, cell.variant_name, math.inf, why)
 
 
 def compare(cell: Cell) -> Agreement:

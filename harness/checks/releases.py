@@ -14,7 +14,7 @@ from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.law import MeasuredLaw, law_of
 from harness.checks.measuring import base_weights
-from harness.checks.run import unloaded
+from harness.checks.symptoms import unloaded
 from harness.errors import UserError
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits

@@ -127,9 +127,18 @@ def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], lis
 
 
 def search(
-    cell: Cell, examples: SearchStrategy[Example], *, max_examples: int, base_seed: int, until: str | None = None
+    cell: Cell,
+    examples: SearchStrategy[Example],
+    *,
+    max_examples: int,
+    base_seed: int,
+    until: str | None = None,
+    on_example: Callable[[Search], object] = lambda found: None,
 ) -> Search:
-    """Run `max_examples` examples, collecting every kind of finding; it stops early only when `until` is found."""
+    """Run `max_examples` examples, collecting every kind of finding; it stops early only when `until` is found.
+
+    `on_example` is shown what was found so far.
+    """
     result = Search()
 
     def collect(example: Example) -> None:
@@ -139,6 +148,7 @@ def search(
             event(label)
         if result.counts.get("LH901", 0) < _MAX_RAISED:
             result.add(*observe(cell, example))
+            on_example(result)
 
     run: Callable[[], None] = seed(base_seed)(
         quiet_settings(max_examples, (Phase.generate,))(given(example=examples)(collect))

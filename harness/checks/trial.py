@@ -281,7 +281,8 @@ def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], f
     order, prefix = example.key_order(), prefix_of(cell)
     root = cell.variant.root
     folder.mkdir(exist_ok=True)
-    path = write_lora(folder / _file_name(cell), cell.format, modules, rslora=root, key_order=order, prefix=prefix)
+    how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False}
+    path = write_lora(folder / _file_name(cell), cell.format, modules, **how)
     rewrite_patterns(path, example.patterns)
     return path
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @shared.pin_options
 @shared.limit_option
 @shared.workers_option
+@click.option("-x", "first", is_flag=True, help="Stop a loader at the first sure answer that it is wrong.")
 @click.option("--statistics", is_flag=True, help="Print what the examples were: how many of each dtype, pattern, ...")
 @shared.install_option
 @shared.json_option
@@ -50,6 +51,7 @@ def command(
     pins: Pins | None,
     time_limit: float | None,
     workers: int | None,
+    first: bool,
     statistics: bool,
     install: bool,
     as_json: bool,
@@ -64,6 +66,7 @@ def command(
     from harness.checks.known import known_failures as read_known
     from harness.checks.plan import Plan
     from harness.checks.run import check_cells
+    from harness.commands.early import FirstAnswers, reached
     from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
@@ -79,6 +82,7 @@ def command(
     header = new_header(seed=seed, planned=[f"checks:{subject.title}" for subject in subjects])
     verdicts: list[Verdict] = []
     labels: Counter[str] = Counter()
+    sure = FirstAnswers(stops=first)
     cells = [cell for found, _ in work for cell in found]
     shared.say_what_is_measured(cells, as_json=as_json)
     with (
@@ -95,10 +99,14 @@ def command(
                 on_cell=pace.cell,
                 on_examples=pace.examples,
                 on_measured=lambda _, measured: labels.update(measured.labels),
+                on_sure=None if as_json else sure.tell,
+                first=first,
             )
-        verdicts += shared.ask_reference(writer, cells, limits.workers)
+        verdicts += shared.ask_reference(writer, reached(cells, verdicts), limits.workers)
     if not as_json:
         print_verdicts(verdicts, reference=writer.reference)
+        for line in sure.taken_back(verdicts):
+            click.echo(line)
     if statistics:
         for label, number in sorted(labels.items()):
             click.echo(f"{number:>7}  {label}", err=as_json)

@@ -20,8 +20,8 @@ from harness.text import on_one_line
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
+    from harness.checks.examine import Measured
     from harness.checks.plan import Plan
-    from harness.checks.run import Measured
     from harness.report.gates import GateResult
     from harness.report.records import Run, RunWriter
     from harness.verdict.verdict import Verdict
@@ -307,10 +307,12 @@ def finish(out: Path, *, baseline: Baseline | None, as_json: bool) -> int:
     from harness.report.records import read_run
 
     run = read_run(out / "run.jsonl")
-    append_history(out / "history.jsonl", run)
+    if not run.carried:  # a night counts what it measured
+        append_history(out / "history.jsonl", run)
     gate = baseline.compare(run) if baseline else None
     write_step_summary(run, gate or ())
-    show(out, as_json=as_json, history=read_history(out / "history.jsonl"), gate=gate)
+    past = read_history(out / "history.jsonl") if (out / "history.jsonl").exists() else []
+    show(out, as_json=as_json, history=past, gate=gate)
     if not as_json:
         for line in github_annotations(run, gate or ()):
             say_to_the_runner(line)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.commands import options as shared
+from harness.commands.since import carry_over, earlier_run, fingerprints, note
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
@@ -34,6 +35,13 @@ FOUNDING = ((32, 32.0, (1.0, 4.0, 32.0)), (32, 16.0, (0.5, 1.0)))
     "--known-failures", metavar="FILE", default="shipped", show_default=True, help="TOML file of known failures."
 )
 @click.option("--baseline", type=shared.FILE, help="Earlier run.jsonl; fail on what got worse.")
+@click.option(
+    "--since",
+    type=shared.FILE,
+    metavar="RUN.jsonl",
+    help="Carry over the verdicts of an earlier run where loader, versions, bench and harness are the same; not with "
+    "--baseline, since a gate needs all measured.",
+)
 @click.option("--rule", "rules", multiple=True, help="Gate rule for --baseline, FIELD:DIRECTION:THRESHOLD.")
 @click.option(
     "--all-benches",
@@ -53,6 +61,8 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
 
+    if options["since"] and options["baseline"]:
+        raise click.UsageError("--since carries verdicts over, and a gate needs all measured: leave out --baseline")
     shared.fetch(only, options.pop("install"))
     loaders = list(only) or available()
     planned = [f"checks:{name}" for name in loaders]
@@ -61,6 +71,7 @@ def command(out: Path, only: tuple[str, ...], quick: bool, seed: int, as_json: b
     header = new_header(seed=seed, planned=planned, profile="quick" if quick else "full")
     options["known"] = known_failures(options["known_failures"])
     baseline = shared.Baseline.read(options["baseline"], options["rules"], out)
+    options["since"] = earlier_run(options["since"])
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
         writer.gate = baseline.lines if baseline else None
         _check(writer, loaders, quick, seed, as_json, options)
@@ -103,12 +114,26 @@ def _check(
         if options["all_benches"]:
             cells += cells_beside(resolve(name))
         writer.write(*skipped)
+    prints = fingerprints(cells, plan, limits)
+    anew = carry_over(writer, options["since"], cells, prints, quiet=as_json)
     probes = shared.probe_writer(writer)
     quiet = shared.quiet_on(as_json)
-    with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
-        on_verdict, on_cell, on_examples = writer.write, pace.cell, pace.examples
+    with shared.cell_progress(anew, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
+
+        def done(cell: Cell) -> None:
+            note(writer, cell, prints)
+            pace.cell(cell)
+
+        on_verdict, on_examples, beside = writer.write, pace.examples, tuple(cells)
         check_cells(
-            cells, plan, limits, on_verdict=on_verdict, on_cell=on_cell, on_examples=on_examples, on_measured=probes
+            anew,
+            plan,
+            limits,
+            on_verdict=on_verdict,
+            on_cell=done,
+            on_examples=on_examples,
+            on_measured=probes,
+            beside=beside,
         )
     shared.ask_reference(writer, cells, limits.workers)
     writer.write(*_founding(cells))
@@ -136,6 +161,7 @@ def _sweep(
     wanted = SweepOptions(
         out=out,
         quick=quick,
+        sequential=True,
         device=options["device"],
         progress=not shared.quiet_on(as_json),
         workers=min(1, shared.worker_count(options["workers"])),

@@ -58,6 +58,11 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
 @click.option("--batch", type=click.IntRange(1), help="Pictures per batch.")
 @click.option("--quick", is_flag=True, help="One denoiser call per prompt and seed instead of pictures.")
 @click.option(
+    "--every-strength",
+    is_flag=True,
+    help="All pictures at every strength.  [default: as many as make the answer sure, one denoiser call elsewhere]",
+)
+@click.option(
     "--time-limit",
     type=click.FloatRange(min=0.0, min_open=True),
     default=300.0,
@@ -88,6 +93,7 @@ def command(
     seed: int,
     dtype: str | None,
     install: bool,
+    every_strength: bool,
     **options: Any,
 ) -> None:
     """Draw LOADER at each strength beside PEFT's reference: does strength 1 give the picture that was trained?"""
@@ -107,6 +113,7 @@ def command(
         dtype=getattr(torch, dtype) if dtype else None,
         out=out,
         progress=not shared.quiet_on(as_json),
+        sequential=not every_strength,
         **options,
     )
     header = new_header(planned=[f"sweep:{name or loader}"])

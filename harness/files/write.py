@@ -48,6 +48,7 @@ def write_lora(
     dtype: torch.dtype | None = None,
     prefix: str | None = None,
     pair: str | None = None,
+    durable: bool = True,
 ) -> Path:
     """Write `modules` (model names with dots -> weights) and return what a loader gets.
 
@@ -61,7 +62,8 @@ def write_lora(
     modules. Formats that have no flag for `rslora` store alpha * sqrt(rank), as LyCORIS does, so that alpha / rank is
     right. `key_order` is a permutation of the keys or a random generator that draws one; the data is laid out in that
     order, and a configuration's default is the first of the values that are most common. `prefix` replaces the
-    format's own (such as `transformer.`), `pair` the spelling of the halves (see `keys.PAIRS`).
+    format's own (such as `transformer.`), `pair` the spelling of the halves (see `keys.PAIRS`). Without `durable`
+    nothing waits for the disk.
 
     Raises:
         ValueError: an argument that cannot be written, named with its value.
@@ -73,7 +75,7 @@ def write_lora(
     if config:
         ordered = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
         config = {**ordered, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
-    return save(path, format, replace(content, tensors=tensors, config=config))
+    return save(path, format, replace(content, tensors=tensors, config=config), durable=durable)
 
 
 def _as_they_stand(modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
@@ -128,7 +130,7 @@ def _config(row: Format, prefix: str | None, modules: Modules, rslora: bool) -> 
     return {f"{start}{key}": value for key, value in config.items()}
 
 
-def save(path: Path | str, format: str, content: Content) -> Path:
+def save(path: Path | str, format: str, content: Content, *, durable: bool = True) -> Path:
     """Write `content` as `write_lora` does and return what a loader gets.
 
     Raises:
@@ -144,9 +146,9 @@ def save(path: Path | str, format: str, content: Content) -> Path:
     config = json.dumps(content.config, indent=2, sort_keys=True)
     serialized = _serialized(content.tensors, {**content.metadata, **header_of(row, content.config)})
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, serialized)
+    replace_file(target, serialized, durable=durable)
     if row.folder:
-        replace_file(path / CONFIG_NAME, config.encode() + b"\n")
+        replace_file(path / CONFIG_NAME, config.encode() + b"\n", durable=durable)
     return path if row.folder else target
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +59,10 @@ class SweepResult:
 
 
 class Recorder:
-    """Turns the pictures of one subject into observations and rows."""
+    """Turns the pictures of one subject into observations and rows.
+
+    `near` says which strength the pictures at a strength should look like, where that is known.
+    """
 
     def __init__(
         self,
@@ -68,8 +71,10 @@ class Recorder:
         out: Path | None,
         on_record: Callable[[dict[str, Any]], object],
         asked: Asked,
+        near: Mapping[float, float] | None = None,
     ) -> None:
         self.studio, self.subject, self.out, self.on_record, self.asked = studio, subject, out, on_record, asked
+        self._near = near or {}
         self.result = SweepResult()
         self._own_noise, self._at = 0.0, ""
 
@@ -80,9 +85,7 @@ class Recorder:
         """
         found = self.result
         try:
-            self._draw(alphas)
-            if (strength := self._pin()) is not None:
-                self._draw([strength])
+            self.draw_all(alphas)
         except CallFailedError as failed:
             found.verdicts.append(crashed_verdict(self.subject, self.studio, failed.raised))
         else:
@@ -93,7 +96,18 @@ class Recorder:
             )
         return found
 
-    def _draw(self, strengths: Sequence[float]) -> None:
+    def draw_all(self, strengths: Sequence[float]) -> None:
+        """Have the subject draw, and once more where that tells a factor far off.
+
+        Raises:
+            UserError: the pictures do not fit the device's memory.
+            CallFailedError: the subject raised, or its process ended or sent something else.
+        """
+        self.draw(strengths)
+        if (strength := self._pin()) is not None:
+            self.draw([strength])
+
+    def draw(self, strengths: Sequence[float]) -> None:
         """Have the subject draw, and record each strength as soon as it is there.
 
         Raises:
@@ -117,8 +131,9 @@ class Recorder:
             cost = {"seconds": round(float(part["seconds"]), 4), "peak_memory": _number(part["peak_memory"])}
             self._record(part["strength"], images, cost)
 
+        order = {"studio": self.studio.number, "strengths": waiting.copy()}
         try:
-            end = self.asked.ask({"strengths": list(strengths)}, patience, take, parts=3 * len(strengths) + 5)
+            end = self.asked.ask(order, patience, take, parts=3 * len(strengths) + 5)
         except SubjectLostError as lost:
             raise CallFailedError(lost_raised(lost, f" ({self._at})" if self._at else "")) from lost
         if "error" in end:
@@ -152,7 +167,11 @@ class Recorder:
             values, look = _picture_values(images, base, reference, self.studio.reference(1.0))
             if strength == 0:
                 self._own_noise = 1 - values["ssim_base"]
-        estimate = None if look in ("broken", "black", "one colour") else self.studio.place(images)
+        estimate = (
+            None
+            if look in ("broken", "black", "one colour")
+            else self.studio.place(images, near=self._near.get(strength))
+        )
         return StrengthResult(strength, estimate, values["effect"], self._own_noise, look), values
 
     def _row(self, images: Tensor, observation: StrengthResult, values: dict[str, float]) -> dict[str, Any]:
@@ -224,11 +243,11 @@ def _slug(spec: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", spec).strip("_.") or "loader"
 
 
-def drawing(studio: Studio, subject: Subject) -> Answer:
+def drawing(studios: Sequence[Studio], subject: Subject) -> Answer:
     """Return what answers an order for pictures where the subject's code runs."""
 
     def answer(order: Any, on_part: Part) -> dict[str, Any]:
-        own = copy(studio)  # where both run in one process, the steps of the other are not this one's
+        own = copy(studios[order["studio"]])  # where both run in one process, the steps of the other are not this one's
         own.step = lambda text: on_part({"step": text})
         drawn = own.candidates(subject, order["strengths"])
         while True:

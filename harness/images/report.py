@@ -23,9 +23,17 @@ _OUTCOMES: dict[str, Outcome] = {"LH901": "errored", "LH903": "refused"}
 
 
 def sweep_verdict(
-    subject: Subject, studio: Studio, observations: Sequence[StrengthResult], judgement: Judgement, seconds: float
+    subject: Subject,
+    studio: Studio,
+    observations: Sequence[StrengthResult],
+    judgement: Judgement,
+    seconds: float,
+    probed: Sequence[StrengthResult] = (),
 ) -> Verdict:
-    """Return the verdict of a whole sweep; inconclusive is `skipped`, never passed."""
+    """Return the verdict of a whole sweep; inconclusive is `skipped`, never passed.
+
+    At the strengths that were `probed` one denoiser call was compared instead of pictures.
+    """
     outcome: Outcome = "failed" if judgement.code else "passed" if judgement.finding == "as trained" else "skipped"
     factor = judgement.factor
     prescription = _prescription(judgement)
@@ -33,14 +41,14 @@ def sweep_verdict(
         subject,
         studio,
         outcome,
-        observations,
+        (*observations, *probed),
         code=judgement.code,
         title=_title(judgement),
         estimated_factor=factor,
         interval=judgement.interval,
         ratio=factor,
         prescription=prescription,
-        rows=_rows(subject, studio, observations, judgement, prescription),
+        rows=_rows(subject, studio, observations, judgement, prescription, probed),
         reason=judgement.reason or None,
         examples=len(studio.sampler.pairs),
         seconds=seconds,
@@ -48,8 +56,10 @@ def sweep_verdict(
             "finding": judgement.finding,
             "quick": studio.quick,
             "strengths": {
-                f"{o.strength:g}": {"factor": o.factor, "look": o.look, "effect": o.effect} for o in observations
+                f"{o.strength:g}": {"factor": o.factor, "look": o.look, "effect": o.effect}
+                for o in (*observations, *probed)
             },
+            "probed": [o.strength for o in probed],
             "unmatched_modules": len(studio.unmatched),
         },
     )
@@ -126,6 +136,7 @@ def _rows(
     observations: Sequence[StrengthResult],
     judgement: Judgement,
     use: float | None,
+    probed: Sequence[StrengthResult],
 ) -> tuple[tuple[str, str], ...]:
     module = next(iter(studio.adapter.modules.values()))
     what = "one denoiser call each" if studio.quick else "full sampling"
@@ -140,6 +151,9 @@ def _rows(
         ("pictures", f"{len(studio.sampler.pairs)} per strength ({what}), same initial noise as the reference"),
     ]
     rows += [(f"at {o.strength:g}", _line(o)) for o in observations]
+    rows += [
+        (f"at {o.strength:g}", f"{_line(o)}; one denoiser call each, which agree with the pictures") for o in probed
+    ]
     if use:
         rows.append(("use", f"strength = {use:g} until it is fixed"))
     if judgement.code:

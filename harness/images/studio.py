@@ -26,6 +26,7 @@ from harness.loaders.protocol import Subject
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
+_LIKE = 0.1  # share of a change that rungs further apart than those of the ladder may leave unexplained
 _SECONDS_TO_PAINT = 3600.0  # on the slowest of devices
 _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines are kept for the next loader
 
@@ -34,6 +35,7 @@ class Studio:
     """Takes the pictures of a sweep; references are drawn once per strength and kept.
 
     `step` is called with a short text before every strength that is drawn; one load may take `seconds`, 0 for ever.
+    `number` tells it from the other studios of its sweep.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Studio:
         quick: bool = False,
         batch: int = 24,
         step: Callable[[str], object] = lambda text: None,
+        number: int = 0,
     ) -> None:
-        self.opened, self.lora, self.quick, self.step = opened, lora, quick, step
+        self.opened, self.lora, self.quick, self.step, self.number = opened, lora, quick, step, number
         self.adapter = open_lora(lora, opened)
         self._reference = Reference(opened, self.adapter)
         self.sampler = Sampler(opened, pairs, batch=batch)
@@ -82,7 +85,9 @@ class Studio:
             self.step(f"reference at {strength:g}")
             self._drawn[strength] = self._painted(strength) if self._painter else self.paint(strength)
             if self._share:
-                self._share({"reference": strength, "tensors": {"pictures": self._drawn[strength]}})
+                self._share(
+                    {"studio": self.number, "reference": strength, "tensors": {"pictures": self._drawn[strength]}}
+                )
         return self._drawn[strength]
 
     def paint(self, strength: float) -> Tensor:
@@ -92,7 +97,7 @@ class Studio:
     def _painted(self, strength: float) -> Tensor:
         assert self._painter is not None
         try:
-            answer = self._painter.ask({"strength": strength}, _SECONDS_TO_PAINT)
+            answer = self._painter.ask({"studio": self.number, "strength": strength}, _SECONDS_TO_PAINT)
         except SubjectLostError as lost:
             answer = {"error": f"{self.opened.device}: the reference's pictures could not be drawn: {lost.what}"}
         if "error" in answer:
@@ -148,10 +153,16 @@ class Studio:
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 
-    def place(self, candidate: Tensor, *, refine: int = 3) -> Estimate:
-        """Read the strength of `candidate` off the ladder, adding rungs where it seems to stand."""
-        ladder = {strength: self.reference(strength) for strength in (*LADDER, -1.0)}
+    def place(self, candidate: Tensor, *, near: float | None = None, refine: int = 3) -> Estimate:
+        """Read the strength of `candidate` off the ladder, adding rungs where it seems to stand.
+
+        When it should stand `near` a strength, only the rungs around that are drawn, and the others if it does not.
+        """
+        rungs = (*LADDER, -1.0) if near is None else rungs_around(near)
+        ladder = {strength: self.reference(strength) for strength in rungs}
         found = estimate(candidate, ladder)
+        if near is not None and not _inside(found, rungs):
+            return self.place(candidate, refine=refine)
         for _ in range(refine):
             if found.residual < 1e-4 or found.at_end or abs(found.strength) > 12:
                 return found
@@ -168,16 +179,31 @@ class Studio:
         return self.sampler.replay(denoiser, self._calls)
 
 
-def painting(studio: Studio) -> Answer:
+def painting(studios: Sequence[Studio]) -> Answer:
     """Return what answers an order for a reference's pictures."""
 
     def answer(order: Any, on_part: Part) -> dict[str, Any]:
         try:
-            return {"tensors": {"pictures": studio.paint(order["strength"])}}
+            return {"tensors": {"pictures": studios[order["studio"]].paint(order["strength"])}}
         except UserError as error:
             return {"error": str(error)}
 
     return answer
+
+
+def rungs_around(strength: float) -> tuple[float, ...]:
+    """Return the rungs of the ladder from 0 to beyond a strength: 0, and the two on either side of it."""
+    below = [rung for rung in (-1.0, *LADDER) if rung < strength - 1e-9]
+    above = [rung for rung in (-1.0, *LADDER) if rung > strength + 1e-9]
+    near = float(f"{strength:.2g}")
+    return tuple(sorted({0.0, *below[-1:], near, *above[:1]}))
+
+
+def _inside(found: Estimate, rungs: Sequence[float]) -> bool:
+    """Whether a candidate stands between the rungs that were drawn, and looks like what they show."""
+    low, high = min(rungs), max(rungs)
+    at_ladders_end = high >= LADDER[-1] and found.strength == high
+    return found.residual <= _LIKE and (low < found.strength < high or at_ladders_end or found.strength == low == 0.0)
 
 
 def _around(strength: float, ladder: Mapping[float, Tensor]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from harness.images.pipelines import Offload, OpenPipeline, open_pipeline
 from harness.images.recorder import Recorder, SweepResult, drawing
 from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
+from harness.images.sequential import InTurn, studios_of
 from harness.images.studio import Studio, painting
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import GIB
@@ -36,8 +37,9 @@ class SweepOptions:
     `pipeline` is a saved diffusers pipeline (default: the tiny trained one), `lora` what the loader gets (default:
     rank 8, alpha 16, in a format the loader declares). Every prompt is drawn with every seed at every strength in
     `alphas`. `quick` compares one denoiser call instead of pictures. Pictures are saved as PNG under `out`/images. An
-    open pipeline brings its own device, dtype, size and steps. `time_limit` is in seconds, for one load of the subject.
-    `workers=0` draws in this process, on all its threads; a child has one.
+    open pipeline brings its own device, dtype, size and steps. With `sequential` one denoiser call is compared at every
+    strength, and pictures are drawn only until both say the same for sure. `time_limit` is in seconds, for one load of
+    the subject. `workers=0` draws in this process, on all its threads; a child has one.
     """
 
     alphas: Sequence[float] = ALPHAS
@@ -48,6 +50,7 @@ class SweepOptions:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     quick: bool = False
+    sequential: bool = False
     out: Path | None = None
     progress: bool = True
     batch: int | None = None
@@ -114,22 +117,26 @@ def run_sweep(
         for seed in options.seeds
     ]
     batch = options.batch or _BATCH[opened.words is not None]
-    studio = Studio(opened, options.lora or _default_lora(subject, opened), pairs, quick=options.quick, batch=batch)
+    lora, in_turn = options.lora or _default_lora(subject, opened), options.sequential and not options.quick
+    one = Studio(opened, lora, pairs, quick=options.quick, batch=batch)
+    studios = studios_of(one) if in_turn else [one]
     result = SweepResult()
 
     apart = options.workers > 0 and opened.device.type in ("cpu", "cuda")
 
     def job(channel: Channel) -> None:
-        studio.work_for(channel, options.time_limit)
+        for studio in studios:
+            studio.work_for(channel, options.time_limit)
         alone = apart and channel.apart
         try:
             with (
-                _painter(studio, alone),
+                _painter(studios, alone),
                 subject_process(
-                    drawing(studio, subject), prepare=subject.prepare, apart=alone, memory_limit=_memory(opened)
+                    drawing(studios, subject), prepare=subject.prepare, apart=alone, memory_limit=_memory(opened)
                 ) as asked,
             ):
-                recorder = Recorder(studio, subject, options.out, lambda row: channel.send({"record": row}), asked)
+                place = subject, options.out, lambda row: channel.send({"record": row}), asked
+                recorder = InTurn(studios, *place) if in_turn else Recorder(studios[0], *place)
                 channel.send({"result": _RESULT.dump_python(recorder.run(strengths, started))})
         except UserError as error:
             channel.send({"error": str(error)})
@@ -146,25 +153,26 @@ def run_sweep(
                 result.records.append(event["record"])
                 on_record(event["record"])
             elif "reference" in event:
-                studio.keep(event["reference"], event["tensors"]["pictures"])
+                studios[event["studio"]].keep(event["reference"], event["tensors"]["pictures"])
             else:
                 step(event["step"])
 
         (end,) = run_jobs([job], workers=int(apart), on_event=take)
     if end.status != "done":
-        result.verdicts.append(died_verdict(subject, studio, end))
+        result.verdicts.append(died_verdict(subject, studios[-1], end))
     result.environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": batch}
     return result
 
 
 @contextmanager
-def _painter(studio: Studio, apart: bool) -> Iterator[None]:
+def _painter(studios: Sequence[Studio], apart: bool) -> Iterator[None]:
     """On CUDA, have a process of its own draw the references: a subject is forked from this one."""
-    if not apart or studio.opened.device.type != "cuda":
+    if not apart or studios[0].opened.device.type != "cuda":
         yield
         return
-    with subject_process(painting(studio), apart=True) as asked:
-        studio.draw_apart(asked)
+    with subject_process(painting(studios), apart=True) as asked:
+        for studio in studios:
+            studio.draw_apart(asked)
         yield
 
 

@@ -87,6 +87,12 @@ def compare(baseline: Run, current: Run, rules: Sequence[Rule | str] = ()) -> li
     A violation that is recorded as a known failure (outcome `xfailed`) is no violation. A cut run loses what it did
     not reach.
     """
+    for run in (baseline, current):
+        if run.carried:
+            raise UserError(
+                f"{run.path or run.header.run_id}: {sum(run.carried.values())} of its cells were carried over from an "
+                "earlier run (--since): a gate needs runs that measured everything"
+            )
     parsed = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
     results = [*_new_violations(baseline, current), *_lost_coverage(baseline, current)]
     for rule in parsed:

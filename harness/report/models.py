@@ -59,6 +59,20 @@ class PartRecord(Record):
     reason: str = ""
 
 
+class CellRecord(Record):
+    """A cell that was judged to its end; `fingerprint` stands for all that its verdicts depend on, where that is known.
+
+    With the same fingerprint a later run may carry them over: loader, versions, bench, harness and plan are the same.
+    """
+
+    kind: Literal["cell"] = "cell"
+    loader: str
+    format: str
+    bench: str
+    variant: str = "lora"
+    fingerprint: str | None = None
+
+
 class LoraFacts(Record):
     """The LoRA file behind a measurement."""
 
@@ -173,7 +187,7 @@ class PowerRecord(Record):
 
 
 AnyRecord = Annotated[
-    Header | Verdict | ProbeRecord | SweepRecord | FileRecord | PowerRecord | PartRecord | Footer,
+    Header | Verdict | ProbeRecord | SweepRecord | FileRecord | PowerRecord | PartRecord | CellRecord | Footer,
     Field(discriminator="kind"),
 ]
 ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)

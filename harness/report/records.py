@@ -28,7 +28,7 @@ from harness.report.models import (
     SweepRecord,
 )
 from harness.verdict.file_record import FileRecord
-from harness.verdict.verdict import Record, Verdict
+from harness.verdict.verdict import Carried, Record, Verdict
 
 R = TypeVar("R", bound=Record)
 _MEASUREMENTS = FileRecord | PowerRecord
@@ -59,6 +59,12 @@ class Run:
     def counts(self) -> dict[str, int]:
         """Verdicts by outcome, counted from the records themselves."""
         return counts_of(self.verdicts)
+
+    @cached_property
+    def carried(self) -> dict[Carried, int]:
+        """How many cells were carried over instead of measured, by where they come from."""
+        cells = {(v.carried, v.loader, v.format, v.bench, v.variant) for v in self.verdicts if v.carried}
+        return dict(Counter(where for where, *_ in cells))
 
     @cached_property
     def missing(self) -> tuple[PartRecord, ...]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
 from harness.report.models import PartRecord, PowerRecord, ProbeRecord, SweepRecord
 from harness.report.records import Run
+from harness.report.since import carried_sentence
 from harness.text import count, on_one_line
 from harness.verdict.file_record import FileRecord
 from harness.verdict.verdict import LawRecord, Verdict
@@ -237,7 +238,7 @@ def sentence(run: Run) -> str:
     more = [f"and {count(len(found) - _MOST_LOADERS, 'more loader')}"] if len(found) > _MOST_LOADERS else []
     told = "; ".join([*(summary.text() for summary in found[:_MOST_LOADERS]), *more])
     missing = f"Not measured: {listed([on_one_line(part.name) for part in run.missing])}." if run.missing else ""
-    return " ".join(part for part in (headline(run), told and f"{told}.", missing) if part)
+    return " ".join(part for part in (headline(run), told and f"{told}.", missing, carried_sentence(run)) if part)
 
 
 def headline(run: Run) -> str:

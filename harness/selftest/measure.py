@@ -13,9 +13,10 @@ from hypothesis import Phase, given, seed
 
 from harness.checks.apart import SILENCE, served
 from harness.checks.cell import Cell
+from harness.checks.examine import check_cell
 from harness.checks.family import judge
 from harness.checks.plan import Plan, examples_for
-from harness.checks.run import check_cell, died
+from harness.checks.run import died
 from harness.checks.search import quiet_settings
 from harness.checks.trial import run_trial
 from harness.example import Example

@@ -30,6 +30,13 @@ class LawRecord(Record):
     alternatives: tuple[str, ...] = ()
 
 
+class Carried(Record):
+    """Where a verdict comes from that was not measured again: the run's id, and when that began (ISO 8601)."""
+
+    run: str
+    measured: str
+
+
 class Verdict(Record):
     """The outcome of one check of one loader in one cell (format x bench).
 
@@ -64,6 +71,7 @@ class Verdict(Record):
     estimated_factor: float | None = None
     interval: tuple[float, float] | None = None
     survived: float | None = None
+    carried: Carried | None = Field(default=None, description="the earlier run that measured it; this one did not")
     data: dict[str, Any] = Field(default_factory=dict)
 
     @property

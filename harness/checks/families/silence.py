@@ -193,7 +193,7 @@ def _more(cell: Cell, path: Path, names: Iterable[str]) -> Tensors:
     }
     folder = path.parent / "more"
     folder.mkdir()
-    written = write_lora(folder / path.name, cell.format, weights, prefix=prefix_of(cell))
+    written = write_lora(folder / path.name, cell.format, weights, prefix=prefix_of(cell), durable=False)
     return load_file(_files(written))
 
 

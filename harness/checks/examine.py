@@ -1,0 +1,168 @@
+"""Examine one cell: planned probes of the law, a random search, what follows a load, what is known to fail; verdicts.
+
+A law that is sure before the search is through is told at once; the rest of the search may still find more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.checks.cell import Cell
+from harness.checks.describe import NamedFinding, passed, through_codes
+from harness.checks.early import Early, Tell
+from harness.checks.family import LAW_FAMILIES, Finding, family_names, follow
+from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, covers, no_longer_silent, tried_alone
+from harness.checks.outputs import NOT_SEEN, SEEN
+from harness.checks.plan import Plan, examples_for, planned, smoke_example
+from harness.checks.search import Search, observe, search, shrink
+from harness.checks.symptoms import Symptoms, unloaded
+from harness.checks.trial import run_trial
+from harness.example import Example
+from harness.law.diagnosis import Diagnosis, diagnose, law_record
+from harness.law.probe import Probe
+from harness.verdict.verdict import LawRecord, Verdict
+
+_STOPPED = frozenset({"LH901", "LH902", "LH903"})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell measured on the way to its verdicts: every probe, and the law that explains them if one does.
+
+    `labels` counts the examples by what they are.
+    """
+
+    law: LawRecord | None
+    probes: tuple[Probe, ...]
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+
+def check_cell(
+    cell: Cell,
+    plan: Plan,
+    on_measured: Callable[[Measured], object] = lambda measured: None,
+    on_sure: Tell | None = None,
+) -> Iterator[Verdict]:
+    """Yield one verdict per family that holds, and one per distinct fault where it does not.
+
+    `on_sure` hears the verdict on the law as soon as that is sure, which is before anything is yielded.
+    """
+    known = tuple(k for k in plan.known if applies(k, cell))
+    general = tuple(k for k in known if k.trait is None)
+    result = Search()
+    result.add(*observe(cell, plan.pins.example(cell) if plan.pins else smoke_example(cell, cell.targets)))
+    runs = result.findings.keys().isdisjoint(_STOPPED)
+    if runs:
+        _measure(cell, plan, known, result, Early(cell, plan, general, on_sure))
+    diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
+    law = law_record(diagnosis.law) if diagnosis.law else None
+    on_measured(Measured(law, tuple(result.probes), dict(result.labels)))
+    short = not plan.whole(cell) or plan.examples_in(cell) < KNOWN_EXAMPLES
+    plain = _Plainer(cell, plan, known) if runs and plan.shrink and plan.pins is None else None
+
+    def excused(verdict: Verdict) -> Verdict:
+        return next((k.excuse(verdict) for k in general if k.names(verdict, short=short)), verdict)
+
+    verdicts = list(_verdicts(cell, result, diagnosis, excused, plain))
+    yield from verdicts
+    shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
+    if plan.pins is None:
+        yield from (tried_alone(cell, plan, k) for k in known if k not in shown and not k.kinds)
+        yield from (no_longer_silent(cell, k, result.examples) for k in known if k.spoken(cell.heard))
+
+
+def _allowed(cell: Cell, known: Sequence[KnownFailure]) -> Callable[[Example], bool]:
+    """Return which examples are tried: those with a known fault of their own are not."""
+    avoided = [k for k in known if k.trait]
+    return lambda example: not any(covers(k, cell, example) for k in avoided)
+
+
+def _measure(cell: Cell, plan: Plan, known: Sequence[KnownFailure], result: Search, early: Early) -> None:
+    """Collect probes and findings: the planned examples first, then the pinned one or the random search."""
+    allowed = _allowed(cell, known)
+    for example in filter(allowed, planned(cell, plan.layers_in(cell))):
+        observation, probes, findings = observe(cell, example)
+        result.add(observation, probes, [] if plan.pins else findings)
+    if plan.pins:  # the planned examples only help to name the law of the pinned one
+        if not cell.subject.outputs:
+            pinned = plan.pins.example(cell)
+            _add_what_follows(cell, [pinned.dtype], pinned, result)
+        return
+    early.begin(result)
+    strategy, smoke = examples_for(cell, plan).filter(allowed), smoke_example(cell, plan.layers_in(cell))
+    found = search(cell, strategy, max_examples=plan.examples_in(cell), base_seed=plan.seed, on_example=early.look)
+    result.join(found)
+    if cell.subject.outputs:
+        return
+    dtypes = [d for d in plan.dtypes if d in cell.dtypes and allowed(replace(smoke, dtype=d))]
+    _add_what_follows(cell, dtypes, smoke, result)
+
+
+def _add_what_follows(cell: Cell, dtypes: Sequence[str], example: Example, result: Search) -> None:
+    for finding in follow(cell, run_trial(cell, example), tuple(dtypes)):
+        key = f"{finding.check}:{finding.code}" if finding.check else finding.code  # beside one of the same code
+        result.findings.setdefault(key, finding)
+
+
+@dataclass(frozen=True)
+class _Plainer:
+    """Makes the counterexamples of what is reported plain; what is excused or folded needs none."""
+
+    cell: Cell
+    plan: Plan
+    known: Sequence[KnownFailure]
+
+    def __call__(self, finding: Finding) -> Finding:
+        if finding.check:
+            return finding
+        allowed = _allowed(self.cell, self.known)
+        strategy = examples_for(self.cell, self.plan).filter(allowed)
+        return shrink(self.cell, strategy, finding, base_seed=self.plan.seed, allowed=allowed)
+
+
+def _verdicts(
+    cell: Cell,
+    result: Search,
+    diagnosis: Diagnosis,
+    excused: Callable[[Verdict], Verdict],
+    plain: _Plainer | None,
+) -> Iterator[Verdict]:
+    """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
+    smoke = [f for f in result.findings.values() if f.family == "smoke"]
+    reported: set[str] = set()
+    symptoms = Symptoms(result, diagnosis)
+    faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
+    for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
+        where = "" if finding.check or finding.code not in result.counts else result.only_where(finding.code)
+        fault = NamedFinding(cell, finding, diagnosis, where)
+        reported.add(fault.family)
+        verdict = excused(fault.verdict(result.examples))
+        if plain and verdict.outcome != "xfailed":
+            verdict = NamedFinding(cell, plain(finding), diagnosis, where).verdict(result.examples)
+        yield verdict
+    for family in family_names():
+        if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
+            continue
+        if cell.subject.outputs and family not in SEEN:
+            yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)
+            continue
+        right = passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
+        yield through_codes(cell, _with_seen(right, result), result.probes)
+
+
+def _with_seen(verdict: Verdict, result: Search) -> Verdict:
+    """Return the verdict on the scale with what was seen, and how alpha = 0 was read; others as they are."""
+    if verdict.check != "scale":
+        return verdict
+    seen = {
+        f"{of}_dtypes": [word for kind, word in map(_words, result.labels) if kind == of] for of in ("model", "file")
+    }
+    how = " and ".join(sorted(result.zero_alpha))
+    title = f"{verdict.title}; alpha = 0 is read {how}" if how else verdict.title
+    return verdict.model_copy(update={"title": title, "data": seen | ({"zero_alpha": how} if how else {})})
+
+
+def _words(label: str) -> tuple[str, str]:
+    kind, _, word = label.partition(" ")
+    return kind, word

@@ -1,0 +1,106 @@
+"""Which findings of a cell only follow from what another one says, and need no verdict of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.checks.search import Search
+from harness.law.diagnosis import Diagnosis
+from harness.law.probe import Probe
+from harness.verdict.codes import CODES
+
+_NOT_LOADED = ("LH101", "LH102")
+_DIRECTIONS = frozenset({"LH104", "LH301", "LH302", "LH303", "LH304", "LH306"})
+_RESIDUAL = ("LH301", "LH304", "LH306", "LH501")  # names of an unexplained change, which one fault may show in turn
+
+
+@dataclass(frozen=True)
+class Symptoms:
+    """What else was found beside a finding, and the law behind the scales."""
+
+    result: Search
+    diagnosis: Diagnosis
+
+    def include(self, code: str) -> bool:
+        """Tell whether findings of `code` only follow from what another finding says."""
+        if any(code in CODES[other].explains for other in self.result.findings if other in CODES):
+            return True
+        if code == "LH209" and self._by_chance:
+            return True
+        if code in _RESIDUAL:
+            return self._rarer(code, 3)
+        if code in _NOT_LOADED:
+            return self._of_coverage(code)
+        return code == "LH209" and self._of_scale()
+
+    def _of_coverage(self, code: str) -> bool:
+        if self._by_law or ("LH209" in self.result.findings and not self._unloaded and not self._silent):
+            return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
+        if self._chance(code):
+            return True
+        modules = {p.module for p in self.result.probes}
+        return code == "LH101" and "LH102" in self.result.findings and len(self._unloaded) < len(modules)
+
+    def _of_scale(self) -> bool:
+        found = self.result.findings
+        if found["LH209"].faint and not _DIRECTIONS.isdisjoint(found):
+            return True  # where the change is large enough to tell, its direction is wrong
+        if self._lost_digits or (self.diagnosis.code is None and "LH501" in found):
+            return True
+        named = self.diagnosis.law or self.diagnosis.trait
+        if not named and self._chance("LH209"):
+            return True
+        return self._silent and not self._by_law and any(code in found for code in _NOT_LOADED)
+
+    def _chance(self, code: str) -> bool:
+        """Whether a change that is wrong throughout has, now and then, some scale or none."""
+        return not self._unloaded and self._rarer(code, 10)
+
+    def _rarer(self, code: str, times: int) -> bool:
+        """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
+        counts = self.result.counts
+        most = max(counts.get(other, 0) for other in _RESIDUAL)
+        return most > 0 and times * counts.get(code, 0) <= most
+
+    @cached_property
+    def _wrong(self) -> list[Probe]:
+        return [p for p in self.result.probes if not p.right]
+
+    @cached_property
+    def _unloaded(self) -> set[str]:
+        return unloaded(self.result.probes)
+
+    @property
+    def _silent(self) -> bool:
+        return all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+
+    @property
+    def _by_law(self) -> bool:
+        law = self.diagnosis.law
+        return bool(law and not law.is_trained and not self._unloaded)
+
+    @property
+    def _by_chance(self) -> bool:
+        """Whether what was measured is another in every call, as dropout makes it."""
+        left_on = self.result.findings.get("LH406")
+        seen = left_on.observation if left_on else None
+        return seen is not None and (bool(seen.unsteady) or any(n.endswith(" (dropout)") for n in seen.training))
+
+    @property
+    def _lost_digits(self) -> bool:
+        """Whether every scale that is off is off by less than the digits that LH501 saw lost."""
+        if "LH501" not in self.result.findings:
+            return False
+        lost = self.result.findings["LH501"]
+        share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
+        wrong = self._wrong
+        return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
+
+
+def unloaded(probes: Sequence[Probe]) -> set[str]:
+    """Return the modules that never changed although their scale should have been visible."""
+    visible = [p for p in probes if abs(p.expected) > 4 * p.tolerance]
+    changed = {p.module for p in visible if abs(p.measured) > 4 * p.tolerance}
+    return {p.module for p in visible} - changed
