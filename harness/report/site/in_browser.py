@@ -20,6 +20,7 @@ HOW = "`npm pack pyodide`, unpacked, and `pip download` of pydantic for it (docs
 _PYODIDE = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "python_stdlib.zip", "pyodide-lock.json")
 _WHEELS = ("pydantic", "pydantic_core", "typing_extensions", "typing_inspection", "annotated_types")
 _PACKAGE = Path(__file__).parents[2]
+_FIXTURES = "_fixtures"  # which only an installed package has
 _KINDS = (".py", ".toml", ".json")
 _THEN = (1980, 1, 1, 0, 0, 0)  # the least that zip can say: the same package gives the same bytes
 
@@ -82,6 +83,8 @@ def _this_package() -> bytes:
     kept = io.BytesIO()
     with zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(path for path in _PACKAGE.rglob("*") if path.suffix in _KINDS and path.is_file()):
+            if _FIXTURES in path.parts:
+                continue
             name = Path("harness", path.relative_to(_PACKAGE)).as_posix()
             archive.writestr(zipfile.ZipInfo(name, _THEN), path.read_bytes(), zipfile.ZIP_DEFLATED)
     return kept.getvalue()
