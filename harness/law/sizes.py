@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +14,7 @@ from harness.law.reads import Place, pattern_of
 from harness.text import read_toml
 
 TABLE = Path(__file__).with_name("sizes.toml")
-_TOY = 512  # no released model is narrower: smaller ones are benches and examples, which have the names alone
+_TOY = 256  # no released model is narrower: smaller ones are benches and examples, which have the names alone
 _DEEP = 6  # so many blocks from the first on are no choice of a few
 
 
@@ -67,15 +68,22 @@ class _Measured:
     """Widths, numbers of blocks by their stack, and inputs by pattern, of a file's layers."""
 
     widths: set[int] = field(default_factory=set)
+    into: Counter[int] = field(default_factory=Counter)
     stacks: dict[str, set[int]] = field(default_factory=dict)
     inputs: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, layer: Sized, pattern: str) -> None:
         self.widths |= {layer.in_features, layer.out_features}
+        self.into[layer.in_features] += 1
         if pattern.endswith(_asked()):
             self.inputs.setdefault(pattern, set()).add(layer.in_features)
         if found := _stack().match(layer.name.replace(".", "_")):
             self.stacks.setdefault(_NUMBER.sub("_#", found[1]), set()).add(int(found[2]))
+
+    @property
+    def usual(self) -> int:
+        """The inputs that most layers have."""
+        return max(self.into, key=lambda width: self.into[width], default=0)
 
     @property
     def full(self) -> dict[str, int]:
@@ -131,7 +139,7 @@ def fitting(places: Iterable[Place], layers: Iterable[Sized]) -> list[Place]:
     for layer in layers:
         file.add(layer, pattern_of(layer.name))
     known, full = {place: _rows().get(place[0]) for place in places}, file.full
-    toy = max(file.widths, default=0) < _TOY
+    toy = file.usual < _TOY
     able = {place: sizes for place, sizes in known.items() if toy or sizes is None or sizes.allow(file)}
     deep = [place for place, sizes in able.items() if sizes and sizes.is_as_deep(full)]
     return deep or [place for place, sizes in able.items() if toy or sizes is None or not sizes.is_deeper(full)]
