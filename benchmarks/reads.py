@@ -160,7 +160,7 @@ def namings(animal: Animal) -> list[str]:
     return [
         "own",
         *(["original"] if animal.original else []),
-        *(["sgm"] if animal.kind == "UNet2DConditionModel" else []),
+        *(["sgm"] if animal.class_name == "UNet2DConditionModel" else []),
     ]
 
 
@@ -258,7 +258,7 @@ def depths() -> dict[str, list[int]]:
 
     found = {}
     for family, animal in zoo().items():
-        every = inspect.signature(getattr(diffusers, animal.kind).__init__).parameters
+        every = inspect.signature(getattr(diffusers, animal.class_name).__init__).parameters
         numbers = {
             p.default for n, p in every.items() if re.search(r"layers|blocks|depth", n) and type(p.default) is int
         }
