@@ -18,7 +18,9 @@ from harness.loaders.registry import resolve
 SECONDS = 0.2  # to build a model once its library is imported
 
 
-@pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:Mismatch dtype between input and weight")
+@pytest.mark.filterwarnings(
+    "ignore:In CPU autocast", "ignore:Mismatch dtype between input", "ignore:flex_attention called"
+)
 @pytest.mark.parametrize("name", more_benches())
 def test_a_row_builds_at_once_and_twice_the_same(name: str) -> None:
     bench = get_bench(name)
