@@ -266,7 +266,7 @@ _VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a 
 
 
 def known_facts(bench: Bench) -> dict[str, Any]:
-    """Return of a bench of the table what `summary` tells: it need not be looked at, its layers are known to be read."""
+    """Return of a bench of the table what `summary` tells: its layers are known to be read."""
     return {
         "layers": {name: asdict(layer) for name, layer in bench.layers.items()},
         "targets": list(bench.chosen),
