@@ -161,7 +161,7 @@ def namings(animal: Animal) -> list[str]:
     return [
         "own",
         *(["original"] if animal.original else []),
-        *(["sgm"] if animal.kind == "UNet2DConditionModel" else []),
+        *(["sgm"] if animal.class_name == "UNet2DConditionModel" else []),
     ]
 
 

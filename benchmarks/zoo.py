@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from harness.benches.table import Parts, original_names, rows
+from harness.benches.table import Parts, Row, original_names, rows
 
 
 @dataclass(frozen=True)
-class Animal:
-    """One architecture of the zoo."""
+class Animal(Row):
+    """One architecture of the zoo: a row of the table, with the real one's widths where it `is_wide`."""
 
-    family: str
-    title: str
-    kind: str
-    mixin: str | None
-    component: str
-    config: Mapping[str, Any] = field(hash=False)
-    original: Mapping[str, Any] | None = field(default=None, hash=False)
-    wide: Mapping[str, Any] | None = field(default=None, hash=False)
     is_wide: bool = False
 
     def build(self) -> Any:
         """Return a fresh model; its weights do not matter, and those of a wide one are never touched."""
-        import diffusers
         import torch
 
-        make = getattr(diffusers, self.kind)
         if not self.is_wide:
-            return make(**self.config).eval().requires_grad_(False)
+            return self.make().eval().requires_grad_(False)
         with torch.device("meta"):
-            model = make(**self.config)
+            model = self.make()
         return model.to_empty(device="cpu").eval().requires_grad_(False)
 
     def of_width(self, naming: str) -> Animal:
@@ -47,7 +37,7 @@ class Animal:
         """Shape of the weight of every linear layer, and in a UNet of every convolution."""
         import torch
 
-        kinds = (torch.nn.Linear, torch.nn.Conv2d) if "UNet" in self.kind else (torch.nn.Linear,)
+        kinds = (torch.nn.Linear, torch.nn.Conv2d) if "UNet" in self.class_name else (torch.nn.Linear,)
         every = self.build().named_modules()
         return {name: tuple(module.weight.shape) for name, module in every if isinstance(module, kinds)}
 
@@ -63,10 +53,7 @@ class Animal:
 def zoo() -> dict[str, Animal]:
     """Return every architecture by name."""
     found = (row for row in rows().values() if row.library == "diffusers")
-    return {
-        r.family: Animal(r.family, r.title, r.class_name, r.mixin, r.component, r.config, r.original, r.wide)
-        for r in found
-    }
+    return {row.family: Animal(**{each.name: getattr(row, each.name) for each in fields(row)}) for row in found}
 
 
 _INNER = {

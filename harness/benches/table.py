@@ -1,14 +1,15 @@
 """The table of benches, `zoo.json`: a tiny model of every architecture that diffusers and transformers load LoRA into.
 
-A row has the class, a configuration that builds in a moment, the inputs of one forward (none where that takes more than
-the model) and what a pipeline calls the model; `mixin` loads LoRA into it. `original` says how the authors' own code
-calls the layers: `fused` stacks several of them (pattern of the first, name, parts), `renamed` are substitutions in
-order, `only` the names that are meant. `wide` is what a model must have of the real one's widths where diffusers'
-converter has these numbers in its code.
+A row has the class, a configuration that builds in a moment, the inputs of one forward and what a pipeline calls the
+model; `mixin` loads LoRA into it. `original` says how the authors' own code calls the layers: `fused` stacks several of
+them (pattern of the first, name, parts), `renamed` are substitutions in order, `only` the names that are meant. `wide`
+is what a model must have of the real one's widths where diffusers' converter has these numbers in its code. `experts`
+and `dtypes` are the bench's.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import zlib
@@ -19,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.benches.bench import Bench, Noise
+from harness.benches.bench import DTYPES, Bench, Noise
 from harness.benches.layer import Layer, Rows, layer_of
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ class Row:
     mixin: str | None
     component: str
     config: Mapping[str, Any] = field(hash=False)
-    inputs: Mapping[str, Any] | None = field(default=None, hash=False)
+    inputs: Mapping[str, Any] = field(hash=False)
     original: Mapping[str, Any] | None = field(default=None, hash=False)
     wide: Mapping[str, Any] | None = field(default=None, hash=False)
     seed: int | None = None
     targets: Sequence[str] | None = field(default=None, hash=False)
     fused: Sequence[Sequence[Any]] = field(default=(), hash=False)
     experts: Sequence[str] = field(default=(), hash=False)
+    dtypes: Sequence[str] = DTYPES
 
     @property
     def library(self) -> str:
@@ -68,8 +70,9 @@ class Row:
 
     def run(self, model: Any, noise: Noise) -> Tensor:
         """Call the model once."""
-        given = {name: _value(spec, noise) for name, spec in (self.inputs or {}).items()}
-        return _first(model(**given, return_dict=False))
+        given = {name: _value(spec, noise) for name, spec in self.inputs.items()}
+        told = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
+        return _first(model(**given, **told))
 
     def bench(self) -> Bench:
         """Return the bench of this row."""
@@ -78,10 +81,11 @@ class Row:
             zlib.crc32(self.family.encode()) % 10_000 if self.seed is None else self.seed,
             self.make,
             None if self.targets is None else tuple(self.targets),
-            self.run if self.inputs else None,
+            self.run,
             tuple((end, rows) for end, rows in self.fused),
             self.component,
             merged=partial(_merged, self) if self.original else None,
+            dtypes=tuple(self.dtypes),
             experts=tuple(self.experts),
         )
 
@@ -137,6 +141,8 @@ def _value(spec: Any, noise: Noise) -> Any:
         return torch.ones(*spec["mask"], dtype=torch.bool)
     if "maskl" in spec:
         return torch.ones(*spec["maskl"], dtype=torch.long)
+    if "bits" in spec:
+        return torch.tensor(spec["bits"], dtype=torch.bool)
     if "long" in spec:
         return torch.tensor(spec["long"])
     if "list" in spec:

@@ -30,8 +30,8 @@ class Agreement:
     """How far apart PEFT and the closed form are on one bench and variant.
 
     `apart` is the largest |W_PEFT - W_exact| / |W_exact| of a layer (Frobenius); `fault` says what of it is more than
-    rounding, or that PEFT raised. `refused`: it raised on a bench of the user's own, of which nobody said that PEFT
-    takes it.
+    rounding, or that PEFT raised. `refused`: it raised on a bench of the user's own, or merged something else into the
+    codes of one, of which nobody said that PEFT takes it.
     """
 
     bench: str
@@ -124,6 +124,8 @@ def compare(cell: Cell) -> Agreement:
     if seen.raised and cell.bench_name in own_benches():
         return Agreement(*_place(cell), math.inf, seen.raised.what, refused=True)
     faults = [finding.fact for finding in judge(seen) if finding.family != "side_effects"]  # of PEFT, not of its merge
+    if faults and any(layer.codes for layer in cell.bench.layers.values()):  # codes of which it may know nothing
+        return Agreement(*_place(cell), math.inf, faults[0], refused=True)
     base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
     apart = (
         math.hypot(fit.residual, (fit.scale - fit.expected) * fit.product) / norm(base[name] + seen.changes[name])

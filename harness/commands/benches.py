@@ -49,12 +49,13 @@ def _every() -> list[dict[str, Any]]:
 def _tell(names: tuple[str, ...], *, as_json: bool) -> None:
     from harness.benches import get_bench
     from harness.loaders.benches import bench_name
+    from harness.measure.self_check import known_facts, summary
 
     for bench in (get_bench(bench_name(name)) for name in names):
-        told = list(bench.measures(bench.view.lora_layers))
+        told = list(bench.measures(bench.view.lora_layers)) or list(summary(known_facts(bench), {}))
         if as_json:
             click.echo(json.dumps({"kind": "bench", "name": bench.name, "layers": bench.lora_layers, "told": told}))
             continue
         click.echo(f"{printable(bench.name)}: {len(bench.lora_layers)} layers take a LoRA")
-        for line in told or bench.lora_layers:
+        for line in told:
             click.echo(on_one_line(f"  {line}"))

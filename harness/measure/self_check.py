@@ -265,6 +265,19 @@ def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:
 _VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a layer of the kind of this name
 
 
+def known_facts(bench: Bench) -> dict[str, Any]:
+    """Return of a bench of the table what `summary` tells: its layers are known to be read."""
+    return {
+        "layers": {name: asdict(layer) for name, layer in bench.layers.items()},
+        "targets": list(bench.chosen),
+        "shared": bench.shared,
+        "unread": {},
+        "others": _other_parameters(bench.base(), bench.layers),
+        "dtypes": bench.dtypes,
+        "said": {"runs": bench.run is not None},
+    }
+
+
 def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
     """Yield what a bench measures and what it does not, a sentence each; `idle` are targets not tried, with kinds."""
     layers, targets = facts["layers"], facts["targets"]
