@@ -19,6 +19,7 @@ from torch import equal  # bound here: a subject may replace torch's own
 from harness.benches import Bench, get_bench
 from harness.benches.given import take_benches
 from harness.checks.engine import answer_outputs
+from harness.checks.unloaded import base_offsets, base_output, base_state, base_types
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -121,7 +122,7 @@ class _Work:
 
     def _answers(self, *models: torch.nn.Module) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
-        plain = _base_output(self.bench, self.order.dtype, self.is_cast)
+        plain = base_output(self.bench, self.order.dtype, self.is_cast)
         self.effects += [self.bench.forward(model).double() - plain for model in models]
 
     @property
@@ -152,14 +153,16 @@ class _Work:
     def measured(self) -> dict[str, Any]:
         """Return the layers that are not as in the base, what else is not, and what asked layers answer to input."""
         bench, dtype, bias, dense = self.bench, self.order.dtype, self.order.bias, dict[str, "Tensor"]()
-        base = base_weights(bench, dtype, bias)
+        base, constants = base_weights(bench, dtype, bias), dict[str, "Tensor"]()
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
             how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
-            found = effective_weights(self.model, bench.layers, **how)
+            found = effective_weights(self.model, bench.layers, constants=constants, **how)
             if all(equal(self.times * base[name], found[name]) for name in bench.layers):
-                dense.clear()
-                found = weights_while_running(self.model, bench.layers, bench.forward, **how)
-            shifted = () if bias else tuple(_shifted(bench, self.model, dtype, self.dtype))
+                dense, constants = {}, {}
+                found = weights_while_running(self.model, bench.layers, bench.forward, **how | {"dense": dense})
+            if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
+                constants = {} if bias else offsets(self.model, bench.layers, self.dtype)
+            shifted = () if bias else tuple(_shifted(bench, constants, dtype))
             unsteady = list(_unsteady(self, found, dense))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
@@ -195,7 +198,7 @@ def _nothing(model: torch.nn.Module) -> None:
 
 def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
     """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
-    before = {name: type(module) for name, module in bench.base().named_modules()}
+    before = base_types(bench)
     for name, module in model.named_modules():
         dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
         if module.training and (dropout or before.get(_base_name(name)) is type(module)):
@@ -209,6 +212,8 @@ def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tens
     """
     import torch
 
+    if not dense:
+        return
     modules, layers, like = dict(work.model.named_modules()), work.bench.layers, torch.empty(0, dtype=work.dtype)
     for name, answer in dense.items():
         x = dense_input(layers[name], work.dtype)
@@ -288,42 +293,22 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
     return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
 
 
-@cache
-def _base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
-    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
-    model = bench.base(_dtype(dtype))
-    return bench.forward(bench.build(_dtype(dtype)).to(_dtype("float32")) if cast else model).double()
-
-
-@cache
-def _base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
-    """Return what the layers of the unloaded bench answer to zeros, in float64."""
-    return offsets(bench.base(_dtype(dtype)), bench.layers)
-
-
 def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
     """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
 
     Beside codes stand their scales, which are a part of the weight.
     """
-    import torch
-
-    measured = ("weight", "bias") if bias else ("weight",)
-    weights = {f"{layer}.{kind}" for layer in bench.layers for kind in measured}
-    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
-    kept = bench.base(_dtype(dtype)).state_dict().items()
-    own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
-    expected = {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
+    expected = base_state(bench, dtype, bias)
     state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     found = {base: value for name, value in state if (base := _base_name(name)) in expected}
     return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
 
 
-def _shifted(bench: Bench, model: torch.nn.Module, dtype: str, runs_in: torch.dtype) -> Iterator[str]:
+def _shifted(bench: Bench, constants: Mapping[str, Tensor], dtype: str) -> Iterator[str]:
     """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in offsets(model, bench.layers, runs_in).items():
-        expected = _base_offsets(bench, dtype)[name]
-        if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
+    for name, value in constants.items():
+        expected = base_offsets(bench, dtype)[name]
+        if not equal(value, expected) and norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
             yield f"{name}.bias"
 
 
