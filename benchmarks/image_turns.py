@@ -101,8 +101,8 @@ def main() -> None:
         "",
         "`benchmarks/image_turns.py`: one denoiser call for each of eight prompts and seeds, then four pictures, and "
         "all eight where the two do not agree, against all eight pictures on the same draws. On the first base (the "
-        f"second is not kept), {len(options.only)} LoRAs ({', '.join(options.only)}), {options.draws} draws of 16 prompts "
-        f"per cell and LoRA, so n = {options.draws * len(options.only)} per entry, not independent. On average "
+        f"second is not kept), {len(options.only)} LoRAs ({', '.join(options.only)}), {options.draws} draws of 16 "
+        f"prompts per cell and LoRA, so n = {options.draws * len(options.only)} per entry, not independent. On average "
         f"{sum(pictures) / len(pictures):.1f} pictures instead of 8; {time.perf_counter() - began:.0f} s.",
         "",
         *table(cells),
