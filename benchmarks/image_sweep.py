@@ -12,13 +12,19 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from harness.images import ALPHAS, base_pipeline, lora_file, open_pipeline
-from harness.images.recorder import Recorder
+from benchmarks.tools import judged
+from harness.images import ALPHAS, base_pipeline, lora_file, open_pipeline, run_sweep
+from harness.images import studio as studios
+from harness.images.recorder import Recorder, drawing
 from harness.images.sampling import Pair, determinism, runtime_scaling
 from harness.images.studio import Studio
+from harness.isolation.subject import Here
+from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
 COUNTS = (1, 8)
@@ -45,7 +51,7 @@ def studio_of(count: int, device: str, dtype: torch.dtype, *, quick: bool = Fals
     return studio
 
 
-def drawing(count: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+def drawn(count: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """Time nine strengths drawn in shared batches and one after the other; the LoRA is loaded once for both."""
     studio = studio_of(count, device, dtype)
     model = studio.load(resolve("diffusers"), 1.0)
@@ -76,6 +82,26 @@ def probing(device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     return best(ways, repeats)
 
 
+def in_turns(device: str, dtype: torch.dtype, repeats: int, *, quick: bool) -> list[str]:
+    """Time whole sweeps with all pictures and in turns, of a right loader and a wrong one; nothing is drawn before."""
+    rows = ["| a whole sweep, 8 pictures | all of them | in turns | share |", "| --- | --- | --- | --- |"]
+    opened = open_pipeline(base_pipeline(), device=device, dtype=dtype)
+    right = resolve("peft")
+    twice = replace(right, load=lambda model, lora, *, strength=1.0: right.load(model, lora, strength=2 * strength))
+    for name, loader in (("as trained", right), ("twice too strong", twice)):
+
+        def sweep(sequential: bool, loader: Subject = loader) -> None:
+            studios._SHARED.clear()
+            few = {"alphas": (0.0, 1.0)} if quick else {}
+            run_sweep(loader, pipeline=opened, lora=lora_file("r8_a16", "peft"), progress=False, workers=0,
+                      sequential=sequential, **few)  # fmt: skip
+
+        took = best({"all": partial(sweep, False), "in turns": partial(sweep, True)}, repeats)
+        share = judged(f"{took['in turns'] / took['all']:.2f}", met=took["in turns"] <= took["all"] / 3)
+        rows.append(f"| {name} | {took['all']:.1f} s | {took['in turns']:.1f} s | {share} |")
+    return [*rows, ""]
+
+
 def share_of_harness(device: str, dtype: torch.dtype) -> float:
     """Return the share of a whole sweep that is neither drawing nor the loader's own time."""
     studio = studio_of(8, device, dtype)
@@ -96,7 +122,8 @@ def share_of_harness(device: str, dtype: torch.dtype) -> float:
     studio.sampler.images_at = timed(studio.sampler.images_at)  # type: ignore[method-assign,assignment]
     studio.load = timed(studio.load)  # type: ignore[method-assign,assignment]
     began = time.perf_counter()
-    Recorder(studio, resolve("diffusers"), None, lambda row: None).run(ALPHAS, began)
+    asked = Here(drawing([studio], resolve("diffusers")))
+    Recorder(studio, resolve("diffusers"), None, lambda row: None, asked).run(ALPHAS, began)
     return 1 - inside / (time.perf_counter() - began)
 
 
@@ -113,13 +140,18 @@ def main(argv: Sequence[str] = ()) -> list[str]:
     lines = ["| nine strengths | set_adapters loop | shared batches | ratio |", "| --- | --- | --- | --- |"]
     with determinism():
         for count in counts:
-            seconds = drawing(count, options.device, dtype, options.repeats)
+            seconds = drawn(count, options.device, dtype, options.repeats)
             ratio = seconds["loop"] / seconds["batched"]
             lines.append(f"| {count} pictures | {seconds['loop']:.2f} s | {seconds['batched']:.2f} s | {ratio:.2f} |")
+        turns = in_turns(options.device, dtype, options.repeats, quick=options.quick)
         probe = probing(options.device, dtype, options.repeats)
         share = share_of_harness(options.device, dtype)
     lines += [
         "",
+        "Eight pictures already fill a core of a CPU with arithmetic: larger batches gain at few pictures only, and "
+        "there is no aim for eight.",
+        "",
+        *turns,
         f"Probe: 8 pairs in {probe['probe']:.3f} s against {probe['sampling']:.3f} s of sampling, "
         f"{probe['sampling'] / probe['probe']:.1f} times cheaper.",
         f"Harness time outside drawing and loading: {100 * share:.1f} % of a sweep of nine strengths, 8 pictures each.",

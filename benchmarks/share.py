@@ -20,7 +20,7 @@ from harness.loaders.protocol import Subject
 from harness.loaders.registry import installed, resolve
 from harness.variants.variant import Variant
 
-MOST = 0.5
+MOST = 0.45
 CI_EXAMPLES, CI_SHARE = 60, 1 / 20  # as `make test` checks the matrix
 QUICK_CELLS = 2
 

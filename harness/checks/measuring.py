@@ -22,6 +22,7 @@ from harness.benches.given import take_benches
 from harness.benches.layer import parameter_of
 from harness.checks.engine import answer_outputs
 from harness.checks.experts import UnreadableExpertsError, check_experts
+from harness.checks.unloaded import base_offsets, base_output, base_state, base_types
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -125,7 +126,7 @@ class _Work:
 
     def _answers(self, *models: torch.nn.Module) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
-        plain = _base_output(self.bench, self.order.dtype, self.is_cast)
+        plain = base_output(self.bench, self.order.dtype, self.is_cast)
         self.effects += [self.bench.forward(model).double() - plain for model in models]
 
     @property
@@ -134,7 +135,7 @@ class _Work:
         if not self.effects:
             return 0.0
         last = self.effects[-1]
-        plain = norm(_base_output(self.bench, self.order.dtype, self.is_cast))
+        plain = norm(base_output(self.bench, self.order.dtype, self.is_cast))
         if max(map(norm, self.effects)) <= _SEEN * UNIT_ROUNDOFF[self.order.dtype] * plain:
             return 0.0  # rounding of the answers is as large
         size = norm(last) or norm(self.effects[0])
@@ -164,17 +165,20 @@ class _Work:
     def measured(self) -> dict[str, Any]:
         """Return the layers that are not as in the base, what else is not, and what asked layers answer to input."""
         bench, dtype, bias, dense = self.bench, self.order.dtype, self.order.bias, dict[str, "Tensor"]()
-        base = base_weights(bench, dtype, bias)
+        base, constants = base_weights(bench, dtype, bias), dict[str, "Tensor"]()
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
             how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
-            found = effective_weights(self.model, bench.layers, **how)
+            found = effective_weights(self.model, bench.layers, constants=constants, **how)
             if all(equal(self.times * base[name], found[name]) for name in bench.layers):
-                dense.clear()
-                found = weights_while_running(self.model, bench.layers, bench.forward, **how)
+                dense, constants = {}, {}
+                found = weights_while_running(self.model, bench.layers, bench.forward, **how | {"dense": dense})
             elif still := self._experts_as_before(base, found):
+                constants = {}
                 found |= weights_while_running(self.model, still, bench.forward, **how)
             check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
-            shifted = () if bias else tuple(_shifted(bench, self.model, dtype, self.dtype))
+            if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
+                constants = {} if bias else offsets(self.model, bench.layers, self.dtype)
+            shifted = () if bias else tuple(_shifted(bench, constants, dtype))
             unsteady = list(_unsteady(self, found, dense))
         changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
@@ -210,7 +214,7 @@ def _nothing(model: torch.nn.Module) -> None:
 
 def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
     """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
-    before = {name: type(module) for name, module in bench.base().named_modules()}
+    before = base_types(bench)
     for name, module in model.named_modules():
         dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
         if module.training and (dropout or before.get(_base_name(name)) is type(module)):
@@ -224,6 +228,8 @@ def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tens
     """
     import torch
 
+    if not dense:
+        return
     modules, layers, like = dict(work.model.named_modules()), work.bench.layers, torch.empty(0, dtype=work.dtype)
     for name, answer in dense.items():
         x = dense_input(layers[name], work.dtype)
@@ -306,42 +312,22 @@ def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tens
     return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
 
 
-@cache
-def _base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
-    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
-    model = bench.base(_dtype(dtype))
-    return bench.forward(bench.build(_dtype(dtype)).to(_dtype("float32")) if cast else model).double()
-
-
-@cache
-def _base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
-    """Return what the layers of the unloaded bench answer to zeros, in float64."""
-    return offsets(bench.base(_dtype(dtype)), bench.layers)
-
-
 def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
     """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
 
     Beside codes stand their scales, which are a part of the weight.
     """
-    import torch
-
-    measured = ("weight", "bias") if bias else ("weight",)
-    weights = {*bench.layers, *(f"{layer}.{kind}" for layer in bench.layers for kind in measured)}
-    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
-    kept = bench.base(_dtype(dtype)).state_dict().items()
-    own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
-    expected = {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
+    expected = base_state(bench, dtype, bias)
     state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     found = {base: value for name, value in state if (base := _base_name(name)) in expected}
     return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
 
 
-def _shifted(bench: Bench, model: torch.nn.Module, dtype: str, runs_in: torch.dtype) -> Iterator[str]:
+def _shifted(bench: Bench, constants: Mapping[str, Tensor], dtype: str) -> Iterator[str]:
     """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in offsets(model, bench.layers, runs_in).items():
-        expected = _base_offsets(bench, dtype)[name]
-        if norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
+    for name, value in constants.items():
+        expected = base_offsets(bench, dtype)[name]
+        if not equal(value, expected) and norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
             yield f"{name}.bias"
 
 

@@ -88,13 +88,15 @@ def effective_weights(
     bias: bool = False,
     dense: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    constants: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
     `layers` maps a path of the base model to what stands there; a model that came back inside a wrapper is searched by
     the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
-    and untouched is not asked; of the others, `dense` takes what they answer to `dense_input`. Inputs are of `dtype`,
-    by default that of the model's first numbers, which a loader may have put there.
+    and untouched is not asked, and `constants` takes what it answers to zeros; of the others, `dense` takes what they
+    answer to `dense_input`. Inputs are of `dtype`, by default that of the model's first numbers, which a loader may
+    have put there.
 
     Raises:
         MissingModuleError: a path is gone.
@@ -107,6 +109,8 @@ def effective_weights(
             return _stacked(_owner(modules, name), name, layer, bias=bias)
         module = _find(modules, name)
         if known and is_plain(module, layer, like):
+            if constants is not None:
+                constants[name] = offset_of(module, layer)
             return weight_of(module, layer, bias=bias)
         keep_dense(dense, name, module, layer, like)
         return effective_weight(module, layer, like, bias=bias)

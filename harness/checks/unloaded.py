@@ -1,0 +1,41 @@
+"""What the unloaded bench is, beside the weights that are measured: read once, held against every loaded model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from harness.benches import Bench
+from harness.measure.effective import offsets
+
+
+@cache
+def base_types(bench: Bench) -> dict[str, type]:
+    """Return the class of each module of the unloaded bench, by path."""
+    return {name: type(module) for name, module in bench.base().named_modules()}
+
+
+@cache
+def base_state(bench: Bench, dtype: str, bias: bool) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the unloaded bench that are not measured."""
+    measured = ("weight", "bias") if bias else ("weight",)
+    weights = {*bench.layers, *(f"{layer}.{kind}" for layer in bench.layers for kind in measured)}
+    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
+    kept = bench.base(getattr(torch, dtype)).state_dict().items()
+    own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
+    return {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
+
+
+@cache
+def base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
+    """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
+    model = bench.base(getattr(torch, dtype))
+    return bench.forward(bench.build(getattr(torch, dtype)).to(torch.float32) if cast else model).double()
+
+
+@cache
+def base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
+    """Return what the layers of the unloaded bench answer to zeros, in float64."""
+    return offsets(bench.base(getattr(torch, dtype)), bench.layers)
