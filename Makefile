@@ -36,8 +36,16 @@ fuzz: $(READY)  ## a million mutated files into every reader (a quarter of an ho
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(READY)  ## every benchmark, as ratios within one run; writes benchmarks/results.md
+bench: $(READY) .venv-bench/.ready  ## every benchmark, as ratios within one run; writes benchmarks/results.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# peers that the benchmarks time: they see the packages of $(VENV), and what they install lies beside, never in it
+.venv-bench/.ready: $(READY)
+	$(BIN)/python -m venv .venv-bench
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(\"%s\")" % site.getsitepackages()[0])' \
+	  > "$$(.venv-bench/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
 
 bench-gpu: $(READY)  ## a full verify against the copy bandwidth of a GPU; writes benchmarks/gpu.md
 	$(BIN)/python -m benchmarks.gpu
@@ -55,4 +63,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) reports/out dist
+	rm -rf $(VENV) .venv-bench reports/out dist

@@ -11,26 +11,15 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks.tools import one_thread
+from benchmarks.tools import one_thread, processor
 
 HERE = Path(__file__).parent
 # Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
-NAMES = ("startup", "check", "library", "energies", "merges", "share", "serve", "image_sweep", "report")
+NAMES = ("startup", "check", "library", "energies", "merges", "peers", "share", "serve", "image_sweep", "report")
 READ_ME = (
     "Ratios are taken within one run, the ways taking turns, on one thread. Where a limit is a time, processor time is "
     "judged, which is the wall time of an idle processor: others used this one meanwhile. Written by `make bench`."
 )
-
-
-def processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        known = dict(line.split(":", 1) for line in lines if ":" in line)
-        name = known.get("model name\t", "").strip()
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine()
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""A full verify on a GPU against its copy bandwidth: `python -m benchmarks.gpu`, which writes benchmarks/gpu.md.
+"""A full verify on a GPU against its copy bandwidth, and a sweep: `python -m benchmarks.gpu` writes benchmarks/gpu.md.
 
 The weights lie in the device's memory, as many layers as have the parameters of a model of the 20 B class; a verify of
 files on disk is bound by the disk and the bus instead.
@@ -74,7 +74,9 @@ def main() -> int:
     if not cuda_devices():
         print(f"nothing was measured: {no_device()}", file=sys.stderr)
         return 2
-    text = measured("cuda")
+    from benchmarks.image_sweep import main as sweep
+
+    text = "\n".join([measured("cuda"), *sweep(["--device", "cuda", "--dtype", "bfloat16"]), ""])
     print(text)
     REPORT.write_text(text, encoding="utf-8")
     return 0

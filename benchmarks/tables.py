@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import audit_growth
 from harness.checks.releases import NO_MODEL, CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
@@ -151,6 +152,7 @@ PAGES = {
     "findings/README.md": findings_page,
     "reads.md": reads_page,
     "tools.md": tools_page,
+    "audit_growth.md": audit_growth.page,
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
 import random
 import re
 import resource
@@ -48,6 +50,17 @@ def judged(value: str, *, met: bool) -> str:
     return f"{value} ({'met' if met else '**missed**'})"
 
 
+def processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        known = dict(line.split(":", 1) for line in lines if ":" in line)
+        name = known.get("model name\t", "").strip()
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
+
+
 def one_thread() -> dict[str, str]:
     """Return the environment in which torch and numpy start with one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -63,32 +76,43 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def library(folder: Path, files: int, seed: int) -> Path:
-    """Write LoRA files with tiny weights: format, blocks, parts, rank, dtype and metadata are drawn at random."""
+def library(folder: Path, files: int, seed: int, *, weights: bool = True) -> Path:
+    """Write LoRA files with tiny weights: format, blocks, parts, rank, dtype and metadata are drawn at random.
+
+    Without `weights` a file ends behind its alphas and is a hole from there on, which takes no room.
+    """
     draw = random.Random(seed)
     for number in range(files):
         place = folder / f"{number // 500:02d}" / f"{number:05d}.safetensors"
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(_drawn_file(draw))
+        with place.open("wb") as stream:
+            written, size = _drawn_file(draw, weights=weights)
+            stream.write(written)
+            stream.truncate(size)
     return folder
 
 
-def _drawn_file(draw: random.Random) -> bytes:
+def _drawn_file(draw: random.Random, *, weights: bool) -> tuple[bytes, int]:
+    """Return the bytes of a file and its size, which is more when the weights are left out."""
     kohya, dtype, rank = draw.random() < 0.5, draw.choice(("F16", "F32")), draw.choice((4, 8, 16, 32))
     width, high = draw.choice((16, 32)), draw.choice((16, 48))
     header: dict[str, object] = {"__metadata__": _metadata(draw, rank, kohya)}
-    chunks: list[bytes] = []
-    at = 0
+    tensors: list[tuple[str, list[int]]] = []
     for block in range(draw.randint(8, 40)):
         for part in draw.sample(_PARTS, draw.randint(2, 4)):
-            for name, shape in _tensors(f"transformer_blocks.{block}.{part}", kohya, rank, width, high):
-                count = shape[0] * shape[1] if shape else 1
-                raw = draw.randbytes(2 * count) if shape else b""
-                chunks.append(struct.pack(f"<{_CODES[dtype]}", rank) if not shape else raw * (1 + (dtype == "F32")))
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(chunks[-1])]}
-                at += len(chunks[-1])
+            tensors += _tensors(f"transformer_blocks.{block}.{part}", kohya, rank, width, high)
+    chunks: list[bytes] = []
+    at, width_of = 0, struct.calcsize(_CODES[dtype])
+    for name, shape in sorted(tensors, key=lambda tensor: bool(tensor[1])) if not weights else tensors:
+        size = width_of * math.prod(shape)
+        if not shape:
+            chunks.append(struct.pack(f"<{_CODES[dtype]}", rank))
+        elif weights:
+            chunks.append(draw.randbytes(size // (width_of // 2)) * (width_of // 2))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    return struct.pack("<Q", len(text)) + text + b"".join(chunks)
+    return struct.pack("<Q", len(text)) + text + b"".join(chunks), 8 + len(text) + at
 
 
 def _tensors(name: str, kohya: bool, rank: int, width: int, high: int) -> list[tuple[str, list[int]]]:

@@ -31,6 +31,12 @@ def test_a_page_is_what_the_data_give(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == PAGES[name]()
 
 
+def test_the_plot_of_audits_is_of_the_data() -> None:
+    from benchmarks.audit_growth import PLOT, described, points
+
+    assert described(points()) in PLOT.read_text(encoding="utf-8")
+
+
 def test_the_layers_that_tell_an_architecture_are_those_of_its_class() -> None:
     assert json.loads(TABLE.read_text(encoding="utf-8"))["layers"] == layer_patterns()
 

@@ -25,7 +25,8 @@ LEADING = 8
 _CHUNK = 4096  # columns per float32 product; longer sums are done in float64
 _CHUNK_ELEMENTS = 1 << 18  # of one chunk: it stays in the cache between conversion and product
 _BATCH_ELEMENTS = 1 << 16  # of Gram matrices of one rank per call of LAPACK: they stay in the cache too
-_RUN = 32  # modules that a thread takes at a time
+_RUN = 32  # modules that a thread takes at a time, at most
+_RUNS = 4  # that each gets at least, so that all end together
 _TRUST_GRAM = 1e-3  # a Gram matrix squares the condition number: smaller ratios of singular values need QR
 
 
@@ -44,9 +45,10 @@ def spectra(modules: Sequence[Pairs]) -> list[list[Spectrum]]:
 
     Each thread has one module in memory at a time, which is read again where Gram matrices do not tell small values.
     """
-    runs = [modules[start : start + _RUN] for start in range(0, len(modules), _RUN)]
     with _one_thread_a_product() as is_limited:
-        threads = min(torch.get_num_threads() if is_limited else 1, len(runs))
+        threads = torch.get_num_threads() if is_limited else 1
+        step = max(1, min(_RUN, len(modules) // (_RUNS * threads))) if threads > 1 else _RUN
+        runs = [modules[start : start + step] for start in range(0, len(modules), step)]
         if threads < 2:
             return [found for run in runs for found in _of_run(run)]
         with _threads(threads) as pool:
