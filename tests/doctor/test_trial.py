@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.doctor import inspect_file
-from harness.doctor.answers import Answer, Asked, answers
-from harness.doctor.diagnose import diagnose, lines, tool_named
+from harness.doctor.answers import answers
+from harness.doctor.diagnose import diagnose, lines
 from harness.doctor.repair.repair import repair_file
-from harness.doctor.traits import Traits, model_of, untargeted
+from harness.doctor.traits import Traits, model_of
 from harness.errors import UserError
 from harness.files import read_lora
-from tests.cases.layouts import Layout, of
-
-A, DOWN = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
-LLM = [f"model.layers.{number}.self_attn.{name}_proj" for number in range(3) for name in "qv"]
-Tensors = dict[str, tuple[int, ...]]
-
-
-def pairs(
-    names: Iterable[str], width: int, inputs: int = 0, *, halves: tuple[str, str] = A, prefix: str = "",
-    alpha: bool = False,
-) -> Tensors:  # fmt: skip
-    """Return pairs of rank 2 [width, inputs] for these layers; alpha is 4 where there is one."""
-    found: Tensors = {}
-    for name in names:
-        stem = f"{prefix}{name}"
-        found |= {f"{stem}.{halves[0]}": (2, inputs or width), f"{stem}.{halves[1]}": (width, 2)}
-        found |= {f"{stem}.alpha": ()} if alpha else {}
-    return found
-
-
-def kohya(names: Iterable[str], width: int, inputs: int = 0) -> Tensors:
-    return pairs((n.replace(".", "_") for n in names), width, inputs, halves=DOWN, prefix="lora_unet_", alpha=True)
-
-
-def written(folder: Path, tensors: Mapping[str, tuple[int, ...]], **fields: Any) -> Path:
-    layout: Layout = of("file", tensors, **fields)
-    return layout.write(folder)
-
-
-def asked(path: Path, **question: Any) -> dict[str, Answer]:
-    return answers(Traits(read_lora(path, strict=False)), Asked(**question))
-
-
-def blocks(stack: str, number: int, *layers: str) -> list[str]:
-    return [f"{stack}.{place}.{layer}" for place in range(number) for layer in layers]
-
+from tests.doctor.trial import CONFIG, DOWN, HF, LLM, A, asked, blocks, kohya, pairs, written
 
 TO = ("attn.to_q", "attn.to_k")
 MODELS = {
@@ -120,7 +82,6 @@ def test_what_was_measured_on_one_unet_holds_for_another_of_its_class(tmp_path: 
     assert found["diffsynth"].effect == "unknown"  # its fault was measured on SDXL
 
 
-HF = "base_model.model."
 ENCODER = "an encoder of transformers (vision, speech or text)"
 FOREIGN = {
     "dinov2": (["dinov2.encoder.layer.0.mlp.fc1"], "unknown model"),
@@ -292,91 +253,3 @@ def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
     with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
         repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")
-
-
-@pytest.mark.parametrize("foreign", ["emb_params", "some.other.weight"])
-def test_a_key_that_no_lora_has_makes_diffusers_refuse_the_file(foreign: str, tmp_path: Path) -> None:
-    tensors = kohya([f"down_blocks.{n}.attentions.0.transformer_blocks.0.attn1.to_q" for n in range(2)], 320)
-    found = asked(written(tmp_path, tensors | {foreign: (4, 768)}))["diffusers"]
-    assert (found.effect, found.strength) == ("raises", None)
-    assert "keys that its converter does not know" in found.says
-
-
-def test_text_encoders_of_comfyui_are_not_those_of_diffusers(tmp_path: Path) -> None:
-    tensors = pairs(
-        ["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"], 768, halves=DOWN, prefix="text_encoders."
-    )
-    more = pairs(["input_blocks.4.1.transformer_blocks.0.attn1.to_q"], 640, halves=DOWN, prefix="diffusion_model.")
-    found = asked(written(tmp_path, more | tensors), lora_alpha=2.0)
-    assert (found["diffusers"].effect, found["comfyui"].strength) == ("nothing", 1.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "tool"),
-    [("swarmui", "comfyui"), ("ComfyUI", "comfyui"), ("comfy-ui", "comfyui"), ("automatic1111", "a1111"),
-     ("SD.Next", "sd-next"), ("kohya_ss", "sd-scripts"), ("mlx-lm", "mlx"), ("llama cpp", "llama.cpp")],
-)  # fmt: skip
-def test_tools_are_known_by_the_names_that_people_use(name: str, tool: str) -> None:
-    assert tool_named(name).name == tool
-
-
-def test_a_release_is_still_asked_by_its_own_row() -> None:
-    assert tool_named("DiffSynth-Studio", "1.1.9").name == "diffsynth-2.0.4"
-    with pytest.raises(UserError, match="no such tool"):
-        tool_named("...")
-
-
-def test_a_file_for_llama_cpp_is_made_by_its_own_script(tmp_path: Path) -> None:
-    said = dict(lines(diagnose(written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG), tool="llama.cpp")))
-    assert said["do"] == "convert the PEFT folder with llama.cpp's convert_lora_to_gguf.py"
-
-
-def test_mlx_is_told_what_is_missing(tmp_path: Path) -> None:
-    tensors = {"model.layers.0.self_attn.q_proj.lora_a": (64, 4), "model.layers.0.self_attn.q_proj.lora_b": (4, 64)}
-    said = dict(lines(diagnose(written(tmp_path, tensors), tool="mlx")))
-    assert said["do"] == "put adapter_config.json beside it, where lora_parameters say rank and scale"
-
-
-def test_peft_is_said_to_repeat_what_changed_the_base(tmp_path: Path) -> None:
-    path = written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"init_lora_weights": "pissa_niter_4"})
-    said = dict(lines(diagnose(path, tool="peft")))
-    assert "repeats what init_lora_weights did to the base" in said["sure"]
-
-
-def test_kinds_of_layers_that_are_trained_somewhere_are_not_called_left_alone(tmp_path: Path) -> None:
-    names = [f"down_blocks.1.attentions.0.transformer_blocks.1.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
-    left = untargeted(Traits(read_lora(written(tmp_path, kohya(names, 640)))))
-    assert {"attn1_to_out", "ff_net", "conv1", "proj_in"} <= set(left)
-    assert not {"attn1_to_q", "attn1_to_k"} & set(left)
-    assert not any("#" in kind for kind in left)
-
-
-def test_a_weak_effect_is_first_what_the_tool_leaves_out(tmp_path: Path) -> None:
-    stem = "transformer.transformer_blocks.0.attn.to_q"
-    tensors = pairs(["transformer_blocks.0.attn.to_q"], 64, prefix="transformer.") | {
-        f"{stem}.lora_magnitude_vector": (64,)
-    }
-    said = [text for label, text in lines(diagnose(written(tmp_path, tensors), tool="diffsynth", saw="weak"))]
-    assert any(text.startswith("modules dropped or misplaced (diffsynth ignores the magnitudes") for text in said)
-
-
-def test_shards_that_were_not_gathered_are_called_so(tmp_path: Path) -> None:
-    tensors = {f"{HF}{LLM[0]}.lora_{half}.weight": (0,) for half in "AB"}
-    path = written(tmp_path, tensors, config=CONFIG)
-    (hazard,) = (each for each in inspect_file(path).hazards if each.code == "LH706")
-    assert "DeepSpeed ZeRO-3 and FSDP leave this where shards were not gathered" in hazard.what
-    assert dict(lines(diagnose(path)))["file"] == "no module that can be read (peft keys)"
-
-
-@pytest.mark.parametrize("before", ["model.", "", "transformer.", "model.language_model.", "model.decoder."])
-def test_a_language_model_is_told_by_what_stands_before_its_layers(before: str, tmp_path: Path) -> None:
-    names = [name.replace("model.", before, 1) for name in LLM]
-    assert (
-        model_of(Traits(read_lora(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG)))) == "language model"
-    )
-
-
-def test_the_model_of_a_robot_is_no_language_model(tmp_path: Path) -> None:
-    names = [name.replace("model.", "paligemma_with_expert.gemma_expert.model.", 1) for name in LLM]
-    found = asked(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG))
-    assert (found["vllm"].effect, found["peft"].strength) == ("unknown", 1.0)
