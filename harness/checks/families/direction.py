@@ -144,6 +144,9 @@ def _was_earlier(case: _Case) -> bool:
 
 
 def _of_others(case: _Case) -> bool:
+    columns = case.change.square().sum(0)
+    if columns.max() > _ALIGNED * columns.sum():
+        return False  # one column, as a bias is, is a sum of anybody's
     every = [p for other, p in case.observation.products.items() if other != case.name]
     return _mispaired(case.change, case.product, every)
 
