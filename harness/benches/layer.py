@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,8 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     if isinstance(module, nn.Linear):
         return Layer("linear", module.out_features, module.in_features, bias, codes=codes_of(module))
     if isinstance(module, nn.Embedding):
+        if len(inspect.signature(type(module).forward).parameters) != 2:  # positions that are computed from a mask
+            return None
         return Layer("embedding", module.embedding_dim, module.num_embeddings)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
         columns = module.in_channels * math.prod(module.kernel_size)

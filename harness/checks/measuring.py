@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "replace"]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
-_SEEN = 8  # roundings of an answer, above which an effect on it is compared with another
+_CASTS = 2  # answers are compared that are each off by the rounding of the base's own
 _UNSTEADY = 0.01  # of an answer: dropout changes tenths of it, rounding thousandths
 
 
@@ -131,15 +131,23 @@ class _Work:
 
     @property
     def drift(self) -> float:
-        """How far apart the effects on models that should answer alike are, as a share of one of them."""
+        """How far apart the effects on models that should answer alike are, as a share of one of them.
+
+        What a cast makes of the base's own answer, it makes of each: an effect below that cannot be told apart.
+        """
         if not self.effects:
             return 0.0
         last = self.effects[-1]
-        plain = norm(base_output(self.bench, self.order.dtype, self.is_cast))
-        if max(map(norm, self.effects)) <= _SEEN * UNIT_ROUNDOFF[self.order.dtype] * plain:
-            return 0.0  # rounding of the answers is as large
         size = norm(last) or norm(self.effects[0])
-        return max(norm(each - last) for each in self.effects) / size
+        apart = max(norm(each - last) for each in self.effects) - self._cast_noise
+        return max(0.0, apart) / size if size else 0.0
+
+    @property
+    def _cast_noise(self) -> float:
+        if not self.is_cast:
+            return 0.0
+        half, single = (base_output(self.bench, self.order.dtype, cast) for cast in (False, True))
+        return _CASTS * norm(half - single)
 
     def replace(self, number: float, path: str) -> None:
         """Put another file, or folder, in the place of `path`."""

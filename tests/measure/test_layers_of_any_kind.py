@@ -52,6 +52,18 @@ def test_grouped_and_transposed_convolutions_are_no_layers() -> None:
     assert layer_of(nn.ConvTranspose1d(4, 4, 3)) is None
 
 
+class Positions(nn.Embedding):
+    """An embedding that finds its own tokens, as those of positions do."""
+
+    def forward(self, mask: torch.Tensor, past: int = 0) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(mask.cumsum(1) + past)
+
+
+def test_an_embedding_that_is_not_asked_for_tokens_is_no_layer() -> None:
+    assert layer_of(Positions(8, 4)) is None
+    assert layer_of(nn.Embedding(8, 4)) == Layer("embedding", 4, 8)
+
+
 def test_an_ordinary_weight_has_no_codes() -> None:
     assert codes_of(nn.Linear(4, 4)) == codes_of(nn.Linear(4, 4).half()) == ""
 
