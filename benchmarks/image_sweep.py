@@ -82,7 +82,7 @@ def probing(device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     return best(ways, repeats)
 
 
-def in_turns(device: str, dtype: torch.dtype, repeats: int, *, quick: bool) -> list[str]:
+def in_turns(device: str, dtype: torch.dtype, repeats: int) -> list[str]:
     """Time whole sweeps with all pictures and in turns, of a right loader and a wrong one; nothing is drawn before."""
     rows = ["| a whole sweep, 8 pictures | all of them | in turns | share |", "| --- | --- | --- | --- |"]
     opened = open_pipeline(base_pipeline(), device=device, dtype=dtype)
@@ -92,9 +92,8 @@ def in_turns(device: str, dtype: torch.dtype, repeats: int, *, quick: bool) -> l
 
         def sweep(sequential: bool, loader: Subject = loader) -> None:
             studios._SHARED.clear()
-            few = {"alphas": (0.0, 1.0)} if quick else {}
-            run_sweep(loader, pipeline=opened, lora=lora_file("r8_a16", "peft"), progress=False, workers=0,
-                      sequential=sequential, **few)  # fmt: skip
+            way = {"pipeline": opened, "lora": lora_file("r8_a16", "peft"), "sequential": sequential}
+            run_sweep(loader, progress=False, workers=0, **way)
 
         took = best({"all": partial(sweep, False), "in turns": partial(sweep, True)}, repeats)
         share = judged(f"{took['in turns'] / took['all']:.2f}", met=took["in turns"] <= took["all"] / 3)
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] = ()) -> list[str]:
             seconds = drawn(count, options.device, dtype, options.repeats)
             ratio = seconds["loop"] / seconds["batched"]
             lines.append(f"| {count} pictures | {seconds['loop']:.2f} s | {seconds['batched']:.2f} s | {ratio:.2f} |")
-        turns = in_turns(options.device, dtype, options.repeats, quick=options.quick)
+        turns = in_turns(options.device, dtype, options.repeats)
         probe = probing(options.device, dtype, options.repeats)
         share = share_of_harness(options.device, dtype)
     lines += [
