@@ -121,7 +121,8 @@ def page() -> str:
     """Return docs/audit_growth.md."""
     lines = [
         f"| {TITLES[each['way']]} | {each['files']:,} | {shown(each['wall'])} | {shown(each['processor'])} "
-        f"| {shown(each['processor'] and 1e3 * each['processor'] / each['files'])} | {each['peak']} | {each['date']} |"
+        f"| {shown(each['processor'] and 1e3 * each['processor'] / each['files'])} | {each['peak']} "
+        f"| {each['date']}{each.get('note', '')} |"
         for each in points()
     ]
     return (
@@ -138,8 +139,9 @@ _PAGE = """# How an audit grows
 
 `audit --out rows.jsonl --out rows.csv` of generated files: real headers of about 200 tensors, no two alike; the weights
 are a hole. *Rows alone*: one process, a row stands for each file, so that only what the audit itself keeps is measured.
-Peak: the largest process; torch is never imported. {machine}, shared with much other work: wall seconds are not those
-of an idle machine. `python -m benchmarks.audit_growth` measures, `python -m benchmarks.tables` writes this.
+Peak: the largest process; torch is never imported. {machine}, shared with much other work: a wall second is none of an
+idle machine, and while dask's own processes wait they use a processor a little. `python -m benchmarks.audit_growth`
+measures, `python -m benchmarks.tables` writes this.
 
 | what | files | wall, s | processor, s | ms per file | peak, MiB | measured |
 | --- | --- | --- | --- | --- | --- | --- |

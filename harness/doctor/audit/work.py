@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.isolation.jobs import Channel, Job, JobEnd, run_jobs
 
 MOST_LOCAL = 128  # paths in a batch: a child costs as much as a few rows
-MOST_REMOTE = 256  # and a process with an interpreter of its own as much as a hundred
+MOST_REMOTE = 1024  # and a process with an interpreter of its own as much as a hundred
 _ATTEMPTS = 3
 _SLICE_SECONDS = 0.1
 _PLACE_BYTES = 8
@@ -167,7 +167,7 @@ def _batches(paths: Sequence[str], size: int) -> Iterator[list[str]]:
 
 def run_on(executor: Executor, paths: Sequence[str], task: Task, *, on_result: OnResult) -> None:
     """Do `task` on the workers of any executor; a batch whose worker dies is given to another one."""
-    most = MOST_REMOTE if task.is_quick else MOST_REMOTE // 8
+    most = MOST_REMOTE if task.is_quick else MOST_REMOTE // 32
     waiting = [(batch, 1) for batch in _batches(paths, min(most, len(paths) // 8))]
     while waiting:
         futures = {executor.submit(run_batch, batch, asdict(task)): (batch, time) for batch, time in waiting}
