@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.example import Patterns
 from harness.files.format import CONFIG_NAME, HEADER_KEY
 
+_LONGEST = 400  # characters
 _TABLES = ("rank_pattern", "alpha_pattern")
 Rewrite = Callable[[Mapping[str, Any], list[str]], dict[str, Any]]
 
@@ -82,10 +83,22 @@ def _regexes(table: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for value in dict.fromkeys(values.values()):
         tails = dict.fromkeys(_escaped(_tail(name, values, names)) for name in values if values[name] == value)
-        either = f"({'|'.join(tails)})"
-        wide = all(values.get(name) == value for name in names if _fits(f".*{either}", name))
-        found[f".*{either}" if wide else either] = value
+        for some in _short(list(tails)):
+            either = f"({'|'.join(some)})"
+            wide = all(values.get(name) == value for name in names if _fits(f".*{either}", name))
+            found[f".*{either}" if wide else either] = value
     return found
+
+
+def _short(tails: list[str]) -> Iterator[list[str]]:
+    """Yield the tails in as many expressions as it takes for each to be read: a long one may be slow to match."""
+    some: list[str] = []
+    for tail in tails:
+        if some and len("|".join([*some, tail])) > _LONGEST:
+            yield some
+            some = []
+        some.append(tail)
+    yield some
 
 
 def _escaped(tail: str) -> str:
