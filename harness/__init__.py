@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from harness.law.probe import Probe
     from harness.law.traits import Trait
     from harness.loaders.protocol import Declaration, Defaults, Load, Outputs, Subject, loader
-    from harness.verdict.verdict import LawRecord, Verdict
+    from harness.verdict.verdict import Carried, LawRecord, Verdict
 
 _NAMES = {
     "benches.own": ("bench",),
@@ -38,15 +38,15 @@ _NAMES = {
     "law.probe": ("Probe",),
     "law.traits": ("Trait",),
     "loaders.protocol": ("Declaration", "Defaults", "Load", "Outputs", "Subject", "loader"),
-    "verdict.verdict": ("LawRecord", "Verdict"),
+    "verdict.verdict": ("Carried", "LawRecord", "Verdict"),
 }
 _HOME = {name: f"harness.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Declaration", "Defaults", "Diagnosis", "Elsewhere", "Example", "KnownFailure", "Law", "LawRecord", "Limits",
-    "Load", "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Outputs", "Probe", "Subject", "Target", "Trait",
-    "UserError", "Verdict", "Word", "bench", "check_loader", "loader", "measure_law", "parametrize_with_checks",
-    "read_known_failures",
+    "Carried", "Declaration", "Defaults", "Diagnosis", "Elsewhere", "Example", "KnownFailure", "Law", "LawRecord",
+    "Limits", "Load", "LoaderSpecError", "LoraFileError", "MeasuredLaw", "Outputs", "Probe", "Subject", "Target",
+    "Trait", "UserError", "Verdict", "Word", "bench", "check_loader", "loader", "measure_law",
+    "parametrize_with_checks", "read_known_failures",
 ]  # fmt: skip
 
 
