@@ -27,10 +27,10 @@ from harness.doctor.verify.changes import changes
 from harness.doctor.verify.changes import merged_layer as layer_of
 from harness.doctor.verify.layer import MergedLayer
 from harness.doctor.verify.measurement import measure
-from harness.doctor.verify.pairing import Weights
 from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
 from harness.doctor.verify.rows import Rounding
+from harness.doctor.verify.weights import Weights
 from harness.files import LoraWeights, read_lora, write_lora
 
 ROOT = Path(__file__).parents[1]

@@ -79,8 +79,8 @@ def reads_page() -> str:
         label = LABELS[found] if found == mixed else f"{LABELS[found]}; ranks or alphas that differ: {LABELS[mixed]}"
         by_place.setdefault(place, {}).setdefault(label, []).append(row["scheme"])
     lines = []
-    for (tool, release, family, names), found in by_place.items():
-        said = "<br>".join(f"**{label}**: {', '.join(schemes)}" for label, schemes in found.items())
+    for (tool, release, family, names), labels in by_place.items():
+        said = "<br>".join(f"**{label}**: {', '.join(schemes)}" for label, schemes in labels.items())
         lines.append(f"| {tool} {release} | {title_of(family)} | {names} | {said} |")
     return _READS.format(measured=measured_on()) + "\n".join(lines) + "\n"
 
