@@ -93,7 +93,7 @@ def _exported(live: LiveLoader, folder: Path, commit: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(Path(partial) / "files", filter="data")
+            _unpack(archive, Path(partial) / "files")
         (Path(partial) / "files").rename(target)
     return target
 
@@ -112,3 +112,12 @@ def _described(live: LiveLoader, root: Path, sources: Path) -> str | None:
         text = f"Metadata-Version: 2.1\nName: {live.needs[0]}\nVersion: {version or '0'}\n"
         (folder / "METADATA").write_text(text, encoding="utf-8")
     return version
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Write what lies in `folder` and nowhere else; a Python without filters for that takes plain files alone."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    inside = [member for member in archive if not {"/", ".."} & set(Path(member.name).parts)]
+    archive.extractall(folder, [member for member in inside if member.isfile() or member.isdir()])

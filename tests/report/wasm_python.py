@@ -25,5 +25,5 @@ def fetched(folder: Path) -> Path | None:
     if packed is None:
         return None
     with tarfile.open(packed) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
