@@ -194,7 +194,7 @@ def test_a_late_server_is_ended_with_all_it_started_and_its_heartbeats_say_that_
 
 
 WRONG = {
-    "print('step 1 of 3')": "printed 'step 1 of 3' on stdout",
+    "print('step 1 of 3', flush=True)": "printed 'step 1 of 3' on stdout",
     "say(id=ask['id'] + 1, done=True)": "neither done, refused nor error for id",
     "say(id=ask['id'])": "neither done, refused nor error for id",
     "say(id=ask['id'], done=True, error='x')": "neither done, refused nor error for id",
