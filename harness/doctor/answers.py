@@ -67,10 +67,11 @@ class Asked:
     base: Path | None = None
 
 
-def answers(traits: Traits, asked: Asked | None = None) -> dict[str, Answer]:
-    """Return the answer for every tool that reads the file's format."""
-    form = traits.adapter.format
-    return {name: answer(tool, traits, asked) for name, tool in tools().items() if form in tool.formats}
+def answers(traits: Traits, asked: Asked | None = None, *, mended: bool = True) -> dict[str, Answer]:
+    """Return the answer for every tool that reads the file's format, with the repair that helps where `mended`."""
+    form, asked = traits.adapter.format, asked or Asked()
+    given = answer if mended else unmended
+    return {name: given(tool, traits, asked) for name, tool in tools().items() if form in tool.formats}
 
 
 def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:

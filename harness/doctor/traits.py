@@ -84,7 +84,8 @@ class Traits:
     @cached_property
     def wrapped(self) -> str:
         """Why no tool finds the layers of a file whose names are those of a wrapper, empty for other files."""
-        if not any(word in key for word in _WRAPPERS for key in self._keys):
+        every = "\n".join(self._keys)
+        if not any(word in every for word in _WRAPPERS):
             return ""
         found = next(filter(_WRAPPED.search, self._keys), None)
         return f"looks for plain names, not for those of a wrapper ({printable(found, 70)})" if found else ""

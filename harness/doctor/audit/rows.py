@@ -33,16 +33,16 @@ def audit_file(path: str, *, energy: bool = False) -> FileRecord:
     try:
         if remote.is_url(path):
             with remote.local_copy(path) as copy:
-                record, mark = read_record(copy, headers_only=True)[0].model_copy(update={"path": path}), None
+                read = read_record(copy, headers_only=True, reasons=False)[0]
+                record, mark = read.model_copy(update={"path": path}), None
         else:
-            record, adapter = read_record(path, energy=energy, headers_only=not energy)
+            record, adapter = read_record(path, energy=energy, headers_only=not energy, reasons=False)
             mark = fingerprint(adapter.file) if adapter else None
     except UserError as error:
         return unreadable(path, str(error))
     told: dict[str, object] = {
         "seconds": round(time.perf_counter() - began, 4),
         "fingerprint": mark,
-        "unprescribed": {},
     }
     return record.model_copy(update=told)
 

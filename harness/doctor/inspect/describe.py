@@ -64,15 +64,19 @@ def read_record(
     base: Path | str | None = None,
     lora_alpha: float | None = None,
     headers_only: bool = False,
+    reasons: bool = True,
 ) -> tuple[FileRecord, LoraAdapter | None]:
-    """Return what `inspect_file` does, and the parsed file (None when it cannot be read)."""
+    """Return what `inspect_file` does, and the parsed file (None when it cannot be read).
+
+    Without `reasons` it does not say why there is no strength: a repair for every tool is planned for that.
+    """
     try:
         adapter = read_lora(path, strict=False)
         weighed = Weighed() if headers_only else weigh(adapter)
     except LoraFileError as error:
         code = "LH797" if isinstance(error, NoLoraError) else "LH799"
         return unreadable(path, _without_path(error, Path(path)), code), None
-    record = describe(adapter, path=shown_path(path), lora_alpha=lora_alpha, weighed=weighed)
+    record = describe(adapter, path=shown_path(path), lora_alpha=lora_alpha, weighed=weighed, reasons=reasons)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
@@ -96,6 +100,7 @@ def describe(
     path: str | None = None,
     lora_alpha: float | None = None,
     weighed: Weighed | None = None,
+    reasons: bool = True,
 ) -> FileRecord:
     """Return the record of a parsed file; `weighed` is what its weights say, where they were looked at."""
     weighed = weighed or Weighed()
@@ -129,17 +134,17 @@ def describe(
         metadata=_shown({**_base_named(adapter), **adapter.metadata}),
         dialect=adapter.dialect,
         weights_read=weighed.read,
-        **_for_tools(Traits(given), lora_alpha),
+        **_for_tools(Traits(given), Asked(lora_alpha=lora_alpha), reasons=reasons),
     )
 
 
-def _for_tools(traits: Traits, lora_alpha: float | None) -> dict[str, Any]:
+def _for_tools(traits: Traits, asked: Asked, *, reasons: bool) -> dict[str, Any]:
     """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
-    asked = Asked(lora_alpha=lora_alpha)
-    found = answers(traits, asked)
+    found = answers(traits, asked, mended=reasons)
+    without = {name: each for name, each in found.items() if each.strength is None} if reasons else {}
     return {
         "prescription": {name: each.strength for name, each in found.items()},
-        "unprescribed": {name: why_not(each, traits, asked) for name, each in found.items() if each.strength is None},
+        "unprescribed": {name: why_not(each, traits, asked) for name, each in without.items()},
         "findings": tuple(finding.page for finding in traits.findings),
     }
 
