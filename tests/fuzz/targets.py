@@ -57,7 +57,7 @@ def _repair_folder(path: Path) -> object:
     weights = path.with_name("adapter_model.safetensors")
     if not weights.exists():
         weights.symlink_to(LORAS / "r16_a4_rslora" / "peft" / "adapter_model.safetensors")
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=path.parent) as folder:
         return repair_file(path.parent, "peft", Path(folder) / "out")
 
 
