@@ -60,8 +60,9 @@ def test_a_closed_standard_output_is_said() -> None:
 
 
 def test_a_reader_that_has_gone_is_no_failure_to_talk_of() -> None:
-    done = run("explain", "LH201", shell="{} | head -0; echo ${{PIPESTATUS[0]}} >&2")
-    assert done.stderr.strip() == "141"
+    for command in (("explain", "LH201"), ("inspect", LORA)):
+        done = run(*command, shell="{} | head -0; echo ${{PIPESTATUS[0]}} >&2")
+        assert done.stderr.strip() == "141"
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ def told_in_a_sentence() -> Iterator[None]:
             _flush()
     except UserError as error:
         raise Failure(str(error)) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich ends with 1, which means that something is wrong
+            sys.exit(CLOSED_PIPE)
+        raise
     except KeyboardInterrupt:
         raise Interrupted("interrupted") from None
     except ImportError as error:

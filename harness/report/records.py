@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TextIO, TypeVar
 from pydantic import ValidationError
 
 from harness.errors import UserError
-from harness.outputs import only_writer, text_of
+from harness.outputs import LineWriter, only_writer, saying, text_of
 from harness.report.models import (
     ADAPTER,
     SCHEMA_VERSION,
@@ -117,17 +117,22 @@ class RunWriter:
         self.header, self.reference = header, ""
         self.exit_code: int | None = None
         self.gate: Callable[[Run], Sequence[str]] | None = None
-        self._sinks: list[TextIO] = [echo] if echo is not None else []
+        self._echo = echo
+        self._file: LineWriter | None = None
         self._open = ExitStack()
         self._counts: Counter[str] = Counter()
         self._measured = False
         self._started = time.monotonic()
 
     def __enter__(self) -> RunWriter:
-        if self.path is not None:
-            self._open.enter_context(only_writer(self.path))
-            self._sinks.append(self._open.enter_context(self.path.open("w", encoding="utf-8", newline="\n")))
-        self.write(self.header)
+        with ExitStack() as opened:
+            if self.path is not None:
+                opened.enter_context(only_writer(self.path))
+                with saying(self.path):
+                    self.path.write_bytes(b"")
+                    self._file = opened.enter_context(closing(LineWriter(self.path)))
+            self.write(self.header)
+            self._open = opened.pop_all()
         return self
 
     def write(self, *records: Record) -> None:
@@ -136,10 +141,14 @@ class RunWriter:
             if isinstance(record, Verdict):
                 self._counts[record.outcome] += 1
             self._measured |= isinstance(record, _MEASUREMENTS)
-            line = record.model_dump_json() + "\n"
-            for sink in self._sinks:
-                sink.write(line)
-                sink.flush()
+            self._append(record.model_dump_json())
+
+    def _append(self, line: str) -> None:
+        if self._echo is not None:
+            print(line, file=self._echo, flush=True)
+        if self._file is not None:
+            with saying(self.path or ""):
+                self._file.write(line)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

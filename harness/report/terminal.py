@@ -57,7 +57,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
     console = console or Console()
     for text in (*_unmeasured(not_measured(run)), *_known(known_groups(run.verdicts))):
         console.print(text, soft_wrap=True)
-    if any(verdict.format for verdict in run.verdicts):
+    if _rows_and_heads(run)[0]:
         console.print(matrix_table(run), width=_WIDTH)
         console.print(_legend(run), soft_wrap=True)
     if run.footer and run.footer.reference:

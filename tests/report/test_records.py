@@ -55,6 +55,16 @@ def test_an_exception_leaves_a_red_run_with_what_ran(tmp_path: Path) -> None:
     assert len(run.verdicts) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"run\.jsonl: cannot be written \(No space"),
+        RunWriter(tmp_path / "run.jsonl", header()),
+    ):
+        pass
+
+
 def test_a_truncated_last_line_is_a_cut_run(tmp_path: Path) -> None:
     write_run(tmp_path, [passed(), passed(check="coverage")])
     path = tmp_path / "run.jsonl"
