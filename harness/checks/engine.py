@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,6 +42,7 @@ def answer_outputs(outputs: Outputs, bench_name: str, step: Sequence[Any], secon
 def base_folder(bench: str) -> Path:
     """Return a folder of this process with the bench's model as `save_pretrained` writes it."""
     folder = Path(tempfile.mkdtemp(prefix="lora-harness-base-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model: Any = get_bench(bench).build()
     model.save_pretrained(folder)
     return folder
