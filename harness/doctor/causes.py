@@ -63,8 +63,9 @@ def _said(found: Diagnosis, code: str) -> str:
 
 def _noise(found: Diagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
-    test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
-    yield Cause("NaN or infinite weights", test, _said(found, "LH707"))
+    if (hit := _said(found, "LH707")) or not found.weighed.read:
+        test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
+        yield Cause("NaN or infinite weights", test, hit)
     yield _model_cause(found)
     yield Cause(
         "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
