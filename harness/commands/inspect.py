@@ -154,7 +154,10 @@ def _print(record: FileRecord) -> None:
         for line in record.advice.advice:
             console.print(Text(f"    - {printable(line, 400)}"))
     if record.prescription and record.modules:
-        console.print(grid(_prescriptions(record)))
+        if rows := list(_prescriptions(record)):
+            console.print(grid(rows))
+        for line in _shared_reasons(record):
+            console.print(Text(line))
     if record.energies:
         console.print(_blocks(record.energies))
 
@@ -187,13 +190,19 @@ def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     from harness.doctor.answers import field_of
     from harness.law.known import tools
 
+    alone = {names[0]: why for why, names in record.without_number.items() if len(names) == 1}
     for loader, strength in record.prescription.items():
-        why = record.unprescribed.get(loader) or "no single strength, or the file does not say enough"
-        if strength is None:
-            said = f"no number: {printable(why, 400)}"
-        else:
+        if strength is not None:
             said = field_of(tools()[loader], strength) if loader in tools() else f"strength {strength:g}"
-        yield "  pass", printable(loader, 120), said
+            yield "  pass", printable(loader, 120), said
+        elif loader in alone:
+            yield "  pass", printable(loader, 120), f"no number: {printable(alone[loader], 400)}"
+
+
+def _shared_reasons(record: FileRecord) -> Iterator[str]:
+    for why, names in record.without_number.items():
+        if len(names) > 1:
+            yield f"  pass  no number to {printable(', '.join(names), 400)}: {printable(why, 400)}"
 
 
 def _blocks(energies: Mapping[str, ModuleEnergy]) -> Table:

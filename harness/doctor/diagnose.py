@@ -11,10 +11,10 @@ from typing import Any
 
 from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
 from harness.doctor.causes import Saw, causes
-from harness.doctor.inspect.describe import trainer_of
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, wants_a_base
-from harness.doctor.traits import Traits, model_of, rule_of, what_it_is
+from harness.doctor.trainers import about_alpha, rule_of, trainer_of, with_rule
+from harness.doctor.traits import Traits, model_of, what_it_is
 from harness.errors import UserError
 from harness.files import Problem, read_lora
 from harness.law.findings import is_within
@@ -44,17 +44,15 @@ class Diagnosis:
         """The tool that wrote the metadata, as far as they tell."""
         return trainer_of(self.traits.adapter.metadata)
 
-    @cached_property
+    @property
     def rule(self) -> str | None:
         """The rule of the trainer that a file without alpha goes by, None where there is an alpha or no such rule."""
-        if "none" not in self.traits.alphas or self.asked.lora_alpha is not None:
-            return None
-        return rule_of(self.traits, self.trainer)
+        return rule_of(self.traits, self.asked.lora_alpha)
 
     @cached_property
     def question(self) -> Asked:
         """What is asked of every tool, the trainer's rule included."""
-        return replace(self.asked, as_rank=self.rule is not None)
+        return with_rule(self.traits, self.asked)
 
     @cached_property
     def answers(self) -> dict[str, Answer]:
@@ -146,7 +144,7 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
         yield from _of_tool(found, found.answers[found.tool.name])
     else:
         yield from _of_all(found)
-    yield from _about_alpha(found)
+    yield from (("alpha", line) for line in about_alpha(found.traits, found.asked.lora_alpha))
     if found.saw:
         for number, cause in enumerate(causes(found), 1):
             yield f"cause {number}", cause.what + (f" ({cause.evidence})" if cause.evidence else "")
@@ -232,22 +230,6 @@ def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
         if given.effect == "unknown"
         else ("wrong", why_not(given, found.traits, found.question))
     )
-
-
-def _about_alpha(found: Diagnosis) -> Iterator[tuple[str, str]]:
-    """Say what a file without alpha may mean, in numbers."""
-    if "none" not in found.traits.alphas or found.asked.lora_alpha is not None or found.fatal:
-        return
-    ranks = sorted({module.rank for module in found.traits.modules if module.rank})
-    rank = f"{ranks[0]}" if len(ranks) == 1 else "r"
-    most = ranks[-1] if ranks else 1
-    if found.rule:
-        yield "alpha", f"none in the file; {found.rule}, so 1 is as trained; if yours was N, pass N / {rank}"
-    else:
-        worst = (
-            f"passing {most} would be {most}x too strong if it was {most}" if len(ranks) == 1 else "never pass the rank"
-        )
-        yield "alpha", f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
 
 
 def as_data(found: Diagnosis) -> dict[str, Any]:

@@ -293,25 +293,6 @@ def _alphas(traits: Traits) -> str:
     return (_spread(values) or "scales nothing") + where.get(traits.adapter.alpha_source, "")
 
 
-def rule_of(traits: Traits, trainer: str | None) -> str | None:
-    """Return the rule by which the trainer of a file without alpha chose it, None where none is known."""
-    adapter = traits.adapter
-    schemes = {scheme for group in traits.groups for scheme in group.schemes}
-    if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
-        return "ai-toolkit trains with alpha = rank"
-    if adapter.format == "comfyui" and all(module.unscaled for module in adapter.modules.values() if module.rank):
-        return "the whole differences beside say that it was extracted from the difference of two models: scale 1"
-    if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
-        return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
-    if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
-        return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
-    places = [place for group in traits.groups for place in group.places]
-    known = not places or any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
-    if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
-        return "diffusers' scripts without alpha in the header train with alpha = rank"
-    return None
-
-
 def untargeted(traits: Traits) -> list[str]:
     """Return the kinds of layers of the model that the file leaves alone everywhere."""
     for group in traits.groups:

@@ -92,6 +92,9 @@ class BaseFit(Record):
         return "; ".join([*parts, *self.replaced, *bridged])
 
 
+_UNSAID = "no single strength, or the file does not say enough"
+
+
 class FileRecord(Record):
     """One LoRA file.
 
@@ -163,6 +166,15 @@ class FileRecord(Record):
             return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
         times = f"{1 / low:.4g}x too strong" if low < 1 else f"{low:.4g}x too weak"
         return f"{said} Loaders that ignore alpha are {times}."
+
+    @property
+    def without_number(self) -> dict[str, list[str]]:
+        """The tools for which there is no number, by why."""
+        found: dict[str, list[str]] = {}
+        for tool, strength in self.prescription.items():
+            if strength is None:
+                found.setdefault(self.unprescribed.get(tool) or _UNSAID, []).append(tool)
+        return found
 
     @property
     def codes(self) -> tuple[str, ...]:

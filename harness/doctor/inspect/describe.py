@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
@@ -12,6 +11,7 @@ from typing import Any
 from harness.doctor.answers import Asked, answers, why_not
 from harness.doctor.inspect.hazards import hazards
 from harness.doctor.inspect.weights import Weighed, weigh
+from harness.doctor.trainers import about_alpha, trainer_of
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, NoLoraError
 from harness.files import LoraAdapter, LoraModule, read_lora, with_alpha
@@ -28,11 +28,6 @@ _FIRST = (
     "ss_network_alpha", "ss_network_args", "ss_learning_rate", "ss_num_epochs", "ss_epoch", "ss_steps",
     "modelspec.architecture", "base_model_name_or_path", "modelspec.title", "modelspec.implementation", "software",
     "training_info", "name", "version",
-)  # fmt: skip
-_TRAINERS = (
-    ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
-    ("musubi-tuner", r"musubi|networks\.lora_(wan|framepack|qwen_image|zimage|kandinsky)"),
-    ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
 
 
@@ -103,7 +98,7 @@ def describe(
     reasons: bool = True,
 ) -> FileRecord:
     """Return the record of a parsed file; `weighed` is what its weights say, where they were looked at."""
-    weighed = weighed or Weighed()
+    weighed, traits = weighed or Weighed(), Traits(adapter)
     given, total = adapter, len(adapter.file.keys)
     adapter = with_alpha(given, lora_alpha)
     modules = list(adapter.modules.values())
@@ -127,14 +122,14 @@ def describe(
         trained=_range(module.trained_scale for module in different if module.rank),
         scales=_scales(different),
         hazards=tuple(sorted((*hazards(adapter), *weighed.hazards), key=lambda hazard: hazard.code)),
-        notes=(*_notes(adapter, given, lora_alpha), *weighed.notes),
+        notes=(*_notes(adapter, given, lora_alpha), *_about_alpha(traits, lora_alpha), *weighed.notes),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
         trainer=trainer_of(adapter.metadata),
         metadata=_shown({**_base_named(adapter), **adapter.metadata}),
         dialect=adapter.dialect,
         weights_read=weighed.read,
-        **_for_tools(Traits(given), Asked(lora_alpha=lora_alpha), reasons=reasons),
+        **_for_tools(traits, Asked(lora_alpha=lora_alpha), reasons=reasons),
     )
 
 
@@ -147,6 +142,11 @@ def _for_tools(traits: Traits, asked: Asked, *, reasons: bool) -> dict[str, Any]
         "unprescribed": {name: why_not(each, traits, asked) for name, each in without.items()},
         "findings": tuple(finding.page for finding in traits.findings),
     }
+
+
+def _about_alpha(traits: Traits, lora_alpha: float | None) -> Iterator[str]:
+    if not all(module.unscaled for module in traits.modules):
+        yield from (f"alpha: {line}" for line in about_alpha(traits, lora_alpha))
 
 
 def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
@@ -227,9 +227,3 @@ def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
     others = sorted(key for key in metadata if key not in known and len(metadata[key]) <= _SHOWN_CHARACTERS)
     keys = (known + others)[:_SHOWN_VALUES]
     return {printable(key, 60): printable(metadata[key], _SHOWN_CHARACTERS) for key in keys}
-
-
-def trainer_of(metadata: Mapping[str, str]) -> str | None:
-    """Name the tool that wrote the metadata, as far as it can be told."""
-    texts = [*metadata, *(value[:_SHOWN_CHARACTERS] for value in metadata.values())]
-    return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)

@@ -1,0 +1,68 @@
+"""Who wrote a file, and by which rule its trainer chose an alpha that the file does not say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from harness.doctor.answers import Asked
+from harness.doctor.traits import Traits
+
+_SEEN_CHARACTERS = 200
+_TRAINERS = (
+    ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
+    ("musubi-tuner", r"musubi|networks\.lora_(wan|framepack|qwen_image|zimage|kandinsky)"),
+    ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
+)  # fmt: skip
+
+
+def trainer_of(metadata: Mapping[str, str]) -> str | None:
+    """Name the tool that wrote the metadata, as far as it can be told."""
+    texts = [*metadata, *(value[:_SEEN_CHARACTERS] for value in metadata.values())]
+    return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)
+
+
+def rule_of(traits: Traits, lora_alpha: float | None = None) -> str | None:
+    """Return the rule by which alpha was chosen, None where alpha is known or no rule is."""
+    return _rule(traits) if _is_without(traits, lora_alpha) else None
+
+
+def with_rule(traits: Traits, asked: Asked) -> Asked:
+    """Return what is asked of every tool, the trainer's rule included."""
+    return replace(asked, as_rank=rule_of(traits, asked.lora_alpha) is not None)
+
+
+def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str]:
+    """Say what a file without alpha may mean, in numbers."""
+    if not _is_without(traits, lora_alpha):
+        return
+    ranks = sorted({module.rank for module in traits.modules if module.rank})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else "r"
+    if rule := _rule(traits):
+        yield f"none in the file; {rule}, so 1 is as trained; if yours was N, pass N / {rank}"
+        return
+    worst = f"passing {rank} would be {rank}x too strong if it was {rank}" if rank != "r" else "never pass the rank"
+    yield f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
+
+
+def _is_without(traits: Traits, lora_alpha: float | None) -> bool:
+    return "none" in traits.alphas and lora_alpha is None and not any(p.fatal for p in traits.adapter.problems)
+
+
+def _rule(traits: Traits) -> str | None:
+    adapter, trainer = traits.adapter, trainer_of(traits.adapter.metadata)
+    schemes = {scheme for group in traits.groups for scheme in group.schemes}
+    if trainer == "ai-toolkit" or adapter.dialect == "ai-toolkit":
+        return "ai-toolkit trains with alpha = rank"
+    if adapter.format == "comfyui" and all(module.unscaled for module in adapter.modules.values() if module.rank):
+        return "the whole differences beside say that it was extracted from the difference of two models: scale 1"
+    if adapter.format in ("xlabs", "attn-procs", "bfl-control"):
+        return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
+    if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
+        return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
+    places = [place for group in traits.groups for place in group.places]
+    known = not places or any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
+    if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
+        return "diffusers' scripts without alpha in the header train with alpha = rank"
+    return None
