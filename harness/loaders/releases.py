@@ -115,7 +115,8 @@ def _is_complete(folder: Path, name: str, version: str) -> bool:
         Version(version)
     except InvalidVersion:
         return False
-    return (folder / name).is_dir() or any(folder.glob("*.dist-info"))
+    # an older pip makes an egg of a release that has no wheel
+    return (folder / name).is_dir() or any(folder.glob("*.dist-info")) or any(folder.glob("*.egg-info"))
 
 
 def _installed(name: str) -> list[Release]:

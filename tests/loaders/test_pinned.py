@@ -49,8 +49,10 @@ def test_which_strings_name_a_release(spec, pinned):
     assert is_pinned(spec) == pinned
 
 
-def test_a_release_is_found_by_the_name_of_the_loader_or_of_its_package(root):
+@pytest.mark.parametrize("kind", ["dist-info", "egg-info"])  # an older pip makes eggs
+def test_a_release_is_found_by_the_name_of_the_loader_or_of_its_package(root, kind):
     folder = unpack(root, "lycoris-lora", "3.1.0", "lycoris")
+    (folder / "lycoris-lora-3.1.0.dist-info").rename(folder / f"lycoris-lora-3.1.0.{kind}")
     for spec in ("lycoris==3.1.0", "lycoris-lora==3.1.0", "lycoris-runtime==3.1.0"):
         subject = resolve(spec)
         assert subject.spec == spec
