@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.commands import options as shared
 
 if TYPE_CHECKING:
-    from harness.checks.plan import Pins
+    from harness.checks.cell import Cell
+    from harness.checks.plan import Plan
+    from harness.isolation.limits import Limits
+    from harness.loaders.protocol import Subject
+    from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
 
@@ -40,21 +44,7 @@ if TYPE_CHECKING:
 @shared.install_option
 @shared.json_option
 def command(
-    loaders: tuple[str, ...],
-    formats: tuple[str, ...],
-    benches: Sequence[str],
-    variants: tuple[str, ...],
-    names: tuple[str, ...],
-    max_examples: int | None,
-    seed: int,
-    known_failures: str | None,
-    pins: Pins | None,
-    time_limit: float | None,
-    workers: int | None,
-    first: bool,
-    statistics: bool,
-    install: bool,
-    as_json: bool,
+    loaders: tuple[str, ...], seed: int, first: bool, statistics: bool, install: bool, as_json: bool, **options: Any
 ) -> None:
     """Check that each LOADER adds strength * alpha / rank * B @ A, and name the law it has instead.
 
@@ -63,32 +53,61 @@ def command(
     "cmd:tool --base {base} --lora {lora} --strength {strength} --out {out}", or "serve:COMMAND" (docs/serve.md).
     """
     from harness.checks.cell import cells_of
-    from harness.checks.known import known_failures as read_known
+    from harness.checks.known import known_failures
     from harness.checks.plan import Plan
-    from harness.checks.run import check_cells
-    from harness.commands.early import FirstAnswers, reached
     from harness.isolation.limits import Limits
     from harness.loaders.registry import resolve
     from harness.report.environment import new_header
-    from harness.report.records import RunWriter, counts_of, exit_code_of
-    from harness.report.terminal import print_verdicts
+    from harness.report.records import RunWriter
 
-    places = [names or None for names in (formats, benches, variants)]
-    limits = Limits(time_limit, workers=shared.worker_count(workers))
-    plan = Plan(max_examples, seed, pins, read_known(known_failures))
+    places = [options[name] or None for name in ("formats", "benches", "variants")]
+    limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
+    plan = Plan(options["max_examples"], seed, options["pins"], known_failures(options["known_failures"]))
     shared.fetch(loaders, install)
-    subjects = [resolve(spec, name=name) for spec, name in shared.named(loaders, names)]
+    subjects = [resolve(spec, name=name) for spec, name in shared.named(loaders, options["names"])]
     work = [cells_of(subject, *places) for subject in subjects]
+    shared.say_what_is_measured([cell for found, _ in work for cell in found], as_json=as_json)
     header = new_header(seed=seed, planned=[f"checks:{subject.title}" for subject in subjects])
+    told = _Told(first, statistics, as_json)
+    with RunWriter(None, header, echo=sys.stdout if as_json else None) as writer:
+        verdicts = _checked(work, plan, limits, writer, told)
+    told.print(verdicts, writer.reference)
+    sys.exit(_exit_code(subjects, verdicts))
+
+
+class _Told:
+    """What is said of a check beside its records: the first sure answers, the verdicts, what the examples were."""
+
+    def __init__(self, first: bool, statistics: bool, as_json: bool) -> None:
+        from harness.commands.early import FirstAnswers
+
+        self.first, self.as_json, self._statistics = first, as_json, statistics
+        self.labels: Counter[str] = Counter()
+        self.sure = FirstAnswers(stops=first)
+
+    def print(self, verdicts: Sequence[Verdict], reference: str) -> None:
+        from harness.report.terminal import print_verdicts
+
+        if not self.as_json:
+            print_verdicts(verdicts, reference=reference)
+            for line in self.sure.taken_back(verdicts):
+                click.echo(line)
+        if self._statistics:
+            for label, number in sorted(self.labels.items()):
+                click.echo(f"{number:>7}  {label}", err=self.as_json)
+
+
+def _checked(
+    work: Sequence[tuple[list[Cell], list[Verdict]]], plan: Plan, limits: Limits, writer: RunWriter, told: _Told
+) -> list[Verdict]:
+    """Check the cells of each loader, and ask the reference about those that were reached."""
+    from harness.checks.run import check_cells
+    from harness.commands.early import reached
+
     verdicts: list[Verdict] = []
-    labels: Counter[str] = Counter()
-    sure = FirstAnswers(stops=first)
     cells = [cell for found, _ in work for cell in found]
-    shared.say_what_is_measured(cells, as_json=as_json)
-    with (
-        RunWriter(None, header, echo=sys.stdout if as_json else None) as writer,
-        shared.cell_progress(cells, plan, limits.workers, quiet=shared.quiet_on(as_json), silent=as_json) as pace,
-    ):
+    quiet = shared.quiet_on(told.as_json)
+    with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=told.as_json) as pace:
         for found, skipped in work:
             writer.write(*skipped)
             verdicts += skipped + check_cells(
@@ -98,17 +117,16 @@ def command(
                 on_verdict=writer.write,
                 on_cell=pace.cell,
                 on_examples=pace.examples,
-                on_measured=lambda _, measured: labels.update(measured.labels),
-                on_sure=None if as_json else sure.tell,
-                first=first,
+                on_measured=lambda _, measured: told.labels.update(measured.labels),
+                on_sure=None if told.as_json else told.sure.tell,
+                first=told.first,
             )
-        verdicts += shared.ask_reference(writer, reached(cells, verdicts), limits.workers)
-    if not as_json:
-        print_verdicts(verdicts, reference=writer.reference)
-        for line in sure.taken_back(verdicts):
-            click.echo(line)
-    if statistics:
-        for label, number in sorted(labels.items()):
-            click.echo(f"{number:>7}  {label}", err=as_json)
+        return verdicts + shared.ask_reference(writer, reached(cells, verdicts), limits.workers)
+
+
+def _exit_code(subjects: Sequence[Subject], verdicts: Sequence[Verdict]) -> int:
+    """Return the code of all verdicts, 2 where one of the loaders was not measured."""
+    from harness.report.records import counts_of, exit_code_of
+
     codes = {exit_code_of(counts_of(v for v in verdicts if v.loader == subject.title)) for subject in subjects}
-    sys.exit(exit_code_of(counts_of(verdicts)) or max(codes))  # 2: one of them was not measured
+    return exit_code_of(counts_of(verdicts)) or max(codes)

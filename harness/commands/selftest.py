@@ -14,6 +14,7 @@ from harness.commands import options as shared
 if TYPE_CHECKING:
     from harness.report.models import PowerRecord
     from harness.report.power import Family
+    from harness.report.records import RunWriter
     from harness.selftest.cases import Case
     from harness.selftest.measure import Result
 
@@ -52,54 +53,22 @@ Examples:
 @shared.limit_option
 @shared.workers_option
 @shared.json_option
-def command(
-    quick: bool,
-    only: str | None,
-    left_out: str | None,
-    kind: str | None,
-    max_examples: int | None,
-    right_examples: int | None,
-    out: Path | None,
-    markdown: bool,
-    runs: tuple[Path, ...],
-    seed: int,
-    time_limit: float | None,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+def command(out: Path | None, markdown: bool, runs: tuple[Path, ...], seed: int, as_json: bool, **options: Any) -> None:
     """Check the checks: loaders that are wrong in one known way must be found and named, right ones never blamed.
 
     One line per loader: found, named right, median number of random examples until the first failure; false alarms.
     """
-    from harness.isolation.limits import Limits
     from harness.report.environment import new_header
     from harness.report.records import RunWriter
     from harness.report.summary import power_sentence
-    from harness.selftest.measure import measure
 
     if runs:
         click.echo(power_markdown(_recorded(runs)), nl=False)
         return
-    cases, quiet = _cases(only, left_out, kind), as_json or markdown
-    limits = Limits(time_limit, workers=shared.worker_count(workers))
-    path = out / "run.jsonl" if out else None
-    with RunWriter(path, new_header(seed=seed, planned=["power"]), echo=sys.stdout if as_json else None) as writer:
-
-        def show(result: Result) -> None:
-            writer.write(result.record())
-            if not quiet:
-                click.echo(_line(result))
-
-        results = measure(
-            cases,
-            max_examples=max_examples,
-            quick=quick,
-            right_examples=right_examples,
-            base_seed=seed,
-            limits=limits,
-            on_result=show,
-            **(_QUICK if quick else {}),
-        )
+    cases, quiet = _cases(options["only"], options["left_out"], options["kind"]), as_json or markdown
+    header, echo = new_header(seed=seed, planned=["power"]), sys.stdout if as_json else None
+    with RunWriter(out / "run.jsonl" if out else None, header, echo=echo) as writer:
+        results = _measured(cases, writer, seed, quiet, options)
         writer.exit_code = 0 if all(result.right for result in results) else 1
     if out:
         shared.show(out, as_json=True)
@@ -109,6 +78,29 @@ def command(
     if not quiet:
         click.echo(f"\n{power_sentence(records)}")
     sys.exit(writer.exit_code)
+
+
+def _measured(
+    cases: Sequence[Case], writer: RunWriter, seed: int, quiet: bool, options: dict[str, Any]
+) -> list[Result]:
+    from harness.isolation.limits import Limits
+    from harness.selftest.measure import measure
+
+    def show(result: Result) -> None:
+        writer.write(result.record())
+        if not quiet:
+            click.echo(_line(result))
+
+    return measure(
+        cases,
+        max_examples=options["max_examples"],
+        quick=options["quick"],
+        right_examples=options["right_examples"],
+        base_seed=seed,
+        limits=Limits(options["time_limit"], workers=shared.worker_count(options["workers"])),
+        on_result=show,
+        **(_QUICK if options["quick"] else {}),
+    )
 
 
 def _cases(only: str | None, left_out: str | None, kind: str | None) -> list[Case]:

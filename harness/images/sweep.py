@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from harness.images.sequential import InTurn, studios_of
 from harness.images.studio import Studio, painting
 from harness.isolation.jobs import Channel, run_jobs
 from harness.isolation.limits import GIB
-from harness.isolation.subject import subject_process
+from harness.isolation.subject import Asked, subject_process
 from harness.loaders.protocol import Subject
 
 _RESULT = TypeAdapter(SweepResult)
@@ -109,59 +109,88 @@ def run_sweep(
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
     """
-    started, options = time.perf_counter(), replace(options, **changes)
-    strengths, opened = options.strengths, options.opened()
-    pairs = [
-        Pair(p, seed)
-        for p in (opened.prompts if options.prompts is None else options.prompts)
-        for seed in options.seeds
-    ]
-    batch = options.batch or _BATCH[opened.words is not None]
-    lora, in_turn = options.lora or _default_lora(subject, opened), options.sequential and not options.quick
-    one = Studio(opened, lora, pairs, quick=options.quick, batch=batch)
-    studios = studios_of(one) if in_turn else [one]
-    result = SweepResult()
+    drawn = _Drawn.of(subject, replace(options, **changes), on_record)
+    with determinism() as flags, _progress(drawn.options.progress, 2 * len(drawn.strengths) + 10) as drawn.step:
+        (end,) = run_jobs([drawn.draw], workers=int(drawn.apart), on_event=drawn.take)
+    result, opened = drawn.result, drawn.studios[-1].opened
+    if end.status != "done":
+        result.verdicts.append(died_verdict(subject, drawn.studios[-1], end))
+    result.environment = flags | {
+        "torch": torch.__version__,
+        "device": str(opened.device),
+        "batch": drawn.studios[-1].sampler.batch,
+    }
+    return result
 
-    apart = options.workers > 0 and opened.device.type in ("cpu", "cuda")
 
-    def job(channel: Channel) -> None:
-        for studio in studios:
-            studio.work_for(channel, options.time_limit)
-        alone = apart and channel.apart
+@dataclass
+class _Drawn:
+    """A sweep under way: what is drawn in the child that `draw` runs in, and what `take` has of it here."""
+
+    subject: Subject
+    options: SweepOptions
+    strengths: Sequence[float]
+    studios: Sequence[Studio]
+    on_record: Callable[[dict[str, Any]], object]
+    step: Callable[[str], object] = lambda text: None
+    result: SweepResult = field(default_factory=SweepResult)
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, subject: Subject, options: SweepOptions, on_record: Callable[[dict[str, Any]], object]) -> _Drawn:
+        started, strengths, opened = time.perf_counter(), options.strengths, options.opened()
+        prompts = opened.prompts if options.prompts is None else options.prompts
+        pairs = [Pair(prompt, seed) for prompt in prompts for seed in options.seeds]
+        batch = options.batch or _BATCH[opened.words is not None]
+        lora = options.lora or _default_lora(subject, opened)
+        studio = Studio(opened, lora, pairs, quick=options.quick, batch=batch)
+        studios = studios_of(studio) if options.sequential and not options.quick else [studio]
+        return cls(subject, options, strengths, studios, on_record, started=started)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the subject runs in a child."""
+        return self.options.workers > 0 and self.studios[0].opened.device.type in ("cpu", "cuda")
+
+    def draw(self, channel: Channel) -> None:
+        """Draw, and send each row, each reference and the result."""
+        for studio in self.studios:
+            studio.work_for(channel, self.options.time_limit)
+        apart, subject, memory = self.apart and channel.apart, self.subject, _memory(self.studios[0].opened)
+        work = drawing(self.studios, subject)
         try:
             with (
-                _painter(studios, alone),
-                subject_process(
-                    drawing(studios, subject), prepare=subject.prepare, apart=alone, memory_limit=_memory(opened)
-                ) as asked,
+                _painter(self.studios, apart),
+                subject_process(work, prepare=subject.prepare, apart=apart, memory_limit=memory) as asked,
             ):
-                place = subject, options.out, lambda row: channel.send({"record": row}), asked
-                recorder = InTurn(studios, *place) if in_turn else Recorder(studios[0], *place)
-                channel.send({"result": _RESULT.dump_python(recorder.run(strengths, started))})
+                result = self._recorder(channel, asked).run(self.strengths, self.started)
+                channel.send({"result": _RESULT.dump_python(result)})
         except UserError as error:
             channel.send({"error": str(error)})
 
-    with determinism() as flags, _progress(options.progress, 2 * len(strengths) + 10) as step:
+    def _recorder(self, channel: Channel, asked: Asked) -> Recorder | InTurn:
+        place = self.subject, self.options.out, lambda row: channel.send({"record": row}), asked
+        if self.options.sequential and not self.options.quick:
+            return InTurn(self.studios, *place)
+        return Recorder(self.studios[0], *place)
 
-        def take(index: int, event: dict[str, Any]) -> None:
-            nonlocal result
-            if "error" in event:
-                raise UserError(event["error"])
-            if "result" in event:
-                result = _RESULT.validate_python(event["result"])
-            elif "record" in event:
-                result.records.append(event["record"])
-                on_record(event["record"])
-            elif "reference" in event:
-                studios[event["studio"]].keep(event["reference"], event["tensors"]["pictures"])
-            else:
-                step(event["step"])
+    def take(self, index: int, event: dict[str, Any]) -> None:
+        """Keep what `draw` sent.
 
-        (end,) = run_jobs([job], workers=int(apart), on_event=take)
-    if end.status != "done":
-        result.verdicts.append(died_verdict(subject, studios[-1], end))
-    result.environment = flags | {"torch": torch.__version__, "device": str(opened.device), "batch": batch}
-    return result
+        Raises:
+            UserError: it could not draw.
+        """
+        if "error" in event:
+            raise UserError(event["error"])
+        if "result" in event:
+            self.result = _RESULT.validate_python(event["result"])
+        elif "record" in event:
+            self.result.records.append(event["record"])
+            self.on_record(event["record"])
+        elif "reference" in event:
+            self.studios[event["studio"]].keep(event["reference"], event["tensors"]["pictures"])
+        else:
+            self.step(event["step"])
 
 
 @contextmanager
