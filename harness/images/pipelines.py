@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from harness.errors import UserError, one_line
 from harness.isolation.device import cuda_devices
@@ -73,15 +74,15 @@ class OpenPipeline:
         """Return the arguments that carry `prompts`: the strings, or rows of the word table `[n, words, width]`.
 
         Raises:
-            UserError: a prompt has a word that the table does not know.
+            UserError: a prompt has a word that the table does not know, or none.
         """
         if self.words is None:
             return {"prompt": list(prompts)}
-        embeds = torch.stack([torch.stack([self._row(word, prompt) for word in prompt.split()]) for prompt in prompts])
-        embeds = embeds.to(self.device, self.dtype)
+        rows = [torch.stack([self._row(word, prompt) for word in prompt.split() or [""]]) for prompt in prompts]
+        masks = [torch.ones(len(words), dtype=torch.long) for words in rows]
         return {
-            "prompt_embeds": embeds,
-            "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long).to(self.device),
+            "prompt_embeds": pad_sequence(rows, batch_first=True).to(self.device, self.dtype),
+            "prompt_embeds_mask": pad_sequence(masks, batch_first=True).to(self.device),
         }
 
     def _row(self, word: str, prompt: str) -> Tensor:

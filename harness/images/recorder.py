@@ -224,7 +224,7 @@ def _raw_values(output: Tensor, base: Tensor, reference: Tensor) -> tuple[dict[s
         "effect": change,
         "broken": float(metrics.broken(output).double().mean()),
     }
-    return values, "broken" if values["broken"] and not metrics.broken(reference).any() else "clean"
+    return values, "broken" if values["broken"] and not metrics.broken(reference).any() else "one denoiser call"
 
 
 def _middle(name: str, values: Tensor) -> float:

@@ -151,9 +151,7 @@ def _rows(
         ("pictures", f"{len(studio.sampler.pairs)} per strength ({what}), same initial noise as the reference"),
     ]
     rows += [(f"at {o.strength:g}", _line(o)) for o in observations]
-    rows += [
-        (f"at {o.strength:g}", f"{_line(o)}; one denoiser call each, which agree with the pictures") for o in probed
-    ]
+    rows += [(f"at {o.strength:g}", f"{_line(o)}, which agrees with the pictures") for o in probed]
     if use:
         rows.append(("use", f"strength = {use:g} until it is fixed"))
     if judgement.code:

@@ -134,7 +134,7 @@ class InTurn:
         """Return what the probe showed at the strengths that were not drawn."""
         drawn = {o.strength for o in self._last.result.observations} if self._last is not self._probe else set()
         shown = zip(self._probe.result.observations, self._probe.result.records, strict=True)
-        return [(o, row | {"label": "one denoiser call"}) for o, row in shown if o.strength not in drawn]
+        return [pair for pair in shown if pair[0].strength not in drawn]
 
     def _told(self, alphas: Sequence[float], probed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Hand on the rows, one per strength, in the order in which strengths were asked for."""

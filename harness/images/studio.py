@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.images.factor import Estimate, estimate
 from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
@@ -23,6 +23,7 @@ from harness.isolation.limits import alarm
 from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
 from harness.loaders.live import quiet
 from harness.loaders.protocol import Subject
+from harness.text import printable
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
@@ -91,8 +92,18 @@ class Studio:
         return self._drawn[strength]
 
     def paint(self, strength: float) -> Tensor:
-        """Draw the reference's pictures at `strength` in this process."""
-        return self._take(self._reference.at(strength))
+        """Draw the reference's pictures at `strength` in this process.
+
+        Raises:
+            UserError: the pipeline cannot; no loader is to blame for that.
+        """
+        try:
+            return self._take(self._reference.at(strength))
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            what = f"the pipeline fails without any loader: {one_line(error)}"
+            raise UserError(f"{printable(self.opened.name)}: {what}") from error
 
     def _painted(self, strength: float) -> Tensor:
         assert self._painter is not None

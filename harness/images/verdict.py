@@ -11,7 +11,7 @@ from typing import Literal
 
 from harness.images.factor import Estimate
 
-Look = Literal["clean", "artifacts", "noise", "broken", "black", "one colour"]
+Look = Literal["clean", "artifacts", "noise", "broken", "black", "one colour", "one denoiser call"]
 Conclusion = Literal[
     "as trained", "wrong strength", "noise", "no visible effect", "broken", "inconclusive", "wrong direction"
 ]

@@ -143,6 +143,15 @@ def test_an_empty_prompts_file_is_named(tmp_path: Path, text: str):
 def test_a_word_outside_the_table_is_named(tiny):
     with pytest.raises(UserError, match="knows only the words red, green"):
         tiny.conditioning(["purple circle on dark"])
+    with pytest.raises(UserError, match="prompt '': this pipeline knows only"):
+        tiny.conditioning([""])
+
+
+def test_prompts_of_several_lengths_are_padded_and_masked(tiny) -> None:
+    call = tiny.conditioning(["red", "red circle on dark"])
+    assert call["prompt_embeds_mask"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
+    assert call["prompt_embeds"].shape[:2] == (2, 4)
+    assert torch.equal(call["prompt_embeds"][0, 0], call["prompt_embeds"][1, 0])
 
 
 def test_a_lora_for_another_model_is_named(tiny, tmp_path: Path):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,13 @@ def test_a_process_that_dies_is_an_errored_verdict_and_keeps_what_was_drawn(tiny
     assert ("printed", "good bye") in found.verdicts[0].rows
     assert [row["strength"] for row in found.records] == [row["strength"] for row in seen] == [0.0, 0.5, 1.0]
     assert all((tmp_path / image["path"]).is_file() for row in seen for image in row["images"])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_pipeline_that_fails_is_no_fault_of_the_loader(tiny, r8_a16, quick: bool):
+    broken = replace(tiny, call=tiny.call | {"no_such_argument": 1}, folder=f"{tiny.folder}/broken")
+    with pytest.raises(UserError, match="broken: the pipeline fails without any loader: TypeError"):
+        sweep(times(1), broken, r8_a16, alphas=(1,), quick=quick)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
