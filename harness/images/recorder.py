@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.images import metrics
 from harness.images.report import crashed_verdict, lora_facts, sweep_verdict
 from harness.images.studio import Studio
-from harness.images.verdict import Judgement, Look, StrengthResult, judge, look_of
+from harness.images.verdict import FARTHEST, Judgement, Look, StrengthResult, judge, look_of
 from harness.isolation.calls import CallFailedError, Raised, lost_raised, raised_by
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
@@ -144,8 +144,12 @@ class Recorder:
     def _pin(self) -> float | None:
         """Return the strength at which this loader should look as trained, when no strength was near it yet.
 
-        Far off, pictures tell only the order of magnitude; one more strength near 1 / factor tells the factor.
+        Far off, pictures tell only the order of magnitude; one more strength near 1 / factor tells the factor. Beyond
+        the farthest they tell nothing, and 1 is tried.
         """
+        asked = [o.strength for o in self.result.observations if o.strength]
+        if asked and min(map(abs, asked)) > FARTHEST:
+            return 1.0
         seen = [(o.strength, o.factor) for o in self.result.observations if o.strength and o.factor]
         if not seen or any(abs(strength * factor) < _SHARP for strength, factor in seen):
             return None
@@ -211,10 +215,18 @@ def _picture_values(images: Tensor, base: Tensor, reference: Tensor, trained: Te
     values["ssim_trained"] = values.pop("ssim_reference")
     values["ssim_reference"] = float(metrics.ssim(shown, reference).mean())
     values["effect"] = float(1 - metrics.ssim(base, reference).mean())
-    for name, look in (("broken", "broken"), ("black", "black"), ("collapsed", "one colour")):
+    kinds = {"broken": "broken", "black": "black", "collapsed": "one colour"}
+    for name, look in list(kinds.items())[: 1 if _is_noise(reference, base, trained) else None]:
         if measured[name].any() and not getattr(metrics, name)(reference).any():
             return values, look  # type: ignore[return-value]
     return values, look_of(values["total_variation_ratio"], values["noise_sigma_ratio"], values["content"])
+
+
+def _is_noise(reference: Tensor, base: Tensor, trained: Tensor) -> bool:
+    """Whether the reference itself shows no picture any more: rounding then decides whether one is black."""
+    measured = metrics.measure(reference, base, trained)
+    names = ("total_variation_ratio", "noise_sigma_ratio", "content")
+    return look_of(*(_middle(name, measured[name].double()) for name in names)) == "noise"
 
 
 def _raw_values(output: Tensor, base: Tensor, reference: Tensor) -> tuple[dict[str, float], Look]:

@@ -18,6 +18,7 @@ from harness.images.factor import Estimate, estimate
 from harness.images.pipelines import OpenPipeline
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler, Scaling, runtime_scaling, same_branches
+from harness.images.verdict import FARTHEST
 from harness.isolation.jobs import Channel
 from harness.isolation.limits import alarm
 from harness.isolation.subject import Answer, Asked, Part, SubjectLostError
@@ -25,7 +26,7 @@ from harness.loaders.live import quiet
 from harness.loaders.protocol import Subject
 from harness.text import printable
 
-LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, FARTHEST)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
 _LIKE = 0.1  # share of a change that rungs further apart than those of the ladder may leave unexplained
 _SECONDS_TO_PAINT = 3600.0  # on the slowest of devices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,10 +67,12 @@ class SweepOptions:
         """The strengths to draw, 0 first, then from the smallest to the largest.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or one is not finite.
         """
         if not self.alphas:
             raise UserError("alphas is empty: give at least one strength")
+        if odd := [alpha for alpha in self.alphas if not math.isfinite(alpha)]:
+            raise UserError(f"alphas has {odd[0]}: strengths are finite numbers")
         return sorted({float(alpha) for alpha in self.alphas}, key=lambda alpha: (alpha != 0, abs(alpha), alpha))
 
     def opened(self) -> OpenPipeline:

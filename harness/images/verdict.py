@@ -27,6 +27,7 @@ ARTIFACTS = (1.35, 2.5, 0.8)  # total variation, noise sigma, content; against t
 NOISE = (4.0, 25.0, 0.35)
 TRUSTED = 2.5  # beyond this strength pictures decorrelate: only gross factors count there
 GROSS = 3.0
+FARTHEST = 64.0  # beyond, the reference itself is noise: what a right loader draws there cannot be told from anything
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def look_of(total_variation: float, noise_sigma: float, content: float) -> Look:
 
 
 def judge(observations: Sequence[StrengthResult]) -> Judgement:
-    """Judge a loader from all its strengths; the one nearest to 1 names the finding."""
+    """Judge a loader from its strengths up to `FARTHEST`; the one nearest to 1 names the finding."""
     order = sorted(observations, key=lambda o: (abs(o.strength - 1), o.strength))
+    order = [o for o in order if abs(o.strength) <= FARTHEST]
     failed = [o for o in order if o.look in ("broken", "black", "one colour")]
     if failed:
         return Judgement("broken", failed[0], reason=f"{failed[0].look} pictures at strength {failed[0].strength:g}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -268,8 +269,18 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_picture_too_many_is_an_erro
         sampler.images(tiny.fresh())
 
 
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("strength", [1e3, -1e6, 1e30])
+def test_where_the_reference_is_noise_nobody_is_judged_but_strength_1_is_tried(tiny, r8_a16, strength, quick):
+    for loader, outcome in ((resolve("peft"), "passed"), (times(2), "failed")):
+        (verdict,) = sweep(loader, tiny, r8_a16, alphas=(strength,), quick=quick).verdicts
+        assert (verdict.outcome, verdict.code) == (outcome, "LH602" if outcome == "failed" else None)
+
+
 def test_no_prompt_and_no_strength_are_refused(tiny, r8_a16):
     with pytest.raises(UserError, match="no prompt"):
         sweep(times(1), tiny, r8_a16, prompts=[])
     with pytest.raises(UserError, match="alphas is empty"):
         sweep(times(1), tiny, r8_a16, alphas=[])
+    with pytest.raises(UserError, match="alphas has nan"):
+        sweep(times(1), tiny, r8_a16, alphas=[1, math.nan])
