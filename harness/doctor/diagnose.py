@@ -157,7 +157,9 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     tool = given.tool
     title = re.sub(r" [<>]=.*", "", tool.title)
     yield "tool", f"{title} {found.asked.version or tool.release}: {given.says}"
-    if given.strength is not None:
+    if given.strength is not None and found.traits.adapter.is_unscaled:
+        yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
+    elif given.strength is not None:
         yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
     else:
         yield (

@@ -238,7 +238,8 @@ def what_it_is(traits: Traits, trainer: str | None) -> str:
     if not adapter.modules:
         return f"no module that can be read ({adapter.format} keys)"
     by = f", written by {trainer}" if trainer else ""
-    numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
+    ranks = [module.rank for module in adapter.modules.values() if module.rank]
+    numbers = f"rank {_spread(ranks)}, alpha {_alphas(traits)}" if ranks else "no rank and no alpha"
     kinds = _spread(module.variant for module in adapter.modules.values())
     what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
     model, total = model_of(traits), count(len(adapter.modules), "module")
@@ -289,7 +290,7 @@ def _spread(values: Iterable[object]) -> str:
 def _alphas(traits: Traits) -> str:
     values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
     where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
-    return (_spread(values) or "scales nothing") + where.get(traits.adapter.alpha_source, "")
+    return _spread(values) + where.get(traits.adapter.alpha_source, "")
 
 
 def rule_of(traits: Traits, trainer: str | None) -> str | None:
