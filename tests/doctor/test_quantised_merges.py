@@ -253,9 +253,8 @@ def test_a_merge_of_gpt_oss_is_held_against_its_packed_experts(fault: str, tmp_p
     share = {"": [0.02] * 3, "not merged": [0.0] * 3, "one expert": [0.02, 0.04, 0.02]}[fault]
     merged = torch.stack([real[e] + share[e] * updates[e].T for e in range(experts)]).bfloat16()
     save_file({name: merged.contiguous()}, tmp_path / "merged.safetensors")
-    lora = {
-        f"base_model.model.{name.removesuffix('.down_proj')}.lora_{half}.weight": t for half, t in zip("AB", (a, b))
-    }
+    stem = f"base_model.model.{name.removesuffix('.down_proj')}"
+    lora = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
     (tmp_path / "lora").mkdir()
     save_file(lora, tmp_path / "lora" / "adapter_model.safetensors")
     said = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.08, "target_modules": [], "peft_version": "0.21.2"}
