@@ -342,4 +342,4 @@ def _patterns(key: str, raw: Mapping[str, Any], budget: Budget) -> Patterns:
 def changing_init(config: Mapping[str, Any]) -> str | None:
     """Return how PEFT began, where that changes the base too, so that B @ A is no difference to it."""
     init = config.get("init_lora_weights")
-    return init if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.IGNORECASE) else None
+    return init if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.IGNORECASE) else None

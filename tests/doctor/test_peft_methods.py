@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
+import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 from harness.doctor import inspect_file
@@ -114,3 +116,29 @@ def test_a_tied_head_is_not_missing_from_its_base(fields: dict[str, object], tmp
     base, _, folder = write(tmp_path, llama(tie=True), lora(target_modules=targets, **fields))
     assert inspect_file(folder, base=base).codes == ()
     assert diagnose(folder, tool="peft").answers["peft"].effect == "law"
+
+
+def _begun(folder: Path, init: str) -> Path:
+    """A folder whose configuration says that training began so."""
+    _, _, adapter = write(folder, llama(), lora())
+    said = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(said | {"init_lora_weights": init}), encoding="utf-8")
+    return adapter
+
+
+@pytest.mark.parametrize(("init", "changes"), [("pissa", True), ("olora", True), ("lora_ga", False), ("corda", None)])
+@pytest.mark.parametrize("tool", ["peft", "transformers"])
+def test_what_peft_does_again_to_the_base_is_what_is_said(
+    tool: str, init: str, changes: bool | None, tmp_path: Path
+) -> None:
+    adapter = _begun(tmp_path, init)
+    given = diagnose(adapter, tool=tool).answers[tool]
+    if changes is None:
+        assert (given.effect, given.strength) == ("raises", None)
+        with pytest.raises(ValueError, match="eigens"):
+            peft.PeftModel.from_pretrained(llama(), adapter)
+        return
+    loaded = peft.PeftModel.from_pretrained(llama(), adapter)
+    weight = loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(weight, llama().model.layers[0].self_attn.q_proj.weight) is not changes
+    assert (given.effect, given.strength) == (("law", 1.0) if changes else ("wrong", None))

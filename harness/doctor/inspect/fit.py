@@ -25,6 +25,7 @@ _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 _EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
 _HEAD = re.compile(r"\.(lm_head|embed_out|output)$")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
+_REPEATED = ("pissa", "olora", "loftq")  # by PEFT, when it loads the file; CorDA and LoRA-GA need data of the training
 _INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
 Chosen = Callable[[str], bool]
@@ -236,7 +237,8 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
         yield Hazard(code="LH723", what=what)
     if init := changing_init(config):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
-        way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
+        repeats = "PEFT repeats the decomposition, or saves" if init.startswith(_REPEATED) else "PEFT can save"
+        way = f"{repeats} a plain LoRA with path_initial_model_for_weight_conversion"
         yield Hazard(code="LH723", what=f"{what}; {way}")
 
 
