@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.doctor.inspect.engines import engine_hazards, engines
-from harness.doctor.traits import Group, Traits, is_language, listed
+from harness.doctor.traits import Group, Traits, is_decoder, is_language, listed, model_of
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
@@ -120,13 +120,26 @@ def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
     """Say why the tool finds no layer, or not all, by what the file alone says; None when nothing tells."""
     if traits.wrapped:
         return "nothing", traits.wrapped
-    if tool.models and (denoisers := [group for group in traits.groups if group.named and not group.text_encoder]):
-        return "cannot", f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
+    if why := _no_model(tool, traits):
+        return "cannot", why
     if tool.name in engines():
         return next(
             (("raises", each.what) for each in engine_hazards(traits.adapter, tool.name) if each.code == _REFUSED), None
         )
     return traits.ignored_by_peft if tool.name in _BY_CONFIG else None
+
+
+def _no_model(tool: Tool, traits: Traits) -> str:
+    """Say why no model of the tool has these layers, by what the tool is for and what its code has; empty: it may."""
+    if tool.models == "pictures" and is_decoder(traits):
+        return "has no language models"
+    denoisers = [group for group in traits.groups if group.named and not group.text_encoder]
+    if denoisers and tool.models in ("language", "transformers"):
+        return f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
+    for group in denoisers if tool.has else ():
+        if not any(fnmatchcase(family, glob) for family, _ in group.places or group.named for glob in tool.has):
+            return f"has no such model: {model_of(traits)}"
+    return ""
 
 
 def _effect(found: str) -> Effect:

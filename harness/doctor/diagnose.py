@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -210,14 +210,29 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
     for each in found.answers.values():
         if each.tool.release:
             groups.setdefault(_kind(found, each), []).append(each)
-    for (label, says), some in sorted(groups.items(), key=lambda item: _RANKED.index(item[0][0])):
+    for (label, says), some in sorted(_gathered(groups).items(), key=lambda item: _RANKED.index(item[0][0])):
         names = ", ".join(each.tool.title for each in some)
         yield label, f"{names}: {says}"
     if not groups:
         yield "unknown", f"no tool is known to read {found.traits.adapter.format} files"
 
 
-_RANKED = ("pass", "wrong", "ask", "unknown")
+_RANKED = ("pass", "wrong", "ask", "unknown", "cannot")
+_TOGETHER = {
+    "unknown": "not measured on this model, these keys or these modules; --tool NAME says more",
+    "cannot": "no model with these layers",
+}
+
+
+def _gathered(groups: Mapping[tuple[str, str], list[Answer]]) -> dict[tuple[str, str], list[Answer]]:
+    """Return the groups with one for all that nothing is known of, and one for all that have no such model."""
+    found: dict[tuple[str, str], list[Answer]] = {}
+    for label, says in groups:
+        several = sum(other == label for other, _ in groups) > 1
+        found.setdefault((label, _TOGETHER[label] if several and label in _TOGETHER else says), []).extend(
+            groups[label, says]
+        )
+    return found
 
 
 def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
@@ -227,8 +242,8 @@ def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
             "pass",
             f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})",
         )
-    if given.effect == "law":
-        return "ask", given.says
+    if given.effect in ("law", "cannot"):
+        return "ask" if given.effect == "law" else "cannot", given.says
     return (
         ("unknown", given.says)
         if given.effect == "unknown"

@@ -38,6 +38,7 @@ _LANGUAGE = re.compile(
     r"((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h|block|blocks)_#_.*"
     r"(self_attn|attention|mlp|self_attention|attn)_\w+$"
 )
+_DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_attn_[qkvo]|mlp_(gate|up|down))_proj$")
 _OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
@@ -279,6 +280,12 @@ def is_language(traits: Traits) -> bool:
     """Tell whether every layer is called as those of the decoder of a language model are, none as another tower's."""
     patterns = [pattern for group in traits.groups for pattern in group.counts]
     return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
+
+
+def is_decoder(traits: Traits) -> bool:
+    """Tell whether every layer is called as transformers calls those of a decoder, which no image model has."""
+    patterns = [pattern for group in traits.groups for pattern in group.counts]
+    return bool(patterns) and all(map(_DECODER.match, patterns))
 
 
 def _spread(values: Iterable[object]) -> str:

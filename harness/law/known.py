@@ -112,6 +112,7 @@ class Tool:
     also: tuple[str, ...] = ()
     convert: str = ""
     families: tuple[str, ...] | None = None
+    has: tuple[str, ...] = ()
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
 
@@ -147,7 +148,9 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits", "also") if name in row}
+    lists = {
+        name: tuple(row[name]) for name in ("formats", "by_name", "families", "has", "limits", "also") if name in row
+    }
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 
 

@@ -253,3 +253,32 @@ def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
     with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
         repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")
+
+
+WAN = pairs(blocks("blocks", 40, "self_attn.q"), 5120, prefix="diffusion_model.")
+HAS_NOT = {
+    "wan": (WAN, {}, {"forge"}, {"comfyui", "invokeai"}),
+    "language model": (pairs(LLM, 64, prefix=HF), {"config": CONFIG}, {"invokeai", "diffusers"}, {"peft", "vllm"}),
+    "sdxl": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"], 640, 2048), {}, {"musubi-tuner"},
+        {"a1111", "forge", "sd-scripts", "comfyui"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAS_NOT)
+def test_a_tool_without_such_a_model_cannot_read_the_file(name: str, tmp_path: Path) -> None:
+    tensors, fields, cannot, may = HAS_NOT[name]
+    path = written(tmp_path, tensors, **fields)  # type: ignore[arg-type]
+    found = asked(path, lora_alpha=2.0)
+    assert {tool for tool, each in found.items() if each.effect == "cannot"} >= cannot
+    assert not {tool for tool in may if found[tool].effect == "cannot"}
+
+
+def test_what_nobody_measured_and_what_has_no_such_model_are_a_line_each(tmp_path: Path) -> None:
+    names = [f"model.encoder.layers.0.self_attn.{name}_proj" for name in "qv"]
+    said = [label for label, _ in lines(diagnose(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG)))]
+    assert said.count("unknown") <= 1
+    (tmp_path / "wan").mkdir()
+    said = [label for label, _ in lines(diagnose(written(tmp_path / "wan", WAN)))]
+    assert (said.count("unknown"), said.count("cannot")) == (1, 1)
