@@ -13,7 +13,17 @@ from harness.doctor.traits import Group, Traits, is_decoder, is_language, listed
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
-from harness.law.reads import Place, Reading, has_other_names, knows_magnitudes, measured_on, reading, title_of
+from harness.law.reads import (
+    Place,
+    Reading,
+    dropped,
+    has_other_names,
+    knows_magnitudes,
+    layers_of,
+    measured_on,
+    reading,
+    title_of,
+)
 from harness.law.sizes import like
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
@@ -231,20 +241,32 @@ def _by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: bo
         return Reading("unknown", "serves language models: whether it takes these layers was not measured")
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
-    named = not tool.original_names or not group.places or any(map(_is_original, group.places))
+    named = not tool.original_names or not group.places or any(_has_names(tool, place) for place in group.places)
     doras = {spelled.partition("+")[2] for spelled in group.spelled} - {""}
     named = named and all(knows_magnitudes(tool.name, kind) for kind in doras)
     if fits and in_family and named and all(each.effect == "law" for each in known):
         return Reading("law")
+    if fits and group.places and all(family in tool.own_names for family, _ in group.places):
+        return _under_own_names(group)
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
     which = listed(dict.fromkeys(title_of(family) for family, _ in group.places))
     return Reading("unknown", f"was not measured on {which} with keys as {', '.join(group.spelled)[:120]}")
 
 
-def _is_original(place: Place) -> bool:
-    """Tell whether the names are those of the model's authors."""
-    return place[1] != "own" or not has_other_names(place[0])
+def _has_names(tool: Tool, place: Place) -> bool:
+    """Tell whether the tool's model has these names: those of the model's authors, or diffusers' where it took them."""
+    family, names = place
+    return names == "own" if family in tool.own_names else names != "own" or not has_other_names(family)
+
+
+def _under_own_names(group: Group) -> Reading:
+    """Return what becomes of the authors' names in a model that has diffusers' alone."""
+    known = frozenset[str]().union(*(layers_of((family, "own")) for family, _ in group.places))
+    lost = [pattern for pattern in group.counts if pattern not in known]
+    if len(lost) == len(group.counts):
+        return Reading("nothing", "loads none of its modules, whose names its model does not have")
+    return dropped(lost, group.counts)
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:

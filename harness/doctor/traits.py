@@ -35,11 +35,13 @@ _PAIRS = {
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
 _LANGUAGE = re.compile(
-    r"((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h|block|blocks)_#_.*"
-    r"(self_attn|attention|mlp|self_attention|attn)_\w+$"
+    r"(((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h)"
+    r"|((model|language_model|transformer|decoder)_)+blocks?)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$"
 )
 _DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_attn_[qkvo]|mlp_(gate|up|down))_proj$")
-_OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
+_OTHER_TOWER = re.compile(
+    r"(^|_)(encoder|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
+)
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
 _ROOT = "+rslora"  # how reads.json marks a header that says so

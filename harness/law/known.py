@@ -108,6 +108,7 @@ class Tool:
     source: str = ""
     by_name: tuple[str, ...] = ()
     original_names: bool = False
+    own_names: tuple[str, ...] = ()
     models: str = ""
     also: tuple[str, ...] = ()
     convert: str = ""
@@ -149,7 +150,9 @@ def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
     lists = {
-        name: tuple(row[name]) for name in ("formats", "by_name", "families", "has", "limits", "also") if name in row
+        name: tuple(row[name])
+        for name in ("formats", "by_name", "families", "has", "own_names", "limits", "also")
+        if name in row
     }
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 

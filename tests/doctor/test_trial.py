@@ -282,3 +282,51 @@ def test_what_nobody_measured_and_what_has_no_such_model_are_a_line_each(tmp_pat
     (tmp_path / "wan").mkdir()
     said = [label for label, _ in lines(diagnose(written(tmp_path / "wan", WAN)))]
     assert (said.count("unknown"), said.count("cannot")) == (1, 1)
+
+
+OWN = {
+    "flux.2, authors' names": (
+        pairs(blocks("double_blocks", 8, "img_attn.qkv"), 18432, 6144, prefix="diffusion_model."), "nothing",
+    ),
+    "flux.2, diffusers' names": (
+        pairs(blocks("single_transformer_blocks", 48, "attn.to_qkv_mlp_proj"), 55296, 6144), "law",
+    ),
+    "z-image, diffusers' names": (
+        pairs(blocks("layers", 30, "attention.to_q", "attention.to_k", "feed_forward.w1"), 3840), "law",
+    ),
+    "z-image, authors' names": (
+        pairs(blocks("layers", 30, "attention.qkv", "feed_forward.w1"), 3840, prefix="diffusion_model."), "drops",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_diffsynth_has_the_names_that_its_own_model_has(name: str, tmp_path: Path) -> None:
+    """Its FLUX.2 and Z-Image were taken from diffusers: told by the modules that its classes build."""
+    tensors, effect = OWN[name]
+    found = asked(written(tmp_path, tensors), lora_alpha=2.0)
+    assert {found[tool].effect for tool in ("diffsynth", "diffsynth-2.0.4")} == {effect}
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv_x", "decoder.blocks.0.attn.to_k"])
+def test_a_denoiser_that_nobody_knows_is_no_language_model(name: str, tmp_path: Path) -> None:
+    assert model_of(Traits(read_lora(written(tmp_path, pairs([name], 64))))) == "unknown model"
+
+
+def test_a_scale_beside_alpha_is_not_what_a1111_takes_alpha_for(tmp_path: Path) -> None:
+    tensors = kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"], 640)
+    stem = next(iter(tensors)).partition(".")[0]
+    found = asked(written(tmp_path, {**tensors, f"{stem}.scale": ()}))
+    assert (found["a1111"].effect, found["comfyui"].strength) == ("unknown", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight": (16, 64)}, "a ControlNet-LLLite"),
+        ({"unet.a.0.attn1.to_q.vera_lambda_b": (8,)}, "an adapter of PEFT's method vera"),
+    ],
+)
+def test_what_is_no_lora_is_called_what_it_is(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    (hazard,) = inspect_file(written(tmp_path, tensors)).hazards
+    assert (hazard.code, said in hazard.what) == ("LH797", True)
