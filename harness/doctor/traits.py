@@ -118,6 +118,8 @@ class Traits:
         return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
 
     def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
+        layers = [module for module in modules if module.rank or module.in_features]  # no vectors, such as norms
+        modules = layers or modules
         counts = Counter(pattern_of(module.name) for module in modules)
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []

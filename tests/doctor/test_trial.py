@@ -330,3 +330,16 @@ def test_a_scale_beside_alpha_is_not_what_a1111_takes_alpha_for(tmp_path: Path) 
 def test_what_is_no_lora_is_called_what_it_is(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
     (hazard,) = inspect_file(written(tmp_path, tensors)).hazards
     assert (hazard.code, said in hazard.what) == ("LH797", True)
+
+
+def test_norms_that_a_control_lora_of_diffusers_replaces_are_read(tmp_path: Path) -> None:
+    """diffusers' script saves them beside the pairs, and its FLUX loader puts them into the model."""
+    layers = blocks("transformer_blocks", 19, "attn.to_q", "attn.to_k")
+    norms = {f"transformer.transformer_blocks.{number}.attn.norm_q.weight": (128,) for number in range(19)}
+    path = written(tmp_path, pairs(layers, 3072, prefix="transformer.") | norms)
+    record = inspect_file(path)
+    assert (record.variants, record.coverage) == ({"lora": 38, "set": 19}, 1.0)
+    found = asked(path, as_rank=True)
+    assert (found["diffusers"].strength, found["comfyui"].effect) == (1.0, "drops")
+    with pytest.raises(UserError, match="19 trained tensors have no place"):
+        repair_file(path, "kohya", tmp_path / "new.safetensors", lora_alpha=2.0)
