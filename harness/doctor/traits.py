@@ -44,6 +44,7 @@ _OTHER_TOWER = re.compile(
 )
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
+_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
 _ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
@@ -118,8 +119,7 @@ class Traits:
         return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
 
     def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
-        layers = [module for module in modules if module.rank or module.in_features]  # no vectors, such as norms
-        modules = layers or modules
+        modules = [module for module in modules if module.variant not in _WHOLE] or modules
         counts = Counter(pattern_of(module.name) for module in modules)
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []

@@ -343,3 +343,14 @@ def test_norms_that_a_control_lora_of_diffusers_replaces_are_read(tmp_path: Path
     assert (found["diffusers"].strength, found["comfyui"].effect) == (1.0, "drops")
     with pytest.raises(UserError, match="19 trained tensors have no place"):
         repair_file(path, "kohya", tmp_path / "new.safetensors", lora_alpha=2.0)
+
+
+def test_what_diffusers_leaves_out_of_an_extracted_wan_is_said(tmp_path: Path) -> None:
+    """Its converter turns `.diff_b` into biases, and drops norms and modulation: by its own code on such keys."""
+    names = blocks("blocks", 40, "self_attn.q", "cross_attn.k")
+    tensors = pairs(names, 5120, prefix="diffusion_model.", halves=DOWN)
+    tensors |= {f"diffusion_model.blocks.{number}.modulation.diff": (1, 6, 5120) for number in range(40)}
+    tensors |= {f"diffusion_model.{name}.diff_b": (5120,) for name in names}
+    found = asked(written(tmp_path, tensors))
+    assert model_of(Traits(read_lora(tmp_path / "file.safetensors"))) == "Wan 14B"
+    assert (found["diffusers"].effect, found["comfyui"].strength) == ("drops", 1.0)
