@@ -97,6 +97,8 @@ def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
 def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what `tool` does with the file as it is."""
     form = traits.adapter.format
+    if tool.beside and any(group.named and not group.text_encoder for group in traits.groups):
+        return Answer(tool, "unknown", tool.beside, "unknown")
     if form not in tool.formats:
         what = f"does not read {form} files, it reads {', '.join(tool.formats)}"
         return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
@@ -144,7 +146,7 @@ def _no_model(tool: Tool, traits: Traits) -> str:
     if tool.models == "pictures" and is_decoder(traits):
         return "has no language models"
     denoisers = [group for group in traits.groups if group.named and not group.text_encoder]
-    if denoisers and tool.models in ("language", "transformers"):
+    if denoisers and tool.models in ("language", "transformers") and not tool.beside:
         return f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
     for group in denoisers if tool.has else ():
         if not any(fnmatchcase(family, glob) for family, _ in group.places or group.named for glob in tool.has):
@@ -349,7 +351,7 @@ def how_sure(given: Answer) -> str:
 
 def field_of(tool: Tool, strength: float) -> str:
     """Return what to write into the field of `tool`."""
-    if tool.field.startswith("("):
+    if tool.takes_none:
         return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
     if ":weight>" in tool.field:
         return tool.field.replace("weight", f"{strength:.6g}")

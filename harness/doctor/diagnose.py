@@ -119,7 +119,8 @@ def tool_named(name: str, version: str | None = None) -> Tool:
     if len(found) == 1:
         return found[0]
     listed = ", ".join(tool.name for tool in found or every.values())
-    raise UserError(f"tool={printable(name, 40)!r}: {'several tools' if found else 'no such tool'}; known are {listed}")
+    what = "several tools" if found else "no such tool, ask without it for all that are known"
+    raise UserError(f"tool={printable(name, 40)!r}: {what}; known are {listed}")
 
 
 def _plain(name: str) -> str:
@@ -160,7 +161,7 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     if given.strength is not None and found.traits.adapter.is_unscaled:
         yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
     elif given.strength is not None:
-        yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
+        yield "pass", field_of(tool, given.strength) + ("" if tool.takes_none else _steps(found, given.strength))
     else:
         yield (
             "pass",

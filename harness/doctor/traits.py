@@ -316,10 +316,16 @@ def rule_of(traits: Traits, trainer: str | None) -> str | None:
         return f"{adapter.format} files have no place for alpha: they are trained at scale 1"
     if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
         return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
+    modules = adapter.modules.values()
     places = [place for group in traits.groups for place in group.places]
     known = not places or any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
     if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
-        return "diffusers' scripts without alpha in the header train with alpha = rank"
+        old = (
+            " (those of 0.24, of December 2023, with 8)"
+            if any("unet" in module.component for module in modules)
+            else ""
+        )
+        return f"diffusers' scripts without alpha in the header train with alpha = rank{old}"
     return None
 
 

@@ -158,7 +158,7 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
 
 
 def _add_whole(source: Source, row: Format, found: Sorted) -> None:
-    """Take the weights and biases that a file of a marked format replaces, and the norms of diffusers' control LoRAs."""
+    """Take what a file of a marked format replaces, and the norms of diffusers' control LoRAs."""
     taken = {key for roles in found.modules.values() for key in roles.values()}
     norms = map(_NORM.fullmatch, source.file.keys) if row.name == "diffusers" else ()
     for norm in filter(None, norms):

@@ -109,6 +109,7 @@ class Tool:
     by_name: tuple[str, ...] = ()
     original_names: bool = False
     own_names: tuple[str, ...] = ()
+    beside: str = ""
     models: str = ""
     also: tuple[str, ...] = ()
     convert: str = ""
@@ -116,6 +117,11 @@ class Tool:
     has: tuple[str, ...] = ()
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+
+    @property
+    def takes_none(self) -> bool:
+        """Tell whether its users cannot pass a strength."""
+        return self.field.startswith("(")
 
     @property
     def provenance(self) -> str:

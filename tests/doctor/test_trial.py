@@ -109,7 +109,8 @@ def test_an_engine_of_language_models_is_no_sure_reader_of_others(name: str, tmp
 def test_a_unet_is_no_model_of_transformers(tmp_path: Path) -> None:
     names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k")]
     found = asked(written(tmp_path, pairs(names, 320, prefix=HF), config=CONFIG | {"target_modules": ["to_q", "to_k"]}))
-    assert {found[name].effect for name in ("transformers", "vllm", "sglang")} == {"cannot"}
+    assert {found[name].effect for name in ("transformers", "vllm")} == {"cannot"}
+    assert found["sglang"].effect == "unknown"  # it has a part for pictures, which was not measured
     assert found["peft"].strength == 1.0
 
 
