@@ -11,6 +11,7 @@ from harness.doctor.diagnose import diagnose, lines, tool_named
 from harness.doctor.traits import Traits, model_of, untargeted
 from harness.errors import UserError
 from harness.files import read_lora
+from harness.law.explained import symptoms_of
 from tests.doctor.trial import CONFIG, DOWN, HF, LLM, asked, kohya, pairs, written
 
 
@@ -140,3 +141,17 @@ def test_the_scripts_that_trained_with_another_alpha_are_said(tmp_path: Path) ->
     names = [f"down_blocks.1.attentions.0.transformer_blocks.{n}.attn1.to_q" for n in range(2)]
     said = dict(lines(diagnose(written(tmp_path, pairs(names, 640, prefix="unet.")), tool="diffusers")))
     assert "those of 0.24, of December 2023, with 8" in said["alpha"]
+
+
+def test_the_headline_of_a_rank_stabilised_file_says_so(tmp_path: Path) -> None:
+    record = inspect_file(
+        written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"use_rslora": True, "lora_alpha": 8})
+    )
+    assert record.headline == (
+        "Rank-stabilised: alpha / sqrt(rank) = 5.657. Loaders that ignore alpha are 5.657x too weak."
+    )
+
+
+@pytest.mark.parametrize("words", ["the merged model is different", "after merging it is worse"])
+def test_a_merge_that_is_not_right_is_a_symptom(words: str) -> None:
+    assert symptoms_of(words)[-1] == "merged model"
