@@ -13,6 +13,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 from harness.doctor import inspect_file
 from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.repair.repair import repair_file
 from harness.doctor.verify.verify import verify_merge
 from harness.errors import UserError
 from tests.doctor.peft_merges import llama, lora, scaled, write
@@ -142,3 +143,10 @@ def test_what_peft_does_again_to_the_base_is_what_is_said(
     weight = loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert torch.equal(weight, llama().model.layers[0].self_attn.q_proj.weight) is not changes
     assert (given.effect, given.strength) == (("law", 1.0) if changes else ("wrong", None))
+
+
+def test_a_folder_of_token_rows_alone_has_no_scale_to_repair(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"])
+    _, _, folder = write(tmp_path, llama(), config)
+    with pytest.raises(UserError, match="is a trainable_tokens module, whose scale is no alpha / rank"):
+        repair_file(folder, "peft", tmp_path / "new")
