@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 from harness.doctor.inspect.engines import engine_hazards, engines
-from harness.doctor.traits import Group, Traits, is_language, listed
+from harness.doctor.traits import Group, Traits, is_decoder, is_language, listed, model_of
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
-from harness.law.reads import Place, Reading, has_other_names, knows_magnitudes, measured_on, reading, title_of
+from harness.law.reads import (
+    Place,
+    Reading,
+    dropped,
+    has_other_names,
+    knows_magnitudes,
+    layers_of,
+    measured_on,
+    reading,
+    title_of,
+)
 from harness.law.sizes import like
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
@@ -88,6 +98,8 @@ def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
 def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what `tool` does with the file as it is."""
     form = traits.adapter.format
+    if tool.beside and any(group.named and not group.text_encoder for group in traits.groups):
+        return Answer(tool, "unknown", tool.beside, "unknown")
     if form not in tool.formats:
         what = f"does not read {form} files, it reads {', '.join(tool.formats)}"
         return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
@@ -121,13 +133,26 @@ def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
     """Say why the tool finds no layer, or not all, by what the file alone says; None when nothing tells."""
     if traits.wrapped:
         return "nothing", traits.wrapped
-    if tool.models and (denoisers := [group for group in traits.groups if group.named and not group.text_encoder]):
-        return "cannot", f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
+    if why := _no_model(tool, traits):
+        return "cannot", why
     if tool.name in engines():
         return next(
             (("raises", each.what) for each in engine_hazards(traits.adapter, tool.name) if each.code == _REFUSED), None
         )
     return traits.ignored_by_peft if tool.name in _BY_CONFIG else None
+
+
+def _no_model(tool: Tool, traits: Traits) -> str:
+    """Say why no model of the tool has these layers, by what the tool is for and what its code has; empty: it may."""
+    if tool.models == "pictures" and is_decoder(traits):
+        return "has no language models"
+    denoisers = [group for group in traits.groups if group.named and not group.text_encoder]
+    if denoisers and tool.models in ("language", "transformers") and not tool.beside:
+        return f"has no model with these layers, such as {next(iter(denoisers[0].counts))}"
+    for group in denoisers if tool.has else ():
+        if not any(fnmatchcase(family, glob) for family, _ in group.places or group.named for glob in tool.has):
+            return f"has no such model: {model_of(traits)}"
+    return ""
 
 
 def _effect(found: str) -> Effect:
@@ -219,20 +244,32 @@ def _by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: bo
         return Reading("unknown", "serves language models: whether it takes these layers was not measured")
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
-    named = not tool.original_names or not group.places or any(map(_is_original, group.places))
+    named = not tool.original_names or not group.places or any(_has_names(tool, place) for place in group.places)
     doras = {spelled.partition("+")[2] for spelled in group.spelled} - {""}
     named = named and all(knows_magnitudes(tool.name, kind) for kind in doras)
     if fits and in_family and named and all(each.effect == "law" for each in known):
         return Reading("law")
+    if fits and group.places and all(family in tool.own_names for family, _ in group.places):
+        return _under_own_names(group)
     if not group.places:
         return Reading("unknown", "was not measured on an architecture with these layers")
     which = listed(dict.fromkeys(title_of(family) for family, _ in group.places))
     return Reading("unknown", f"was not measured on {which} with keys as {', '.join(group.spelled)[:120]}")
 
 
-def _is_original(place: Place) -> bool:
-    """Tell whether the names are those of the model's authors."""
-    return place[1] != "own" or not has_other_names(place[0])
+def _has_names(tool: Tool, place: Place) -> bool:
+    """Tell whether the tool's model has these names: those of the model's authors, or diffusers' where it took them."""
+    family, names = place
+    return names == "own" if family in tool.own_names else names != "own" or not has_other_names(family)
+
+
+def _under_own_names(group: Group) -> Reading:
+    """Return what becomes of the authors' names in a model that has diffusers' alone."""
+    known = frozenset[str]().union(*(layers_of((family, "own")) for family, _ in group.places))
+    lost = [pattern for pattern in group.counts if pattern not in known]
+    if len(lost) == len(group.counts):
+        return Reading("nothing", "loads none of its modules, whose names its model does not have")
+    return dropped(lost, group.counts)
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
@@ -315,7 +352,7 @@ def how_sure(given: Answer) -> str:
 
 def field_of(tool: Tool, strength: float) -> str:
     """Return what to write into the field of `tool`."""
-    if tool.field.startswith("("):
+    if tool.takes_none:
         return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
     if ":weight>" in tool.field:
         return tool.field.replace("weight", f"{strength:.6g}")

@@ -73,6 +73,11 @@ class Checkpoint:
         """Return the name of a tensor of the file."""
         return self.translation.names.get(key, key).removeprefix(self.prefix)
 
+    def prefix_of(self, name: str) -> str:
+        """Return the prefix that a tensor has in the file: text encoders beside a denoiser do not have that of it."""
+        key = self.names.get(name)
+        return self.prefix if key is None or self._called(key) != self.translation.names.get(key, key) else ""
+
     @cached_property
     def names(self) -> dict[str, str]:
         """Every tensor by its name without the prefix, and the weight of a layer whose codes have another name."""

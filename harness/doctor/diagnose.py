@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +117,8 @@ def tool_named(name: str, version: str | None = None) -> Tool:
     if len(found) == 1:
         return found[0]
     listed = ", ".join(tool.name for tool in found or every.values())
-    raise UserError(f"tool={printable(name, 40)!r}: {'several tools' if found else 'no such tool'}; known are {listed}")
+    what = "several tools" if found else "no such tool, ask without it for all that are known"
+    raise UserError(f"tool={printable(name, 40)!r}: {what}; known are {listed}")
 
 
 def _plain(name: str) -> str:
@@ -155,8 +156,10 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     tool = given.tool
     title = re.sub(r" [<>]=.*", "", tool.title)
     yield "tool", f"{title} {found.asked.version or tool.release}: {given.says}"
-    if given.strength is not None:
-        yield "pass", f"{field_of(tool, given.strength)}{_steps(found, given.strength)}"
+    if given.strength is not None and found.traits.adapter.is_unscaled:
+        yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
+    elif given.strength is not None:
+        yield "pass", field_of(tool, given.strength) + ("" if tool.takes_none else _steps(found, given.strength))
     else:
         yield (
             "pass",
@@ -206,14 +209,29 @@ def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
     for each in found.answers.values():
         if each.tool.release:
             groups.setdefault(_kind(found, each), []).append(each)
-    for (label, says), some in sorted(groups.items(), key=lambda item: _RANKED.index(item[0][0])):
+    for (label, says), some in sorted(_gathered(groups).items(), key=lambda item: _RANKED.index(item[0][0])):
         names = ", ".join(each.tool.title for each in some)
         yield label, f"{names}: {says}"
     if not groups:
         yield "unknown", f"no tool is known to read {found.traits.adapter.format} files"
 
 
-_RANKED = ("pass", "wrong", "ask", "unknown")
+_RANKED = ("pass", "wrong", "ask", "unknown", "cannot")
+_TOGETHER = {
+    "unknown": "not measured on this model, these keys or these modules; --tool NAME says more",
+    "cannot": "no model with these layers",
+}
+
+
+def _gathered(groups: Mapping[tuple[str, str], list[Answer]]) -> dict[tuple[str, str], list[Answer]]:
+    """Return the groups with one for all that nothing is known of, and one for all that have no such model."""
+    found: dict[tuple[str, str], list[Answer]] = {}
+    for label, says in groups:
+        several = sum(other == label for other, _ in groups) > 1
+        found.setdefault((label, _TOGETHER[label] if several and label in _TOGETHER else says), []).extend(
+            groups[label, says]
+        )
+    return found
 
 
 def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
@@ -223,8 +241,8 @@ def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
             "pass",
             f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})",
         )
-    if given.effect == "law":
-        return "ask", given.says
+    if given.effect in ("law", "cannot"):
+        return "ask" if given.effect == "law" else "cannot", given.says
     return (
         ("unknown", given.says)
         if given.effect == "unknown"

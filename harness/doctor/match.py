@@ -20,6 +20,7 @@ _HOMES: Mapping[str, tuple[str, ...]] = {
     "te3": ("text_encoder_3.", "text_encoders.t5xxl."),
 }
 _MAIN = frozenset({"", "transformer", "unet", "diffusion_model", "lycoris"})  # whose names begin the model's
+_OF_BLOCKS = frozenset({"adaption_prompt", "shadow"})  # methods that adapt no layer of a block but all of it
 _ALIKE = {"te1": "te", "text_encoder": "te", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
@@ -99,8 +100,8 @@ class _Placer:
         self._scopes: dict[str, Scope] = {}
 
     def add(self, name: str, module: LoraModule) -> None:
-        """Find the place of one module; what other methods share among all has no name, and none."""
-        if not module.name:
+        """Find the place of one module; what other methods share among all has no name, and none; a block is none."""
+        if not module.name or (module.variant in _OF_BLOCKS and self._is_block(module.name)):
             return
         try:
             found = self._find(name, module)
@@ -115,6 +116,9 @@ class _Placer:
             self.suspects |= dict.fromkeys(why.layers)
         except UnplacedError as why:
             self.misfits[name] = str(why)
+
+    def _is_block(self, name: str) -> bool:
+        return any(layer.startswith(f"{name}.") or f".{name}." in layer for layer in self.layers)
 
     def result(self) -> Placement:
         """Return the placement without the modules that claim the same rows."""

@@ -279,6 +279,32 @@ def _affine_rows(tensors: Tensors, stem: str, bits: int, group: int, start: int,
     return codes * scales + biases
 
 
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EXPONENT = 127  # what is added to the exponents of scales
+
+
+def _mxfp4(tensors: Tensors, stem: str) -> Found:
+    """MXFP4 of gpt-oss: [e, out, groups, 16] of two codes a byte, first the low half, [e, out, groups] of exponents.
+
+    The model has the experts the other way round, [e, in, out].
+    """
+    blocks, scales = tensors.shape(f"{stem}_blocks"), tensors.shape(f"{stem}_scales")
+    kinds = {tensors.infos[key].dtype for key in tensors.there(stem, "_blocks", "_scales")}
+    if len(blocks) != 4 or blocks[:-1] != scales or kinds != {"U8"}:
+        return None
+    shape, owned = (blocks[0], 2 * blocks[2] * blocks[3], blocks[1]), tensors.there(stem, "_blocks", "_scales")
+
+    def rows(start: int, stop: int) -> Tensor:
+        packed = tensors.read(f"{stem}_blocks", start, stop).reshape(stop - start, *blocks[1:])
+        exponents = tensors.read(f"{stem}_scales", start, stop).reshape(stop - start, *scales[1:], 1)
+        numbers = torch.tensor([*_FP4, *(-number for number in _FP4)])
+        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+        found = torch.ldexp(numbers[codes.int()], exponents.int() - _EXPONENT)
+        return found.flatten(-2).transpose(1, 2).flatten(1)
+
+    return stem, Scheme("MXFP4", shape, owned, rows)
+
+
 _PACKED = (
     ("SVDQuant (nunchaku)", (".wscales",)),
     ("GPTQ or AWQ", (".qzeros", ".scales", ".g_idx")),
@@ -312,6 +338,7 @@ def _kinds() -> Iterator[tuple[str, Callable[[Tensors, str], Found]]]:
     yield ".SCB", _bnb8
     yield "._scale", _quanto
     yield ".scales", _affine
+    yield "_blocks", _mxfp4
     for tail in (".qweight", ".weight_packed", ".W_q", "_blocks"):
         yield tail, partial(_packed, tail=tail)
     yield _WEIGHT, _scaled

@@ -64,5 +64,7 @@ def _rule(traits: Traits) -> str | None:
     places = [place for group in traits.groups for place in group.places]
     known = not places or any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
     if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
-        return "diffusers' scripts without alpha in the header train with alpha = rank"
+        unet = any("unet" in module.component for module in adapter.modules.values())
+        old = " (those of 0.24, of December 2023, with 8)" if unet else ""
+        return f"diffusers' scripts without alpha in the header train with alpha = rank{old}"
     return None

@@ -35,12 +35,16 @@ _PAIRS = {
     "lora.down.weight": "lora.down", "lora_linear_layer.down.weight": "linear",
 }  # fmt: skip
 _LANGUAGE = re.compile(
-    r"((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h|block|blocks)_#_.*"
-    r"(self_attn|attention|mlp|self_attention|attn)_\w+$"
+    r"(((model|language_model|transformer|decoder|gpt_neox|text_model)_)*(layers|h)"
+    r"|((model|language_model|transformer|decoder)_)+blocks?)_#_.*(self_attn|attention|mlp|self_attention|attn)_\w+$"
 )
-_OTHER_TOWER = re.compile(r"(^|_)(encoder|vision|visual|audio|speech|image|projector)")
+_DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_attn_[qkvo]|mlp_(gate|up|down))_proj$")
+_OTHER_TOWER = re.compile(
+    r"(^|_)(encoder|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
+)
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _FEW = 3
+_WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
 _ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
 _NAMED = PAIRS["lora_A.default"][0].split("*")
@@ -116,6 +120,7 @@ class Traits:
         return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
 
     def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
+        modules = [module for module in modules if module.variant not in _WHOLE] or modules
         counts = Counter(pattern_of(module.name) for module in modules)
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []
@@ -239,7 +244,8 @@ def what_it_is(traits: Traits, trainer: str | None) -> str:
     if not adapter.modules:
         return f"no module that can be read ({adapter.format} keys)"
     by = f", written by {trainer}" if trainer else ""
-    numbers = f"rank {_spread(m.rank for m in adapter.modules.values())}, alpha {_alphas(traits)}"
+    ranks = [module.rank for module in adapter.modules.values() if module.rank]
+    numbers = f"rank {_spread(ranks)}, alpha {_alphas(traits)}" if ranks else "no rank and no alpha"
     kinds = _spread(module.variant for module in adapter.modules.values())
     what = "LoRA" if kinds in ("lora", "conv") else f"{kinds} file"
     model, total = model_of(traits), count(len(adapter.modules), "module")
@@ -281,6 +287,12 @@ def is_language(traits: Traits) -> bool:
     return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
 
 
+def is_decoder(traits: Traits) -> bool:
+    """Tell whether every layer is called as transformers calls those of a decoder, which no image model has."""
+    patterns = [pattern for group in traits.groups for pattern in group.counts]
+    return bool(patterns) and all(map(_DECODER.match, patterns))
+
+
 def _spread(values: Iterable[object]) -> str:
     counts = Counter(str(value) for value in values)
     shown = ", ".join(value for value, _ in counts.most_common(3))
@@ -290,7 +302,7 @@ def _spread(values: Iterable[object]) -> str:
 def _alphas(traits: Traits) -> str:
     values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
     where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
-    return (_spread(values) or "scales nothing") + where.get(traits.adapter.alpha_source, "")
+    return _spread(values) + where.get(traits.adapter.alpha_source, "")
 
 
 def untargeted(traits: Traits) -> list[str]:

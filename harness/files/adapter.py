@@ -120,6 +120,11 @@ class LoraAdapter:
         variants = {module.variant for module in self.modules.values()}
         return next(iter(variants)) if len(variants) == 1 and variants <= OTHER_VARIANTS else "lora"
 
+    @property
+    def is_unscaled(self) -> bool:
+        """Tell whether no module has a scale that a tool could take a share of: PEFT's methods without a rank."""
+        return self.format == "peft" and not any(module.rank for module in self.modules.values())
+
     def token_indices(self, name: str) -> tuple[int, ...]:
         """Return the rows of an embedding that `token_rows` of this module replace; empty where no configuration says.
 

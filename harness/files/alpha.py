@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.errors import LoraFileError
 from harness.files.adapter import LoraModule, Problem
-from harness.files.config import PAIRED, AdapterConfig, Budget, ConfigError, method_of, pattern_problems
+from harness.files.config import LORA_METHODS, PAIRED, AdapterConfig, Budget, ConfigError, method_of, pattern_problems
 from harness.files.format import CONFIG_NAME, HEADER_KEY, Format, Source
 from harness.files.gguf_file import ALPHA_KEY
 from harness.files.keys import OTHER_VARIANTS
@@ -125,7 +125,7 @@ def _of_component(raw: Mapping[str, Any], component: str) -> dict[str, Any]:
 def _from_configs(
     modules: Modules, configs: Mapping[str, Mapping[str, Any]], place: str, problems: list[Problem]
 ) -> Modules:
-    if method_of(next(iter(configs.values()))) not in PAIRED | {"adalora"}:
+    if method_of(next(iter(configs.values()))) not in PAIRED | LORA_METHODS:
         return modules
     budget = Budget()
     try:

@@ -215,10 +215,21 @@ PAIRED = frozenset({"lora", "loha", "lokr"})
 """PEFT's methods whose tensors are parts of a low-rank update."""
 
 
+LORA_OPTIONS: Mapping[str, str] = {
+    "kasa_config": "kasa", "monteclora_config": "monteclora", "velora_config": "velora", "use_bdlora": "bdlora",
+    "use_qalora": "qalora",
+}  # fmt: skip
+"""Options of PEFT's LoRA that make another update of the pair, and what such a file is called."""
+
+LORA_METHODS = frozenset({"adalora", *LORA_OPTIONS.values()})
+"""Methods whose pairs have a rank and an alpha, and an update that is not B @ A."""
+
+
 def method_of(raw: Mapping[str, Any]) -> str:
     """Return PEFT's method in lower case, `lora` where a configuration names none."""
     kind = raw.get("peft_type")
-    return kind.lower() if isinstance(kind, str) and kind else "lora"
+    kind = kind.lower() if isinstance(kind, str) and kind else "lora"
+    return next((name for key, name in LORA_OPTIONS.items() if raw.get(key)), kind) if kind == "lora" else kind
 
 
 def pattern_problems(raw: Mapping[str, Any], names: Iterable[str], budget: Budget) -> Iterator[ConfigError]:
@@ -331,4 +342,4 @@ def _patterns(key: str, raw: Mapping[str, Any], budget: Budget) -> Patterns:
 def changing_init(config: Mapping[str, Any]) -> str | None:
     """Return how PEFT began, where that changes the base too, so that B @ A is no difference to it."""
     init = config.get("init_lora_weights")
-    return init if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq", init, re.IGNORECASE) else None
+    return init if isinstance(init, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", init, re.IGNORECASE) else None

@@ -11,7 +11,7 @@ from harness.errors import LoraFileError, NoLoraError
 from harness.files.config import PAIRED
 from harness.files.format import Format, Place, Source
 from harness.files.formats import FORMATS
-from harness.files.keys import FULL_PARTS, NOT_LORA, WEIGHT_ROLES, cut
+from harness.files.keys import FULL_PARTS, METHOD_WORD, NOT_LORA, WEIGHT_ROLES, cut
 from harness.text import count, printable
 
 _SPEAKING = WEIGHT_ROLES | frozenset(FULL_PARTS)
@@ -191,6 +191,13 @@ def _kind(source: Source) -> str:
     vectors = all(1 <= len(info.shape) <= 2 for info in tensors.values())
     if any(key.startswith(("ip_adapter.", "image_proj.")) for key in tensors):
         return "an IP-Adapter"
+    if all(key.endswith((".A", ".B")) for key in tensors):
+        return "mlx-vlm's own LoRA, which no other tool reads (A @ B times the alpha of its configuration)"
+    if any(key.startswith("lllite_") for key in tensors):
+        return "a ControlNet-LLLite, which is no LoRA"
+    methods = [hit[1] for key in tensors for word in key.split(".") if (hit := METHOD_WORD.match(word))]
+    if len(set(methods)) == 1 and len(methods) >= len(tensors) and not {*methods} & {"lora", "hada", "lokr"}:
+        return f"an adapter of PEFT's method {methods[0]} without its adapter_config.json"
     if "prompt_embeddings" in tensors:
         return "the trained prompt of a PEFT adapter (prompt tuning) without its adapter_config.json"
     few = len(tensors) <= _MOST_EMBEDDINGS and not any("." in key for key in tensors)

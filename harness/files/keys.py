@@ -94,7 +94,8 @@ COPIES = frozenset({"base_copy", "base_copy_bias"})
 OTHER_METHODS: Mapping[str, str] = {
     "vera": "vera_", "pvera": "pvera_", "prefix_tuning": "prompt_", "prompt_tuning": "prompt_", "p_tuning": "prompt_",
     "multitask_prompt_tuning": "prompt_", "cpt": "prompt_", "adaption_prompt": "adaption_", "bone": "bone_",
-    "adalora": "lora_", "loha": "hada_",
+    "adalora": "lora_", "loha": "hada_", "kasa": "lora_", "monteclora": "lora_", "velora": "lora_", "bdlora": "lora_",
+    "qalora": "lora_",
 }  # fmt: skip
 """PEFT's methods whose parameters do not begin with the method's own name, and how they begin."""
 

@@ -158,14 +158,18 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
 
 
 def _add_whole(source: Source, row: Format, found: Sorted) -> None:
-    """Take the weights and biases that a file of a marked format replaces."""
+    """Take what a file of a marked format replaces, and the norms of diffusers' control LoRAs."""
     taken = {key for roles in found.modules.values() for key in roles.values()}
+    norms = map(_NORM.fullmatch, source.file.keys) if row.name == "diffusers" else ()
+    for norm in filter(None, norms):
+        found.modules.setdefault((norm[1], norm[2]), {"set_weight": norm[0]})
     for key in (key for key in source.file.keys if row.marks and key not in taken):
         name, _, what = key.rpartition(".")
         if name and what in ("weight", "bias"):
             found.modules.setdefault(("", name), {}).setdefault(f"set_{what}", key)
 
 
+_NORM = re.compile(r"(transformer)\.((?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk])\.weight")
 _VECTORS = re.compile(r"<[^<>]+>|bundle_emb\..+")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.files.adapter import LoraModule, Problem
+from harness.files.config import LORA_METHODS
 from harness.files.keys import COPIES, EXTRAS, OTHER_PARTS, WHOLE_ROLES
 from harness.files.tensor_file import TensorFile, is_float
 from harness.text import printable
@@ -60,7 +61,7 @@ def measure(
         key = roles.get(error.role) or next(iter(roles.values()))
         problems.append(Problem("LH706", printable(key), str(error), fatal=True))
         return None
-    if kind.variant == "adalora":  # whose product has a third factor: nobody shall take the two for a pair
+    if kind.variant in LORA_METHODS:  # whose product has other factors: nobody shall take the two for a pair
         roles = {f"lora_{role}" if role in ("A", "B") else role: key for role, key in roles.items()}
     return kind.changed(name=place[1], component=place[0], keys=roles)
 
@@ -108,7 +109,7 @@ def _variant(shapes: Shapes, *, table: bool, method: str = "lora") -> str:
     """
     if other := next((OTHER_PARTS[role] for role in shapes if role in OTHER_PARTS), None):
         return "boft" if len(shapes.get("oft_blocks", ())) == 4 else other
-    if any(role not in _KNOWN_ROLES for role in shapes):
+    if any(role not in _KNOWN_ROLES for role in shapes) or (method in LORA_METHODS and "A" in shapes):
         return method
     if any(role.startswith("hada_") for role in shapes):
         return "loha"
@@ -228,9 +229,15 @@ def _adalora(shapes: Shapes) -> Sizes:
     return rank, inputs, outputs
 
 
+def _halves(shapes: Shapes) -> Sizes:
+    """Sizes of a pair whose halves may be blocks of others, so that only A: [r, in] tells something, the rank."""
+    _both(shapes)
+    return _positive("A", shapes["A"][0], 1, 1, shapes["A"])[0], 0, 0
+
+
 _SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
     "tucker": _tucker, "loha": _loha, "lokr": _lokr, "experts": _experts, "diff": _full, "norm": _full, "set": _full,
-    "tokens": _full, "copy": _full, "adalora": _adalora,
+    "tokens": _full, "copy": _full, **dict.fromkeys(LORA_METHODS, _halves), "adalora": _adalora,
 }  # fmt: skip
 
 

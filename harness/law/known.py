@@ -108,12 +108,20 @@ class Tool:
     source: str = ""
     by_name: tuple[str, ...] = ()
     original_names: bool = False
+    own_names: tuple[str, ...] = ()
+    beside: str = ""
     models: str = ""
     also: tuple[str, ...] = ()
     convert: str = ""
     families: tuple[str, ...] | None = None
+    has: tuple[str, ...] = ()
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+
+    @property
+    def takes_none(self) -> bool:
+        """Tell whether its users cannot pass a strength."""
+        return self.field.startswith("(")
 
     @property
     def provenance(self) -> str:
@@ -147,7 +155,11 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {name: tuple(row[name]) for name in ("formats", "by_name", "families", "limits", "also") if name in row}
+    lists = {
+        name: tuple(row[name])
+        for name in ("formats", "by_name", "families", "has", "own_names", "limits", "also")
+        if name in row
+    }
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 
 

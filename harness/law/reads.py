@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -202,14 +202,16 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
     return _partly(outcome, counts)
 
 
+def dropped(lost: Sequence[str], counts: Mapping[str, int]) -> Reading:
+    """Return the reading of a file whose layers of these patterns are left out."""
+    number, total = sum(counts[pattern] for pattern in lost), sum(counts.values())
+    what = f"drops {number} of {total} modules, such as {lost[0]}"
+    return Reading("nothing" if number == total else "drops", what)
+
+
 def _partly(outcome: Mapping[str, Any], counts: Mapping[str, int]) -> Reading:
-    total = sum(counts.values())
-    dropped = sum(counts.get(pattern, 0) for pattern in outcome.get("dropped", ()))
-    if dropped:
-        which = next(pattern for pattern in outcome["dropped"] if pattern in counts)
-        return Reading(
-            "nothing" if dropped == total else "drops", f"drops {dropped} of {total} modules, such as {which}"
-        )
+    if lost := [pattern for pattern in outcome.get("dropped", ()) if pattern in counts]:
+        return dropped(lost, counts)
     if plain := [pattern for pattern in outcome.get("plain", ()) if pattern in counts]:
         return Reading("drops", f"ignores the magnitudes of DoRA in some layers, such as {plain[0]}")
     if wrong := [pattern for pattern in outcome.get("other", ()) if pattern in counts]:

@@ -158,10 +158,11 @@ class FileRecord(Record):
         if self.trained is None or not self.modules:
             return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
         low, high = self.trained
+        rule = "Rank-stabilised: alpha / sqrt(rank)" if self._is_rooted else "Standard: alpha / rank"
         if not math.isclose(low, high, rel_tol=1e-6):
-            span = f"alpha / rank = {low:.4g} to {high:.4g} by module"
-            return f"Standard: {span}. No strength makes loaders right that ignore alpha."
-        said = f"Standard: alpha / rank = {low:.4g}."
+            span = f"{rule} = {low:.4g} to {high:.4g} by module"
+            return f"{span}. No strength makes loaders right that ignore alpha."
+        said = f"{rule} = {low:.4g}."
         if low == 1 or low <= 0:
             return said if low != 1 else f"{said} Loaders that ignore alpha are right too."
         times = f"{1 / low:.4g}x too strong" if low < 1 else f"{low:.4g}x too weak"
@@ -175,6 +176,14 @@ class FileRecord(Record):
             if strength is None:
                 found.setdefault(self.unprescribed.get(tool) or _UNSAID, []).append(tool)
         return found
+
+    @property
+    def _is_rooted(self) -> bool:
+        """Tell whether the trained scale is alpha / sqrt(rank), and not alpha / rank."""
+        root, plain = (self.scales.get(name) for name in ("alpha / sqrt(rank)", "alpha / rank"))
+        if not self.trained or not root or not plain:
+            return False
+        return math.isclose(root[0], self.trained[0]) and not math.isclose(plain[0], self.trained[0])
 
     @property
     def codes(self) -> tuple[str, ...]:

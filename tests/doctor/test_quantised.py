@@ -194,3 +194,22 @@ def test_a_lora_of_a_four_bit_base_beside_full_weights_is_said(name: str, said: 
     save_file(tensors, lora / "adapter_model.safetensors")
     record = inspect_file(lora, base=tmp_path / "model.safetensors")
     assert any("trained on" in note and "4bit" in note for note in record.notes) == said
+
+
+def test_blocks_of_experts_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (3, 40, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, (3, 40, 2), dtype=torch.uint8, generator=generator)
+    name = "model.layers.0.mlp.experts.down_proj"
+    base = _saved(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales})
+    truth = mxfp4._convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    weight = base.layers[name]
+    assert base.info(weight).shape == tuple(truth.shape) == (3, 64, 40)
+    torch.testing.assert_close(base.rows(weight, 1, 3), truth[1:].flatten(1), rtol=0, atol=0)
+
+
+def test_packed_blocks_of_another_layout_are_named(tmp_path: Path) -> None:
+    shapes = {"a_blocks": (40, 2, 16), "a_scales": (40, 2)}
+    base = _saved(tmp_path, {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in shapes.items()})
+    assert "MXFP4" in (base.unreadable("a.weight") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from harness.doctor import verify_merge  # noqa: E402
+from harness.doctor.checkpoint import Checkpoint  # noqa: E402
 
 CASES = Path(__file__).parents[1] / "cases" / "quantised.safetensors"
 LAYERS = [f"blocks.{layer}.{name}" for layer in range(2) for name in ("q", "v")]
@@ -231,3 +233,32 @@ def test_damaged_rows_of_codes_are_found(full: bool, tmp_path: Path) -> None:
     after = _written(tmp_path / "merged", merged, _of_row)
     report = verify_merge(before, after, tmp_path / "lora", full=full)
     assert report.exit_code == 1, report.overall.text()
+
+
+@pytest.mark.parametrize("fault", ["", "not merged", "one expert"])
+def test_a_merge_of_gpt_oss_is_held_against_its_packed_experts(fault: str, tmp_path: Path) -> None:
+    """The base is as it is shared, in MXFP4; the merge is in bfloat16, with the experts the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    name, (experts, out, inputs) = "model.layers.0.mlp.experts.down_proj", (3, 96, 64)
+    blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 122, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+    (tmp_path / "base").mkdir()
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "base" / "model.safetensors")
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    stored = Checkpoint.open(tmp_path / "base")
+    real = stored.rows(stored.layers[name], 0, experts).reshape(experts, inputs, out)
+    a, b = torch.randn(4 * experts, inputs, generator=generator), torch.randn(out, 4 * experts, generator=generator)
+    updates = [b[:, expert::experts] @ a[4 * expert : 4 * expert + 4] for expert in range(experts)]
+    share = {"": [0.02] * 3, "not merged": [0.0] * 3, "one expert": [0.02, 0.04, 0.02]}[fault]
+    merged = torch.stack([real[e] + share[e] * updates[e].T for e in range(experts)]).bfloat16()
+    save_file({name: merged.contiguous()}, tmp_path / "merged.safetensors")
+    stem = f"base_model.model.{name.removesuffix('.down_proj')}"
+    lora = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    (tmp_path / "lora").mkdir()
+    save_file(lora, tmp_path / "lora" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.08, "target_modules": [], "peft_version": "0.21.2"}
+    said |= {"target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    report = verify_merge(tmp_path / "base", tmp_path / "merged.safetensors", tmp_path / "lora", full=True)
+    assert report.exit_code == int(bool(fault)), report.overall.text()

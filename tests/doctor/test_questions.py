@@ -11,6 +11,7 @@ from harness.doctor.diagnose import diagnose, lines, tool_named
 from harness.doctor.traits import Traits, model_of, untargeted
 from harness.errors import UserError
 from harness.files import read_lora
+from harness.law.explained import symptoms_of
 from tests.doctor.trial import CONFIG, DOWN, HF, LLM, asked, kohya, pairs, written
 
 
@@ -100,3 +101,57 @@ def test_the_model_of_a_robot_is_no_language_model(tmp_path: Path) -> None:
     names = [name.replace("model.", "paligemma_with_expert.gemma_expert.model.", 1) for name in LLM]
     found = asked(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG))
     assert (found["vllm"].effect, found["peft"].strength) == ("unknown", 1.0)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_server_with_a_part_for_pictures_is_not_said_to_refuse_them(prefix: str, tmp_path: Path) -> None:
+    names = [f"transformer_blocks.{number}.attn.to_q" for number in range(60)]
+    given = diagnose(written(tmp_path, pairs(names, 3072, prefix=prefix)), tool="sglang").answers["sglang"]
+    assert given.effect == "unknown"
+    assert "SGLang Diffusion" in given.says
+
+
+def test_where_there_is_nothing_to_pass_no_other_number_is_warned_of(tmp_path: Path) -> None:
+    said = dict(lines(diagnose(written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG), tool="vllm")))
+    assert said["pass"] == "nothing to pass: it applies the scale of adapter_config.json"
+
+
+def test_a_vector_of_magnitudes_is_not_judged_as_dora_scale(tmp_path: Path) -> None:
+    name = "transformer_blocks.0.attn.to_q"
+    tensors = pairs([name], 3072, prefix="transformer.") | {f"transformer.{name}.lora_magnitude_vector": (3072,)}
+    found = asked(written(tmp_path, tensors), lora_alpha=2.0)["comfyui"]
+    assert (found.effect, "norm of the base weight" in found.says) == ("drops", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [("unsloth", "peft"), ("krita", "comfyui"), ("webui", "a1111"), ("Hugging Face diffusers", "diffusers")],
+)
+def test_what_loads_with_another_tool_is_known_as_that(name: str, tool: str) -> None:
+    assert tool_named(name).name == tool
+
+
+def test_mlx_vlm_s_own_layout_is_named(tmp_path: Path) -> None:
+    tensors = {f"language_model.model.layers.0.self_attn.q_proj.{half}": (64, 4) for half in "AB"}
+    (hazard,) = inspect_file(written(tmp_path, tensors)).hazards
+    assert "mlx-vlm's own LoRA" in hazard.what
+
+
+def test_the_scripts_that_trained_with_another_alpha_are_said(tmp_path: Path) -> None:
+    names = [f"down_blocks.1.attentions.0.transformer_blocks.{n}.attn1.to_q" for n in range(2)]
+    said = dict(lines(diagnose(written(tmp_path, pairs(names, 640, prefix="unet.")), tool="diffusers")))
+    assert "those of 0.24, of December 2023, with 8" in said["alpha"]
+
+
+def test_the_headline_of_a_rank_stabilised_file_says_so(tmp_path: Path) -> None:
+    record = inspect_file(
+        written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"use_rslora": True, "lora_alpha": 8})
+    )
+    assert record.headline == (
+        "Rank-stabilised: alpha / sqrt(rank) = 5.657. Loaders that ignore alpha are 5.657x too weak."
+    )
+
+
+@pytest.mark.parametrize("words", ["the merged model is different", "after merging it is worse"])
+def test_a_merge_that_is_not_right_is_a_symptom(words: str) -> None:
+    assert symptoms_of(words)[-1] == "merged model"

@@ -109,7 +109,8 @@ def test_an_engine_of_language_models_is_no_sure_reader_of_others(name: str, tmp
 def test_a_unet_is_no_model_of_transformers(tmp_path: Path) -> None:
     names = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k")]
     found = asked(written(tmp_path, pairs(names, 320, prefix=HF), config=CONFIG | {"target_modules": ["to_q", "to_k"]}))
-    assert {found[name].effect for name in ("transformers", "vllm", "sglang")} == {"cannot"}
+    assert {found[name].effect for name in ("transformers", "vllm")} == {"cannot"}
+    assert found["sglang"].effect == "unknown"  # it has a part for pictures, which was not measured
     assert found["peft"].strength == 1.0
 
 
@@ -253,3 +254,104 @@ def test_a_repair_names_what_it_refuses(tmp_path: Path) -> None:
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}
     with pytest.raises(UserError, match="prompt_embeddings is a prompt_tuning module"):
         repair_file(written(tmp_path, {"prompt_embeddings": (8, 32)}, config=config), "peft", tmp_path / "out")
+
+
+WAN = pairs(blocks("blocks", 40, "self_attn.q"), 5120, prefix="diffusion_model.")
+HAS_NOT = {
+    "wan": (WAN, {}, {"forge"}, {"comfyui", "invokeai"}),
+    "language model": (pairs(LLM, 64, prefix=HF), {"config": CONFIG}, {"invokeai", "diffusers"}, {"peft", "vllm"}),
+    "sdxl": (
+        kohya(["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"], 640, 2048), {}, {"musubi-tuner"},
+        {"a1111", "forge", "sd-scripts", "comfyui"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAS_NOT)
+def test_a_tool_without_such_a_model_cannot_read_the_file(name: str, tmp_path: Path) -> None:
+    tensors, fields, cannot, may = HAS_NOT[name]
+    path = written(tmp_path, tensors, **fields)  # type: ignore[arg-type]
+    found = asked(path, lora_alpha=2.0)
+    assert {tool for tool, each in found.items() if each.effect == "cannot"} >= cannot
+    assert not {tool for tool in may if found[tool].effect == "cannot"}
+
+
+def test_what_nobody_measured_and_what_has_no_such_model_are_a_line_each(tmp_path: Path) -> None:
+    names = [f"model.encoder.layers.0.self_attn.{name}_proj" for name in "qv"]
+    said = [label for label, _ in lines(diagnose(written(tmp_path, pairs(names, 64, prefix=HF), config=CONFIG)))]
+    assert said.count("unknown") <= 1
+    (tmp_path / "wan").mkdir()
+    said = [label for label, _ in lines(diagnose(written(tmp_path / "wan", WAN)))]
+    assert (said.count("unknown"), said.count("cannot")) == (1, 1)
+
+
+OWN = {
+    "flux.2, authors' names": (
+        pairs(blocks("double_blocks", 8, "img_attn.qkv"), 18432, 6144, prefix="diffusion_model."), "nothing",
+    ),
+    "flux.2, diffusers' names": (
+        pairs(blocks("single_transformer_blocks", 48, "attn.to_qkv_mlp_proj"), 55296, 6144), "law",
+    ),
+    "z-image, diffusers' names": (
+        pairs(blocks("layers", 30, "attention.to_q", "attention.to_k", "feed_forward.w1"), 3840), "law",
+    ),
+    "z-image, authors' names": (
+        pairs(blocks("layers", 30, "attention.qkv", "feed_forward.w1"), 3840, prefix="diffusion_model."), "drops",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_diffsynth_has_the_names_that_its_own_model_has(name: str, tmp_path: Path) -> None:
+    """Its FLUX.2 and Z-Image were taken from diffusers: told by the modules that its classes build."""
+    tensors, effect = OWN[name]
+    found = asked(written(tmp_path, tensors), lora_alpha=2.0)
+    assert {found[tool].effect for tool in ("diffsynth", "diffsynth-2.0.4")} == {effect}
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv_x", "decoder.blocks.0.attn.to_k"])
+def test_a_denoiser_that_nobody_knows_is_no_language_model(name: str, tmp_path: Path) -> None:
+    assert model_of(Traits(read_lora(written(tmp_path, pairs([name], 64))))) == "unknown model"
+
+
+def test_a_scale_beside_alpha_is_not_what_a1111_takes_alpha_for(tmp_path: Path) -> None:
+    tensors = kohya(["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"], 640)
+    stem = next(iter(tensors)).partition(".")[0]
+    found = asked(written(tmp_path, {**tensors, f"{stem}.scale": ()}))
+    assert (found["a1111"].effect, found["comfyui"].strength) == ("unknown", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lllite_unet_input_blocks_4_1_attn1_to_k.down.0.weight": (16, 64)}, "a ControlNet-LLLite"),
+        ({"unet.a.0.attn1.to_q.vera_lambda_b": (8,)}, "an adapter of PEFT's method vera"),
+    ],
+)
+def test_what_is_no_lora_is_called_what_it_is(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    (hazard,) = inspect_file(written(tmp_path, tensors)).hazards
+    assert (hazard.code, said in hazard.what) == ("LH797", True)
+
+
+def test_norms_that_a_control_lora_of_diffusers_replaces_are_read(tmp_path: Path) -> None:
+    """diffusers' script saves them beside the pairs, and its FLUX loader puts them into the model."""
+    layers = blocks("transformer_blocks", 19, "attn.to_q", "attn.to_k")
+    norms = {f"transformer.transformer_blocks.{number}.attn.norm_q.weight": (128,) for number in range(19)}
+    path = written(tmp_path, pairs(layers, 3072, prefix="transformer.") | norms)
+    record = inspect_file(path)
+    assert (record.variants, record.coverage) == ({"lora": 38, "set": 19}, 1.0)
+    found = asked(path, as_rank=True)
+    assert (found["diffusers"].strength, found["comfyui"].effect) == (1.0, "drops")
+    with pytest.raises(UserError, match="19 trained tensors have no place"):
+        repair_file(path, "kohya", tmp_path / "new.safetensors", lora_alpha=2.0)
+
+
+def test_what_diffusers_leaves_out_of_an_extracted_wan_is_said(tmp_path: Path) -> None:
+    """Its converter turns `.diff_b` into biases, and drops norms and modulation: by its own code on such keys."""
+    names = blocks("blocks", 40, "self_attn.q", "cross_attn.k")
+    tensors = pairs(names, 5120, prefix="diffusion_model.", halves=DOWN)
+    tensors |= {f"diffusion_model.blocks.{number}.modulation.diff": (1, 6, 5120) for number in range(40)}
+    tensors |= {f"diffusion_model.{name}.diff_b": (5120,) for name in names}
+    found = asked(written(tmp_path, tensors))
+    assert model_of(Traits(read_lora(tmp_path / "file.safetensors"))) == "Wan 14B"
+    assert (found["diffusers"].effect, found["comfyui"].strength) == ("drops", 1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.doctor.verify.verify import verify_merge
-from tests.doctor.peft_merges import METHODS, llama, lost, scaled, write
+from tests.doctor.peft_merges import METHODS, gpt2, llama, lora, lost, scaled, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which each method has some
 LAYERS = {"ia3": "mlp.down_proj", "ln_tuning": "input_layernorm"}
@@ -39,4 +39,24 @@ def test_a_layer_merged_at_another_strength_is_wrong(tmp_path: Path, kind: str) 
     layer = LAYERS.get(kind, "self_attn.q_proj")
     paths = write(tmp_path, llama(), METHODS[kind](), dtype=torch.bfloat16, change=scaled(layer, 2))
     report = verify_merge(*paths)
+    assert report.exit_code == 1, report.overall.text()
+
+
+STORED_THE_OTHER_WAY = {
+    "an embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+    "GPT-2's Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, "h.0.attn.c_attn"),
+    "a square Conv1D": (gpt2, {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}, "h.0.attn.c_proj"),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", STORED_THE_OTHER_WAY)
+def test_a_dora_is_judged_in_layers_that_are_stored_the_other_way_round(tmp_path: Path, kind: str, full: bool) -> None:
+    model, fields, layer = STORED_THE_OTHER_WAY[kind]
+    right = write(tmp_path, model(), lora(use_dora=True, **fields))
+    report = verify_merge(*right, full=full)
+    assert report.exit_code == 0, report.overall.text()
+    (tmp_path / "wrong").mkdir()
+    wrong = write(tmp_path / "wrong", model(), lora(use_dora=True, **fields), change=scaled(layer, 1.5))
+    report = verify_merge(*wrong, full=full)
     assert report.exit_code == 1, report.overall.text()

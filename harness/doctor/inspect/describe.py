@@ -167,7 +167,7 @@ def _notes(adapter: LoraAdapter, given: LoraAdapter, lora_alpha: float | None) -
 
 
 _PARTS = (
-    ("set", "replaced weights", "PEFT copies them over the base's, whatever the strength"),
+    ("set", "replaced weights", "they are copied over the base's, whatever the strength"),
     ("tokens", "trained token rows", "they replace rows of the embedding, whatever the strength"),
     ("copy", "copies of base weights", "PEFT copies them over the base's"),
     ("diff", "whole differences", "readers of low-rank pairs leave them out"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.doctor.architectures import Shape, looks_like
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
-from harness.files.config import PAIRED, Budget, ConfigError, Patterns, changing_init, method_of
+from harness.files.config import LORA_METHODS, PAIRED, Budget, ConfigError, Patterns, changing_init, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.text import count, first_of, printable
 from harness.verdict.blocks import family_of
@@ -23,7 +23,9 @@ _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
+_HEAD = re.compile(r"\.(lm_head|embed_out|output)$")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
+_REPEATED = ("pissa", "olora", "loftq")  # by PEFT, when it loads the file; CorDA and LoRA-GA need data of the training
 _INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
 Chosen = Callable[[str], bool]
@@ -35,7 +37,7 @@ def fit_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> BaseFit
     return BaseFit(
         base=printable(base.path, 200),
         applied=len(placed.slots),
-        modules=sum(bool(module.name) for module in adapter.modules.values()),
+        modules=sum(map(len, (placed.slots, placed.missing, placed.ambiguous, placed.misfits))),
         foreign=tuple(printable(name, 120) for name in placed.missing[:_SHOWN]),
         foreign_total=len(placed.missing),
         misfits=_reasons(placed.misfits),
@@ -72,16 +74,26 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
         yield Hazard(code="LH719", what=f"{other}{fit.said}")
-    elif any(_is_asked_of(adapter, placed, name) for name in placed.missing) or any(
+    elif any(_is_asked_of(adapter, base, placed, name) for name in placed.missing) or any(
         adapter.modules[name].variant != "experts" for name in placed.ambiguous
     ):
         yield Hazard(code="LH718", what=fit.said)
     yield from _peft_against(adapter, base, placed, fit)
 
 
-def _is_asked_of(adapter: LoraAdapter, placed: Placement, name: str) -> bool:
+def _is_tied_head(name: str, base: Checkpoint) -> bool:
+    """Tell whether a name is that of an output layer that shares the embedding's weight, which no file has twice."""
+    tied = base.config.get("tie_word_embeddings", "model_type" in base.config)
+    return bool(tied) and bool(_HEAD.search(f".{name}")) and any(map(_EMBEDDING.fullmatch, _lasts(base.layers)))
+
+
+def _lasts(layers: Iterable[str]) -> Iterator[str]:
+    return (layer.rpartition(".")[2] for layer in layers)
+
+
+def _is_asked_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement, name: str) -> bool:
     """Tell whether the base should have a layer for a module: no layer used twice, no text encoder beside its model."""
-    if adapter.config.get("layer_replication"):
+    if adapter.config.get("layer_replication") or _is_tied_head(adapter.modules[name].name, base):
         return False
     return adapter.modules[name].component in {adapter.modules[other].component for other in placed.slots}
 
@@ -184,7 +196,7 @@ def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
 def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
     kind = method_of(adapter.config)
     pairs = [name for name, module in adapter.modules.items() if {"A", "B"} & set(module.keys)]
-    if pairs and (kind not in ("lora", "adalora", "xlora", "poly") or kind in PAIRED - {"lora"}):
+    if pairs and (kind not in ("lora", "xlora", "poly", *LORA_METHODS) or kind in PAIRED - {"lora"}):
         what = f"peft_type is {printable(adapter.config.get('peft_type'), 40)}, the tensors are LoRA's"
         yield Hazard(code="LH720", what=f"{what} ({first_of(pairs)}): PEFT refuses or ignores them")
     if adapter.config.get("lora_bias") and pairs and not any("bias" in adapter.modules[name].keys for name in pairs):
@@ -205,6 +217,8 @@ def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
     if not (chosen := _target(adapter)):
         return
     pairs = [module.name for module in adapter.modules.values() if "A" in module.keys and module.variant != "experts"]
+    if adapter.config.get("ensure_weight_tying"):  # PEFT targets the layer that shares an embedding's weight itself
+        pairs = [name for name in pairs if not _HEAD.search(f".{name}")]
     try:
         lost = [name for name in pairs if not chosen(name)]
     except ConfigError:
@@ -218,9 +232,13 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
     if config.get("alora_invocation_tokens"):
         what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
         yield Hazard(code="LH723", what=what)
+    if config.get("kasa_config"):
+        what = "KaSA takes the smallest singular values from the base too: its update is no difference to the base"
+        yield Hazard(code="LH723", what=what)
     if init := changing_init(config):
         what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
-        way = "PEFT repeats the decomposition, or saves a plain LoRA with path_initial_model_for_weight_conversion"
+        repeats = "PEFT repeats the decomposition, or saves" if init.startswith(_REPEATED) else "PEFT can save"
+        way = f"{repeats} a plain LoRA with path_initial_model_for_weight_conversion"
         yield Hazard(code="LH723", what=f"{what}; {way}")
 
 

@@ -16,6 +16,7 @@ from harness.doctor.loader_law import Gain
 from harness.doctor.repair.naming import Home, Homes
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.config import PAIRED
 from harness.files.keys import PAIRS, cut
 from harness.files.write import stem_of
 from harness.text import count, printable
@@ -158,9 +159,11 @@ def _takes(adapter: LoraAdapter, to: str, places: Sequence[Home]) -> bool:
 
 
 def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
-    if module.variant not in _LOW_RANK | _WHOLE:
+    alone = adapter.kind not in (*PAIRED, "xlora", "poly")  # a method that has no pairs for readers to scale
+    if module.variant not in _LOW_RANK | _WHOLE or alone:
         name = printable(module.name or next(iter(module.keys.values())))
-        what = f"{name} is a {module.variant} module, whose scale is no alpha / rank to be repaired"
+        kind = printable(adapter.kind, 40) if alone else module.variant
+        what = f"{name} is a {kind} module, whose scale is no alpha / rank to be repaired"
         raise UserError(f"{adapter.path}: {what}")
 
 

@@ -270,7 +270,7 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
             tensor = [store.folded(tensor) for store in (base, merged)].pop()
     if "base_copy" in module.keys and base.info(tensor).shape != merged.info(tensor).shape:
         tensor = _copied(adapter, change.module, tensor, base, merged)
-    fitted = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
+    fitted, turned = _fitted(adapter, module, product, (base.info(tensor), merged.info(tensor)))
     if fitted is None:
         return None
     if grid := merged.grid(tensor):
@@ -283,7 +283,7 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
         return MergedLayer(*parts)
     magnitude = adapter.part(change.module, "magnitude")
     axis = _axis(tuple(magnitude.shape), product.shape, adapter.format)
-    return None if axis is None else DoraLayer(*parts, magnitude, axis)
+    return None if axis is None else DoraLayer(*parts, magnitude, 1 - axis if turned else axis)
 
 
 def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged: Weights) -> str:
@@ -298,19 +298,20 @@ def _copied(adapter: LoraAdapter, name: str, tensor: str, base: Weights, merged:
 
 def _fitted(
     adapter: LoraAdapter, module: LoraModule, product: Product, infos: tuple[TensorInfo, TensorInfo]
-) -> Product | None:
-    """Return the product as the weight lies (Conv1D and embeddings are turned), None when it fits in no direction.
+) -> tuple[Product | None, bool]:
+    """Return the product as the weight lies, and whether it was turned (Conv1D, embeddings); None: it fits nowhere.
 
     Of a vocabulary of another size it has the rows that both checkpoints have.
     """
     sizes = [(info.shape[0] if info.shape else 1, info.elements // max((*info.shape, 1)[0], 1)) for info in infos]
-    turned = bool(adapter.config.get("fan_in_fan_out")) or module.variant == "embedding"
-    ways = [product.turned(), product] if turned else [product, product.turned()]
+    table = module.variant == "embedding" or "lora_embedding_A" in module.keys.get("A", "")
+    first = bool(adapter.config.get("fan_in_fan_out")) or table
+    ways = [(product.turned() if turned else product, turned) for turned in (first, not first)]
     for shape in sizes:
-        if found := next((way for way in ways if way.shape == shape), None):
+        for way, turned in (each for each in ways if each[0].shape == shape):
             rows = min(size for size, _ in sizes)
-            return found if rows == shape[0] else found.sliced(0, rows)
-    return None
+            return (way if rows == shape[0] else way.sliced(0, rows)), turned
+    return None, False
 
 
 def _axis(magnitude: tuple[int, ...], shape: tuple[int, int], format: str) -> int | None:

@@ -14,7 +14,7 @@ from harness.doctor.verify.measurement import MergeMeasurement, measure, measure
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
 from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
-from harness.doctor.verify.untouched import requantised
+from harness.doctor.verify.untouched import component_of, requantised
 from harness.doctor.verify.vote import DTYPES
 from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
@@ -313,6 +313,9 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
 
 def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     if tensor not in merged.names:
+        component = component_of(base.store.names.get(tensor, tensor))
+        if component and component not in map(component_of, merged.store.names.values()):
+            return NotMeasured("component", f"the component {component} is not in the merged checkpoint")
         return NotMeasured("misfit", "the merged checkpoint lacks this weight")
     first, second = base.info(tensor).shape, merged.info(tensor).shape
     if first[1:] != second[1:] or (first != second and len(first) != 2):

@@ -166,9 +166,10 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     scale = found.scale if found.coverage >= _EXPLAINED else _refined(sample, found.scale)
     error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
     wrong = error > Rounding.of(sample, scale).allowance(sample.product, sample.half)
-    missed = _by_block(sample, wrong & nonzero & ~sample.changed)
-    unmerged = np.flatnonzero((missed >= _MISSED) & (_by_block(sample, sample.changed) == 0))
-    rest = ~np.isin(sample.block, unmerged)
+    missed = wrong & nonzero & ~sample.changed
+    blocks = (_by_block(sample, missed) >= _MISSED) & (_by_block(sample, sample.changed) == 0)
+    alone = (missed.sum(axis=1) >= _MISSED) & ~sample.changed.any(axis=1)
+    rest = ~(blocks[sample.block] | alone)
     seen = sample.of(rest)
     made = MergeMeasurement(
         state="merged",
@@ -182,7 +183,7 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
         aligned=_aligned(seen),
         elements=sample.product.size,
         rows=sample.rows,
-        unmerged=_rows(unmerged, sample),
+        unmerged=_rows(np.flatnonzero(blocks), sample.index[alone & ~blocks[sample.block]], sample),
     )
     return _classified(seen, made, error[rest], wrong[rest], expected)
 
@@ -196,11 +197,11 @@ def _classified(
     for once in (expected, made.scale / 2):
         if _merged_twice(sample, once):
             if abs(2 * once - expected) <= _AS_ONCE * abs(expected):  # in two steps, or rounded to those of a block
-                return replace(made, state="two roundings")
+                return replace(made, state="partly" if made.unmerged else "two roundings")
             return replace(made, state="twice", scale=2 * once, interval=(2 * once, 2 * once))
     near = error <= Rounding.of(sample, made.scale, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
     if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
-        return replace(made, state="two roundings")
+        return replace(made, state="partly" if made.unmerged else "two roundings")
     if made.aligned > _ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
         return replace(made, state="mixed")
     scale, doubt = _projected(sample, made)
@@ -246,10 +247,12 @@ def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement
     )
 
 
-def _rows(blocks: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
-    count = min(BLOCKS, sample.rows)
-    runs = runs_of(np.isin(np.arange(count), blocks))
-    return tuple((sample.rows * first // count, sample.rows * end // count) for first, end in runs)
+def _rows(blocks: np.ndarray[Any, Any], alone: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
+    """Return the rows of whole blocks, and those of other blocks that stand alone, in runs."""
+    count, found = min(BLOCKS, sample.rows), np.isin(np.arange(sample.rows), alone)
+    for block in blocks:
+        found[sample.rows * block // count : sample.rows * (block + 1) // count] = True
+    return tuple(runs_of(found))
 
 
 def _refined(sample: Sample, scale: float) -> float:

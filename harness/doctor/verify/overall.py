@@ -221,7 +221,9 @@ def _right(found: Sequence[Module], open_: Sequence[Module]) -> str:
         return f"{judged} of {len(found)} right, {len(open_)} NOT JUDGED: {names} ({open_[0].why_unjudged})"
     let_through = len(found) - judged
     rest = f", {let_through} not judged, as allowed" if let_through else ""
-    return f"{judged} of {len(found)} right: base + strength * alpha / rank * B @ A and nothing else{rest}"
+    ways = dict.fromkeys(module.measured.replaces for module in found if module.measured)
+    way = "base + strength * alpha / rank * B @ A" if "" in ways or not ways else f"{', '.join(ways)},"
+    return f"{judged} of {len(found)} right: {way} and nothing else{rest}"
 
 
 def _sampled(found: Sequence[Module]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from harness.doctor.verify.weights import Piece, Weights
 from harness.files import LoraAdapter, LoraModule
 from harness.files.tensor_file import TensorFile
 
-_WEIGHT = ".weight"
+_WEIGHT, _BIAS = ".weight", ".bias"
 WHOLE_BYTES = 1 << 16  # read completely up to this size
 _BETWEEN = (torch.bfloat16, torch.float16)  # a base may have been loaded in before it was stored in another dtype
 EMA = re.compile(r"(?:^|\.)(?:model_ema|ema_model|ema)\.")
@@ -58,6 +58,7 @@ def _paired(base: Checkpoint, merged: Checkpoint) -> tuple[Weights, Weights]:
     lost = [name for name in lost if name not in found and not EMA.search(name)]
     rest = [name for name in after.names if name not in used and not is_left_over(name)]
     found |= _renamed(before, after, lost, rest) if lost and rest else {}
+    found |= dict(_alike(before, after, [name for name in lost if name not in found], rest, found))
     used = {after.folds.get(piece.name, piece.name) for pieces in found.values() for piece in pieces}
     found |= {own: (Piece(own),) for own in after.names if own not in used and own not in found}
     groups = {name: before.info(name).shape[1] for name, pieces in found.items() if _stacks(before, name, pieces)}
@@ -96,7 +97,39 @@ def _renamed(before: Weights, after: Weights, lost: Sequence[str], rest: Sequenc
     for name, slots in place(model, shapes, {**before.store.config, **after.store.config}).slots.items():
         parts = sorted(slots, key=lambda slot: slot.part or (0, 0))
         found[name] = tuple(_piece(after, layers[slot.layer], slot.rows) for slot in parts)
-    return found
+    return found | dict(_biases(lost, found, after))
+
+
+def _biases(
+    lost: Sequence[str], found: Mapping[str, tuple[Piece, ...]], after: Weights
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Yield where the biases are of layers whose weights have other names: they have the rows of the weights."""
+    for name in (name for name in lost if name.endswith(_BIAS) and name not in found):
+        weights = found.get(f"{name.removesuffix(_BIAS)}{_WEIGHT}", ())
+        pieces = tuple(piece._replace(name=f"{piece.name.removesuffix(_WEIGHT)}{_BIAS}") for piece in weights)
+        if pieces and all(piece.name in after.names for piece in pieces):
+            yield name, pieces
+
+
+def _alike(
+    before: Weights, after: Weights, lost: Sequence[str], rest: Sequence[str], found: Mapping[str, tuple[Piece, ...]]
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Yield the vectors, such as the weights of norms, that the merged file has under names that no table knows."""
+    used = {piece.name for pieces in found.values() for piece in pieces}
+    same: dict[tuple[str, bytes], list[str]] = {}
+    for name in (name for name in rest if name not in used and len(after.info(name).shape) == 1):
+        vector = after.rows(name, 0, after.info(name).shape[0])
+        same.setdefault((str(vector.dtype), _raw(vector)), []).append(name)
+    dtypes = {getattr(torch, dtype.removeprefix("torch.")) for dtype, _ in same}
+    for name in (name for name in lost if dtypes and len(before.info(name).shape) == 1):
+        vector = before.rows(name, 0, before.info(name).shape[0])
+        ways = ((str(dtype), _raw(vector.to(dtype))) for dtype in dtypes)
+        if own := next(filter(None, (same.get(way) for way in ways)), None):
+            yield name, (Piece(own.pop(0)),)
+
+
+def _raw(vector: Tensor) -> bytes:
+    return _bits(vector).numpy().tobytes()
 
 
 def _piece(store: Weights, tensor: str, rows: tuple[int, int] | None) -> Piece:

@@ -197,7 +197,8 @@ class MethodLayer:
                 found = peft.set_peft_model_state_dict(wrapped, {**self._shared(), **own})
                 layer = wrapped.to(dtype).merge_and_unload().get_submodule(module)
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
-            raise CannotMergeError(f"PEFT cannot merge {adapter.kind} in this layer ({error})") from error
+            why = str(error) or type(error).__name__
+            raise CannotMergeError(f"PEFT cannot merge {adapter.kind} in this layer ({why})") from error
         if unexpected := getattr(found, "unexpected_keys", None):
             raise CannotMergeError(f"PEFT does not use {unexpected[0]}")
         return {what: getattr(layer, what).detach().reshape(base[what].shape) for what in base}

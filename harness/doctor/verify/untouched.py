@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,8 +127,19 @@ def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list
         if name not in fine and (_twin(merged, name, merged, merged) or _twin(merged, name, base, base))
     ]
     notes = [f"only in the merged checkpoint, and no part of the model: {len(fine)} tensors"] if fine else []
+    known = {component_of(key) for key in base.store.names.values()} | {""}
+    added = {name: part for name in more if (part := component_of(merged.store.names.get(name, name))) not in known}
+    fine += added
+    for part, times in Counter(added.values()).items():
+        notes.append(f"the component {part} is only in the merged checkpoint: {times} tensors, not compared")
     notes += [f"{name} is a copy of a weight that the model ties it to" for name in tied]
     return [name for name in more if name not in fine and name not in tied], notes
+
+
+def component_of(key: str) -> str:
+    """Return the component of a pipeline that a tensor belongs to by its name, empty for a model alone."""
+    found = _COMPONENTS.match(key)
+    return found[1] if found else ""
 
 
 def _twin(store: Weights, name: str, other: Weights, among: Weights) -> str | None:

@@ -88,7 +88,7 @@ class Weights:
         for name in self.names:
             dimensions = 0 if name.endswith(_WEIGHT) else len(self.info(name).shape)
             if (layer := layer_of(name, dimensions)) is not None:
-                found[self.store.prefix + layer] = name
+                found[self.store.prefix_of(name) + layer] = name
         if not found:
             raise LoraFileError(self.path, "holds no weight of a layer")
         return found

@@ -1,0 +1,168 @@
+"""Merges of image models as they are shared: one file of several components, or the layers under other names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.doctor.verify.verify import MergeReport, verify_merge
+
+Tensors = dict[str, Tensor]
+UNET = "model.diffusion_model."
+BLOCK = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+TE1, TE2 = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.transformer."
+FIRST = "encoder.layers.0.mlp.fc1"
+SDXL = {  # what the LoRA calls a layer -> the layer
+    f"lora_unet_{BLOCK.replace('.', '_')}": f"{UNET}{BLOCK}",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": f"{TE1}{FIRST}",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": f"{TE2}resblocks.0.mlp.c_fc",
+}
+WIDTH = 48
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape) * 0.02
+
+
+def sdxl() -> Tensors:
+    """A checkpoint of three components, with layers that no LoRA names."""
+    torch.manual_seed(0)
+    names = [*SDXL.values(), f"{UNET}{BLOCK.replace('to_q', 'to_k')}", *(f"{UNET}out.{n}" for n in (0, 2))]
+    return {f"{name}.weight": drawn(WIDTH, WIDTH).half() for name in names}
+
+
+def pairs(layers: Mapping[str, tuple[int, int]]) -> Tensors:
+    found: Tensors = {}
+    for name, (rows, columns) in layers.items():
+        found |= {f"{name}.lora_down.weight": torch.randn(4, columns), f"{name}.lora_up.weight": drawn(rows, 4)}
+        found[f"{name}.alpha"] = torch.tensor(2.0)
+    return found
+
+
+def merged(base: Tensors, lora: Tensors, layers: Mapping[str, str]) -> Tensors:
+    found = dict(base)
+    for stem, layer in layers.items():
+        weight = base[f"{layer}.weight"]
+        update = lora[f"{stem}.lora_up.weight"] @ lora[f"{stem}.lora_down.weight"] * 0.5
+        found[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+    return found
+
+
+def verified(folder: Path, base: Tensors, after: Tensors, lora: Tensors, *, full: bool = False) -> MergeReport:
+    for name, tensors in (("base", base), ("merged", after), ("lora", lora)):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    return verify_merge(*(folder / f"{name}.safetensors" for name in ("base", "merged", "lora")), full=full)
+
+
+@pytest.fixture
+def whole() -> tuple[Tensors, Tensors]:
+    return sdxl(), pairs(dict.fromkeys(SDXL, (WIDTH, WIDTH)))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_text_encoders_beside_a_denoiser_have_no_part_of_its_prefix(
+    whole: tuple[Tensors, Tensors], full: bool, tmp_path: Path
+) -> None:
+    base, lora = whole
+    report = verified(tmp_path, base, merged(base, lora, SDXL), lora, full=full)
+    assert (report.exit_code, len(report.modules)) == (0, 3), report.overall.text()
+
+
+@pytest.mark.parametrize("component", ["lora_te1_", "lora_te2_"])
+def test_the_text_encoder_that_was_not_merged_is_named(
+    component: str, whole: tuple[Tensors, Tensors], tmp_path: Path
+) -> None:
+    base, lora = whole
+    without = {name: layer for name, layer in SDXL.items() if not name.startswith(component)}
+    report = verified(tmp_path, base, merged(base, lora, without), lora)
+    assert (report.exit_code, report.overall.code) == (1, "LH102"), report.overall.text()
+    assert report.overall.title.startswith("not merged: 1 of 3 modules")
+
+
+def test_a_component_that_was_added_or_left_out_is_said_and_no_violation(
+    whole: tuple[Tensors, Tensors], tmp_path: Path
+) -> None:
+    base, lora = whole
+    vae = {"first_stage_model.decoder.conv_in.weight": drawn(4, 4)}
+    report = verified(tmp_path, base, merged(base, lora, SDXL) | vae, lora)
+    assert report.exit_code == 0, report.overall.text()
+    assert "the component first_stage_model is only in the merged checkpoint" in report.overall.text()
+    alone = {name: tensor for name, tensor in merged(base, lora, SDXL).items() if name.startswith(UNET)}
+    report = verified(tmp_path, base, alone, lora)
+    assert report.exit_code == 3, report.overall.text()
+    assert "the component conditioner is not in the merged checkpoint" in report.overall.text()
+
+
+D, M = 64, 128
+HEIGHTS = {"img_attn.qkv": 3 * D, "img_attn.proj": D, "txt_attn.qkv": 3 * D, "img_mlp.0": M}
+LINEAR = "single_blocks.0.linear1"
+NORMS = {"double_blocks.0.img_attn.norm.query_norm.scale": "transformer_blocks.0.attn.norm_q.weight"}
+
+
+def flux() -> Tensors:
+    """Layers of FLUX under the authors' names, with their biases and a norm."""
+    torch.manual_seed(0)
+    found: Tensors = {}
+    for name, rows in {**{f"double_blocks.0.{k}": v for k, v in HEIGHTS.items()}, LINEAR: 3 * D + M}.items():
+        found |= {f"{name}.weight": drawn(rows, D).bfloat16(), f"{name}.bias": drawn(rows).bfloat16()}
+    return found | {name: (1 + drawn(16)).bfloat16() for name in NORMS}
+
+
+def as_diffusers_has_it(tensors: Tensors) -> Tensors:
+    block, single = "transformer_blocks.0.", "single_transformer_blocks.0."
+    parts = {
+        "double_blocks.0.img_attn.qkv": [f"{block}attn.{name}" for name in ("to_q", "to_k", "to_v")],
+        "double_blocks.0.txt_attn.qkv": [f"{block}attn.add_{name}_proj" for name in "qkv"],
+        "double_blocks.0.img_attn.proj": [f"{block}attn.to_out.0"],
+        "double_blocks.0.img_mlp.0": [f"{block}ff.net.0.proj"],
+        LINEAR: [f"{single}attn.to_q", f"{single}attn.to_k", f"{single}attn.to_v", f"{single}proj_mlp"],
+    }
+    found = {new: tensors[old] for old, new in NORMS.items()}
+    for own, names in parts.items():
+        for end in (".weight", ".bias"):
+            sizes = [D, D, D, M][: len(names)] if len(names) > 1 else [len(tensors[own + end])]
+            found |= dict(zip((name + end for name in names), tensors[own + end].split(sizes), strict=True))
+    return found
+
+
+def flux_lora(base: Tensors) -> tuple[Tensors, dict[str, str]]:
+    layers = {key.removesuffix(".weight"): tuple(t.shape) for key, t in base.items() if key.endswith(".weight")}
+    named = {f"lora_unet_{layer.replace('.', '_')}": layer for layer in layers}
+    return pairs({stem: layers[layer] for stem, layer in named.items()}), named  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("side", ["merged", "base"])
+def test_biases_and_norms_follow_their_layers_to_other_names(side: str, tmp_path: Path) -> None:
+    base = flux()
+    lora, layers = flux_lora(base)
+    after = merged(base, lora, layers)
+    before, after = (base, as_diffusers_has_it(after)) if side == "merged" else (as_diffusers_has_it(base), after)
+    report = verified(tmp_path, before, after, lora)
+    assert report.exit_code == 0, report.overall.text()
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0.attn.norm_q.weight", "transformer_blocks.0.attn.to_k.bias"])
+def test_what_changed_on_the_way_is_found(name: str, tmp_path: Path) -> None:
+    base = flux()
+    lora, layers = flux_lora(base)
+    after = as_diffusers_has_it(merged(base, lora, layers))
+    report = verified(tmp_path, base, after | {name: after[name] + 0.1}, lora)
+    assert (report.exit_code, report.overall.code) == (1, "LH902" if "norm" in name else "LH401")
+
+
+def test_rows_without_a_merge_count_where_the_others_were_rounded_twice(tmp_path: Path) -> None:
+    """k of `linear1`, a seventh of its rows, was left out; each other row was rounded in two steps."""
+    base = flux()
+    lora, layers = flux_lora(base)
+    after = merged(base, lora, layers)
+    delta = lora[f"lora_unet_{LINEAR.replace('.', '_')}.lora_up.weight"].bfloat16()
+    down = lora[f"lora_unet_{LINEAR.replace('.', '_')}.lora_down.weight"].bfloat16()
+    after[f"{LINEAR}.weight"] = base[f"{LINEAR}.weight"] + (delta @ down) * 0.5
+    after[f"{LINEAR}.weight"][D : 2 * D] = base[f"{LINEAR}.weight"][D : 2 * D]
+    report = verified(tmp_path, base, after, lora)
+    assert (report.exit_code, report.overall.code) == (1, "LH102"), report.overall.text()
