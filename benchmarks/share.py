@@ -88,8 +88,9 @@ def watched(subject: Subject, watch: Watch) -> Subject:
 def measure(name: str, plan: Plan, most_cells: int | None) -> Spent:
     subject, loader = resolve(name), Watch()
     cells = [replace(c, subject=watched(subject, loader)) for c in declared_cells(subject)][:most_cells]
-    gc.freeze()  # as the children do that check cells
     _check(cells[0], Plan(max_examples=1))  # imports
+    gc.collect()
+    gc.freeze()  # as the children do, once all is imported
     loader.seconds, loader.calls, loader.hung = 0.0, 0, 0.0
     with reference() as right:
         started = time.process_time()

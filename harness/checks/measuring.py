@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from harness.benches.given import take_benches
 from harness.benches.layer import parameter_of
 from harness.checks.engine import answer_outputs
 from harness.checks.experts import UnreadableExpertsError, check_experts
-from harness.checks.unloaded import base_offsets, base_output, base_state, base_types
+from harness.checks.unloaded import base_offsets, base_output, base_state, base_types, base_weights, stored_layers
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -158,7 +158,10 @@ class _Work:
     def _experts_as_before(self, base: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Layer]:
         """Return the experts that are not merged: what is added to them is there only while the model runs."""
         every = ((name, layer) for name, layer in self.bench.layers.items() if layer.kind == "experts")
-        return {name: layer for name, layer in every if equal(self.times * base[name], found[name])}
+        return {name: layer for name, layer in every if self._as_before(base[name], found[name])}
+
+    def _as_before(self, base: Tensor, found: Tensor) -> bool:
+        return found is base or equal(base if self.times == 1 else self.times * base, found)
 
     def _call(self, kind: Kind, number: float | None, path: str) -> Callable[[torch.nn.Module], object]:
         """Return the call to make on the model; what the subject does not declare does nothing."""
@@ -176,8 +179,9 @@ class _Work:
         base, constants = base_weights(bench, dtype, bias), dict[str, "Tensor"]()
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
             how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
-            found = effective_weights(self.model, bench.layers, constants=constants, **how)
-            if all(equal(self.times * base[name], found[name]) for name in bench.layers):
+            stored = stored_layers(bench, dtype) if self.times == 1 else {}
+            found = effective_weights(self.model, bench.layers, constants=constants, stored=stored, **how)
+            if all(self._as_before(base[name], found[name]) for name in bench.layers):
                 dense, constants = {}, {}
                 found = weights_while_running(self.model, bench.layers, bench.forward, **how | {"dense": dense})
             elif still := self._experts_as_before(base, found):
@@ -185,12 +189,13 @@ class _Work:
                 found |= weights_while_running(self.model, still, bench.forward, **how)
             check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
             if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
-                constants = {} if bias else offsets(self.model, bench.layers, self.dtype)
+                constants = {} if bias else offsets(self.model, bench.layers, self.dtype, stored)
             shifted = () if bias else tuple(_shifted(bench, constants, dtype))
             unsteady = list(_unsteady(self, found, dense))
-        changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
+        changed = {n: value for n, value in found.items() if value is not base[n] and not equal(value, base[n])}
         others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
-        tensors = changed | {DENSE + name: value for name, value in dense.items()}
+        tensors = {WEIGHT + name: value for name, value in changed.items()}
+        tensors |= {DENSE + name: value for name, value in dense.items()}
         training = list(_training(bench, self.model))
         return {
             "others": others,
@@ -224,7 +229,7 @@ def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
     """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
     before = base_types(bench)
     for name, module in model.named_modules():
-        dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
+        dropout = module.training and "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
         if module.training and (dropout or before.get(_base_name(name)) is type(module)):
             yield f"{name} (dropout)" if dropout else name or "the model itself"
 
@@ -311,15 +316,6 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     return model
 
 
-@cache
-def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
-    """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
-    known = bench.known_weights(dtype)
-    if known is None:
-        return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
-    return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
-
-
 def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
     """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
 
@@ -333,12 +329,14 @@ def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -
 
 def _shifted(bench: Bench, constants: Mapping[str, Tensor], dtype: str) -> Iterator[str]:
     """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
+    before = base_offsets(bench, dtype)
     for name, value in constants.items():
-        expected = base_offsets(bench, dtype)[name]
-        if not equal(value, expected) and norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
+        off = 0.0 if value is before[name] or equal(value, before[name]) else norm(value - before[name])
+        if off > 8 * UNIT_ROUNDOFF[dtype] * norm(before[name]):
             yield f"{name}.bias"
 
 
+@lru_cache(1 << 14)
 def _base_name(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
 
