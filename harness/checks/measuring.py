@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +19,10 @@ from torch import equal  # bound here: a subject may replace torch's own
 from harness.benches import Bench, Layer, get_bench
 from harness.benches.given import take_benches
 from harness.benches.layer import parameter_of
+from harness.checks.changed import other_state, shifted, training
 from harness.checks.engine import answer_outputs
 from harness.checks.experts import UnreadableExpertsError, check_experts
-from harness.checks.unloaded import base_offsets, base_output, base_state, base_types, base_weights, stored_layers
+from harness.checks.unloaded import base_output, base_weights, stored_layers
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -38,7 +38,6 @@ from harness.measure.effective import (
     offsets,
     weights_while_running,
 )
-from harness.measure.tolerance import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     import torch
@@ -190,16 +189,16 @@ class _Work:
             check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
             if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
                 constants = {} if bias else offsets(self.model, bench.layers, self.dtype, stored)
-            shifted = () if bias else tuple(_shifted(bench, constants, dtype))
+            offset = () if bias else tuple(shifted(bench, constants, dtype))
             unsteady = list(_unsteady(self, found, dense))
         changed = {n: value for n, value in found.items() if value is not base[n] and not equal(value, base[n])}
-        others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
+        others = [*other_state(bench, self.model, dtype, bias), *offset, *self.left]
         tensors = {WEIGHT + name: value for name, value in changed.items()}
         tensors |= {DENSE + name: value for name, value in dense.items()}
-        training = list(_training(bench, self.model))
+        in_training = list(training(bench, self.model))
         return {
             "others": others,
-            "training": training,
+            "training": in_training,
             "unsteady": unsteady,
             "drift": self.drift,
             "said": self.said,
@@ -223,15 +222,6 @@ def _strength(number: float | None) -> dict[str, float]:
 
 def _nothing(model: torch.nn.Module) -> None:
     return None
-
-
-def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
-    """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
-    before = base_types(bench)
-    for name, module in model.named_modules():
-        dropout = module.training and "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
-        if module.training and (dropout or before.get(_base_name(name)) is type(module)):
-            yield f"{name} (dropout)" if dropout else name or "the model itself"
 
 
 def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Iterator[str]:
@@ -314,31 +304,6 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     for weight in {id(weight): weight for weight in weights if weight is not None}.values():
         weight.data.mul_(times)
     return model
-
-
-def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
-    """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
-
-    Beside codes stand their scales, which are a part of the weight.
-    """
-    expected = base_state(bench, dtype, bias)
-    state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    found = {base: value for name, value in state if (base := _base_name(name)) in expected}
-    return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
-
-
-def _shifted(bench: Bench, constants: Mapping[str, Tensor], dtype: str) -> Iterator[str]:
-    """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    before = base_offsets(bench, dtype)
-    for name, value in constants.items():
-        off = 0.0 if value is before[name] or equal(value, before[name]) else norm(value - before[name])
-        if off > 8 * UNIT_ROUNDOFF[dtype] * norm(before[name]):
-            yield f"{name}.bias"
-
-
-@lru_cache(1 << 14)
-def _base_name(name: str) -> str:
-    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
 
 
 def _dtype(name: str) -> torch.dtype:
