@@ -88,7 +88,7 @@ def test_a_loader_that_does_nothing_is_said_to_do_nothing() -> None:
         (
             lambda u, m, every: u * {x.rank: x.rank if x.alpha is None else x.alpha for x in every}[m.rank] / m.rank,
             "LH204",
-            "alpha is kept by rank",
+            "modules of one rank differ in alpha",
         ),
     ],
 )
