@@ -130,11 +130,21 @@ class View:
         rows = self.made_of.get(layer)
         return _stacked([_length(part) for _, part in rows] if rows else [self.layers[layer].rows])
 
-    def gather(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of this view from those of the model's layers."""
+    def gather(
+        self, weights: Mapping[str, Tensor], before: Mapping[str, Tensor] = {}, gathered: Mapping[str, Tensor] = {}
+    ) -> dict[str, Tensor]:
+        """Return the weights of this view from those of the model's layers.
+
+        Where these are the very tensors of `before`, those are taken that were `gathered` from it.
+        """
         import torch
 
-        own = {name: torch.cat([weights[layer][rows] for layer, rows in p]) for name, p in self.made_of.items()}
+        def made(name: str, rows: Rows) -> Tensor:
+            if name in gathered and all(weights[layer] is before[layer] for layer, _ in rows):
+                return gathered[name]
+            return torch.cat([weights[layer][part] for layer, part in rows])
+
+        own = {name: made(name, rows) for name, rows in self.made_of.items()}
         return {name: own[name] if name in own else weights[name] for name in self.layers}
 
 

@@ -48,6 +48,8 @@ def _calls(bench: Bench, owners: Collection[str], dtype: str) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {}
+    if not owners:
+        return found
     base = bench.build(getattr(torch, dtype))
 
     def keep(path: str, args: Any, kwargs: Any, answer: Any) -> None:
@@ -57,8 +59,7 @@ def _calls(bench: Bench, owners: Collection[str], dtype: str) -> dict[str, Any]:
         base.get_submodule(path).register_forward_hook(
             lambda module, args, kwargs, answer, path=path: keep(path, args, kwargs, answer), with_kwargs=True
         )
-    if owners:
-        bench.forward(base)
+    bench.forward(base)
     return found
 
 

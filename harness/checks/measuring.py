@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +19,10 @@ from torch import equal  # bound here: a subject may replace torch's own
 from harness.benches import Bench, Layer, get_bench
 from harness.benches.given import take_benches
 from harness.benches.layer import parameter_of
+from harness.checks.changed import other_state, shifted, training
 from harness.checks.engine import answer_outputs
 from harness.checks.experts import UnreadableExpertsError, check_experts
-from harness.checks.unloaded import base_offsets, base_output, base_state, base_types
+from harness.checks.unloaded import base_output, base_weights, stored_layers
 from harness.errors import UserError, one_line
 from harness.isolation.calls import CallFailedError, Raised, guarded, listened
 from harness.isolation.limits import TimeLimitExceeded, alarm
@@ -38,7 +38,6 @@ from harness.measure.effective import (
     offsets,
     weights_while_running,
 )
-from harness.measure.tolerance import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +157,10 @@ class _Work:
     def _experts_as_before(self, base: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Layer]:
         """Return the experts that are not merged: what is added to them is there only while the model runs."""
         every = ((name, layer) for name, layer in self.bench.layers.items() if layer.kind == "experts")
-        return {name: layer for name, layer in every if equal(self.times * base[name], found[name])}
+        return {name: layer for name, layer in every if self._as_before(base[name], found[name])}
+
+    def _as_before(self, base: Tensor, found: Tensor) -> bool:
+        return found is base or equal(base if self.times == 1 else self.times * base, found)
 
     def _call(self, kind: Kind, number: float | None, path: str) -> Callable[[torch.nn.Module], object]:
         """Return the call to make on the model; what the subject does not declare does nothing."""
@@ -176,8 +178,9 @@ class _Work:
         base, constants = base_weights(bench, dtype, bias), dict[str, "Tensor"]()
         with alarm(self.order.seconds):  # a loader may do its work at the first forward
             how: dict[str, Any] = {"bias": bias, "dense": dense, "dtype": self.dtype}
-            found = effective_weights(self.model, bench.layers, constants=constants, **how)
-            if all(equal(self.times * base[name], found[name]) for name in bench.layers):
+            stored = stored_layers(bench, dtype) if self.times == 1 else {}
+            found = effective_weights(self.model, bench.layers, constants=constants, stored=stored, **how)
+            if all(self._as_before(base[name], found[name]) for name in bench.layers):
                 dense, constants = {}, {}
                 found = weights_while_running(self.model, bench.layers, bench.forward, **how | {"dense": dense})
             elif still := self._experts_as_before(base, found):
@@ -185,16 +188,17 @@ class _Work:
                 found |= weights_while_running(self.model, still, bench.forward, **how)
             check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
             if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
-                constants = {} if bias else offsets(self.model, bench.layers, self.dtype)
-            shifted = () if bias else tuple(_shifted(bench, constants, dtype))
+                constants = {} if bias else offsets(self.model, bench.layers, self.dtype, stored)
+            offset = () if bias else tuple(shifted(bench, constants, dtype))
             unsteady = list(_unsteady(self, found, dense))
-        changed = {WEIGHT + name: value for name, value in found.items() if not equal(value, base[name])}
-        others = [*_other_state(bench, self.model, dtype, bias), *shifted, *self.left]
-        tensors = changed | {DENSE + name: value for name, value in dense.items()}
-        training = list(_training(bench, self.model))
+        changed = {n: value for n, value in found.items() if value is not base[n] and not equal(value, base[n])}
+        others = [*other_state(bench, self.model, dtype, bias), *offset, *self.left]
+        tensors = {WEIGHT + name: value for name, value in changed.items()}
+        tensors |= {DENSE + name: value for name, value in dense.items()}
+        in_training = list(training(bench, self.model))
         return {
             "others": others,
-            "training": training,
+            "training": in_training,
             "unsteady": unsteady,
             "drift": self.drift,
             "said": self.said,
@@ -218,15 +222,6 @@ def _strength(number: float | None) -> dict[str, float]:
 
 def _nothing(model: torch.nn.Module) -> None:
     return None
-
-
-def _training(bench: Bench, model: torch.nn.Module) -> Iterator[str]:
-    """Yield what is in training mode: modules of the base model, which were not, and dropouts that are on."""
-    before = base_types(bench)
-    for name, module in model.named_modules():
-        dropout = "Dropout" in type(module).__name__ and getattr(module, "p", 0) != 0
-        if module.training and (dropout or before.get(_base_name(name)) is type(module)):
-            yield f"{name} (dropout)" if dropout else name or "the model itself"
 
 
 def _unsteady(work: _Work, found: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> Iterator[str]:
@@ -309,38 +304,6 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     for weight in {id(weight): weight for weight in weights if weight is not None}.values():
         weight.data.mul_(times)
     return model
-
-
-@cache
-def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
-    """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
-    known = bench.known_weights(dtype)
-    if known is None:
-        return effective_weights(bench.base(_dtype(dtype)), bench.layers, bias=bias)
-    return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
-
-
-def _other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) -> tuple[str, ...]:
-    """Return the parameters and buffers that are not measured (biases, norms) and not what they were.
-
-    Beside codes stand their scales, which are a part of the weight.
-    """
-    expected = base_state(bench, dtype, bias)
-    state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    found = {base: value for name, value in state if (base := _base_name(name)) in expected}
-    return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
-
-
-def _shifted(bench: Bench, constants: Mapping[str, Tensor], dtype: str) -> Iterator[str]:
-    """Yield the layers whose answer to zeros changed: a bias is lost or scaled, or a hook adds to the output."""
-    for name, value in constants.items():
-        expected = base_offsets(bench, dtype)[name]
-        if not equal(value, expected) and norm(value - expected) > 8 * UNIT_ROUNDOFF[dtype] * norm(expected):
-            yield f"{name}.bias"
-
-
-def _base_name(name: str) -> str:
-    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model."))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -92,7 +92,8 @@ def observation_of(
         both = before[name], after[name], updates[name], cell.view.slices(name)
         layer = cell.view.layers[name]
         fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype, layer=layer)
-    untouched = [name for name in cell.view.layers if name not in fits]
+    touched = [name for name in cell.view.layers if after[name] is not before[name]]
+    untouched = [name for name in touched if name not in fits]
     limits = {name: _unchanged_limit(before[name], cell.view.layers[name], example.dtype) for name in untouched}
     changed = tuple(name for name, limit in limits.items() if norm(after[name] - before[name]) > limit)
     wrong = [t for t in example.targets if wrong_direction(fits[t.name][0])]
@@ -104,7 +105,7 @@ def observation_of(
         {name: update.direction.product for name, update in updates.items()},
         {name: cell.view.layers[name].kernel for name in fits},
         changed,
-        tuple(name for name in cell.view.layers if not bool(after[name].isfinite().all())),
+        tuple(name for name in touched if not bool(after[name].isfinite().all())),
         ambiguous=frozenset(zero),
         additive=cell.variant.additive,
         root=cell.variant.root,

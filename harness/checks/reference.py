@@ -11,9 +11,9 @@ from harness.benches import own_benches
 from harness.checks.apart import served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
-from harness.checks.measuring import base_weights
 from harness.checks.plan import Plan, planned
 from harness.checks.trial import run_trial
+from harness.checks.unloaded import weights_seen
 from harness.errors import LoaderSpecError
 from harness.isolation.jobs import Channel, Job, run_jobs
 from harness.isolation.limits import Limits
@@ -126,7 +126,7 @@ def compare(cell: Cell) -> Agreement:
     faults = [finding.fact for finding in judge(seen) if finding.family != "side_effects"]  # of PEFT, not of its merge
     if faults and any(layer.codes for layer in cell.bench.layers.values()):  # codes of which it may know nothing
         return Agreement(*_place(cell), math.inf, faults[0], refused=True)
-    base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
+    base = weights_seen(cell.view, cell.bench, seen.example.dtype, cell.variant.bias)
     apart = (
         math.hypot(fit.residual, (fit.scale - fit.expected) * fit.product) / norm(base[name] + seen.changes[name])
         for name, (fit, *_) in seen.fits.items()

@@ -13,8 +13,8 @@ from harness.benches import get_bench
 from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.law import MeasuredLaw, law_of
-from harness.checks.measuring import base_weights
 from harness.checks.symptoms import unloaded
+from harness.checks.unloaded import base_weights
 from harness.errors import UserError
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits

@@ -6,17 +6,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.benches import View
 from harness.checks.cell import Cell
-from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering, base_weights
+from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering
 from harness.checks.observation import Observation, observation_of, wrong_direction
 from harness.checks.patterns import rewrite_patterns
+from harness.checks.unloaded import base_weights, weights_seen
 from harness.example import Example
-from harness.files import FORMATS, LoraParts, match_modules, read_lora, write_lora
+from harness.files import FORMATS, LoraParts
+from harness.files.write import write_in_order
 from harness.isolation.calls import Raised, lost_raised
 from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
@@ -73,11 +74,10 @@ def run_trial(
     `other` is the second file that a step may load. `edit` changes the file of the example before. With `listen` what
     the loader says is kept.
     """
-    base = base_weights(cell.bench, example.dtype, cell.variant.bias)
-    updates = cell.variant.updates(example, cell.view, cell.view.gather(base))
+    updates = _updates(cell, example)
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
         files = _Files(cell, example, updates, other, Path(folder))
-        order = file_order(files.example, cell.view)
+        order = files.order
         if edit:
             edit(files.example)
         written = bytes_of(files.example)
@@ -101,13 +101,17 @@ def run_trial(
     return replace(seen, file_changed=file_changed, order=order)
 
 
+def _updates(cell: Cell, example: Example) -> dict[str, Update]:
+    base = weights_seen(cell.view, cell.bench, example.dtype, cell.variant.bias)
+    return cell.variant.updates(example, cell.view, base)
+
+
 def _earlier(cell: Cell, example: Example) -> dict[str, list[Tensor]]:
     """Return B @ A of every module of the files that were loaded before, by layer."""
     found: dict[str, list[Tensor]] = {}
-    base = cell.view.gather(base_weights(cell.bench, example.dtype, cell.variant.bias))
     for other in cell.earlier:
         if other.value_seed != example.value_seed:  # of one seed, a lower rank has the first rows of a higher one
-            for name, update in cell.variant.updates(other, cell.view, base).items():
+            for name, update in _updates(cell, replace(other, dtype=example.dtype)).items():
                 found.setdefault(name, []).append(update.direction.product)
     return found
 
@@ -175,12 +179,18 @@ def _problem(answer: Any, cell: Cell, base: Mapping[str, Tensor]) -> str | None:
         return "measurements without what its answers have in common"
     if not isinstance(tensors := answer.get("tensors", {}), dict):
         return "measurements without their weights"
-    shapes = {WEIGHT + name: tuple(weight.shape) for name, weight in base.items()}
-    shapes |= {DENSE + name: (4, len(weight)) for name, weight in base.items()}
     for key, tensor in tensors.items():
-        if shapes.get(key) != tuple(getattr(tensor, "shape", ())) or str(tensor.dtype) != "torch.float64":
+        if _shape(key, base) != tuple(getattr(tensor, "shape", ())) or str(tensor.dtype) != "torch.float64":
             return f"a tensor that no layer of {cell.bench_name} has"
     return None
+
+
+def _shape(key: str, base: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Return which shape a tensor of an answer has, None for one that no answer has."""
+    kind, colon, name = key.partition(":")
+    if name not in base or kind + colon not in (WEIGHT, DENSE):
+        return None
+    return tuple(base[name].shape) if kind + colon == WEIGHT else (4, len(base[name]))
 
 
 def _observation(
@@ -191,11 +201,12 @@ def _observation(
     answer: Mapping[str, Any],
     own: Mapping[str, Tensor],
 ) -> Observation:
-    base = {**base_weights(cell.bench, example.dtype, cell.variant.bias), **own}
-    tensors, view = answer["tensors"], cell.view
+    known, bias, view = base_weights(cell.bench, example.dtype, cell.variant.bias), cell.variant.bias, cell.view
+    base, tensors = {**known, **own}, answer["tensors"]
     before = base if times == 1 else {name: times * weight for name, weight in base.items()}
     after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
-    seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
+    first = view.gather(before, known, weights_seen(view, cell.bench, example.dtype, bias))
+    seen = observation_of(cell, example, updates, first, view.gather(after, before, first))
     bent = tuple(_bent(cell, example, before, after, tensors))
     return replace(
         seen,
@@ -224,10 +235,13 @@ def _bent(
             continue
         x = dense_input(layer, getattr(torch, example.dtype))
         assert x is not None
-        weight, change = (w[:, : layer.columns] for w in (after[name], after[name] - before[name]))
+        weight = after[name][:, : layer.columns]
         off = norm(tensors[DENSE + name] - x.double() @ weight.T)
         rounding = _ROUNDINGS * roundoff * norm(x.double()) * norm(weight) / layer.columns**0.5
+        if off <= rounding:
+            continue
         blur = _BLURS * layer.blur * norm(x.double() @ weight.T)
+        change = weight - before[name][:, : layer.columns]
         if not off <= max(rounding, blur, _SHARE * norm(x.double() @ change.T)) and bool(weight.isfinite().all()):
             yield name
 
@@ -242,10 +256,18 @@ class _Files:
     second: Example | None
     folder: Path
 
+    @cached_property
+    def _written(self) -> tuple[Path, tuple[str, ...]]:
+        return _write(self.cell, self.own, self.updates, self.folder)
+
     @property
     def example(self) -> Path:
-        path = self.folder / _file_name(self.cell)
-        return path if path.exists() else write_example(self.cell, self.own, self.updates, self.folder)
+        return self._written[0]
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The targets in the order of the file's keys."""
+        return self._written[1]
 
     def path(self, which: File) -> Path:
         """Return the path of a file."""
@@ -261,9 +283,7 @@ class _Files:
 
     def _other(self, folder: Path) -> Path:
         assert self.second is not None
-        base = base_weights(self.cell.bench, self.second.dtype, self.cell.variant.bias)
-        updates = self.cell.variant.updates(self.second, self.cell.view, self.cell.view.gather(base))
-        return write_example(self.cell, self.second, updates, folder)
+        return write_example(self.cell, self.second, _updates(self.cell, self.second), folder)
 
 
 def _file_name(cell: Cell) -> str:
@@ -273,6 +293,10 @@ def _file_name(cell: Cell) -> str:
 
 def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
     """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
+    return _write(cell, example, updates, folder)[0]
+
+
+def _write(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> tuple[Path, tuple[str, ...]]:
     layers = ((t, cell.view.layers[t.name]) for t in example.targets)
     modules = {
         t.name: LoraParts(updates[t.name].parts, t.alpha, layer.experts if layer.kind == "experts" else 0)
@@ -282,9 +306,9 @@ def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], f
     root = cell.variant.root
     folder.mkdir(exist_ok=True)
     how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False}
-    path = write_lora(folder / _file_name(cell), cell.format, modules, **how)
+    path, names = write_in_order(folder / _file_name(cell), cell.format, modules, **how)
     rewrite_patterns(path, example.patterns)
-    return path
+    return path, names
 
 
 def copy_of(path: Path) -> Path:
@@ -292,13 +316,6 @@ def copy_of(path: Path) -> Path:
     other = path.with_name(f"renamed-{path.name}")
     (shutil.copytree if path.is_dir() else shutil.copyfile)(path, other)
     return other
-
-
-def file_order(path: Path, view: View) -> tuple[str, ...]:
-    """Return the targets of a written file, by their name in `view`, in the order of the file's keys."""
-    adapter = read_lora(path)
-    names, _ = match_modules(adapter, view.layers)
-    return tuple(names[name] for name in adapter.modules)
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.benches import Bench
-from harness.measure.effective import offsets
+from harness.benches import Bench, View
+from harness.measure.effective import effective_weights, numbers_of, offsets
+from harness.measure.plain import Stored, is_plain
+
+_STORING = ("linear", "conv")  # kinds of layers that may be torch's own
+
+
+@cache
+def base_weights(bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
+    """Return the effective weights of the unloaded bench, in float64, with their biases when asked."""
+    known = bench.known_weights(dtype)
+    if known is None:
+        return effective_weights(bench.base(getattr(torch, dtype)), bench.layers, bias=bias)
+    return known if bias else {name: weight[:, :-1] for name, weight in known.items()}
+
+
+@cache
+def weights_seen(view: View, bench: Bench, dtype: str, bias: bool = False) -> dict[str, Tensor]:
+    """Return the same under the names of the file."""
+    return view.gather(base_weights(bench, dtype, bias))
 
 
 @cache
@@ -39,3 +58,18 @@ def base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
 def base_offsets(bench: Bench, dtype: str) -> dict[str, Tensor]:
     """Return what the layers of the unloaded bench answer to zeros, in float64."""
     return offsets(bench.base(getattr(torch, dtype)), bench.layers)
+
+
+@cache
+def stored_layers(bench: Bench, dtype: str) -> dict[str, Stored]:
+    """Return the plain layers of the unloaded bench; none of a bench whose weights were told."""
+    if bench.known_weights(dtype) is not None:
+        return {}
+    model, weights, offset = bench.base(getattr(torch, dtype)), base_weights(bench, dtype), base_offsets(bench, dtype)
+    modules: dict[str, Any] = {n: model.get_submodule(n) for n, layer in bench.layers.items() if layer.kind in _STORING}
+    like = numbers_of(model)
+    return {
+        n: Stored(module.weight, module.bias, weights[n], offset[n])
+        for n, module in modules.items()
+        if is_plain(module, bench.layers[n], like)
+    }

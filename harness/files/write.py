@@ -69,18 +69,28 @@ def write_lora(
         ValueError: an argument that cannot be written, named with its value.
         LoraFileError: `gguf` is not installed.
     """
-    content = compose(format, modules, rslora=rslora, dtype=dtype, prefix=prefix, pair=pair)
+    how: dict[str, Any] = {"rslora": rslora, "dtype": dtype, "prefix": prefix, "pair": pair}
+    return write_in_order(path, format, modules, key_order=key_order, durable=durable, **how)[0]
+
+
+def write_in_order(
+    path: Path | str, format: str, modules: Modules, *, key_order: KeyOrder, durable: bool, **how: Any
+) -> tuple[Path, tuple[str, ...]]:
+    """Do what `write_lora` does; return too the names of the modules in the order of the file's keys."""
+    content = compose(format, modules, **how)
     tensors = _ordered(content.tensors, key_order)
     config = content.config
     if config:
-        ordered = _config(FORMATS[format], prefix, _as_they_stand(modules, content.tensors, tensors), rslora)
-        config = {**ordered, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
-    return save(path, format, replace(content, tensors=tensors, config=config), durable=durable)
+        ordered = _as_they_stand(FORMATS[format], modules, content.tensors, tensors)
+        stand = _config(FORMATS[format], how.get("prefix"), ordered, how.get("rslora", False))
+        config = {**stand, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
+    order = _as_they_stand(FORMATS[format], modules, content.tensors, _laid_out(FORMATS[format], tensors))
+    return save(path, format, replace(content, tensors=tensors, config=config), durable=durable), tuple(order)
 
 
-def _as_they_stand(modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
-    """Return the modules of a format with a configuration in the order of their keys in the file."""
-    names = (name for name, weights in modules.items() for _ in weights.parts)
+def _as_they_stand(row: Format, modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
+    """Return the modules in the order of their keys in the file."""
+    names = (name for name, weights in modules.items() for _ in (*weights.parts, *_own_alpha(row, weights)))
     owner = dict(zip(composed, names, strict=True))
     return {name: modules[name] for name in dict.fromkeys(owner[key] for key in ordered)}
 
@@ -215,9 +225,14 @@ def _tensors(row: Format, prefix: str, modules: Modules, pair: str, dtype: torch
                 raise ValueError(f"modules[{name!r}]: another name flattens to {stem!r} too")
             tensor = tensor.flatten() if row.folder and role == "magnitude" else tensor  # PEFT's is a vector
             tensors[key] = (tensor.t() if role in row.flips(name) else tensor).to(dtype=dtype).contiguous()
-        if row.alpha[0] == "tensor" and weights.alpha is not None:
-            tensors[f"{stem}.alpha"] = torch.tensor(float(weights.alpha), dtype=torch.float32)
+        for alpha in _own_alpha(row, weights):
+            tensors[f"{stem}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
     return tensors
+
+
+def _own_alpha(row: Format, weights: LoraWeights | LoraParts) -> tuple[float, ...]:
+    """Return the alpha of a module that has a tensor of its own."""
+    return (weights.alpha,) if row.alpha[0] == "tensor" and weights.alpha is not None else ()
 
 
 def stem_of(row: Format, name: str) -> str:
@@ -263,6 +278,11 @@ def _ordered(tensors: Mapping[str, Tensor], order: KeyOrder) -> dict[str, Tensor
     if sorted(places) != list(range(len(keys))):
         raise ValueError(f"key_order={places!r} is no permutation of the {len(keys)} keys")
     return {keys[place]: tensors[keys[place]] for place in places}
+
+
+def _laid_out(row: Format, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys in the order of the data: wider dtypes first, but in GGUF."""
+    return list(tensors) if row.alpha[0] == "kv" else sorted(tensors, key=lambda key: -tensors[key].element_size())
 
 
 def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

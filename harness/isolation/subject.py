@@ -7,6 +7,7 @@ the same questions are answered here.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,7 @@ def answer_orders(ends: Ends, begin: Callable[[], Answer]) -> None:
     """Answer orders, as long as they come, with what `begin` returns once all is imported that the subject needs."""
     owner = os.getpid()
     answer = begin()
+    gc.freeze()  # every collection of garbage would look through all that the subject has imported
     ends.say({"number": 0, "answer": "ready"})
     for message in _orders(ends.orders):
         number = message["number"]
@@ -131,6 +133,9 @@ def answer_orders(ends: Ends, begin: Callable[[], Answer]) -> None:
         if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
             os._exit(0)
         ends.say(wrapped("answer", answered, number=number))
+        if number == 1:  # and all that its first call has
+            gc.collect()
+            gc.freeze()
 
 
 def _say_part(ends: Ends, number: int, part: Any) -> None:

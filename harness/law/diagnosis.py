@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from harness.law.bounds import bounded
 from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.identify import identify
 from harness.law.law import Law
@@ -83,7 +84,9 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     exact = common_trait(wrong, telling)
     if exact and exact.about == "strength":
         return Diagnosis(None, "LH207", exact)
-    if found := _clamped(wrong) or _per_block(usable):
+    if bound := bounded(wrong):
+        return Diagnosis(None, *bound)
+    if found := _per_block(usable):
         return found
     if by_rank := None if silent else kept_by_rank(wrong):
         return Diagnosis(None, "LH204", by_rank)
@@ -122,47 +125,6 @@ def _code_under(trait: Trait | None, code: str) -> str:
     if trait and trait.about == "strength":
         return "LH207"
     return "LH205" if code == "LH202" and trait and trait.about == "alpha" else code
-
-
-def _clamped(wrong: Sequence[Probe]) -> Diagnosis | None:
-    """Name a bound when the wrong probes all behave as if alpha, or the strength, were one same number."""
-    if not all(p.alpha and p.strength for p in wrong):
-        return None
-    for name, code in _INPUTS:
-        units = [(p, p.expected / getattr(p, name)) for p in wrong]
-        bound = median(p.measured / unit for p, unit in units)
-        near = all(abs(p.measured - bound * unit) <= 1.5 * p.tolerance for p, unit in units)
-        values = {getattr(p, name) for p in wrong}
-        one_side = max(values) <= bound or min(values) >= bound
-        if len(values) > 2 and one_side and near:
-            return Diagnosis(None, code, Trait(f"{name} beyond {bound:.4g}", name))
-    return _capped(wrong) or _rank_bound(wrong)
-
-
-def _capped(wrong: Sequence[Probe]) -> Diagnosis | None:
-    """Name a bound on alpha / rank when every wrong scale is one same number times the strength."""
-    bound = median(p.measured / p.strength for p in wrong)
-    scales = [p.expected / p.strength for p in wrong]
-    near = (abs(p.measured - bound * p.strength) <= 1.5 * p.tolerance for p in wrong)
-    one_side = min(scales) >= bound > 0 or max(scales) <= bound < 0
-    if len({round(scale, 6) for scale in scales}) > 2 and one_side and all(near):
-        return Diagnosis(None, "LH205", Trait(f"alpha / rank beyond {bound:.4g}, which caps it", "alpha"))
-    return None
-
-
-def _rank_bound(wrong: Sequence[Probe]) -> Diagnosis | None:
-    """Name a bound on the rank when the wrong probes all behave as if their ranks were one same number."""
-    ones = [(p, p.scale_of(p.alpha, 1)) for p in wrong]
-    if any(p.alpha is None or p.measured * one <= 0 for p, one in ones):
-        return None
-    power, ranks = 2 if all(p.root for p in wrong) else 1, {p.rank for p in wrong}
-    bound = median((one / p.measured) ** power for p, one in ones)
-    if len(ranks) < 3 or not (max(ranks) <= bound or min(ranks) >= bound):
-        return None
-    if any(abs(p.measured - one / bound ** (1 / power)) > 1.5 * p.tolerance for p, one in ones):
-        return None
-    side = "below" if max(ranks) <= bound else "above"
-    return Diagnosis(None, "LH209", Trait(f"a rank {side} {bound:.4g} counts as {bound:.4g}", "rank"))
 
 
 def _per_block(usable: Sequence[Probe]) -> Diagnosis | None:

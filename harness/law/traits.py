@@ -121,7 +121,7 @@ def borrowed(wrong: Sequence[Probe]) -> Trait | None:
         return None
     for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
         if all(any(_near(p, scale) for scale in scales(p)) for p in wrong):
-            return Trait(f"another module has another {name}, and that is used", "part")
+            return Trait(f"two modules of a file differ in {name}", "part")
     return None
 
 
@@ -131,7 +131,7 @@ def kept_by_rank(wrong: Sequence[Probe]) -> Trait | None:
         return None
     for place, word in ((-1, "last"), (0, "first")):
         if all(_near(p, p.scale_of(_of_same_rank(p, place), p.rank)) for p in wrong):
-            return Trait(f"alpha is kept by rank: that of the {word} module of the same rank is used", "part")
+            return Trait(f"modules of one rank differ in alpha, of which that of the {word} module is kept", "part")
     return None
 
 

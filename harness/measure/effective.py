@@ -8,73 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules import module as torch_module
 
-from harness.benches.layer import Layer, layer_of
+from harness.benches.layer import Layer
+from harness.measure.plain import Stored, is_plain, offset_of, torch_is_itself, weight_of
 
-_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FUNCTIONS = {name: getattr(functional, name) for name in ("linear", "conv1d", "conv2d", "conv3d")}
-_METHODS = {
-    (cls, name): getattr(cls, name, None) for cls in _CLASSES for name in ("forward", "_conv_forward", "__call__")
-}
 _WITHOUT_INPUT = ("embedding", "experts")  # of numbers
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def torch_is_itself() -> bool:
-    """Whether a call of a layer ends in torch's own code: nothing patched, hooked for all modules, or intercepted."""
-    return (
-        all(getattr(functional, name) is function for name, function in _FUNCTIONS.items())
-        and all(getattr(cls, name, None) is method for (cls, name), method in _METHODS.items())
-        and not any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.is_autocast_enabled("cuda")
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def is_plain(module: nn.Module, layer: Layer, like: Tensor) -> bool:
-    """Whether `module` computes x @ W^T + b with its own weight and bias, in the dtype and on the device of `like`.
-
-    It is exactly one of torch's classes, has the geometry of `layer`, no hook, no forward of its own, and tensors that
-    are ordinary.
-    """
-    if not isinstance(module, _CLASSES):
-        return False
-    return (
-        type(module) in _CLASSES
-        and "forward" not in vars(module)
-        and "_conv_forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and layer_of(module) == layer
-        and getattr(module, "padding_mode", "zeros") == "zeros"
-        and all(_is_ordinary(x, like) for x in (module.weight, module.bias) if x is not None)
-        and module.weight.shape[0] == layer.rows
-        and module.weight.numel() == layer.rows * layer.columns
-    )
-
-
-def _is_ordinary(x: Tensor, like: Tensor) -> bool:
-    ordinary = type(x) in (Tensor, nn.Parameter)
-    return ordinary and x.dtype == like.dtype and x.device == like.device
-
-
-def weight_of(module: nn.Module, layer: Layer, *, bias: bool = False) -> Tensor:
-    """Return the weight `[rows, columns]` of a plain layer in float64, with a column for the bias when asked."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    columns = [weight.detach().double().cpu().flatten(1)] + [offset_of(module, layer)[:, None]] * bias
-    return torch.cat(columns, dim=1)
-
-
-def offset_of(module: nn.Module, layer: Layer) -> Tensor:
-    """Return what a plain layer answers to zeros `[rows]`, in float64."""
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    return torch.zeros(layer.rows, dtype=torch.float64) if bias is None else bias.detach().double().cpu().clone()
 
 
 class MissingModuleError(LookupError):
@@ -89,6 +32,7 @@ def effective_weights(
     dense: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     constants: dict[str, Tensor] | None = None,
+    stored: Mapping[str, Stored] = {},
 ) -> dict[str, Tensor]:
     """Return the effective weight `[rows, columns]` of each layer in its own dtype, in float64.
 
@@ -96,7 +40,7 @@ def effective_weights(
     the end of the path. With `bias` a last column holds what each layer answers to nothing. A layer that is torch's own
     and untouched is not asked, and `constants` takes what it answers to zeros; of the others, `dense` takes what they
     answer to `dense_input`. Inputs are of `dtype`, by default that of the model's first numbers, which a loader may
-    have put there.
+    have put there. What is as `stored` is not read again, without `bias`.
 
     Raises:
         MissingModuleError: a path is gone.
@@ -109,11 +53,11 @@ def effective_weights(
             return _stacked(_owner(modules, name), name, layer, bias=bias)
         module = _find(modules, name)
         if known and is_plain(module, layer, like):
+            before = stored.get(name)
             if constants is not None:
-                constants[name] = offset_of(module, layer)
-            return weight_of(module, layer, bias=bias)
-        keep_dense(dense, name, module, layer, like)
-        return effective_weight(module, layer, like, bias=bias)
+                constants[name] = before.offset_of(module, layer) if before else offset_of(module, layer)
+            return before.weight_of(module, layer) if before and not bias else weight_of(module, layer, bias=bias)
+        return _asked(dense, name, module, layer, like, bias=bias)
 
     return {name: read(name, layer) for name, layer in layers.items()}
 
@@ -169,8 +113,7 @@ def weights_while_running(
             found[name] = _stacked(module, name, layers[name], bias=bias)
         elif name not in found:
             found[name] = torch.empty(0)  # the probe calls the module again
-            keep_dense(dense, name, module, layers[name], like)
-            found[name] = effective_weight(module, layers[name], like, bias=bias)
+            found[name] = _asked(dense, name, module, layers[name], like, bias=bias)
 
     def place(name: str) -> nn.Module:
         return _owner(modules, name) if layers[name].kind == "experts" else _find(modules, name)
@@ -189,6 +132,17 @@ def weights_while_running(
 
 
 @torch.no_grad()
+def _asked(
+    dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor, *, bias: bool
+) -> Tensor:
+    x = None if dense is None else dense_input(layer, like.dtype)
+    with _without_bias(module):
+        if dense is not None and x is not None:
+            _keep_dense(dense, name, module, layer, x.to(like.device))
+        weight = _without_offset(module, layer, like)
+    return torch.cat([weight, _ask_nothing(module, layer, like)[:, None]], dim=1) if bias else weight
+
+
 def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None, *, bias: bool = False) -> Tensor:
     """Return the weight `[rows, columns]` of `module` in float64, with a column for the bias when asked.
 
@@ -196,23 +150,26 @@ def effective_weight(module: nn.Module, layer: Layer, like: Tensor | None = None
     convolution is asked with one image per input channel and kernel place, an embedding with every token. The inputs
     have the dtype and device of `like`, by default those of the module's own numbers.
     """
-    like = numbers_of(module) if like is None else like
-    with _without_bias(module):
-        answer = _ASK[layer.kind](module, layer, like)
+    return _asked(None, "", module, layer, numbers_of(module) if like is None else like, bias=bias)
+
+
+def _without_offset(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
+    answer = _ASK[layer.kind](module, layer, like)
     if not isinstance(answer, Tensor) or answer.shape != (layer.columns + 1, layer.rows):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise ValueError(
             f"module answers {got} to {layer.columns + 1} inputs, but should be {(layer.columns + 1, layer.rows)}"
         )
     answer = answer.double().cpu()
-    weight = (answer[:-1] - answer[-1]).T
-    return torch.cat([weight, _ask_nothing(module, layer, like)[:, None]], dim=1) if bias else weight
+    return (answer[:-1] - answer[-1]).T
 
 
+@cache
 def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     """Return four random inputs of a layer, every one of its columns in use: `[4, columns]`; None where it takes none.
 
-    Identity and zeros are what no model ever sends: what is right for them may be wrong for all else.
+    Identity and zeros are what no model ever sends: what is right for them may be wrong for all else. Nobody else gets
+    this tensor itself: a loader may write into what it is given.
     """
     if layer.kind in _WITHOUT_INPUT:
         return None
@@ -221,37 +178,57 @@ def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     return torch.randn(4, layer.columns, generator=generator, dtype=single).to(dtype)
 
 
+@torch.no_grad()
 def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
     """Put what a layer answers to `dense_input`, less its answer to zeros, `[4, rows]` in float64, into `dense`."""
     x = None if dense is None else dense_input(layer, like.dtype)
     if dense is None or x is None:
         return
-    with torch.no_grad(), _without_bias(module):
-        if layer.kind == "conv":
-            at, images = _images(layer, x.to(like.device))
-            answer, zero = module(images)[(..., *at)], module(torch.zeros_like(images))[(..., *at)]
-        else:  # as a model does: a batch of sequences
-            sequences = x.reshape(2, 2, -1).to(like.device)
-            answer, zero = module(sequences).flatten(0, 1), module(torch.zeros_like(sequences)).flatten(0, 1)
-    dense[name] = answer.double().cpu() - zero.double().cpu()
+    with _without_bias(module):
+        _keep_dense(dense, name, module, layer, x.to(like.device))
+
+
+def _keep_dense(dense: dict[str, Tensor], name: str, module: nn.Module, layer: Layer, x: Tensor) -> None:
+    """Ask with the inputs and with zeros in one batch, by turns: neither half of it is the one or the other."""
+    inputs = torch.stack([x, torch.zeros_like(x)], 1)
+    if layer.kind == "conv":
+        at, images = _images(layer, inputs.flatten(0, 1))
+        answer = ask(module, images)[(..., *at)]
+    else:  # as a model does: a batch of sequences
+        sequences = inputs.reshape(2, 2, 2, -1).transpose(1, 2).flatten(0, 1)
+        answer = ask(module, sequences).reshape(2, 2, 2, -1).transpose(1, 2)
+    answer = answer.double().cpu().reshape(4, 2, -1)
+    dense[name] = answer[:, 0] - answer[:, 1]
 
 
 @torch.no_grad()
-def offsets(model: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def offsets(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    dtype: torch.dtype | None = None,
+    stored: Mapping[str, Stored] = {},
+) -> dict[str, Tensor]:
     """Return what each linear layer and convolution answers to zeros of `dtype`, its bias: [rows] in float64.
+
+    What is as `stored` is not read again.
 
     Raises:
         MissingModuleError: a path is gone.
     """
     modules, like, known = dict(model.named_modules()), numbers_of(model, dtype), torch_is_itself()
 
-    def read(module: nn.Module, layer: Layer) -> Tensor:
-        plain = known and is_plain(module, layer, like)
-        return offset_of(module, layer) if plain else _ask_nothing(module, layer, like)
+    def read(name: str, layer: Layer) -> Tensor:
+        module, before = _find(modules, name), stored.get(name)
+        if not known or not is_plain(module, layer, like):
+            return _ask_nothing(module, layer, like)
+        return before.offset_of(module, layer) if before else offset_of(module, layer)
 
-    return {
-        name: read(_find(modules, name), layer) for name, layer in layers.items() if layer.kind not in _WITHOUT_INPUT
-    }
+    return {name: read(name, layer) for name, layer in layers.items() if layer.kind not in _WITHOUT_INPUT}
+
+
+def ask(module: nn.Module, inputs: Tensor) -> Any:
+    """Return what a layer answers that is not plain: code of the loader's own runs here, apart from all else."""
+    return module(inputs)
 
 
 def _ask_nothing(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
@@ -259,20 +236,20 @@ def _ask_nothing(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
         return torch.zeros(layer.rows, dtype=torch.float64)
     size = [d * (k - 1) + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True)]
     zeros = torch.zeros(1, layer.channels, *size, device=like.device, dtype=like.dtype)
-    answer: Tensor = module(zeros)
+    answer: Tensor = ask(module, zeros)
     return answer[0].reshape(layer.rows, -1)[:, 0].double().cpu()
 
 
 def _ask_linear(module: nn.Module, layer: Layer, like: Tensor) -> object:
     probe = torch.eye(layer.columns, device=like.device, dtype=like.dtype)
-    return module(torch.cat([probe, torch.zeros_like(probe[:1])]))
+    return ask(module, torch.cat([probe, torch.zeros_like(probe[:1])]))
 
 
 def _ask_conv(module: nn.Module, layer: Layer, like: Tensor) -> object:
     """Ask with single pixels, each below one place of the kernel."""
     pixels = torch.eye(layer.columns + 1, layer.columns, device=like.device, dtype=like.dtype)
     at, images = _images(layer, pixels)
-    answer = module(images)
+    answer = ask(module, images)
     whole = isinstance(answer, Tensor) and answer.dim() == 2 + len(layer.kernel)
     return answer[(..., *at)] if whole else answer
 
@@ -295,7 +272,7 @@ def _images(layer: Layer, windows: Tensor) -> tuple[list[int], Tensor]:
 
 
 def _ask_embedding(module: nn.Module, layer: Layer, like: Tensor) -> object:
-    answer = module(torch.arange(layer.columns, device=like.device))
+    answer = ask(module, torch.arange(layer.columns, device=like.device))
     return torch.cat([answer, torch.zeros_like(answer[:1])]) if isinstance(answer, Tensor) else answer
 
 
@@ -336,8 +313,8 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 @contextmanager
 def _without_bias(module: nn.Module) -> Iterator[None]:
     """Zero every bias meanwhile: adding one in half precision would round the weight that is being read."""
-    named = (*module.named_parameters(), *module.named_buffers())
-    biases = [x for name, x in named if name.rpartition(".")[2] == "bias"]
+    parts = [part for each in module.modules() for part in (each._parameters, each._buffers)]
+    biases = [*{id(x): x for part in parts if (x := part.get("bias")) is not None}.values()]
     saved = [bias.detach().clone() for bias in biases]
     try:
         for bias in biases:

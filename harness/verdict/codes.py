@@ -61,7 +61,7 @@ _ALL = (
          "read the module's alpha and multiply by alpha / rank"),
     Code("LH203", "rank-stabilised scaling mixed up", ("scale", "verify"), "alpha / sqrt(rank) is used for alpha / rank, or the reverse",
          "divide by sqrt(rank) only when the adapter says use_rslora"),
-    Code("LH204", "one alpha or rank for all modules", ("scale", "verify"), "one module's alpha or rank is used for the whole file",
+    Code("LH204", "another module's alpha or rank", ("scale", "verify"), "one module's alpha or rank is used for another, or for the whole file",
          "read alpha and rank of each module on its own"),
     Code("LH205", "alpha truncated or clamped", ("scale", "verify"), "alpha, or alpha / rank, passes through an integer, a rounding or a bound", "keep alpha and the scale as they are"),
     Code("LH206", "scale applied twice, squared or as its root", ("scale", "verify"), "alpha / rank is applied on two paths (file and call, A and B), or only once under a root split over A and B",

@@ -13,8 +13,8 @@ from harness.checks.cell import Cell
 from harness.checks.families.direction import check_direction
 from harness.checks.families.scale import _ratio
 from harness.checks.law import measure_law
-from harness.checks.measuring import base_weights
 from harness.checks.observation import Observation, observation_of
+from harness.checks.unloaded import base_weights
 from harness.example import Example, Target
 from harness.loaders.registry import resolve
 from tests.checks.sample_loaders import loader_with, no_effect, right
@@ -88,7 +88,7 @@ def test_a_loader_that_does_nothing_is_said_to_do_nothing() -> None:
         (
             lambda u, m, every: u * {x.rank: x.rank if x.alpha is None else x.alpha for x in every}[m.rank] / m.rank,
             "LH204",
-            "alpha is kept by rank",
+            "modules of one rank differ in alpha",
         ),
     ],
 )

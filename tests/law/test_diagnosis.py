@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from harness.law.diagnosis import NO_LAW, Diagnosis, code_of, diagnose, diagnosis_record, law_name, law_record
 from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.law import Law
+from harness.law.probe import Probe
 from tests.law.probing import Scale, probes, said
 
 S, A, R = ({word.text: word for word in words} for words in (STRENGTH, ALPHA, RANK))
@@ -184,3 +186,18 @@ def test_a_diagnosis_without_a_law_is_recorded_as_none() -> None:
 def test_a_diagnosis_cannot_be_changed_in_place() -> None:
     with pytest.raises(AttributeError):
         Diagnosis(None, None).code = "LH209"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (lambda s: max(-2.0, min(2.0, s)), "alpha / rank beyond 2, which caps it"),
+        (lambda s: min(2.0, s), "alpha / rank beyond 2, which caps it"),
+        (lambda s: max(-2.0, s), "alpha / rank beyond -2, which caps it"),
+    ],
+)
+def test_a_cap_on_either_side_or_both_is_said_with_its_sign(scale: Callable[[float], float], words: str) -> None:
+    shapes = [(a, r) for a in (-30.0, -12.0, -9.0, -2.0, 1.0, 4.0, 9.0, 16.0, 40.0) for r in (2, 3, 4)]
+    probes = [Probe("a", u, 0, (a,), (r,), u * scale(a / r), 1e-6) for a, r in shapes for u in (1.0, 0.5, -1.5)]
+    found = diagnose(probes)
+    assert (found.code, str(found.trait)) == ("LH205", words)

@@ -110,8 +110,12 @@ BY_INPUT: dict[str, tuple[Scale, str, str]] = {
         lambda u, a, r, i: u * (int(a[i]) / r[i] if int(a[i]) else 1.0), "LH205", "alpha is one of certain values",
     ),
     "one decimal": (lambda u, a, r, i: round(u, 1) * a[i] / r[i], "LH207", "strength is one of certain values"),
-    "median alpha": (lambda u, a, r, i: u * sorted(a)[len(a) // 2] / r[i], "LH204", "another module has another alpha"),
-    "second rank": (lambda u, a, r, i: u * a[i] / r[1], "LH204", "another module has another rank"),
+    "median alpha": (
+        lambda u, a, r, i: u * sorted(a)[len(a) // 2] / r[i],
+        "LH204",
+        "two modules of a file differ in alpha",
+    ),
+    "second rank": (lambda u, a, r, i: u * a[i] / r[1], "LH204", "two modules of a file differ in rank"),
 }  # fmt: skip
 
 

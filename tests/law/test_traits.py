@@ -186,7 +186,7 @@ FILE = Probe("m", 2.0, 1, (8.0, 3.0, None), (4, 2, 5), 0.0, 0.01)
 )
 def test_a_scale_that_another_module_would_have_is_borrowed(measured: float, word: str | None) -> None:
     found = borrowed(6 * [replace(FILE, measured=measured)])
-    assert (found and str(found)) == (word and f"another module has another {word}, and that is used")
+    assert (found and str(found)) == (word and f"two modules of a file differ in {word}")
 
 
 def test_the_tolerance_itself_is_near_enough() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from harness.benches.layer import Layer, layer_of
 from harness.benches.quantise import codes_of, rounded_to
 from harness.measure.compare import Fit, low_rank, norm
-from harness.measure.effective import dense_input, effective_weight, is_plain, keep_dense
+from harness.measure.effective import dense_input, effective_weight, keep_dense
+from harness.measure.plain import is_plain
 from harness.variants import Update, get_variant
 
 CONVOLUTIONS = (

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.benches.layer import Layer, layer_of
 from harness.measure import effective
-from harness.measure.effective import effective_weights, is_plain, offsets, torch_is_itself, weight_of
+from harness.measure.effective import effective_weights, offsets
+from harness.measure.plain import is_plain, torch_is_itself, weight_of
 
 Context = Callable[[nn.Module], AbstractContextManager[object]]
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, Scenario, first_wrong, follows, judges
-from harness.checks.measuring import base_weights
 from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
+from harness.checks.unloaded import weights_seen
 from harness.measure.compare import norm
 
 _SET_LATER = (
@@ -80,7 +80,7 @@ def _by_readings(cell: Cell, once: Observation) -> Iterator[Finding]:
 def _readings(cell: Cell, once: Observation, seen: Observation) -> set[str]:
     """Return the readings of the strength that explain every layer."""
     assert cell.variant.readings is not None
-    base = cell.view.gather(base_weights(cell.bench, seen.example.dtype, cell.variant.bias))
+    base = weights_seen(cell.view, cell.bench, seen.example.dtype, cell.variant.bias)
     updates, names = cell.variant.updates(seen.example, cell.view, base), set[str]()
     for number, target in enumerate(seen.example.targets):
         before, noise = base[target.name], _ROUNDINGS * once.fits[target.name][0].tolerance.noise

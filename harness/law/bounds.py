@@ -1,0 +1,78 @@
+"""Bounds: wrong probes that all behave as if alpha, the strength, alpha / rank or the rank were one same number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from harness.law.probe import Probe
+from harness.law.traits import About, Trait
+
+_DIFFERENT = 3  # values that are all taken for one number by chance are fewer
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A number of a probe that may be bounded: the scale is `unit` times a `power` of its `value`.
+
+    `text` has `{bound}` and `{side}`. What a bound `caps` is only ever made smaller by it, whatever its sign.
+    """
+
+    code: str
+    about: About
+    text: str
+    value: Callable[[Probe], float]
+    unit: Callable[[Probe], float]
+    power: Callable[[Probe], float] = lambda probe: 1.0
+    caps: bool = False
+
+    def trait(self, wrong: Sequence[Probe]) -> Trait | None:
+        """Return the trait of `wrong` probes that all behave as if the value were one and the same number."""
+        sizes = [p.measured / self.unit(p) for p in wrong]
+        if any(size <= 0 and self.power(p) < 0 for p, size in zip(wrong, sizes, strict=True)):
+            return None
+        values = [self.value(p) for p in wrong]
+        bound = median(size ** (1 / self.power(p)) for p, size in zip(wrong, sizes, strict=True))
+        if len({round(value, 6) for value in values}) < _DIFFERENT or not self._is_one_side(values, bound):
+            return None
+        if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in wrong):
+            return None
+        if self.caps and all(p.expected * p.strength < 0 for p in wrong):
+            bound = -bound
+        side = "below" if max(values) <= bound else "above"
+        return Trait(self.text.format(bound=f"{bound:.4g}", side=side), self.about)
+
+    def _is_one_side(self, values: Sequence[float], bound: float) -> bool:
+        return min(values) >= bound > 0 if self.caps else max(values) <= bound or min(values) >= bound
+
+
+_BOUNDS = (
+    _Bound("LH205", "alpha", "alpha beyond {bound}", lambda p: p.alpha or 0.0, lambda p: p.expected / (p.alpha or 1.0)),
+    _Bound("LH207", "strength", "strength beyond {bound}", lambda p: p.strength, lambda p: p.expected / p.strength),
+    _Bound(
+        "LH205",
+        "alpha",
+        "alpha / rank beyond {bound}, which caps it",
+        lambda p: abs(p.expected / p.strength),
+        lambda p: math.copysign(p.strength, p.expected),
+        caps=True,
+    ),
+    _Bound(
+        "LH209",
+        "rank",
+        "a rank {side} {bound} counts as {bound}",
+        lambda p: p.rank,
+        lambda p: p.scale_of(p.alpha, 1),
+        lambda p: -0.5 if p.root else -1.0,
+    ),
+)
+
+
+def bounded(wrong: Sequence[Probe]) -> tuple[str, Trait] | None:
+    """Return the code and the trait of the first bound that explains all `wrong` probes."""
+    if not all(p.alpha and p.strength for p in wrong):
+        return None
+    found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong)))
+    return next(found, None)
