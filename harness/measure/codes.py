@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.benches.layer import Layer
-from harness.benches.quantise import rounded_to
+from harness.benches.codes import rounded_to
 from harness.measure.compare import Fit
 
 _NOISE = 2.0  # times what rounding the right sum does: kinds of one family differ in details
