@@ -154,8 +154,8 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     for owner, name, value in codes:
         owner._parameters[name] = value
     for module in model.modules():
-        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):  # of bitsandbytes and GGUF: users say it
-            module.compute_dtype = dtype
+        if isinstance(vars(module).get("compute_dtype"), torch.dtype):  # of bitsandbytes and GGUF: users say it
+            vars(module)["compute_dtype"] = dtype
     return model
 
 
@@ -171,7 +171,8 @@ def numbers_behind(value: Tensor) -> Tensor:
 
     inner = value.detach().data
     if getattr(type(inner), "dequantize", None) is not torch.Tensor.dequantize:
-        return inner.dequantize()
+        meant: Tensor = inner.dequantize()
+        return meant
     with torch._C.DisableTorchFunctionSubclass():
         return inner.as_subclass(torch.Tensor)
 
@@ -180,7 +181,8 @@ def _blocks(rows: Tensor, length: int) -> Tensor:
     """Return rows in blocks, [rows, blocks, length], the last filled with zeros."""
     import torch
 
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % length)).unflatten(1, (-1, length))
+    whole = torch.nn.functional.pad(rows, (0, -rows.shape[1] % length))
+    return whole.reshape(len(rows), whole.shape[1] // length, length)
 
 
 def _positive(steps: Tensor) -> Tensor:

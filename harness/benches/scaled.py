@@ -10,7 +10,7 @@ _FP8 = torch.float8_e4m3fn
 
 
 class ScaledLinear(nn.Linear):
-    """W = `weight` (in eight bits) * `scale_weight`, one number for the layer; it computes in the dtype of its input."""
+    """W = `weight` (in eight bits) * `scale_weight`, one number for the layer; computed in the dtype of its input."""
 
     scale_weight: Tensor
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.benches.layer import Layer
 from harness.benches.codes import rounded_to
+from harness.benches.layer import Layer
 from harness.measure.compare import Fit
 
 _NOISE = 2.0  # times what rounding the right sum does: kinds of one family differ in details
@@ -71,6 +71,7 @@ def through_codes(seen: Fit, references: Sequence[Reference]) -> Fit:
         scale=seen.scale + near.lost,
         tolerance=replace(seen.tolerance, noise=noise).blurred(near.sigma),
         lost=lost if lost > _RESTORED * abs(seen.scale or seen.expected) else 0.0,
+        still=seen.tolerance.noise,  # who changed no code, and added nothing beside them, did nothing
     )
 
 

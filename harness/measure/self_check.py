@@ -199,7 +199,7 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
     Of other dtypes than the first only those stand there that are not its own rounded.
     """
     tensors, dtypes = dict[str, Tensor](), list[str]()
-    for dtype in DTYPES[:1] if any(layer.codes for layer in layers.values()) else DTYPES:
+    for dtype in DTYPES:
         try:
             found = _in_dtype(bench, layers, dtype, refused)
         except (UserError, MemoryError):

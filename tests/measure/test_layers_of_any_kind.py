@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.benches.layer import Layer, layer_of
 from harness.benches.codes import codes_of, rounded_to
+from harness.benches.layer import Layer, layer_of
 from harness.measure.compare import Fit, low_rank, norm
 from harness.measure.effective import dense_input, effective_weight, is_plain, keep_dense
 from harness.variants import Update, get_variant
@@ -136,6 +136,18 @@ def test_the_scale_of_an_update_far_below_the_steps_says_nothing() -> None:
     small = Update(update.parts, replace(update.direction, product=update.direction.product / 200))
     base = rounded_to("nf4", base)
     assert fitted("lora", "nf4", base, base, small).faint
+
+
+@pytest.mark.parametrize("codes", ["nf4", "q4_0"])
+def test_a_magnitude_left_out_shows_through_codes(codes: str) -> None:
+    """What is missing is larger than what is there, and the steps are larger still."""
+    base, update = update_of(64, 64, 4, 1)
+    small = Update({**update.parts, "magnitude": update.parts["magnitude"] * 16}, update.direction)
+    base = rounded_to(codes, base)
+    seen = fitted("dora", codes, base, rounded_to(codes, base + 0.5 * update.direction.product), small)
+    assert seen.change < seen.tolerance.noise
+    assert not seen.unchanged
+    assert not seen.direction_right
 
 
 def test_a_layer_left_out_of_codes_is_seen() -> None:
