@@ -191,11 +191,13 @@ def _observation(
     answer: Mapping[str, Any],
     own: Mapping[str, Tensor],
 ) -> Observation:
-    base = {**base_weights(cell.bench, example.dtype, cell.variant.bias), **own}
+    plain = base_weights(cell.bench, example.dtype, cell.variant.bias)
+    base = {**plain, **own}
     tensors, view = answer["tensors"], cell.view
     before = base if times == 1 else {name: times * weight for name, weight in base.items()}
     after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
-    seen = observation_of(cell, example, updates, view.gather(before), view.gather(after))
+    uncoded = view.gather(plain) if own and times == 1 else None
+    seen = observation_of(cell, example, updates, view.gather(before), view.gather(after), uncoded)
     bent = tuple(_bent(cell, example, before, after, tensors))
     return replace(
         seen,

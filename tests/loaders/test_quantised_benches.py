@@ -11,7 +11,7 @@ from torch import nn
 
 from harness import UserError, check_loader, loader
 from harness.benches import get_bench
-from harness.benches.codes import numbers_behind
+from harness.benches.codes import numbers_behind, rounded_to
 from harness.files import read_lora
 from harness.isolation.limits import Limits
 from harness.loaders.benches import bench_name
@@ -75,6 +75,44 @@ def without_magnitude(model: nn.Module, lora: Path, *, strength: float = 1.0) ->
         a, b = (part.float() for part in adapter.tensors(name))
         layer: Any = model.get_submodule(name)
         put_gguf(layer, weight_of(layer) + strength * module.trained_scale * (b @ a))
+
+
+def rounding_itself(factor: float, coarse: str) -> Any:
+    """Return a loader that makes codes of every layer of the sum, and of a model without a LoRA as well."""
+
+    @loader(formats={"peft"}, variants={"lora", "rslora"}, quantises=True, strength_argument="strength")
+    def load(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        adapter = read_lora(lora)
+        if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
+            raise NotImplementedError("only pairs are supported")
+        for name, layer in model.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            kept = vars(layer).setdefault("kept", layer.weight.data.float().clone())
+            if name in adapter.modules:
+                a, b = (part.float() for part in adapter.tensors(name))
+                kept += factor * strength * adapter.modules[name].trained_scale * (b @ a)
+            layer.weight.data = rounded_to(coarse, kept.double()).to(layer.weight.dtype)
+
+    return load
+
+
+@pytest.mark.parametrize("coarse", ["int8", "fp8", "nf4"])
+def test_a_loader_that_quantises_what_it_merged_is_right_and_a_tenth_too_much_is_found(coarse: str) -> None:
+    def codes_of(factor: float) -> set[str | None]:
+        verdicts = check_loader(
+            rounding_itself(factor, coarse),
+            formats=["peft"],
+            benches=["llama-wide"],
+            variants=["lora"],
+            max_examples=12,
+            limits=HERE,
+        )
+        assert {verdict.outcome for verdict in verdicts} <= {"passed", "failed"}
+        return {verdict.code for verdict in verdicts if verdict.outcome == "failed"}
+
+    assert codes_of(1.0) == set()
+    assert codes_of(1.1) == {"LH209"}
 
 
 def found(load: Any, scheme: str, variant: str = "lora", examples: int = 8) -> set[str | None]:
