@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from harness.benches.codes import cast
 from harness.benches.layer import Layer, Rows, View, experts_of, layer_of, parameter_of, regroup, renamed
 from harness.benches.template import Template
 from harness.errors import UserError
@@ -77,8 +78,7 @@ class Bench:
         dtype = dtype or torch.float32
         if dtype not in self._cast:
             model = copy.deepcopy(self._base) if self.copies else self.made()
-            # nn.Module's own `to`: diffusers' override logs a line on every call
-            self._cast[dtype] = torch.nn.Module.to(model, dtype)
+            self._cast[dtype] = cast(model, dtype)
         return self._cast[dtype]
 
     def build(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -87,7 +87,7 @@ class Bench:
 
         dtype = dtype or torch.float32
         if not self.copies:
-            return torch.nn.Module.to(self.made(), dtype)
+            return cast(self.made(), dtype)
         if dtype not in self._templates:
             self._templates[dtype] = Template(self.base(dtype))
         return self._templates[dtype].build()
@@ -175,7 +175,7 @@ class Bench:
 
         if self.run is None:
             return torch.empty(0)
-        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.empty(0))
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(weight))

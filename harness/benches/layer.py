@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.benches.quantise import codes_of
+from harness.benches.codes import codes_of
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Quantised layers: what their codes are, how a weight is rounded to them, and how a model's layers get them."""
+"""Quantised layers of real libraries: how a model's linear layers become such."""
 
 from __future__ import annotations
 
@@ -6,56 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from harness.benches.codes import BLOCK
 from harness.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-_BLOCK = 64  # weights under one maximum, in bitsandbytes' 4-bit layers
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_FP4 = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4))
-_LEVELS: Mapping[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
-_MOST = 127  # of eight bits with a sign
-
-
-def codes_of(module: torch.nn.Module) -> str:
-    """Return what the weight of a layer is rounded to: `nf4`, `fp4`, `int8`, or nothing."""
-    from torch import Tensor
-
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return ""
-    kind = type(weight)
-    if kind.__name__ == "Params4bit":
-        said = str(getattr(weight, "quant_type", "nf4"))
-        return said if said in _LEVELS else "fp4"
-    dequantises = getattr(kind, "dequantize", None) is not Tensor.dequantize
-    return "int8" if kind.__name__ == "Int8Params" or dequantises or not weight.is_floating_point() else ""
-
-
-def rounded_to(codes: str, weight: Tensor) -> Tensor:
-    """Return `weight`, [rows, columns] in float64, as codes of this kind hold it.
-
-    Four bits have a maximum for every 64 weights in a row of memory, eight one for each row of the matrix.
-    """
-    import torch
-
-    if codes in _LEVELS:
-        flat = weight.flatten()
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK)).reshape(-1, _BLOCK)
-        most = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        levels = torch.tensor(sorted(_LEVELS[codes]), dtype=weight.dtype)
-        places = torch.bucketize(blocks / most, (levels[1:] + levels[:-1]) / 2)
-        return (levels[places] * most).flatten()[: flat.numel()].reshape(weight.shape)
-    step = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) / _MOST
-    return (weight / step).round() * step
+_GGUF_BLOCK = 32  # weights under one scale
 
 
 def _bnb4(kind: str) -> Callable[[Any], Any]:
@@ -95,25 +51,53 @@ def _with_bias(new: Any, layer: Any) -> Any:
     return new.to("cpu")
 
 
-def _torchao(layer: Any) -> Any:
-    library: Any = import_module("torchao.quantization")
-    library.quantize_(layer, library.Int8WeightOnlyConfig())
-    return layer
+def _torchao(config: str) -> Callable[[Any], Any]:
+    def convert(layer: Any) -> Any:
+        library: Any = import_module("torchao.quantization")
+        library.quantize_(layer, getattr(library, config)())
+        return layer
+
+    return convert
 
 
-def _quanto(layer: Any) -> Any:
-    library: Any = import_module("optimum.quanto")
-    new = library.QLinear.from_module(layer, weights=library.qint8)
-    new.freeze()
-    return new
+def _quanto(kind: str) -> Callable[[Any], Any]:
+    def convert(layer: Any) -> Any:
+        library: Any = import_module("optimum.quanto")
+        new = library.QLinear.from_module(layer, weights=getattr(library, kind))
+        new.freeze()
+        return new
+
+    return convert
+
+
+def _gguf(kind: str) -> Callable[[Any], Any]:
+    def convert(layer: Any) -> Any:
+        import torch
+
+        gguf: Any = import_module("gguf")
+        library: Any = import_module("diffusers.quantizers.gguf.utils")
+        stored = gguf.GGMLQuantizationType[kind]
+        new = library.GGUFLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32
+        )
+        codes = torch.from_numpy(gguf.quantize(layer.weight.data.numpy(), stored))
+        new.weight = library.GGUFParameter(codes, quant_type=stored)
+        new.bias = layer.bias
+        return new
+
+    return convert
+
+
+def _scaled(layer: Any) -> Any:
+    return import_module("harness.benches.scaled").ScaledLinear.of(layer)
 
 
 @dataclass(frozen=True)
 class Scheme:
     """The `package` with such layers, how it converts a linear layer, and what transformers sets on the model.
 
-    The layer's inputs are a multiple of `block`: bitsandbytes' own code for processors with AVX-512 takes the maximum
-    of another block where one goes on in the next row.
+    The layer's inputs are a multiple of `block`: GGUF's blocks end with the row, and bitsandbytes' own code for
+    processors with AVX-512 takes the maximum of another block where one goes on in the next row.
     """
 
     package: str
@@ -123,11 +107,16 @@ class Scheme:
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "nf4": Scheme("bitsandbytes", _bnb4("nf4"), "is_loaded_in_4bit", _BLOCK),
-    "fp4": Scheme("bitsandbytes", _bnb4("fp4"), "is_loaded_in_4bit", _BLOCK),
+    "nf4": Scheme("bitsandbytes", _bnb4("nf4"), "is_loaded_in_4bit", BLOCK),
+    "fp4": Scheme("bitsandbytes", _bnb4("fp4"), "is_loaded_in_4bit", BLOCK),
     "int8": Scheme("bitsandbytes", _bnb8, "is_loaded_in_8bit"),
-    "torchao-int8": Scheme("torchao", _torchao),
-    "quanto-int8": Scheme("optimum-quanto", _quanto),
+    "torchao-int8": Scheme("torchao", _torchao("Int8WeightOnlyConfig")),
+    "torchao-fp8": Scheme("torchao", _torchao("Float8WeightOnlyConfig")),
+    "quanto-int8": Scheme("optimum-quanto", _quanto("qint8")),
+    "quanto-fp8": Scheme("optimum-quanto", _quanto("qfloat8")),
+    "gguf-q8_0": Scheme("gguf", _gguf("Q8_0"), block=_GGUF_BLOCK),
+    "gguf-q4_0": Scheme("gguf", _gguf("Q4_0"), block=_GGUF_BLOCK),
+    "fp8-scaled": Scheme("torch", _scaled),
 }
 
 

@@ -1,10 +1,10 @@
 """The table of benches, `zoo.json`: a tiny model of every architecture that diffusers and transformers load LoRA into.
 
 A row has the class, a configuration that builds in a moment, the inputs of one forward and what a pipeline calls the
-model; `mixin` loads LoRA into it. `original` says how the authors' own code calls the layers: `fused` stacks several of
-them (pattern of the first, name, parts), `renamed` are substitutions in order, `only` the names that are meant. `wide`
-is what a model must have of the real one's widths where diffusers' converter has these numbers in its code. `experts`
-and `dtypes` are the bench's.
+model; `mixin` loads LoRA into it. `original` says which families of `files/architectures.toml` have the names that the
+authors' own code has for the layers (`names`), which of the names are meant (`only`), and which layers files call as
+diffusers does (`kept`). `wide` is what a model must have of the real one's widths where diffusers' converter has these
+numbers in its code. `experts` and `dtypes` are the bench's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.benches.bench import DTYPES, Bench, Noise
 from harness.benches.layer import Layer, Rows, layer_of
+from harness.files.architectures import Alias, authors_names, turns
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,17 @@ def rows() -> Mapping[str, Row]:
 def _merged(row: Row) -> Mapping[str, Rows]:
     """Return where the rows of the authors' own layers are."""
     layers = _layers(row)
+    known = _authors(layers, row.original or {})
     parts = original_names(list(layers), row.original or {})
-    return {name: tuple((part, slice(0, layers[part].rows)) for part in stacked) for name, stacked in parts.items()}
+    return {name: _rows(stacked, layers, known.get(name)) for name, stacked in parts.items()}
+
+
+def _rows(stacked: Sequence[str], layers: Mapping[str, Layer], alias: Alias | None) -> Rows:
+    first = layers[stacked[0]]
+    if alias is None or len(stacked) > 1 or not turns(alias.row.swap, *first.shape):
+        return tuple((part, slice(0, layers[part].rows)) for part in stacked)
+    half = first.rows // 2
+    return (stacked[0], slice(half, first.rows)), (stacked[0], slice(0, half))
 
 
 @cache
@@ -110,22 +120,21 @@ def _layers(row: Row) -> dict[str, Layer]:
     return {name: found for name, module in named if (found := layer_of(module)) and found.kind == "linear"}
 
 
+def _authors(layers: Iterable[str], rules: Mapping[str, Any]) -> dict[str, Alias]:
+    kept = rules.get("kept")
+    return authors_names([name for name in layers if not (kept and re.search(kept, name))], rules.get("names", ()))
+
+
 def original_names(layers: Sequence[str], rules: Mapping[str, Any]) -> Parts:
     """Return the names that the authors' own code has for `layers`, by the rules of a row."""
+    known = _authors(layers, rules)
+    first = {alias.others[0]: name for name, alias in known.items()}
+    later = {part for alias in known.values() for part in alias.others[1:]}
     found: Parts = {}
-    used: set[str] = set()
-    for name in layers:
-        for pattern, whole, parts in rules.get("fused", ()):
-            if match := re.fullmatch(pattern, name):
-                stacked = [match.expand(part) for part in parts]
-                if set(stacked) <= set(layers):
-                    found[match.expand(whole)] = stacked
-                    used |= set(stacked)
-    for name in (name for name in layers if name not in used):
-        renamed = name
-        for pattern, there in rules.get("renamed", ()):
-            renamed = re.sub(pattern, there, renamed)
-        found[renamed] = [name]
+    for layer in layers:
+        if layer not in later:
+            name = first.get(layer, layer)
+            found[name] = list(known[name].others) if layer in first else [layer]
     return {name: parts for name, parts in found.items() if re.search(rules.get("only", ""), name)}
 
 

@@ -11,7 +11,7 @@ from harness.checks.cell import Cell
 from harness.example import Example, Target
 from harness.isolation.calls import Raised
 from harness.law.probe import Probe
-from harness.measure.codes import rounded
+from harness.measure.codes import rounded, through_own_codes
 from harness.measure.compare import Fit, norm
 from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
@@ -84,14 +84,19 @@ def observation_of(
     updates: Mapping[str, Update],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor] | None = None,
 ) -> Observation:
-    """Compare the layers of the cell's view before and after a load of `example`, [rows, columns] in float64."""
+    """Compare the layers of the cell's view before and after a load of `example`, [rows, columns] in float64.
+
+    `plain` are the layers before the loader made codes of them, where it does that.
+    """
     fits: dict[str, tuple[Fit, ...]] = {}
     for target in example.targets:
         name, expected = target.name, example.strength * cell.variant.scale(target)
         both = before[name], after[name], updates[name], cell.view.slices(name)
         layer = cell.view.layers[name]
-        fits[name] = cell.variant.fits(*both, expected=expected, dtype=example.dtype, layer=layer)
+        seen = cell.variant.fits(*both, expected=expected, dtype=example.dtype, layer=layer)
+        fits[name] = seen if plain is None else _through_own_codes(seen, plain[name], before[name], both[-1])
     touched = [name for name in cell.view.layers if after[name] is not before[name]]
     untouched = [name for name in touched if name not in fits]
     limits = {name: _unchanged_limit(before[name], cell.view.layers[name], example.dtype) for name in untouched}
@@ -112,6 +117,11 @@ def observation_of(
         tied=_tied(cell, fits),
         mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, updates, before, after))},
     )
+
+
+def _through_own_codes(fits: tuple[Fit, ...], plain: Tensor, coded: Tensor, slices: Sequence[slice]) -> tuple[Fit, ...]:
+    parts = zip(fits, (slice(0, len(plain)), *slices), strict=False)
+    return tuple(through_own_codes(fit, plain[rows], (coded - plain)[rows]) for fit, rows in parts)
 
 
 def _tied(cell: Cell, targets: Mapping[str, object]) -> dict[str, str]:

@@ -205,8 +205,10 @@ def _observation(
     base, tensors = {**known, **own}, answer["tensors"]
     before = base if times == 1 else {name: times * weight for name, weight in base.items()}
     after = {name: tensors.get(WEIGHT + name, weight) for name, weight in base.items()}
-    first = view.gather(before, known, weights_seen(view, cell.bench, example.dtype, bias))
-    seen = observation_of(cell, example, updates, first, view.gather(after, before, first))
+    plain = weights_seen(view, cell.bench, example.dtype, bias)
+    first = view.gather(before, known, plain)
+    uncoded = plain if own and times == 1 else None
+    seen = observation_of(cell, example, updates, first, view.gather(after, before, first), uncoded)
     bent = tuple(_bent(cell, example, before, after, tensors))
     return replace(
         seen,

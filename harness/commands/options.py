@@ -188,7 +188,8 @@ _BENCHES = (
 _QUANTISE = click.option(
     "--quantise",
     metavar="SCHEME",
-    help="The linear layers of these benches as nf4, fp4, int8 (bitsandbytes), torchao-int8 or quanto-int8.",
+    help="The linear layers of these benches as codes: nf4, fp4, int8, torchao-int8, torchao-fp8, quanto-int8, "
+    "quanto-fp8, gguf-q8_0, gguf-q4_0, fp8-scaled.",
 )
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.doctor.architectures import Shape
 from harness.doctor.llama_cpp import NATIVE, Translation, scheme, translation
 from harness.doctor.match import Placement, match_layers, place
 from harness.doctor.quantised import Scheme, Tensors, idle, schemes
 from harness.doctor.spelling import layer_of, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
+from harness.files.architectures import Shape
 from harness.files.gguf_file import GgufFile, is_gguf, model_names, read_gguf
 from harness.files.safetensors_file import torch_name
 from harness.files.tensor_file import is_float

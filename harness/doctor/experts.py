@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from harness.doctor.architectures import Shape, Slot, UnjudgedError, UnplacedError
 from harness.files import LoraModule
+from harness.files.architectures import Shape, Slot, UnjudgedError, UnplacedError
 
 # the parameter that stacks every expert (transformers, mlx-lm), and what each expert has of it, in that order
 _PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {

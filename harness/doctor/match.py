@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from harness.doctor.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
 from harness.doctor.experts import in_one, one_by_one
 from harness.doctor.spelling import Scope, core, flat_core
 from harness.files import LoraAdapter, LoraModule
+from harness.files.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
 
 # where a component of a pipeline lies in a checkpoint that holds several
 _HOMES: Mapping[str, tuple[str, ...]] = {

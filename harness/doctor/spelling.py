@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from harness.doctor.architectures import Alias, aliases
+from harness.files.architectures import Alias, aliases
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model.")
 _LIKE_A_NAME = "transformer."  # flattened it would make `transformer_blocks_0` of a layer `blocks.0`

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from harness.doctor.architectures import looks_like
 from harness.doctor.inspect.fit import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
+from harness.files.architectures import looks_like
 from harness.files.config import changing_init
 from harness.files.keys import PAIRS
 from harness.law.findings import Finding, Words, findings

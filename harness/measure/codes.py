@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from harness.benches.codes import rounded_to
 from harness.benches.layer import Layer
-from harness.benches.quantise import rounded_to
-from harness.measure.compare import Fit
+from harness.measure.compare import Fit, norm
 
 _NOISE = 2.0  # times what rounding the right sum does: kinds of one family differ in details
 _SCALES = 2.0**-8  # of a weight: quantisers keep the codes' own scales in half precision, or eight bits
 _FLIPS = 4  # elements whose sum lies so near to the middle of a step that they may fall to either side
 _UNIFORM = 12  # times the mean square of a rounding is the square of its step
+_BOTH = math.sqrt(2)  # roundings, of W and of the sum, which are independent
+_COARSEST = 0.5  # of a weight: two bits take a third
 _RESTORED = 0.2  # of the scale: what the codes take beyond that cannot be made up for
 
 
@@ -71,7 +73,26 @@ def through_codes(seen: Fit, references: Sequence[Reference]) -> Fit:
         scale=seen.scale + near.lost,
         tolerance=replace(seen.tolerance, noise=noise).blurred(near.sigma),
         lost=lost if lost > _RESTORED * abs(seen.scale or seen.expected) else 0.0,
+        still=seen.tolerance.noise,  # who changed no code, and added nothing beside them, did nothing
     )
+
+
+def through_own_codes(seen: Fit, plain: Tensor, taken: Tensor) -> Fit:
+    """Return the fit of a layer that the loader itself rounds to codes, of which nothing more is known.
+
+    `taken` is what that rounding took from W, `plain`: the sum is rounded as well, unless the LoRA is added beside the
+    codes, which is held to what its dtype rounds. Codes that are the means of what they stand for, as nf4's nearly are,
+    shrink what they round by the square of what they take.
+    """
+    size, share = norm(taken), norm(taken) / norm(plain) if norm(plain) else 0.0
+    if (seen.direction_right and not seen.unchanged) or not 0 < share < _COARSEST:
+        return seen
+    shrunk = _NOISE * share**2 * max(abs(seen.scale), abs(seen.expected))
+    noise = math.hypot(seen.tolerance.noise, _NOISE * _BOTH * size)
+    allowed = replace(seen.tolerance, noise=noise, scale=seen.tolerance.scale + shrunk)
+    if seen.product and seen.residual >= seen.product * abs(seen.scale):  # below it the fit has counted it
+        allowed = allowed.blurred(_BOTH * size / (math.sqrt(taken.numel()) * seen.product))
+    return replace(seen, tolerance=allowed, still=seen.tolerance.noise)
 
 
 def rounded(layer: Layer, weight: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ class Fit:
 
     `residual` is |change - scale * B@A| (Frobenius), `change` is |W' - W|, `product` is |B@A|; `lost` is what rounding
     takes away from the expected scale or the measured one, whichever loses more. `along_base` is the factor on W that
-    explains the residual, 0 where none explains most of it.
+    explains the residual, 0 where none explains most of it. A change up to `still` is none, by default all that is
+    within the tolerance.
     """
 
     scale: float
@@ -32,6 +33,7 @@ class Fit:
     expected: float
     lost: float = 0.0
     along_base: float = 0.0
+    still: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -61,7 +63,15 @@ class Fit:
     @property
     def unchanged(self) -> bool:
         """True when the module computes what it did before loading."""
-        return self.change <= self.tolerance.noise
+        return self.change <= (self.tolerance.noise if self.still is None else self.still)
+
+    def restored(self, times: int) -> bool:
+        """Tell whether no more than rounding is between the module and what it was, after so many loads and unloads.
+
+        Each of them rounds a layer of codes anew.
+        """
+        anew = 1.0 if self.still is None else math.sqrt(times)
+        return self.change <= anew * self.tolerance.noise
 
     @property
     def relative_residual(self) -> float:

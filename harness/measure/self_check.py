@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.benches.bench import DTYPES, Bench, ends_with, shared
+from harness.benches.codes import numbers_behind
 from harness.benches.layer import Layer, experts_of, layer_of
 from harness.benches.own import TOO_LARGE, OwnBench
 from harness.benches.template import Template
@@ -93,7 +94,9 @@ def _check_repeats(bench: Bench, model: torch.nn.Module, refused: Refused) -> No
 def _same(one: object, other: object) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return one == other
-    return one.shape == other.shape and torch.equal(_numbers(one), _numbers(other).to(_numbers(one).dtype))
+    return one.shape == other.shape and torch.equal(
+        numbers_behind(one), numbers_behind(other).to(numbers_behind(one).dtype)
+    )
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -102,14 +105,8 @@ def digest(model: torch.nn.Module) -> str:
     for name, value in model.state_dict().items():
         found.update(name.encode())
         if isinstance(value, torch.Tensor):  # quantised layers keep words in their state too
-            found.update(_numbers(value).double().contiguous().numpy().tobytes())
+            found.update(numbers_behind(value).double().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _numbers(value: Tensor) -> Tensor:
-    """Return the numbers that a tensor of any class stands for."""
-    inner = value.detach().data
-    return inner if type(inner) is torch.Tensor else inner.dequantize()
 
 
 def _readable(model: torch.nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -202,7 +199,7 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
     Of other dtypes than the first only those stand there that are not its own rounded.
     """
     tensors, dtypes = dict[str, Tensor](), list[str]()
-    for dtype in DTYPES[:1] if any(layer.codes for layer in layers.values()) else DTYPES:
+    for dtype in DTYPES:
         try:
             found = _in_dtype(bench, layers, dtype, refused)
         except (UserError, MemoryError):

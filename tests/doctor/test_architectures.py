@@ -10,9 +10,9 @@ import torch
 from diffusers.loaders import single_file_utils as converters
 from safetensors.torch import save_file
 
-from harness.doctor.architectures import rows
 from harness.doctor.match import Placement, place
 from harness.files import read_lora
+from harness.files.architectures import rows
 
 # title in the table: diffusers' converter, heights that it has built in, and what its names need beside the table's
 FAMILIES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {

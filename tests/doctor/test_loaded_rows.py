@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.doctor.architectures import aliases
 from harness.doctor.match import place
 from harness.files import read_lora
+from harness.files.architectures import aliases
 
 FLUX = {
     "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from harness.benches.codes import codes_of, rounded_to
 from harness.benches.layer import Layer, layer_of
-from harness.benches.quantise import codes_of, rounded_to
 from harness.measure.compare import Fit, low_rank, norm
 from harness.measure.effective import dense_input, effective_weight, keep_dense
 from harness.measure.plain import is_plain
@@ -69,13 +69,27 @@ def test_an_ordinary_weight_has_no_codes() -> None:
     assert codes_of(nn.Linear(4, 4)) == codes_of(nn.Linear(4, 4).half()) == ""
 
 
-@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
+EIGHT = ("int8", "q8_0")
+
+
+@pytest.mark.parametrize(
+    "codes", ["nf4", "fp4", "int8", "int4", "fp8", "fp8-rows", "q8_0", "q5_0", "q5_1", "q4_0", "q4_k"]
+)
 def test_rounding_to_codes_is_near_and_done_once(codes: str) -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).double()
     once = rounded_to(codes, weight)
-    assert 0 < norm(once - weight) < (0.02 if codes == "int8" else 0.2) * norm(weight)
+    assert 0 < norm(once - weight) < (0.02 if codes in EIGHT else 0.2) * norm(weight)
     assert torch.allclose(rounded_to(codes, once), once)
     assert torch.equal(rounded_to(codes, torch.zeros(3, 5).double()), torch.zeros(3, 5).double())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_rounding_is_that_of_ggufs_own_code(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(2))
+    stored = gguf.GGMLQuantizationType[kind]
+    theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), stored), stored)).double()
+    assert norm(rounded_to(kind.lower(), weight.double()) - theirs) < 2**-10 * norm(theirs)  # their scales are halves
 
 
 def update_of(rows: int, columns: int, rank: int, seed: int) -> tuple[torch.Tensor, Update]:
@@ -95,7 +109,7 @@ def fitted(variant: str, codes: str, base: torch.Tensor, after: torch.Tensor, up
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("times", "right"), [(1.0, True), (1.05, False), (2.0, False), (0.5, False)])
-@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("codes", ["nf4", "fp4", "int8", "fp8", "q8_0", "q4_0", "q5_1"])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_merge_into_codes_is_right_and_a_wrong_scale_still_shows(
     variant: str, codes: str, times: float, right: bool, seed: int
@@ -123,6 +137,18 @@ def test_the_scale_of_an_update_far_below_the_steps_says_nothing() -> None:
     small = Update(update.parts, replace(update.direction, product=update.direction.product / 200))
     base = rounded_to("nf4", base)
     assert fitted("lora", "nf4", base, base, small).faint
+
+
+@pytest.mark.parametrize("codes", ["nf4", "q4_0"])
+def test_a_magnitude_left_out_shows_through_codes(codes: str) -> None:
+    """What is missing is larger than what is there, and the steps are larger still."""
+    base, update = update_of(64, 64, 4, 1)
+    small = Update({**update.parts, "magnitude": update.parts["magnitude"] * 16}, update.direction)
+    base = rounded_to(codes, base)
+    seen = fitted("dora", codes, base, rounded_to(codes, base + 0.5 * update.direction.product), small)
+    assert seen.change < seen.tolerance.noise
+    assert not seen.unchanged
+    assert not seen.direction_right
 
 
 def test_a_layer_left_out_of_codes_is_seen() -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from harness.doctor.architectures import Slot
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.fit import base_hazards, fit_of, towers_note
 from harness.doctor.inspect.spectrum import Pair, Spectrum, spectra, spectrum
+from harness.files.architectures import Slot
 from harness.text import count, printable
 from harness.verdict.blocks import family_of, norm_of
 from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy

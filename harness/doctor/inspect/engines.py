@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.architectures import read_toml
 from harness.errors import UserError
 from harness.files import LoraAdapter
+from harness.files.architectures import read_toml
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.text import first_of, parse_json, printable
 from harness.verdict.file_record import Hazard

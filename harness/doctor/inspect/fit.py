@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.doctor.architectures import Shape, looks_like
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
+from harness.files.architectures import Shape, looks_like
 from harness.files.config import LORA_METHODS, PAIRED, Budget, ConfigError, Patterns, changing_init, method_of
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.text import count, first_of, printable

@@ -12,7 +12,7 @@ from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.text import count, printable
 
 if TYPE_CHECKING:  # the models' layers are read with torch, which a question about names alone does not need
-    from harness.doctor.architectures import Rows, Shape, Slot
+    from harness.files.architectures import Rows, Shape, Slot
 
 _CHECKPOINT = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 _DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})

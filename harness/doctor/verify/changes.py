@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.doctor.architectures import Slot
 from harness.doctor.spelling import layers_by_spelling
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
 from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
+from harness.files.architectures import Slot
 from harness.files.config import changing_init
 from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
 from harness.text import printable

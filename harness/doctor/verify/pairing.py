@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import place
 from harness.doctor.verify.weights import Piece, Weights
 from harness.files import LoraAdapter, LoraModule
+from harness.files.architectures import Shape
 from harness.files.tensor_file import TensorFile
 
 _WEIGHT, _BIAS = ".weight", ".bias"

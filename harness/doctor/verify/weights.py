@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.doctor.architectures import Shape
 from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
 from harness.doctor.quantised import Rows
@@ -20,6 +19,7 @@ from harness.doctor.spelling import layer_of
 from harness.doctor.verify.vote import DTYPES
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
+from harness.files.architectures import Shape
 from harness.files.tensor_file import is_float
 
 _WEIGHT = ".weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,6 +111,21 @@ def aliases(name: str) -> Iterator[Alias]:
                     yield Alias(filled(right, values), row, values, True, place_)
             else:
                 yield Alias(filled(row.left, values), row, values, False, place)
+
+
+def authors_names(layers: Collection[str], families: Sequence[str]) -> dict[str, Alias]:
+    """Return {the authors' name of a layer: how it is made of `layers`} in their order; of names the earlier family's.
+
+    Layers that have no other name in these families are left out, and stacks of which some are missing.
+    """
+    found, placed = dict[str, Alias](), set[str]()
+    for layer in layers:
+        whole = [a for a in aliases(layer) if not a.fused and set(a.others) <= set(layers)]
+        known = [alias for family in families for alias in whole if alias.row.family == family]
+        if known and layer not in placed:
+            found[known[0].name] = known[0]
+            placed.update(known[0].others)
+    return found
 
 
 def filled(template: str, values: Values) -> str:
@@ -245,10 +260,15 @@ def _interleaved(
             yield Slot(layer, name, whole, part) if alias.fused else Slot(layer, name, part, whole)
 
 
+def turns(swap: bool | str, rows: int, inputs: int) -> bool:
+    """Tell whether the halves of a layer [rows, inputs] change places between its two names."""
+    return bool(swap) and (swap != "pair" or rows == 2 * inputs)
+
+
 def _turned(alias: Alias, layer: str, rows: int, inputs: int) -> Iterator[Slot]:
     """Yield the slot of a layer that only has another name, or those of its two halves where they change places."""
     half = rows // 2
-    if not alias.row.swap or (alias.row.swap == "pair" and rows != 2 * inputs):
+    if not turns(alias.row.swap, rows, inputs):
         yield Slot(layer, alias.name)
         return
     yield Slot(layer, alias.name, (half, rows), (0, half))
