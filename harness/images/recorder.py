@@ -174,7 +174,7 @@ class Recorder:
         estimate = (
             None
             if look in ("broken", "black", "one colour")
-            else self.studio.place(images, near=self._near.get(strength))
+            else self.studio.place(images, asked=strength, near=self._near.get(strength))
         )
         return StrengthResult(strength, estimate, values["effect"], self._own_noise, look), values
 

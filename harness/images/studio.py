@@ -165,16 +165,16 @@ class Studio:
             loaded = subject.load(model, self.lora, strength=strength)
         return model if loaded is None else loaded
 
-    def place(self, candidate: Tensor, *, near: float | None = None, refine: int = 3) -> Estimate:
-        """Read the strength of `candidate` off the ladder, adding rungs where it seems to stand.
+    def place(self, candidate: Tensor, *, asked: float = 1.0, near: float | None = None, refine: int = 3) -> Estimate:
+        """Read the strength of `candidate` off the ladder on the side of `asked`, adding rungs where it stands.
 
         When it should stand `near` a strength, only the rungs around that are drawn, and the others if it does not.
         """
-        rungs = (*LADDER, -1.0) if near is None else rungs_around(near)
+        rungs = _side(asked) if near is None else rungs_around(near)
         ladder = {strength: self.reference(strength) for strength in rungs}
         found = estimate(candidate, ladder)
         if near is not None and not _inside(found, rungs):
-            return self.place(candidate, refine=refine)
+            return self.place(candidate, asked=asked, refine=refine)
         for _ in range(refine):
             if found.residual < 1e-4 or found.at_end or abs(found.strength) > 12:
                 return found
@@ -203,10 +203,16 @@ def painting(studios: Sequence[Studio]) -> Answer:
     return answer
 
 
+def _side(strength: float) -> tuple[float, ...]:
+    """Return the rungs with the sign of a strength, and one of the other sign."""
+    return (*LADDER, -1.0) if strength >= 0 else (*(-rung for rung in LADDER), 1.0)
+
+
 def rungs_around(strength: float) -> tuple[float, ...]:
     """Return the rungs of the ladder from 0 to beyond a strength: 0, and the two on either side of it."""
-    below = [rung for rung in (-1.0, *LADDER) if rung < strength - 1e-9]
-    above = [rung for rung in (-1.0, *LADDER) if rung > strength + 1e-9]
+    both = sorted({*LADDER, *_side(-1.0)})
+    below = [rung for rung in both if rung < strength - 1e-9]
+    above = [rung for rung in both if rung > strength + 1e-9]
     near = float(f"{strength:.2g}")
     return tuple(sorted({0.0, *below[-1:], near, *above[:1]}))
 
@@ -214,7 +220,7 @@ def rungs_around(strength: float) -> tuple[float, ...]:
 def _inside(found: Estimate, rungs: Sequence[float]) -> bool:
     """Whether a candidate stands between the rungs that were drawn, and looks like what they show."""
     low, high = min(rungs), max(rungs)
-    at_ladders_end = high >= LADDER[-1] and found.strength == high
+    at_ladders_end = abs(found.strength) >= LADDER[-1] and found.strength in (low, high)
     return found.residual <= _LIKE and (low < found.strength < high or at_ladders_end or found.strength == low == 0.0)
 
 

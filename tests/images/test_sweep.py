@@ -269,6 +269,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_picture_too_many_is_an_erro
         sampler.images(tiny.fresh())
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_negative_strengths_are_judged_as_positive_ones(tiny, r8_a16, sequential):
+    sizeless = subject("sizeless", lambda rank, scale, strength: abs(strength) * scale)
+    more = {"alphas": (-3.0, -2.0), "prompts": ["triangle dusk", "dusk green red"], "sequential": sequential}
+    outcomes = [
+        sweep(loader, tiny, r8_a16, **more).verdicts[0].outcome for loader in (resolve("peft"), times(2), sizeless)
+    ]
+    assert outcomes == ["passed", "failed", "failed"]
+
+
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("strength", [1e3, -1e6, 1e30])
 def test_where_the_reference_is_noise_nobody_is_judged_but_strength_1_is_tried(tiny, r8_a16, strength, quick):
