@@ -33,9 +33,10 @@ def test_what_people_say_is_a_symptom(asked: str, symptom: str) -> None:
     assert symptom in symptoms_of(asked)
 
 
-def test_a_symptom_that_is_named_is_the_only_one() -> None:
+def test_symptoms_that_are_named_are_the_only_ones() -> None:
     assert symptoms_of("slider does nothing") == ["does nothing"]
-    assert symptoms_of("merged model gives noise") == ["noise"]
+    assert symptoms_of("sampler gives noise") == ["noise"]
+    assert symptoms_of("merged model gives noise") == ["noise", "merged model"]
     assert symptoms_of("the weather") == []
 
 
