@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import os
 import secrets
 import socket
 import stat
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,6 +22,7 @@ from harness.errors import UserError
 from harness.text import on_one_line, printable
 
 _SYNC_SECONDS = 5.0
+_MOST_UNZIPPED = 1 << 28
 _POLL_SECONDS = 0.1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # a file system without locks
 _held: set[tuple[int, Path]] = set()  # (process, file): a forked child inherits the set and none of the locks
@@ -148,15 +151,26 @@ class LineWriter:
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a file that a user named; a device is refused, since it may never end.
+    """Return the text of a file that a user named, unzipped if it is a `.gz`; a device may never end and is refused.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or becomes too large.
         UnicodeDecodeError: it is not UTF-8.
     """
     if stat.S_ISCHR(path.stat().st_mode) and os.path.realpath(path) != os.devnull:
         raise OSError(errno.EINVAL, "Is a device, a file is needed", str(path))
-    return path.read_text(encoding="utf-8")
+    return _unzipped(path).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+
+
+def _unzipped(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as stream:
+            content = stream.read(_MOST_UNZIPPED + 1)
+    except (EOFError, zlib.error) as error:
+        raise OSError(errno.EINVAL, f"is no whole gzip file: {error}", str(path)) from None
+    if len(content) > _MOST_UNZIPPED:
+        raise OSError(errno.EFBIG, f"becomes more than {_MOST_UNZIPPED:,} bytes", str(path))
+    return content
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

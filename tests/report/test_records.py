@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_a_full_disk_is_said_of_the_run(tmp_path: Path) -> None:
         RunWriter(tmp_path / "run.jsonl", header()),
     ):
         pass
+
+
+def test_a_zipped_run_is_read_and_a_broken_or_endless_one_refused(tmp_path: Path, monkeypatch) -> None:
+    run = write_run(tmp_path, [passed(), failed()])
+    raw, path = gzip.compress((tmp_path / "run.jsonl").read_bytes()), tmp_path / "run.jsonl.gz"
+    path.write_bytes(raw)
+    assert read_run(path).records == run.records
+    for damaged, why in ((raw[:-9], "is no whole gzip file"), (b"{}", "cannot be read: Not a gzipped file")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=why):
+            read_run(path)
+    path.write_bytes(raw)
+    monkeypatch.setattr("harness.outputs._MOST_UNZIPPED", 100)
+    with pytest.raises(UserError, match="becomes more than 100 bytes"):
+        read_run(path)
 
 
 def test_a_truncated_last_line_is_a_cut_run(tmp_path: Path) -> None:
