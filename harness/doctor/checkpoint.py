@@ -27,6 +27,7 @@ from harness.text import parse_json, printable
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
 _NORM_ELEMENTS = 1 << 21
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FOLDERS = ("transformer", "unet")
 _MAX_INDEX_BYTES = 50_000_000
 
@@ -280,7 +281,9 @@ def _weight_files(path: Path) -> Iterator[Path]:
         return iter(found)
     models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
     if not models:
-        raise LoraFileError(path, "a folder without safetensors files, the weights of a model are needed")
+        pickled = next((one.name for one in sorted(path.iterdir()) if one.suffix in _PICKLES), None)
+        what = f"; {printable(pickled, 60)} is a pickle, which can run code when opened" if pickled else ""
+        raise LoraFileError(path, f"a folder without safetensors files, the weights of a model are needed{what}")
     return _weight_files(models[0])
 
 
