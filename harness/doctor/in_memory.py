@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 _SIZES = re.compile(r"layer|depth|block|expert|stage")
@@ -26,12 +28,13 @@ def in_file(config: Mapping[str, Any], layers: int) -> dict[str, str]:
         return {}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        return _renamed(named, config)
+        return _renamed(named, json.dumps(config, sort_keys=True))
     except Exception:  # transformers is not here, or does not take this configuration: in many ways
         return {}
 
 
-def _renamed(named: str, config: Mapping[str, Any]) -> dict[str, str]:
+@lru_cache(8)
+def _renamed(named: str, said: str) -> dict[str, str]:
     import torch
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
@@ -41,7 +44,7 @@ def _renamed(named: str, config: Mapping[str, Any]) -> dict[str, str]:
         return {}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = kind(transformers.AutoConfig.for_model(**config))
+        model = kind(transformers.AutoConfig.for_model(**json.loads(said)))
     memory = model.state_dict()
     inside = {id(tensor): name for name, tensor in memory.items()}
     filed = revert_weight_conversion(model, dict(memory))
