@@ -166,3 +166,30 @@ def test_rows_without_a_merge_count_where_the_others_were_rounded_twice(tmp_path
     after[f"{LINEAR}.weight"][D : 2 * D] = base[f"{LINEAR}.weight"][D : 2 * D]
     report = verified(tmp_path, base, after, lora)
     assert (report.exit_code, report.overall.code) == (1, "LH102"), report.overall.text()
+
+
+ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2"}
+
+
+def pipeline(folder: Path, tensors: Tensors) -> Path:
+    """A folder as diffusers saves it: the denoiser, and its text encoders beside."""
+    for part in ("unet", *ENCODERS.values()):
+        (folder / part).mkdir(parents=True)
+        own = {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+        save_file(own, folder / part / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("forgotten", ["", "te1", "te2"])
+def test_the_text_encoders_of_a_pipeline_are_judged(forgotten: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = {"lora_unet_mid_block_attentions_0_proj_in": "unet.mid_block.attentions.0.proj_in"}
+    layers |= {f"lora_{k}_text_model_{FIRST.replace('.', '_')}": f"{v}.text_model.{FIRST}" for k, v in ENCODERS.items()}
+    base = {f"{layer}.weight": drawn(WIDTH, WIDTH).half() for layer in layers.values()}
+    lora = pairs(dict.fromkeys(layers, (WIDTH, WIDTH)))
+    done = {name: layer for name, layer in layers.items() if not forgotten or f"_{forgotten}_" not in name}
+    save_file(lora, tmp_path / "lora.safetensors")
+    before, after = pipeline(tmp_path / "base", base), pipeline(tmp_path / "merged", merged(base, lora, done))
+    report = verify_merge(before, after, tmp_path / "lora.safetensors")
+    assert (report.exit_code, len(report.modules)) == (int(bool(forgotten)), 3), report.overall.text()
+    assert report.overall.code == ("LH102" if forgotten else None)
