@@ -29,9 +29,10 @@ _FIRST = (
     "modelspec.architecture", "base_model_name_or_path", "modelspec.title", "modelspec.implementation", "software",
     "training_info", "name", "version",
 )  # fmt: skip
+_MUSUBI = ("wan", "framepack", "qwen_image", "zimage", "kandinsky", "flux_2", "hv_1_5", "krea2", "ideogram4", "hidream")
 _TRAINERS = (
     ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
-    ("musubi-tuner", r"musubi|networks\.lora_(wan|framepack|qwen_image|zimage|kandinsky)"),
+    ("musubi-tuner", rf"musubi|networks\.lora_({'|'.join(_MUSUBI)})"),
     ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
 
