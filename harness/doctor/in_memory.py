@@ -64,5 +64,6 @@ def _deepest(config: object) -> int:
     """Return the largest number of layers, blocks or experts that a configuration asks for."""
     if not isinstance(config, Mapping):
         return 0
-    own = [value for key, value in config.items() if isinstance(value, int) and _SIZES.search(str(key))]
+    asked = [value for key, value in config.items() if _SIZES.search(str(key))]
+    own = [each for value in asked for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
     return max([0, *own, *map(_deepest, config.values())])

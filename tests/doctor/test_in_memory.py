@@ -73,6 +73,7 @@ def test_the_names_are_those_of_transformers_own_conversions(tmp_path: Path) -> 
 
 HOSTILE: dict[str, dict[str, Any]] = {
     "endless": {"architectures": ["ViTModel"], "model_type": "vit", "num_hidden_layers": 10**9},
+    "endless stages": {"architectures": ["SwinModel"], "model_type": "swin", "depths": [2, 10**9]},
     "no model": {"architectures": ["os"], "model_type": "vit"},
     "no list": {"architectures": "ViTModel"},
     "loads another": {"architectures": ["DetrModel"], "model_type": "detr", "backbone": "resnet50"},
