@@ -27,7 +27,9 @@ from harness.text import parse_json, printable
 _INDEX = ".safetensors.index.json"
 _WEIGHT = ".weight"
 _NORM_ELEMENTS = 1 << 21
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FOLDERS = ("transformer", "unet")
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline, beside its model
 _MAX_INDEX_BYTES = 50_000_000
 
 
@@ -57,7 +59,7 @@ class Checkpoint:
         """
         path = Path(path)
         files: dict[str, SafetensorsFile | GgufFile] = {}
-        for file in map(_opened, _weight_files(path)):
+        for file in (*map(_opened, _weight_files(path)), *_encoders(path)):
             twice = next((key for key in file.keys if key in files), None)
             if twice is not None:
                 raise LoraFileError(path, f"is in {files[twice].path.name} and {file.path.name}", key=printable(twice))
@@ -280,8 +282,25 @@ def _weight_files(path: Path) -> Iterator[Path]:
         return iter(found)
     models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
     if not models:
-        raise LoraFileError(path, "a folder without safetensors files, the weights of a model are needed")
+        pickled = next((one.name for one in sorted(path.iterdir()) if one.suffix in _PICKLES), None)
+        what = f"; {printable(pickled, 60)} is a pickle, which can run code when opened" if pickled else ""
+        raise LoraFileError(path, f"a folder without safetensors files, the weights of a model are needed{what}")
     return _weight_files(models[0])
+
+
+def _encoders(path: Path) -> Iterator[SafetensorsFile]:
+    """Yield the text encoders of a pipeline's folder, their tensors named by the folder, where each is one file."""
+    if (
+        not path.is_dir()
+        or any(path.glob("*.safetensors"))
+        or not any((path / name).is_dir() for name in _MODEL_FOLDERS)
+    ):
+        return
+    for name in _ENCODERS:
+        found = list((path / name).glob("*.safetensors"))
+        if len(found) == 1:
+            file = read_header(found[0])
+            yield replace(file, tensors={f"{name}.{key}": info for key, info in file.tensors.items()})
 
 
 def _shards(index: Path) -> list[Path]:

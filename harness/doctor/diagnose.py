@@ -12,7 +12,7 @@ from typing import Any
 from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.weights import Weighed, weigh
-from harness.doctor.mending import command, wants_a_base
+from harness.doctor.mending import command, repaired_to, wants_a_base
 from harness.doctor.trainers import about_alpha, rule_of, trainer_of, with_rule
 from harness.doctor.traits import Traits, model_of, what_it_is
 from harness.errors import UserError
@@ -186,6 +186,8 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
         return given.do
     if given.effect == "law" and given.strength is None:
         return "give the alpha of the training: --lora-alpha N"
+    if given.effect in _CANNOT and (to := _once_alpha_is_known(found, given)):
+        return f"give the alpha of the training, --lora-alpha N: `repair --to {to}` then writes a file that it reads"
     if given.effect in _CANNOT:
         base = wants_a_base(given.tool, found.traits, found.question)
         asks = "; or ask again with --base MODEL, whose layers a repair would need" if base else ""
@@ -193,6 +195,13 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
     if given.effect == "unknown":
         return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
     return "nothing else"
+
+
+def _once_alpha_is_known(found: Diagnosis, given: Answer) -> str | None:
+    """Return the format of the repair that only waits for an alpha."""
+    if "none" not in found.traits.alphas or found.question.lora_alpha is not None or found.question.as_rank:
+        return None
+    return repaired_to(given.tool, found.traits, replace(found.question, lora_alpha=1.0))
 
 
 def able(found: Diagnosis) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from harness.doctor.experts import in_one, one_by_one
+from harness.doctor.in_memory import in_file
 from harness.doctor.spelling import Scope, core, flat_core
 from harness.files import LoraAdapter, LoraModule
 from harness.files.architectures import Alias, Shape, Slot, UnjudgedError, UnplacedError, sliced
@@ -46,7 +47,8 @@ class Placement:
     `slots` has the modules that fit, `missing` those without a layer, `ambiguous` those that fit several layers or
     share one, or whose rows in it cannot be told, and `misfits` those whose layer has another shape; both with the
     reason. `replaced` tells the prefixes without whose replacement names do not fit, `families` the architectures
-    whose two names for a layer were needed, `suspects` the layers that ambiguous modules may be.
+    whose two names for a layer were needed, `suspects` the layers that ambiguous modules may be, `converted` the
+    modules that have the names of layers in memory, which transformers gives other ones in files.
     """
 
     slots: Mapping[str, tuple[Slot, ...]]
@@ -56,6 +58,7 @@ class Placement:
     replaced: tuple[Replaced, ...] = ()
     families: tuple[str, ...] = ()
     suspects: tuple[str, ...] = ()
+    converted: frozenset[str] = frozenset()
 
 
 def place(
@@ -66,9 +69,25 @@ def place(
     `config` is that of the model, which tells its heads where q, k and v are interleaved by them.
 
     Tried in this order: the name with or without the prefix of a checkpoint; without wrappers (`_orig_mod.`) and the
-    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's.
+    prefixes of larger models (`language_model.`); an architecture's other name; the longest ending that is one layer's;
+    the name in the file of what transformers calls otherwise in memory.
     """
-    placer = _Placer(adapter, layers, config or {})
+    found = _placed(adapter, layers, config or {})
+    if not found.missing or adapter.format != "peft" or not config:
+        return found
+    names = in_file(config, len(layers))
+    modules = {
+        name: module.changed(name=names[module.name]) if name in found.missing and module.name in names else module
+        for name, module in adapter.modules.items()
+    }
+    again = {name for name in found.missing if modules[name] is not adapter.modules[name]}
+    if not again:
+        return found
+    return replace(_placed(replace(adapter, modules=modules), layers, config), converted=frozenset(again))
+
+
+def _placed(adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Mapping[str, Any]) -> Placement:
+    placer = _Placer(adapter, layers, config)
     for name, module in adapter.modules.items():
         placer.add(name, module)
     return placer.result()

@@ -10,9 +10,10 @@ from harness.doctor.answers import Asked
 from harness.doctor.traits import Traits
 
 _SEEN_CHARACTERS = 200
+_MUSUBI = ("wan", "framepack", "qwen_image", "zimage", "kandinsky", "flux_2", "hv_1_5", "krea2", "ideogram4", "hidream")
 _TRAINERS = (
     ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
-    ("musubi-tuner", r"musubi|networks\.lora_(wan|framepack|qwen_image|zimage|kandinsky)"),
+    ("musubi-tuner", rf"musubi|networks\.lora_({'|'.join(_MUSUBI)})"),
     ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
 

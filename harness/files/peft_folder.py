@@ -87,19 +87,19 @@ def _of_method(path: str, kind: str) -> tuple[str, str] | None:
 
 def _name_experts(found: Sorted, config: Mapping[str, Any], problems: list[Problem]) -> Iterator[Place]:
     """Rename what adapts a parameter: PEFT wraps the module once for each, the one that is declared first innermost."""
-    targets = _strings(config.get("target_parameters"))
+    targets, plain = _strings(config.get("target_parameters")), _strings(config.get("target_modules"))
     layers: dict[Place, list[Place]] = {}
     for component, name in found.modules:
         owner = re.sub(rf"(?:{re.escape(_NESTED)})+$", "", name)
-        if {"A", "B"} & found.modules[component, name].keys() and _parameters(owner, targets):
+        if {"A", "B"} & found.modules[component, name].keys() and _parameters(owner, targets, plain):
             layers.setdefault((component, owner), []).append((component, name))
     for (component, owner), places in layers.items():
         inner_first = sorted(places, key=lambda place: -len(place[1]))
-        for place, parameter in zip(inner_first, _parameters(owner, targets), strict=False):
+        for place, parameter in zip(inner_first, _parameters(owner, targets, plain), strict=False):
             name = owner if parameter == "weight" else f"{owner}.{parameter}"
             found.modules[component, name] = _moved(found, place)
             yield component, name
-        for _, name in inner_first[len(_parameters(owner, targets)) :]:
+        for _, name in inner_first[len(_parameters(owner, targets, plain)) :]:
             what = f"no target_parameters entry is left for it, {len(places)} wrappers adapt this module"
             problems.append(Problem("LH708", printable(name), what))
 
@@ -113,10 +113,15 @@ def _moved(found: Sorted, place: Place) -> dict[str, str]:
     return halves
 
 
-def _parameters(owner: str, targets: Iterable[str]) -> list[str]:
-    """Return the parameters of one module that are targeted, in the order in which models declare them."""
+def _parameters(owner: str, targets: Iterable[str], plain: Iterable[str]) -> list[str]:
+    """Return the parameters of one module that are targeted, in the order in which models declare them.
+
+    A target without its module is that of any module but those that are targeted themselves, `plain`.
+    """
     named = dict.fromkeys(target.rpartition(".")[::2] for target in targets)
-    fits = [last for parent, last in named if not parent or f".{owner}".endswith(f".{parent}")]
+    fits = [last for parent, last in named if parent and f".{owner}".endswith(f".{parent}")]
+    if not fits and not any(f".{owner}".endswith(f".{name}") for name in plain):
+        fits = [last for parent, last in named if not parent]
     return sorted(dict.fromkeys(fits), key=lambda last: bool(_LAST.search(last)) - bool(_FIRST.search(last)))
 
 

@@ -155,3 +155,13 @@ def test_the_headline_of_a_rank_stabilised_file_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", ["the merged model is different", "after merging it is worse"])
 def test_a_merge_that_is_not_right_is_a_symptom(words: str) -> None:
     assert symptoms_of(words)[-1] == "merged model"
+
+
+def test_a_repair_that_waits_for_an_alpha_is_said(tmp_path: Path) -> None:
+    """diffusers puts `transformer.` twice before these names: its own converter says so."""
+    names = [f"transformer_blocks.{number}.attn.to_q" for number in range(60)]
+    halves = ("lora_A.default.weight", "lora_B.default.weight")
+    path = written(tmp_path, pairs(names, 3072, prefix="transformer.", halves=halves))
+    said = dict(lines(diagnose(path, tool="diffusers")))
+    assert "finds no module" in said["tool"]
+    assert said["do"].startswith("give the alpha of the training, --lora-alpha N: `repair --to diffusers` then writes")

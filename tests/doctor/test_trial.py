@@ -355,3 +355,14 @@ def test_what_diffusers_leaves_out_of_an_extracted_wan_is_said(tmp_path: Path) -
     found = asked(written(tmp_path, tensors))
     assert model_of(Traits(read_lora(tmp_path / "file.safetensors"))) == "Wan 14B"
     assert (found["diffusers"].effect, found["comfyui"].strength) == ("drops", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer"),
+    [("lora_flux_2", "musubi-tuner"), ("lora_hv_1_5", "musubi-tuner"), ("lora_hunyuan_image", "kohya sd-scripts")],
+)
+def test_two_trainers_of_one_family_are_told_by_their_modules(module: str, trainer: str, tmp_path: Path) -> None:
+    path = written(
+        tmp_path, kohya(["double_blocks.0.img_attn.qkv"], 64), metadata={"ss_network_module": f"networks.{module}"}
+    )
+    assert inspect_file(path).trainer == trainer

@@ -102,6 +102,7 @@ D, M = 64, 128
 HEIGHTS = {"img_attn.qkv": 3 * D, "img_attn.proj": D, "txt_attn.qkv": 3 * D, "img_mlp.0": M}
 LINEAR = "single_blocks.0.linear1"
 NORMS = {"double_blocks.0.img_attn.norm.query_norm.scale": "transformer_blocks.0.attn.norm_q.weight"}
+TABLES = {"double_blocks.0.modulation": "transformer_blocks.0.scale_shift_table"}
 
 
 def flux() -> Tensors:
@@ -110,6 +111,7 @@ def flux() -> Tensors:
     found: Tensors = {}
     for name, rows in {**{f"double_blocks.0.{k}": v for k, v in HEIGHTS.items()}, LINEAR: 3 * D + M}.items():
         found |= {f"{name}.weight": drawn(rows, D).bfloat16(), f"{name}.bias": drawn(rows).bfloat16()}
+    found |= {name: drawn(1, 6, D).bfloat16() for name in TABLES}
     return found | {name: (1 + drawn(16)).bfloat16() for name in NORMS}
 
 
@@ -122,7 +124,7 @@ def as_diffusers_has_it(tensors: Tensors) -> Tensors:
         "double_blocks.0.img_mlp.0": [f"{block}ff.net.0.proj"],
         LINEAR: [f"{single}attn.to_q", f"{single}attn.to_k", f"{single}attn.to_v", f"{single}proj_mlp"],
     }
-    found = {new: tensors[old] for old, new in NORMS.items()}
+    found = {new: tensors[old] for old, new in (NORMS | TABLES).items()}
     for own, names in parts.items():
         for end in (".weight", ".bias"):
             sizes = [D, D, D, M][: len(names)] if len(names) > 1 else [len(tensors[own + end])]
@@ -155,6 +157,24 @@ def test_what_changed_on_the_way_is_found(name: str, tmp_path: Path) -> None:
     assert (report.exit_code, report.overall.code) == (1, "LH902" if "norm" in name else "LH401")
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_layers_that_no_lora_names_may_be_stored_in_scaled_fp8(other: bool, tmp_path: Path) -> None:
+    """A merge saved in scaled fp8 has rounded every layer: one that was changed is still found."""
+    base = flux()
+    lora, layers = flux_lora({key: tensor for key, tensor in base.items() if not key.startswith("single")})
+    after, stored = merged(base, lora, layers), dict[str, Tensor]()
+    after[f"{LINEAR}.weight"] = after[f"{LINEAR}.weight"] * (1.3 if other else 1)
+    for key, tensor in after.items():
+        scale = tensor.abs().max().float() / 448
+        stored |= (
+            {key: tensor}
+            if tensor.dim() != 2
+            else {key: (tensor.float() / scale).to(torch.float8_e4m3fn), key.replace(".weight", ".scale_weight"): scale}
+        )
+    report = verified(tmp_path, base, stored, lora)
+    assert report.exit_code == int(other), report.overall.text()
+
+
 def test_rows_without_a_merge_count_where_the_others_were_rounded_twice(tmp_path: Path) -> None:
     """k of `linear1`, a seventh of its rows, was left out; each other row was rounded in two steps."""
     base = flux()
@@ -166,3 +186,30 @@ def test_rows_without_a_merge_count_where_the_others_were_rounded_twice(tmp_path
     after[f"{LINEAR}.weight"][D : 2 * D] = base[f"{LINEAR}.weight"][D : 2 * D]
     report = verified(tmp_path, base, after, lora)
     assert (report.exit_code, report.overall.code) == (1, "LH102"), report.overall.text()
+
+
+ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2"}
+
+
+def pipeline(folder: Path, tensors: Tensors) -> Path:
+    """A folder as diffusers saves it: the denoiser, and its text encoders beside."""
+    for part in ("unet", *ENCODERS.values()):
+        (folder / part).mkdir(parents=True)
+        own = {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+        save_file(own, folder / part / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("forgotten", ["", "te1", "te2"])
+def test_the_text_encoders_of_a_pipeline_are_judged(forgotten: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = {"lora_unet_mid_block_attentions_0_proj_in": "unet.mid_block.attentions.0.proj_in"}
+    layers |= {f"lora_{k}_text_model_{FIRST.replace('.', '_')}": f"{v}.text_model.{FIRST}" for k, v in ENCODERS.items()}
+    base = {f"{layer}.weight": drawn(WIDTH, WIDTH).half() for layer in layers.values()}
+    lora = pairs(dict.fromkeys(layers, (WIDTH, WIDTH)))
+    done = {name: layer for name, layer in layers.items() if not forgotten or f"_{forgotten}_" not in name}
+    save_file(lora, tmp_path / "lora.safetensors")
+    before, after = pipeline(tmp_path / "base", base), pipeline(tmp_path / "merged", merged(base, lora, done))
+    report = verify_merge(before, after, tmp_path / "lora.safetensors")
+    assert (report.exit_code, len(report.modules)) == (int(bool(forgotten)), 3), report.overall.text()
+    assert report.overall.code == ("LH102" if forgotten else None)

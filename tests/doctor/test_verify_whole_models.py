@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.doctor.verify.verify import MergeReport, verify_merge
+from harness.errors import UserError
 from tests.doctor.peft_merges import Change, Tensors, gpt2, llama, lora, lost, scaled, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -336,3 +337,17 @@ def test_square_layers_merged_transposed_are_named(tmp_path: Path) -> None:
 
     overall = verify_merge(*write(tmp_path, llama(), lora(), change=change)).overall
     assert overall.code == "LH301", overall.text()
+
+
+def test_a_lora_in_the_place_of_the_merged_checkpoint_is_said(tmp_path: Path) -> None:
+    base, _, adapter = write(tmp_path, llama(), lora())
+    with pytest.raises(UserError, match="holds a LoRA alone, the checkpoint after the merge is needed"):
+        verify_merge(base, adapter / "adapter_model.safetensors", adapter)
+
+
+def test_a_folder_of_pickles_is_called_so(tmp_path: Path) -> None:
+    base, _, adapter = write(tmp_path, llama(), lora())
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle, which can run code when opened"):
+        verify_merge(base, tmp_path / "pickled", adapter)

@@ -123,7 +123,9 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
     whole = {name: s[0].layer for name, s in placed.slots.items() if s[0][2:] == (None, None) and not fit.names}
     reached = _reached(adapter, base)
     odd = [
-        name for name, layer in whole.items() if not _wrapped(name) and not reached(adapter.modules[name].name, layer)
+        name
+        for name, layer in whole.items()
+        if not _wrapped(name) and name not in placed.converted and not reached(adapter.modules[name].name, layer)
     ]
     if odd:
         what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"

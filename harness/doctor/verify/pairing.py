@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from harness.doctor.match import place
 from harness.doctor.verify.weights import Piece, Weights
 from harness.files import LoraAdapter, LoraModule
 from harness.files.architectures import Shape
-from harness.files.tensor_file import TensorFile
+from harness.files.tensor_file import TensorFile, is_float
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 WHOLE_BYTES = 1 << 16  # read completely up to this size
+_MOST_COMPARED = 1 << 27  # elements
 _BETWEEN = (torch.bfloat16, torch.float16)  # a base may have been loaded in before it was stored in another dtype
 EMA = re.compile(r"(?:^|\.)(?:model_ema|ema_model|ema)\.")
 _LEFT_OVER = re.compile(r"\.lora_\w+(?:\.|$)|\.original_module\.|\.ranknum\.")
@@ -114,22 +116,29 @@ def _biases(
 def _alike(
     before: Weights, after: Weights, lost: Sequence[str], rest: Sequence[str], found: Mapping[str, tuple[Piece, ...]]
 ) -> Iterator[tuple[str, tuple[Piece, ...]]]:
-    """Yield the vectors, such as the weights of norms, that the merged file has under names that no table knows."""
+    """Yield what is no matrix, such as the weights of norms, that the merged file has under names no table knows."""
     used = {piece.name for pieces in found.values() for piece in pieces}
-    same: dict[tuple[str, bytes], list[str]] = {}
-    for name in (name for name in rest if name not in used and len(after.info(name).shape) == 1):
-        vector = after.rows(name, 0, after.info(name).shape[0])
-        same.setdefault((str(vector.dtype), _raw(vector)), []).append(name)
-    dtypes = {getattr(torch, dtype.removeprefix("torch.")) for dtype, _ in same}
-    for name in (name for name in lost if dtypes and len(before.info(name).shape) == 1):
-        vector = before.rows(name, 0, before.info(name).shape[0])
-        ways = ((str(dtype), _raw(vector.to(dtype))) for dtype in dtypes)
+    same: dict[tuple[torch.dtype, bytes], list[str]] = {}
+    shapes = {before.info(name).shape for name in lost}
+    left = (name for name in rest if name not in used and after.info(name).shape in shapes)
+    for name in (name for name in left if _is_no_matrix(after, name)):
+        tensor = after.rows(name, 0, after.info(name).shape[0])
+        same.setdefault((tensor.dtype, _digest(tensor)), []).append(name)
+    dtypes = {dtype for dtype, _ in same}
+    for name in (name for name in lost if dtypes and _is_no_matrix(before, name)):
+        tensor = before.rows(name, 0, before.info(name).shape[0])
+        ways = ((dtype, _digest(tensor.to(dtype))) for dtype in dtypes)
         if own := next(filter(None, (same.get(way) for way in ways)), None):
             yield name, (Piece(own.pop(0)),)
 
 
-def _raw(vector: Tensor) -> bytes:
-    return _bits(vector).numpy().tobytes()
+def _is_no_matrix(store: Weights, name: str) -> bool:
+    info = store.info(name)
+    return len(info.shape) not in (0, 2) and info.elements <= _MOST_COMPARED and is_float(info.dtype)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return sha256(_bits(tensor).numpy().tobytes()).digest()
 
 
 def _piece(store: Weights, tensor: str, rows: tuple[int, int] | None) -> Piece:

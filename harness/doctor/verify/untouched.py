@@ -17,7 +17,8 @@ from harness.doctor.verify.pairing import (
     same_tensor,
     unchanged,
 )
-from harness.doctor.verify.weights import TIED, Weights
+from harness.doctor.verify.vote import half_step
+from harness.doctor.verify.weights import TIED, Weights, code_dtype
 
 _ROWS = 4
 _STEP, _STEP_ROUNDED = 0.51, 2.0**-9  # steps, and per step from 0: the step is stored in 16 bits
@@ -198,7 +199,10 @@ def requantised(base: Weights, merged: Weights, name: str, run: tuple[int, int])
     if grid is None:
         return True
     before, after = (grid.codes(store.rows(name, *run), *run) for store in (base, merged))
-    off = (before - after).abs()
+    off, kind = (before - after).abs(), code_dtype(merged.store, merged.owner(name))
+    if kind.startswith("float8"):
+        half = torch.from_numpy(half_step(after.float().numpy(), kind))
+        return bool((off <= 2 * _STEP * half).float().mean() >= _NEAR and (off <= 2 * _CLAMPED * half).all())
     near = off <= _STEP + after.abs() * _STEP_ROUNDED
     return bool(near.float().mean() >= _NEAR and off.max() <= _CLAMPED)
 

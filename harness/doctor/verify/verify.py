@@ -16,7 +16,7 @@ from harness.doctor.verify.changes import Change, changes, experts_turned, slots
 from harness.doctor.verify.judging import Given, Reading, Stores, judged
 from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
-from harness.doctor.verify.pairing import paired
+from harness.doctor.verify.pairing import is_left_over, paired
 from harness.doctor.verify.untouched import Untouched, compare_untouched
 from harness.doctor.verify.weights import Weights
 from harness.errors import UserError
@@ -92,6 +92,8 @@ def verify_merge(
     native = all(one.adapter.format == "gguf" for one in given)
     after = Checkpoint.open(merged, native=native)
     stores, notes = _best([Checkpoint.open(path, native=native) for path in bases], after, given)
+    if all(map(is_left_over, after.names)):
+        raise UserError(f"{after.path}: holds a LoRA alone, the checkpoint after the merge is needed")
     claims = _claims(given, stores)
     reading = Reading(options.full, options.device, options.on_module)
     found = [module for claim in claims.values() for module in judged(claim, stores, reading)]

@@ -110,6 +110,7 @@ class Weights:
             first.replaced or second.replaced,
             first.families or second.families,
             (*first.suspects, *second.suspects),
+            first.converted | second.converted,
         )
 
     def slice(self, name: str, runs: Sequence[tuple[int, int]]) -> str:
