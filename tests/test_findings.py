@@ -26,6 +26,7 @@ WARM_UP = {
     "diffusers": "import diffusers.loaders.lora_pipeline, peft, transformers",
     "lycoris_lora": "import lycoris",
     "loralib": "import loralib",
+    "mlx-lm": "import mlx_lm.tuner.utils",
     "peft": "import peft",
     "refiners": "import refiners.fluxion.adapters.lora",
     "transformers": "import peft, transformers.models.llama.modeling_llama",

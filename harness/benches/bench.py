@@ -58,7 +58,7 @@ class Bench:
         return self.made()
 
     def made(self) -> torch.nn.Module:
-        """Return a model that `make` built, from the seed."""
+        """Return a model that `make` built, from the seed, in float32."""
         import torch
 
         try:
@@ -69,7 +69,7 @@ class Bench:
             why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise UserError(f"bench {self.name} cannot be built with the installed packages: {why[0]}") from error
         fill_zeros(model, self.seed)
-        return model
+        return cast(model, torch.float32)
 
     def base(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """Return the shared model in `dtype` (default float32), to be read and never changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -144,25 +144,27 @@ def _to_steps(weight: Tensor, steps: _Steps) -> Tensor:
 
 
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Return `model` in `dtype`, its numbers of eight bits as they are: they are codes."""
+    """Return `model` in `dtype`; numbers of eight bits, which are codes, and complex ones stay as they are."""
     import torch
 
-    codes = [(owner, name, value) for owner in model.modules() for name, value in _of_eight_bits(owner)]
-    for owner, name, _ in codes:
-        owner._parameters[name] = None
+    kept = [place for owner in model.modules() for place in _kept(owner)]
+    for held, name, _ in kept:
+        held[name] = None
     torch.nn.Module.to(model, dtype)  # its own: diffusers' override logs a line on every call
-    for owner, name, value in codes:
-        owner._parameters[name] = value
+    for held, name, value in kept:
+        held[name] = value
     for module in model.modules():
         if isinstance(vars(module).get("compute_dtype"), torch.dtype):  # of bitsandbytes and GGUF: users say it
             vars(module)["compute_dtype"] = dtype
     return model
 
 
-def _of_eight_bits(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, value in module._parameters.items():
-        if value is not None and value.is_floating_point() and value.dtype.itemsize == 1:
-            yield name, value
+def _kept(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for held in tensors:
+        for name, value in held.items():
+            if value is not None and (value.is_complex() or (value.is_floating_point() and value.dtype.itemsize == 1)):
+                yield held, name, value
 
 
 def numbers_behind(value: Tensor) -> Tensor:
@@ -170,6 +172,8 @@ def numbers_behind(value: Tensor) -> Tensor:
     import torch
 
     inner = value.detach().data
+    if inner.is_complex():
+        return torch.view_as_real(inner)
     if getattr(type(inner), "dequantize", None) is not torch.Tensor.dequantize:
         meant: Tensor = inner.dequantize()
         return meant

@@ -58,8 +58,11 @@ class Layer:
 
 def layer_of(module: torch.nn.Module) -> Layer | None:
     """Return what `module` is, or None when no LoRA is trained on such a layer."""
-    from torch import nn
+    from torch import Tensor, nn
 
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_complex():
+        return None
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
         return Layer("linear", module.out_features, module.in_features, bias, codes=codes_of(module))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -170,7 +171,7 @@ class _Factory:
         import torch
 
         try:
-            with _seeded():
+            with undisturbed(), _seeded():
                 model = self.make()
         except (KeyboardInterrupt, UserError):
             raise
@@ -180,10 +181,24 @@ class _Factory:
             raise UserError(f"{self.what}: its function raises {one_line(error)}") from error
         if not isinstance(model, torch.nn.Module):
             raise UserError(f"{self.what}: its function returns {_kind(model)}, but should return a torch.nn.Module")
-        if any(tensor.is_meta for tensor in model.parameters()):
-            raise UserError(f"{self.what}: its weights are on the device meta, without values; build it on the CPU")
+        if why := _unusable(model):
+            raise UserError(f"{self.what}: {why}")
         _fill_biases(model)
         return model
+
+
+def _unusable(model: torch.nn.Module) -> str:
+    import torch
+
+    if isinstance(model, torch.jit.ScriptModule):
+        return "its function returns a TorchScript module, whose layers cannot be changed; return the model itself"
+    if hasattr(model, "_orig_mod"):
+        return "its function returns a compiled model; return the model itself"
+    if any(torch.nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return "it has lazy layers, which have no weights before they run; call the model once in its function"
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return "its weights are on the device meta, without values; build it on the CPU"
+    return ""
 
 
 TOO_LARGE = "the model does not fit into the memory allowed: a bench is small, give it fewer and narrower layers"
@@ -202,6 +217,32 @@ def _fill_biases(model: torch.nn.Module) -> None:
         bias = getattr(module, "bias", None) if layer_of(module) else None
         if isinstance(bias, torch.Tensor) and bias.is_floating_point() and bias.numel() and not bias.any():
             bias.data.normal_(std=0.05)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put back after the block what holds for the whole process: torch's defaults, and the current folder."""
+    import torch
+
+    dtype, device, threads, folder = (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        None,
+    )
+    with suppress(OSError):
+        folder = os.getcwd()
+    grad = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+        if folder:
+            os.chdir(folder)
 
 
 @contextmanager
@@ -254,7 +295,7 @@ def _tensor(found: Any) -> Tensor:
     import torch
 
     if isinstance(found, torch.Tensor):
-        return found
+        return torch.view_as_real(found) if found.is_complex() else found
     parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, (tuple, list)) else ()
     tensors = (part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
     first = next(tensors, None)

@@ -140,7 +140,8 @@ def _mistake(
 ) -> str | None:
     weights = before[target.name], after[target.name], updates[target.name]
     expected = example.strength * cell.variant.scale(target)
-    return cell.variant.mistake(*weights, expected=expected, strength=example.strength)
+    layer = cell.view.layers[target.name]
+    return cell.variant.mistake(*weights, expected=expected, strength=example.strength, layer=layer)
 
 
 def _unchanged_limit(weight: Tensor, layer: Layer, dtype: str) -> float:

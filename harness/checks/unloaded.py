@@ -38,12 +38,13 @@ def base_types(bench: Bench) -> dict[str, type]:
 
 @cache
 def base_state(bench: Bench, dtype: str, bias: bool) -> dict[str, Tensor]:
-    """Return the parameters and buffers of the unloaded bench that are not measured."""
+    """Return the parameters and buffers of the unloaded bench that are not measured, under any of their names."""
     measured = ("weight", "bias") if bias else ("weight",)
     weights = {*bench.layers, *(f"{layer}.{kind}" for layer in bench.layers for kind in measured)}
     coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
-    kept = bench.base(getattr(torch, dtype)).state_dict().items()
-    own = {n: value for n, value in kept if n not in weights and isinstance(value, torch.Tensor)}
+    kept = {n: v for n, v in bench.base(getattr(torch, dtype)).state_dict().items() if isinstance(v, torch.Tensor)}
+    places = {kept[n].data_ptr() for n in weights if n in kept and kept[n].numel()}
+    own = {n: value for n, value in kept.items() if n not in weights and value.data_ptr() not in places}
     return {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.benches import Bench, Layer, add_bench, bench_names, get_bench, more_benches, own_benches
-from harness.benches.own import OwnBench, bench_of, declare_as, declared
+from harness.benches.own import OwnBench, bench_of, declare_as, declared, undisturbed
 from harness.benches.quantise import check_scheme, quantised
 from harness.errors import UserError, one_line
 from harness.isolation.facts import facts_apart
@@ -244,7 +244,8 @@ class _Later:
 
 @cache
 def _found(later: _Later) -> Make:
-    return later.find()
+    with undisturbed():
+        return later.find()
 
 
 def _looked_at(spec: str, find: Callable[[], Make], *, model: bool) -> dict[str, Any]:
@@ -269,7 +270,8 @@ def _facts(spec: str, find: Callable[[], Make], model: bool) -> dict[str, Any]:
 
     before = set(sys.modules)
     try:
-        make = find()
+        with undisturbed():
+            make = find()
         said = _said(make, spec, model=model)
         bench = replace(bench_of(said, make, spec), copies=False)
         facts = look_at(bench, said, f"bench {spec}")

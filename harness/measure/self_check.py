@@ -63,6 +63,7 @@ def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
         "shared": shared(model, layers),
         "unread": unread,
         "others": _other_parameters(model, layers),
+        "twice": _twice(model),
         "dtypes": dtypes,
         "copies": not any(layer.codes for layer in layers.values()) and _copies(bench, model),
         "digest": fresh,
@@ -81,8 +82,11 @@ def _check_tensors(model: torch.nn.Module, refused: Refused) -> None:
 
 
 def _check_repeats(bench: Bench, model: torch.nn.Module, refused: Refused) -> None:
-    again = bench.made().state_dict()
-    state = model.state_dict()
+    other = bench.made()
+    kept = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in kept for parameter in other.parameters()):
+        raise refused("two calls of its function return the same layers: what one load changed is there for the next")
+    again, state = other.state_dict(), model.state_dict()
     if again.keys() != state.keys():
         raise refused("two calls of its function build models with other layers")
     for name, value in state.items():
@@ -94,9 +98,10 @@ def _check_repeats(bench: Bench, model: torch.nn.Module, refused: Refused) -> No
 def _same(one: object, other: object) -> bool:
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return one == other
-    return one.shape == other.shape and torch.equal(
-        numbers_behind(one), numbers_behind(other).to(numbers_behind(one).dtype)
-    )
+    first, second = numbers_behind(one), numbers_behind(other)
+    if first.shape != second.shape:
+        return False
+    return bool(((first == second.to(first.dtype)) | (first.isnan() & second.isnan())).all())
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -242,6 +247,14 @@ def _other_parameters(model: torch.nn.Module, layers: Mapping[str, Layer]) -> di
     return {name: shape for name, shape in named if layer_of(model.get_submodule(name.rpartition(".")[0])) is None}
 
 
+def _twice(model: torch.nn.Module) -> dict[str, str]:
+    """Return the further names of modules that a model has under several, with the first."""
+    first = {id(module): name for name, module in model.named_modules()}
+    every = ((name, first[id(module)]) for name, module in model.named_modules(remove_duplicate=False))
+    found = {name: own for name, own in every if name != own}
+    return {name: own for name, own in found.items() if name.rpartition(".")[0] not in found}
+
+
 def _copies(bench: Bench, model: torch.nn.Module) -> bool:
     """Whether a copy by way of pickling is the same model; else each is built anew."""
     try:
@@ -270,6 +283,7 @@ def known_facts(bench: Bench) -> dict[str, Any]:
         "shared": bench.shared,
         "unread": {},
         "others": _other_parameters(bench.base(), bench.layers),
+        "twice": _twice(bench.base()),
         "dtypes": bench.dtypes,
         "said": {"runs": bench.run is not None},
     }
@@ -288,6 +302,8 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
         yield f"read, without a LoRA: {_patterns(rest)}"
     for name, other in facts["shared"].items():
         yield f"{name} shares its weight with {other}: a merge into one changes both"
+    for name, first in facts["twice"].items():
+        yield f"{name} is {first} once more: what a loader does under that name is not measured"
     for reason in dict.fromkeys(facts["unread"].values()):
         names = [name for name, why in facts["unread"].items() if why == reason]
         yield f"not measured: {_patterns(names)}: {reason}"

@@ -140,11 +140,27 @@ class Variant:
         parts = {role: (t * factor if role in self.gain else t).to(dtype) for role, t in drawn.items()}
         return Update(parts, self.direction(parts, layer))
 
-    def mistake(self, before: Tensor, after: Tensor, update: Update, *, expected: float, strength: float) -> str | None:
-        """Return which known mistake of this variant explains the layer that was measured, None when none does."""
-        known = self.mistakes(before, update, expected=expected, strength=strength)
+    def mistake(
+        self,
+        before: Tensor,
+        after: Tensor,
+        update: Update,
+        *,
+        expected: float,
+        strength: float,
+        layer: Layer | None = None,
+    ) -> str | None:
+        """Return which known mistake of this variant explains the layer that was measured, None when none does.
+
+        Where `layer` is quantised it is the nearest of those that are as near as its codes are to the mistake itself.
+        """
+        known = list(self.mistakes(before, update, expected=expected, strength=strength))
         limit = _SAME * norm(after - before)
-        return next((what for what, weight in known if norm(after - weight) <= limit), None)
+        if layer is None or not layer.codes:
+            return next((what for what, weight in known if norm(after - weight) <= limit), None)
+        coded = [(what, weight, rounded(layer, weight)) for what, weight in known]
+        near = [(norm(after - w), what) for what, weight, w in coded if norm(after - w) <= max(limit, norm(w - weight))]
+        return min(near)[1] if near else None
 
     def fits(
         self,

@@ -179,6 +179,14 @@ BAD = {
     "n = []\ndef make():\n n.append(one(4, 4))\n n[-1][0].weight.data[0] = len(n)\n return n[-1]": (
         "two calls of its function differ in 0.weight: draw its weights with torch"
     ),
+    "m = one(4, 4)\ndef make(): return m": "two calls of its function return the same layers",
+    "m = nn.Linear(4, 4)\ndef make(): return nn.Sequential(nn.Linear(4, 4), m)": "return the same layers",
+    "def make(): return torch.jit.script(one(4, 4))": "returns a TorchScript module, whose layers cannot be changed",
+    "def make(): return torch.compile(one(4, 4))": "returns a compiled model; return the model itself",
+    "def make(): return nn.Sequential(nn.LazyLinear(4))": "it has lazy layers, which have no weights before they run",
+    "def make():\n m = one(4, 4)\n m[0].weight.data[:] = float('nan')\n return m": (
+        "it has no linear layer, convolution or embedding, with a name of its own, that can be read"
+    ),
     "make = 3": "is int, not a function that builds a model",
     "class make: pass": "is a class; a bench is a function that builds a model",
     "from mine import make": "cannot import name 'make' from partially initialized module",
@@ -210,6 +218,48 @@ def test_what_cannot_be_used_is_one_sentence(
         bench_name("mine.py:make", model=True)
     assert "\n" not in str(raised.value)
     assert not own_benches()
+
+
+def test_what_a_function_does_to_its_process_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        f"{HEAD}torch.set_grad_enabled(False)\ndef make():\n torch.set_default_dtype(torch.float64)\n os.chdir('/')\n"
+        " torch.set_num_threads(1)\n return one(4, 4)\n"
+    )
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), Path.cwd()
+    model = get_bench(bench_name("mine.py:make", model=True)).build()
+    assert before == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), Path.cwd())
+    assert model.get_submodule("0").weight.dtype == torch.float32
+
+
+class Reused(nn.Module):
+    """A layer under two names, a complex one, and one whose weight another parameter is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.waves = nn.Linear(8, 8, dtype=torch.complex64)
+        self.out = nn.Linear(8, 4)
+        self.free = nn.ParameterList([self.out.weight])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.out(self.waves(self.again(self.first(x)).to(torch.complex64)).abs())
+        return answer
+
+
+@bench("reused", run=lambda model: model(torch.randn(2, 8)))
+def reused() -> nn.Module:
+    return Reused()
+
+
+def test_other_names_of_a_layer_and_complex_ones_are_no_layers_of_their_own() -> None:
+    assert codes("peft", benches=[reused]) <= {"LH103"}
+    known = get_bench("reused")
+    assert list(known.layers) == ["first", "out"]
+    told = list(known.measures(()))
+    assert "again is first once more: what a loader does under that name is not measured" in told
+    assert any(line.startswith("not measured, only looked at for being changed: waves.weight") for line in told)
 
 
 def test_a_function_without_bench_is_pointed_to_the_other_option(tmp_path: Path) -> None:

@@ -151,6 +151,20 @@ def test_a_magnitude_left_out_shows_through_codes(codes: str) -> None:
     assert not seen.direction_right
 
 
+@pytest.mark.parametrize("codes", ["nf4", "q4_0", "int8", "fp8"])
+def test_a_known_mistake_is_named_through_codes(codes: str) -> None:
+    base, update = update_of(64, 64, 4, 1)
+    base, layer = rounded_to(codes, base), Layer("linear", 64, 64, codes=codes)
+    dora = get_variant("dora")
+    for what, weight in dora.mistakes(base, update, expected=0.5, strength=1.0):
+        seen = dora.mistake(base, rounded_to(codes, weight), update, expected=0.5, strength=1.0, layer=layer)
+        assert seen is not None
+        if what in ("the magnitude is left out", "nothing is divided by the norm"):
+            assert seen == what
+    right = rounded_to(codes, dora.exact(base, update, 0.25))
+    assert dora.mistake(base, right, update, expected=0.5, strength=1.0, layer=layer) is None
+
+
 def test_a_layer_left_out_of_codes_is_seen() -> None:
     base, update = update_of(32, 48, 2, 3)
     base = rounded_to("int8", base)
