@@ -170,7 +170,7 @@ class Recorder:
         estimate = (
             None
             if look in ("broken", "black", "one colour")
-            else self.studio.place(images, near=self._near.get(strength))
+            else self.studio.place(images, near=self._near.get(strength), asked=strength if self.studio.quick else None)
         )
         return StrengthResult(strength, estimate, values["effect"], self._own_noise, look), values
 
