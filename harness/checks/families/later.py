@@ -79,11 +79,15 @@ def second_example(example: Example) -> Example:
     return replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
 
 
-@follows("side_effects", finds="another answer later or in a copy", codes=("LH407",))
+@follows("side_effects", finds="another answer later, in a copy or beside the layers", codes=("LH407",))
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
-    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded."""
+    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded.
+
+    LH401 when the model answers otherwise than by its layers.
+    """
     if cell.bench.run is None:
         return  # nothing shows what a model answers that nobody can run
+    yield from _beside_its_layers(cell, once)
     found = tuple(_first_other("LH407", cell, once, _RUNS if cell.variant_name != _PLAIN else (*_RUNS, *_STATE)))
     yield from found
     if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:
@@ -91,9 +95,8 @@ def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Itera
         yield from () if half.raised else _first_other("LH407", cell, half, (_CAST,))
 
 
-@follows("side_effects", finds="what the model answers beside its layers", codes=("LH401",))
-def check_whole(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
-    """LH401 when the model answers otherwise than the base would with the weights that its layers show.
+def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Finding]:
+    """Yield LH401 when the model answers otherwise than the base would with the weights that its layers show.
 
     An attribute, a function or a processor is another then, which no weight shows.
     """
