@@ -98,7 +98,13 @@ def file_row(name: str, path: Path) -> list[str]:
         judged(f"{passes[1]:.2f}, aim {aims[1]:g}", met=passes[1] <= aims[1]) if together else "one core",
         aimed, judged(f"{more:+.0f}", met=more <= MOST_MEGABYTES),
         *parts, f"{least / seconds['pass']:.2f}", f"{least / seconds['ours']:.0%}",
+        _reach(least / seconds["pass"], aims[0]),
     ]  # fmt: skip
+
+
+def _reach(least: float, aim: float) -> str:
+    """Say whether the aim, in passes, could be met here at all."""
+    return f"out of reach: {least:.2f} at best" if least > aim else "within reach"
 
 
 def wall(work: Callable[[], object]) -> float:
@@ -159,15 +165,26 @@ HEAD = [
     "file", "rank", "MB", "pass, s", "ours, s", "passes, one thread", f"passes, {CORES} threads, by the clock",
     "dense norm /", "MB over the file",
 ]  # fmt: skip
-BOUNDS = ["file", "GB", "GFLOP", "bytes, s", "products, s", "LAPACK, s", "sum, in passes", "of our time"]
+BOUNDS = [
+    "file",
+    "GB",
+    "GFLOP",
+    "bytes, s",
+    "products, s",
+    "LAPACK, s",
+    "sum, in passes",
+    "of our time",
+    "aim of one thread",
+]
 _SAID = f"""Aims: {LOW[0]:g} passes over the bytes up to rank 64 and {HIGH[0]:g} at rank 128, on {CORES} cores
 {LOW[1]:g} and {HIGH[1]:g} of the same; {LEAST_DENSE} times quicker than the dense norm on the first,
 {LEAST_SVD:,} times quicker than a dense SVD, {MOST_MEGABYTES} MB more memory than the file has. Whole files in
 bfloat16; the dense way on {DENSE_LAYERS} of their layers. A pass reads every tensor with safetensors, as float32, and
 averages it."""
 _BOUND = """What bounds them on one thread: reading and converting every byte, every product at the best speed of
-float32 here, and LAPACK on Gram matrices that lie in the cache. Where their sum is more passes than the aim,
-arithmetic is the limit. The last table says why the products are of float32."""
+a symmetric float32 product of its rank here, and LAPACK on Gram matrices that lie in the cache. Where their sum is
+more passes than the aim, arithmetic is the limit, and the aim is out of reach of this way to compute on this processor.
+The last table says why the products are of float32."""
 
 
 if __name__ == "__main__":

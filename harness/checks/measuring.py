@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "replace"]
+Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "whole", "replace"]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
 _CASTS = 2  # answers are compared that are each off by the rounding of the base's own
@@ -108,6 +108,7 @@ class _Work:
     def copy(self, number: float, path: str) -> None:
         before, self.model = self.model, copy.deepcopy(self.model)
         self._answers(self.model, before)
+        self._answer_afresh()
 
     def cast(self, number: float, path: str) -> None:
         self._answers(self.model)
@@ -117,11 +118,30 @@ class _Work:
     def save(self, number: float, path: str) -> None:
         """Save all of the model's state, and go on with a fresh model, loaded as the last one was, that gets it."""
         before, state = self.model, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._load_afresh()
+        self.model.load_state_dict(state)
+        self._answers(self.model, before)
+        self._answer_afresh()
+
+    def whole(self, number: float, path: str) -> None:
+        """Run the model, and the base with the weights that the model's layers show: all else is the same in both."""
+        bench, base = self.bench, base_weights(self.bench, self.order.dtype)
+        found = effective_weights(self.model, bench.layers, dtype=self.dtype)
+        if all(self._as_before(base[name], found[name]) for name in bench.layers):
+            found = weights_while_running(self.model, bench.layers, bench.forward, dtype=self.dtype)
+        self._answers(_with_weights(bench, self.order.dtype, found), self.model)
+
+    def _load_afresh(self) -> None:
         path, strength = self.last
         self.rebuild(1.0, "")
         self.take("load", strength, path)
-        self.model.load_state_dict(state)
-        self._answers(self.model, before)
+
+    def _answer_afresh(self) -> None:
+        """Keep what another model answers that was loaded alike: what copying or saving undoes is gone in both."""
+        kept = self.model
+        self._load_afresh()
+        self._answers(self.model)
+        self.model = kept
 
     def _answers(self, *models: torch.nn.Module) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
@@ -212,6 +232,7 @@ _OURS: Mapping[Kind, Callable[[_Work, float, str], None]] = {
     "copy": _Work.copy,
     "cast": _Work.cast,
     "save": _Work.save,
+    "whole": _Work.whole,
     "replace": _Work.replace,
 }
 
@@ -303,6 +324,15 @@ def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:
     weights = (parameter_of(model, name, layer) for name, layer in bench.layers.items())
     for weight in {id(weight): weight for weight in weights if weight is not None}.values():
         weight.data.mul_(times)
+    return model
+
+
+def _with_weights(bench: Bench, dtype: str, weights: Mapping[str, Tensor]) -> torch.nn.Module:
+    """Return the bench with other weights in its layers, [rows, columns] each."""
+    model = bench.build(_dtype(dtype))
+    for name, layer in bench.layers.items():
+        weight, value = parameter_of(model, name, layer), weights[name]
+        weight.data.copy_(value.T if layer.kind in ("transposed", "embedding") else value.reshape(weight.shape))
     return model
 
 

@@ -21,6 +21,7 @@ from harness.files.write import write_in_order
 from harness.isolation.calls import Raised, lost_raised
 from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
+from harness.measure.effective import DENSE as INPUTS
 from harness.measure.effective import dense_input
 from harness.measure.tolerance import UNIT_ROUNDOFF
 from harness.variants import Update
@@ -42,8 +43,8 @@ class Step:
 
     Of the subject: load a file of the trial, undo the last load, set the strength of what is loaded. Of its users: go
     on with a new model (`rebuild`), run the model, copy it, cast it to float32, save its state and load that into a
-    fresh model, replace a file. `times` multiplies the strength of the example, or the layers of the new model (a power
-    of two); None calls the loader without a strength.
+    fresh model, run it beside the base that has its layers' weights (`whole`), replace a file. `times` multiplies the
+    strength of the example, or the layers of the new model (a power of two); None calls the loader without a strength.
     `file`: the example's own, a copy of it, the other example's, or the one that `replace` puts the example's own in
     the place of, the other example's before.
     """
@@ -57,6 +58,7 @@ load: Callable[..., Step] = partial(Step, "load")
 set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
 UNLOAD, RUN, COPY, CAST, SAVE = Step("unload"), Step("run"), Step("copy"), Step("cast"), Step("save")
+WHOLE = Step("whole")
 REPLACE = Step("replace", file="replaced")
 
 
@@ -190,7 +192,7 @@ def _shape(key: str, base: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     kind, colon, name = key.partition(":")
     if name not in base or kind + colon not in (WEIGHT, DENSE):
         return None
-    return tuple(base[name].shape) if kind + colon == WEIGHT else (4, len(base[name]))
+    return tuple(base[name].shape) if kind + colon == WEIGHT else (INPUTS, len(base[name]))
 
 
 def _observation(

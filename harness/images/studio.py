@@ -28,6 +28,7 @@ from harness.text import printable
 
 LADDER = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, FARTHEST)
 _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
+_THE_SAME = 1e-4  # share of a change that rounding leaves unexplained
 _LIKE = 0.1  # share of a change that rungs further apart than those of the ladder may leave unexplained
 _SECONDS_TO_PAINT = 3600.0  # on the slowest of devices
 _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines are kept for the next loader
@@ -168,20 +169,32 @@ class Studio:
     def place(self, candidate: Tensor, *, asked: float = 1.0, near: float | None = None, refine: int = 3) -> Estimate:
         """Read the strength of `candidate` off the ladder on the side of `asked`, adding rungs where it stands.
 
-        When it should stand `near` a strength, only the rungs around that are drawn, and the others if it does not.
+        When it should stand `near` a strength, only 0 and that are drawn if it is the very picture there, else the
+        rungs around it, and the others if it is not between those. In one denoiser call a loader that is right at the
+        strength that was `asked` is known by the reference that is there anyway.
         """
+        alike = float(f"{near:.2g}") if near is not None else asked if self.quick else None
+        if alike is not None and (found := self._at(candidate, alike)):
+            return found
         rungs = _side(asked) if near is None else rungs_around(near)
         ladder = {strength: self.reference(strength) for strength in rungs}
         found = estimate(candidate, ladder)
         if near is not None and not _inside(found, rungs):
             return self.place(candidate, asked=asked, refine=refine)
         for _ in range(refine):
-            if found.residual < 1e-4 or found.at_end or abs(found.strength) > 12:
+            if found.residual < _THE_SAME or found.at_end or abs(found.strength) > 12:
                 return found
             for strength in _around(found.strength, ladder):
                 ladder[strength] = self.reference(strength)
             found = estimate(candidate, ladder)
         return found
+
+    def _at(self, candidate: Tensor, rung: float) -> Estimate | None:
+        """Return the estimate of a candidate that is the reference's pictures at `rung`, but for rounding."""
+        if not rung:
+            return None
+        found = estimate(candidate, {strength: self.reference(strength) for strength in sorted((0.0, rung))})
+        return found if found.residual < _THE_SAME and abs(found.strength / rung - 1) < _THE_SAME else None
 
     def _take(self, denoiser: nn.Module) -> Tensor:
         if not self.quick:

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.server import ServerError
@@ -155,17 +155,22 @@ def _warned() -> Iterator[None]:
 
 @contextmanager
 def _contained(left: list[str]) -> Iterator[None]:
-    """Keep warnings and the default dtype from the rest of the run."""
+    """Keep warnings, and what the subject changes in torch for everybody, from the rest of the run."""
     import torch
 
-    dtype = torch.get_default_dtype()
+    state: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+        "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    }
+    before = {what: get() for what, (get, _) in state.items()}
     try:
         with _warned():
             yield
     finally:
-        if torch.get_default_dtype() != dtype:
-            left.append("torch's default dtype")
-            torch.set_default_dtype(dtype)
+        for what, (get, set_back) in state.items():
+            if get() != before[what]:
+                left.append(what)
+                set_back(before[what])
 
 
 def raised_by(error: BaseException) -> Raised:

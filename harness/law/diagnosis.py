@@ -72,14 +72,12 @@ def _rarity(law: Law, fused_only: bool) -> int:
 
 def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     """No one law explains everything: look for the part of the probes that is wrong and for that part's own law."""
-    every, in_order = wrong, [p for p in usable if not p.permuted]
+    every, probes, in_order = wrong, usable, [p for p in usable if not p.permuted]
     if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
         usable, wrong = in_order, [p for p in in_order if not p.right]
     silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
-    for trait, part in () if silent else _parts(usable, wrong):
-        law = identify(part)
-        if law is not None and not law.is_trained:
-            return _named(law, part, trait)
+    if found := None if silent else _lawful_part(usable, wrong, every):
+        return found
     telling = [p for p in usable if p.right and abs(p.expected) > 4 * p.tolerance]
     exact = common_trait(wrong, telling)
     if exact and exact.about == "strength":
@@ -95,7 +93,19 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
         found = _named(law, wrong, Trait("some modules of some files", "part"))
         if all(_explains(found.law, p) for p in every):
             return found
-    return Diagnosis(None, "LH205", exact) if exact and exact.about == "alpha" else _by_input(every, telling, exact)
+    alpha = exact is not None and exact.about == "alpha"
+    return Diagnosis(None, "LH205", exact) if alpha else _by_input(every, telling, exact, probes)
+
+
+def _lawful_part(usable: Sequence[Probe], wrong: Sequence[Probe], every: Sequence[Probe]) -> Diagnosis | None:
+    """Name the first part that follows a law of its own, which no wrong probe of permuted keys contradicts."""
+    for trait, part in _parts(usable, wrong):
+        law = identify(part)
+        if law is None or law.is_trained:
+            continue
+        if trait.about == "place" or all(_explains(law, p) for p in every):
+            return _named(law, part, trait)
+    return None
 
 
 def _explains(law: Law | None, probe: Probe) -> bool:
@@ -106,9 +116,11 @@ def _explains(law: Law | None, probe: Probe) -> bool:
     return (probe.permuted and ordered) or abs(probe.measured - law.scale(probe)) <= 1.5 * probe.tolerance
 
 
-def _by_input(wrong: Sequence[Probe], telling: Sequence[Probe], trait: Trait | None) -> Diagnosis:
+def _by_input(
+    wrong: Sequence[Probe], telling: Sequence[Probe], trait: Trait | None, probes: Sequence[Probe]
+) -> Diagnosis:
     """Name what follows no law by the input that it depends on, or else by the trait."""
-    if other := borrowed(wrong):
+    if other := borrowed(wrong, probes):
         return Diagnosis(None, "LH204", other)
     for name, code in () if trait else _INPUTS:
         if certain := one_input_decides(name, wrong, telling):

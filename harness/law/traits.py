@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,13 +116,18 @@ def one_input_decides(name: Input, wrong: Sequence[Probe], right: Sequence[Probe
     return Trait(f"{name} is one of certain values ({wrongly}, ..., not {rightly}, ...)", name)
 
 
-def borrowed(wrong: Sequence[Probe]) -> Trait | None:
-    """Return a trait when every wrong scale is the one that another module's alpha, or rank, would give."""
+def borrowed(wrong: Sequence[Probe], every: Sequence[Probe] = ()) -> Trait | None:
+    """Return a trait when every wrong scale is the one that another module's alpha, or rank, or both would give.
+
+    Or that which the module itself had, with the same rank, in a file before: `every` are all probes as they came.
+    """
     if len(wrong) < _BORROWED:
         return None
-    for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks)):
+    for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks), ("alpha / rank", _with_both)):
         if all(any(_near(p, scale) for scale in scales(p)) for p in wrong):
             return Trait(f"two modules of a file differ in {name}", "part")
+    if all(any(_near(p, scale) for scale in _before(p, every)) for p in wrong):
+        return Trait("a file loaded before has another alpha for the module", "part")
     return None
 
 
@@ -154,6 +160,16 @@ def _with_alphas(probe: Probe) -> Iterator[float]:
 
 def _with_ranks(probe: Probe) -> Iterator[float]:
     return (probe.scale_of(probe.alpha, rank) for rank in probe.ranks)
+
+
+def _with_both(probe: Probe) -> Iterator[float]:
+    return (probe.scale_of(alpha, rank) for alpha, rank in zip(probe.alphas, probe.ranks, strict=True))
+
+
+def _before(probe: Probe, every: Sequence[Probe]) -> Iterator[float]:
+    earlier = itertools.takewhile(lambda other: other is not probe, every)
+    same = {p.alpha for p in earlier if (p.module, p.rank) == (probe.module, probe.rank)}
+    return (probe.scale_of(alpha, probe.rank) for alpha in same)
 
 
 def _inputs(probe: Probe) -> tuple[float | None, int, float]:

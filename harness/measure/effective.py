@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from harness.benches.layer import Layer
 from harness.measure.plain import Stored, is_plain, offset_of, torch_is_itself, weight_of
 
+DENSE = 5  # inputs: a batch, and one alone
 _WITHOUT_INPUT = ("embedding", "experts")  # of numbers
 
 
@@ -166,7 +167,7 @@ def _without_offset(module: nn.Module, layer: Layer, like: Tensor) -> Tensor:
 
 @cache
 def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
-    """Return four random inputs of a layer, every one of its columns in use: `[4, columns]`; None where it takes none.
+    """Return random inputs of a layer, every one of its columns in use: `[DENSE, columns]`; None where it takes none.
 
     Identity and zeros are what no model ever sends: what is right for them may be wrong for all else. Nobody else gets
     this tensor itself: a loader may write into what it is given.
@@ -175,12 +176,12 @@ def dense_input(layer: Layer, dtype: torch.dtype) -> Tensor | None:
         return None
     generator = torch.Generator().manual_seed(layer.columns)
     single = torch.float32  # whatever the default is at the moment
-    return torch.randn(4, layer.columns, generator=generator, dtype=single).to(dtype)
+    return torch.randn(DENSE, layer.columns, generator=generator, dtype=single).to(dtype)
 
 
 @torch.no_grad()
 def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, layer: Layer, like: Tensor) -> None:
-    """Put what a layer answers to `dense_input`, less its answer to zeros, `[4, rows]` in float64, into `dense`."""
+    """Put what a layer answers to `dense_input`, less its answer to zeros, `[DENSE, rows]` in float64, into `dense`."""
     x = None if dense is None else dense_input(layer, like.dtype)
     if dense is None or x is None:
         return
@@ -189,16 +190,20 @@ def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, la
 
 
 def _keep_dense(dense: dict[str, Tensor], name: str, module: nn.Module, layer: Layer, x: Tensor) -> None:
-    """Ask with the inputs and with zeros in one batch, by turns: neither half of it is the one or the other."""
-    inputs = torch.stack([x, torch.zeros_like(x)], 1)
+    """Ask with four inputs and zeros in one batch, by turns, then with the last input alone, as a batch of one.
+
+    Neither half of the batch is then the one or the other, and no rule for batches or for single inputs is missed.
+    """
+    together = torch.stack([x[:-1], torch.zeros_like(x[:-1])], 1)
     if layer.kind == "conv":
-        at, images = _images(layer, inputs.flatten(0, 1))
-        answer = ask(module, images)[(..., *at)]
+        at, images = _images(layer, torch.cat([together.flatten(0, 1), x[-1:]]))
+        several, one = ask(module, images[:-1])[(..., *at)], ask(module, images[-1:])[(..., *at)]
     else:  # as a model does: a batch of sequences
-        sequences = inputs.reshape(2, 2, 2, -1).transpose(1, 2).flatten(0, 1)
-        answer = ask(module, sequences).reshape(2, 2, 2, -1).transpose(1, 2)
-    answer = answer.double().cpu().reshape(4, 2, -1)
-    dense[name] = answer[:, 0] - answer[:, 1]
+        sequences = together.reshape(2, 2, 2, -1).transpose(1, 2).flatten(0, 1)
+        several = ask(module, sequences).reshape(2, 2, 2, -1).transpose(1, 2)
+        one = ask(module, x[-1:, None].clone()).flatten(0, 1)
+    several, one = several.double().cpu().reshape(4, 2, -1), one.double().cpu()
+    dense[name] = torch.cat([several[:, 0], one]) - torch.cat([several[:, 1], several[:1, 1]])
 
 
 @torch.no_grad()

@@ -149,9 +149,12 @@ def right(part: Part, strength: float) -> float:
     return strength * part.scale
 
 
-def adds(delta: Delta) -> Callable[..., None]:
-    """Return a loader that adds strength * delta(part) to every weight, in the shape it is stored in."""
-    return _loader(lambda part, strength: add(part.layer, strength * delta(part)), every=True)
+def adds(delta: Delta, *, every: bool = True) -> Callable[..., None]:
+    """Return a loader that adds strength * delta(part) to every weight, in the shape it is stored in.
+
+    Unless `every` variant is handled it refuses what has more than pairs.
+    """
+    return _loader(lambda part, strength: add(part.layer, strength * delta(part)), every=every)
 
 
 def becomes(weight: Weight) -> Callable[..., None]:

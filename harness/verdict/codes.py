@@ -74,7 +74,7 @@ _ALL = (
     Code("LH301", "transposed, or A and B swapped", ("direction", "verify"), "the product is A^T @ B^T or its transpose", "use B @ A: [out, r] @ [r, in]", explains=("LH306",)),
     Code("LH302", "q/k/v order or slice wrong", ("direction",), "the delta of a merged layer lands in other rows", "stack q, k, v in the order of the merged layer", explains=("LH306",)),
     Code("LH303", "convolution layout wrong", ("direction",), "a convolution's delta is reshaped along the wrong axes", "keep [out, in, kh, kw]", explains=("LH306",)),
-    Code("LH304", "variant maths wrong", ("direction", "verify"), "part of A or B is left out, W is scaled too, or the formula of DoRA, LoHa, LoKr, a bias or an embedding differs from PEFT's",
+    Code("LH304", "maths of the update wrong", ("direction", "verify"), "part of A or B is left out, W is scaled too, or the formula of DoRA, LoHa, LoKr, a bias or an embedding differs from PEFT's",
          "use all of A and B, leave W as it is, and follow the variant's formula"),
     Code("LH305", "right for unit vectors only", ("direction",), "the layer's answer to an input is not the sum of its answers to the input's parts: a gate, a clamp or a cache in the way",
          "add strength * alpha / rank * B @ A @ x for every x", explains=("LH306",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -289,3 +290,16 @@ def test_a_bound_on_the_rank_is_named(bound: Callable[[int], int], side: str, ro
         [p for file in files for p in probes(lambda p: p.scale_of(p.alpha, bound(p.rank)), shapes=file, root=root)]
     )
     assert (found.code, str(found.trait)) == ("LH209", f"a rank {side} 16 counts as 16")
+
+
+def test_what_permuted_files_contradict_is_not_the_law_of_the_part() -> None:
+    """The sign of the first alpha goes for all: where keys are in order the wrong ones happen to have odd ranks."""
+    shapes = ((6.0, 4), (-2.75, 5), (3.5, 7), (-9.0, 3), (4.0, 6))
+    right = probes(first_sign, shapes=((-6.0, 4), (-8.0, 6)), strengths=[1.0, 0.5])
+    there = [*probes(first_sign, shapes=shapes, strengths=[1.0, 0.5]), *right]
+    permuted = probes(first_sign, shapes=((-6.0, 4), (2.75, 8), (3.5, 6)), strengths=[1.0, 0.5], permuted=True)
+    assert "odd rank" not in str(diagnose(there + permuted).trait)
+
+
+def first_sign(probe: Probe) -> float:
+    return probe.strength * math.copysign(probe.alpha or 0.0, probe.alphas[0] or 0.0) / probe.rank

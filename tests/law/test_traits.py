@@ -181,7 +181,8 @@ FILE = Probe("m", 2.0, 1, (8.0, 3.0, None), (4, 2, 5), 0.0, 0.01)
         (1.2, "rank"),  # 2 * 3 / 5
         (8.02, None),
         (-8.0, None),
-        (4.0, None),
+        (4.0, "alpha / rank"),  # 2 * 8 / 4, both of another module
+        (4.1, None),
     ],
 )
 def test_a_scale_that_another_module_would_have_is_borrowed(measured: float, word: str | None) -> None:
@@ -221,3 +222,10 @@ def test_an_alpha_that_is_kept_by_rank_is_that_of_the_last_or_first_of_the_rank(
     assert "first module" in str(first)
     assert kept_by_rank(probes({0: 2.1})) is None
     assert kept_by_rank(probes({0: 2.0})[:5]) is None
+
+
+def test_an_alpha_that_a_file_before_had_is_borrowed_from_it() -> None:
+    before = [replace(FILE, index=0, alphas=(9.0,), ranks=(FILE.rank,), module=FILE.module, measured=0.0)]
+    wrong = [replace(FILE, measured=FILE.scale_of(9.0, FILE.rank), strength=FILE.strength) for _ in range(6)]
+    assert str(borrowed(wrong, [*before, *wrong])) == "a file loaded before has another alpha for the module"
+    assert borrowed(wrong, [*wrong, *before]) is None

@@ -37,8 +37,8 @@ def answers(module: nn.Module) -> tuple[Layer, dict[str, torch.Tensor]]:
 def test_dense_input_uses_every_column_and_is_the_same_every_time(layer: Layer) -> None:
     x = dense_input(layer, torch.bfloat16)
     assert x is not None
-    assert (x.shape, x.dtype, bool(x.all())) == ((4, layer.columns), torch.bfloat16, True)
-    assert len({tuple(row) for row in x.tolist()}) == 4
+    assert (x.shape, x.dtype, bool(x.all())) == ((5, layer.columns), torch.bfloat16, True)
+    assert len({tuple(row) for row in x.tolist()}) == 5
     assert torch.equal(x, dense_input(layer, torch.bfloat16))  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def test_sequences_are_asked_in_a_batch_as_a_model_does() -> None:
     module, seen = OwnLinear(5, 3), []
     module.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     answers(module)
-    assert seen[0] == (4, 2, 5)  # inputs and zeros by turns
+    assert seen[:2] == [(4, 2, 5), (1, 1, 5)]  # inputs and zeros by turns, then one input alone
 
 
 def test_a_layer_that_is_torchs_own_is_not_asked() -> None:

@@ -17,6 +17,8 @@ from harness.checks.observation import ROUNDING_LIKE, Observation, wrong_directi
 from harness.measure.compare import Fit, alignment, norm
 
 _ALIGNED = 0.9
+_ROWS = 8  # of a layer with fewer, chance may be that each has a factor
+_ROW_BY_ROW = 0.05  # of the change, that factors of rows leave unexplained
 _FEW = 3  # neighbours that may be mixed into a change
 _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
 
@@ -151,6 +153,11 @@ def _of_others(case: _Case) -> bool:
     return _mispaired(case.change, case.product, every)
 
 
+def _by_component(case: _Case) -> bool:
+    """Whether the change is made of this module's own A and B, put together otherwise."""
+    return _spanned(case.change, case.product) and _spanned(case.change.mT, case.product.mT)
+
+
 def _in_other_rows(case: _Case) -> bool:
     return _rows_moved(case.change, case.product, case.whole.relative_residual / 2)
 
@@ -167,6 +174,11 @@ _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
     ("LH408", "it is what a file loaded before holds for this module", _was_earlier),
     ("LH104", "it is the B @ A of another module", lambda case: case.along(case.others)),
     ("LH104", "the B @ A of other modules is in it", lambda case: _mixed(case.change, case.product, case.others)),
+    ("LH304", "some of its rows are left out", lambda case: _left_out(case.change, case.product)),
+    ("LH304", "some of its columns are left out", lambda case: _left_out(case.change.mT, case.product.mT)),
+    ("LH304", "each of its rows has a factor of its own", lambda case: _by_row(case.change, case.product)),
+    ("LH304", "each of its columns has a factor of its own", lambda case: _by_row(case.change.mT, case.product.mT)),
+    ("LH304", "the columns of B, or rows of A, have factors of their own", _by_component),
     ("LH104", "it is made of one module's B and another's A", _of_others),
     ("LH302", "its rows stand in another order", _in_other_rows),
 )
@@ -179,6 +191,33 @@ def _apart(whole: Fit, slices: tuple[Fit, ...]) -> bool:
 
 def _aligned(change: Tensor, candidate: Tensor, least: float = _ALIGNED) -> bool:
     return change.shape == candidate.shape and abs(alignment(change, candidate)) > least
+
+
+def _row_factors(change: Tensor, product: Tensor) -> Tensor | None:
+    """Return what each row of B @ A is multiplied by, where that explains the change; None else."""
+    own, wanted = product.double(), change.double()
+    size = own.square().sum(1)
+    factors: Tensor = (own * wanted).sum(1) / size.where(size > 0, torch.ones_like(size))
+    alike = norm(own.mT @ own) > _ALIGNED * norm(own) ** 2  # as in rank 1, where each row is a multiple of any other
+    return (
+        None
+        if len(product) < _ROWS or alike or norm(wanted - factors[:, None] * own) > _ROW_BY_ROW * norm(change)
+        else factors
+    )
+
+
+def _by_row(change: Tensor, product: Tensor) -> bool:
+    return _row_factors(change, product) is not None
+
+
+def _left_out(change: Tensor, product: Tensor) -> bool:
+    """Whether some rows of B @ A are missing and all others have one factor."""
+    factors = _row_factors(change, product)
+    if factors is None:
+        return False
+    there = factors.abs() > ROUNDING_LIKE * factors.abs().max()
+    same = (factors[there] - factors[there].median()).abs() <= _ROW_BY_ROW * factors.abs().max()
+    return bool(same.all()) and not bool(there.all())
 
 
 def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:

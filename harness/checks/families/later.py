@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from harness.benches import Bench, Layer
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, Need, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
-from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, UNLOAD, Step, load, rebuild, run_trial
+from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, UNLOAD, WHOLE, Step, load, rebuild, run_trial
 from harness.example import Example
 
 _OTHER_SEED = 51
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
 _HALF_DRIFT = 0.3  # where one of them computes in bfloat16
+_BESIDE = 0.005  # of the effect, between a model and the base with its layers' weights, both in float32
 _PLAIN = "lora"  # the variant in which copies, saved state and caches are tried: they know nothing of variants
 
 
@@ -77,16 +79,40 @@ def second_example(example: Example) -> Example:
     return replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
 
 
-@follows("side_effects", finds="another answer later or in a copy", codes=("LH407",))
+@follows("side_effects", finds="another answer later, in a copy or beside the layers", codes=("LH407",))
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
-    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded."""
+    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded.
+
+    LH401 when the model answers otherwise than by its layers.
+    """
     if cell.bench.run is None:
         return  # nothing shows what a model answers that nobody can run
+    yield from _beside_its_layers(cell, once)
     found = tuple(_first_other("LH407", cell, once, _RUNS if cell.variant_name != _PLAIN else (*_RUNS, *_STATE)))
     yield from found
     if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:
         half = run_trial(cell, replace(once.example, dtype="bfloat16"))
         yield from () if half.raised else _first_other("LH407", cell, half, (_CAST,))
+
+
+def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Finding]:
+    """Yield LH401 when the model answers otherwise than the base would with the weights that its layers show.
+
+    An attribute, a function or a processor is another then, which no weight shows.
+    """
+    told = once.others_changed or once.bent or once.not_finite
+    layers = cell.bench.layers.values()
+    if told or cell.variant_name != _PLAIN or cell.bench.run is None or not _has_plain_weights(cell.bench, layers):
+        return
+    seen = run_trial(cell, once.example, (load(), WHOLE))
+    if not seen.raised and not seen.drift <= _BESIDE:
+        what = "the model answers otherwise than by its layers' weights, biases and norms, which are right"
+        yield Finding("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
+
+
+def _has_plain_weights(bench: Bench, layers: Iterable[Layer]) -> bool:
+    """Whether the weights that layers show can be put into a bench: none is shared, coded, or many in one."""
+    return not bench.shared and not any(layer.codes or layer.kind == "experts" for layer in layers)
 
 
 @follows("side_effects", finds="a file loaded before that comes back", codes=("LH408",))
