@@ -109,9 +109,14 @@ def _lawful_part(usable: Sequence[Probe], wrong: Sequence[Probe], every: Sequenc
 
 
 def _explains(law: Law | None, probe: Probe) -> bool:
-    """Whether `law` gives the measured scale; of permuted keys nobody knows whose alpha is the first."""
+    """Whether `law` gives the measured scale; of permuted keys nobody knows whose alpha is the first.
+
+    What a loader takes for an alpha that is not there, a law of alpha does not say.
+    """
     if law is None:
         return False
+    if probe.alpha is None and law.alpha.exponent != 0.0:
+        return True
     ordered = (law.alpha_source, law.rank_source) != ("own", "own")
     return (probe.permuted and ordered) or abs(probe.measured - law.scale(probe)) <= 1.5 * probe.tolerance
 
