@@ -261,7 +261,13 @@ serve(load, unload=unload, set_strength=set_strength, build=layers_of, formats=[
 """
 
 
-@pytest.mark.parametrize(("unload", "codes"), [("model.load_state_dict(model.kept[0])", set()), ("pass", {"LH403"})])
+UNLOADS = [
+    ("model.load_state_dict(model.kept[0])", set()),
+    pytest.param("pass", {"LH403"}, marks=pytest.mark.slow),  # it looks for the plainest file, through a server
+]
+
+
+@pytest.mark.parametrize(("unload", "codes"), UNLOADS)
 def test_unload_and_strength_are_tested_where_a_server_has_them(unload, codes, tmp_path):
     script = tmp_path / "server.py"
     script.write_text(UNLOADING.format(root=str(ROOT), examples=str(EXAMPLES), unload=unload))

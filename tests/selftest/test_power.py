@@ -97,6 +97,7 @@ def test_every_variant_has_a_broken_and_a_right_loader() -> None:
     assert broken == {cell.variant_name for case in correct_cases() for cell in case.cells()} == set(VARIANTS)
 
 
+@pytest.mark.slow  # a child for each of 375 loaders
 def test_every_loader_is_tried_where_such_a_file_can_be() -> None:
     cells = [cell for case in (*broken_cases(), *correct_cases()) for cell in case.cells()]
     places = {(cell.format, cell.bench_name, cell.variant_name): cell for cell in cells}
