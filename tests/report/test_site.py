@@ -23,6 +23,7 @@ from harness.law.explained import about_code, about_finding, examples_of
 from harness.law.findings import findings
 from harness.law.known import prescribe, tools
 from harness.report.models import ProbeRecord
+from harness.report.records import read_run
 from harness.report.site.badge import badge_state, badge_text
 from harness.report.site.loaders import ALPHAS, RANKS, Loader, UniformFile, site_loaders
 from harness.report.site.markdown import finding_html
@@ -30,6 +31,7 @@ from harness.report.site.pages import site_pages, write_site
 from harness.verdict.codes import CODES
 
 Open = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,15 @@ def test_raw_html_in_a_finding_stays_text_and_its_links_lead_to_pages(monkeypatc
     assert "<script>" not in shown
     assert re.findall('href="(.*?)"', shown) == ["lycoris-missing-alpha.html", "https://e.f"]
     assert "javascript:" not in re.sub(r">[^<]*<", "", shown)
+
+
+def test_the_site_of_the_committed_run_answers_in_two_clicks(tmp_path: Path) -> None:
+    write_site([read_run(ROOT / "reports" / "run.jsonl.gz")], tmp_path / "site")
+    front = Page((tmp_path / "site" / "index.html").read_text(encoding="utf-8"))
+    assert "loaders/diffsynth-2.0.4.html" in {link["href"] for link in front.all("a")}
+    told = json.loads((tmp_path / "site" / "loaders" / "diffsynth-2.0.4.json").read_text(encoding="utf-8"))
+    assert {"rank": 32, "alpha": 16.0, "pass": 0.5} in told["answers"]
+    assert [run["version"] for run in told["runs"]] == ["2.0.4"]
 
 
 def test_numbers_are_those_of_the_prescription() -> None:
