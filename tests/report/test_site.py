@@ -114,6 +114,7 @@ def test_the_site_of_the_committed_run_answers_in_two_clicks(tmp_path: Path) -> 
     told = json.loads((tmp_path / "site" / "loaders" / "diffsynth-2.0.4.json").read_text(encoding="utf-8"))
     assert {"rank": 32, "alpha": 16.0, "pass": 0.5} in told["answers"]
     assert [run["version"] for run in told["runs"]] == ["2.0.4"]
+    assert told["formats"] == ["diffsynth", "comfyui"]
 
 
 def test_numbers_are_those_of_the_prescription() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from harness.files import FORMATS
 from harness.law.findings import Finding, findings
 from harness.law.known import ScaleLaw, Tool, prescribe, tools
 from harness.law.reads import LABELS, every_row, kind_of, title_of
@@ -208,7 +209,7 @@ class Loader:
     @property
     def formats(self) -> list[str]:
         """The formats that it reads, or was tried with."""
-        seen = (fmt for one in self.seen for fmt in one.line.formats)
+        seen = (fmt for one in self.seen for fmt in one.line.formats if fmt in FORMATS)  # no other column of the matrix
         return list(dict.fromkeys([*(self.tool.formats if self.tool else ()), *seen]))
 
     def in_format(self, name: str) -> str | None:
