@@ -28,5 +28,5 @@ def test_a_cut_run_exits_1_and_says_why(form: list[str], tmp_path: Path) -> None
     for paths, code in (([whole], 0), ([cut], 1), ([whole, cut], 1)):
         done = CliRunner().invoke(command, [*map(str, paths), "--out", str(tmp_path / "out"), *form])
         assert done.exit_code == code, done.output
-        assert ("cut short: " in done.stderr) == bool(code)
+        assert ("cut short: " in done.output) == bool(code)
         assert done.stdout.strip()
