@@ -215,9 +215,10 @@ def _picture_values(images: Tensor, base: Tensor, reference: Tensor, trained: Te
     values["ssim_trained"] = values.pop("ssim_reference")
     values["ssim_reference"] = float(metrics.ssim(shown, reference).mean())
     values["effect"] = float(1 - metrics.ssim(base, reference).mean())
-    kinds = {"broken": "broken", "black": "black", "collapsed": "one colour"}
-    for name, look in list(kinds.items())[: 1 if _is_noise(reference, base, trained) else None]:
-        if measured[name].any() and not getattr(metrics, name)(reference).any():
+    for name, look in (("broken", "broken"), ("black", "black"), ("collapsed", "one colour")):
+        if not measured[name].any() or getattr(metrics, name)(reference).any():
+            continue
+        if name == "broken" or not _is_noise(reference, base, trained):
             return values, look  # type: ignore[return-value]
     return values, look_of(values["total_variation_ratio"], values["noise_sigma_ratio"], values["content"])
 

@@ -75,6 +75,11 @@ class SweepOptions:
             raise UserError(f"alphas has {odd[0]}: strengths are finite numbers")
         return sorted({float(alpha) for alpha in self.alphas}, key=lambda alpha: (alpha != 0, abs(alpha), alpha))
 
+    @property
+    def in_turns(self) -> bool:
+        """Whether pictures are drawn in turns, until they are sure."""
+        return self.sequential and not self.quick
+
     def opened(self) -> OpenPipeline:
         """Open the pipeline.
 
@@ -135,9 +140,9 @@ class _Drawn:
     strengths: Sequence[float]
     studios: Sequence[Studio]
     on_record: Callable[[dict[str, Any]], object]
+    started: float
     step: Callable[[str], object] = lambda text: None
     result: SweepResult = field(default_factory=SweepResult)
-    started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def of(cls, subject: Subject, options: SweepOptions, on_record: Callable[[dict[str, Any]], object]) -> _Drawn:
@@ -147,8 +152,8 @@ class _Drawn:
         batch = options.batch or _BATCH[opened.words is not None]
         lora = options.lora or _default_lora(subject, opened)
         studio = Studio(opened, lora, pairs, quick=options.quick, batch=batch)
-        studios = studios_of(studio) if options.sequential and not options.quick else [studio]
-        return cls(subject, options, strengths, studios, on_record, started=started)
+        studios = studios_of(studio) if options.in_turns else [studio]
+        return cls(subject, options, strengths, studios, on_record, started)
 
     @property
     def apart(self) -> bool:
@@ -173,7 +178,7 @@ class _Drawn:
 
     def _recorder(self, channel: Channel, asked: Asked) -> Recorder | InTurn:
         place = self.subject, self.options.out, lambda row: channel.send({"record": row}), asked
-        if self.options.sequential and not self.options.quick:
+        if self.options.in_turns:
             return InTurn(self.studios, *place)
         return Recorder(self.studios[0], *place)
 
