@@ -20,7 +20,8 @@ from benchmarks.lora_file import MIXED, UNIFORM, File, Reader, Shape, make_file,
 from benchmarks.peft_folders import READERS, folders
 from benchmarks.reads import BENCHES, FAITHFUL, bench_shapes, diffusers_reader, live_reader
 from benchmarks.zoo import Parts, zoo
-from harness.doctor.answers import Answer, Asked, answer
+from harness.doctor.answer import Answer, Asked
+from harness.doctor.answers import answer
 from harness.doctor.traits import Traits
 from harness.errors import LoaderSpecError
 from harness.files import read_lora

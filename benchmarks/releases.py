@@ -15,9 +15,9 @@ from typing import Any
 
 from packaging.version import Version
 
+from harness.law.released import TABLE as DATA
 from harness.loaders.releases import beside, unpacked
 
-DATA = Path(__file__).with_name("releases.json")
 OUT = Path("reports/out/measured")
 _FORMATS = ("--format", "kohya", "--format", "diffusers")
 _BENCHES = ("--bench", "sd-unet", "--bench", "flux", "--bench", "qwen-image")

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import audit_growth
-from harness.checks.releases import NO_MODEL, CellLaw, ReleaseLaw, changes
+from harness.checks.releases import CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
+from harness.law.released import NO_MODEL
+from harness.law.released import TABLE as RELEASES
 from harness.text import printable
 
 DOCS = Path(__file__).parents[1] / "docs"
-RELEASES = Path(__file__).with_name("releases.json")
 _RIGHT = "strength * alpha / rank"
 _FINDINGS = """# Findings
 

@@ -20,14 +20,12 @@ from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Apart, SubjectLostError
 from harness.law.probe import Probe
+from harness.law.released import NO_LAW, NO_MODEL, NOTHING, RAISES, SLOW, SOME
 from harness.loaders.live import LiveLoader
 from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 
 Place = tuple[str, str]
 """Format and bench."""
-NOTHING, RAISES, NO_LAW = "loads nothing", "raises", "no single law"
-SOME = "; raises on some files"
-NO_MODEL, SLOW = "no such model in this release", "not judged: too slow"
 _LATE = re.compile(r"no answer within|time limit")
 _SECONDS = 120.0  # for a call, where nobody says: what is imported on the way belongs to it
 

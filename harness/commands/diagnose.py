@@ -45,7 +45,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Say in six lines what FILE is, what TOOL does with it, and the number to put into TOOL's own field."""
-    from harness.doctor.answers import Asked
+    from harness.doctor.answer import Asked
     from harness.doctor.diagnose import as_data, diagnose
 
     if tool_version is not None and tool is None:

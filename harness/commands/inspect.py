@@ -187,7 +187,7 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
-    from harness.doctor.answers import field_of
+    from harness.doctor.answer import field_of
     from harness.law.known import tools
 
     alone = {names[0]: why for why, names in record.without_number.items() if len(names) == 1}

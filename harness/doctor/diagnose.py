@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answers import Answer, Asked, Effect, answer, answers, field_of, how_sure, why_not
+from harness.doctor.answer import Answer, Asked, Effect, field_of, how_sure
+from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, repaired_to, wants_a_base

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answers import Asked
+from harness.doctor.answer import Asked
 from harness.doctor.causes import Saw
 from harness.doctor.diagnose import as_data, diagnose
 from harness.errors import UserError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from harness.doctor.answers import Asked, unmended
+from harness.doctor.answer import Asked
+from harness.doctor.answers import unmended
 from harness.doctor.repair.naming import layers_from
 from harness.doctor.repair.preview import is_plain, preview, with_scale
 from harness.doctor.traits import Traits

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from harness.doctor.answers import Asked
+from harness.doctor.answer import Asked
 from harness.doctor.traits import Traits
 
 _SEEN_CHARACTERS = 200

@@ -94,13 +94,13 @@ def _match(globs: list[str]) -> Match | None:
 
 
 def is_within(version: str | None, versions: str) -> bool:
-    """Tell whether a version is in a range such as `>=2.0.5`; what is no version is in none."""
-    from packaging.specifiers import SpecifierSet  # a tenth of the time of `--help`
+    """Tell whether a version is in a range such as `>=2.0.5`; what is no version, or no range, is in none."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet  # a tenth of the time of `--help`
     from packaging.version import InvalidVersion, Version
 
     try:
         return Version(version or "") in SpecifierSet(versions, prereleases=True)
-    except InvalidVersion:
+    except (InvalidVersion, InvalidSpecifier):
         return False
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word, word_of
-from harness.law.law import SOURCE_COST, Law
+from harness.law.law import SOURCE_COST, TRAINED, Law
 from harness.law.probe import Probe
 
 Vector = NDArray[np.float64]
@@ -22,7 +22,6 @@ _SNAP_TO = np.unique([n / d for d in (1, 2, 3, 4, 6, 8) for n in range(1, 13)])
 Words = tuple[Word, tuple[Word, str], tuple[Word, str]]
 
 
-_TRAINED = Law(STRENGTH[0], ALPHA[0], RANK[0])
 _ROOT = Law(STRENGTH[0], ALPHA[0], RANK[2])
 # The conventions met in practice: probes that cannot tell these apart (rank = alpha, say) leave the law ambiguous.
 _CONFUSED = tuple(Law(STRENGTH[0], alpha, rank) for alpha in ALPHA[:2] for rank in RANK[:3])[1:]
@@ -61,7 +60,7 @@ def _readings(columns: _Columns, first: Law) -> Iterator[Law]:
     yield from filter(columns.explains, _CONFUSED)
     if not first.is_trained:
         yield from filter(columns.explains, _READINGS)
-        if scaled := columns.fit(_ROOT if first.root else _TRAINED):
+        if scaled := columns.fit(_ROOT if first.root else TRAINED):
             yield scaled
 
 

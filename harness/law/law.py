@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.law.grammar import SOURCES, Word
+from harness.law.grammar import ALPHA, RANK, SOURCES, STRENGTH, Word
 from harness.law.probe import Probe
 from harness.verdict.blocks import block_of
 
 CONSTANT_COST = 1
 SOURCE_COST = 1
+_SOURCES = ("own", *SOURCES)
+_NUMBER = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?")
 _SAME = 1e-4  # alphas in half precision and ratios such as 10 / 3 agree far better, other laws far worse
 
 
@@ -110,6 +113,24 @@ class Law:
         alike = all(math.isclose(needed[0], each, rel_tol=_SAME, abs_tol=1e-12) for each in needed)
         found = _inverted(self.strength, needed[0]) if alike else None
         return None if found is None else float(f"{found:.6g}")
+
+
+TRAINED = Law(STRENGTH[0], ALPHA[0], RANK[0])
+
+
+def law_of_formula(text: str) -> Law | None:
+    """Return the law whose `formula` is `text`; None where it is none, or has a constant for every block."""
+    ranks = {f" {word.text.format(x=_of('rank', each))}": (word, each) for word in RANK for each in _SOURCES}
+    end = max((each for each in ranks if each != " 1" and text.endswith(each)), key=len, default="")
+    rank, rank_source = ranks[end or " 1"]
+    alphas = {word.text.format(x=_of("alpha", each)): (word, each) for word in ALPHA for each in _SOURCES}
+    strengths = {word.text.format(x="strength"): word for word in STRENGTH}
+    parts = text.removesuffix(end).split(" * ")
+    strength = next((strengths[part] for part in parts if part in strengths and part != "1"), STRENGTH[1])
+    alpha, source = next((alphas[part] for part in parts if part in alphas and part != "1"), (ALPHA[1], "own"))
+    constants = [float(part) for part in parts if _NUMBER.fullmatch(part)]
+    found = Law(strength, alpha, rank, source, rank_source, math.prod(constants))
+    return found if found.formula == text else None
 
 
 def _of(word: str, source: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from harness.checks.releases import SLOW, Place, ReleaseLaw
+from harness.checks.releases import Place, ReleaseLaw
+from harness.law.released import SLOW
 from harness.outputs import LineWriter, damaged, read_lines, saying, tell, text_of
 from harness.report.environment import installed_versions
 from harness.text import count, parse_json

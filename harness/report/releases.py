@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.checks.releases import NO_MODEL, RAISES, SLOW, CellLaw, Change, ReleaseLaw, changes
+from harness.checks.releases import CellLaw, Change, ReleaseLaw, changes
+from harness.law.released import NO_MODEL, RAISES, SLOW
 from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.history import HistoryCell, HistoryRecord

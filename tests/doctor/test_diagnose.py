@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
-from harness.doctor.answers import Asked, answer, answers, prescriptions, why_not
+from harness.doctor.answer import Asked
+from harness.doctor.answers import answer, answers, prescriptions, why_not
 from harness.doctor.causes import causes
 from harness.doctor.diagnose import Diagnosis, diagnose, lines, tool_named
 from harness.doctor.inspect.describe import inspect_file

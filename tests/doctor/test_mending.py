@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from harness.cli import main
-from harness.doctor.answers import Asked, answer
+from harness.doctor.answer import Asked
+from harness.doctor.answers import answer
 from harness.doctor.diagnose import Diagnosis, as_data, diagnose
 from harness.doctor.repair.preview import is_plain, preview
 from harness.doctor.repair.repair import repair_file

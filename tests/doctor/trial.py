@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answers import Answer, Asked, answers
+from harness.doctor.answer import Answer, Asked
+from harness.doctor.answers import answers
 from harness.doctor.traits import Traits
 from harness.files import read_lora
 from tests.cases.layouts import Layout, of

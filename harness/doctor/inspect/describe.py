@@ -8,7 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answers import Asked, answers, why_not
+from harness.doctor.answer import Asked
+from harness.doctor.answers import answers, why_not
 from harness.doctor.inspect.hazards import hazards
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.trainers import about_alpha, trainer_of
