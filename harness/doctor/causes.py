@@ -29,7 +29,7 @@ class Cause:
 def causes(found: Diagnosis) -> list[Cause]:
     """Return what could be behind what was seen, what the file itself speaks for first."""
     every = list(_CAUSES[found.saw or "noise"](found))
-    sure = {hazard.what for hazard in found.weighed.hazards}
+    sure = {hazard.what for hazard in (*found.weighed.hazards, *found.misfits)}
     return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
 
 
@@ -53,7 +53,7 @@ def _dropped_cause(found: Diagnosis) -> Cause:
 
 def _model_cause(found: Diagnosis) -> Cause:
     test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
-    none = found.placed if found.placed and found.placed.startswith("applies to 0 ") else ""
+    none = next((each.what for each in found.misfits if each.code == "LH719"), "")
     return Cause(f"another model than {model_of(found.traits)}", test, none)
 
 

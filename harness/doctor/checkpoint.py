@@ -274,13 +274,15 @@ def _weight_files(path: Path) -> Iterator[Path]:
         return iter(_shards(path))
     if not path.is_dir():
         return iter([path])
+    models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
+    if models and _is_pipeline(path):
+        return _weight_files(models[0])
     indexes = sorted(path.glob(f"*{_INDEX}"))
     if len(indexes) == 1:
         return iter(_shards(indexes[0]))
     found = sorted(path.glob("*.safetensors"))
     if found:
         return iter(found)
-    models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
     if not models:
         pickled = next((one.name for one in sorted(path.iterdir()) if one.suffix in _PICKLES), None)
         what = f"; {printable(pickled, 60)} is a pickle, which can run code when opened" if pickled else ""
@@ -288,11 +290,16 @@ def _weight_files(path: Path) -> Iterator[Path]:
     return _weight_files(models[0])
 
 
+def _is_pipeline(path: Path) -> bool:
+    """Tell whether a folder says that its models lie in folders of their own, whatever else lies beside them."""
+    return (path / "model_index.json").is_file()
+
+
 def _encoders(path: Path) -> Iterator[SafetensorsFile]:
     """Yield the text encoders of a pipeline's folder, their tensors named by the folder, where each is one file."""
     if (
         not path.is_dir()
-        or any(path.glob("*.safetensors"))
+        or (any(path.glob("*.safetensors")) and not _is_pipeline(path))
         or not any((path / name).is_dir() for name in _MODEL_FOLDERS)
     ):
         return

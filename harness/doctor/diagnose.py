@@ -12,6 +12,7 @@ from typing import Any
 from harness.doctor.answer import Answer, Asked, Effect, field_of, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
+from harness.doctor.inspect.fit import base_hazards, fit_of
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, repaired_to, wants_a_base
 from harness.doctor.trainers import about_alpha, rule_of, trainer_of, with_rule
@@ -22,7 +23,7 @@ from harness.law.findings import is_within
 from harness.law.known import Tool, tools
 from harness.law.scale import word_of
 from harness.text import count, printable
-from harness.verdict.file_record import Hazard
+from harness.verdict.file_record import BaseFit, Hazard
 
 _GRAVE = ("LH707", "LH713")
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
@@ -30,14 +31,18 @@ _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A file and the question that was asked about it; `tool` None asks for all."""
+    """A file and the question that was asked about it; `tool` None asks for all.
+
+    `fit` says how much of the file applies to the base that was given, `misfits` what is wrong with that.
+    """
 
     path: Path
     traits: Traits
     asked: Asked
     tool: Tool | None = None
     saw: Saw | None = None
-    placed: str | None = None
+    fit: BaseFit | None = None
+    misfits: tuple[Hazard, ...] = ()
     weighed: Weighed = field(default_factory=Weighed)
 
     @cached_property
@@ -73,9 +78,14 @@ class Diagnosis:
         return [problem for problem in self.traits.adapter.problems if problem.fatal]
 
     @property
+    def is_for_another(self) -> bool:
+        """Tell whether nothing of the file applies to the base that was given, or layers of it have other shapes."""
+        return self.fit is not None and (not self.fit.applied or any(each.code == "LH719" for each in self.misfits))
+
+    @property
     def exit_code(self) -> int:
-        """0 answered, 1 the file is broken or the tool that was asked for does not apply it as trained."""
-        broken = bool(self.fatal or self.grave)
+        """0 answered, 1 the file is broken, for another base, or not applied as trained by the tool asked for."""
+        broken = bool(self.fatal or self.grave or self.is_for_another)
         bad = self.tool and self.answers[self.tool.name].effect in _CANNOT
         return int(broken or bool(bad))
 
@@ -95,10 +105,10 @@ def diagnose(
     traits = Traits(read_lora(path, strict=False))
     asked = asked or Asked()
     known = tool_named(tool, asked.version) if tool else None
-    placed = _placed(traits, base) if base else None
+    fit, misfits = _held_against(traits, base) if base else (None, ())
     asked = replace(asked, base=base)
     weighed = Weighed() if headers_only else weigh(traits.adapter)
-    return Diagnosis(Path(path), traits, asked, known, saw, placed, weighed)
+    return Diagnosis(Path(path), traits, asked, known, saw, fit, misfits, weighed)
 
 
 def tool_named(name: str, version: str | None = None) -> Tool:
@@ -126,11 +136,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
-def _placed(traits: Traits, base: Path) -> str:
+def _held_against(traits: Traits, base: Path) -> tuple[BaseFit, tuple[Hazard, ...]]:
     from harness.doctor.checkpoint import Checkpoint
 
-    matched, total = len(Checkpoint.open(base).match(traits.adapter)), len(traits.adapter.modules)
-    return f"applies to {matched} of {count(total, 'module')} in {printable(base, 80)}"
+    weights = Checkpoint.open(base)
+    placed = weights.place(traits.adapter)
+    fit = fit_of(traits.adapter, weights, placed)
+    return fit, tuple(base_hazards(traits.adapter, weights, placed, fit))
 
 
 def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -140,9 +152,11 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
         yield "broken", f"{problem.code} {problem.text()}"
     for hazard in found.grave:
         yield "broken", f"{hazard.code} {hazard.what}"
-    if found.placed:
-        yield "base", found.placed
-    if found.tool:
+    yield from _of_base(found)
+    if found.is_for_another:
+        yield "pass", "no number: on this base it does nothing right"
+        yield "do", f"load it into the model that it was trained on: {model_of(found.traits)}"
+    elif found.tool:
         yield from _of_tool(found, found.answers[found.tool.name])
     else:
         yield from _of_all(found)
@@ -151,6 +165,18 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
         for number, cause in enumerate(causes(found), 1):
             yield f"cause {number}", cause.what + (f" ({cause.evidence})" if cause.evidence else "")
             yield "  test", cause.test
+
+
+def _of_base(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    if found.fit:
+        yield "base", placed(found.fit)
+    for hazard in found.misfits:
+        yield "base", f"{hazard.code} {hazard.what}"
+
+
+def placed(fit: BaseFit) -> str:
+    """Return how much of a file applies to a base, in one clause."""
+    return f"applies to {fit.applied} of {count(fit.modules, 'module')} in {printable(fit.base, 80)}"
 
 
 def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
@@ -195,7 +221,7 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
         return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
-    return "nothing else"
+    return "check that this is the base it was trained on" if found.misfits else "nothing else"
 
 
 def _once_alpha_is_known(found: Diagnosis, given: Answer) -> str | None:
@@ -269,7 +295,8 @@ def as_data(found: Diagnosis) -> dict[str, Any]:
         "model": model_of(found.traits),
         "trainer": found.trainer,
         "rule": found.rule,
-        "base": found.placed,
+        "base": placed(found.fit) if found.fit else None,
+        "base_hazards": [f"{each.code} {each.what}" for each in found.misfits],
         "answers": [_answer_data(found, each) for each in found.answers.values()],
         "causes": [vars(cause) for cause in causes(found)] if found.saw else [],
         "lines": [": ".join(line) for line in lines(found)],
