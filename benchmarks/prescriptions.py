@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from benchmarks.lora_file import MIXED, UNIFORM, File, Reader, Shape, make_file, outcome
 from benchmarks.peft_folders import READERS, folders
-from benchmarks.reads import BENCHES, FAITHFUL, bench_shapes, diffusers_reader, live_reader
+from benchmarks.reads import BENCHES, FAITHFUL, LIVE, bench_shapes, diffusers_reader, live_reader
 from benchmarks.zoo import Parts, zoo
 from harness.doctor.answer import Answer, Asked
 from harness.doctor.answers import answer
@@ -75,7 +75,7 @@ _HEAD = """# Every number, held against the tool
 
 Measured on {today} by `python -m benchmarks.prescriptions` with the tools' own code: {judged} pairs of file and tool
 judged, {wrong} wrong; {unknown} answered *not known*. A number counts when every layer got its trained scale within
-0.5 %; where there is none, the tool must do what was said.
+0.5 %; where there is none, the tool must do what was said.{absent}
 
 | file | tool | answered | measured | |
 | --- | --- | --- | --- | --- |"""
@@ -179,12 +179,26 @@ def _said(seen: Any) -> str:
     return f"{kind}: {said}"[:60] if kind in ("raises", "hangs") else f"{kind} in {len(value)} kinds of layers"
 
 
-def page(found: Sequence[Pair]) -> str:
-    """Return the table as Markdown."""
+def absent() -> list[str]:
+    """Return the tools whose own code is not here, a checkout or a release: none of their pairs is measured."""
+
+    def is_here(tool: str) -> bool:
+        try:
+            live_reader(tool, BENCHES[FAITHFUL[tool][0][0]])
+        except LoaderSpecError:
+            return False
+        return True
+
+    return [tool for tool in LIVE if not is_here(tool)]
+
+
+def page(found: Sequence[Pair], left_out: Sequence[str] = ()) -> str:
+    """Return the table as Markdown; `left_out` are the tools that could not be measured."""
     judged = [pair for pair in found if pair.agrees is not None]
     wrong = sum(not pair.agrees for pair in judged)
     unknown = len(found) - len(judged)
-    lines = [_HEAD.format(today=date.today(), judged=len(judged), wrong=wrong, unknown=unknown)]
+    without = f" Left out, since their code was not there: {', '.join(left_out)}." if left_out else ""
+    lines = [_HEAD.format(today=date.today(), judged=len(judged), wrong=wrong, unknown=unknown, absent=without)]
     mark = {True: "right", False: "**wrong**", None: "not judged"}
     lines += [
         f"| {p.file} | {p.tool} | {p.answered} | {p.measured.replace('|', '/')} | {mark[p.agrees]} |" for p in found
@@ -194,8 +208,11 @@ def page(found: Sequence[Pair]) -> str:
 
 def main() -> None:
     """Measure every pair and write the page; exit 1 when one is wrong."""
+    left_out = absent()
+    if left_out:
+        print(f"not here, and left out: {', '.join(left_out)} (`lora-harness loaders` says what each needs)")
     found = [*pairs(), *folder_pairs()]
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(found, left_out), encoding="utf-8")
     wrong = [pair for pair in found if pair.agrees is False]
     print(f"{len(found)} pairs, {len(wrong)} wrong", *wrong, sep="\n")
     raise SystemExit(bool(wrong))
