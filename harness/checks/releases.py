@@ -20,13 +20,14 @@ from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Apart, SubjectLostError
 from harness.law.probe import Probe
-from harness.law.released import NO_LAW, NO_MODEL, NOTHING, RAISES, SLOW, SOME
+from harness.law.released import KILLED, NO_LAW, NO_MODEL, NOT_JUDGED, NOTHING, RAISES, SLOW, SOME
 from harness.loaders.live import LiveLoader
 from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 
 Place = tuple[str, str]
 """Format and bench."""
 _LATE = re.compile(r"no answer within|time limit")
+_KILLED = re.compile(r"killed by SIG(KILL|TERM)")
 _SECONDS = 120.0  # for a call, where nobody says: what is imported on the way belongs to it
 
 
@@ -102,7 +103,7 @@ def changes(releases: Iterable[ReleaseLaw]) -> list[Change]:
     found = []
     for release in releases:
         for place, state in release.states.items():
-            if state == SLOW:
+            if state in NOT_JUDGED:
                 continue
             if place in last and last[place][1] != state:
                 found.append(Change(place, last[place][0], release.version, last[place][1], state))
@@ -255,6 +256,8 @@ def _state(cell: Cell, law: MeasuredLaw) -> CellLaw:
         return replace(found, state=NO_MODEL, what=what)
     if _LATE.search(what):
         return replace(found, state=SLOW, what=what)
+    if _KILLED.search(what):
+        return replace(found, state=KILLED, code=None, what=what)
     if not law.probes:
         return replace(found, state=RAISES, what=law.raised[0] if law.raised else "no answer")
     some, what = (SOME, law.raised[0]) if law.raised else ("", "")

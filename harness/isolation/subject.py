@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,14 +28,21 @@ Answer = Callable[[Any, Part], Any]
 """Answers an order, a message, by another; hands on parts of it, messages too, on the way."""
 
 START_SECONDS = 300.0  # to import what the subject imports
+_FROM_OUTSIDE = (
+    -signal.SIGKILL,
+    -signal.SIGTERM,
+)  # sent by a person, or where memory is short
 
 
 class SubjectLostError(Exception):
-    """The process of a subject gave no answer: `status` says why, `what` in one clause, `tail` what it printed last."""
+    """The process of a subject gave no answer: `status` says why, `what` in one clause, `tail` what it printed last.
 
-    def __init__(self, status: Status, what: str, tail: str = "") -> None:
+    `from_outside`: it was killed, by a signal that nothing in it need have sent.
+    """
+
+    def __init__(self, status: Status, what: str, tail: str = "", *, from_outside: bool = False) -> None:
         super().__init__(what)
-        self.status, self.what, self.tail = status, what, tail
+        self.status, self.what, self.tail, self.from_outside = status, what, tail, from_outside
 
 
 class Asked(Protocol):
@@ -84,7 +92,15 @@ class Apart:
         self._number = 0
 
     def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
-        """Return the answer."""
+        """Return the answer, of a second process where the first was killed from outside and had sent no part."""
+        try:
+            return self._asked(order, seconds, on_part, parts)
+        except SubjectLostError as lost:
+            if parts or not lost.from_outside:
+                raise
+        return self._asked(order, seconds, on_part, parts)
+
+    def _asked(self, order: Any, seconds: float, on_part: Part, parts: int) -> Any:
         self.begin()
         assert self._process is not None
         self._number += 1
@@ -188,7 +204,7 @@ class _Wait:
         if process.ended and process.ended[0] != "done":
             raise SubjectLostError(process.ended[0], process.ended[1] or process.ended[0], process.tail)
         if over is not None:
-            raise SubjectLostError(*process.death(over), process.tail)
+            raise SubjectLostError(*process.death(over), process.tail, from_outside=over in _FROM_OUTSIDE)
         if time.monotonic() > deadline:
             raise SubjectLostError("timeout", f"no answer within {self.seconds:g} s", process.tail)
 

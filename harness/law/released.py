@@ -21,7 +21,9 @@ _SAME = 1e-9
 TABLE = Path(__file__).with_name("releases.json")
 NOTHING, RAISES, NO_LAW = "loads nothing", "raises", "no single law"
 SOME = "; raises on some files"
-NO_MODEL, SLOW = "no such model in this release", "not judged: too slow"
+NO_MODEL = "no such model in this release"
+SLOW, KILLED = "not judged: too slow", "not judged: killed from outside"
+NOT_JUDGED = (SLOW, KILLED)
 SPELLED = {
     "kohya": "lora_unet.down.tensor",
     "diffusers": "transformer.A.header",
@@ -87,6 +89,6 @@ def released(loader: str, version: str, form: str, bench: str) -> Released | Non
     """Return what a release does with files of a format on a bench, None where it was not measured."""
     cells = (cell for row in _releases(loader) if row["version"] == version for cell in row["cells"])
     cell = next((each for each in cells if (each["format"], each["bench"]) == (form, bench)), None)
-    if cell is None or cell["state"] == SLOW:
+    if cell is None or cell["state"] in NOT_JUDGED:
         return None
     return Released(cell["state"], cell["trait"], cell["what"], _tables()[loader]["created"][:10])

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from harness.checks.releases import Place, ReleaseLaw
-from harness.law.released import SLOW
+from harness.law.released import NOT_JUDGED
 from harness.outputs import LineWriter, damaged, read_lines, saying, tell, text_of
 from harness.report.environment import installed_versions
 from harness.text import count, parse_json
@@ -75,8 +75,8 @@ class KeptReleases:
 
 
 def _is_whole(release: ReleaseLaw) -> bool:
-    """Whether a release need not be measured again: it could be started, and no limit ended what it did."""
-    return not release.problem and SLOW not in release.states.values()
+    """Whether a release need not be measured again: it could be started, and nothing else ended what it did."""
+    return not release.problem and not any(state in NOT_JUDGED for state in release.states.values())
 
 
 def _of_tables(path: Path) -> Iterator[_Kept]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checks.releases import CellLaw, Change, ReleaseLaw, changes
-from harness.law.released import NO_MODEL, RAISES, SLOW
+from harness.law.released import NO_MODEL, NOT_JUDGED, RAISES
 from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.history import HistoryCell, HistoryRecord
@@ -95,7 +95,7 @@ def look(cell: CellLaw) -> str:
     """Return how a page shows a cell: `passed`, `xfailed` (right, raises on some), `failed`, `errored`, `skipped`."""
     if cell.right:
         return "xfailed" if cell.what else "passed"
-    if cell.state in (NO_MODEL, SLOW):
+    if cell.state in (NO_MODEL, *NOT_JUDGED):
         return "skipped"
     return "errored" if cell.state == RAISES else "failed"
 

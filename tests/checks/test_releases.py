@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from harness import measure_law
-from harness.checks.releases import NOTHING, RAISES, ReleaseLaw, bisected, changes, measure_releases, places_of
+from harness.checks.releases import ReleaseLaw, bisected, changes, measure_releases, places_of
 from harness.errors import UserError
 from harness.isolation.limits import Limits
+from harness.law.released import KILLED, NOTHING, RAISES
 from harness.loaders.live import live_loaders
 from harness.loaders.registry import resolve
 
@@ -62,7 +63,7 @@ def test_each_release_has_its_own_law_and_a_bad_one_its_own_row(root, tmp_path):
     marker = tmp_path / "pids"
     release(root, "9.0")
     release(root, "9.1", WRONG)
-    release(root, "9.2", f"[open({str(marker)!r}, 'a').write(str(os.getpid()) + ' '), os.kill(os.getpid(), 9)][0]")
+    release(root, "9.2", f"[open({str(marker)!r}, 'a').write(str(os.getpid()) + ' '), os.kill(os.getpid(), 11)][0]")
     release(root, "9.3", before="import no_such_library\n")
     release(root, "9.4", "0.0")
     release(root, "9.5")
@@ -76,7 +77,7 @@ def test_each_release_has_its_own_law_and_a_bad_one_its_own_row(root, tmp_path):
     assert states["9.1"] == ["2 * strength * alpha / rank"]
     assert by_version["9.1"].cells[0].code is not None
     assert states["9.2"] == [RAISES]
-    assert "SIGKILL" in by_version["9.2"].cells[0].what
+    assert "SIGSEGV" in by_version["9.2"].cells[0].what
     assert states["9.3"] == []
     assert by_version["9.3"].problem == "cannot be started: ModuleNotFoundError: No module named 'no_such_library'"
     assert states["9.4"] == [NOTHING]
@@ -88,6 +89,32 @@ def test_each_release_has_its_own_law_and_a_bad_one_its_own_row(root, tmp_path):
         ("9.2", "9.4", NOTHING),
         ("9.4", "9.5", right[0]),
     ]
+
+
+def test_a_release_whose_process_is_killed_from_outside_is_measured_again(root, tmp_path):
+    once = tmp_path / "once"
+    release(root, "9.0")
+    release(
+        root,
+        "9.1",
+        f"[os.path.exists({str(once)!r}) or (open({str(once)!r}, 'w'), os.kill(os.getpid(), 9)), {RIGHT}][1]",
+    )
+    release(root, "9.2")
+    found = measured("9.0", "9.1", "9.2")
+    assert once.exists()
+    assert changes(found.values()) == []
+    assert found["9.1"].cells[0].right
+
+
+@pytest.mark.parametrize("number", [9, 15])
+def test_a_release_that_is_killed_again_and_again_is_not_judged(root, number):
+    release(root, "9.0")
+    release(root, "9.1", f"[os.kill(os.getpid(), {number}), os.sched_yield(), 1.0][-1]")
+    release(root, "9.2")
+    found = measured("9.0", "9.1", "9.2")
+    assert list(found["9.1"].states.values()) == [KILLED]
+    assert (found["9.1"].cells[0].code, found["9.1"].cells[0].right) == (None, False)
+    assert changes(found.values()) == []
 
 
 def test_a_release_that_is_not_the_one_named_is_not_measured_for_it(root):

@@ -140,6 +140,7 @@ def blocks_when_it_is_dropped() -> None:
 
 @_ends(*RIGHT, after=True)
 def leaves_threads_running() -> None:
+    threading.stack_size(1 << 18)  # dozens of loads must not run into the limit of memory
     for _ in range(4):
         threading.Thread(target=time.sleep, args=(300,)).start()
 
