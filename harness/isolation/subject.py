@@ -34,6 +34,10 @@ _FROM_OUTSIDE = (
 )  # sent by a person, or where memory is short
 
 
+def unheard(part: Any) -> None:
+    """Take a part that only says that the answer is on its way."""
+
+
 class SubjectLostError(Exception):
     """The process of a subject gave no answer: `status` says why, `what` in one clause, `tail` what it printed last.
 
@@ -48,7 +52,7 @@ class SubjectLostError(Exception):
 class Asked(Protocol):
     """Where a subject's code runs."""
 
-    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+    def ask(self, order: Any, seconds: float, on_part: Part = unheard, *, parts: int = 0) -> Any:
         """Return the answer to `order`; it, and each of at most `parts` parts, must come within `seconds` of the last.
 
         Raises:
@@ -62,7 +66,7 @@ class Here:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
 
-    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+    def ask(self, order: Any, seconds: float, on_part: Part = unheard, *, parts: int = 0) -> Any:
         """Return the answer."""
         return self._answer(order, on_part)
 
@@ -74,7 +78,7 @@ class Timed:
     asked: Asked
     on_answer: Callable[[float], object]
 
-    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
+    def ask(self, order: Any, seconds: float, on_part: Part = unheard, *, parts: int = 0) -> Any:
         """Return the answer."""
         began = time.monotonic()
         try:
@@ -91,17 +95,20 @@ class Apart:
         self._process: Process | None = None
         self._number = 0
 
-    def ask(self, order: Any, seconds: float, on_part: Part = lambda part: None, *, parts: int = 0) -> Any:
-        """Return the answer, of a second process where the first was killed from outside and had sent no part."""
+    def ask(self, order: Any, seconds: float, on_part: Part = unheard, *, parts: int = 0) -> Any:
+        """Return the answer, of a second process where the first was killed from outside and nobody heard its parts."""
+        return self._twice(lambda: self._asked(order, seconds, on_part, parts), may=on_part is unheard)
+
+    def _twice(self, do: Callable[[], Any], *, may: bool = True) -> Any:
         try:
-            return self._asked(order, seconds, on_part, parts)
+            return do()
         except SubjectLostError as lost:
-            if parts or not lost.from_outside:
+            if not (may and lost.from_outside):
                 raise
-        return self._asked(order, seconds, on_part, parts)
+        return do()
 
     def _asked(self, order: Any, seconds: float, on_part: Part, parts: int) -> Any:
-        self.begin()
+        self._begin()
         assert self._process is not None
         self._number += 1
         with contextlib.suppress(OSError):  # it is dead, which shows when it does not answer
@@ -115,10 +122,13 @@ class Apart:
         Raises:
             SubjectLostError: it could not.
         """
+        self._twice(self._begin)
+
+    def _begin(self) -> None:
         if self._process is None:
             self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
             self._number = 0
-            self._next(START_SECONDS, lambda part: None, 0)
+            self._next(START_SECONDS, unheard, 0)
 
     def _next(self, seconds: float, on_part: Part, parts: int) -> Any:
         assert self._process is not None

@@ -92,18 +92,18 @@ def test_each_release_has_its_own_law_and_a_bad_one_its_own_row(root, tmp_path):
 
 
 def test_a_release_whose_process_is_killed_from_outside_is_measured_again(root, tmp_path):
-    once = tmp_path / "once"
+    loads, starts = tmp_path / "loads", tmp_path / "starts"
+    counted = f"open({str(loads)!r}, 'a').write('x') and os.path.getsize({str(loads)!r}) == 40"
+    first = f"import os\nif not os.path.exists({str(starts)!r}): open({str(starts)!r}, 'w'); os.kill(os.getpid(), 9)\n"
     release(root, "9.0")
-    release(
-        root,
-        "9.1",
-        f"[os.path.exists({str(once)!r}) or (open({str(once)!r}, 'w'), os.kill(os.getpid(), 9)), {RIGHT}][1]",
-    )
-    release(root, "9.2")
+    release(root, "9.1", f"[{counted} and os.kill(os.getpid(), 9), {RIGHT}][1]")
+    release(root, "9.2", before=first)
     found = measured("9.0", "9.1", "9.2")
-    assert once.exists()
+    assert loads.stat().st_size > 40
+    assert starts.exists()
     assert changes(found.values()) == []
-    assert found["9.1"].cells[0].right
+    assert [each.problem for each in found.values()] == ["", "", ""]
+    assert all(each.cells[0].right for each in found.values())
 
 
 @pytest.mark.parametrize("number", [9, 15])
