@@ -320,7 +320,7 @@ def power_sentence(records: Sequence[PowerRecord]) -> str:
     named = sum(r.detected if r.named is None else r.named for r in wrong)
     alarms, trials = sum(r.detected for r in right), sum(r.trials for r in right)
     told = [f"{found:,} of {faults:,} faults found, {named:,} named right"] if wrong else []
-    told += [f"{alarms:,} false alarms in {trials:,} examples of {len(right)} right loaders"] if right else []
+    told += [f"{alarms:,} false alarms in {trials:,} examples of {count(len(right), 'right loader')}"] if right else []
     return f"{'; '.join(told)}." if told else ""
 
 

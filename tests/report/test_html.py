@@ -315,7 +315,7 @@ def test_the_page_of_a_selftest_says_what_was_tried_and_what_named_means(tmp_pat
     right = PowerRecord(subject="peft", trials=500, detected=0, factor=1.0)
     page = page_of(run_of(*some, right, command="lora-harness selftest --quick"), tmp_path)
     text = " ".join(page.texts["power"].split())
-    assert "3 loaders that are wrong in one known way and 1 that are right" in text
+    assert "3 wrong in one known way, 1 right" in text
     assert "lora-harness selftest --quick" in text
     assert "Named: all that was blamed has a code that is right for this fault" in text
     assert "dora11✕ 0–" in text

@@ -71,7 +71,7 @@ RIGHT = PowerRecord(subject="b", trials=7500, detected=2, factor=1.0)
         ((), "Nothing was measured."),
         (tuple(file_records()), "1 of 2 LoRA files carry hazards."),
         ((WRONG,), "1 of 1 faults found, 0 named right."),
-        ((WRONG, RIGHT), "1 of 1 faults found, 0 named right; 2 false alarms in 7,500 examples of 1 right loaders."),
+        ((WRONG, RIGHT), "1 of 1 faults found, 0 named right; 2 false alarms in 7,500 examples of 1 right loader."),
     ],
 )
 def test_the_headline_says_what_was_found(records: tuple[object, ...], says: str) -> None:
