@@ -29,7 +29,7 @@ def by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: boo
         return Reading("unknown", "serves language models: whether it takes these layers was not measured")
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
-    named = not tool.original_names or not group.places or any(_has_names(tool, place) for place in group.places)
+    named = not tool.original_names or not group.places or all(_has_names(tool, place) for place in group.places)
     doras = {spelled.partition("+")[2] for spelled in group.spelled} - {""}
     named = named and all(knows_magnitudes(tool.name, kind) for kind in doras)
     if fits and in_family and named and all(each.effect == "law" for each in known):
