@@ -161,10 +161,7 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     broken = [(name, tally) for name, tally in most_of(library.folders, _FOLDERS) if tally.broken]
     for name, tally in broken if len(library.folders) > 1 else ():
         click.echo(f"  {tally.broken:6,}  of {count(tally.files, 'file')} broken in {printable(name, 200)}")
-    fine = library.total - library.hazardous - library.unreadable
-    unread = f", {library.unreadable:,} unreadable" if library.unreadable else ""
-    copies = f"{library.copies:,} with the weights of another"
-    click.echo(f"{count(library.total, 'file')}, {fine:,} without hazards{unread}, {copies}")
+    click.echo(library.headline)
     for out in outs:
         click.echo(f"rows: {out}")
 

@@ -71,12 +71,12 @@ class Tally:
 class Library:
     """The rows of an audit, counted in one pass.
 
-    `codes`, `folders`, `bases`, `trainers` and `findings` map to a `Tally`; `unreadable`, `hazardous` and `copies`
-    count files; `worst` are the first `most` rows, the gravest first.
+    `codes`, `folders`, `bases`, `trainers` and `findings` map to a `Tally`; `unreadable`, `hazardous`, `hit` (by a
+    finding) and `copies` count files; `worst` are the first `most` rows, the gravest first.
     """
 
     def __init__(self, rows: Iterable[FileRecord], *, most: int = 100) -> None:
-        self.total = self.unreadable = self.hazardous = self.copies = 0
+        self.total = self.unreadable = self.hazardous = self.hit = self.copies = 0
         self.codes: dict[str, Tally] = {}
         self.folders: dict[str, Tally] = {}
         self.bases: dict[str, Tally] = {}
@@ -94,6 +94,7 @@ class Library:
         self.total += 1
         self.unreadable += not row.readable
         self.hazardous += bool(row.hazards) and row.readable
+        self.hit += bool(row.findings)
         self.copies += row.duplicate_of is not None
         self.findings.update(set(row.findings))
         for table, key in (
@@ -112,6 +113,7 @@ class Library:
         parts = [f"{fine:,} without hazards"]
         parts += [f"{self.hazardous:,} with"] if self.hazardous else []
         parts += [f"{self.unreadable:,} unreadable"] if self.unreadable else []
+        parts += [f"{self.hit:,} that a finding hits"] if self.hit else []
         parts += [f"{self.copies:,} with the weights of another"] if self.copies else []
         return f"{count(self.total, 'LoRA file')}: {', '.join(parts)}"
 

@@ -214,7 +214,7 @@ def test_the_command_writes_every_format_and_exits_by_what_it_found(library: Pat
     arguments = [str(library), "-j", "0", *(part for out in outs for part in ("--out", str(out)))]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 1
-    assert "5 files" in result.output
+    assert "5 LoRA files" in result.output
     assert all(out.stat().st_size for out in outs)
     again = CliRunner().invoke(command, [str(library / "a.safetensors"), "-j", "0", "--json"])
     assert again.exit_code == 0
