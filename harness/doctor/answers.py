@@ -43,7 +43,18 @@ def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
 
 def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what `tool` does with the file as it is."""
-    form = traits.adapter.format
+    if given := _not_read(tool, traits, asked):
+        return given
+    hit = tuple(_hits(tool, traits, asked.version))
+    if lost := _lost(tool, traits):
+        return Answer(tool, *lost, _sure(tool), findings=hit)
+    given = _as_read(tool, traits, asked, [finding for finding in hit if finding.blocks])
+    return replace(given, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
+
+
+def _not_read(tool: Tool, traits: Traits, asked: Asked) -> Answer | None:
+    """Return the answer where the file is none for the tool, or the release that is asked for not the one known."""
+    form, version = traits.adapter.format, asked.version
     if tool.beside and any(group.named and not group.text_encoder for group in traits.groups):
         return Answer(tool, "unknown", tool.beside, "unknown")
     if form not in tool.formats:
@@ -51,31 +62,37 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
         return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
-    if not _is_known_release(tool, asked.version):
+    if not _is_known_release(tool, version):
         return in_release(tool, traits, asked)
-    if asked.version not in (None, tool.release) and (why := why_unmeasured(tool, traits, str(asked.version))):
+    if version not in (None, tool.release) and (why := why_unmeasured(tool, traits, str(version))):
         return Answer(tool, "unknown", why, "unknown")
-    known = (each for each in traits.findings if tool.name in each.tools and each.in_release(asked.version))
-    hit = [*known, *_limits(tool, traits)]
-    if lost := _lost(tool, traits):
-        return Answer(tool, *lost, _sure(tool), findings=tuple(hit))
-    notes = tuple(finding.says for finding in hit if finding.effect in ("rounds", "note"))
-    if asked.version not in (None, tool.release):
-        notes += (f"every release measured of {tool.versions} has its law (docs/releases.md)",)
-    blocking = [finding for finding in hit if finding.blocks]
+    return None
+
+
+def _hits(tool: Tool, traits: Traits, version: str | None) -> Iterator[Finding]:
+    """Yield the faults that the file meets: measured in this release, and read in the tool's code."""
+    yield from (each for each in traits.findings if tool.name in each.tools and each.in_release(version))
+    yield from _limits(tool, traits)
+
+
+def _noted(tool: Tool, hit: Iterable[Finding], version: str | None) -> Iterator[str]:
+    yield from (finding.says for finding in hit if finding.effect in ("rounds", "note"))
+    if version not in (None, tool.release):
+        yield f"every release measured of {tool.versions} has its law (docs/releases.md)"
+
+
+def _as_read(tool: Tool, traits: Traits, asked: Asked, blocking: list[Finding]) -> Answer:
+    """Return what comes of the file by what was measured of its keys and layers, and by the faults that it meets."""
     read = _read(tool, traits)
-    for finding in (each for each in blocking if each.effect != "alpha ignored"):
-        seen = read.effect if read.effect not in ("law", "unknown") else _effect(finding.effect)
-        return Answer(tool, seen, finding.says, _sure(tool), findings=tuple(hit), notes=notes)
+    if fault := next((finding for finding in blocking if finding.effect != "alpha ignored"), None):
+        seen = read.effect if read.effect not in ("law", "unknown") else _effect(fault.effect)
+        return Answer(tool, seen, fault.says, _sure(tool))
     if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
-        sure: Sure = "unknown" if read.effect == "unknown" else _sure(tool)
-        return Answer(tool, read.effect, read.what, sure, findings=tuple(hit), notes=notes)
-    ignores = (
-        read.alpha_ignored or traits.alpha_is_beside or any(finding.effect == "alpha ignored" for finding in blocking)
-    )
+        return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else _sure(tool))
+    ignores = read.alpha_ignored or traits.alpha_is_beside or bool(blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
-    notes += (read.what,) if read.what and read.effect == "law" else ()
-    return replace(_by_law(tool, law, traits, asked), findings=tuple(hit), notes=notes, sure=_how_sure(tool, traits))
+    said = (read.what,) if read.what and read.effect == "law" else ()
+    return replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
