@@ -22,7 +22,7 @@ from harness.cli import main as command
 from harness.doctor import FileRecord, inspect_file
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, read_lora
-from tests.cases.layouts import Layout, built, foreign, seen
+from tests.cases.layouts import BUILT, Layout, foreign, seen
 
 OUT = Path(__file__).parents[1] / "docs" / "layouts.md"
 HEAD = """# Layouts
@@ -158,7 +158,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, layout in enumerate([*seen(), *built(), *(layout for layout, _ in foreign())]):
+        for number, layout in enumerate([*seen(), *BUILT, *(layout for layout, _ in foreign())]):
             place = Path(folder) / str(number)
             place.mkdir()
             rows.append(_row(layout, place))

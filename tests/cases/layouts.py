@@ -87,26 +87,25 @@ _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 4, "target_modules": ["q_p
 _MLX = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}}
 
 
-def built() -> Iterator[Layout]:
-    """Yield layouts written by the rules of the tools that write them."""
-    yield of(
+BUILT = (
+    of(
         "sd3_sd_scripts",
         pairs(
             "lora_unet_joint_blocks_0_x_block_attn_qkv lora_te1_text_model_encoder_layers_0_mlp_fc1 "
             "lora_te2_text_model_encoder_layers_0_mlp_fc1 lora_te3_encoder_block_0_layer_0_SelfAttention_q",
             **KOHYA,
         ),
-    )
-    yield of("lumina_sd_scripts", pairs("lora_unet_layers_0_attention_qkv lora_te_layers_0_self_attn_q_proj", **KOHYA))
-    yield of("wan22_musubi_high_noise", pairs("lora_unet_blocks_0_self_attn_q lora_unet_blocks_0_ffn_0", **KOHYA))
-    yield of(
+    ),
+    of("lumina_sd_scripts", pairs("lora_unet_layers_0_attention_qkv lora_te_layers_0_self_attn_q_proj", **KOHYA)),
+    of("wan22_musubi_high_noise", pairs("lora_unet_blocks_0_self_attn_q lora_unet_blocks_0_ffn_0", **KOHYA)),
+    of(
         "stable_cascade_onetrainer",
         pairs(
             "lora_prior_unet_down_blocks_0_1_attention_attn_to_q lora_prior_te_text_model_encoder_layers_0_mlp_fc1",
             **KOHYA,
         ),
-    )
-    yield of(
+    ),
+    of(
         "onetrainer_sdxl_omi",
         {
             **pairs(
@@ -117,8 +116,8 @@ def built() -> Iterator[Layout]:
             "bundle_emb.cat.clip_l": (2, 32),
             "bundle_emb.cat.clip_g": (2, 48),
         },
-    )
-    yield of(
+    ),
+    of(
         "ltx2_connectors",
         {
             **pairs(
@@ -126,8 +125,8 @@ def built() -> Iterator[Layout]:
             ),
             **pairs("text_embedding_projection.aggregate_embed", **KOHYA),
         },
-    )
-    yield of(
+    ),
+    of(
         "lightx2v_distilled",
         {
             **pairs(
@@ -138,17 +137,17 @@ def built() -> Iterator[Layout]:
             "diffusion_model.blocks.0.self_attn.q.diff_b": (48,),
             "diffusion_model.blocks.0.norm3.diff": (32,),
         },
-    )
-    yield of("qwen_lightning_bare", pairs("transformer_blocks.0.attn.to_q transformer_blocks.1.attn.to_q", **KOHYA))
-    yield of(
+    ),
+    of("qwen_lightning_bare", pairs("transformer_blocks.0.attn.to_q transformer_blocks.1.attn.to_q", **KOHYA)),
+    of(
         "simpletuner_lycoris_lokr",
         {
             "lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4),
             "lycoris_transformer_blocks_0_attn_to_q.lokr_w2": (8, 8),
             "lycoris_transformer_blocks_0_attn_to_q.alpha": (),
         },
-    )
-    yield of(
+    ),
+    of(
         "lycoris_loha_tucker",
         {
             f"lora_unet_down_blocks_0_resnets_0_conv1.{part}": shape
@@ -162,13 +161,13 @@ def built() -> Iterator[Layout]:
                 "alpha": (),
             }.items()
         },
-    )
-    yield of("lycoris_full", {"lora_unet_mid_block_attentions_0_proj_in.diff": (48, 32)})
-    yield of(
+    ),
+    of("lycoris_full", {"lora_unet_mid_block_attentions_0_proj_in.diff": (48, 32)}),
+    of(
         "lycoris_ia3",
         {"lora_unet_mid_block_attentions_0_to_k.weight": (32,), "lora_unet_mid_block_attentions_0_to_k.on_input": ()},
-    )
-    yield of(
+    ),
+    of(
         "lycoris_glora",
         {
             f"lora_unet_mid_block_attentions_0_proj_in.{part}": shape
@@ -180,39 +179,39 @@ def built() -> Iterator[Layout]:
                 "alpha": (),
             }.items()
         },
-    )
-    yield of(
+    ),
+    of(
         "lycoris_boft",
         {
             "lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (2, 4, 8, 8),
             "lora_unet_mid_block_attentions_0_proj_in.alpha": (),
         },
-    )
-    yield of(
+    ),
+    of(
         "musubi_torch_compile",
         pairs("lora_unet__orig_mod_blocks_0_self_attn_q lora_unet__orig_mod_blocks_0_ffn_0", **KOHYA),
-    )
-    yield of("diffusers_torch_compile", pairs("transformer._orig_mod.transformer_blocks.0.attn.to_q"))
-    yield of("peft_ddp", pairs("base_model.model.module.model.layers.0.self_attn.q_proj"), config=_CONFIG)
-    yield of(
+    ),
+    of("diffusers_torch_compile", pairs("transformer._orig_mod.transformer_blocks.0.attn.to_q")),
+    of("peft_ddp", pairs("base_model.model.module.model.layers.0.self_attn.q_proj"), config=_CONFIG),
+    of(
         "peft_fsdp",
         pairs("_fsdp_wrapped_module.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj"),
         config=_CONFIG,
-    )
-    yield of(
+    ),
+    of(
         "peft_in_memory",
         pairs(f"{_LLM}.self_attn.q_proj", "lora_A.default.weight", "lora_B.default.weight"),
         config=_CONFIG,
-    )
-    yield of(
+    ),
+    of(
         "unsloth_vision",
         pairs(
             "base_model.model.model.language_model.layers.0.self_attn.q_proj "
             "base_model.model.model.visual.blocks.0.attn.qkv"
         ),
         config={**_CONFIG, "target_modules": r"(?:.*?(?:language|visual).*?)"},
-    )
-    yield of(
+    ),
+    of(
         "llama_factory_head",
         {
             **pairs(f"{_LLM}.self_attn.q_proj"),
@@ -220,16 +219,16 @@ def built() -> Iterator[Layout]:
             "base_model.model.lm_head.weight": (64, 32),
         },
         config={**_CONFIG, "modules_to_save": ["embed_tokens", "lm_head"]},
-    )
-    yield of(
+    ),
+    of(
         "axolotl_dora",
         {
             **pairs(f"{_LLM}.self_attn.q_proj"),
             f"{_LLM}.self_attn.q_proj.lora_magnitude_vector": (48,),
         },
         config={**_CONFIG, "use_dora": True},
-    )
-    yield of(
+    ),
+    of(
         "peft_bias_all",
         {
             **pairs(f"{_LLM}.self_attn.q_proj"),
@@ -237,9 +236,9 @@ def built() -> Iterator[Layout]:
             f"{_LLM}.norm.bias": (32,),
         },
         config={**_CONFIG, "bias": "all"},
-    )
-    yield of("peft_bare_ia3", {f"{_LLM}.self_attn.k_proj.ia3_l": (32, 1)}, config={"peft_type": "IA3"})
-    yield of(
+    ),
+    of("peft_bare_ia3", {f"{_LLM}.self_attn.k_proj.ia3_l": (32, 1)}, config={"peft_type": "IA3"}),
+    of(
         "peft_vera",
         {
             f"{_LLM}.self_attn.k_proj.vera_lambda_b": (48,),
@@ -248,9 +247,9 @@ def built() -> Iterator[Layout]:
             "base_model.vera_B": (48, 8),
         },
         config={"peft_type": "VERA", "r": 8},
-    )
-    yield of("peft_prompt_tuning", {"prompt_embeddings": (8, 32)}, config={"peft_type": "PROMPT_TUNING"})
-    yield of(
+    ),
+    of("peft_prompt_tuning", {"prompt_embeddings": (8, 32)}, config={"peft_type": "PROMPT_TUNING"}),
+    of(
         "peft_adalora",
         {
             f"{_LLM}.self_attn.q_proj.lora_A": (8, 32),
@@ -263,8 +262,8 @@ def built() -> Iterator[Layout]:
             "lora_alpha": 4,
             "rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True] * 8},
         },
-    )
-    yield of(
+    ),
+    of(
         "automodel_experts",
         {
             f"{_LLM}.mlp.experts.lora_gate_and_up_A": (4, 32, 8),
@@ -274,37 +273,39 @@ def built() -> Iterator[Layout]:
             **pairs(f"{_LLM}.self_attn.q_proj"),
         },
         config=_CONFIG,
-    )
-    yield of("torchtune", pairs("layers.0.attn.q_proj layers.1.attn.q_proj", "lora_a.weight", "lora_b.weight"))
-    yield of("loralib", pairs("h.0.attn.c_attn h.1.attn.c_attn", "lora_A", "lora_B"))
-    yield of(
+    ),
+    of("torchtune", pairs("layers.0.attn.q_proj layers.1.attn.q_proj", "lora_a.weight", "lora_b.weight")),
+    of("loralib", pairs("h.0.attn.c_attn h.1.attn.c_attn", "lora_A", "lora_B")),
+    of(
         "nemo_bridge",
         pairs("decoder.layers.0.self_attention.linear_qkv", "adapter.linear_in.weight", "adapter.linear_out.weight"),
-    )
-    yield of(
+    ),
+    of(
         "nunchaku",
         {"transformer_blocks.0.qkv_proj.lora_down": (32, 16), "transformer_blocks.0.qkv_proj.lora_up": (96, 16)},
-    )
-    yield of(
+    ),
+    of(
         "mlx_step",
         {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_attn.q_proj.lora_b": (8, 48)},
         config=_MLX,
         file="0000200_adapters.safetensors",
-    )
-    yield of(
+    ),
+    of(
         "mlx_before_june_2024",
         {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_attn.q_proj.lora_b": (8, 48)},
         config={**_MLX, "lora_parameters": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "scale": 10.0}},
         file="adapters.safetensors",
-    )
-    yield of(
+    ),
+    of(
         "fused_beside_split",
         pairs("diffusion_model.layers.0.attention.qkv diffusion_model.layers.0.attention.to_q", **KOHYA),
-    )
-    yield of(
+    ),
+    of(
         "old_diffusers_bare",
         pairs("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "lora.down.weight", "lora.up.weight"),
-    )
+    ),
+)
+"""Layouts written by the rules of the tools that write them."""
 
 
 def foreign() -> Iterator[tuple[Layout, str]]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 
 from harness.doctor import inspect_file
-from tests.cases.layouts import Layout, built, foreign, seen
+from tests.cases.layouts import BUILT, Layout, foreign, seen
 
 SEEN = {layout.name: layout for layout in seen()}
-BUILT = {layout.name: layout for layout in built()}
+LAYOUTS = {layout.name: layout for layout in BUILT}
 FOREIGN = {layout.name: (layout, what) for layout, what in foreign()}
 
 
@@ -127,12 +127,12 @@ def test_a_layout_seen_in_public_is_read_and_named(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", BUILT_TRUTH)
 def test_a_layout_by_the_rules_of_its_tool_is_read_and_named(name: str, tmp_path: Path) -> None:
-    judge(BUILT[name], BUILT_TRUTH[name], tmp_path)
+    judge(LAYOUTS[name], BUILT_TRUTH[name], tmp_path)
 
 
 def test_every_layout_has_its_truth() -> None:
     assert set(SEEN) == set(SEEN_TRUTH)
-    assert set(BUILT) == set(BUILT_TRUTH)
+    assert set(LAYOUTS) == set(BUILT_TRUTH)
     assert len(SEEN) == 41
 
 

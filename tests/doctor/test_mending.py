@@ -20,9 +20,9 @@ from harness.doctor.repair.repair import repair_file
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, UserError
 from harness.files import FORMATS, LoraAdapter, read_lora, with_alpha
-from tests.cases.layouts import Layout, built, seen
+from tests.cases.layouts import BUILT, Layout, seen
 
-LAYOUTS = [*seen(), *built()]
+LAYOUTS = [*seen(), *BUILT]
 QUESTIONS = (Asked(), Asked(lora_alpha=3.0))
 
 

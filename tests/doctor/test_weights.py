@@ -15,10 +15,10 @@ from harness.cli import main
 from harness.doctor import inspect_file
 from harness.files import LoraWeights, read_lora, write_lora
 from harness.files.safetensors_file import read_header
-from tests.cases.layouts import built
+from tests.cases.layouts import BUILT
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
-LAYOUTS = {layout.name: layout for layout in built()}
+LAYOUTS = {layout.name: layout for layout in BUILT}
 
 
 def pair(rank: int = 4, alpha: float | None = 4.0, *, b: float | None = None) -> LoraWeights:
