@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.doctor.inspect.engines import engine_hazards, engines
-from harness.doctor.traits import Group, Traits, is_decoder, is_language, listed, model_of
+from harness.doctor.traits import Group, Traits, listed, model_of
 from harness.files import LoraAdapter, LoraModule
 from harness.law.findings import Finding, finding_of, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
@@ -144,7 +144,7 @@ def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
 
 def _no_model(tool: Tool, traits: Traits) -> str:
     """Say why no model of the tool has these layers, by what the tool is for and what its code has; empty: it may."""
-    if tool.models == "pictures" and is_decoder(traits):
+    if tool.models == "pictures" and traits.is_decoder:
         return "has no language models"
     denoisers = [group for group in traits.groups if group.named and not group.text_encoder]
     if denoisers and tool.models in ("language", "transformers") and not tool.beside:
@@ -193,7 +193,7 @@ def _read(tool: Tool, traits: Traits) -> Reading:
 
 
 def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
-    for variant in sorted({module.variant for module in traits.adapter.modules.values()}):
+    for variant in traits.variants:
         says = tool.variants.get(variant)
         if says is None:
             yield Reading("unknown", f"was not measured on {variant} modules")
@@ -223,7 +223,7 @@ def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     every = {place: _rows_or_alike(tool, place, group, mixed=traits.varied) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
-        return _by_name(tool, group, known.values(), language=is_language(traits))
+        return _by_name(tool, group, known.values(), language=traits.is_language)
     (place, first), *others = known.items()
     differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
     if not differ:

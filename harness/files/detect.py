@@ -52,7 +52,7 @@ def _are_components(taken: Mapping[str, Taken]) -> bool:
     if first not in ("comfyui", "diffusers") or others != ["diffsynth"]:
         return False
     row = FORMATS[first]
-    located = filter(None, (row.locate(stem, "", bare=False) for stem in taken[first]))
+    located = filter(None, (row.locate(stem, "", False) for stem in taken[first]))
     inside = {name.partition(".")[0] for _, name in located}
     return inside.isdisjoint(stem.partition(".")[0] for stem in taken["diffsynth"])
 

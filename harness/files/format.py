@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.files.config import method_of
-from harness.files.keys import METHOD_WORD, Spelling, cut, tails
+from harness.files.keys import METHOD_WORD, cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
@@ -35,7 +35,7 @@ class Source:
     @cached_property
     def plain(self) -> Callable[[str], str]:
         """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
-        return Spelling(self.file.keys).plain
+        return self.file.spelling.plain
 
     @cached_property
     def method(self) -> str:
@@ -142,8 +142,15 @@ class Format:
     def _is_of_another(self, stem: str) -> bool:
         return stem.startswith(self.starts) or bool(_DENOISER.match(stem))
 
-    def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
-        """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""
+    @cached_property
+    def locate(self) -> Callable[[str, str, bool], Place | None]:
+        """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here.
+
+        Called as `locate(stem, tail, bare)`. Kept, because a file is asked twice and a library has most names often.
+        """
+        return lru_cache(maxsize=1 << 14)(self._located)
+
+    def _located(self, stem: str, tail: str, bare: bool) -> Place | None:
         if self.flattened and "." in stem:
             return None
         if stem.startswith(self.starts) and (found := self._start.match(stem)):
