@@ -11,7 +11,7 @@ from typing import Literal
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.traits import Group, Traits, listed, model_of
 from harness.files import LoraAdapter, LoraModule
-from harness.law.findings import Finding, finding_of, is_within
+from harness.law.findings import Finding, is_within
 from harness.law.known import ScaleLaw, Tool, tools, wanted_scale
 from harness.law.reads import (
     Place,
@@ -181,9 +181,7 @@ def _how_sure(tool: Tool, traits: Traits) -> Sure:
 
 def _limits(tool: Tool, traits: Traits) -> Iterator[Finding]:
     """Yield what was read, not measured, of the tool's faults with this file."""
-    for row in tool.limits:
-        if (finding := finding_of(row)).hits(traits.words):
-            yield finding
+    yield from (finding for finding in tool.faults if finding.hits(traits.words))
 
 
 def _read(tool: Tool, traits: Traits) -> Reading:
@@ -204,8 +202,12 @@ def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
 def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
     """Return what was measured of a group on one architecture, a reading per spelling; None where one was not."""
     engine = _ENGINES.get((tool.name, place[0]), tool.name)
-    found = [reading(engine, place, spelled, group.counts, mixed=mixed) for spelled in group.spelled]
-    return None if None in found else [each for each in found if each]
+    found: list[Reading] = []
+    for spelled in group.spelled:
+        if (each := reading(engine, place, spelled, group.counts, mixed=mixed)) is None:
+            return None
+        found.append(each)
+    return found
 
 
 def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:

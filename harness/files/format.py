@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +53,9 @@ class Source:
     def stems(self) -> dict[str, list[tuple[str, str]]]:
         """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""
         found: dict[str, list[tuple[str, str]]] = {}
-        for key in self.file.keys:
-            if parts := cut(self.plain(key)):
+        keys = self.file.keys
+        for key, plain in zip(keys, map(self.plain, keys) if self.file.spelling.changes else keys, strict=True):
+            if parts := cut(plain):
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found
 
@@ -165,6 +167,10 @@ class Format:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""
         if not self.dialects:
             return ""
-        texts = [*file.keys, *(f"#{key}={value[:200]}" for key, value in file.metadata.items())]
-        places = {found.lastgroup for found in map(self._dialect.match, texts) if found}
+        texts = (f"#{key}={value[:200]}" for key, value in file.metadata.items())
+        places: set[str | None] = set()
+        for found in filter(None, map(self._dialect.match, chain(file.keys, texts))):
+            places.add(found.lastgroup)
+            if found.lastgroup == "_0":
+                break
         return next((name for place, name in enumerate(self.dialects) if f"_{place}" in places), "")

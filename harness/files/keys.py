@@ -143,6 +143,11 @@ class Spelling:
         every = _ALL_OR_NONE in found and all(map(_SPELLINGS[_ALL_OR_NONE][1].search, keys))
         self._rules = [place for place in found if place != _ALL_OR_NONE or every]
 
+    @property
+    def changes(self) -> bool:
+        """Tell whether the tables write any key otherwise."""
+        return bool(self._rules)
+
     def plain(self, key: str) -> str:
         """Return a key as the tables write it."""
         for place in self._rules:

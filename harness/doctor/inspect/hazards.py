@@ -38,14 +38,16 @@ def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
 def _divides(module: LoraModule) -> bool:
     if module.kernel or "B" in module.flipped or "B" not in module.keys:
         return False
-    return any(module.rank % blocks == 0 for blocks in _BLOCKS)
+    return 0 in [module.rank % blocks for blocks in _BLOCKS]
 
 
 def _blocks(stream: FileIO, info: TensorInfo) -> int | None:
     _, (rows, columns), start, end = info
     width = (end - start) // rows
     first = _row(stream, start, width)
-    for blocks in (n for n in _BLOCKS if columns % n == 0 and _only(first, 0, width // n)):
+    for blocks in _BLOCKS:
+        if columns % blocks or not _only(first, 0, width // blocks):
+            continue
         if _only(_row(stream, end - width, width), width - width // blocks, width):
             return blocks
     return None
@@ -64,6 +66,7 @@ def _only(row: bytes, start: int, end: int) -> bool:
 
 
 _WHOLE_UP_TO = {"BF16": 256, "F16": 2048, "F8_E4M3": 16, "F8_E5M2": 8}
+_LEAST_ROUNDED = min(_WHOLE_UP_TO.values())
 _KINDS = {**NOT_LORA, "alpha": "alpha that no module uses"}
 _ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("zero", "readers take it as 0, as 1 or as the rank", lambda alpha: alpha == 0),
@@ -190,8 +193,10 @@ def rounded_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 
 def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
-    dtype = adapter.file.tensors[module.keys["alpha"]].dtype if "alpha" in module.keys and module.rank else ""
     alpha = module.alpha if module.alpha is not None and math.isfinite(module.alpha) else 0.0
+    if abs(alpha) < _LEAST_ROUNDED or not module.rank or "alpha" not in module.keys:
+        return None
+    dtype = adapter.file.tensors[module.keys["alpha"]].dtype
     return dtype if abs(alpha) >= _WHOLE_UP_TO.get(dtype, math.inf) else None
 
 
