@@ -190,6 +190,11 @@ def _read(tool: Tool, traits: Traits) -> Reading:
     return _worst(found)
 
 
+def is_left_for_names(tool: Tool, traits: Traits) -> bool:
+    """Tell whether `tool` leaves modules out, or is unknown, for what they are called and made of: alphas aside."""
+    return not traits.varied and _read(tool, traits).effect not in ("law", "factor")
+
+
 def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
     for variant in traits.variants:
         says = tool.variants.get(variant)

@@ -151,6 +151,13 @@ class Traits:
         return {}
 
     @cached_property
+    def is_written(self) -> bool:
+        """Tell whether a repair to the file's own format would change no name in it."""
+        from harness.doctor.repair.preview import is_plain, is_written
+
+        return is_plain(self.adapter) and is_written(self.adapter)
+
+    @cached_property
     def alphas(self) -> frozenset[str]:
         """Words about alpha: where it is, and how it varies."""
         scaled = [module for module in self.modules if module.rank]
