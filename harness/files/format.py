@@ -77,8 +77,9 @@ class Format:
     """One row of the format table.
 
     A key reads `<prefix><module><separator><tail>`. `prefixes` maps what a key may start with to the component it
-    names; `pairs` are spellings of the halves (see `keys.PAIRS`), the first is written; `extras` are tails that only
-    this format has, with their roles. `bare` says when a name without a prefix belongs here: never, always, or only
+    names; `roots` has a condition on what follows one whose last word is also the root of a model. `pairs` are
+    spellings of the halves (see `keys.PAIRS`), the first is written; `extras` are tails that only this format has, with
+    their roles. `bare` says when a name without a prefix belongs here: never, always, or only
     beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `beside` (that in a folder which readers of the format do not
@@ -93,6 +94,7 @@ class Format:
     pairs: tuple[str, ...]
     alpha: tuple[AlphaHome, ...]
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    roots: Mapping[str, str] = field(default_factory=dict)
     bare: Literal["never", "always", "config", "header"] = "never"
     flattened: bool = False
     folder: bool = False
@@ -121,7 +123,8 @@ class Format:
     def _start(self) -> re.Pattern[str]:
         """Match the longest prefix that leaves something of a name."""
         longest_first = sorted(self.prefixes, key=len, reverse=True)
-        return re.compile(f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?=.)", re.DOTALL)
+        able = "|".join(re.escape(prefix) + self.roots.get(prefix, "") for prefix in longest_first)
+        return re.compile(f"(?:{able or '(?!)'})(?=.)", re.DOTALL)
 
     @cached_property
     def _dialect(self) -> re.Pattern[str]:
