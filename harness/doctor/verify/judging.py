@@ -14,7 +14,8 @@ from harness.doctor.verify.left_over import ROWS_LEFT, left_over
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
-from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.replaced import MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.shared import CannotMergeError
 from harness.doctor.verify.untouched import component_of, requantised
 from harness.doctor.verify.vote import DTYPES
 from harness.doctor.verify.weights import Weights
