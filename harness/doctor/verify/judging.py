@@ -313,7 +313,8 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
         return NotMeasured("quantised", why)
     if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, stores[1]):
-        return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
+        what = f"the merged weight is stored as {how}, whose rounding is not known here"
+        return NotMeasured("quantised", f"{what}: the merge as it was before it was stored so would decide")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
     return _misfit(whole, *stores)
