@@ -47,7 +47,8 @@ class Animal(Row):
             return {name: [name] for name in self.layers}
         if naming == "sgm":
             return {_sgm(name, self.config): [name] for name in self.layers}
-        return original_names(list(self.layers), self.original or {})
+        rules = dict(self.original or {})
+        return original_names(list(self.layers), {**rules, "only": rules.get("measured", rules.get("only", ""))})
 
 
 def zoo() -> dict[str, Animal]:

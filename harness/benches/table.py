@@ -2,9 +2,10 @@
 
 A row has the class, a configuration that builds in a moment, the inputs of one forward and what a pipeline calls the
 model; `mixin` loads LoRA into it. `original` says which families of `files/architectures.toml` have the names that the
-authors' own code has for the layers (`names`), which of the names are meant (`only`), and which layers files call as
-diffusers does (`kept`). `wide` is what a model must have of the real one's widths where diffusers' converter has these
-numbers in its code. `experts` and `dtypes` are the bench's.
+authors' own code has for the layers (`names`), which of the names are meant (`only`;
+`measured` where the tables of what tools read have others), and which layers files call as diffusers does (`kept`).
+`wide` is what a model must have of the real one's widths where diffusers' converter has these numbers in its code.
+`experts` and `dtypes` are the bench's.
 """
 
 from __future__ import annotations

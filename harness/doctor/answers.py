@@ -9,9 +9,9 @@ from harness.doctor.answer import Answer, Asked, Effect, Sure, by_scales, loaded
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.tool_models import by_name, no_model
-from harness.doctor.traits import Group, Traits, is_language
+from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter
-from harness.law.findings import Finding, finding_of
+from harness.law.findings import Finding
 from harness.law.known import ScaleLaw, Tool, tools
 from harness.law.reads import Place, Reading, reading, title_of
 from harness.law.sizes import like
@@ -141,9 +141,7 @@ def _how_sure(tool: Tool, traits: Traits) -> Sure:
 
 def _limits(tool: Tool, traits: Traits) -> Iterator[Finding]:
     """Yield what was read, not measured, of the tool's faults with this file."""
-    for row in tool.limits:
-        if (finding := finding_of(row)).hits(traits.words):
-            yield finding
+    yield from (finding for finding in tool.faults if finding.hits(traits.words))
 
 
 def _read(tool: Tool, traits: Traits) -> Reading:
@@ -152,8 +150,13 @@ def _read(tool: Tool, traits: Traits) -> Reading:
     return _worst(found)
 
 
+def is_left_for_names(tool: Tool, traits: Traits) -> bool:
+    """Tell whether `tool` leaves modules out, or is unknown, for what they are called and made of: alphas aside."""
+    return not traits.varied and _read(tool, traits).effect not in ("law", "factor")
+
+
 def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
-    for variant in sorted({module.variant for module in traits.adapter.modules.values()}):
+    for variant in traits.variants:
         says = tool.variants.get(variant)
         if says is None:
             yield Reading("unknown", f"was not measured on {variant} modules")
@@ -164,8 +167,12 @@ def _variants(tool: Tool, traits: Traits) -> Iterator[Reading]:
 def _rows(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
     """Return what was measured of a group on one architecture, a reading per spelling; None where one was not."""
     engine = _ENGINES.get((tool.name, place[0]), tool.name)
-    found = [reading(engine, place, spelled, group.counts, mixed=mixed) for spelled in group.spelled]
-    return None if None in found else [each for each in found if each]
+    found: list[Reading] = []
+    for spelled in group.spelled:
+        if (each := reading(engine, place, spelled, group.counts, mixed=mixed)) is None:
+            return None
+        found.append(each)
+    return found
 
 
 def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> list[Reading] | None:
@@ -183,7 +190,7 @@ def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     every = {place: _rows_or_alike(tool, place, group, mixed=traits.varied) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
-        return by_name(tool, group, known.values(), language=is_language(traits))
+        return by_name(tool, group, known.values(), language=traits.is_language)
     (place, first), *others = known.items()
     differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
     if not differ:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ def _placed(adapter: LoraAdapter, layers: Mapping[str, Shape | None], config: Ma
     placer = _Placer(adapter, layers, config)
     for name, module in adapter.modules.items():
         placer.add(name, module)
+    placer.ask_again()
     return placer.result()
 
 
@@ -135,6 +136,14 @@ class _Placer:
             self.suspects |= dict.fromkeys(why.layers)
         except UnplacedError as why:
             self.misfits[name] = str(why)
+
+    def ask_again(self) -> None:
+        """Place what was ambiguous once more: by now it is known whose names the other modules have."""
+        names = list(self.ambiguous) if self.families else []
+        if names:
+            self.ambiguous, self.suspects = {}, {}
+        for name in names:
+            self.add(name, self.adapter.modules[name])
 
     def _is_block(self, name: str) -> bool:
         return any(layer.startswith(f"{name}.") or f".{name}." in layer for layer in self.layers)
@@ -222,20 +231,25 @@ class _Placer:
 
     def _bridged(self, module: LoraModule, groups: list[list[tuple[Alias, str]]]) -> tuple[Slot, ...]:
         """Return the slots of a module whose layer has another name, from the rows of the table that fit."""
-        found: dict[tuple[Slot, ...], str] = {}
+        found: dict[tuple[Slot, ...], list[str]] = {}
         problems = []
         for group in groups:
             try:
                 slots = tuple(sliced(module.out_features, module.in_features, group, self.layers, self.config))
-                found.setdefault(self._fitted(module, slots), group[0][0].row.family)
+                found.setdefault(self._fitted(module, slots), []).append(group[0][0].row.family)
             except UnplacedError as why:
                 problems.append(why)
-        if len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1:
+        if _differ(found):  # the names of one model's authors: those that other modules have
+            of_others = {slots: names for slots, names in found.items() if not self.families.keys().isdisjoint(names)}
+            found = of_others or found
+        if _differ(found):
             several = [slots[0].layer for slots in found]
             raise UnjudgedError(f"it may be {' or '.join(several)}", [slot.layer for slots in found for slot in slots])
         if not found and problems:
             raise problems[0]
-        self.families |= dict.fromkeys(list(found.values())[:1])
+        names = next(iter(found.values()), [])
+        if self.families.keys().isdisjoint(names):
+            self.families |= dict.fromkeys(names[:1])
         return next(iter(found), ())
 
     def _note(self, module: LoraModule, slots: tuple[Slot, ...]) -> None:
@@ -248,6 +262,11 @@ class _Placer:
 
     def _fitted(self, module: LoraModule, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
         return tuple(_checked(self.adapter, module, slot, self.layers[slot.layer]) for slot in slots)
+
+
+def _differ(found: Iterable[tuple[Slot, ...]]) -> bool:
+    """Tell whether slots are of several layers or rows, however these are spelled."""
+    return len({tuple(slot._replace(spelling="") for slot in slots) for slots in found}) > 1
 
 
 def _common_end(name: str, other: str, mark: str) -> str:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from harness.doctor.answer import Asked
-from harness.doctor.answers import unmended
+from harness.doctor.answers import is_left_for_names, unmended
 from harness.doctor.repair.naming import layers_from
 from harness.doctor.repair.preview import is_plain, preview, with_scale
 from harness.doctor.traits import Traits
@@ -56,9 +56,10 @@ def _suffix(to: str) -> str:
 
 
 def _formats(tool: Tool, traits: Traits) -> list[str]:
-    """Return the formats to try, the file's own first."""
+    """Return the formats to try, the file's own first unless it would say the same."""
     own = traits.adapter.format
-    return [form for form in (own, *(form for form in _WRITTEN if form != own)) if form in tool.formats]
+    first = () if is_left_for_names(tool, traits) and traits.is_written else (own,)
+    return [form for form in (*first, *(form for form in _WRITTEN if form != own)) if form in tool.formats]
 
 
 def _is_read(tool: Tool, traits: Traits, asked: Asked, form: str) -> bool:

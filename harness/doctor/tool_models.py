@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from harness.doctor.traits import Group, Traits, is_decoder, listed, model_of
+from harness.doctor.traits import Group, Traits, listed, model_of
 from harness.law.known import Tool
 from harness.law.reads import Place, Reading, dropped, has_other_names, knows_magnitudes, layers_of, title_of
 
 
 def no_model(tool: Tool, traits: Traits) -> str:
     """Say why no model of the tool has these layers, by what the tool is for and what its code has; empty: it may."""
-    if tool.models == "pictures" and is_decoder(traits):
+    if tool.models == "pictures" and traits.is_decoder:
         return "has no language models"
     denoisers = [group for group in traits.groups if group.named and not group.text_encoder]
     if denoisers and tool.models in ("language", "transformers") and not tool.beside:

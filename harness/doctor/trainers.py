@@ -16,12 +16,13 @@ _TRAINERS = (
     ("musubi-tuner", rf"musubi|networks\.lora_({'|'.join(_MUSUBI)})"),
     ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
+_SIGNS = tuple((name, re.compile(pattern, re.IGNORECASE).search) for name, pattern in _TRAINERS)
 
 
 def trainer_of(metadata: Mapping[str, str]) -> str | None:
     """Name the tool that wrote the metadata, as far as it can be told."""
     texts = [*metadata, *(value[:_SEEN_CHARACTERS] for value in metadata.values())]
-    return next((name for name, pattern in _TRAINERS if any(re.search(pattern, text, re.I) for text in texts)), None)
+    return next((name for name, is_of in _SIGNS if any(map(is_of, texts))), None)
 
 
 def rule_of(traits: Traits, lora_alpha: float | None = None) -> str | None:

@@ -15,7 +15,7 @@ from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.architectures import looks_like
 from harness.files.config import changing_init
 from harness.files.keys import PAIRS
-from harness.law.findings import Finding, Words, findings
+from harness.law.findings import Finding, Words, findings_for
 from harness.law.known import distinct
 from harness.law.reads import Place, layers_of, pattern_of, places_of, title_of
 from harness.law.sizes import fitting
@@ -151,6 +151,13 @@ class Traits:
         return {}
 
     @cached_property
+    def is_written(self) -> bool:
+        """Tell whether a repair to the file's own format would change no name in it."""
+        from harness.doctor.repair.preview import is_plain, is_written
+
+        return is_plain(self.adapter) and is_written(self.adapter)
+
+    @cached_property
     def alphas(self) -> frozenset[str]:
         """Words about alpha: where it is, and how it varies."""
         scaled = [module for module in self.modules if module.rank]
@@ -168,6 +175,26 @@ class Traits:
             self.adapter.alpha_source if known else "none": bool(scaled),
         }
         return frozenset(word for word, holds in words.items() if holds)
+
+    @cached_property
+    def variants(self) -> tuple[str, ...]:
+        """What its modules are made of."""
+        return tuple(sorted({module.variant for module in self.adapter.modules.values()}))
+
+    @cached_property
+    def is_language(self) -> bool:
+        """Tell whether every layer is called as those of a language model's decoder are, none as another tower's."""
+        patterns = self._patterns
+        return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
+
+    @cached_property
+    def is_decoder(self) -> bool:
+        """Tell whether every layer is called as transformers calls those of a decoder, which no image model has."""
+        return bool(self._patterns) and all(map(_DECODER.match, self._patterns))
+
+    @property
+    def _patterns(self) -> list[str]:
+        return [pattern for group in self.groups for pattern in group.counts]
 
     @property
     def varied(self) -> bool:
@@ -202,7 +229,7 @@ class Traits:
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """The findings that the file meets, in any tool and release."""
-        return tuple(finding for finding in findings().values() if finding.hits(self.words))
+        return tuple(finding for finding in findings_for(self.adapter.format) if finding.hits(self.words))
 
     def _magnitudes(self) -> Iterable[str]:
         """Yield of every DoRA magnitude its tail, and its axis: one number per `out` row or per `in` column."""
@@ -263,7 +290,7 @@ def model_of(traits: Traits) -> str:
         return looks_like(layers, by_width=True) or listed(titles)
     if alike := _titles(place for group in _main(traits) for place in group.named):
         return f"unknown model (with layers named as in {listed(alike)}, of other sizes)"
-    return "language model" if is_language(traits) else looks_like(layers) or "unknown model"
+    return "language model" if traits.is_language else looks_like(layers) or "unknown model"
 
 
 def _main(traits: Traits) -> tuple[Group, ...]:
@@ -279,18 +306,6 @@ def listed(names: Iterable[str]) -> str:
     """Return the first names of models in words, and how many more there are."""
     titles = list(names)
     return " or ".join(titles[:_FEW]) + (f" (or {len(titles) - _FEW} more)" if len(titles) > _FEW else "")
-
-
-def is_language(traits: Traits) -> bool:
-    """Tell whether every layer is called as those of the decoder of a language model are, none as another tower's."""
-    patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return bool(patterns) and all(_LANGUAGE.match(each) and not _OTHER_TOWER.search(each) for each in patterns)
-
-
-def is_decoder(traits: Traits) -> bool:
-    """Tell whether every layer is called as transformers calls those of a decoder, which no image model has."""
-    patterns = [pattern for group in traits.groups for pattern in group.counts]
-    return bool(patterns) and all(map(_DECODER.match, patterns))
 
 
 def _spread(values: Iterable[object]) -> str:

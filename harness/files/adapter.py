@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import LoraFileError
 from harness.files.config import method_of
 from harness.files.formats import FORMATS
-from harness.files.keys import OTHER_VARIANTS, Spelling
+from harness.files.keys import OTHER_VARIANTS
 from harness.files.tensor_file import TensorFile
 from harness.law.scale import trained_scale
 from harness.text import printable
@@ -110,7 +110,7 @@ class LoraAdapter:
     @cached_property
     def plain(self) -> Callable[[str], str]:
         """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
-        return Spelling(self.file.keys).plain
+        return self.file.spelling.plain
 
     @cached_property
     def kind(self) -> str:

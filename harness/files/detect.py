@@ -52,7 +52,7 @@ def _are_components(taken: Mapping[str, Taken]) -> bool:
     if first not in ("comfyui", "diffusers") or others != ["diffsynth"]:
         return False
     row = FORMATS[first]
-    located = filter(None, (row.locate(stem, "", bare=False) for stem in taken[first]))
+    located = filter(None, (row.locate(stem, "", False) for stem in taken[first]))
     inside = {name.partition(".")[0] for _, name in located}
     return inside.isdisjoint(stem.partition(".")[0] for stem in taken["diffsynth"])
 
@@ -69,6 +69,8 @@ def _add_components(source: Source, row: Format, found: Sorted) -> None:
     """Take pairs in bare names as modules of a component of its own, called by the first word of the name."""
     tails = FORMATS["diffsynth"].tails
     taken = {key for roles in found.modules.values() for key in roles.values()}
+    if len(taken) == sum(map(len, source.stems.values())):
+        return
     for stem, parts in source.stems.items():
         component, dot, name = stem.partition(".")
         roles = {tails.get(tail, ""): key for tail, key in parts}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.files.config import method_of
-from harness.files.keys import METHOD_WORD, Spelling, cut, tails
+from harness.files.keys import METHOD_WORD, cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
@@ -35,7 +36,7 @@ class Source:
     @cached_property
     def plain(self) -> Callable[[str], str]:
         """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
-        return Spelling(self.file.keys).plain
+        return self.file.spelling.plain
 
     @cached_property
     def method(self) -> str:
@@ -52,8 +53,9 @@ class Source:
     def stems(self) -> dict[str, list[tuple[str, str]]]:
         """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""
         found: dict[str, list[tuple[str, str]]] = {}
-        for key in self.file.keys:
-            if parts := cut(self.plain(key)):
+        keys = self.file.keys
+        for key, plain in zip(keys, map(self.plain, keys) if self.file.spelling.changes else keys, strict=True):
+            if parts := cut(plain):
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found
 
@@ -75,8 +77,9 @@ class Format:
     """One row of the format table.
 
     A key reads `<prefix><module><separator><tail>`. `prefixes` maps what a key may start with to the component it
-    names; `pairs` are spellings of the halves (see `keys.PAIRS`), the first is written; `extras` are tails that only
-    this format has, with their roles. `bare` says when a name without a prefix belongs here: never, always, or only
+    names; `roots` has a condition on what follows one whose last word is also the root of a model. `pairs` are
+    spellings of the halves (see `keys.PAIRS`), the first is written; `extras` are tails that only this format has, with
+    their roles. `bare` says when a name without a prefix belongs here: never, always, or only
     beside an adapter configuration (in the folder or in the header). `trait` says which files can have the format at
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `beside` (that in a folder which readers of the format do not
@@ -91,6 +94,7 @@ class Format:
     pairs: tuple[str, ...]
     alpha: tuple[AlphaHome, ...]
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    roots: Mapping[str, str] = field(default_factory=dict)
     bare: Literal["never", "always", "config", "header"] = "never"
     flattened: bool = False
     folder: bool = False
@@ -119,7 +123,8 @@ class Format:
     def _start(self) -> re.Pattern[str]:
         """Match the longest prefix that leaves something of a name."""
         longest_first = sorted(self.prefixes, key=len, reverse=True)
-        return re.compile(f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?=.)", re.DOTALL)
+        able = "|".join(re.escape(prefix) + self.roots.get(prefix, "") for prefix in longest_first)
+        return re.compile(f"(?:{able or '(?!)'})(?=.)", re.DOTALL)
 
     @cached_property
     def _dialect(self) -> re.Pattern[str]:
@@ -142,8 +147,15 @@ class Format:
     def _is_of_another(self, stem: str) -> bool:
         return stem.startswith(self.starts) or bool(_DENOISER.match(stem))
 
-    def locate(self, stem: str, tail: str, bare: bool) -> Place | None:
-        """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here."""
+    @cached_property
+    def locate(self) -> Callable[[str, str, bool], Place | None]:
+        """Return (component, module name) when a key `<stem>.<tail>`, whose tail is one of these, belongs here.
+
+        Called as `locate(stem, tail, bare)`. Kept, because a file is asked twice and a library has most names often.
+        """
+        return lru_cache(maxsize=1 << 14)(self._located)
+
+    def _located(self, stem: str, tail: str, bare: bool) -> Place | None:
         if self.flattened and "." in stem:
             return None
         if stem.startswith(self.starts) and (found := self._start.match(stem)):
@@ -158,6 +170,10 @@ class Format:
         """Return the first dialect that some key or metadata entry fits, empty when none does."""
         if not self.dialects:
             return ""
-        texts = [*file.keys, *(f"#{key}={value[:200]}" for key, value in file.metadata.items())]
-        places = {found.lastgroup for found in map(self._dialect.match, texts) if found}
+        texts = (f"#{key}={value[:200]}" for key, value in file.metadata.items())
+        places: set[str | None] = set()
+        for found in filter(None, map(self._dialect.match, chain(file.keys, texts))):
+            places.add(found.lastgroup)
+            if found.lastgroup == "_0":
+                break
         return next((name for place, name in enumerate(self.dialects) if f"_{place}" in places), "")

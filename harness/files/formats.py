@@ -22,6 +22,10 @@ _NORM = re.compile(r"(double|single)_blocks\.\d+\.(\w+\.)*(query|key)_norm\.scal
 _BIAS = re.compile(r"(double_blocks|single_blocks|\w+_in|final_layer)(\.\w+)*\.lora_B\.bias$")
 
 
+_NO_DECODER = (  # GPT-2, GPT-J, Falcon and BLOOM keep their layers in `transformer.h`, MPT and DBRX in its blocks
+    r"(?!h_\d+_|wte$|wpe$|word_embeddings$|encoder_layers_\d+_|blocks_\d+_(?:attn_(?:Wqkv|out_proj)|ffn_\w+_proj)$"
+    r"|blocks_\d+_(?:norm_attn_norm_attn|ffn_experts|ffn_router)_)"
+)
 _TOOLKIT = "#software=.*ai-toolkit"
 
 
@@ -125,6 +129,7 @@ _ROWS = (
             "lycoris_": "lycoris",
             "lora_": "",
         },
+        roots={"lora_transformer_": _NO_DECODER},
         pairs=("lora_down", "lora_A"),
         alpha=("tensor",),
         flattened=True,

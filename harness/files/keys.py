@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 PAIRS: Mapping[str, tuple[str, str]] = {
     "lora_A": ("lora_A.weight", "lora_B.weight"),
@@ -135,12 +136,17 @@ _ALL_OR_NONE = 2  # `module.` may be a name of the model's own
 class Spelling:
     """How the keys of one file say what the tables say otherwise: wrappers to leave out, other separators."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        text = "\n".join(keys)
+    def __init__(self, keys: Sequence[str], text: str | None = None) -> None:
+        text = "\n".join(keys) if text is None else text
         able = [place for place, (word, _, _) in enumerate(_SPELLINGS) if word in text]
         found = [place for place in able if any(map(_SPELLINGS[place][1].search, keys))]
         every = _ALL_OR_NONE in found and all(map(_SPELLINGS[_ALL_OR_NONE][1].search, keys))
         self._rules = [place for place in found if place != _ALL_OR_NONE or every]
+
+    @property
+    def changes(self) -> bool:
+        """Tell whether the tables write any key otherwise."""
+        return bool(self._rules)
 
     def plain(self, key: str) -> str:
         """Return a key as the tables write it."""
@@ -165,6 +171,7 @@ _LONGER = frozenset(tail.rpartition(".")[2] for tail in EVERY_TAIL if "." in tai
 _BEFORE_TWO = tuple({f".{tail.split('.')[0]}" for tail in EVERY_TAIL if tail.count(".") == 2})
 
 
+@lru_cache(maxsize=1 << 15)  # the files of a library share most of their keys
 def cut(key: str) -> Parts | None:
     """Cut `key` at its longest known tail, given as in the tables (`*` for an adapter's name); None without one."""
     stem, dot, tail = key.rpartition(".")

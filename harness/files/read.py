@@ -160,7 +160,8 @@ def interpret(source: Source, row: Format) -> LoraAdapter:
 def _add_whole(source: Source, row: Format, found: Sorted) -> None:
     """Take what a file of a marked format replaces, and the norms of diffusers' control LoRAs."""
     taken = {key for roles in found.modules.values() for key in roles.values()}
-    norms = map(_NORM.fullmatch, source.file.keys) if row.name == "diffusers" else ()
+    able = row.name == "diffusers" and ".attn.norm_" in source.file.text
+    norms = map(_NORM.fullmatch, source.file.keys) if able else ()
     for norm in filter(None, norms):
         found.modules.setdefault((norm[1], norm[2]), {"set_weight": norm[0]})
     for key in (key for key in source.file.keys if row.marks and key not in taken):
@@ -175,7 +176,8 @@ _VECTORS = re.compile(r"<[^<>]+>|bundle_emb\..+")
 
 def _add_vectors(source: Source, found: Sorted) -> None:
     """Take the textual inversions that cloneofsimo's trainer and OneTrainer save inside a LoRA."""
-    for key in filter(_VECTORS.fullmatch, source.file.keys):
+    text = source.file.text
+    for key in filter(_VECTORS.fullmatch, source.file.keys) if "<" in text or "bundle_emb." in text else ():
         found.modules.setdefault(("", key), {"embedded_vectors": key})
 
 

@@ -48,14 +48,14 @@ def measure(
     """
     first = roles.get("A", "")
     table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
-    parts = [file.tensors[key][:2] for key in roles.values()]
-    flips = ("A", "B") if first.endswith(GROUPED) else flips
-    signature = (table, flips, first.endswith(GROUPED), *roles, *parts)
+    tensors, grouped = file.tensors, first.endswith(GROUPED)
+    parts = [tensors[key][:2] for key in roles.values()]
+    flips = ("A", "B") if grouped else flips
+    signature = (table, flips, grouped, *roles, *parts)
     kind = known.get(signature)
     try:
         if kind is None:
             shapes = dict(zip(roles, parts, strict=True))
-            grouped = first.endswith(GROUPED)
             kind = known[signature] = _kind(shapes, flips, table=table, method=method, grouped=grouped)
     except ShapeError as error:
         key = roles.get(error.role) or next(iter(roles.values()))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import LoraFileError
+from harness.files.keys import Spelling
 from harness.text import printable
 
 if TYPE_CHECKING:
@@ -81,6 +82,16 @@ class TensorFile:
     def keys(self) -> tuple[str, ...]:
         """The tensor names, in file order."""
         return tuple(self.tensors)
+
+    @cached_property
+    def text(self) -> str:
+        """All names, a line each: one look says that no name has a word in it."""
+        return "\n".join(self.keys)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How its names say what the tables say otherwise."""
+        return Spelling(self.keys, self.text)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """Read tensors of one number (`scalar_problem` says which are) as Python floats, without torch.

@@ -57,6 +57,10 @@ class Finding:
         """Tell whether a file with these traits meets it."""
         return any(all(_fits(globs, words.get(_trait(name), ())) for name, globs in one.items()) for one in self.file)
 
+    def can_hit(self, form: str) -> bool:
+        """Tell whether a file of this format can meet it."""
+        return any(_fits(one.get("format", ()), (form,)) for one in self.file)
+
     @property
     def blocks(self) -> bool:
         """Tell whether no naive strength may be prescribed for a file that it hits."""
@@ -109,6 +113,12 @@ def findings() -> dict[str, Finding]:
     """Return every finding by its page, in the order of the index."""
     rows: Iterable[dict[str, Any]] = read_toml(TABLE)["finding"]
     return {row["page"]: finding_of(row) for row in rows}
+
+
+@cache
+def findings_for(form: str) -> tuple[Finding, ...]:
+    """Return those findings that a file of this format can meet."""
+    return tuple(finding for finding in findings().values() if finding.can_hit(form))
 
 
 def finding_of(row: Mapping[str, Any]) -> Finding:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from harness.law.findings import Finding, finding_of
 from harness.law.grammar import ALPHA, RANK, STRENGTH, word_of
 from harness.law.law import Law
 from harness.law.probe import Probe
@@ -82,12 +83,19 @@ class ScaleLaw:
 
     def at_one(self, module: Scaled) -> float:
         """Return the factor this loader puts on B @ A of `module` at strength 1."""
-        if module.alpha is None or module.rank == 0:
+        return self._factor(module.alpha, module.rank, module.rslora)
+
+    @cached_property
+    def _factor(self) -> Callable[[float | None, int, bool], float]:
+        return lru_cache(maxsize=1 << 12)(self._computed)  # the files of a library have few alphas and ranks
+
+    def _computed(self, alpha: float | None, rank: int, rslora: bool) -> float:
+        if alpha is None or rank == 0:
             return self.law.constant * self.law.strength.apply(1.0)
         law = self.law
-        if self.rslora and module.rslora and law.rank.exponent == -1:
+        if self.rslora and rslora and law.rank.exponent == -1:
             law = replace(law, rank=word_of(RANK, -0.5))
-        return law.scale(Probe("", 1.0, 0, (module.alpha,), (module.rank,), 0.0, 0.0))
+        return law.scale(Probe("", 1.0, 0, (alpha,), (rank,), 0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,11 @@ class Tool:
     has: tuple[str, ...] = ()
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+
+    @cached_property
+    def faults(self) -> tuple[Finding, ...]:
+        """What was read, not measured, of its faults."""
+        return tuple(map(finding_of, self.limits))
 
     @property
     def takes_none(self) -> bool:

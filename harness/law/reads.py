@@ -35,6 +35,9 @@ class Reading:
     alpha_ignored: bool = False
 
 
+_AS_TRAINED = Reading("law")
+
+
 @cache
 def pattern_of(name: str) -> str:
     """Return a module's name with `_` for dots and `#` for numbers, whether the file flattens its names or not."""
@@ -189,7 +192,7 @@ def _parts(blocks: Mapping[str, float], layers: frozenset[str]) -> tuple[str, ..
 
 def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
     if outcome == "ok":
-        return Reading("law")
+        return _AS_TRAINED
     if outcome == "nothing":
         return Reading("nothing", "loads none of its modules, without an error")
     if outcome == "alpha ignored":

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,12 +73,12 @@ class _Measured:
     inputs: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, layer: Sized, pattern: str) -> None:
-        self.widths |= {layer.in_features, layer.out_features}
+        self.widths.update((layer.in_features, layer.out_features))
         self.into[layer.in_features] += 1
         if pattern.endswith(_asked()):
             self.inputs.setdefault(pattern, set()).add(layer.in_features)
-        if found := _stack().match(layer.name.replace(".", "_")):
-            self.stacks.setdefault(_NUMBER.sub("_#", found[1]), set()).add(int(found[2]))
+        if found := _in_stack(layer.name):
+            self.stacks.setdefault(found[0], set()).add(found[1])
 
     @property
     def usual(self) -> int:
@@ -128,6 +128,13 @@ def _stack() -> re.Pattern[str]:
     stacks = sorted({stack for sizes in _rows().values() for stack in sizes.blocks}, key=len, reverse=True)
     able = "|".join(stack.replace("#", r"\d+") for stack in stacks)
     return re.compile(rf"({able})_(\d+)(?:_|$)")
+
+
+@lru_cache(maxsize=1 << 14)
+def _in_stack(name: str) -> tuple[str, int] | None:
+    """Return the stack that a layer is in, as a pattern, and the number of its block there."""
+    found = _stack().match(name.replace(".", "_"))
+    return (_NUMBER.sub("_#", found[1]), int(found[2])) if found else None
 
 
 def fitting(places: Iterable[Place], layers: Iterable[Sized]) -> list[Place]:

@@ -195,3 +195,20 @@ def test_text_encoders_of_a_checkpoint_are_told_apart(tmp_path: Path) -> None:
     layers = {f"{home}text_model.encoder.layers.0.self_attn.q_proj": (4, 4) for home in homes}
     found = place(read_lora(tmp_path / "lora.safetensors"), dict(layers))
     assert sorted(one.layer for some in found.slots.values() for one in some) == sorted(layers)
+
+
+def test_a_name_of_several_authors_is_that_of_the_other_modules(tmp_path: Path) -> None:
+    names = ["final_layer.linear", "blocks.0.self_attn.q_proj"]  # the first is called so in other models too
+    layers = ["norm_out.linear_2", "proj_out", "transformer_blocks.0.attn1.to_q"]
+    pairs = {name: LoraWeights(torch.randn(2, 8), torch.randn(8, 2), 2.0) for name in names}
+    adapter = read_lora(write_lora(tmp_path / "lora", "comfyui", pairs))
+    found = place(adapter, dict.fromkeys(layers))
+    assert not found.ambiguous
+    assert {name: slots[0].layer for name, slots in found.slots.items()} == dict(zip(names, layers[1:], strict=True))
+    assert found.families == ("Cosmos",)
+
+
+def test_a_name_of_several_authors_alone_is_ambiguous(tmp_path: Path) -> None:
+    pair = LoraWeights(torch.randn(2, 8), torch.randn(8, 2), 2.0)
+    adapter = read_lora(write_lora(tmp_path / "lora", "comfyui", {"final_layer.linear": pair}))
+    assert place(adapter, dict.fromkeys(["norm_out.linear_2", "proj_out"])).ambiguous

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -60,3 +61,47 @@ def test_a_dora_is_judged_in_layers_that_are_stored_the_other_way_round(tmp_path
     wrong = write(tmp_path / "wrong", model(), lora(use_dora=True, **fields), change=scaled(layer, 1.5))
     report = verify_merge(*wrong, full=full)
     assert report.exit_code == 1, report.overall.text()
+
+
+BIASES = {
+    "a bias that was left as the base's": lost("layers.1.self_attn.q_proj.bias"),
+    "twice what is added": scaled("layers.1.self_attn.q_proj.bias", 2),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("trained", ["all", "lora_only"])
+def test_a_bias_that_is_trained_and_added_to_is_judged(tmp_path: Path, trained: str, full: bool) -> None:
+    config = lora(lora_bias=True, bias=trained)
+    report = verify_merge(*write(tmp_path, llama(bias=True), config), full=full)
+    assert report.exit_code == 0, report.overall.text()
+
+
+@pytest.mark.parametrize("wrong", BIASES)
+def test_a_bias_that_is_trained_and_added_to_is_wrong(tmp_path: Path, wrong: str) -> None:
+    paths = write(tmp_path, llama(bias=True), lora(lora_bias=True, bias="all"), change=BIASES[wrong])
+    report = verify_merge(*paths)
+    assert report.exit_code == 1
+    assert "layers.1.self_attn.q_proj (bias)" in report.overall.text()
+
+
+UNTOLD = {
+    "frod without its projection": lambda: peft.FrodConfig(target_modules=["q_proj", "v_proj"], save_projection=False),
+    "tinylora of several vectors": lambda: peft.TinyLoraConfig(target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", UNTOLD)
+def test_what_hangs_on_all_layers_is_not_judged(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = write(tmp_path, llama(), UNTOLD[kind]())
+    capfd.readouterr()
+    report = verify_merge(*paths)
+    assert report.exit_code == 3
+    assert "PEFT's own merge of the whole model would decide" in report.overall.text()
+    assert not capfd.readouterr().err
+
+
+def test_a_method_that_changes_biases_alone_is_judged(tmp_path: Path) -> None:
+    beft = peft.BeftConfig(target_modules=["q_proj", "v_proj"])
+    report = verify_merge(*write(tmp_path, llama(bias=True), beft))
+    assert (report.exit_code, len(report.modules)) == (0, 4), report.overall.text()

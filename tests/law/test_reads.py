@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harness.law import reads
-from harness.law.reads import Reading, in_part, pattern_of, reading
+from harness.law.reads import Reading, in_part, pattern_of, places_of, reading
 
 TO_Q, TO_K, FF, PROJ = "blocks_#_attn_to_q", "blocks_#_attn_to_k", "blocks_#_ff", "proj_out"
 MODEL = {TO_Q: 4, TO_K: 4, FF: 4, PROJ: 1}
@@ -194,3 +194,8 @@ def test_layers_that_are_dropped_whatever_is_beside_them_are_known_in_any_file(a
 def test_layers_that_are_dropped_for_what_is_beside_them_are_not(ask: Ask) -> None:
     parts = {"all": {"dropped": [FF]}, "blocks": "ok", "attention": "ok", "half": "ok"}
     assert ask(parts, {TO_Q: 4, FF: 3, PROJ: 1}).effect == "unknown"
+
+
+def test_wan_is_known_by_its_layers_outside_the_blocks_too() -> None:
+    patterns = ["blocks_#_self_attn_q", "text_embedding_#", "time_projection_#", "head_head"]
+    assert ("wan21-t2v", "original") in places_of(patterns)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from harness.doctor.inspect.declared import declared, lost, lost_hazard, names_saved
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
 from harness.files.architectures import Shape, looks_like
@@ -120,6 +122,11 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
     """Yield what PEFT would leave out, as far as the names in the base's file tell those in memory."""
     if adapter.format != "peft" or not adapter.config:
         return
+    names = names_saved(adapter.config)
+    there = [name for name in lost(adapter, names) if any(f".{layer}".endswith(f".{name}") for layer in base.layers)]
+    if there and len(lost(adapter, names)) < len(names):  # all of them are said without a base
+        yield lost_hazard(there)
+    yield from _by_default(adapter, base)
     whole = {name: s[0].layer for name, s in placed.slots.items() if s[0][2:] == (None, None) and not fit.names}
     reached = _reached(adapter, base)
     odd = [
@@ -135,6 +142,20 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
         if holes:
             what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
             yield Hazard(code="LH721", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
+
+
+def _by_default(adapter: LoraAdapter, base: Checkpoint) -> Iterator[Hazard]:
+    """Yield what PEFT leaves out where nothing says what it targets: it takes what its table has for the model."""
+    config, kind = adapter.config, base.config.get("model_type")
+    if config.get("target_modules") is not None or config.get("target_parameters") or method_of(config) != "lora":
+        return
+    try:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+    except ImportError:
+        return
+    if listed := TARGETS.get(str(kind)):
+        asked = replace(adapter, config={**config, "target_modules": [*listed]})
+        yield from _not_targeted(asked, f"target_modules is not said, PEFT's own for {printable(kind, 40)}")
 
 
 def _wrapped(name: str) -> bool:
@@ -193,6 +214,7 @@ def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
         )
         yield Hazard(code="LH722", what=what)
     yield from (*_wrong_type(adapter), *_wrong_names(adapter), *_not_targeted(adapter), *_no_difference(adapter.config))
+    yield from declared(adapter)
 
 
 def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
@@ -214,7 +236,7 @@ def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
         yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
 
 
-def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
+def _not_targeted(adapter: LoraAdapter, said: str = "target_modules and what limits it") -> Iterator[Hazard]:
     """PEFT makes layers where its configuration says so, and passes over tensors of others."""
     if not (chosen := _target(adapter)):
         return
@@ -226,7 +248,7 @@ def _not_targeted(adapter: LoraAdapter) -> Iterator[Hazard]:
     except ConfigError:
         return  # said by the reader
     if lost:
-        what = f"{_share(len(lost), len(pairs))}: target_modules and what limits it leave them out ({first_of(lost)})"
+        what = f"{_share(len(lost), len(pairs))}: {said} leave them out ({first_of(lost)})"
         yield _ignored(len(lost), len(pairs), what)
 
 

@@ -11,10 +11,11 @@ from io import FileIO
 
 from harness.doctor.inspect.fit import peft_hazards
 from harness.files import LoraAdapter, LoraModule, TensorInfo
-from harness.files.keys import NOT_LORA, Spelling, cut
+from harness.files.keys import NOT_LORA, cut
 from harness.text import count, first_of, parse_json, printable
 from harness.verdict.file_record import Hazard
 
+_PREAD = hasattr(os, "pread")
 _BLOCKS = (3, 4)  # q, k, v and, in FLUX's single blocks, the MLP
 
 
@@ -35,22 +36,25 @@ def block_diagonal(adapter: LoraAdapter) -> Iterator[tuple[str, int]]:
 
 
 def _divides(module: LoraModule) -> bool:
-    plain = "B" in module.keys and not module.kernel and "B" not in module.flipped
-    return plain and 0 in [module.rank % blocks for blocks in _BLOCKS]
+    if module.kernel or "B" in module.flipped or "B" not in module.keys:
+        return False
+    return 0 in [module.rank % blocks for blocks in _BLOCKS]
 
 
 def _blocks(stream: FileIO, info: TensorInfo) -> int | None:
     _, (rows, columns), start, end = info
     width = (end - start) // rows
     first = _row(stream, start, width)
-    for blocks in (n for n in _BLOCKS if columns % n == 0 and _only(first, 0, width // n)):
+    for blocks in _BLOCKS:
+        if columns % blocks or not _only(first, 0, width // blocks):
+            continue
         if _only(_row(stream, end - width, width), width - width // blocks, width):
             return blocks
     return None
 
 
 def _row(stream: FileIO, start: int, width: int) -> bytes:
-    if hasattr(os, "pread"):
+    if _PREAD:
         return os.pread(stream.fileno(), width, start)
     stream.seek(start)
     return stream.read(width)
@@ -62,6 +66,7 @@ def _only(row: bytes, start: int, end: int) -> bool:
 
 
 _WHOLE_UP_TO = {"BF16": 256, "F16": 2048, "F8_E4M3": 16, "F8_E5M2": 8}
+_LEAST_ROUNDED = min(_WHOLE_UP_TO.values())
 _KINDS = {**NOT_LORA, "alpha": "alpha that no module uses"}
 _ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("zero", "readers take it as 0, as 1 or as the rank", lambda alpha: alpha == 0),
@@ -188,8 +193,10 @@ def rounded_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 
 def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
-    dtype = adapter.file.tensors[module.keys["alpha"]].dtype if "alpha" in module.keys and module.rank else ""
     alpha = module.alpha if module.alpha is not None and math.isfinite(module.alpha) else 0.0
+    if abs(alpha) < _LEAST_ROUNDED or not module.rank or "alpha" not in module.keys:
+        return None
+    dtype = adapter.file.tensors[module.keys["alpha"]].dtype
     return dtype if abs(alpha) >= _WHOLE_UP_TO.get(dtype, math.inf) else None
 
 
@@ -205,7 +212,7 @@ def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
 def wrapped_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH712: words of torch.compile, FSDP or DDP in the names, which no loader looks for."""
     keys = adapter.file.keys
-    for word, found in Spelling(keys).wrappers(keys).items():
+    for word, found in adapter.file.spelling.wrappers(keys).items():
         what = f"{word} stands in {len(found)} of {count(len(keys), 'key')} ({printable(found[0], 100)})"
         yield Hazard(code="LH712", what=f"{what}: PEFT and diffusers load nothing of these")
 
@@ -223,6 +230,8 @@ def two_schemes(adapter: LoraAdapter) -> Iterator[Hazard]:
     if original and own:
         what = f"{count(len(original), 'module')} in the original model's names ({first_of(original)}), {len(own)} in "
         yield Hazard(code="LH715", what=f"{what}diffusers' ({first_of(own)}): readers of one kind leave out the other")
+    if "qkv" not in (text := "\n".join(names).lower()) and "query_key_value" not in text:
+        return
     fused, split = ({hit[1] or "": name for name in names if (hit := kind.match(name))} for kind in (_FUSED, _SPLIT))
     if both := sorted(fused.keys() & split.keys()):
         what = f"{printable(fused[both[0]], 80)} (q, k and v in one) stands beside {printable(split[both[0]], 80)}"

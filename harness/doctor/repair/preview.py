@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from harness.doctor.repair.naming import Home, Layers, homes, refuse_what_a_configuration_does
@@ -22,6 +23,7 @@ from harness.files.write import header_of, key_of, stem_of
 from harness.text import printable
 
 _PLAIN = frozenset({"A", "B", "alpha"})
+_ALPHA = TensorInfo("F32", (), 0, 4)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class _Planned:
     pieces: tuple[LoraModule, ...]
     parts: Mapping[str, Any] = field(default_factory=lambda: {"A": None, "B": None})
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return sum(module.rank for module in self.pieces)
 
@@ -90,6 +92,20 @@ def preview(adapter: LoraAdapter, to: str, layers: Layers | None = None) -> Lora
     return found
 
 
+def is_written(adapter: LoraAdapter) -> bool:
+    """Tell whether the file has the names and shapes that a repair to its own format would write."""
+    row, modules = FORMATS[adapter.format], adapter.modules.values()
+    is_alike = adapter.alpha_source == row.alpha[0] and not adapter.problems and not adapter.unused_keys
+    if not is_alike or any(module.rslora for module in modules):
+        return False
+    try:
+        tensors = _keys(row, _planned(adapter, adapter.format, None))[0]
+    except (UserError, ValueError):
+        return False
+    own = adapter.file.tensors
+    return tensors.keys() == own.keys() and all(info.shape == own[key].shape for key, info in tensors.items())
+
+
 def _planned(adapter: LoraAdapter, to: str, layers: Layers | None) -> list[_Planned]:
     """Return the modules of the new file, those that go to rows of one layer as one."""
     stacks: dict[tuple[str, str], list[tuple[LoraModule, Home]]] = {}
@@ -103,13 +119,14 @@ def _keys(row: Format, planned: Iterable[_Planned]) -> tuple[dict[str, TensorInf
     """Return the tensors as the header names them, and the alphas that lie in tensors."""
     tensors: dict[str, TensorInfo] = {}
     alphas: dict[str, float] = {}
+    called = {role: key_of(row, role) for role in ("A", "B")}
     for each in planned:
-        stem = each.home.prefix + stem_of(row, each.home.name)
+        stem, flips = each.home.prefix + stem_of(row, each.home.name), row.flips(each.home.name)
         for role, shape in each.shapes.items():
-            stored = tuple(reversed(shape)) if role in row.flips(each.home.name) else shape
-            tensors[f"{stem}.{key_of(row, role)}"] = TensorInfo(each.pieces[0].dtype, stored, 0, 0)
+            stored = tuple(reversed(shape)) if role in flips else shape
+            tensors[f"{stem}.{called[role]}"] = TensorInfo(each.pieces[0].dtype, stored, 0, 0)
         if row.alpha[0] == "tensor":
-            tensors[f"{stem}.alpha"] = TensorInfo("F32", (), 0, 4)
+            tensors[f"{stem}.alpha"] = _ALPHA
             alphas[f"{stem}.alpha"] = each.alpha
     return dict(sorted(tensors.items())), alphas  # in the order in which they are written
 

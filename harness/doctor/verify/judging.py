@@ -10,10 +10,12 @@ import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
+from harness.doctor.verify.left_over import ROWS_LEFT, left_over
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
-from harness.doctor.verify.replaced import CannotMergeError, MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.replaced import MethodLayer, judge_saved, judge_tokens
+from harness.doctor.verify.shared import CannotMergeError
 from harness.doctor.verify.untouched import component_of, requantised
 from harness.doctor.verify.vote import DTYPES
 from harness.doctor.verify.weights import Weights
@@ -24,11 +26,10 @@ from harness.text import printable
 
 _LEAST = 1e-4  # a quotient of small integers in single precision, and the sample's own error
 _ELEMENTS = 100_000
-_ROWS_LEFT, _COLUMNS_LEFT, _LEAST_ROWS = 128, 1024, 24  # of what the rank of a left-over is taken from
-_OWN = 1e-4  # relative; singular values of this LoRA's update
-_ABOVE = 5.0  # medians; singular values of noise lie below
 _NONE = 0.005  # of the expected scale
 _NEAR = 0.02  # relative; how well the scales of several LoRAs are known from a regression
+_REPLACED = ("set_weight", "set_bias")
+_OVER = frozenset({"merged", "twice", "two roundings", "not merged", "hidden", "replaced"})  # what was added is known
 Stores = tuple[Weights, Weights]
 
 
@@ -59,6 +60,11 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
     if len(claims) == 1:
         yield from _judged(*claims[0], stores, reading)
         return
+    if saved := [claim for claim in claims if claim[1].saved in _REPLACED]:
+        rest = [claim for claim in claims if claim not in saved]
+        if len(saved) == 1 and rest and all(change.product for _, change in rest):
+            yield from _over_saved(*saved[0], rest, stores, reading)
+            return
     wanted = [_wanted(given.adapter, change, given.strength) for given, change in claims]
     problem = next(filter(None, (_unmeasured(change, stores) for _, change in claims)), None)
     if residual := next((change.residual for _, change in claims if change.residual), ""):
@@ -72,6 +78,28 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
         )
         return
     yield from _together(claims, wanted, [layer for layer in layers if layer], reading)
+
+
+def _over_saved(
+    given: Given, change: Change, rest: list[tuple[Given, Change]], stores: Stores, reading: Reading
+) -> Iterator[Module]:
+    """Judge what is added to a tensor that the file replaces as well: to the saved one instead of the base's."""
+    every = [(given, change), *rest]
+    problem = next(filter(None, (_unmeasured(each, stores) for _, each in every)), None)
+    wanted = [_wanted(one.adapter, each, one.strength) for one, each in every]
+    if problem or change.tensor is None:
+        yield from (Module(probe, change.tensor, None, problem) for probe in wanted)
+        return
+    saved = given.adapter.part(change.module, str(change.saved))
+    stores[1].hold(change.tensor, None)
+    held = stores[0].hold(change.tensor, saved)
+    found = [*judged([(one, replace(each, tensor=held)) for one, each in rest], stores, reading)]
+    yield from (replace(module, tensor=change.tensor) for module in found)
+    measured = judge_saved(saved, change.tensor, *stores)
+    if _OVER.issuperset(module.state for module in found):
+        what = "a saved tensor, below what is added to it"
+        measured = replace(measured, state="replaced", unmerged=(), damaged=(), replaces=what)
+    yield Module(wanted[0], change.tensor, measured, dtype=stores[1].dtype(change.tensor))
 
 
 def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | None:
@@ -139,7 +167,7 @@ def _is_requantised(measured: MergeMeasurement, tensor: str, wanted: Probe, stor
     if not wanted.expected or stores[0].quantised(tensor) == stores[1].quantised(tensor):
         return False
     if measured.state == "unexplained":
-        return requantised(*stores, tensor, (0, min(_ROWS_LEFT, stores[0].info(tensor).shape[0])))
+        return requantised(*stores, tensor, (0, min(ROWS_LEFT, stores[0].info(tensor).shape[0])))
     return measured.state in ("merged", "two roundings", "mixed") and abs(measured.scale) <= _NONE * abs(
         wanted.expected
     )
@@ -154,26 +182,6 @@ def _of_squares(layer: MergedLayer, change: Change, adapter: LoraAdapter) -> boo
 def _is_found(measured: MergeMeasurement) -> bool:
     """Tell whether a merge by this LoRA, as it was laid out, explains what is there."""
     return measured.state in ("merged", "partly", "damaged", "twice", "two roundings", "mixed")
-
-
-def _left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
-    """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
-    if measured.state not in ("mixed", "unexplained"):
-        return None
-    seen = layer.window(0, min(layer.rows, _ROWS_LEFT))
-    scale = measured.scale if measured.state == "mixed" else 0.0
-    rest = seen.after - seen.before - scale * seen.product
-    if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
-        return None
-    _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
-    own = own[sizes > _OWN * sizes.max()]  # the scale is not exact: what it leaves of this LoRA counts for nothing
-    rest = rest - rest @ own.T @ own
-    values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
-    rank = int((values > _ABOVE * np.median(values)).sum())
-    low = 0 < rank <= len(values) / 3
-    return (
-        f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
-    )
 
 
 def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> Iterator[Module]:
@@ -254,7 +262,7 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
     if other:
         measured, fault = other, ("LH301", "the update was merged transposed")
-    note = BLENDED if blends else _left_over(layer, measured)
+    note = BLENDED if blends else left_over(layer, measured)
     lora = adapter.modules[change.module]
     unknown = change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled
     return Module(
@@ -305,7 +313,8 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
     if why := next((why for store in stores if whole in store.names and (why := store.unreadable(whole))), None):
         return NotMeasured("quantised", why)
     if whole in stores[1].names and (how := stores[1].quantised(whole)) and not _has_steps(change, stores[1]):
-        return NotMeasured("quantised", f"the merged weight is stored as {how}, whose rounding is not known here")
+        what = f"the merged weight is stored as {how}, whose rounding is not known here"
+        return NotMeasured("quantised", f"{what}: the merge as it was before it was stored so would decide")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
     return _misfit(whole, *stores)

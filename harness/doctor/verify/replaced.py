@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.doctor.verify.measurement import MergeMeasurement, State
 from harness.doctor.verify.rows import Damage, runs_of
+from harness.doctor.verify.shared import CannotMergeError, ready, shared_keys
 from harness.doctor.verify.vote import DTYPES, Flags, half_step
 from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
@@ -23,6 +24,8 @@ _BETWEEN = (torch.bfloat16, torch.float16)
 _LITERAL = re.compile(r"[\w.]+")  # a pattern of a configuration that is no more than a name
 _DEEPEST = 40
 _SHARING = ("vera", "pvera", "randlora")  # methods whose layers share matrices of the largest layer's size
+_SINGLE = ("psoft",)  # methods that begin in single precision, from factors of the weight
+_LEAST_SINGLE = 2.0**-18  # of a row, which such factors lose from one machine to the next
 _ROUGH = 3.0  # times the rounding of PEFT's own merge in the stored dtype, root mean square
 _FOREIGN = (
     "base_model_name_or_path", "revision", "auto_mapping", "task_type", "exclude_modules", "layers_to_transform",
@@ -143,10 +146,6 @@ def _equal(wanted: Tensor, merged: Tensor) -> Flags:
     return found
 
 
-class CannotMergeError(Exception):
-    """Why PEFT could not merge one layer by itself."""
-
-
 @dataclass(frozen=True)
 class MethodLayer:
     """One layer that another method than low-rank pairs adapts: module `name`, and its tensors as {`weight`: name, …}.
@@ -170,15 +169,18 @@ class MethodLayer:
             CannotMergeError: PEFT does not know the method, cannot merge it, or the tensors do not fit.
         """
         base = {what: before.whole(tensor) for what, tensor in self.tensors.items()}
-        exact = self._merged(base, torch.float64)
+        single = self.adapter.kind in _SINGLE
+        exact = self._merged(base, torch.float32 if single else torch.float64)
         dtype = base["weight"].dtype
         rough = self._merged(base, dtype if dtype.itemsize > 1 else torch.float32)
+        changed = [what for what in base if not torch.equal(exact[what], base[what].to(exact[what].dtype))]
         for what, tensor in self.tensors.items():
-            if what == "weight" or not torch.equal(exact[what].to(base[what].dtype), base[what]):
+            if what in (changed or ["weight"]):
                 if before.info(tensor).shape != after.info(tensor).shape:
                     raise CannotMergeError("the merged weight has another shape than the base's")
                 parts = base[what], exact[what], rough[what], after.whole(tensor)
-                yield tensor, _method_rows(*parts, what=f"{self.adapter.kind}, as PEFT merges it")
+                what = f"{self.adapter.kind}, as PEFT merges it"
+                yield tensor, _method_rows(*parts, what=what, least=_LEAST_SINGLE if single else 0.0)
 
     @torch.no_grad()
     def _merged(self, base: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -188,13 +190,15 @@ class MethodLayer:
         adapter = self.adapter
         module = adapter.modules[self.name].name
         own = {f"base_model.model.{module}.{key.rpartition(f'{module}.')[2]}": tensor for key, tensor in self._own()}
+        shared = self._shared()
         turned = bool(adapter.config.get("fan_in_fan_out"))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = _Alone(module, _layer(base, dtype, turned=turned), self._largest())
                 wrapped: Any = peft.get_peft_model(model, _config(adapter, module, own), autocast_adapter_dtype=False)
-                found = peft.set_peft_model_state_dict(wrapped, {**self._shared(), **own})
+                found = peft.set_peft_model_state_dict(wrapped, {**shared, **own})
+                ready(adapter.kind, wrapped.get_submodule(f"base_model.model.{module}"))
                 layer = wrapped.to(dtype).merge_and_unload().get_submodule(module)
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
             why = str(error) or type(error).__name__
@@ -208,21 +212,30 @@ class MethodLayer:
             yield key, self.adapter.file.tensor(key)
 
     def _shared(self) -> dict[str, Tensor]:
-        """Return the tensors that all layers share."""
-        keys = [key for other in self.adapter.modules.values() if not other.name for key in other.keys.values()]
-        return {key: self.adapter.file.tensor(key) for key in keys}
+        """Return the tensors that all layers share, or that this one shares with others.
+
+        Raises:
+            CannotMergeError: nothing tells which of them.
+        """
+        adapter = self.adapter
+        keys = [key for other in adapter.modules.values() if not other.name for key in other.keys.values()]
+        chosen = shared_keys(adapter.kind, adapter.config, adapter.modules[self.name].name, keys)
+        return {name: adapter.file.tensor(key) for key, name in chosen.items()}
 
     def _largest(self) -> nn.Module | None:
         out, columns = self.largest
         return nn.Linear(columns, out, bias=False) if self.adapter.kind in _SHARING else None
 
 
-def _method_rows(base: Tensor, exact: Tensor, rough: Tensor, merged: Tensor, *, what: str) -> MergeMeasurement:
+def _method_rows(
+    base: Tensor, exact: Tensor, rough: Tensor, merged: Tensor, *, what: str, least: float
+) -> MergeMeasurement:
     flat = [part.reshape(len(part), -1) for part in (base, exact, rough, merged)]
     name = str(merged.dtype).removeprefix("torch.")
     wanted, also, new = (part.double().numpy() for part in flat[1:])
     rounding = half_step(wanted, name) if name in DTYPES else np.zeros_like(wanted)
     allowed = np.sqrt(np.square(rounding).mean(axis=1)) + _ROUGH * np.sqrt(np.square(also - wanted).mean(axis=1))
+    allowed += least * np.sqrt(np.square(wanted).mean(axis=1))
     with np.errstate(invalid="ignore"):
         off = np.sqrt(np.square(new - wanted).mean(axis=1))
         far = np.abs(new - wanted).max(axis=1)
@@ -290,6 +303,8 @@ def _config(adapter: LoraAdapter, module: str, own: Mapping[str, Tensor]) -> Any
         if any(not _LITERAL.fullmatch(str(pattern)) for pattern in fields.get(key) or {}):
             raise CannotMergeError(f"{key} holds regular expressions, which are not tried")
     kind = str(fields.pop("peft_type", "")).upper()
+    if "progressbar" in fields:
+        fields["progressbar"] = False
     fields["target_modules"] = [module, "the_largest_layer"]
     if "feedforward_modules" in fields:
         scale = next((tensor for key, tensor in own.items() if key.endswith("ia3_l")), None)

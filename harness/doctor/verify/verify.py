@@ -258,7 +258,8 @@ def _law(found: list[Module]) -> Diagnosis:
 def _no_match(adapter: LoraAdapter, base: Weights) -> str:
     if not base.place(adapter).missing:
         kind = printable(adapter.kind, 40)
-        return f"{adapter.path}: {kind} has no parameters for single layers: no merge of it can be judged"
+        what = f"{kind} has no parameters for single layers: no merge of it can be judged here"
+        return f"{adapter.path}: {what}; PEFT's own merge of the whole model would decide"
     names = _first(iter(adapter.modules)), _first(name for name in base.names if name.endswith(".weight"))
     return (
         f"{adapter.path}: none of its {count(len(adapter.modules), 'module')} (such as {names[0]}) is a layer of "

@@ -151,7 +151,8 @@ class Weights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows [start, stop), flattened to two dimensions."""
         if name in self.held:
-            return self.held[name][start:stop].flatten(1)
+            rows = self.held[name][start:stop]
+            return rows.flatten(1) if rows.dim() > 1 else rows.reshape(-1, 1)
         if name in self.coded:
             return self._codes(*self.coded[name], start, stop)
         if name in self.folds:

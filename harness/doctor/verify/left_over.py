@@ -1,0 +1,33 @@
+"""What else than a LoRA's own update was done to a layer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harness.doctor.verify.layer import MergedLayer
+from harness.doctor.verify.measurement import MergeMeasurement
+
+ROWS_LEFT = 128  # of a layer, from which the rank of what is left is taken
+_COLUMNS_LEFT, _LEAST_ROWS = 1024, 24
+_OWN = 1e-4  # relative; singular values of this LoRA's update
+_ABOVE = 5.0  # medians; singular values of noise lie below
+
+
+def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
+    """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
+    if measured.state not in ("mixed", "unexplained"):
+        return None
+    seen = layer.window(0, min(layer.rows, ROWS_LEFT))
+    scale = measured.scale if measured.state == "mixed" else 0.0
+    rest = seen.after - seen.before - scale * seen.product
+    if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
+        return None
+    _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
+    own = own[sizes > _OWN * sizes.max()]  # the scale is not exact: what it leaves of this LoRA counts for nothing
+    rest = rest - rest @ own.T @ own
+    values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
+    rank = int((values > _ABOVE * np.median(values)).sum())
+    low = 0 < rank <= len(values) / 3
+    return (
+        f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
+    )
