@@ -5,6 +5,7 @@ A counterexample is plain with one module, the smallest rank and the roundest al
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -54,13 +55,18 @@ class Search:
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
         """Keep what one example showed."""
         self.examples += 1
-        self.probes.extend(probes)
         self.zero_alpha |= observation.zero_alpha
-        labels = labels_of(observation.example)
-        self.labels.update(labels)
+        self.witness(observation, probes, findings)
         for finding in findings:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+
+    def witness(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
+        """Keep what an example says of a law and of its condition, and no finding of it."""
+        self.probes.extend(probes)
+        labels = labels_of(observation.example)
+        self.labels.update(labels)
+        for finding in findings:
             self.wrong[finding.code].update(labels)
 
     def keep(self, finding: Finding) -> None:
@@ -95,11 +101,14 @@ class Search:
         return _WHERE[kind].format(" or ".join(sorted(words)))
 
     def _share(self, code: str, kind: str) -> float:
-        """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance."""
+        """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance.
+
+        Fisher's exact test: how often would all wrong ones be among these if being wrong had nothing to do with it?
+        """
         here = sum(self.labels[label] for label in self._of_kind(code, kind))
-        rest = sum(count for label, count in self.labels.items() if label.startswith(f"{kind} ")) - here
-        share = sum(self.wrong[code][label] for label in self._of_kind(code, kind)) / here if here else 0.0
-        return share if rest and (1 - share) ** rest < _CHANCE else 0.0
+        every = sum(count for label, count in self.labels.items() if label.startswith(f"{kind} "))
+        wrong = sum(self.wrong[code][label] for label in self._of_kind(code, kind))
+        return wrong / here if here and math.comb(here, wrong) < _CHANCE * math.comb(every, wrong) else 0.0
 
 
 def labels_of(example: Example) -> tuple[str, ...]:
@@ -176,10 +185,11 @@ def quiet_settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate,
 
 @dataclass
 class _Trials:
-    """Which examples show the fault of `finding`; `left` more may be run until `deadline`."""
+    """Which examples show the fault of `finding`; `left` more may be run until `deadline`. `tried` witnesses them."""
 
     cell: Cell
     finding: Finding
+    tried: Search
     left: int = _TRIALS
     deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
     seen: dict[Example, Finding | None] = field(default_factory=dict)
@@ -188,7 +198,8 @@ class _Trials:
         """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
         if example not in self.seen and self.left > 0 and time.monotonic() < self.deadline:
             self.left -= 1
-            _, _, found = observe(self.cell, example)
+            observation, probes, found = observe(self.cell, example)
+            self.tried.witness(observation, probes, found)
             self.seen[example] = next((f for f in found if f.code == self.finding.code), None)
         return self.seen.get(example) is not None
 
@@ -199,16 +210,17 @@ def shrink(
     finding: Finding,
     *,
     base_seed: int,
+    tried: Search,
     allowed: Callable[[Example], bool] = lambda example: True,
 ) -> Finding:
     """Return the same fault on the simplest example found within a time limit, or `finding` itself.
 
     Hypothesis shrinks what it draws, and stops where no small step leads on (a rank divisible by 3 next to 48, say);
-    plainer numbers are then tried one by one. `allowed` says which examples may be tried.
+    plainer numbers are then tried one by one. `allowed` says which examples may be tried; `tried` witnesses them.
     """
     if (raised := finding.observation.raised) and raised.timed_out:
         return finding  # every attempt would cost the whole limit again
-    trials = _Trials(cell, finding)
+    trials = _Trials(cell, finding, tried)
     try:
         simplest = find(examples, trials.fails, settings=quiet_settings(_EXAMPLES), random=random.Random(base_seed))
     except NoSuchExample:

@@ -121,6 +121,15 @@ def _explains(law: Law | None, probe: Probe) -> bool:
     return (probe.permuted and ordered) or abs(probe.measured - law.scale(probe)) <= 1.5 * probe.tolerance
 
 
+def agrees(diagnosis: Diagnosis, probes: Sequence[Probe]) -> bool:
+    """Whether none of `probes` contradicts what a diagnosis says: its law, and the condition that it is under."""
+    wrong, trait = [p for p in probes if not p.right], diagnosis.trait
+    if trait and trait.text in TRAITS:
+        part = [p for p in probes if trait(p)]
+        return all(map(trait, wrong)) and all(diagnosis.law is None or _explains(diagnosis.law, p) for p in part)
+    return diagnosis.law is None or all(_explains(diagnosis.law, p) for p in (wrong if trait else probes))
+
+
 def _by_input(
     wrong: Sequence[Probe], telling: Sequence[Probe], trait: Trait | None, probes: Sequence[Probe]
 ) -> Diagnosis:

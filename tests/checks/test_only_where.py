@@ -44,7 +44,7 @@ def searched(*wrong: Example, times: int = 4) -> Search:
 )
 def test_a_condition_is_named_where_it_separates(fails: object, text: str) -> None:
     wrong = [example for example in EVERY if fails(example)]  # type: ignore[operator]
-    assert searched(*wrong).only_where("LH304") == text
+    assert searched(*wrong, times=8).only_where("LH304") == text
 
 
 def test_a_rare_fault_has_no_condition() -> None:
