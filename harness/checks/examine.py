@@ -5,7 +5,7 @@ A law that is sure before the search is through is told at once; the rest of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.checks.cell import Cell
@@ -169,13 +169,15 @@ def _verdicts(
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
-    for finding in _reported(result, Symptoms(result, diagnosis)):
-        fault = NamedFinding(cell, finding, diagnosis, _where(finding, result))
+    faults = _reported(result, Symptoms(result, diagnosis))
+    folded = result.findings.keys() - {fault.code for fault in faults}
+    for finding in faults:
+        fault = NamedFinding(cell, finding, diagnosis, _where(finding, result, folded))
         reported.add(fault.family)
         verdict = excused(fault.verdict(result.examples))
         if plain and verdict.outcome != "xfailed":
             plainest = plain(finding)
-            verdict = NamedFinding(cell, plainest, diagnosis, _where(plainest, result)).verdict(result.examples)
+            verdict = NamedFinding(cell, plainest, diagnosis, _where(plainest, result, folded)).verdict(result.examples)
         yield verdict
     for family in family_names():
         if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
@@ -193,9 +195,11 @@ def _reported(result: Search, symptoms: Symptoms) -> list[Finding]:
     return faults or list(result.findings.values())
 
 
-def _where(finding: Finding, result: Search) -> str:
+def _where(finding: Finding, result: Search, symptoms: Iterable[str]) -> str:
     """Return what the examples with this fault have in common; of what follows a load there is no saying."""
-    return "" if finding.check or finding.code not in result.counts else result.only_where(finding.code)
+    if finding.check or finding.code not in result.counts:
+        return ""
+    return result.only_where(finding.code, symptoms)
 
 
 def _with_seen(verdict: Verdict, result: Search) -> Verdict:

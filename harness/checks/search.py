@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -41,7 +41,8 @@ _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 class Search:
     """What a search found: the first observation per code, every probe, and how many examples ran.
 
-    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` those of each code.
+    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` has the labels and
+    the codes of those that showed anything.
     """
 
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Search:
     examples: int = 0
     zero_alpha: set[str] = field(default_factory=set)
     labels: Counter[str] = field(default_factory=Counter)
-    wrong: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    wrong: list[tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=list)
 
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
         """Keep what one example showed."""
@@ -66,8 +67,8 @@ class Search:
         self.probes.extend(probes)
         labels = labels_of(observation.example)
         self.labels.update(labels)
-        for finding in findings:
-            self.wrong[finding.code].update(labels)
+        if findings:
+            self.wrong.append((labels, frozenset(finding.code for finding in findings)))
 
     def keep(self, finding: Finding) -> None:
         """Let the first finding of a code stand for it, or the first that is not faint."""
@@ -83,32 +84,34 @@ class Search:
         self.examples += later.examples
         self.zero_alpha |= later.zero_alpha
         self.labels += later.labels
-        for code, labels in later.wrong.items():
-            self.wrong[code].update(labels)
+        self.wrong += later.wrong
 
-    def only_where(self, code: str) -> str:
-        """Return what every example with this fault is and others are not, in words; empty when nothing is sure."""
-        shares = {kind: self._share(code, kind) for kind in _WHERE}
+    def only_where(self, code: str, symptoms: Iterable[str] = ()) -> str:
+        """Return what every example with this fault is and others are not, in words; empty when nothing is sure.
+
+        `symptoms` are codes of what may be the same fault.
+        """
+        codes = {code, *symptoms}
+        wrong = Counter(label for labels, shown in self.wrong if codes & shown for label in labels)
+        shares = {kind: self._share(wrong, kind) for kind in _WHERE}
         sure = {kind: share for kind, share in shares.items() if share}
         alone = [kind for kind, share in sure.items() if share == 1]
-        return " and ".join(self._where(code, kind) for kind in alone[:1] or sure)
+        return " and ".join(_where(wrong, kind) for kind in alone[:1] or sure)
 
-    def _of_kind(self, code: str, kind: str) -> list[str]:
-        return [label for label in self.labels if label.startswith(f"{kind} ") and self.wrong[code][label]]
-
-    def _where(self, code: str, kind: str) -> str:
-        words = (label.removeprefix(f"{kind} ") for label in self._of_kind(code, kind))
-        return _WHERE[kind].format(" or ".join(sorted(words)))
-
-    def _share(self, code: str, kind: str) -> float:
+    def _share(self, wrong: Counter[str], kind: str) -> float:
         """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance.
 
         Fisher's exact test: how often would all wrong ones be among these if being wrong had nothing to do with it?
         """
-        here = sum(self.labels[label] for label in self._of_kind(code, kind))
-        every = sum(count for label, count in self.labels.items() if label.startswith(f"{kind} "))
-        wrong = sum(self.wrong[code][label] for label in self._of_kind(code, kind))
-        return wrong / here if here and math.comb(here, wrong) < _CHANCE * math.comb(every, wrong) else 0.0
+        every = {label: count for label, count in self.labels.items() if label.startswith(f"{kind} ")}
+        here, bad = (sum(counts[label] for label in every if wrong[label]) for counts in (every, wrong))
+        chance = math.comb(here, bad) / math.comb(sum(every.values()), bad)
+        return bad / here if here and chance < _CHANCE else 0.0
+
+
+def _where(wrong: Counter[str], kind: str) -> str:
+    words = (label.removeprefix(f"{kind} ") for label in wrong if label.startswith(f"{kind} "))
+    return _WHERE[kind].format(" or ".join(sorted(words)))
 
 
 def labels_of(example: Example) -> tuple[str, ...]:
