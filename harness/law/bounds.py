@@ -80,7 +80,7 @@ _BOUNDS = (
 
 def bounded(wrong: Sequence[Probe]) -> tuple[str, Trait] | None:
     """Return the code and the trait of the first bound that explains all `wrong` probes."""
-    if not all(p.alpha and p.strength for p in wrong):
+    if not all(p.expected for p in wrong):
         return None
     found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong)))
     return next(found, None)
