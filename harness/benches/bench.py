@@ -169,17 +169,17 @@ class Bench:
         """What names it on the command line."""
         return f"--bench {shlex.quote(self.spec or self.name)}"
 
-    def forward(self, model: torch.nn.Module) -> torch.Tensor:
-        """Run `model` once on this bench's fixed input, without gradients; nothing where it has none."""
+    def forward(self, model: torch.nn.Module, *, gradients: bool = False) -> torch.Tensor:
+        """Run `model` once on this bench's fixed input, without gradients or with them; nothing where it has none."""
         import torch
 
         if self.run is None:
             return torch.empty(0)
         weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.empty(0))
         generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(weight))
-        return output
+        return output.detach()
 
 
 def shared(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:

@@ -5,7 +5,7 @@ A law that is sure before the search is through is told at once; the rest of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.checks.cell import Cell
@@ -13,16 +13,19 @@ from harness.checks.describe import NamedFinding, passed, through_codes
 from harness.checks.early import Early, Tell
 from harness.checks.family import LAW_FAMILIES, Finding, family_names, follow
 from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, covers, no_longer_silent, tried_alone
+from harness.checks.observation import probes_of
 from harness.checks.outputs import NOT_SEEN, SEEN
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
 from harness.checks.search import Search, observe, search, shrink
 from harness.checks.symptoms import Symptoms, unloaded
 from harness.checks.trial import run_trial
 from harness.example import Example
-from harness.law.diagnosis import Diagnosis, diagnose, law_record
+from harness.law.diagnosis import Diagnosis, agrees, diagnose, law_record
 from harness.law.probe import Probe
 from harness.verdict.verdict import LawRecord, Verdict
 
+_SCALE = "LH209"  # some law is wrong
+_TURNS = 2  # of making plain and naming the law
 _STOPPED = frozenset({"LH901", "LH902", "LH903"})
 
 
@@ -55,15 +58,16 @@ def check_cell(
     runs = result.findings.keys().isdisjoint(_STOPPED)
     if runs:
         _measure(cell, plan, known, result, Early(cell, plan, general, on_sure))
-    diagnosis = diagnose(result.probes, unloaded=unloaded(result.probes))
-    law = law_record(diagnosis.law) if diagnosis.law else None
-    on_measured(Measured(law, tuple(result.probes), dict(result.labels)))
+    labels = dict(result.labels)
     short = not plan.whole(cell) or plan.examples_in(cell) < KNOWN_EXAMPLES
-    plain = _Plainer(cell, plan, known) if runs and plan.shrink and plan.pins is None else None
+    plain = _Plainer(cell, plan, known, result) if runs and plan.shrink and plan.pins is None else None
 
     def excused(verdict: Verdict) -> Verdict:
         return next((k.excuse(verdict) for k in general if k.names(verdict, short=short)), verdict)
 
+    diagnosis = _diagnosis(cell, result, excused, plain)
+    law = law_record(diagnosis.law) if diagnosis.law else None
+    on_measured(Measured(law, tuple(result.probes), labels))
     verdicts = list(_verdicts(cell, result, diagnosis, excused, plain))
     yield from verdicts
     shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
@@ -107,18 +111,52 @@ def _add_what_follows(cell: Cell, dtypes: Sequence[str], example: Example, resul
 
 @dataclass(frozen=True)
 class _Plainer:
-    """Makes the counterexamples of what is reported plain; what is excused or folded needs none."""
+    """Makes the counterexamples of what is reported plain; what is excused or folded needs none.
+
+    `result` witnesses what is tried on the way, `made` has those that are plain, by their code.
+    """
 
     cell: Cell
     plan: Plan
     known: Sequence[KnownFailure]
+    result: Search
+    made: dict[str, Finding] = field(default_factory=dict)
 
     def __call__(self, finding: Finding) -> Finding:
+        """Return the finding with a plain counterexample."""
         if finding.check:
             return finding
+        if finding.code not in self.made:
+            self.made[finding.code] = self._shrunk(finding)
+        return self.made[finding.code]
+
+    def _shrunk(self, finding: Finding) -> Finding:
         allowed = _allowed(self.cell, self.known)
         strategy = examples_for(self.cell, self.plan).filter(allowed)
-        return shrink(self.cell, strategy, finding, base_seed=self.plan.seed, allowed=allowed)
+        seed, tried = self.plan.seed, self.result
+        return shrink(self.cell, strategy, finding, base_seed=seed, tried=tried, allowed=allowed)
+
+
+def _diagnosis(cell: Cell, result: Search, excused: Callable[[Verdict], Verdict], plain: _Plainer | None) -> Diagnosis:
+    """Name the law behind the scales, after the counterexamples of what is reported were made plain.
+
+    What was tried on the way counts as well, so that what is said of the law holds of the counterexample beside it.
+    """
+    diagnosis = _diagnosed(result.probes)
+    if plain is None:
+        return diagnosis
+    for _ in range(_TURNS):  # another law may fold other findings
+        for finding in _reported(result, Symptoms(result, diagnosis)):
+            if excused(NamedFinding(cell, finding, diagnosis).verdict(result.examples)).outcome != "xfailed":
+                plain(finding)
+        diagnosis = _diagnosed(result.probes)
+    wrong = plain.made.get(_SCALE)
+    shown = probes_of(wrong.observation, cell) if wrong else ()
+    return diagnosis if agrees(diagnosis, list(shown)) else Diagnosis(None, _SCALE)
+
+
+def _diagnosed(probes: Sequence[Probe]) -> Diagnosis:
+    return diagnose(probes, unloaded=unloaded(probes))
 
 
 def _verdicts(
@@ -131,15 +169,15 @@ def _verdicts(
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
-    symptoms = Symptoms(result, diagnosis)
-    faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
-    for finding in faults or result.findings.values():  # whatever is folded, a fault that was seen is reported
-        where = "" if finding.check or finding.code not in result.counts else result.only_where(finding.code)
-        fault = NamedFinding(cell, finding, diagnosis, where)
+    faults = _reported(result, Symptoms(result, diagnosis))
+    folded = result.findings.keys() - {fault.code for fault in faults}
+    for finding in faults:
+        fault = NamedFinding(cell, finding, diagnosis, _where(finding, result, folded))
         reported.add(fault.family)
         verdict = excused(fault.verdict(result.examples))
         if plain and verdict.outcome != "xfailed":
-            verdict = NamedFinding(cell, plain(finding), diagnosis, where).verdict(result.examples)
+            plainest = plain(finding)
+            verdict = NamedFinding(cell, plainest, diagnosis, _where(plainest, result, folded)).verdict(result.examples)
         yield verdict
     for family in family_names():
         if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
@@ -149,6 +187,19 @@ def _verdicts(
             continue
         right = passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
         yield through_codes(cell, _with_seen(right, result), result.probes)
+
+
+def _reported(result: Search, symptoms: Symptoms) -> list[Finding]:
+    """Return the findings that are no symptom of another; whatever is folded, a fault that was seen is reported."""
+    faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
+    return faults or list(result.findings.values())
+
+
+def _where(finding: Finding, result: Search, symptoms: Iterable[str]) -> str:
+    """Return what the examples with this fault have in common; of what follows a load there is no saying."""
+    if finding.check or finding.code not in result.counts:
+        return ""
+    return result.only_where(finding.code, symptoms)
 
 
 def _with_seen(verdict: Verdict, result: Search) -> Verdict:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "copy", "cast", "save", "whole", "replace"]
+Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "train", "copy", "cast", "save", "whole", "replace"]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
 _CASTS = 2  # answers are compared that are each off by the rounding of the base's own
@@ -105,6 +105,10 @@ class _Work:
     def run(self, number: float, path: str) -> None:
         self._answers(self.model)
 
+    def train(self, number: float, path: str) -> None:
+        self._answers(self.model)
+        self._answers(self.model, gradients=True)
+
     def copy(self, number: float, path: str) -> None:
         before, self.model = self.model, copy.deepcopy(self.model)
         self._answers(self.model, before)
@@ -143,10 +147,10 @@ class _Work:
         self._answers(self.model)
         self.model = kept
 
-    def _answers(self, *models: torch.nn.Module) -> None:
+    def _answers(self, *models: torch.nn.Module, gradients: bool = False) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
         plain = base_output(self.bench, self.order.dtype, self.is_cast)
-        self.effects += [self.bench.forward(model).double() - plain for model in models]
+        self.effects += [self.bench.forward(model, gradients=gradients).double() - plain for model in models]
 
     @property
     def drift(self) -> float:
@@ -229,6 +233,7 @@ class _Work:
 _OURS: Mapping[Kind, Callable[[_Work, float, str], None]] = {
     "rebuild": _Work.rebuild,
     "run": _Work.run,
+    "train": _Work.train,
     "copy": _Work.copy,
     "cast": _Work.cast,
     "save": _Work.save,

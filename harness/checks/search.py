@@ -5,10 +5,11 @@ A counterexample is plain with one module, the smallest rank and the roundest al
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -40,7 +41,8 @@ _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 class Search:
     """What a search found: the first observation per code, every probe, and how many examples ran.
 
-    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` those of each code.
+    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` has the labels and
+    the codes of those that showed anything.
     """
 
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -49,19 +51,24 @@ class Search:
     examples: int = 0
     zero_alpha: set[str] = field(default_factory=set)
     labels: Counter[str] = field(default_factory=Counter)
-    wrong: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    wrong: list[tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=list)
 
     def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
         """Keep what one example showed."""
         self.examples += 1
-        self.probes.extend(probes)
         self.zero_alpha |= observation.zero_alpha
-        labels = labels_of(observation.example)
-        self.labels.update(labels)
+        self.witness(observation, probes, findings)
         for finding in findings:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
-            self.wrong[finding.code].update(labels)
+
+    def witness(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
+        """Keep what an example says of a law and of its condition, and no finding of it."""
+        self.probes.extend(probes)
+        labels = labels_of(observation.example)
+        self.labels.update(labels)
+        if findings:
+            self.wrong.append((labels, frozenset(finding.code for finding in findings)))
 
     def keep(self, finding: Finding) -> None:
         """Let the first finding of a code stand for it, or the first that is not faint."""
@@ -77,29 +84,34 @@ class Search:
         self.examples += later.examples
         self.zero_alpha |= later.zero_alpha
         self.labels += later.labels
-        for code, labels in later.wrong.items():
-            self.wrong[code].update(labels)
+        self.wrong += later.wrong
 
-    def only_where(self, code: str) -> str:
-        """Return what every example with this fault is and others are not, in words; empty when nothing is sure."""
-        shares = {kind: self._share(code, kind) for kind in _WHERE}
+    def only_where(self, code: str, symptoms: Iterable[str] = ()) -> str:
+        """Return what every example with this fault is and others are not, in words; empty when nothing is sure.
+
+        `symptoms` are codes of what may be the same fault.
+        """
+        codes = {code, *symptoms}
+        wrong = Counter(label for labels, shown in self.wrong if codes & shown for label in labels)
+        shares = {kind: self._share(wrong, kind) for kind in _WHERE}
         sure = {kind: share for kind, share in shares.items() if share}
         alone = [kind for kind, share in sure.items() if share == 1]
-        return " and ".join(self._where(code, kind) for kind in alone[:1] or sure)
+        return " and ".join(_where(wrong, kind) for kind in alone[:1] or sure)
 
-    def _of_kind(self, code: str, kind: str) -> list[str]:
-        return [label for label in self.labels if label.startswith(f"{kind} ") and self.wrong[code][label]]
+    def _share(self, wrong: Counter[str], kind: str) -> float:
+        """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance.
 
-    def _where(self, code: str, kind: str) -> str:
-        words = (label.removeprefix(f"{kind} ") for label in self._of_kind(code, kind))
-        return _WHERE[kind].format(" or ".join(sorted(words)))
+        Fisher's exact test: how often would all wrong ones be among these if being wrong had nothing to do with it?
+        """
+        every = {label: count for label, count in self.labels.items() if label.startswith(f"{kind} ")}
+        here, bad = (sum(counts[label] for label in every if wrong[label]) for counts in (every, wrong))
+        chance = math.comb(here, bad) / math.comb(sum(every.values()), bad)
+        return bad / here if here and chance < _CHANCE else 0.0
 
-    def _share(self, code: str, kind: str) -> float:
-        """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance."""
-        here = sum(self.labels[label] for label in self._of_kind(code, kind))
-        rest = sum(count for label, count in self.labels.items() if label.startswith(f"{kind} ")) - here
-        share = sum(self.wrong[code][label] for label in self._of_kind(code, kind)) / here if here else 0.0
-        return share if rest and (1 - share) ** rest < _CHANCE else 0.0
+
+def _where(wrong: Counter[str], kind: str) -> str:
+    words = (label.removeprefix(f"{kind} ") for label in wrong if label.startswith(f"{kind} "))
+    return _WHERE[kind].format(" or ".join(sorted(words)))
 
 
 def labels_of(example: Example) -> tuple[str, ...]:
@@ -176,10 +188,11 @@ def quiet_settings(max_examples: int, phases: Sequence[Phase] = (Phase.generate,
 
 @dataclass
 class _Trials:
-    """Which examples show the fault of `finding`; `left` more may be run until `deadline`."""
+    """Which examples show the fault of `finding`; `left` more may be run until `deadline`. `tried` witnesses them."""
 
     cell: Cell
     finding: Finding
+    tried: Search
     left: int = _TRIALS
     deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
     seen: dict[Example, Finding | None] = field(default_factory=dict)
@@ -188,7 +201,8 @@ class _Trials:
         """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
         if example not in self.seen and self.left > 0 and time.monotonic() < self.deadline:
             self.left -= 1
-            _, _, found = observe(self.cell, example)
+            observation, probes, found = observe(self.cell, example)
+            self.tried.witness(observation, probes, found)
             self.seen[example] = next((f for f in found if f.code == self.finding.code), None)
         return self.seen.get(example) is not None
 
@@ -199,16 +213,17 @@ def shrink(
     finding: Finding,
     *,
     base_seed: int,
+    tried: Search,
     allowed: Callable[[Example], bool] = lambda example: True,
 ) -> Finding:
     """Return the same fault on the simplest example found within a time limit, or `finding` itself.
 
     Hypothesis shrinks what it draws, and stops where no small step leads on (a rank divisible by 3 next to 48, say);
-    plainer numbers are then tried one by one. `allowed` says which examples may be tried.
+    plainer numbers are then tried one by one. `allowed` says which examples may be tried; `tried` witnesses them.
     """
     if (raised := finding.observation.raised) and raised.timed_out:
         return finding  # every attempt would cost the whole limit again
-    trials = _Trials(cell, finding)
+    trials = _Trials(cell, finding, tried)
     try:
         simplest = find(examples, trials.fails, settings=quiet_settings(_EXAMPLES), random=random.Random(base_seed))
     except NoSuchExample:

@@ -135,11 +135,11 @@ def _from_configs(
             for at, module in modules.items()
         }
     except ConfigError as error:
-        problems.append(Problem("LH705", f"{place}: {error.key}", printable(error), fatal=True))
+        problems.append(Problem(error.code, f"{place}: {error.key}", printable(error), fatal=True))
     finally:
         names, budget = [module.name for module in modules.values()], Budget()
         found = (error for raw in configs.values() for error in pattern_problems(raw, names, budget))
-        problems += (Problem("LH708", f"{place}: {error.key}", printable(error)) for error in found)
+        problems += (Problem(error.code, f"{place}: {error.key}", printable(error)) for error in found)
     return modules
 
 

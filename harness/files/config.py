@@ -32,10 +32,10 @@ _MATCHED = ("target_modules", "exclude_modules", "layers_pattern")
 
 
 class ConfigError(ValueError):
-    """A configuration value that cannot be used; `key` names it."""
+    """A configuration value that cannot be used; `key` names it, `code` what is broken: alpha, rank or a pattern."""
 
-    def __init__(self, key: str, problem: str) -> None:
-        self.key = key
+    def __init__(self, key: str, problem: str, code: str = "LH727") -> None:
+        self.key, self.code = key, code
         super().__init__(problem)
 
 
@@ -272,7 +272,7 @@ class AdapterConfig:
         alpha_key = "lora_alpha" if "lora_alpha" in raw or raw.get("peft_type", "LORA") == "LORA" else "alpha"
         rank, budget = raw.get("r", DEFAULT_RANK), budget or Budget()
         if not _is_whole(rank):
-            raise ConfigError("r", f"is {rank!r}, a whole number is needed")
+            raise ConfigError("r", f"is {rank!r}, a whole number is needed", "LH726")
         return cls(
             rank=rank,
             alpha=_number(alpha_key, raw.get(alpha_key, DEFAULT_ALPHA)),
@@ -289,7 +289,7 @@ class AdapterConfig:
         """
         rank = self.ranks.get(name, self.rank)
         if not _is_whole(rank):
-            raise ConfigError("rank_pattern", f"is {rank!r} for {name}, a whole number is needed")
+            raise ConfigError("rank_pattern", f"is {rank!r} for {name}, a whole number is needed", "LH726")
         return rank, _number("alpha_pattern", self.alphas.get(name, self.alpha))
 
 
@@ -325,11 +325,11 @@ def _is_whole(value: object) -> bool:
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(key, f"is {value!r}, a number is needed")
+        raise ConfigError(key, f"is {value!r}, a number is needed", "LH705")
     try:
         return float(value)
     except OverflowError:
-        raise ConfigError(key, "is too large for a number") from None
+        raise ConfigError(key, "is too large for a number", "LH705") from None
 
 
 def _patterns(key: str, raw: Mapping[str, Any], budget: Budget) -> Patterns:

@@ -39,7 +39,7 @@ class _Bound:
             return None
         if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in wrong):
             return None
-        if self.caps and all(p.expected * p.strength < 0 for p in wrong):
+        if self.about == "alpha" and self.caps and all(p.expected * p.strength < 0 for p in wrong):
             bound = -bound
         side = "below" if max(values) <= bound else "above"
         return Trait(self.text.format(bound=f"{bound:.4g}", side=side), self.about)
@@ -51,6 +51,14 @@ class _Bound:
 _BOUNDS = (
     _Bound("LH205", "alpha", "alpha beyond {bound}", lambda p: p.alpha or 0.0, lambda p: p.expected / (p.alpha or 1.0)),
     _Bound("LH207", "strength", "strength beyond {bound}", lambda p: p.strength, lambda p: p.expected / p.strength),
+    _Bound(
+        "LH207",
+        "strength",
+        "strength beyond {bound} or below -{bound}, which caps it",
+        lambda p: abs(p.strength),
+        lambda p: p.expected / abs(p.strength),
+        caps=True,
+    ),
     _Bound(
         "LH205",
         "alpha",
@@ -72,7 +80,7 @@ _BOUNDS = (
 
 def bounded(wrong: Sequence[Probe]) -> tuple[str, Trait] | None:
     """Return the code and the trait of the first bound that explains all `wrong` probes."""
-    if not all(p.alpha and p.strength for p in wrong):
+    if not all(p.expected for p in wrong):
         return None
     found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong)))
     return next(found, None)

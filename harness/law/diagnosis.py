@@ -11,6 +11,7 @@ from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.identify import identify
 from harness.law.law import Law
 from harness.law.probe import Probe
+from harness.law.rounding import rounding_of, rounds
 from harness.law.traits import TRAITS, Input, Trait, borrowed, common_trait, kept_by_rank, one_input_decides
 from harness.verdict.blocks import block_of
 from harness.verdict.codes import CODES
@@ -51,7 +52,8 @@ def _named(law: Law, probes: Sequence[Probe], trait: Trait | None = None) -> Dia
     readings = (law, *law.others)
     likely = min(readings, key=lambda each: _rarity(each, fused))
     found = replace(likely, others=tuple(each for each in readings if each is not likely), residual=law.residual)
-    return Diagnosis(found, _code_under(trait, code_of(found, fused_only=fused)), trait)
+    code = _code_under(trait, code_of(found, fused_only=fused))
+    return Diagnosis(found, code, trait or (None if found.others else rounding_of(found)))
 
 
 def _rarity(law: Law, fused_only: bool) -> int:
@@ -75,6 +77,8 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     every, probes, in_order = wrong, usable, [p for p in usable if not p.permuted]
     if any(not p.right for p in in_order):  # in a file with permuted keys nobody can say which module is first
         usable, wrong = in_order, [p for p in in_order if not p.right]
+    if rounded := rounds(every, probes):
+        return Diagnosis(None, *rounded)
     silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
     if found := None if silent else _lawful_part(usable, wrong, every):
         return found
@@ -119,6 +123,15 @@ def _explains(law: Law | None, probe: Probe) -> bool:
         return True
     ordered = (law.alpha_source, law.rank_source) != ("own", "own")
     return (probe.permuted and ordered) or abs(probe.measured - law.scale(probe)) <= 1.5 * probe.tolerance
+
+
+def agrees(diagnosis: Diagnosis, probes: Sequence[Probe]) -> bool:
+    """Whether none of `probes` contradicts what a diagnosis says: its law, and the condition that it is under."""
+    wrong, trait = [p for p in probes if not p.right], diagnosis.trait
+    if trait and trait.text in TRAITS:
+        part = [p for p in probes if trait(p)]
+        return all(map(trait, wrong)) and all(diagnosis.law is None or _explains(diagnosis.law, p) for p in part)
+    return diagnosis.law is None or all(_explains(diagnosis.law, p) for p in (wrong if trait else probes))
 
 
 def _by_input(

@@ -27,7 +27,7 @@ def _root(x: float) -> float:
     return math.copysign(math.sqrt(abs(x)), x)
 
 
-def _bfloat16(x: float) -> float:
+def bfloat16(x: float) -> float:
     """Round to eight significant bits, ties to even."""
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 256), exponent - 8)
@@ -44,7 +44,7 @@ STRENGTH = (
     Word("clamp({x}, 0, 1)", lambda u: min(max(u, 0.0), 1.0), 1),
     Word("clamp({x}, -1, 1)", lambda u: min(max(u, -1.0), 1.0), 1),
     Word("trunc({x})", lambda u: float(math.trunc(u)), 1),
-    Word("bfloat16({x})", _bfloat16, 1),
+    Word("bfloat16({x})", bfloat16, 1),
     Word("({x} > 0)", lambda u: float(u > 0), 2),
     Word("({x} != 0)", lambda u: float(u != 0), 2),
     Word("{x}^2", lambda u: u * u, 1, 2.0),
@@ -64,7 +64,7 @@ ALPHA = (
     Word("max({x}, 0)", lambda a: max(a, 0.0), 1),
     Word("max({x}, 1)", lambda a: max(a, 1.0), 1),
     Word("min({x}, 1)", lambda a: min(a, 1.0), 1),
-    Word("bfloat16({x})", _bfloat16, 1),
+    Word("bfloat16({x})", bfloat16, 1),
     Word("{x}^2", lambda a: a * a, 1, 2.0),
     Word("sqrt({x})", _root, 1, 0.5),
     Word("{x}^-1", lambda a: 1.0 / a if a else math.nan, 2, -1.0),

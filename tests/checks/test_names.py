@@ -11,6 +11,7 @@ from torch import Tensor
 from harness import check_loader
 from harness.checks.cell import Cell
 from harness.checks.families.direction import check_direction
+from harness.checks.families.numerics import check_numerics
 from harness.checks.families.scale import _ratio
 from harness.checks.law import measure_law
 from harness.checks.observation import Observation, observation_of
@@ -127,3 +128,21 @@ def test_the_defaults_of_a_configuration_for_every_module_are_named_on_random_fi
     found = check_loader(f"{tmp_path / 'mine.py'}:load", formats=["peft"], benches=["qwen-image"], max_examples=20)
     scale = next(verdict for verdict in found if verdict.check == "scale")
     assert (scale.outcome, scale.code) == ("failed", "LH204")
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [
+        (lambda own, other: 2 * torch.cat([own[:-1], 0 * own[-1:]]), [("direction", "LH304")]),
+        (lambda own, other: 2 * torch.cat([own[:, :-1], 0 * own[:, -1:]], 1), [("direction", "LH304")]),
+        (lambda own, other: 2 * own.bfloat16().double(), [("numerics", "LH501")]),
+        (lambda own, other: 2 * (own.float() * (own.abs() > own.abs().max() / 50)).double(), [("numerics", "LH501")]),
+    ],
+)
+def test_a_row_that_is_left_out_is_no_loss_of_precision(
+    change: Callable[[Tensor, Tensor], Tensor], codes: list[tuple[str, str]]
+) -> None:
+    seen = seen_with(change)
+    found = [*check_direction(seen), *check_numerics(seen)]
+    assert [(finding.family, finding.code) for finding in found] == codes
+    assert all(finding.modules == (NAMES[0],) for finding in found)

@@ -44,7 +44,7 @@ def searched(*wrong: Example, times: int = 4) -> Search:
 )
 def test_a_condition_is_named_where_it_separates(fails: object, text: str) -> None:
     wrong = [example for example in EVERY if fails(example)]  # type: ignore[operator]
-    assert searched(*wrong).only_where("LH304") == text
+    assert searched(*wrong, times=8).only_where("LH304") == text
 
 
 def test_a_rare_fault_has_no_condition() -> None:
@@ -59,3 +59,12 @@ def test_two_searches_are_counted_as_one() -> None:
     first.join(second)
     assert first.only_where("LH304") == "float16 models"
     assert first.counts == {"LH304": 24}
+
+
+def test_what_may_be_the_same_fault_under_another_name_counts_as_wrong() -> None:
+    result = Search()
+    for example in EVERY * 8:
+        seen, code = Observation(example), "LH104" if example.dtype == "float32" else "LH306"
+        result.add(seen, [], [Finding(code, seen)])
+    assert result.only_where("LH104") == "float32 models"
+    assert result.only_where("LH104", ["LH306"]) == ""

@@ -75,6 +75,11 @@ def ignores_the_second(model: torch.nn.Module, lora: Path, *, strength: float = 
         put(model, lora, strength, lora.name)
 
 
+def once_at_any_strength(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    if str(lora) not in kept(model):
+        put(model, lora, strength, str(lora))
+
+
 def by_name(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     put(model, lora, strength * (1 if lora.name.startswith("adapter") else 1.2), str(lora))
 
@@ -131,6 +136,7 @@ WRONG = {
     takes_the_place_where_both_are: {"LH405"},
     shares_the_strength: {"LH405"},
     ignores_the_second: {"LH405"},
+    once_at_any_strength: {"LH402"},
     by_name: {"LH402"},
     scale_compounds: {"LH403", "LH405"},  # two strengths, one after the other, meet in both
     zero_stays: {"LH403"},

@@ -88,6 +88,16 @@ def test_a_strength_beyond_a_bound_that_counts_as_the_bound_is_a_clamp(root: boo
     assert said(diagnose(points)) == ("LH207", None, "strength beyond 1.5")
 
 
+@pytest.mark.parametrize("root", [False, True])
+def test_a_strength_that_is_capped_on_both_sides_is_a_clamp(root: bool) -> None:
+    strengths = (0.5, -1.75, 2.5, -1.0, 3.0, 1.75, -4.0)
+    points = probes(lambda p: max(-1.5, min(p.strength, 1.5)) * p.expected / p.strength, strengths=strengths, root=root)
+    bare = [replace(p, alphas=(None,), ranks=(4,), index=0, root=False) for p in points]
+    bare = [replace(p, measured=max(-1.5, min(p.strength, 1.5))) for p in bare]
+    for each in (points, points + bare):
+        assert said(diagnose(each)) == ("LH207", None, "strength beyond 1.5 or below -1.5, which caps it")
+
+
 @pytest.mark.parametrize(("error", "clamped"), [(1.4, True), (1.6, False)])
 def test_a_clamp_is_heard_through_noise_of_half_a_tolerance_more(error: float, clamped: bool) -> None:
     first, *rest = [p for p in clamp(5.0, min) if not p.right]

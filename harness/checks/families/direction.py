@@ -75,13 +75,34 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault 
     if whole.finite and whole.along_base:
         return "LH304", "W is scaled too"
     if not whole.finite or not wrong_direction(whole):
-        return None
+        return small_fault(observation, name, whole)
     if mistake := observation.mistakes.get(name):
         return "LH304", mistake
     if not observation.additive:
         return "LH304", UNEXPLAINED[1]  # what W itself is divided by changes every direction
     case = _Case(observation, name, whole, fits[1:])
     return next(((code, what) for code, what, explains in _EXPLANATIONS if explains(case)), None) or case.fallback
+
+
+def small_fault(observation: Observation, name: str, whole: Fit) -> Fault | None:
+    """Return that rows or columns are left out, where that is all that rounding does not explain of a change."""
+    if whole.unchanged or whole.direction_right or not observation.additive:
+        return None
+    change, product = observation.changes[name], observation.products[name]
+    for what, own, wanted in (("rows", change, product), ("columns", change.mT, product.mT)):
+        if _is_rest(own, wanted, whole.residual):
+            return "LH304", f"some of its {what} are left out"
+    return None
+
+
+def _is_rest(change: Tensor, product: Tensor, residual: float) -> bool:
+    """Whether B @ A without some of its rows, times one factor, leaves next to nothing of the residual."""
+    factors = _row_factors(change, product)
+    if factors is None:
+        return False
+    kept = (factors.abs() > ROUNDING_LIKE * factors.abs().max())[:, None] * product.double()
+    scale = (kept * change.double()).sum() / kept.square().sum()
+    return norm(change.double() - scale * kept) <= ROUNDING_LIKE * residual
 
 
 @dataclass(frozen=True)

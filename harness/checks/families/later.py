@@ -9,7 +9,7 @@ from harness.benches import Bench, Layer
 from harness.checks.cell import Cell
 from harness.checks.family import Finding, Need, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
-from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, UNLOAD, WHOLE, Step, load, rebuild, run_trial
+from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, TRAIN, UNLOAD, WHOLE, Step, load, rebuild, run_trial
 from harness.example import Example
 
 _OTHER_SEED = 51
@@ -37,6 +37,7 @@ class _Later:
 
 _RUNS = (_Later((load(), RUN, RUN, RUN), "running the model three times", may_raise=False),)
 _STATE = (
+    _Later((load(), TRAIN), "running the model with gradients on", layers=False),
     _Later((load(), COPY), "copying the loaded model (copy.deepcopy)", layers=False),
     _Later(
         (load(), SAVE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.checks.families.direction import small_fault
 from harness.checks.family import Finding, judges
 from harness.checks.observation import Observation, wrong_direction
 from harness.measure.compare import Fit
@@ -19,7 +20,7 @@ def check_numerics(observation: Observation) -> list[Finding]:
     coarse = [
         n for n, f in fits.items() if not (f.unchanged or f.direction_right or f.along_base or wrong_direction(f))
     ]
-    coarse = [n for n in coarse if not _by_slices(observation.fits[n][1:])]
+    coarse = [n for n in coarse if not _by_slices(observation.fits[n][1:]) and not small_fault(observation, n, fits[n])]
     if not coarse:
         return []
     coarse.sort(key=lambda name: -fits[name].residual / fits[name].tolerance.noise)

@@ -23,6 +23,8 @@ _SECOND_LOADS = (
     Scenario("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name", "additive"),
     Scenario("LH402", (load(), rebuild(2), load()), (1,), "loading into another model before", "no bias"),
 )
+_HALF = Scenario("LH402", (load(0.5),), (0.5,), "loading at half the strength")
+_AGAIN = Scenario("LH402", (load(), load(0.5)), (0.5, 1.5), "loading again at half the strength", "additive")
 _UNLOADS = (
     Scenario("LH403", (load(), UNLOAD, load(0.5)), (0.5,), "loading, unloading and loading at half the strength"),
     Scenario("LH403", (load(), UNLOAD, load(0), UNLOAD, load()), (1,), "loading, unloading, strength 0 and back"),
@@ -49,9 +51,11 @@ def check_side_effects(observation: Observation) -> list[Finding]:
 def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
     """LH402: a second load gives neither the effect of one nor twice that. LH405: two LoRAs neither add up nor swap."""
     wrong = tuple(first_wrong(cell, once, _SECOND_LOADS, may_raise=True))
-    yield from wrong
     if not wrong and has(cell, "additive") and has(cell, "any strength"):
-        yield from _with_another(cell, once)
+        wrong = tuple(_with_another(cell, once))
+    if not wrong and not any(first_wrong(cell, once, [_HALF])):  # where half the strength is half the effect
+        wrong = tuple(first_wrong(cell, once, [_AGAIN], may_raise=True))
+    yield from wrong
 
 
 @follows("side_effects", finds="unload", codes=("LH403",), requires="unload")
