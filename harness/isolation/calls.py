@@ -113,6 +113,7 @@ def listened(lines: list[str]) -> Iterator[None]:
     try:
         with (
             _logged(lines),
+            _logged_by_loguru(lines),
             contextlib.redirect_stdout(text),
             contextlib.redirect_stderr(text),
         ):
@@ -140,6 +141,25 @@ def _logged(lines: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.Logger.handle = handle  # type: ignore[method-assign]
+
+
+@contextmanager
+def _logged_by_loguru(lines: list[str]) -> Iterator[None]:
+    """Keep what goes through loguru, where it was imported: it writes to the stderr that there was at that time."""
+    logger = getattr(sys.modules.get("loguru"), "logger", None)
+    if logger is None:
+        yield
+        return
+
+    def kept(message: Any) -> None:
+        prefix = "warning: " if message.record["level"].no >= logging.WARNING else ""
+        lines.append(f"{prefix}{message.record['message']}")
+
+    sink = logger.add(kept, level="DEBUG", catch=True)
+    try:
+        yield
+    finally:
+        logger.remove(sink)
 
 
 @contextmanager
