@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.installing import parse_pin
 from harness.loaders.live import live_loaders
-from harness.loaders.releases import find_releases
+from harness.loaders.releases import beside, find_releases, unpacked
 
 FOLDER = Path(__file__).parents[1] / "docs" / "findings"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")
@@ -96,6 +97,8 @@ def warm_up(page: Page) -> str:
         return in_checkout(page, CHECKOUTS[page.package])
     if page.package == "invokeai":
         return in_invokeai(page)
+    if found := unpacked_beside(page):
+        return f"import sys; sys.path[:0] = {found!r}; {WARM_UP[page.package]}"
     for package, version in ((page.package, page.version), *page.beside):
         try:
             installed = metadata.version(package)
@@ -104,6 +107,13 @@ def warm_up(page: Page) -> str:
         if installed != version:
             pytest.skip(f"the page is about {package} {version}; installed is {installed}")
     return WARM_UP[page.package]
+
+
+def unpacked_beside(page: Page) -> list[str]:
+    """Return the folders of the page's release and of what it needs beside it, where all lie in folders of their own."""
+    pins = [(page.package, page.version), *map(parse_pin, beside(page.package, page.version))]
+    found = [next((r for r in unpacked(name) if r.version == version), None) for name, version in pins]
+    return [str(release.folder) for release in found if release] if all(found) else []
 
 
 def in_invokeai(page: Page) -> str:
