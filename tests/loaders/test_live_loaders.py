@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +212,12 @@ def test_a_live_loader_is_found_in_its_own_file():
     for name, live in live_loaders().items():
         assert live_loaders(name)[name].load is live.load
     assert live_loaders("no_such") == {}
+
+
+def test_the_page_of_the_loaders_has_every_one_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "loaders.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(.+?)`", row)) == sorted(live_loaders())
 
 
 def test_naming_the_live_loaders_imports_none_of_the_libraries():
