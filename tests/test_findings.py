@@ -17,14 +17,20 @@ from pathlib import Path
 
 import pytest
 
-from harness.loaders.releases import find_releases
+from harness.loaders.checkouts import Checkout
+from harness.loaders.installing import parse_pin
+from harness.loaders.live import live_loaders
+from harness.loaders.releases import beside, find_releases, unpacked
 
 FOLDER = Path(__file__).parents[1] / "docs" / "findings"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")
 
+CHECKOUTS = {live.checkout.name: live.checkout for live in live_loaders().values() if live.checkout}
 WARM_UP = {
+    "adapters": "import adapters",
     "diffusers": "import diffusers.loaders.lora_pipeline, peft, transformers",
     "lycoris_lora": "import lycoris",
+    "litgpt": "import litgpt.lora",
     "loralib": "import loralib",
     "mlx-lm": "import mlx_lm.tuner.utils",
     "peft": "import peft",
@@ -87,6 +93,12 @@ def warm_up(page: Page) -> str:
         if not found:
             pytest.skip(f"diffsynth {page.version} is not unpacked (lora-harness install)")
         return WARM_UP["diffsynth"].format(folder=str(found[0].folder / "diffsynth"))
+    if page.package in CHECKOUTS:
+        return in_checkout(page, CHECKOUTS[page.package])
+    if page.package == "invokeai":
+        return in_invokeai(page)
+    if found := unpacked_beside(page):
+        return f"import sys; sys.path[:0] = {found!r}; {WARM_UP[page.package]}"
     for package, version in ((page.package, page.version), *page.beside):
         try:
             installed = metadata.version(package)
@@ -95,6 +107,29 @@ def warm_up(page: Page) -> str:
         if installed != version:
             pytest.skip(f"the page is about {package} {version}; installed is {installed}")
     return WARM_UP[page.package]
+
+
+def unpacked_beside(page: Page) -> list[str]:
+    """Return the folders of the release and of what it needs beside it, where all are unpacked."""
+    pins = [(page.package, page.version), *map(parse_pin, beside(page.package, page.version))]
+    found = [next((r for r in unpacked(name) if r.version == version), None) for name, version in pins]
+    return [str(release.folder) for release in found if release] if all(found) else []
+
+
+def in_invokeai(page: Page) -> str:
+    """Return the statements that let its files be imported as its live loader does; skip where it is not unpacked."""
+    if page.version not in {release.version for release in find_releases("invokeai")}:
+        pytest.skip(f"invokeai {page.version} is not unpacked (lora-harness install invokeai=={page.version})")
+    return f"from harness.loaders.live.invokeai import PACKAGE, shipped; shipped(PACKAGE.release({page.version!r}))"
+
+
+def in_checkout(page: Page, checkout: Checkout) -> str:
+    """Return the statements that put the checkout first on the path; skip where it is not here."""
+    if (version := checkout.version()) is None:
+        pytest.skip(f"set {checkout.variable} to a checkout of {checkout.repository}")
+    if version != page.version:
+        pytest.skip(f"the page is about {page.package} {page.version}; {checkout.variable} names {version}")
+    return f"import sys, torch; sys.path.insert(0, {str(checkout.folder() / checkout.inside)!r})"
 
 
 class Servers:
@@ -157,3 +192,17 @@ def test_there_are_findings_in_at_least_four_loaders() -> None:
     packages = [read_page(path).package for path in PAGES]
     assert len(packages) >= 14
     assert len(set(packages)) >= 4
+
+
+def test_a_page_about_an_application_runs_where_its_variable_names_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, checkout = read_page(FOLDER / "comfyui-header-alpha-ignored.md"), CHECKOUTS["comfyui"]
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / checkout.marker).touch()
+    (tmp_path / "pyproject.toml").write_text(f'version = "{page.version}"', encoding="utf-8")
+    monkeypatch.setenv(checkout.variable, str(tmp_path))
+    assert str(tmp_path) in warm_up(page)
+    (tmp_path / "pyproject.toml").write_text('version = "0.0.1"', encoding="utf-8")
+    with pytest.raises(pytest.skip.Exception, match=r"names 0\.0\.1"):
+        warm_up(page)

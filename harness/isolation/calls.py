@@ -33,6 +33,7 @@ _LINE, _MESSAGE = 300, 4000  # characters
 _HARNESS = str(Path(__file__).parents[1])
 _REFUSALS = (NotImplementedError, ValueError)
 _REFUSING = re.compile(r"\b(?:un)?support|\bimplement|\bonly\b|\bmust\b|\brefus", re.IGNORECASE)  # in words of others
+_NO_ADAPTER = re.compile(r"Adapter name\(s\) .* not in the list of present adapters")  # diffusers' `set_adapters`
 _LIBRARIES = {"torch", "numpy", "safetensors", "json", *sys.stdlib_module_names}
 
 
@@ -113,6 +114,7 @@ def listened(lines: list[str]) -> Iterator[None]:
     try:
         with (
             _logged(lines),
+            _logged_by_loguru(lines),
             contextlib.redirect_stdout(text),
             contextlib.redirect_stderr(text),
         ):
@@ -140,6 +142,25 @@ def _logged(lines: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.Logger.handle = handle  # type: ignore[method-assign]
+
+
+@contextmanager
+def _logged_by_loguru(lines: list[str]) -> Iterator[None]:
+    """Keep what goes through loguru, where it was imported: it writes to the stderr that there was at that time."""
+    logger = getattr(sys.modules.get("loguru"), "logger", None)
+    if logger is None:
+        yield
+        return
+
+    def kept(message: Any) -> None:
+        prefix = "warning: " if message.record["level"].no >= logging.WARNING else ""
+        lines.append(f"{prefix}{message.record['message']}")
+
+    sink = logger.add(kept, level="DEBUG", catch=True)
+    try:
+        yield
+    finally:
+        logger.remove(sink)
 
 
 @contextmanager
@@ -181,8 +202,10 @@ def raised_by(error: BaseException) -> Raised:
         text = str(error)
     except BaseException as worse:  # its own `__str__` is the subject's code too
         return Raised("LH901", f"{type(error).__name__}, whose text cannot be read ({type(worse).__name__})")
-    code = "LH903" if _is_refusal(error, text) else "LH901"
-    return Raised(code, _title(error, text), message=text[:_MESSAGE], frames=tuple(_frames(error)))
+    code, what = "LH903" if _is_refusal(error, text) else "LH901", _title(error, text)
+    if _NO_ADAPTER.search(text):  # the load itself took nothing of the file and said nothing: it refused nothing
+        code, what = "LH901", f"the load made no adapter of the file, and what came next raised {what}"
+    return Raised(code, what, message=text[:_MESSAGE], frames=tuple(_frames(error)))
 
 
 def _raised_elsewhere(error: ServerError) -> Raised:

@@ -25,8 +25,9 @@ _VERSION_FILES = ("pyproject.toml", "setup.py")
 class Checkout:
     """One application: `variable` names its folder, `marker` is a file that tells it from any other folder.
 
-    `absent` are libraries that its files import for parts which load no LoRA. Where one is not installed, an empty
-    object stands in for it while those files are imported, and no longer; a use of it would fail.
+    `inside` is where its packages lie in that folder. `absent` are libraries that its files import for parts which load
+    no LoRA. Where one is not installed, an empty object stands in for it while those files are imported, and no longer;
+    a use of it would fail.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Checkout:
     marker: str
     repository: str
     absent: tuple[str, ...] = ()
+    inside: str = ""
 
     def folder(self) -> Path:
         """Return the folder of the checkout.
@@ -63,7 +65,7 @@ class Checkout:
             LoaderSpecError: there is no checkout, or an import fails.
         """
         folder = self.folder()
-        with on_path(str(folder)), _standing_in(self.absent):
+        with on_path(str(folder / self.inside)), _standing_in(self.absent):
             try:
                 return [importlib.import_module(name) for name in names]
             except Exception as error:  # an application may do anything when it is imported

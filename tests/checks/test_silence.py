@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from harness.checks.cell import Cell
 from harness.checks.families.silence import _says, check_silence, tries_silence, undeclared
@@ -18,6 +20,7 @@ from harness.checks.plan import smoke_example
 from harness.checks.trial import run_trial
 from harness.isolation.calls import is_listened_to, listened
 from harness.loaders.live import quiet
+from harness.loaders.protocol import loader
 from harness.loaders.registry import resolve
 from harness.selftest.cases import broken_cases
 from tests.checks.sample_loaders import right
@@ -55,6 +58,23 @@ def test_silence_is_tried_once_for_each_format() -> None:
     assert not tries_silence(Cell(subject, "peft", "qwen-image", "rslora"))
     names = [place.variant_name for place in undeclared(cells[0])]
     assert names == ["rslora", "dora", "loha", "lokr", "lora-bias"]
+
+
+@loader(formats={"kohya"}, benches={"qwen-image", "sd-unet"})
+def averages(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    """Give layers whose file it does not know something else than B @ A."""
+    tensors = load_file(lora)
+    for name, layer in model.named_modules():
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        if f"{stem}.lora_mid.weight" in tensors:
+            layer.weight.data += layer.weight.data.mean()
+
+
+def test_a_variant_is_tried_on_another_bench_though_files_were_loaded_before() -> None:
+    cell = Cell(resolve(averages), "kohya", "qwen-image")
+    run_trial(cell, replace(smoke_example(cell, cell.targets), value_seed=1))
+    outcomes, _ = heard(cell)
+    assert outcomes["tucker"] == "silent"
 
 
 def test_warnings_log_records_and_prints_are_heard_and_quiet_is_not_quiet_then() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from harness.isolation import jobs as isolation
+from harness.isolation.calls import CallFailedError, guarded
 from harness.isolation.jobs import JobEnd, SubjectExitError, TimeLimitExceeded, run_jobs
 from harness.isolation.process import TAIL_BYTES
 
@@ -474,3 +475,14 @@ def test_isolation_stands_on_nothing_but_errors_and_text():
     found = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     own = {name for name in found if name and name.startswith("harness.")}
     assert {name for name in own if not name.startswith("harness.isolation")} == {"harness.errors", "harness.text"}
+
+
+def test_an_adapter_that_the_load_did_not_make_is_no_refusal() -> None:
+    def load(model: torch.nn.Module) -> None:
+        raise ValueError("Adapter name(s) {'mine'} not in the list of present adapters: set().")
+
+    with pytest.raises(CallFailedError) as caught:
+        guarded(torch.nn.Linear(1, 1), load, contextlib.nullcontext(), [])
+    raised = caught.value.raised
+    assert raised.code == "LH901"
+    assert raised.what.startswith("the load made no adapter of the file, and what came next raised ValueError: Adapter")

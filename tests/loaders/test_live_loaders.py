@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from harness.benches import get_bench
+from harness.checks.cell import Cell
+from harness.checks.family import judge
 from harness.checks.known import shipped_known_failures
+from harness.checks.plan import smoke_example
+from harness.checks.trial import run_trial
 from harness.errors import LoaderSpecError
 from harness.loaders.live import diffsynth, live_loaders
 from harness.loaders.protocol import CORE_BENCHES, CORE_FORMATS
@@ -79,9 +85,25 @@ def test_what_diffusers_is_said_not_to_support_really_fails(name, tmp_path):
     assert resolve(name).unsupported("kohya", "qwen-image-fused")
 
 
-def test_diffusers_finds_nothing_in_a_peft_folder(bench, tmp_path):
-    with pytest.raises(ValueError, match="not in the list of present adapters"):
-        resolve("diffusers").load(bench.build(), written(bench, "peft", tmp_path))
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-fused"])
+def test_a_file_of_which_diffusers_takes_nothing_leaves_the_model_and_earlier_loads_alone(name, bench, tmp_path):
+    subject, model = resolve(name), bench.build()
+    nothing = written(bench, "peft", tmp_path)
+    subject.load(model, nothing)
+    assert factors(bench, model, weights(bench)) == dict.fromkeys(weights(bench), 0.0)
+    subject.load(model, written(bench, "kohya", tmp_path), strength=0.5)
+    subject.load(model, nothing)
+    if name == "diffusers":
+        subject.declaration.set_strength(model, 3.0)
+    subject.declaration.unload(model)
+    assert factors(bench, model, weights(bench)) == pytest.approx(trained(weights(bench), 0.5), rel=2e-5, abs=2e-5)
+
+
+def test_of_a_file_that_diffusers_takes_nothing_of_it_is_said_that_it_has_no_effect():
+    cell = Cell(resolve("diffusers"), "kohya", "ltx")
+    seen = run_trial(cell, smoke_example(cell, cell.targets))
+    assert seen.raised is None
+    assert "LH101" in {finding.code for finding in judge(seen)}
 
 
 def test_diffusers_refuses_a_model_that_has_no_pipeline(bench, tmp_path):
@@ -210,6 +232,12 @@ def test_a_live_loader_is_found_in_its_own_file():
     for name, live in live_loaders().items():
         assert live_loaders(name)[name].load is live.load
     assert live_loaders("no_such") == {}
+
+
+def test_the_page_of_the_loaders_has_every_one_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "loaders.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(.+?)`", row)) == sorted(live_loaders())
 
 
 def test_naming_the_live_loaders_imports_none_of_the_libraries():

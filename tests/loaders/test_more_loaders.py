@@ -77,7 +77,7 @@ def test_lycoris_keeps_its_own_prefix_setting(bench, subject_of, tmp_path):
     assert LycorisNetwork.LORA_PREFIX == "lycoris"
 
 
-@pytest.mark.parametrize("name", ["comfyui", "sd-scripts", "sd-scripts-runtime"])
+@pytest.mark.parametrize("name", ["comfyui", "sd-scripts", "sd-scripts-runtime", "musubi-tuner", "lightx2v"])
 def test_a_checkout_that_is_not_there_is_listed_with_its_variable(name, monkeypatch):
     monkeypatch.delenv(live_loaders()[name].checkout.variable, raising=False)
     entry = next(entry for entry in installed() if entry.name == name)

@@ -99,7 +99,9 @@ def undeclared(cell: Cell) -> Iterator[Cell]:
     subject = cell.subject
     for name, variant in VARIANTS.items():
         others = () if cell.bench_name in own_benches() else subject.benches
-        cells = (replace(cell, bench_name=bench, variant_name=name) for bench in (cell.bench_name, *others))
+        benches = (cell.bench_name, *others)
+        # what was loaded before belongs to the layers of its own bench
+        cells = (replace(cell, bench_name=bench, variant_name=name, earlier=[]) for bench in benches)
         place = next((c for c in cells if c.possible and variant.topology == "own"), None)
         if place is not None and not _is_declared(place):
             yield place

@@ -48,10 +48,11 @@ _declared = functools.partial(
 def unload(model: torch.nn.Module) -> None:
     """Delete the adapter loaded last; the ones before it keep their strengths."""
     strengths, pipeline = held(model), _pipeline(model)
-    strengths.pop()
+    if strengths.pop() is None:
+        return
     with quiet("diffusers", "peft", "transformers"):
         pipeline.delete_adapters(f"lora_{len(strengths)}")
-        if strengths:
+        if any(strength is not None for strength in strengths):
             _activate(pipeline, strengths)
         else:
             pipeline.unload_lora_weights()
@@ -59,8 +60,9 @@ def unload(model: torch.nn.Module) -> None:
 
 def set_strength(model: torch.nn.Module, strength: float) -> None:
     """Call `set_adapters` with another weight for the adapter loaded last."""
-    held(model)[-1] = strength
-    _activate(_pipeline(model), held(model))
+    if held(model)[-1] is not None:
+        held(model)[-1] = strength
+        _activate(_pipeline(model), held(model))
 
 
 def unfuse(model: torch.nn.Module) -> None:
@@ -75,16 +77,18 @@ def unfuse(model: torch.nn.Module) -> None:
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Add `lora` as a runtime adapter: `load_lora_weights`, then `set_adapters` with the strength as its weight.
 
-    A second load leaves the first one active, as `set_adapters` with both names does.
+    A second load leaves the first one active, as `set_adapters` with both names does. Where `load_lora_weights` takes
+    nothing of the file it makes no adapter and returns: `set_adapters` would then only say that there is none.
 
     Raises:
         NotImplementedError: no pipeline mixin is known for the class of `model`.
     """
     strengths, pipeline = held(model), _pipeline(model)
     with quiet("diffusers", "peft", "transformers"):
-        _load(pipeline, lora, f"lora_{len(strengths)}")
-        _activate(pipeline, [*strengths, strength])
-    strengths.append(strength)
+        is_there = _load(pipeline, lora, f"lora_{len(strengths)}")
+        strengths.append(strength if is_there else None)
+        if is_there:
+            _activate(pipeline, strengths)
 
 
 @_declared(unload=unfuse, strength_argument="lora_scale")
@@ -99,19 +103,23 @@ def load_fused(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> 
     pipeline = _pipeline(model)
     with quiet("diffusers", "peft", "transformers"):
         pipeline.unload_lora_weights()
-        _load(pipeline, lora, "lora")
-        pipeline.set_adapters("lora")  # raises when nothing of the file was loaded
+        if not _load(pipeline, lora, "lora"):
+            return
+        pipeline.set_adapters("lora")
         pipeline.fuse_lora(components=[_mixin(model)[1]], lora_scale=strength)
 
 
-def _load(pipeline: Any, lora: Path, name: str) -> None:
+def _load(pipeline: Any, lora: Path, name: str) -> bool:
+    """Load the file, and tell whether there is an adapter of it now."""
     # Up to 0.34 the name of the file has to be given too where no hub may be asked.
     pipeline.load_lora_weights(str(lora), weight_name=lora.name if lora.is_file() else None, adapter_name=name)
+    return any(name in names for names in pipeline.get_list_adapters().values())
 
 
-def _activate(pipeline: Any, strengths: list[float]) -> None:
+def _activate(pipeline: Any, strengths: list[float | None]) -> None:
     """Make every adapter loaded active at its strength; these are kept because diffusers remembers no weights."""
-    pipeline.set_adapters([f"lora_{number}" for number in range(len(strengths))], adapter_weights=strengths)
+    there = {f"lora_{number}": strength for number, strength in enumerate(strengths) if strength is not None}
+    pipeline.set_adapters(list(there), adapter_weights=list(there.values()))
 
 
 def _mixin(model: torch.nn.Module) -> tuple[str, str]:

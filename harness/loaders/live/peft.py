@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.benches import more_benches
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
-from harness.loaders.protocol import EVERY_BENCH, loader
+from harness.loaders.protocol import EVERY_BENCH, OUTPUT_BENCHES, loader
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ _declared = functools.partial(
     benches=EVERY_BENCH,
     variants=VARIANTS,
     strength_argument="scale",
-    also=more_benches(),
+    also=(*more_benches(), *OUTPUT_BENCHES),
 )
 
 
