@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from harness.commands.since import carry_over, earlier_run, fingerprints, note
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
+    from harness.checks.known import KnownFailure
+    from harness.errors import UserError
+    from harness.images import SweepResult
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
@@ -153,10 +157,8 @@ def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
 def _sweep(
     writer: RunWriter, loaders: Sequence[str], out: Path, quick: bool, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from harness.commands.sweep import sweep_into
-    from harness.errors import UserError
-    from harness.images import SweepOptions
-    from harness.report.models import PartRecord
+    from harness.images import SweepOptions, run_sweeps
+    from harness.loaders.registry import resolve
 
     wanted = SweepOptions(
         out=out,
@@ -164,10 +166,32 @@ def _sweep(
         sequential=True,
         device=options["device"],
         progress=not shared.quiet_on(as_json),
-        workers=min(1, shared.worker_count(options["workers"])),
+        workers=shared.worker_count(options["workers"]),
     )
-    for name in loaders:
-        try:
-            sweep_into(writer, name, wanted, options["known"])
-        except UserError as error:  # this loader takes none of the committed LoRAs, say; the others still run
-            writer.write(PartRecord(name=f"sweep:{name}", measured=False, reason=str(error)))
+    run_sweeps([resolve(name) for name in loaders], wanted, _Written(writer, loaders, options["known"]))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Writes what is heard of the sweeps of loaders."""
+
+    writer: RunWriter
+    loaders: Sequence[str]
+    known: Sequence[KnownFailure]
+
+    def record(self, index: int, record: dict[str, Any]) -> None:
+        """Write a row."""
+        from harness.report.models import SweepRecord
+
+        self.writer.write(SweepRecord.model_validate(record))
+
+    def ended(self, index: int, result: SweepResult | UserError) -> None:
+        """Write the verdicts of a loader, or why it could not be drawn with: the others still are."""
+        from harness.commands.sweep import verdicts_of
+        from harness.errors import UserError
+        from harness.report.models import PartRecord
+
+        if isinstance(result, UserError):
+            self.writer.write(PartRecord(name=f"sweep:{self.loaders[index]}", measured=False, reason=str(result)))
+        else:
+            self.writer.write(*verdicts_of(result, self.known))

@@ -13,7 +13,7 @@ from harness.commands import options as shared
 
 if TYPE_CHECKING:
     from harness.checks.known import KnownFailure
-    from harness.images import SweepOptions
+    from harness.images import SweepOptions, SweepResult
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
@@ -118,7 +118,7 @@ def command(
     )
     header = new_header(planned=[f"sweep:{name or loader}"])
     with RunWriter(out / "run.jsonl", header, echo=sys.stdout if as_json else None) as writer:
-        verdicts = sweep_into(writer, loader, wanted, name=name)
+        verdicts = _sweep_one(writer, loader, wanted, name=name)
     shared.show(out, as_json=as_json)
     sys.exit(exit_code_of(counts_of(verdicts)))
 
@@ -152,16 +152,8 @@ def _refuse_lora_of_another_model(lora: Path) -> None:
     )
 
 
-def sweep_into(
-    writer: RunWriter,
-    loader: str,
-    options: SweepOptions,
-    known: Sequence[KnownFailure] = (),
-    *,
-    name: str | None = None,
-) -> list[Verdict]:
+def _sweep_one(writer: RunWriter, loader: str, options: SweepOptions, *, name: str | None = None) -> list[Verdict]:
     """Sweep one loader, write its rows as they come and its verdicts at the end, and return these."""
-    from harness.checks.known import excuse_images
     from harness.images import run_sweep
     from harness.loaders.registry import resolve
     from harness.report.models import SweepRecord
@@ -169,7 +161,14 @@ def sweep_into(
     result = run_sweep(
         resolve(loader, name=name), options, on_record=lambda row: writer.write(SweepRecord.model_validate(row))
     )
-    told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
-    verdicts = excuse_images(told, known)
+    verdicts = verdicts_of(result)
     writer.write(*verdicts)
     return verdicts
+
+
+def verdicts_of(result: SweepResult, known: Sequence[KnownFailure] = ()) -> list[Verdict]:
+    """Return the verdicts of a sweep as they are written: with what it was drawn with, known failures excused."""
+    from harness.checks.known import excuse_images
+
+    told = [v.model_copy(update={"data": {**v.data, "environment": result.environment}}) for v in result.verdicts]
+    return excuse_images(told, known)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter
@@ -21,7 +21,7 @@ from harness.images.report import died_verdict
 from harness.images.sampling import Pair, determinism
 from harness.images.sequential import InTurn, studios_of
 from harness.images.studio import Studio, painting
-from harness.isolation.jobs import Channel, run_jobs
+from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import GIB
 from harness.isolation.subject import Asked, subject_process
 from harness.loaders.protocol import Subject
@@ -117,43 +117,91 @@ def run_sweep(
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
     """
-    drawn = _Drawn.of(subject, replace(options, **changes), on_record)
-    with determinism() as flags, _progress(drawn.options.progress, 2 * len(drawn.strengths) + 10) as drawn.step:
-        (end,) = run_jobs([drawn.draw], workers=int(drawn.apart), on_event=drawn.take)
-    result, opened = drawn.result, drawn.studios[-1].opened
-    if end.status != "done":
-        result.verdicts.append(died_verdict(subject, drawn.studios[-1], end))
-    result.environment = flags | {
-        "torch": torch.__version__,
-        "device": str(opened.device),
-        "batch": drawn.studios[-1].sampler.batch,
-    }
-    return result
+    heard = _Heard(lambda _, record: on_record(record))
+    run_sweeps([subject], replace(options, **changes), heard)
+    return heard.result
+
+
+class Hearer(Protocol):
+    """Who hears of the sweeps of several subjects; `index` is the subject's place among them."""
+
+    def record(self, index: int, record: dict[str, Any]) -> object:
+        """Hear of a row, as soon as it is measured."""
+
+    def ended(self, index: int, result: SweepResult | UserError) -> object:
+        """Hear of a whole sweep, as soon as it is over, or why it could not be made."""
+
+
+@dataclass
+class _Heard:
+    """Hears of one sweep."""
+
+    on_record: Callable[[int, dict[str, Any]], object]
+    result: SweepResult = field(default_factory=SweepResult)
+
+    def record(self, index: int, record: dict[str, Any]) -> None:
+        self.on_record(index, record)
+
+    def ended(self, index: int, result: SweepResult | UserError) -> None:
+        if isinstance(result, UserError):
+            raise result
+        self.result = result
+
+
+def run_sweeps(subjects: Sequence[Subject], options: SweepOptions, hearer: Hearer) -> None:
+    """Draw each of `subjects` as `run_sweep` does, as many at once as `options.workers` says: on CUDA one by one."""
+    drawn = list(_all_begun(subjects, options, hearer))
+    if not drawn:
+        return
+    at_once = 1 if drawn[0].studios[0].opened.device.type == "cuda" else options.workers
+    total = sum(2 * len(each.strengths) + 10 for each in drawn)
+    with determinism() as flags, _progress(options.progress, total) as step:
+        for each in drawn:
+            each.step, each.flags = step, flags
+        take = lambda index, event: drawn[index].take(event)  # noqa: E731 - what a sweep sends goes to it
+        ends = run_jobs([each.draw for each in drawn], workers=at_once if drawn[0].apart else 0, on_event=take)
+    for each, end in zip(drawn, ends, strict=True):
+        each.end(end)
+
+
+def _all_begun(subjects: Sequence[Subject], options: SweepOptions, hearer: Hearer) -> Iterator[_Drawn]:
+    """Yield a sweep for every subject that can be drawn with; they share the pipeline."""
+    for index, subject in enumerate(subjects):
+        try:
+            drawn = _Drawn.of(index, subject, options, hearer)
+        except UserError as error:
+            hearer.ended(index, error)
+            continue
+        options = replace(options, pipeline=drawn.studios[0].opened)
+        yield drawn
 
 
 @dataclass
 class _Drawn:
     """A sweep under way: what is drawn in the child that `draw` runs in, and what `take` has of it here."""
 
+    index: int
     subject: Subject
     options: SweepOptions
     strengths: Sequence[float]
     studios: Sequence[Studio]
-    on_record: Callable[[dict[str, Any]], object]
-    started: float
+    hearer: Hearer
     step: Callable[[str], object] = lambda text: None
-    result: SweepResult = field(default_factory=SweepResult)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    over: bool = False
 
     @classmethod
-    def of(cls, subject: Subject, options: SweepOptions, on_record: Callable[[dict[str, Any]], object]) -> _Drawn:
-        started, strengths, opened = time.perf_counter(), options.strengths, options.opened()
+    def of(cls, index: int, subject: Subject, options: SweepOptions, hearer: Hearer) -> _Drawn:
+        """Return the sweep of a subject, nothing of it drawn yet."""
+        strengths, opened = options.strengths, options.opened()
         prompts = opened.prompts if options.prompts is None else options.prompts
         pairs = [Pair(prompt, seed) for prompt in prompts for seed in options.seeds]
         batch = options.batch or _BATCH[opened.words is not None]
         lora = options.lora or _default_lora(subject, opened)
         studio = Studio(opened, lora, pairs, quick=options.quick, batch=batch)
         studios = studios_of(studio) if options.in_turns else [studio]
-        return cls(subject, options, strengths, studios, on_record, started)
+        return cls(index, subject, options, strengths, studios, hearer)
 
     @property
     def apart(self) -> bool:
@@ -162,6 +210,7 @@ class _Drawn:
 
     def draw(self, channel: Channel) -> None:
         """Draw, and send each row, each reference and the result."""
+        started = time.perf_counter()
         for studio in self.studios:
             studio.work_for(channel, self.options.time_limit)
         apart, subject, memory = self.apart and channel.apart, self.subject, _memory(self.studios[0].opened)
@@ -171,7 +220,7 @@ class _Drawn:
                 _painter(self.studios, apart),
                 subject_process(work, prepare=subject.prepare, apart=apart, memory_limit=memory) as asked,
             ):
-                result = self._recorder(channel, asked).run(self.strengths, self.started)
+                result = self._recorder(channel, asked).run(self.strengths, started)
                 channel.send({"result": _RESULT.dump_python(result)})
         except UserError as error:
             channel.send({"error": str(error)})
@@ -182,23 +231,33 @@ class _Drawn:
             return InTurn(self.studios, *place)
         return Recorder(self.studios[0], *place)
 
-    def take(self, index: int, event: dict[str, Any]) -> None:
-        """Keep what `draw` sent.
-
-        Raises:
-            UserError: it could not draw.
-        """
+    def take(self, event: dict[str, Any]) -> None:
+        """Keep what `draw` sent, and hand it on."""
         if "error" in event:
-            raise UserError(event["error"])
-        if "result" in event:
-            self.result = _RESULT.validate_python(event["result"])
+            self._is_over(UserError(event["error"]))
+        elif "result" in event:
+            self._is_over(_RESULT.validate_python(event["result"]))
         elif "record" in event:
-            self.result.records.append(event["record"])
-            self.on_record(event["record"])
+            self.records.append(event["record"])
+            self.hearer.record(self.index, event["record"])
         elif "reference" in event:
             self.studios[event["studio"]].keep(event["reference"], event["tensors"]["pictures"])
         else:
             self.step(event["step"])
+
+    def end(self, end: JobEnd) -> None:
+        """Say how it ended, where it could not say so itself: what it drew before is kept."""
+        if not self.over:
+            died = died_verdict(self.subject, self.studios[-1], end)
+            self._is_over(SweepResult(records=self.records, verdicts=[died]))
+
+    def _is_over(self, result: SweepResult | UserError) -> None:
+        self.over = True
+        if isinstance(result, SweepResult):
+            opened, batch = self.studios[-1].opened, self.studios[-1].sampler.batch
+            device = {"torch": torch.__version__, "device": str(opened.device), "batch": batch}
+            result.environment = dict(self.flags) | device
+        self.hearer.ended(self.index, result)
 
 
 @contextmanager
