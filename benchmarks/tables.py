@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import audit_growth
-from harness.checks.releases import CellLaw, ReleaseLaw, changes
+from harness.checks.releases import changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
 from harness.law.released import NO_MODEL
 from harness.law.released import TABLE as RELEASES
+from harness.report.kept_releases import release_from
 from harness.text import printable
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -118,7 +119,7 @@ def _of_loader(table: Mapping[str, Any]) -> str:
     measured = [each for each in table["releases"] if each["cells"]]
     number = len(table["releases"])
     lines = [f"## {table['loader']}", f"{number} release{'' if number == 1 else 's'}.", ""]
-    rows = [ReleaseLaw(**{**each, "cells": tuple(CellLaw(**cell) for cell in each["cells"])}) for each in measured]
+    rows = list(map(release_from, measured))
     lines += [f"- **{c.first}** {c.place}: {_escaped(c.before)} → {_escaped(c.after)}" for c in changes(rows)]
     places = list(dict.fromkeys(place for row in rows for place in row.states))
     lines += ["", f"| release | day | {' | '.join(places)} | s | CPU s |"]

@@ -49,6 +49,11 @@ class CellLaw:
     seconds: float = 0.0
 
     @property
+    def why(self) -> str:
+        """What it raises, where the state does not say it all."""
+        return "" if self.state == NO_MODEL else self.what
+
+    @property
     def place(self) -> str:
         """`format/bench`."""
         return f"{self.format}/{self.bench}"

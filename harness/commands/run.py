@@ -157,7 +157,8 @@ def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
 def _sweep(
     writer: RunWriter, loaders: Sequence[str], out: Path, quick: bool, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from harness.images import SweepOptions, run_sweeps
+    from harness.images import SweepOptions
+    from harness.images.sweep import run_sweeps
     from harness.loaders.registry import resolve
 
     wanted = SweepOptions(

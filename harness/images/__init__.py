@@ -6,7 +6,7 @@ from harness.images.factor import Estimate
 from harness.images.fixture import base_pipeline, has_lora_for, lora_file, lora_for
 from harness.images.pipelines import OpenPipeline, open_pipeline, read_prompts
 from harness.images.recorder import SweepResult
-from harness.images.sweep import ALPHAS, SweepOptions, run_sweep, run_sweeps
+from harness.images.sweep import ALPHAS, SweepOptions, run_sweep
 from harness.images.verdict import Judgement, StrengthResult, judge
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "open_pipeline",
     "read_prompts",
     "run_sweep",
-    "run_sweeps",
 ]

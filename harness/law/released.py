@@ -74,6 +74,11 @@ def _tables() -> dict[str, dict[str, Any]]:
     return {table["loader"]: table for table in json.loads(TABLE.read_text(encoding="utf-8"))}
 
 
+def table_of(loader: str) -> Mapping[str, Any] | None:
+    """Return what was measured of a loader's releases, as it is kept; None where nothing was."""
+    return _tables().get(loader)
+
+
 @cache
 def versions_of(loader: str) -> tuple[str, ...]:
     """Return the releases of a loader that were measured, the oldest first; none for a loader without a table."""
@@ -81,7 +86,7 @@ def versions_of(loader: str) -> tuple[str, ...]:
 
 
 def _releases(loader: str) -> Sequence[Mapping[str, Any]]:
-    found: Sequence[Mapping[str, Any]] = _tables().get(loader, {}).get("releases", ())
+    found: Sequence[Mapping[str, Any]] = (table_of(loader) or {}).get("releases", ())
     return found
 
 

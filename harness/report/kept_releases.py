@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,4 +91,13 @@ def _of_tables(path: Path) -> Iterator[_Kept]:
 
 def _of_table(table: dict[str, Any]) -> Iterator[_Kept]:
     for each in table["releases"]:
-        yield table["loader"], table["versions"], _RELEASE.validate_python(each)
+        yield table["loader"], table["versions"], release_from(each)
+
+
+def release_from(data: Mapping[str, Any]) -> ReleaseLaw:
+    """Return a release whose fields went through JSON.
+
+    Raises:
+        ValueError: they are not those of a release.
+    """
+    return _RELEASE.validate_python(data)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.checks.releases import CellLaw, Change, ReleaseLaw, changes
-from harness.law.released import NO_MODEL, NOT_JUDGED, RAISES
+from harness.law.released import NO_MODEL, NOT_JUDGED, RAISES, table_of
 from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
 from harness.report.history import HistoryCell, HistoryRecord
 from harness.report.html import asset, environment, policy
-from harness.report.kept_releases import TABLES
+from harness.report.kept_releases import TABLES, release_from
 from harness.report.summary import SYMBOLS, pretty_formula
 from harness.text import count, on_one_line
 
@@ -91,6 +91,15 @@ class ReleaseTable:
         }
 
 
+def committed(loader: str) -> ReleaseTable | None:
+    """Return the table of a loader's releases that comes with the harness, None where there is none."""
+    found = table_of(loader)
+    if found is None:
+        return None
+    releases = tuple(map(release_from, found["releases"]))
+    return ReleaseTable(loader, found["package"], releases, created=found["created"])
+
+
 def look(cell: CellLaw) -> str:
     """Return how a page shows a cell: `passed`, `xfailed` (right, raises on some), `failed`, `errored`, `skipped`."""
     if cell.right:
@@ -118,7 +127,7 @@ def _of_place(table: ReleaseTable, place: str) -> Iterator[str]:
         (first, cell), *more = group
         span = f"{first.version} – {more[-1][0].version}" if more else first.version
         code = f"  {cell.code}" if cell.code else ""
-        why = f" ({cell.what})" if cell.what else ""
+        why = f" ({cell.why})" if cell.why else ""
         day = f"{first.day}  " if first.day else ""
         shown = f"  {span:<20} {day}{SYMBOLS[look(cell)]} {pretty_formula(cell.state)}{code}{why}"
         yield on_one_line(shown, 220)

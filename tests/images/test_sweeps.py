@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
-from harness.images import SweepOptions, SweepResult, run_sweep, run_sweeps
+from harness.images import SweepOptions, SweepResult, run_sweep
+from harness.images.sweep import run_sweeps
 from harness.loaders.protocol import Subject
 
 from .subjects import raw_alpha, times

@@ -22,6 +22,7 @@ from harness.errors import UserError
 from harness.law.explained import about_code, about_finding, examples_of
 from harness.law.findings import findings
 from harness.law.known import prescribe, tools
+from harness.law.released import versions_of
 from harness.report.models import ProbeRecord
 from harness.report.records import read_run
 from harness.report.site.badge import badge_state, badge_text
@@ -146,6 +147,15 @@ def test_the_newest_run_of_a_release_counts_and_releases_stand_side_by_side(tmp_
         ("1.0", "failed", "r12"),
         ("2.0", "passed", "r11"),
     ]
+
+
+@pytest.mark.parametrize("name", ["diffusers", "peft", "lycoris", "diffsynth", "diffsynth-2.0.4"])
+def test_a_loader_s_page_has_what_each_of_its_releases_was_measured_to_do(name: str, site: Path) -> None:
+    text = (site / "loaders" / f"{name}.html").read_text(encoding="utf-8")
+    versions = versions_of(name.partition("-")[0])
+    assert versions
+    assert all(f'<th scope="row">{version}</th>' in text for version in versions)
+    assert "Each release" not in (site / "loaders" / "comfyui.html").read_text(encoding="utf-8")
 
 
 def test_a_badge_is_svg_that_says_the_law(site: Path) -> None:

@@ -239,5 +239,9 @@ def _names(name: str, tool: Tool | None) -> Iterator[str]:
 
 def releases_of(loader: Loader, every: Sequence[Loader]) -> list[Loader]:
     """Return the loaders that are releases of one tool: `diffsynth` and `diffsynth-2.0.4`."""
-    stem = re.sub(r"-\d[\d.]*$", "", loader.name)
-    return [other for other in every if re.sub(r"-\d[\d.]*$", "", other.name) == stem]
+    return [other for other in every if stem_of(other) == stem_of(loader)]
+
+
+def stem_of(loader: Loader) -> str:
+    """Return the name of a loader without the release that may stand in it."""
+    return re.sub(r"-\d[\d.]*$", "", loader.name)

@@ -19,9 +19,10 @@ from harness.law.reads import measured_on, title_of
 from harness.outputs import replace_file, saying
 from harness.report.html import asset, environment, policy
 from harness.report.records import Run
+from harness.report.releases import committed, look
 from harness.report.site import in_browser
 from harness.report.site.badge import badge, badge_state, badge_text
-from harness.report.site.loaders import ALPHAS, ASKED, Loader, releases_of, site_loaders
+from harness.report.site.loaders import ALPHAS, ASKED, Loader, releases_of, site_loaders, stem_of
 from harness.report.site.markdown import finding_html
 from harness.report.site.page import Page
 from harness.text import plain
@@ -108,7 +109,8 @@ def site_pages(runs: Sequence[Run], *, diagnoses: bool = False) -> Iterator[Page
 
 
 def _loader_page(loader: Loader, every: Sequence[Loader]) -> Page:
-    values = {"loader": loader, "releases": releases_of(loader, every), "alphas": ALPHAS, "asked": ASKED,
+    values = {"loader": loader, "releases": releases_of(loader, every), "measured": committed(stem_of(loader)),
+              "look": look, "alphas": ALPHAS, "asked": ASKED,
               "badge": Markup(badge(loader)), "state": badge_state(loader)}  # fmt: skip
     answers = [
         {"rank": rank, "alpha": alpha, "pass": number}
