@@ -198,6 +198,9 @@ def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Wei
         if rows and place and all(place in store.names for store in stores):
             if len(stores[0].info(place).shape) > 2:
                 place = [store.folded(place) for store in stores].pop()
+            if max(stop for _, stop in rows) > min(store.info(place).shape[0] for store in stores):
+                yield replace(change, name=shown, unread=f"{layer} has fewer rows than this changes", kind="misfit")
+                continue
             place = [store.slice(place, rows) for store in stores].pop()
         yield replace(change, name=shown, tensor=place, parts=tuple(slot.part for slot in some if slot.part))
 
