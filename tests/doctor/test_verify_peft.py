@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -105,3 +106,27 @@ def test_a_method_that_changes_biases_alone_is_judged(tmp_path: Path) -> None:
     beft = peft.BeftConfig(target_modules=["q_proj", "v_proj"])
     report = verify_merge(*write(tmp_path, llama(bias=True), beft))
     assert (report.exit_code, len(report.modules)) == (0, 4), report.overall.text()
+
+
+def _magnitudes_alone(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+        if "magnitude" in name:
+            parameter.data.mul_(1.3)
+
+
+MAGNITUDES = {
+    "as PEFT merges them": (lambda merged, base: None, 0),
+    "not merged": (lost("layers.1.self_attn.q_proj"), 1),
+    "half": (scaled("layers.1.self_attn.q_proj", 0.5), 1),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", MAGNITUDES)
+def test_a_dora_of_which_only_the_magnitudes_are_trained_is_judged(tmp_path: Path, kind: str, full: bool) -> None:
+    change, code = MAGNITUDES[kind]
+    paths = write(tmp_path, llama(), lora(use_dora=True), change=change, before=_magnitudes_alone)
+    report = verify_merge(*paths, full=full)
+    assert report.exit_code == code, report.overall.text()
