@@ -8,9 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from harness.doctor.verify.verify import verify_merge
-from tests.doctor.peft_merges import METHODS, gpt2, llama, lora, lost, scaled, write
+from tests.doctor.peft_merges import METHODS, Change, gpt2, llama, lora, lost, scaled, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which each method has some
 LAYERS = {"ia3": "mlp.down_proj", "ln_tuning": "input_layernorm"}
@@ -130,3 +131,13 @@ def test_a_dora_of_which_only_the_magnitudes_are_trained_is_judged(tmp_path: Pat
     paths = write(tmp_path, llama(), lora(use_dora=True), change=change, before=_magnitudes_alone)
     report = verify_merge(*paths, full=full)
     assert report.exit_code == code, report.overall.text()
+
+
+@pytest.mark.parametrize("change", [None, lost("classifier.bias")])
+def test_a_bias_that_peft_saves_under_two_names_is_judged(tmp_path: Path, change: Change | None) -> None:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=64))
+    config = lora(target_modules=["query"], bias="all", task_type="SEQ_CLS")
+    report = verify_merge(*write(tmp_path, model, config, change=change))
+    assert report.exit_code == (1 if change else 0), report.overall.text()
