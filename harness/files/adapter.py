@@ -110,7 +110,7 @@ class LoraAdapter:
     @cached_property
     def plain(self) -> Callable[[str], str]:
         """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
-        return self.file.spelling.plain
+        return self.file.plain
 
     @cached_property
     def kind(self) -> str:

@@ -36,7 +36,7 @@ class Source:
     @cached_property
     def plain(self) -> Callable[[str], str]:
         """Give a key as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
-        return self.file.spelling.plain
+        return self.file.plain
 
     @cached_property
     def method(self) -> str:
@@ -54,7 +54,7 @@ class Source:
         """The keys that can be cut as (tail, key), by what stands before the tail; in file order."""
         found: dict[str, list[tuple[str, str]]] = {}
         keys = self.file.keys
-        for key, plain in zip(keys, map(self.plain, keys) if self.file.spelling.changes else keys, strict=True):
+        for key, plain in zip(keys, keys if self.file.is_plain else map(self.plain, keys), strict=True):
             if parts := cut(plain):
                 found.setdefault(parts[0], []).append((parts[1], key))
         return found

@@ -88,7 +88,10 @@ NOT_LORA: Mapping[str, str] = {
 }
 """Tails whose meaning is known but which are no low-rank pair: named when they are reported as not understood."""
 
-WHOLE_ROLES = frozenset({*FULL_PARTS, "set_bias", "token_rows", "query_norm", "key_norm"})
+TWICE = {"set_weight": "set_weight_again", "set_bias": "set_bias_again"}
+"""Roles of a saved tensor, and of the same one under its second name."""
+
+WHOLE_ROLES = frozenset({*FULL_PARTS, "set_bias", "token_rows", "query_norm", "key_norm", *TWICE.values()})
 COPIES = frozenset({"base_copy", "base_copy_bias"})
 """Roles of what is a copy of the base's own tensor."""
 

@@ -13,7 +13,7 @@ from harness.files.adapter import LoraModule, Problem
 from harness.files.config import PAIRED
 from harness.files.detect import Sorted
 from harness.files.format import Format, Place, Source
-from harness.files.keys import OTHER_METHODS
+from harness.files.keys import OTHER_METHODS, TWICE
 from harness.text import printable
 
 _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)")
@@ -38,7 +38,9 @@ def add_peft_parts(source: Source, row: Format, found: Sorted, problems: list[Pr
     for key in source.file.keys:
         path = _path(source.plain(key), row, source.config is not None and not prefixed)
         if 0 < len(path) <= _LONGEST and key not in taken and (part := _part(path, config, source.method)):
-            found.modules.setdefault(("", part[0]), {}).setdefault(part[1], key)
+            roles = found.modules.setdefault(("", part[0]), {})
+            again = part[1] in roles and part[1] in TWICE  # PEFT saves the biases of saved modules twice
+            roles.setdefault(TWICE[part[1]] if again else part[1], key)
     return frozenset(_name_experts(found, config, problems))
 
 
@@ -57,7 +59,7 @@ def _part(path: str, config: Mapping[str, Any], kind: str) -> tuple[str, str] | 
     if _OWN.search(path):
         return None
     if copy := _COPY.fullmatch(path):
-        return copy[1], _copied(copy[2], config)
+        return copy[1], _copied(copy[2], {} if "original_module" in path else config)
     if whole := _WHOLE.fullmatch(path):
         return whole[1], f"set_{whole[2]}"
     plain = _SAVED.sub("", path)

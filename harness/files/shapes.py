@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.files.adapter import LoraModule, Problem
@@ -80,6 +81,7 @@ def _kind(
     experts = bool(flips) and (grouped or not flipped) and len(shapes.get("A", ())) == 3
     variant = "experts" if experts else _variant(shapes, table=table, method=method)
     sizes = (_SIZES.get(variant) or (_pair if "A" in shapes or "B" in shapes else _unsized))(shapes)
+    _refuse_additions(shapes, variant, sizes)
     _refuse_dtypes(parts)
     main = "A" if "A" in parts else next(iter(parts))
     kernel = stored["A"][2:] if "A" in stored and not experts else ()
@@ -145,6 +147,8 @@ def _pair(shapes: Shapes) -> Sizes:
         fits = "; the other way round they fit: swapped, or transposed" if inputs == outputs else ""
         found = f"A {_shown(shapes['A'])} has rank {rank}, B {_shown(shapes['B'])} has rank {other_rank}"
         raise ShapeError("A", found + fits)
+    if math.prod(shapes["B"][2:]) != 1:
+        raise ShapeError("B", f"has shape {_shown(shapes['B'])}: the up half of a convolution is 1x1")
     return _positive("A", rank, inputs, outputs, shapes["A"])
 
 
@@ -247,6 +251,16 @@ def _positive(role: str, rank: int, inputs: int, outputs: int, shape: tuple[int,
     if 0 in (inputs, outputs):
         raise ShapeError(role, f"is empty {_shown(shape)}")
     return rank, inputs, outputs
+
+
+def _refuse_additions(shapes: Shapes, variant: str, sizes: Sizes) -> None:
+    """Refuse a magnitude or a bias that no layer of a pair can have."""
+    _, inputs, outputs = sizes
+    able = {"magnitude": (inputs, outputs), "bias": (outputs,)} if variant in ("dora", "lora_bias") else {}
+    for role, counts in able.items():
+        if role in shapes and math.prod(shapes[role]) not in counts:
+            what = f"has shape {_shown(shapes[role])}, which fits no layer of {outputs} rows and {inputs} columns"
+            raise ShapeError(role, what)
 
 
 def _refuse_dtypes(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

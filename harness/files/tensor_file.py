@@ -8,7 +8,7 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,9 +89,23 @@ class TensorFile:
         return "\n".join(self.keys)
 
     @cached_property
-    def spelling(self) -> Spelling:
-        """How its names say what the tables say otherwise."""
+    def _spelling(self) -> Spelling:
         return Spelling(self.keys, self.text)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether the tables write all its names as they are."""
+        return not self._spelling.changes
+
+    @property
+    def plain(self) -> Callable[[str], str]:
+        """Give a name as the tables write it, without what wrappers (`torch.compile`, FSDP, DDP) put into it."""
+        return self._spelling.plain
+
+    @property
+    def wrappers(self) -> dict[str, list[str]]:
+        """The wrappers that are left out, with the names that have them."""
+        return self._spelling.wrappers(self.keys)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """Read tensors of one number (`scalar_problem` says which are) as Python floats, without torch.

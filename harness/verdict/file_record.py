@@ -155,6 +155,8 @@ class FileRecord(Record):
     @property
     def headline(self) -> str:
         """What the scales mean for a person who loads the file, in one sentence or two."""
+        if self.modules and self.ranks.keys() <= {"full"}:
+            return "Nothing in it is scaled by alpha / rank."
         if self.trained is None or not self.modules:
             return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
         low, high = self.trained

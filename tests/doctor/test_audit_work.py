@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from harness.doctor.audit import work as audit_work
 from harness.doctor.audit.work import Task, run_local
+from harness.law import reads
 from harness.verdict.file_record import FileRecord
 
 PATHS = [f"{number:02d}" for number in range(40)]
@@ -68,3 +70,29 @@ def test_a_slow_file_in_a_batch_of_slow_ones_keeps_its_own_limit(monkeypatch: py
         on_result=lambda path, text: found.append(FileRecord.model_validate_json(text).hazards[0].what),
     )
     assert found == ["fine"] * len(paths)
+
+
+def test_the_tables_are_read_before_the_children_are_forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    audit_work.read_tables()
+    rows = [audit_work.audit_file(str(path)) for path in written(tmp_path)]
+    assert {row.format for row in rows} == {"kohya", "diffusers"}
+    assert all(row.modules == 1 and row.prescription for row in rows)
+
+    def read(path: Path) -> None:
+        raise AssertionError(f"{path} is read in a child")
+
+    monkeypatch.setattr("harness.law.known.read_toml", read)
+    monkeypatch.setattr("harness.law.findings.read_toml", read)
+    monkeypatch.setattr("harness.law.sizes.read_toml", read)
+    once = reads._table.cache_info().misses
+    assert [audit_work.audit_file(row.path).prescription for row in rows] == [row.prescription for row in rows]
+    assert reads._table.cache_info().misses == once
+
+
+def written(folder: Path) -> list[Path]:
+    """Write the usual files."""
+    paths = []
+    for stem, names in audit_work._USUAL.items():
+        paths.append(folder / f"{len(paths)}.safetensors")
+        paths[-1].write_bytes(audit_work._zeros({f"{stem}.{half}.weight": (2, 2) for half in names}))
+    return paths

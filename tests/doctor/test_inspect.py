@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fixtures.build_malformed import CASES, FILE_CASES, HAZARD_CASES, Case, build, dotted, floats, kohya, tensors_file
 from harness.doctor import FileRecord, inspect_file
@@ -239,3 +240,25 @@ def test_inspecting_a_header_imports_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _LIGHT, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("parts", "key"),
+    [
+        ({"lora_down.weight": (4, 8, 3, 3), "lora_up.weight": (16, 4, 3, 3)}, "lora_up"),
+        ({"lora_down.weight": (4, 8), "lora_up.weight": (16, 4), "dora_scale": (7,)}, "dora_scale"),
+    ],
+)
+def test_halves_and_magnitudes_of_no_layer_are_named(
+    tmp_path: Path, parts: dict[str, tuple[int, ...]], key: str
+) -> None:
+    tensors = {f"lora_unet_x.{tail}": torch.randn(shape) for tail, shape in parts.items()}
+    save_file({**tensors, "lora_unet_x.alpha": torch.tensor(4.0)}, tmp_path / "x.safetensors")
+    save_file({"x.weight": torch.randn(16, 8)}, tmp_path / "base.safetensors")
+    record = inspect_file(tmp_path / "x.safetensors", base=tmp_path / "base.safetensors")
+    assert [hazard.code for hazard in record.hazards if key in hazard.what] == ["LH706"]
+
+
+def test_a_file_without_ranks_speaks_of_no_alpha(tmp_path: Path) -> None:
+    save_file({"diffusion_model.x.diff": torch.randn(8, 8)}, tmp_path / "x.safetensors")
+    assert inspect_file(tmp_path / "x.safetensors").headline == "Nothing in it is scaled by alpha / rank."

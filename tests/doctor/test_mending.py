@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from harness.cli import main
 from harness.doctor.answer import Asked
-from harness.doctor.answers import answer
+from harness.doctor.answers import answer, answers
 from harness.doctor.diagnose import Diagnosis, as_data, diagnose
 from harness.doctor.repair.preview import is_plain, preview
 from harness.doctor.repair.repair import repair_file
@@ -128,3 +128,19 @@ def test_a_question_about_names_needs_no_torch(tmp_path: Path) -> None:
         "assert any('repair' in row['do'] for row in found['answers']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_repair_that_is_not_planned_would_not_have_helped(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's own names again are not planned where the names are what a tool leaves it for."""
+    try:
+        adapter = read_lora(layout.write(tmp_path), strict=False)
+    except LoraFileError:
+        return
+    for asked in QUESTIONS:
+        quick = answers(Traits(adapter), asked)
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.doctor.mending.is_left_for_names", lambda tool, traits: False)
+            assert answers(Traits(adapter), asked) == quick

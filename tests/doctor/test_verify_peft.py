@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from harness.doctor.verify.verify import verify_merge
-from tests.doctor.peft_merges import METHODS, gpt2, llama, lora, lost, scaled, write
+from tests.doctor.peft_merges import METHODS, Change, gpt2, llama, lora, lost, scaled, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which each method has some
 LAYERS = {"ia3": "mlp.down_proj", "ln_tuning": "input_layernorm"}
@@ -105,3 +107,37 @@ def test_a_method_that_changes_biases_alone_is_judged(tmp_path: Path) -> None:
     beft = peft.BeftConfig(target_modules=["q_proj", "v_proj"])
     report = verify_merge(*write(tmp_path, llama(bias=True), beft))
     assert (report.exit_code, len(report.modules)) == (0, 4), report.overall.text()
+
+
+def _magnitudes_alone(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+        if "magnitude" in name:
+            parameter.data.mul_(1.3)
+
+
+MAGNITUDES = {
+    "as PEFT merges them": (lambda merged, base: None, 0),
+    "not merged": (lost("layers.1.self_attn.q_proj"), 1),
+    "half": (scaled("layers.1.self_attn.q_proj", 0.5), 1),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", MAGNITUDES)
+def test_a_dora_of_which_only_the_magnitudes_are_trained_is_judged(tmp_path: Path, kind: str, full: bool) -> None:
+    change, code = MAGNITUDES[kind]
+    paths = write(tmp_path, llama(), lora(use_dora=True), change=change, before=_magnitudes_alone)
+    report = verify_merge(*paths, full=full)
+    assert report.exit_code == code, report.overall.text()
+
+
+@pytest.mark.parametrize("change", [None, lost("classifier.bias")])
+def test_a_bias_that_peft_saves_under_two_names_is_judged(tmp_path: Path, change: Change | None) -> None:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=64))
+    config = lora(target_modules=["query"], bias="all", task_type="SEQ_CLS")
+    report = verify_merge(*write(tmp_path, model, config, change=change))
+    assert report.exit_code == (1 if change else 0), report.overall.text()

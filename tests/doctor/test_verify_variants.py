@@ -275,3 +275,27 @@ def test_why_a_tensor_has_no_measurement_is_a_kind_and_not_a_sentence(tmp_path: 
     codes = {verdict.worst_module: (verdict.outcome, verdict.code) for verdict in report.modules}
     assert codes["blocks_3"] == ("failed", "LH102")
     assert [codes[name][1] for name in ("blocks_1", "blocks_9", "blocks_2 (bias)")] == ["LH902", "LH103", "LH103"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_pair_without_effect_hides_no_edit(tmp_path: Path, edited: bool, full: bool) -> None:
+    base = {"x.q.weight": torch.randn(64, 64)}
+    lora = {"lora_A": torch.randn(4, 64), "lora_B": torch.zeros(64, 4)}
+    tensors = {f"diffusion_model.x.q.{half}.weight": tensor for half, tensor in lora.items()}
+    save_file({**tensors, "diffusion_model.x.q.alpha": torch.tensor(4.0)}, tmp_path / "lora.safetensors")
+    save_file(base, tmp_path / "base.safetensors")
+    merged = {"x.q.weight": base["x.q.weight"] + 0.01 * edited * torch.randn(64, 64)}
+    save_file(merged, tmp_path / "merged.safetensors")
+    report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")), full=full)
+    assert report.exit_code == int(edited), report.overall.text()
+
+
+def test_rows_that_a_stacked_layer_lacks_are_named(tmp_path: Path) -> None:
+    diff = {f"diffusion_model.transformer_blocks.0.attn.to_{one}.diff": torch.randn(64, 64) for one in "qk"}
+    save_file(diff, tmp_path / "lora.safetensors")
+    for name in ("base", "merged"):
+        save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(64, 64)}, tmp_path / f"{name}.safetensors")
+    report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")))
+    assert report.exit_code == 1
+    assert "has fewer rows than this changes" in report.overall.text()

@@ -212,7 +212,7 @@ def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
 def wrapped_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH712: words of torch.compile, FSDP or DDP in the names, which no loader looks for."""
     keys = adapter.file.keys
-    for word, found in adapter.file.spelling.wrappers(keys).items():
+    for word, found in adapter.file.wrappers.items():
         what = f"{word} stands in {len(found)} of {count(len(keys), 'key')} ({printable(found[0], 100)})"
         yield Hazard(code="LH712", what=f"{what}: PEFT and diffusers load nothing of these")
 

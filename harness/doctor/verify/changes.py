@@ -17,7 +17,7 @@ from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
 from harness.files.architectures import Slot
 from harness.files.config import changing_init
-from harness.files.keys import NOT_LORA, OTHER_NAMES, cut
+from harness.files.keys import NOT_LORA, OTHER_NAMES, TWICE, cut
 from harness.text import printable
 
 
@@ -198,6 +198,9 @@ def slots_of(change: Change, slots: tuple[Slot, ...], stores: tuple[Weights, Wei
         if rows and place and all(place in store.names for store in stores):
             if len(stores[0].info(place).shape) > 2:
                 place = [store.folded(place) for store in stores].pop()
+            if max(stop for _, stop in rows) > min(store.info(place).shape[0] for store in stores):
+                yield replace(change, name=shown, unread=f"{layer} has fewer rows than this changes", kind="misfit")
+                continue
             place = [store.slice(place, rows) for store in stores].pop()
         yield replace(change, name=shown, tensor=place, parts=tuple(slot.part for slot in some if slot.part))
 
@@ -228,6 +231,12 @@ def _wholes(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Cha
 
 
 def _unread(adapter: LoraAdapter, name: str, tensor: str | None) -> Iterator[Change]:
+    keys = adapter.modules[name].keys
+    for role, again in TWICE.items():
+        if again in keys and not torch.equal(adapter.part(name, role), adapter.part(name, again)):
+            yield Change(
+                name, name, tensor, unread=f"{printable(keys[again], 80)} differs from {printable(keys[role], 80)}"
+            )
     for role, what in _NOT_READ.items():
         if role in adapter.modules[name].keys:
             yield Change(name, name, tensor, unread=f"{what} is no update with a scale")

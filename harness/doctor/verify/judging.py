@@ -10,7 +10,7 @@ import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
-from harness.doctor.verify.left_over import ROWS_LEFT, left_over
+from harness.doctor.verify.left_over import ROWS_LEFT, left_over, without_product
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
@@ -253,9 +253,9 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
         measured = replace(measured, state="not merged", scale=0.0)
     if change.residual and measured.state != "not merged":
         return Module(wanted, change.tensor, None, NotMeasured("unsupported", change.residual))
-    if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
-        measured = replace(measured, state="replaced", replaces="nothing to merge, and nothing changed")
     fault = None if blends else _fault(layer, measured)
+    if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
+        measured, fault = without_product(layer, measured, due=bool(wanted.strength))
     other = _transposed(change, layer, wanted, reading) if measured.state == "unexplained" else None
     if _of_squares(layer, change, adapter) and (other or _is_found(measured)):
         what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"

@@ -252,6 +252,17 @@ class DoraLayer(MergedLayer):
         how = f"the factor is {float((used / wanted).median()):.3g}x" if not plain else "the sum was stored as it is"
         return f"the magnitude was not applied as m / |W + scale * B @ A|: {how}"
 
+    def is_due(self) -> bool:
+        """Tell whether the magnitudes alone change the sampled rows by more than rounding, which the merge did not."""
+        if self.axis:
+            return False
+        index = index_of(self._runs(min(BLOCKS, self.rows), 1))
+        norms = torch.linalg.vector_norm(
+            torch.cat([self._stored()[0](int(at), int(at) + 1) for at in index]).double(), dim=1
+        )
+        factor = self.magnitude.reshape(-1).double()[index] / norms
+        return bool(((factor - 1).abs() > max(_LEAST_OFF, _FACTOR_ROUNDINGS * self.roundoff)).any())
+
     def blends(self, scale: float, strength: float) -> bool:
         """Tell whether W' is W + strength * (DoRA at `scale` - W): the strength outside the norm, as ComfyUI has it."""
         rows = self._whole_rows()

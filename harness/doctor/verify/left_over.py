@@ -1,10 +1,12 @@
-"""What else than a LoRA's own update was done to a layer."""
+"""What a layer shows beside a LoRA's own product: another update, or the magnitudes alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from harness.doctor.verify.layer import MergedLayer
+from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.measurement import MergeMeasurement
 
 ROWS_LEFT = 128  # of a layer, from which the rank of what is left is taken
@@ -31,3 +33,16 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     return (
         f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
     )
+
+
+def without_product(
+    layer: MergedLayer, measured: MergeMeasurement, *, due: bool
+) -> tuple[MergeMeasurement, tuple[str, str] | None]:
+    """Return what a layer shows to which nothing is added; of DoRA the magnitudes may still be `due`."""
+    if isinstance(layer, DoraLayer) and due:
+        if measured.changed:
+            said = layer.fault(0.0)
+            return replace(measured, state="replaced", replaces="magnitudes alone"), ("LH304", said) if said else None
+        if layer.is_due():
+            return replace(measured, state="not merged"), None
+    return replace(measured, state="replaced", replaces="nothing to merge, and nothing changed"), None

@@ -229,11 +229,15 @@ def _aligned(sample: Sample) -> float:
 
 
 def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
-    """Nothing changed where the product is not 0: not merged, or too weak to be seen in this dtype."""
+    """Nothing changed where the product is not 0: not merged, or too weak to be seen in this dtype.
+
+    Where rows changed although their product is 0, something else did that.
+    """
     product = _dot(sample.product, sample.product)
     hidden = found.low <= expected <= found.high or product == 0
+    state: State = "hidden" if hidden else "not merged"
     return MergeMeasurement(
-        state="hidden" if hidden else "not merged",
+        state="unexplained" if _is_edited(sample) else state,
         scale=0.0,
         interval=(found.low, found.high),
         coverage=found.coverage,
@@ -245,6 +249,13 @@ def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement
         elements=sample.product.size,
         rows=sample.rows,
     )
+
+
+def _is_edited(sample: Sample) -> bool:
+    """Tell whether rows changed by more than rounding, where no scale of the product is in question."""
+    with np.errstate(invalid="ignore"):
+        wrong = np.abs(sample.change) > Rounding.of(sample, 0.0, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
+    return bool((wrong.mean(axis=1) > 1 - _EXPLAINED).any())
 
 
 def _rows(blocks: np.ndarray[Any, Any], alone: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
