@@ -15,7 +15,19 @@ from benchmarks.tools import one_thread, processor
 
 HERE = Path(__file__).parent
 # Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
-NAMES = ("startup", "check", "library", "energies", "merges", "peers", "share", "serve", "image_sweep", "report")
+NAMES = (
+    "startup",
+    "check",
+    "library",
+    "energies",
+    "merges",
+    "peers",
+    "share",
+    "cells",
+    "serve",
+    "image_sweep",
+    "report",
+)
 READ_ME = (
     "Ratios are taken within one run, the ways taking turns, on one thread. Where a limit is a time, processor time is "
     "judged, which is the wall time of an idle processor: others used this one meanwhile. Written by `make bench`."

@@ -35,7 +35,16 @@ def other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) ->
     """
     expected = base_state(bench, dtype, bias)
     found = {base: value for name, value in _state(model) if (base := _base_name(name)) in expected}
-    return tuple(n for n, value in found.items() if not equal(value.cpu().to(expected[n].dtype), expected[n]))
+    return tuple(n for n, value in found.items() if not _same(value.cpu().to(expected[n].dtype), expected[n]))
+
+
+def _same(value: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal, where what is no number counts as equal to itself."""
+    if equal(value, expected):
+        return True
+    if value.shape != expected.shape:
+        return False
+    return bool(((value == expected) | ((value != value) & (expected != expected))).all())
 
 
 def _state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

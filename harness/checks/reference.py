@@ -89,7 +89,9 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     known = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
     found = tuple(_asked(known, workers))
-    without |= dict.fromkeys(place.bench for place in found if place.refused)
+    agreed = {place.bench for place in found if not place.refused}
+    refused = [place for place in found if place.refused]
+    without |= dict.fromkeys(f"{p.bench}/{p.variant}" if p.bench in agreed else p.bench for p in refused)
     without |= dict.fromkeys(c.bench_name for c in places if c.bench.names)
     return SelfCheck(subject.version, tuple(place for place in found if not place.refused), tuple(without))
 

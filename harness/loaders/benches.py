@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENTRY_POINTS = "lora_harness.benches"
+BUILD_SECONDS = 100.0  # for what it imports, two builds and the look at its layers
 Make = Callable[[], Any]
 Which = str | Make
 _LIBRARIES = ("torch", "diffusers", "transformers")  # their modules are imported here too, once for all that follow
@@ -256,7 +257,8 @@ def _looked_at(spec: str, find: Callable[[], Make], *, model: bool) -> dict[str,
     """
     gather = partial(_facts, spec, find, model)
     limit = Limits().memory
-    facts = facts_apart(gather, f"bench {spec}", "building", "built", memory_limit=limit) if can_fork() else gather()
+    what = (f"bench {spec}", "building", "built")
+    facts = facts_apart(gather, *what, memory_limit=limit, seconds=BUILD_SECONDS) if can_fork() else gather()
     if "error" in facts:
         raise UserError(facts["error"])
     for name in facts["modules"]:

@@ -63,6 +63,7 @@ def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
         "shared": shared(model, layers),
         "unread": unread,
         "others": _other_parameters(model, layers),
+        "owners": _owners(model),
         "twice": _twice(model),
         "dtypes": dtypes,
         "copies": not any(layer.codes for layer in layers.values()) and _copies(bench, model),
@@ -247,6 +248,14 @@ def _other_parameters(model: torch.nn.Module, layers: Mapping[str, Layer]) -> di
     return {name: shape for name, shape in named if layer_of(model.get_submodule(name.rpartition(".")[0])) is None}
 
 
+def _owners(model: torch.nn.Module) -> dict[str, str]:
+    """Return of which class the module is that a parameter belongs to."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    grouped = {name for name, module in model.named_modules() if getattr(module, "groups", 1) != 1}
+    places = ((name, name.rpartition(".")[0]) for name, _ in model.named_parameters())
+    return {name: f"grouped {kinds[at]}" if at in grouped else kinds[at] for name, at in places}
+
+
 def _twice(model: torch.nn.Module) -> dict[str, str]:
     """Return the further names of modules that a model has under several, with the first."""
     first = {id(module): name for name, module in model.named_modules()}
@@ -263,6 +272,18 @@ def _copies(bench: Bench, model: torch.nn.Module) -> bool:
         return same and torch.equal(bench.forward(copied), bench.forward(model))
     except Exception:
         return False
+
+
+def _of_others(shapes: Mapping[str, list[int]], owners: Mapping[str, str]) -> Iterator[str]:
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    found = {kind: [n for n in matrices if owners[n] == kind] for kind in dict.fromkeys(owners[n] for n in matrices)}
+    if matrices:
+        said = ", ".join(f"{_patterns(names)} ({kind})" for kind, names in found.items())
+        yield f"not measured, only looked at for being changed: {said}"
+    if stacks := [n for n in matrices if len(shapes[n]) == 3 and shapes[n][0] > 1 and "Conv" not in owners[n]]:
+        yield f"where these are a matrix for each expert, experts=(…) measures them: {_patterns(stacks)}"
+    if vectors := len(shapes) - len(matrices):
+        yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
 
 
 def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:
@@ -283,6 +304,7 @@ def known_facts(bench: Bench) -> dict[str, Any]:
         "shared": bench.shared,
         "unread": {},
         "others": _other_parameters(bench.base(), bench.layers),
+        "owners": _owners(bench.base()),
         "twice": _twice(bench.base()),
         "dtypes": bench.dtypes,
         "said": {"runs": bench.run is not None},
@@ -307,11 +329,7 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
     for reason in dict.fromkeys(facts["unread"].values()):
         names = [name for name, why in facts["unread"].items() if why == reason]
         yield f"not measured: {_patterns(names)}: {reason}"
-    matrices = [name for name, shape in facts["others"].items() if len(shape) > 1]
-    if matrices:
-        yield f"not measured, only looked at for being changed: {_patterns(matrices)}"
-    if vectors := len(facts["others"]) - len(matrices):
-        yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
+    yield from _of_others(facts["others"], facts["owners"])
     if not facts["said"]["runs"]:
         yield "no forward is given: copies, casts and saved states are not tried, nor what a loader does in one"
     yield from _of_codes(layers, targets)
@@ -320,7 +338,13 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
 
 
 def _patterns(names: list[str]) -> str:
-    """Return paths with `*` for numbers, each once."""
-    found = list(dict.fromkeys(".".join("*" if w.isdigit() else w for w in name.split(".")) for name in names))
+    """Return paths with `*` for numbers, each once; a number that they begin with stays, unless they are many."""
+    kept, whole = ([*dict.fromkeys(_starred(name, first) for name in names)] for first in (1, 0))
+    found = kept if len(kept) <= _SHOWN else whole
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return ", ".join(found[:_SHOWN]) + more
+
+
+def _starred(path: str, kept: int) -> str:
+    words = path.split(".")
+    return ".".join([*words[:kept], *("*" if word.isdigit() else word for word in words[kept:])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,11 +135,50 @@ def test_what_is_measured_is_said_and_what_is_not() -> None:
     said = "\n".join(mine.measures(mine.view.lora_layers))
     for part in (
         "head shares its weight with embed: a merge into one changes both",
-        "not measured, only looked at for being changed: depth.weight",
+        "not measured, only looked at for being changed: depth.weight (grouped Conv2d)",
         "2 vectors (norms, biases) are only looked at",
         "no forward is given",
     ):
         assert part in said
+
+
+def undrawn() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model[0].weight.data[0, 0] = float("nan")
+    return model
+
+
+def test_a_weight_that_is_no_number_is_not_measured_and_nobody_has_changed_it() -> None:
+    mine = get_bench(bench_name(undrawn, model=True))
+    said = list(mine.measures(mine.view.lora_layers))
+    assert said[0].endswith("1 of 1 layers take a LoRA: 1")
+    assert any(line.endswith("not measured: 0: its weights are not finite") for line in said)
+    assert "LH401" not in codes("peft", benches=[bench("undrawn")(undrawn)], formats=["peft"], variants=["lora"])
+
+
+def endless() -> nn.Module:
+    while True:
+        time.sleep(1)
+
+
+def test_a_function_that_never_returns_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.loaders.benches.BUILD_SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"endless: building it takes longer than 1 s$"):
+        bench_name(endless, model=True)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 8))
+        self.wide = nn.Conv1d(8, 8, 3, groups=2)
+        self.head = nn.Linear(8, 8)
+
+
+def test_stacks_that_may_be_experts_are_named_with_how_to_measure_them() -> None:
+    mine = get_bench(bench_name(Experts, model=True))
+    said = [line for line in mine.measures(mine.view.lora_layers) if "experts=" in line]
+    assert [line.rpartition(": ")[2] for line in said] == ["up"]
 
 
 def test_the_reproduce_line_names_the_bench_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
