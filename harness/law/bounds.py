@@ -28,8 +28,8 @@ class _Bound:
     power: Callable[[Probe], float] = lambda probe: 1.0
     caps: bool = False
 
-    def trait(self, wrong: Sequence[Probe]) -> Trait | None:
-        """Return the trait of `wrong` probes that all behave as if the value were one and the same number."""
+    def trait(self, wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
+        """Return the trait of `wrong` probes that all behave as if the value were one number; none denies it."""
         sizes = [p.measured / self.unit(p) for p in wrong]
         if any(size <= 0 and self.power(p) < 0 for p, size in zip(wrong, sizes, strict=True)):
             return None
@@ -37,12 +37,19 @@ class _Bound:
         bound = median(size ** (1 / self.power(p)) for p, size in zip(wrong, sizes, strict=True))
         if len({round(value, 6) for value in values}) < _DIFFERENT or not self._is_one_side(values, bound):
             return None
-        if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in wrong):
+        above, sides = min(values) >= bound, set(map(self._side, wrong))
+        also = (p for p in right if (self.value(p) >= bound if above else self.value(p) <= bound))
+        beyond = (p for p in also if self._side(p) in sides)
+        if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in (*wrong, *beyond)):
             return None
         if self.about == "alpha" and self.caps and all(p.expected * p.strength < 0 for p in wrong):
             bound = -bound
         side = "below" if max(values) <= bound else "above"
         return Trait(self.text.format(bound=f"{bound:.4g}", side=side), self.about)
+
+    def _side(self, p: Probe) -> bool:
+        """On which side of zero a cap meets a probe."""
+        return self.caps and (p.strength if self.about == "strength" else p.expected * p.strength) > 0
 
     def _is_one_side(self, values: Sequence[float], bound: float) -> bool:
         return min(values) >= bound > 0 if self.caps else max(values) <= bound or min(values) >= bound
@@ -78,9 +85,12 @@ _BOUNDS = (
 )
 
 
-def bounded(wrong: Sequence[Probe]) -> tuple[str, Trait] | None:
-    """Return the code and the trait of the first bound that explains all `wrong` probes."""
+def bounded(wrong: Sequence[Probe], right: Sequence[Probe]) -> tuple[str, Trait] | None:
+    """Return the code and the trait of the first bound that explains all `wrong` probes and that no `right` one denies.
+
+    The right ones have a scale.
+    """
     if not all(p.expected for p in wrong):
         return None
-    found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong)))
+    found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong, right)))
     return next(found, None)

@@ -86,7 +86,7 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     exact = common_trait(wrong, telling)
     if exact and exact.about == "strength":
         return Diagnosis(None, "LH207", exact)
-    if bound := bounded(wrong):
+    if bound := bounded(wrong, telling):
         return Diagnosis(None, *bound)
     if found := _per_block(usable):
         return found
@@ -94,7 +94,8 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
         return Diagnosis(None, "LH204", by_rank)
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
-        found = _named(law, wrong, Trait("some modules of some files", "part"))
+        deciding = (one_input_decides(name, every, telling) for name, _ in _INPUTS)
+        found = _named(law, wrong, next(filter(None, deciding), Trait("some modules of some files", "part")))
         if all(_explains(found.law, p) for p in every):
             return found
     alpha = exact is not None and exact.about == "alpha"

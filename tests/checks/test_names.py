@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,9 +62,21 @@ def test_a_direction_has_the_name_that_explains_it(
     assert words in found.fact
 
 
-def test_what_an_earlier_file_holds_is_named_so() -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("change", "code"), [(lambda b, a: b.flip(0) @ a, "LH302"), (lambda b, a: b.abs() @ a, "LH306")]
+)
+def test_rows_of_rank_one_are_moved_only_where_each_is_found(
+    change: Callable[[Tensor, Tensor], Tensor], code: str
+) -> None:
+    drawn = torch.Generator().manual_seed(5)
+    b, a = (torch.randn(*shape, generator=drawn).double() for shape in ((288, 1), (1, 48)))
+    seen = seen_with(lambda own, other: change(b, a))
+    seen = replace(seen, products={**seen.products, NAMES[0]: b @ a})
+    (found,) = check_direction(seen)
+    assert found.code == code
 
+
+def test_what_an_earlier_file_holds_is_named_so() -> None:
     seen = seen_with(noise)
     old = seen.changes[NAMES[0]]
     (found,) = check_direction(replace(seen, earlier={NAMES[0]: [old[:, :3], -0.5 * old]}))
@@ -130,16 +143,30 @@ def test_the_defaults_of_a_configuration_for_every_module_are_named_on_random_fi
     assert (scale.outcome, scale.code) == ("failed", "LH204")
 
 
+def weighted(product: Tensor) -> Tensor:
+    """Return B @ A whose components have weights of their own, all near 1."""
+    b, sizes, a = torch.linalg.svd(product.double(), full_matrices=False)
+    return (b[:, :4] * sizes[:4] * torch.tensor([1.0, 1.04, 0.97, 1.02])) @ a[:4]
+
+
+def half_of_a(product: Tensor) -> Tensor:
+    """Return B @ A with A rounded to bfloat16."""
+    b, sizes, a = torch.linalg.svd(product.double(), full_matrices=False)
+    return (b[:, :4] * sizes[:4]) @ a[:4].bfloat16().double()
+
+
 @pytest.mark.parametrize(
     ("change", "codes"),
     [
         (lambda own, other: 2 * torch.cat([own[:-1], 0 * own[-1:]]), [("direction", "LH304")]),
         (lambda own, other: 2 * torch.cat([own[:, :-1], 0 * own[:, -1:]], 1), [("direction", "LH304")]),
+        (lambda own, other: 2 * weighted(own), [("direction", "LH304")]),
         (lambda own, other: 2 * own.bfloat16().double(), [("numerics", "LH501")]),
+        (lambda own, other: 2 * half_of_a(own), [("numerics", "LH501")]),
         (lambda own, other: 2 * (own.float() * (own.abs() > own.abs().max() / 50)).double(), [("numerics", "LH501")]),
     ],
 )
-def test_a_row_that_is_left_out_is_no_loss_of_precision(
+def test_a_row_that_is_left_out_or_weighted_is_no_loss_of_precision(
     change: Callable[[Tensor, Tensor], Tensor], codes: list[tuple[str, str]]
 ) -> None:
     seen = seen_with(change)

@@ -120,6 +120,26 @@ def squares_the_strength(model: torch.nn.Module, lora: Path, *, strength: float 
     put(model, lora, strength, lora.name)
 
 
+def without_sign(model: torch.nn.Module, strength: float) -> None:
+    multiply_last(model, abs(strength))
+
+
+@loader(set_strength=without_sign)
+def loses_the_sign(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, lora.name)
+
+
+def only_positive(model: torch.nn.Module, strength: float) -> None:
+    if strength < 0:
+        raise ValueError("a strength below zero")
+    multiply_last(model, strength)
+
+
+@loader(set_strength=only_positive)
+def refuses_negative(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    put(model, lora, strength, f"file {len(kept(model))}")
+
+
 @loader(set_strength=lambda model, strength: model.no_such_thing)
 def cannot_set(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     put(model, lora, strength, lora.name)
@@ -131,7 +151,7 @@ def codes(load: Callable[..., object]) -> list[str]:
     return [finding.code for finding in follow(cell, run_trial(cell, example), ("float32", "bfloat16"))]
 
 
-RIGHT = [adds, takes_the_place]
+RIGHT = [adds, takes_the_place, refuses_negative]
 WRONG = {
     takes_the_place_where_both_are: {"LH405"},
     shares_the_strength: {"LH405"},
@@ -142,6 +162,7 @@ WRONG = {
     zero_stays: {"LH403"},
     squares_the_strength: {"LH207"},
     cannot_set: {"LH207"},
+    loses_the_sign: {"LH207"},
     remembers_the_base: {"LH402"},
 }
 

@@ -98,6 +98,21 @@ def test_a_strength_that_is_capped_on_both_sides_is_a_clamp(root: bool) -> None:
         assert said(diagnose(each)) == ("LH207", None, "strength beyond 1.5 or below -1.5, which caps it")
 
 
+def test_a_law_of_some_values_of_the_strength_is_the_strengths_fault() -> None:
+    strengths = (0.5, 1.0, 1.25, 1.5, -1.0, 1.9, 2.0, 2.5, 3.0)
+    found = diagnose(probes(lambda p: p.expected * (0.01 if p.strength > 1.8 else 1), strengths=strengths))
+    assert (found.code, found.law and found.law.formula) == ("LH207", "0.01 * strength * alpha / rank")
+    assert str(found.trait).startswith("strength is one of certain values (1.9, 2, 2.5, ...")
+
+
+def test_a_bound_that_right_values_are_beyond_is_none() -> None:
+    points = probes(
+        lambda p: p.expected * (0.02 / p.strength if p.strength > 1.8 else 1), strengths=(0.5, 1.0, 2, 3, 4)
+    )
+    found = diagnose(points)
+    assert found.trait is None or "beyond" not in found.trait.text
+
+
 @pytest.mark.parametrize(("error", "clamped"), [(1.4, True), (1.6, False)])
 def test_a_clamp_is_heard_through_noise_of_half_a_tolerance_more(error: float, clamped: bool) -> None:
     first, *rest = [p for p in clamp(5.0, min) if not p.right]

@@ -20,12 +20,14 @@ _ALIGNED = 0.9
 _ROWS = 8  # of a layer with fewer, chance may be that each has a factor
 _ROW_BY_ROW = 0.05  # of the change, that factors of rows leave unexplained
 _FEW = 3  # neighbours that may be mixed into a change
+_EXACT = 0.005  # of B @ A: that rows of rank 1, of which one or another is always near, are moved
 _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
 
 
 Fault = tuple[str, str]
 """A code, and in a clause what explains the change."""
 
+_WEIGHTED = "the columns of B, or rows of A, have factors of their own"
 UNEXPLAINED: Fault = ("LH306", "nothing that is known explains it")
 
 
@@ -85,14 +87,15 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault 
 
 
 def small_fault(observation: Observation, name: str, whole: Fit) -> Fault | None:
-    """Return that rows or columns are left out, where that is all that rounding does not explain of a change."""
+    """Return that rows or columns are left out, or components weighted: rounding does not explain the small rest."""
     if whole.unchanged or whole.direction_right or not observation.additive:
         return None
     change, product = observation.changes[name], observation.products[name]
     for what, own, wanted in (("rows", change, product), ("columns", change.mT, product.mT)):
         if _is_rest(own, wanted, whole.residual):
             return "LH304", f"some of its {what} are left out"
-    return None
+    rest = change.double() - whole.scale * product.double()
+    return ("LH304", _WEIGHTED) if _spanned(rest, product) and _spanned(rest.mT, product.mT) else None
 
 
 def _is_rest(change: Tensor, product: Tensor, residual: float) -> bool:
@@ -199,7 +202,7 @@ _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
     ("LH304", "some of its columns are left out", lambda case: _left_out(case.change.mT, case.product.mT)),
     ("LH304", "each of its rows has a factor of its own", lambda case: _by_row(case.change, case.product)),
     ("LH304", "each of its columns has a factor of its own", lambda case: _by_row(case.change.mT, case.product.mT)),
-    ("LH304", "the columns of B, or rows of A, have factors of their own", _by_component),
+    ("LH304", _WEIGHTED, _by_component),
     ("LH104", "it is made of one module's B and another's A", _of_others),
     ("LH302", "its rows stand in another order", _in_other_rows),
 )
@@ -219,12 +222,16 @@ def _row_factors(change: Tensor, product: Tensor) -> Tensor | None:
     own, wanted = product.double(), change.double()
     size = own.square().sum(1)
     factors: Tensor = (own * wanted).sum(1) / size.where(size > 0, torch.ones_like(size))
-    alike = norm(own.mT @ own) > _ALIGNED * norm(own) ** 2  # as in rank 1, where each row is a multiple of any other
     return (
         None
-        if len(product) < _ROWS or alike or norm(wanted - factors[:, None] * own) > _ROW_BY_ROW * norm(change)
+        if len(product) < _ROWS or _alike(own) or norm(wanted - factors[:, None] * own) > _ROW_BY_ROW * norm(change)
         else factors
     )
+
+
+def _alike(rows: Tensor) -> bool:
+    """Whether each row is about a multiple of any other, as in rank 1."""
+    return norm(rows.mT @ rows) > _ALIGNED * norm(rows) ** 2
 
 
 def _by_row(change: Tensor, product: Tensor) -> bool:
@@ -251,7 +258,8 @@ def _rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
     scaled = change.double() * (norm(product) / norm(change))
     near = (torch.cdist(sign * scaled, product.double()).min(1) for sign in (1, -1))
     distances, rows = min(near, key=lambda each: norm(each[0]))
-    return norm(distances) <= min(most, ROUNDING_LIKE) * norm(product) and 2 * len(set(rows.tolist())) >= len(rows)
+    least = _EXACT if _alike(product.double()) else ROUNDING_LIKE
+    return norm(distances) <= min(most, least) * norm(product) and 2 * len(set(rows.tolist())) >= len(rows)
 
 
 def _empty_rows(matrix: Tensor) -> int:

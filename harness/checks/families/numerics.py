@@ -26,7 +26,7 @@ def check_numerics(observation: Observation) -> list[Finding]:
     coarse.sort(key=lambda name: -fits[name].residual / fits[name].tolerance.noise)
     worst = fits[coarse[0]]
     times = worst.residual / worst.tolerance.noise
-    allowed = f"{times:.0f} times what {worst.tolerance.dtype} rounding allows"
+    allowed = f"{times:.{int(times < 10)}f} times what {worst.tolerance.dtype} rounding allows"
     fact = f"residual {worst.relative_residual:.1e} of the change, {allowed}"
     return [Finding("LH501", observation, tuple(coarse), fact)]
 

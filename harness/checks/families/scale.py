@@ -28,6 +28,13 @@ _SET_LATER = (
         "set_strength",
     ),
 )
+_NEGATIVE = Scenario(
+    "LH207",
+    (load(), set_strength(-0.5)),
+    (-0.5,),
+    "setting minus half the strength without loading again",
+    "set_strength",
+)
 _ROUNDINGS, _NEAR = 4, 1e-4  # times the tolerance of one load; a share of the change, which is large at strength 2
 _BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),)
 
@@ -49,7 +56,8 @@ def check_scale(observation: Observation) -> list[Finding]:
 @follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
 def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
     """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
-    yield from first_wrong(cell, once, _SET_LATER)
+    set_later = tuple(first_wrong(cell, once, _SET_LATER))
+    yield from set_later or first_wrong(cell, once, [_NEGATIVE], may_raise=True)  # some take none below zero
     if once.example.strength == 1:
         yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
         yield from _by_readings(cell, once)
