@@ -58,6 +58,7 @@ ROOT = Path(__file__).parents[1]
 IN_PLACE = {
     "harness/checks/patterns.py",
     "harness/doctor/audit/remote.py",
+    "harness/doctor/audit/work.py",
     "harness/isolation/child.py",
     "harness/loaders/command.py",
     "harness/loaders/commits.py",

@@ -104,6 +104,8 @@ class Traits:
         """What PEFT does not take of the file, by its configuration or its names; None when nothing is known."""
         if any(key.endswith(_AUTOMODEL) for key in self._keys):
             return "nothing", "does not know AutoModel's names of experts"
+        if unusable := next((each for each in self.adapter.problems if each.code == "LH727"), None):
+            return "raises", f"refuses the configuration, or would try for ever: {printable(unusable.text(), 160)}"
         found = next((hazard for hazard in peft_hazards(self.adapter) if hazard.code in ("LH720", "LH721")), None)
         if found is None:
             return None

@@ -71,7 +71,7 @@ def test_it_is_said_before_anything_that_draws_is_imported(tmp_path: Path) -> No
 
 def test_seeds_and_prompts_are_those_that_were_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr(sweep, "sweep_into", lambda writer, loader, options, **_: seen.append(options) or [])
+    monkeypatch.setattr(sweep, "_sweep_one", lambda writer, loader, options, **_: seen.append(options) or [])
     monkeypatch.setattr(sweep.shared, "show", lambda out, **more: None)
     asked = ["peft", "--seed", "1234", "--seeds", "3", "--prompt", "a red fox", "--out", str(tmp_path)]
     CliRunner().invoke(sweep.command, asked, catch_exceptions=False)

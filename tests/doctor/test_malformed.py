@@ -64,7 +64,7 @@ MORE = (
     Case("weights_nan", content(kohya(A=floats(2, 4, value=NAN))), ("NaN or infinite weights",), "LH707"),
     Case("weights_infinite", content(kohya(B=floats(3, 2, value=INF))), ("NaN or infinite weights",), "LH707"),
     Case("regex_in_target_modules", folder(LONG, target_modules=CATASTROPHIC), ("PEFT ignores",), "LH720", "lora"),
-    Case("regex_in_exclude_modules", folder(LONG, exclude_modules=CATASTROPHIC), (), "", "lora"),
+    Case("regex_in_exclude_modules", folder(LONG, exclude_modules=CATASTROPHIC), ("too long",), "LH727", "lora"),
     Case("unknown_configuration_key", folder(whatever=[1]), (), "", "lora"),
     Case("module_to_import", folder(auto_mapping={"parent_library": "this"}, megatron_core="this"), (), "", "lora"),
     Case("base_that_leads_out", folder(base_model_name_or_path="../../etc\x1b[2J"), (), "", "lora"),
@@ -150,7 +150,7 @@ def test_what_can_be_read_is_verified_or_explained(tmp_path: Path, model: Model,
 @pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
 def test_inspect_with_energies_neither_hangs_nor_imports_anything(tmp_path: Path, case: Case) -> None:
     done = run("inspect", str(build(case, tmp_path)), "--energy", "--html", str(tmp_path / "page.html"))
-    assert done.exit_code == {"LH707": 1, "LH720": 1, "LH797": 2, "LH799": 2}.get(case.code, 0)
+    assert done.exit_code == {"LH707": 1, "LH720": 1, "LH727": 1, "LH797": 2, "LH799": 2}.get(case.code, 0)
     assert all(word in done.output for word in case.says)
     assert "this" not in sys.modules
 

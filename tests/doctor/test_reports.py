@@ -77,8 +77,8 @@ def test_a_lokr_of_z_image_has_an_alpha_that_means_nothing(tmp_path: Path) -> No
     lora = drawn.save("lora.safetensors", lokr)
     record = inspect_file(lora, base=drawn.save("base.safetensors", base(drawn, modules)))
     assert (record.codes, record.variants, record.fit and record.fit.applied) == ((), {"lokr": 6}, 6)
-    assert record.prescription["comfyui"] == 1
-    assert {record.prescription[tool] for tool in ("diffusers", "diffsynth")} == {None}
+    assert {record.prescription[tool] for tool in ("comfyui", "diffusers", "diffsynth")} == {None}
+    assert "was not measured" in record.unprescribed["comfyui"]  # 0.3.64 knows no diffusers' names of Z-Image
     with pytest.raises(UserError, match="12 trained tensors have no place in a diffusers file"):
         repair_file(lora, "diffusers", tmp_path / "fixed.safetensors")
 

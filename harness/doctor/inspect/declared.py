@@ -11,15 +11,10 @@ from harness.files.format import CONFIG_NAME
 from harness.text import first_of, printable
 from harness.verdict.file_record import Hazard
 
-_NO_REGEX = "is not a valid regular expression"
-
 
 def declared(adapter: LoraAdapter) -> Iterator[Hazard]:
     """Yield LH720 for what PEFT refuses, LH721 for trained tensors that it passes over or starts anew."""
     yield from (Hazard(code="LH720", what=f"{what}: PEFT refuses it") for what in _refused(adapter.config))
-    for problem in adapter.problems:
-        if problem.key.startswith(f"{CONFIG_NAME}: target_modules") and _NO_REGEX in problem.what:
-            yield Hazard(code="LH720", what="target_modules is no valid regular expression: PEFT refuses it")
     yield from (*_saved(adapter), *_tokens(adapter), *_magnitudes(adapter))
 
 
