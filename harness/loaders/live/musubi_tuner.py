@@ -12,11 +12,11 @@ shipped functions:
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.kohya import merge_while_reading
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.protocol import loader
 
@@ -42,22 +42,9 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     Raises:
         LoaderSpecError: there is no checkout, or it cannot be imported.
     """
-    from safetensors.torch import load_file, save_file
-
     lora_utils, _ = shipped()
-    base = next(model.parameters())
-    with quiet(""), tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
-        checkpoint = f"{folder}/model.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, checkpoint)
-        merged = lora_utils.load_safetensors_with_lora_and_fp8(
-            checkpoint,
-            [load_file(str(lora))],
-            [strength],
-            fp8_optimization=False,
-            calc_device=base.device,
-            dit_weight_dtype=base.dtype,
-        )
-    model.load_state_dict(merged, strict=True)
+    with quiet(""):
+        merge_while_reading(lora_utils, model, lora, strength)
 
 
 @_declared(benches={"qwen-image"})

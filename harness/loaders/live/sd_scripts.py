@@ -13,11 +13,11 @@ shipped functions:
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.kohya import merge_while_reading
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
@@ -63,10 +63,10 @@ def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     Raises:
         LoaderSpecError: there is no checkout, or it cannot be imported.
     """
-    shipped()
+    _, lora_utils = shipped()
     with quiet(""):
         if family(model) not in _NETWORK_FAMILIES:
-            _merge_while_reading(model, lora, strength)
+            merge_while_reading(lora_utils, model, lora, strength)
         else:
             network, tensors = _network(model, lora, strength)
             base = next(model.parameters())
@@ -108,25 +108,6 @@ def _network(model: torch.nn.Module, lora: Path, multiplier: float) -> tuple[Any
         multiplier, str(lora), None, text_encoder, unet, for_inference=True
     )
     return network, tensors
-
-
-def _merge_while_reading(model: torch.nn.Module, lora: Path, multiplier: float) -> None:
-    from safetensors.torch import load_file, save_file
-
-    _, lora_utils = shipped()
-    base = next(model.parameters())
-    with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
-        checkpoint = f"{folder}/model.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, checkpoint)
-        merged = lora_utils.load_safetensors_with_lora_and_fp8(
-            checkpoint,
-            [load_file(str(lora))],
-            [multiplier],
-            fp8_optimization=False,
-            calc_device=base.device,
-            dit_weight_dtype=base.dtype,
-        )
-    model.load_state_dict(merged, strict=True)
 
 
 @functools.cache
