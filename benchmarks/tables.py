@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import audit_growth
-from harness.checks.releases import changes
+from harness.checks.releases import CellLaw, ReleaseLaw, changes
 from harness.law.findings import findings
 from harness.law.known import tools
 from harness.law.reads import LABELS, every_row, kind_of, measured_on, title_of
-from harness.law.released import NO_MODEL
 from harness.law.released import TABLE as RELEASES
 from harness.report.kept_releases import release_from
-from harness.text import printable
+from harness.text import count, printable
 
 DOCS = Path(__file__).parents[1] / "docs"
 _RIGHT = "strength * alpha / rank"
@@ -116,33 +115,30 @@ def releases_page() -> str:
 
 
 def _of_loader(table: Mapping[str, Any]) -> str:
-    measured = [each for each in table["releases"] if each["cells"]]
-    number = len(table["releases"])
-    lines = [f"## {table['loader']}", f"{number} release{'' if number == 1 else 's'}.", ""]
-    rows = list(map(release_from, measured))
+    rows = list(map(release_from, table["releases"]))
+    lines = [f"## {table['loader']}", f"{count(len(rows), 'release')}.", ""]
     lines += [f"- **{c.first}** {c.place}: {_escaped(c.before)} → {_escaped(c.after)}" for c in changes(rows)]
     places = list(dict.fromkeys(place for row in rows for place in row.states))
     lines += ["", f"| release | day | {' | '.join(places)} | s | CPU s |"]
     lines += [f"| --- | --- | {'--- | ' * len(places)}--- | --- |"]
-    lines += [_release_row(each, places) for each in reversed(table["releases"])]
+    lines += [_release_row(each, places) for each in reversed(rows)]
     return "\n".join(lines) + "\n"
 
 
-def _release_row(release: Mapping[str, Any], places: list[str]) -> str:
-    cells = {f"{cell['format']}/{cell['bench']}": cell for cell in release["cells"]}
+def _release_row(release: ReleaseLaw, places: list[str]) -> str:
+    cells = {cell.place: cell for cell in release.cells}
     told = [_release_cell(cells[place]) if place in cells else "" for place in places]
-    if release["problem"]:
-        told[0] = f"{told[0]} {_escaped(release['problem'])}".strip()
-    cpu = f"{release['cpu']:.0f}" if release.get("cpu") else ""
-    lead = f"| {release['version']} | {release['day'] or ''} | {' | '.join(told)}"
-    return f"{lead} | {release['seconds']:.0f} | {cpu} |"
+    if release.problem:
+        told[0] = f"{told[0]} {_escaped(release.problem)}".strip()
+    cpu = f"{release.cpu:.0f}" if release.cpu else ""
+    return f"| {release.version} | {release.day or ''} | {' | '.join(told)} | {release.seconds:.0f} | {cpu} |"
 
 
-def _release_cell(cell: Mapping[str, Any]) -> str:
-    state = "**right**" + cell["state"].removeprefix(_RIGHT) if cell["state"].startswith(_RIGHT) else cell["state"]
-    code = f" ({cell['code']})" if cell["code"] else ""
-    what = f": {printable(cell['what'])}" if cell["what"] and cell["state"] != NO_MODEL else ""
-    return _escaped(f"{state}{code}{what}")
+def _release_cell(cell: CellLaw) -> str:
+    state = "**right**" + cell.state.removeprefix(_RIGHT) if cell.state.startswith(_RIGHT) else cell.state
+    code = f" ({cell.code})" if cell.code else ""
+    why = f": {printable(cell.why)}" if cell.why else ""
+    return _escaped(f"{state}{code}{why}")
 
 
 def _escaped(text: str) -> str:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from harness.doctor.answer import Answer, Asked, Sure, by_scales
 from harness.doctor.traits import Traits
 from harness.law.findings import is_within
-from harness.law.known import Tool
-from harness.law.probe import Probe
+from harness.law.known import Tool, file_probes
 from harness.law.released import NO_MODEL, NOTHING, RAISES, SOME, SPELLED, Released, released, versions_of
 from harness.law.sizes import like
 from harness.text import printable
@@ -20,7 +19,7 @@ _SCALES = ("factor", "alpha ignored", "rounds", "note", "call")
 
 def in_release(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     """Return what the release that is asked for does with the file; unknown where it was not measured on such files."""
-    version, loader = str(asked.version), _loader_of(tool)
+    version, loader = str(asked.version), _measured_as(tool)
     known = versions_of(loader)
     found = _measured(tool, loader, traits, version) if version in known else _nearest(tool, known, version)
     if isinstance(found, str):
@@ -39,13 +38,13 @@ def _sure(given: Answer) -> Sure:
 
 def has_its_law(tool: Tool, version: str) -> bool:
     """Tell whether a release lies among those that were measured and have the law of the tool's row."""
-    known = versions_of(_loader_of(tool))
+    known = versions_of(_measured_as(tool))
     measured = bool(known) and is_within(version, f">={known[0]},<={known[-1]}")
     return measured and bool(tool.versions) and is_within(version, tool.versions)
 
 
-def _loader_of(tool: Tool) -> str:
-    """Return the name under which the releases of a tool were measured."""
+def _measured_as(tool: Tool) -> str:
+    """Return the name under which the releases of a tool were measured, by whichever of its calls."""
     return tool.loader.partition("-")[0]
 
 
@@ -109,8 +108,7 @@ def _answer(tool: Tool, found: Released, traits: Traits, asked: Asked) -> Answer
 
 def _by_laws(tool: Tool, found: Released, traits: Traits, asked: Asked) -> Answer:
     modules = [module for module in traits.adapter.modules.values() if module.rank]
-    alphas, ranks = tuple(module.alpha for module in modules), tuple(module.rank for module in modules)
-    probes = [Probe(module.name, 1.0, i, alphas, ranks, 0.0, 0.0) for i, module in enumerate(modules)]
+    probes = file_probes(modules)
     laws = found.laws(probes)
     if laws is None:
         what = f"gives {found.trait} {found.state}, the others what they were trained with: no single strength is right"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError, UserError
 from harness.files import LoraModule, read_lora
-from harness.law.known import ScaleLaw, known_laws, wanted_scale
+from harness.law.known import ScaleLaw, file_probes, known_laws, wanted_scale
 from harness.law.law import Law
-from harness.law.probe import Probe
 from harness.law.scale import trained_scale
 
 if TYPE_CHECKING:
@@ -108,15 +107,8 @@ class MeasuredLoader:
         A whole difference (rank 0) has the strength alone.
         """
         every = list(modules)
-        scaled = [module for module in every if module.rank]
-        alphas, ranks = tuple(m.alpha for m in scaled), tuple(m.rank for m in scaled)
-        places = {id(module): index for index, module in enumerate(scaled)}
-        return [
-            self._law_of(m).scale(Probe("", 1.0, places[id(m)], alphas, ranks, 0.0, 0.0, root=m.rslora))
-            if m.rank
-            else self.law.strength.apply(1.0)
-            for m in every
-        ]
+        probes = iter(file_probes([module for module in every if module.rank]))
+        return [self._law_of(m).scale(next(probes)) if m.rank else self.law.strength.apply(1.0) for m in every]
 
     def _law_of(self, module: LoraModule) -> Law:
         if module.alpha is None:

@@ -13,8 +13,8 @@ from harness.checks.releases import unloads
 from harness.doctor.traits import Traits
 from harness.errors import UserError
 from harness.files import LoraAdapter, LoraModule, read_lora
+from harness.law.known import file_probes
 from harness.law.law import Law
-from harness.law.probe import Probe
 from harness.loaders.protocol import Subject
 
 Outcome = Literal["same", "changes", "not judged"]
@@ -84,8 +84,8 @@ class Release:
 
 
 def _gains(law: Law, modules: Sequence[LoraModule], chosen: Sequence[int]) -> list[float]:
-    alphas, ranks = tuple(module.alpha for module in modules), tuple(module.rank for module in modules)
-    return [law.scale(Probe("", 1.0, i, alphas, ranks, 0.0, 0.0, root=modules[i].rslora)) for i in chosen]
+    probes = file_probes(modules)
+    return [law.scale(probes[index]) for index in chosen]
 
 
 def _alike(one: Sequence[float], other: Sequence[float]) -> bool:

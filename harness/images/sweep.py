@@ -158,8 +158,8 @@ def run_sweeps(subjects: Sequence[Subject], options: SweepOptions, hearer: Heare
     with determinism() as flags, _progress(options.progress, total) as step:
         for each in drawn:
             each.step, each.flags = step, flags
-        take = lambda index, event: drawn[index].take(event)  # noqa: E731 - what a sweep sends goes to it
-        ends = run_jobs([each.draw for each in drawn], workers=at_once if drawn[0].apart else 0, on_event=take)
+        jobs, workers = [each.draw for each in drawn], at_once if drawn[0].apart else 0
+        ends = run_jobs(jobs, workers=workers, on_event=lambda index, event: drawn[index].take(event))
     for each, end in zip(drawn, ends, strict=True):
         each.end(end)
 

@@ -7,7 +7,6 @@ prints as they come, and kills a child whose call is overdue, that is silent or 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from harness.errors import one_line
 from harness.isolation.child import Ends, is_out_of_memory
 from harness.isolation.frames import FrameError, unwrapped, wrapped
 from harness.isolation.limits import Channel, LocalChannel, SubjectExitError, TimeLimitExceeded, overdue
-from harness.isolation.process import POLL_SECONDS, Process, Status, wait_for
+from harness.isolation.process import FROM_OUTSIDE, POLL_SECONDS, Process, Status, wait_for
 from harness.isolation.processes import can_fork
 
 __all__ = ["Channel", "Job", "JobEnd", "SubjectExitError", "TimeLimitExceeded", "can_fork", "run_jobs"]
@@ -49,7 +48,7 @@ class JobEnd:
     @property
     def from_outside(self) -> bool:
         """Whether a signal ended it that no process sends itself by accident: from somebody, or for want of memory."""
-        return self.status == "killed" and self.exit_code in (-signal.SIGKILL, -signal.SIGTERM)
+        return self.status == "killed" and self.exit_code in FROM_OUTSIDE
 
     @property
     def what(self) -> str:

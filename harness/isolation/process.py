@@ -21,6 +21,7 @@ from harness.isolation.frames import FrameError, Frames
 from harness.isolation.processes import fork, free_from_tracer, kill_group, kill_tree, process_descriptor
 
 Status = Literal["done", "raised", "timeout", "killed", "memory"]
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes: somebody, or want of memory; no accident of its own
 TAIL_BYTES = 4096
 READ_BYTES = 1 << 16
 POLL_SECONDS = 0.1  # where no descriptor tells of a process's end

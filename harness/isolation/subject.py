@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from harness.isolation.child import Ends
 from harness.isolation.elsewhere import Elsewhere, become
 from harness.isolation.frames import FrameError, Frames, unwrapped, wrapped
 from harness.isolation.limits import GRACE_SECONDS
-from harness.isolation.process import READ_BYTES, Process, Status, wait_for
+from harness.isolation.process import FROM_OUTSIDE, READ_BYTES, Process, Status, wait_for
 from harness.isolation.processes import can_fork, kill_orphans
 
 Part = Callable[[Any], object]
@@ -28,10 +27,6 @@ Answer = Callable[[Any, Part], Any]
 """Answers an order, a message, by another; hands on parts of it, messages too, on the way."""
 
 START_SECONDS = 300.0  # to import what the subject imports
-_FROM_OUTSIDE = (
-    -signal.SIGKILL,
-    -signal.SIGTERM,
-)  # sent by a person, or where memory is short
 
 
 def unheard(part: Any) -> None:
@@ -214,7 +209,7 @@ class _Wait:
         if process.ended and process.ended[0] != "done":
             raise SubjectLostError(process.ended[0], process.ended[1] or process.ended[0], process.tail)
         if over is not None:
-            raise SubjectLostError(*process.death(over), process.tail, from_outside=over in _FROM_OUTSIDE)
+            raise SubjectLostError(*process.death(over), process.tail, from_outside=over in FROM_OUTSIDE)
         if time.monotonic() > deadline:
             raise SubjectLostError("timeout", f"no answer within {self.seconds:g} s", process.tail)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -210,6 +210,12 @@ def wanted_scale(module: Scaled, lora_alpha: float | None = None) -> float | Non
     alpha = lora_alpha if lora_alpha is not None and not module.alpha else module.alpha
     found = trained_scale(alpha, module.rank, rslora=module.rslora)
     return found if math.isfinite(found) else None
+
+
+def file_probes(modules: Sequence[Scaled]) -> list[Probe]:
+    """Return a probe at strength 1, without a measurement, for every module of one file, in its order."""
+    alphas, ranks = tuple(module.alpha for module in modules), tuple(module.rank for module in modules)
+    return [Probe("", 1.0, i, alphas, ranks, 0.0, 0.0, root=module.rslora) for i, module in enumerate(modules)]
 
 
 def distinct(modules: Iterable[M]) -> list[M]:
