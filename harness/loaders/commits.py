@@ -44,7 +44,8 @@ def sources_at(live: LiveLoader, place: str) -> Sources:
     digits = _commit(folder, commit)
     sources = _exported(live, folder, digits)
     if live.checkout:
-        return Sources(digits, variables={live.checkout.variable: str(sources)})
+        said = stated_version(sources)
+        return Sources(f"{said}+{digits}" if said else digits, variables={live.checkout.variable: str(sources)})
     root = next((each for each in (sources / "src", sources) if _holds(each, live)), None)
     if root is None:
         raise LoaderSpecError(f"{printable(place)!r} is no checkout of {live.needs[0]}: {live.imports[0]} is not in it")

@@ -79,6 +79,7 @@ def test_the_installed_release_needs_no_folder():
     version = metadata.version("peft")
     subject = resolve(f"peft=={version}")
     assert (subject.version, subject.elsewhere.folders) == (version, ())
+    assert subject.known_as == "peft"
 
 
 def test_a_release_that_is_not_here_names_the_command_that_gets_it():
@@ -156,9 +157,21 @@ def test_an_application_is_taken_at_a_commit_of_the_checkout_that_its_variable_n
     (folder / marker).parent.mkdir(parents=True, exist_ok=True)
     (folder / marker).touch()
     subject = resolve(f"comfyui@{first[:10]}")
-    assert subject.version == first[:12]
+    assert (subject.version, subject.known_as) == (first[:12], "comfyui")
     exported = Path(subject.elsewhere.variables["LORA_HARNESS_COMFYUI"])
     assert (exported / "src" / "peft" / "__init__.py").read_text() == '__version__ = "7.0"\n'
+
+
+def test_a_commit_of_an_application_has_the_version_that_it_states(tmp_path, monkeypatch, checkout):
+    folder, _ = checkout
+    monkeypatch.setenv("LORA_HARNESS_COMFYUI", str(folder))
+    marker = live_loaders()["comfyui"].checkout.marker
+    (folder / marker).parent.mkdir(parents=True, exist_ok=True)
+    (folder / marker).touch()
+    (folder / "pyproject.toml").write_text('[project]\nversion = "0.9.2"\n')
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "third")
+    assert resolve("comfyui@HEAD").version == f"0.9.2+{git(folder, 'rev-parse', 'HEAD')[:12]}"
 
 
 def test_another_python_runs_what_it_has(tmp_path):
