@@ -69,7 +69,10 @@ def pinned_subject(spec: str) -> Subject:
     if live is None:
         raise LoaderSpecError(f"{printable(spec)!r}: {found['name']} is no loader whose releases are known here")
     if found["sign"] == "@":
-        return _from_sources(spec, live, sources_at(live, found["rest"]))
+        sources = sources_at(live, found["rest"])
+        if live.checkout and sources.python is None and (lacking := live.lacking()):
+            raise LoaderSpecError(f"{printable(spec)}: {lacking}")
+        return _from_sources(spec, live, sources)
     return _from_releases(spec, live, found["rest"].split(","))
 
 
