@@ -41,7 +41,8 @@ def sources_at(live: LiveLoader, place: str) -> Sources:
     """
     path = Path(place).expanduser()
     if (python := _python(path)) is not None:
-        _has_all(python, ["torch", "safetensors", *dict.fromkeys(each.partition(".")[0] for each in live.imports)], place)
+        packages = dict.fromkeys(each.partition(".")[0] for each in live.imports)
+        _has_all(python, ["torch", "safetensors", *packages], place)
         return Sources(None, python=str(python))
     folder, commit = _split(live, place)
     digits = _commit(folder, commit)
@@ -70,8 +71,8 @@ def _has_all(python: Path, names: Sequence[str], place: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LoaderSpecError(f"{printable(place)!r}: {python} does not run: {one_line(error)}") from None
     if done.returncode != 0:
-        why = printable(done.stderr.decode(errors="replace").strip().rpartition("\n")[2], 200)
-        raise LoaderSpecError(f"{printable(place)!r}: {python} does not run: {why or f'it ended with {done.returncode}'}")
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
+        raise LoaderSpecError(f"{printable(place)!r}: {python} does not run: {printable(said, 200)}")
     if missing := done.stdout.decode().split():
         raise LoaderSpecError(f"{printable(place)!r} has no {missing[0]}; there must be {', '.join(names)}")
 

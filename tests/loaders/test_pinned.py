@@ -184,7 +184,7 @@ def test_a_commit_of_another_application_is_named(monkeypatch, checkout):
         resolve(f"comfyui@{folder}@{first}")
     monkeypatch.setenv("LORA_HARNESS_COMFYUI", str(folder))
     for place in ("/nowhere", "/nowhere@HEAD", "./nowhere@HEAD"):
-        with pytest.raises(LoaderSpecError, match="there is no folder .*nowhere; write comfyui@FOLDER@COMMIT"):
+        with pytest.raises(LoaderSpecError, match=r"there is no folder .*nowhere; write comfyui@FOLDER@COMMIT"):
             resolve(f"comfyui@{place}")
 
 
