@@ -169,8 +169,8 @@ def _targets(
 ) -> list[str]:
     """Return the layers that a LoRA may change; where nobody said which, all but those that share their weight."""
     if unread and not layers:
-        name, why = next(iter(unread.items()))
-        raise refused(f"none of its layers can be read: {name}: {why}")
+        name = next(iter(unread))
+        raise refused(f"none of its layers can be read: {name}: {unread[name]}")
     if not layers:
         raise refused("it has no linear layer, convolution or embedding, with a name of its own")
     if said.targets is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -330,6 +331,22 @@ def test_importing_a_bench_draws_nothing_after_the_seed(tmp_path: Path, monkeypa
     )
     mine = get_bench(bench_name("mine.py:make", model=True))
     assert mine.build()[0].weight.shape == (4, 4)  # it would say that it builds another model
+
+
+@dataclasses.dataclass
+class Answer:
+    """What many models return."""
+
+    loss: None
+    sample: torch.Tensor
+
+
+def test_what_a_model_returns_may_be_a_dataclass() -> None:
+    def run(model: nn.Module) -> Answer:
+        return Answer(None, model(torch.ones(1, 4)))
+
+    mine = get_bench(bench_name(bench("answers", run=run)(lambda: nn.Sequential(nn.Linear(4, 6)))))
+    assert mine.forward(mine.build()).shape == (1, 6)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
