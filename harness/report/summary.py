@@ -297,7 +297,7 @@ def _seen(run: Run) -> str:
         return ""
     formats, benches, variants = ({key[place] for key in cells} for place in (1, 2, 3))
     places = (count(len(formats), "format"), _benches(len(benches)), count(len(variants), "variant"))
-    return f" Seen: {sum(cells.values()):,} examples in {listed(sorted(dtypes))}; {', '.join(places)}."
+    return f" Seen: {count(sum(cells.values()), 'example')} in {listed(sorted(dtypes))}; {', '.join(places)}."
 
 
 def _benches(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,21 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_configuration_that_tells_nothing_is_left_alone(name: str) -> None:
     assert in_file(HOSTILE[name], 12) == {}
+
+
+def test_a_callers_own_access_to_a_hub_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    seen: list[bool] = []
+    post_init = PreTrainedModel.post_init
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        PreTrainedModel, "post_init", lambda model: (seen.append(constants.is_offline_mode()), post_init(model))
+    )
+    config = transformers.ViTConfig(**PICTURE, num_labels=5)
+    assert in_file({**config.to_dict(), "architectures": ["ViTForImageClassification"]}, 2)
+    assert seen
+    assert all(seen)
+    assert "HF_HUB_OFFLINE" not in os.environ
+    assert not constants.is_offline_mode()
