@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from harness.checks.apart import done_apart
@@ -11,7 +11,7 @@ from harness.checks.cell import Cell
 from harness.checks.plan import planned
 from harness.checks.search import observe
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.probe import Probe, probe_from
+from harness.law.probe import Probe, fields_of, probe_from
 from harness.loaders.benches import Which, bench_name
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
@@ -85,4 +85,4 @@ def _measured(cell: Cell, alpha: bool, *, uniform: bool) -> dict[str, Any]:
         if observation.raised:
             raised.append(observation.raised.what)
             break
-    return {"probes": [asdict(probe) for probe in probes], "raised": raised}
+    return {"probes": [fields_of(probe) for probe in probes], "raised": raised}
