@@ -17,6 +17,11 @@ _MOST_DIMENSIONS = 5
 _UNLIKELY = 256  # no trainer gives a layer of half that size such a rank
 GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
 _NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
+_TAKEN = dict.fromkeys(
+    ("I8", "I16", "I32", "I64", "U8"),
+    ": PEFT, LyCORIS and ComfyUI take such whole numbers as the weights, diffusers refuses them, and a scale that "
+    "belongs to them is lost",
+)
 _KNOWN_ROLES = frozenset({"A", "B", *EXTRAS.values(), *WHOLE_ROLES, *COPIES})
 
 
@@ -266,7 +271,7 @@ def _refuse_additions(shapes: Shapes, variant: str, sizes: Sizes) -> None:
 def _refuse_dtypes(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     for role, (dtype, _) in parts.items():
         if role in _KNOWN_ROLES and role not in _NOT_WEIGHTS and not is_float(dtype):
-            raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed")
+            raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed{_TAKEN.get(dtype, '')}")
 
 
 def _shown(shape: tuple[int, ...]) -> str:
