@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.files.adapter import LoraModule, Problem
@@ -14,6 +15,7 @@ from harness.text import printable
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
+_TABLE = re.compile(r"(?:^|\.)(?:(?!embed_out)\w*embed\w*|wte|wpe)$")
 _UNLIKELY = 256  # no trainer gives a layer of half that size such a rank
 GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
 _NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
@@ -54,6 +56,7 @@ def measure(
     """
     first = roles.get("A", "")
     table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
+    table |= first.endswith(".lora_a") and bool(flips) and bool(_TABLE.search(place[1]))
     tensors, grouped = file.tensors, first.endswith(GROUPED)
     parts = [tensors[key][:2] for key in roles.values()]
     flips = ("A", "B") if grouped else flips

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.doctor import inspect_file
+from harness.doctor.diagnose import diagnose
 from tests.doctor.peft_merges import drawn, llama, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,6 +81,33 @@ def folder(path: Path, made: tuple[Config, Callable[[Tensors], Tensors], Callabl
     save_file(tensors(load_file(weights)), weights, metadata={"format": "pt"})
     settings.write_text(json.dumps(config(json.loads(settings.read_text()))))
     return path / "lora"
+
+
+def test_another_adapter_s_name_in_the_names_makes_peft_ignore_them(tmp_path: Path) -> None:
+    def named(tensors: Tensors) -> Tensors:
+        return {name.replace(".weight", ".policy.weight"): tensor for name, tensor in tensors.items()}
+
+    path = folder(tmp_path, ({}, named, saying()))
+    halves = [p for n, p in peft.PeftModel.from_pretrained(llama(), path).named_parameters() if "lora_B" in n]
+    assert not any(half.any() for half in halves)
+    assert any(
+        p.any() for n, p in peft.PeftModel.from_pretrained(llama(), path, "policy").named_parameters() if "B" in n
+    )
+    (hazard,) = inspect_file(path).hazards
+    assert (hazard.code, hazard.what.endswith("it loads them under adapter_name='policy' alone")) == ("LH720", True)
+    assert diagnose(path, tool="peft").answers["peft"].effect == "nothing"
+
+
+def test_a_matrix_inside_an_adapted_layer_is_not_taken_for_a_saved_weight(tmp_path: Path) -> None:
+    """LoRA-XS saves B @ R @ A: PEFT passes over R without a word, and B @ A is not what was trained."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+
+    def crossed(tensors: Tensors) -> Tensors:
+        return {**tensors, f"{layer}.default_lora_latent_mapping.weight": torch.eye(8)}
+
+    path = folder(tmp_path, ({}, crossed, saying()))
+    assert any("B @ A is not its whole update" in hazard.what for hazard in inspect_file(path).hazards)
+    assert diagnose(path, tool="peft").answers["peft"].strength is None
 
 
 def test_a_target_without_tensors_is_named_where_no_base_is_given(tmp_path: Path) -> None:

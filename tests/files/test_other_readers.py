@@ -158,6 +158,24 @@ def test_lycoris_merges_the_written_variants(tmp_path: Path, variant: str) -> No
     assert_same(model.layer.weight, expected)
 
 
+def test_the_product_that_is_read_of_mlx_lm_s_embedding_is_its_own(tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    layers = pytest.importorskip("mlx.nn")
+    lora = pytest.importorskip("mlx_lm.tuner.lora")
+    layer = lora.LoRAEmbedding.from_base(layers.Embedding(9, 5), r=2, scale=3.0)
+    layer.lora_b = mx.random.normal((2, 5))
+    halves = {"embed_tokens.lora_a": layer.lora_a, "embed_tokens.lora_b": layer.lora_b}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), halves)
+    said = '{"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}'
+    (tmp_path / "adapter_config.json").write_text(said)
+    added = layer.fuse().weight - layer.embedding.weight
+    adapter = read_lora(tmp_path)
+    a, b = (part.double() for part in adapter.tensors("embed_tokens"))
+    module = adapter.modules["embed_tokens"]
+    assert (module.variant, module.rank, module.trained_scale) == ("embedding", 2, 3.0)
+    assert_same(torch.tensor(added.tolist()), 3.0 * (b @ a).T)  # PEFT's way: A: [r, tokens], B: [out, r]
+
+
 def test_the_product_that_is_read_of_mlx_vlm_s_file_is_its_own(tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     layers = pytest.importorskip("mlx.nn")

@@ -25,6 +25,7 @@ _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
+_ADAPTER = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.([^.]+)\.weight$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _HEAD = re.compile(r"\.(lm_head|embed_out|output)$")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
@@ -265,6 +266,11 @@ def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
     if bare:
         yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
+    named = {name: hit[1] for name, key in keys.items() if (hit := _ADAPTER.search(key)) and hit[1] != "default"}
+    if named:
+        word = printable(next(iter(named.values())), 40)
+        what = f"{_share(len(named), len(keys))} with an adapter's name in them ({first_of([*named])})"
+        yield _ignored(len(named), len(keys), f"{what}: it loads them under adapter_name={word!r} alone")
 
 
 def _not_targeted(adapter: LoraAdapter, said: str = "target_modules and what limits it") -> Iterator[Hazard]:
