@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from harness.doctor.in_memory import in_file
 from harness.doctor.inspect.declared import declared, lost, lost_hazard, names_saved
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
@@ -171,7 +172,10 @@ def _holes(adapter: LoraAdapter, base: Checkpoint, placed: Placement, chosen: Ch
     if not any(chosen(module.name) for module in adapter.modules.values()):
         return
     left = (*_left_out(base, placed), *_kinds_left_out(adapter, base, placed))
-    if holes := [layer for layer in left if chosen(layer)]:
+    if not (holes := [layer for layer in left if chosen(layer)]):
+        return
+    memory = {filed: name for name, filed in in_file(base.config, len(base.layers)).items()}
+    if holes := [layer for layer in holes if chosen(memory.get(layer, layer))]:
         what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
         yield Hazard(code="LH721", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
 
