@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from harness.doctor import inspect_file
@@ -104,3 +105,18 @@ def test_a_callers_own_access_to_a_hub_is_left_as_it_was(monkeypatch: pytest.Mon
     assert all(seen)
     assert "HF_HUB_OFFLINE" not in os.environ
     assert not constants.is_offline_mode()
+
+
+def segformer() -> PreTrainedModel:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_encoder_blocks": 2}
+    sizes |= {"num_attention_heads": [1, 2], "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2]}
+    config = transformers.SegformerConfig(**sizes, mlp_ratios=[2, 2], decoder_hidden_size=16)
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def test_a_target_that_the_model_has_in_its_file_alone_is_not_missed(tmp_path: Path) -> None:
+    base, _, folder = write(tmp_path, segformer(), lora(target_modules=["query", "proj"]))
+    with safe_open(base / "model.safetensors", "pt") as file:
+        assert "segformer.encoder.block.0.0.attention.self.query.weight" in set(file.keys())
+    assert inspect_file(folder, base=base).codes == ()
