@@ -74,7 +74,9 @@ class Symptoms:
 
     @property
     def _silent(self) -> bool:
-        return all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+        """Whether nothing that is wrong has a scale, for which no small number that counts as 0 is the reason."""
+        trait = self.diagnosis.trait
+        return not (trait and trait.about == "small") and all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
 
     @property
     def _by_law(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 from harness.law.probe import Probe
 
 Input = Literal["alpha", "strength"]
-About = Literal["alpha", "strength", "rank", "dtype", "file", "place", "layer", "part"]
+About = Literal["alpha", "strength", "rank", "dtype", "file", "place", "layer", "part", "small"]
 
 
 @dataclass(frozen=True)
