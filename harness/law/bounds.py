@@ -39,7 +39,8 @@ class _Bound:
             return None
         above, sides = min(values) >= bound, set(map(self._side, wrong))
         also = (p for p in right if (self.value(p) >= bound if above else self.value(p) <= bound))
-        beyond = (p for p in also if self._side(p) in sides)
+        asked = (p for p in also if p.alpha is not None or self.about != "rank")  # a missing one may be scale 1
+        beyond = (p for p in asked if self._side(p) in sides)
         if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in (*wrong, *beyond)):
             return None
         if self.about == "alpha" and self.caps and all(p.expected * p.strength < 0 for p in wrong):
@@ -79,7 +80,7 @@ _BOUNDS = (
         "rank",
         "a rank {side} {bound} counts as {bound}",
         lambda p: p.rank,
-        lambda p: p.scale_of(p.alpha, 1),
+        lambda p: p.scale_of(float(p.rank) if p.alpha is None else p.alpha, 1),
         lambda p: -0.5 if p.root else -1.0,
     ),
 )
@@ -87,7 +88,7 @@ _BOUNDS = (
 
 _SMALL: tuple[tuple[str, str, Callable[[Probe], float]], ...] = (
     ("LH207", "a strength", lambda p: abs(p.strength)),
-    ("LH205", "an alpha", lambda p: abs(p.alpha or 0.0)),
+    ("LH205", "an alpha", lambda p: abs(p.rank if p.alpha is None else p.alpha)),
     ("LH209", "a scale", lambda p: abs(p.expected)),
 )
 
