@@ -104,7 +104,8 @@ def _readings(cell: Cell, once: Observation, seen: Observation) -> set[str]:
 
 def _wrong(observation: Observation, name: str) -> bool:
     whole, *slices = observation.fits[name]
-    if not whole.finite or wrong_direction(whole) or all(f.scale_right or f.blurred for f in slices or [whole]):
+    said = wrong_direction(whole) or name in observation.mistakes
+    if not whole.finite or said or all(f.scale_right or f.blurred for f in slices or [whole]):
         return False
     strength = observation.example.strength
     as_rank = abs(whole.scale - strength) <= max(whole.tolerance.scale, 0.01 * abs(strength))
@@ -126,4 +127,4 @@ def _fact(observation: Observation, wrong: Sequence[str]) -> str:
 def _ratio(ratio: float) -> str:
     """Return a ratio with three digits behind the point, or as many as it takes not to look like 1."""
     digits = (f"{ratio:.{number}f}" for number in range(3, 13))
-    return next((text for text in digits if float(text) != 1.0), f"{ratio!r}")
+    return next((text for text in digits if float(text) != 1.0), f"{ratio!r}").replace("-0.000", "0.000")
