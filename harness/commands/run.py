@@ -207,11 +207,14 @@ class _Written:
 
     def ended(self, index: int, result: SweepResult | UserError) -> None:
         """Write the verdicts of a loader, or why it could not be drawn with: the others still are."""
+        from harness.checks.known import lines_of_images
         from harness.commands.sweep import verdicts_of
         from harness.errors import UserError
+        from harness.loaders.registry import resolve
         from harness.report.models import PartRecord
 
         if isinstance(result, UserError):
             self.writer.write(PartRecord(name=f"sweep:{self.loaders[index]}", measured=False, reason=str(result)))
         else:
-            self.writer.write(*verdicts_of(result, self.known))
+            known = lines_of_images(resolve(self.loaders[index]), self.known)
+            self.writer.write(*verdicts_of(result, known))
