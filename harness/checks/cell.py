@@ -29,7 +29,7 @@ class Cell:
 
     `asked` is where the loader's code runs, by default this process; `watch` tells the run of a call that may hang.
     `earlier` are examples that it was asked for before, `heard` what became of each kind of thing it cannot apply,
-    `kept` what need not be asked again.
+    `kept` what need not be asked again. `formats` and `benches` are those that were asked for, empty for all.
     """
 
     subject: Subject
@@ -42,6 +42,8 @@ class Cell:
     earlier: list[Example] = field(default_factory=list, compare=False, repr=False)
     heard: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    formats: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    benches: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def allowed(self) -> float:
@@ -181,7 +183,8 @@ def _product(
     variants: Sequence[str] | None = None,
 ) -> Iterator[Cell]:
     names = formats or subject.formats, benches or subject.benches, variants or subject.variants
-    cells = [Cell(subject, *place) for place in itertools.product(*names)]
+    formats, asked = tuple(formats or ()), tuple(benches or ())
+    cells = [Cell(subject, *place, formats=formats, benches=asked) for place in itertools.product(*names)]
     if benches is None and CORE_VARIANTS[0] in names[2]:
         cells += (Cell(subject, names[0][0], more) for more, bench in IMPLIED_BENCHES.items() if bench in names[1])
     return (cell for cell in cells if cell.possible)

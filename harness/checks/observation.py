@@ -101,7 +101,7 @@ def observation_of(
     untouched = [name for name in touched if name not in fits]
     limits = {name: _unchanged_limit(before[name], cell.view.layers[name], example.dtype) for name in untouched}
     changed = tuple(name for name, limit in limits.items() if norm(after[name] - before[name]) > limit)
-    wrong = [t for t in example.targets if wrong_direction(fits[t.name][0])]
+    wrong = [t for t in example.targets if _doubtful(fits[t.name][0], cell.view.layers[t.name])]
     zero = (t.name for t in example.targets if t.alpha == 0 and cell.zero_alpha_is_ambiguous)
     return Observation(
         example,
@@ -115,7 +115,7 @@ def observation_of(
         additive=cell.variant.additive,
         root=cell.variant.root,
         tied=_tied(cell, fits),
-        mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, updates, before, after))},
+        mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, fits, updates, before, after))},
     )
 
 
@@ -134,20 +134,26 @@ def _mistake(
     cell: Cell,
     example: Example,
     target: Target,
+    fits: Mapping[str, tuple[Fit, ...]],
     updates: Mapping[str, Update],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> str | None:
     weights = before[target.name], after[target.name], updates[target.name]
     expected = example.strength * cell.variant.scale(target)
-    layer = cell.view.layers[target.name]
-    return cell.variant.mistake(*weights, expected=expected, strength=example.strength, layer=layer)
+    layer, left = cell.view.layers[target.name], fits[target.name][0].residual
+    return cell.variant.mistake(*weights, expected=expected, strength=example.strength, residual=left, layer=layer)
 
 
 def _unchanged_limit(weight: Tensor, layer: Layer, dtype: str) -> float:
     """An untouched layer may be re-cast, to its codes where it has some (one rounding), nothing more."""
     recast = 2 * UNIT_ROUNDOFF[dtype] * norm(weight)
     return max(recast, 2 * norm(rounded(layer, weight) - weight)) if layer.codes else recast
+
+
+def _doubtful(fit: Fit, layer: Layer) -> bool:
+    """Whether a mistake of the variant may explain a change: also one whose direction rounding hides, but for codes."""
+    return wrong_direction(fit) or not (layer.codes or (fit.direction_right and fit.scale_right))
 
 
 def wrong_direction(fit: Fit) -> bool:
@@ -190,7 +196,7 @@ def probes_of(observation: Observation, cell: Cell) -> Iterator[Probe]:
         return
     for probe in unmeasured_probes(observation.example, cell.view, observation.order, root=cell.variant.root):
         fits = observation.fits[probe.module]
-        lost = not fits[0].finite or wrong_direction(fits[0]) or fits[0].faint
+        lost = not fits[0].finite or wrong_direction(fits[0]) or fits[0].faint or probe.module in observation.mistakes
         if not lost and probe.module not in observation.ambiguous:
             yield replace(probe, measured=fits[0].scale, tolerance=_allowed(fits))
 

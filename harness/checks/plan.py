@@ -30,7 +30,8 @@ _MIXED = (
 _Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
-_STRENGTHS = (1.0, 0.5, -1.0, 2.0, 0.0, 1.7)  # half precision rounds the last
+# -1 would hide a square; some take a small one for none, half precision or two decimals round the last three
+_STRENGTHS = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703)
 _AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from harness.checks.observation import ROUNDING_LIKE
 from harness.checks.search import Search
 from harness.law.diagnosis import Diagnosis
 from harness.law.probe import Probe
@@ -30,7 +31,7 @@ class Symptoms:
         if code == "LH209" and self._by_chance:
             return True
         if code in _RESIDUAL:
-            return self._rarer(code, 3)
+            return self._rarer(code, 3) or (code == "LH501" and self._nearly_another_direction)
         if code in _NOT_LOADED:
             return self._of_coverage(code)
         return code == "LH209" and self._of_scale()
@@ -74,7 +75,9 @@ class Symptoms:
 
     @property
     def _silent(self) -> bool:
-        return all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+        """Whether nothing that is wrong has a scale, for which no small number that counts as 0 is the reason."""
+        trait = self.diagnosis.trait
+        return not (trait and trait.about == "small") and all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
 
     @property
     def _by_law(self) -> bool:
@@ -89,13 +92,21 @@ class Symptoms:
         return seen is not None and (bool(seen.unsteady) or any(n.endswith(" (dropout)") for n in seen.training))
 
     @property
+    def _nearly_another_direction(self) -> bool:
+        """Whether more is lost than digits, and a wrong direction is seen elsewhere: two names of one change."""
+        return self._lost_share > ROUNDING_LIKE / 2 and not _DIRECTIONS.isdisjoint(self.result.findings)
+
+    @cached_property
+    def _lost_share(self) -> float:
+        """The share of the change that LH501 saw lost, at most; 0 without it."""
+        lost = self.result.findings.get("LH501")
+        fits = [lost.observation.fits[name][0] for name in lost.modules] if lost else []
+        return max((fit.relative_residual for fit in fits), default=0.0)
+
+    @property
     def _lost_digits(self) -> bool:
         """Whether every scale that is off is off by less than the digits that LH501 saw lost."""
-        if "LH501" not in self.result.findings:
-            return False
-        lost = self.result.findings["LH501"]
-        share = max((lost.observation.fits[name][0].relative_residual for name in lost.modules), default=0.0)
-        wrong = self._wrong
+        wrong, share = self._wrong, self._lost_share
         return bool(wrong) and all(abs(p.measured - p.expected) <= share * abs(p.expected) for p in wrong)
 
 

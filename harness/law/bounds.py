@@ -1,4 +1,4 @@
-"""Bounds: wrong probes that all behave as if alpha, the strength, alpha / rank or the rank were one same number."""
+"""Bounds: wrong probes that all behave as if alpha, the strength, alpha / rank or the rank were one number, or 0."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class _Bound:
             return None
         above, sides = min(values) >= bound, set(map(self._side, wrong))
         also = (p for p in right if (self.value(p) >= bound if above else self.value(p) <= bound))
-        beyond = (p for p in also if self._side(p) in sides)
+        asked = (p for p in also if p.alpha is not None or self.about != "rank")  # a missing one may be scale 1
+        beyond = (p for p in asked if self._side(p) in sides)
         if any(abs(p.measured - self.unit(p) * bound ** self.power(p)) > 1.5 * p.tolerance for p in (*wrong, *beyond)):
             return None
         if self.about == "alpha" and self.caps and all(p.expected * p.strength < 0 for p in wrong):
@@ -79,18 +80,36 @@ _BOUNDS = (
         "rank",
         "a rank {side} {bound} counts as {bound}",
         lambda p: p.rank,
-        lambda p: p.scale_of(p.alpha, 1),
+        lambda p: p.scale_of(float(p.rank) if p.alpha is None else p.alpha, 1),
         lambda p: -0.5 if p.root else -1.0,
     ),
 )
 
 
+_SMALL: tuple[tuple[str, str, Callable[[Probe], float]], ...] = (
+    ("LH207", "a strength", lambda p: abs(p.strength)),
+    ("LH205", "an alpha", lambda p: abs(p.rank if p.alpha is None else p.alpha)),
+    ("LH209", "a scale", lambda p: abs(p.expected)),
+)
+
+
+def _switched_off(wrong: Sequence[Probe], right: Sequence[Probe]) -> tuple[str, Trait] | None:
+    """Return the code and the trait of a number that counts as 0 where it is small; None where a probe has a scale."""
+    if any(abs(p.measured) > 4 * p.tolerance for p in wrong):
+        return None
+    for code, what, size in _SMALL:
+        largest, others = max(map(size, wrong)), {size(p) for p in right}
+        if len(others) >= _DIFFERENT and largest < min(others):
+            return code, Trait(f"{what} of {largest:.4g} or less counts as 0", "small")
+    return None
+
+
 def bounded(wrong: Sequence[Probe], right: Sequence[Probe]) -> tuple[str, Trait] | None:
     """Return the code and the trait of the first bound that explains all `wrong` probes and that no `right` one denies.
 
-    The right ones have a scale.
+    The right ones have a scale. A bound below which nothing is left comes first.
     """
     if not all(p.expected for p in wrong):
         return None
     found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong, right)))
-    return next(found, None)
+    return _switched_off(wrong, right) or next(found, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from harness.law.bent import bent
 from harness.law.bounds import bounded
 from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.identify import identify
@@ -52,7 +53,7 @@ def _named(law: Law, probes: Sequence[Probe], trait: Trait | None = None) -> Dia
     readings = (law, *law.others)
     likely = min(readings, key=lambda each: _rarity(each, fused))
     found = replace(likely, others=tuple(each for each in readings if each is not likely), residual=law.residual)
-    code = _code_under(trait, code_of(found, fused_only=fused))
+    code = _code_under(trait, code_of(found, fused_only=fused), found)
     return Diagnosis(found, code, trait or (None if found.others else rounding_of(found)))
 
 
@@ -80,13 +81,14 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
     if rounded := rounds(every, probes):
         return Diagnosis(None, *rounded)
     silent = all(abs(p.measured) <= 4 * p.tolerance for p in wrong)
-    if found := None if silent else _lawful_part(usable, wrong, every):
-        return found
     telling = [p for p in usable if p.right and abs(p.expected) > 4 * p.tolerance]
+    bound = bounded(wrong, telling)
+    if found := _rank_bound(bound) or (None if silent else _lawful_part(usable, wrong, every)):
+        return found
     exact = common_trait(wrong, telling)
     if exact and exact.about == "strength":
         return Diagnosis(None, "LH207", exact)
-    if bound := bounded(wrong, telling):
+    if bound:
         return Diagnosis(None, *bound)
     if found := _per_block(usable):
         return found
@@ -100,6 +102,11 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
             return found
     alpha = exact is not None and exact.about == "alpha"
     return Diagnosis(None, "LH205", exact) if alpha else _by_input(every, telling, exact, probes)
+
+
+def _rank_bound(bound: tuple[str, Trait] | None) -> Diagnosis | None:
+    """Name a bound on the rank first: beyond it the scale goes as alpha alone, by a constant that says nothing."""
+    return Diagnosis(None, *bound) if bound and bound[1].about == "rank" else None
 
 
 def _lawful_part(usable: Sequence[Probe], wrong: Sequence[Probe], every: Sequence[Probe]) -> Diagnosis | None:
@@ -141,6 +148,8 @@ def _by_input(
     """Name what follows no law by the input that it depends on, or else by the trait."""
     if other := borrowed(wrong, probes):
         return Diagnosis(None, "LH204", other)
+    if one := None if trait else bent(wrong, probes):
+        return Diagnosis(None, *one)
     for name, code in () if trait else _INPUTS:
         if certain := one_input_decides(name, wrong, telling):
             return Diagnosis(None, code, certain)
@@ -151,10 +160,15 @@ _INPUTS: tuple[tuple[Input, str], ...] = (("alpha", "LH205"), ("strength", "LH20
 _ENOUGH = 12  # wrong probes that follow one law by chance are fewer
 
 
-def _code_under(trait: Trait | None, code: str) -> str:
-    """A loader that is wrong for some values of alpha only does not take alpha as it is; likewise the strength."""
+def _code_under(trait: Trait | None, code: str, law: Law) -> str:
+    """A loader that is wrong for some values of alpha only does not take alpha as it is; likewise the strength.
+
+    Of some ranks only, a factor says that they count as another number, not how alpha is read.
+    """
     if trait and trait.about == "strength":
         return "LH207"
+    if trait and trait.about == "rank" and law.constant != 1.0:
+        return "LH209"
     return "LH205" if code == "LH202" and trait and trait.about == "alpha" else code
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 from harness.law.probe import Probe
 
 Input = Literal["alpha", "strength"]
-About = Literal["alpha", "strength", "rank", "dtype", "file", "place", "layer", "part"]
+_Value = Callable[[Probe], "float | None"]
+About = Literal["alpha", "strength", "rank", "dtype", "file", "place", "layer", "part", "small"]
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,19 @@ def one_input_decides(name: Input, wrong: Sequence[Probe], right: Sequence[Probe
     """Return a trait when a value of `alpha` or `strength` is always wrong or always right, whatever else differs.
 
     It must have been met with several others: three wrong values, and three right ones, twice each. A scale that is
-    right only within a coarse tolerance says nothing.
+    right only within a coarse tolerance says nothing. A missing alpha is a value of its own, or else that of the rank.
     """
     fine = [p for p in right if p.tolerance <= _FINE * abs(p.expected)]
-    bad, good = (Counter(getattr(p, name) for p in {_inputs(p): p for p in part}.values()) for part in (wrong, fine))
+    readings: tuple[_Value, ...] = (lambda p: getattr(p, name), lambda p: float(p.rank) if p.alpha is None else p.alpha)
+    found = (_decides(name, value, wrong, fine) for value in (readings if name == "alpha" else readings[:1]))
+    return next(filter(None, found), None)
+
+
+def _decides(name: Input, value: _Value, wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
+    bad, good = (Counter(value(p) for p in {_inputs(p): p for p in part}.values()) for part in (wrong, right))
     if bad.keys() & good.keys():
         return None
-    often = [[value for value, count in values.most_common() if count >= _AGAIN] for values in (bad, good)]
+    often = [[each for each, count in values.most_common() if count >= _AGAIN] for values in (bad, good)]
     if min(map(len, often)) < _VALUES:
         return None
     wrongly, rightly = (", ".join("none" if v is None else f"{v:g}" for v in values[:_VALUES]) for values in often)
@@ -159,7 +166,11 @@ def _with_alphas(probe: Probe) -> Iterator[float]:
 
 
 def _with_ranks(probe: Probe) -> Iterator[float]:
-    return (probe.scale_of(probe.alpha, rank) for rank in probe.ranks)
+    """Yield the scale with every rank of the file; a missing alpha stands for scale 1, or for the module's own rank."""
+    for rank in probe.ranks:
+        yield probe.scale_of(probe.alpha, rank)
+        if probe.alpha is None:
+            yield probe.scale_of(float(probe.rank), rank)
 
 
 def _with_both(probe: Probe) -> Iterator[float]:

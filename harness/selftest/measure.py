@@ -117,7 +117,7 @@ def measure(
 
     def plan(case: Case) -> Plan:
         shared = math.ceil(right_examples / cells[case.name]) if right_examples and case.fault is None else None
-        return Plan(shared or max_examples, base_seed, shrink=False, quick=quick)
+        return Plan(shared or max_examples, base_seed, quick=quick)
 
     jobs = [_job(result.case, cell, plan(result.case), seeds, limits) for result, cell in work]
 

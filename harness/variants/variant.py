@@ -148,14 +148,16 @@ class Variant:
         *,
         expected: float,
         strength: float,
+        residual: float = math.inf,
         layer: Layer | None = None,
     ) -> str | None:
         """Return which known mistake of this variant explains the layer that was measured, None when none does.
 
-        Where `layer` is quantised it is the nearest of those that are as near as its codes are to the mistake itself.
+        It explains more than a scale of its own does. Where `layer` is quantised it is the nearest of those that are as
+        near as its codes are to the mistake itself.
         """
         known = list(self.mistakes(before, update, expected=expected, strength=strength))
-        limit = _SAME * norm(after - before)
+        limit = min(_SAME * norm(after - before), residual)
         if layer is None or not layer.codes:
             return next((what for what, weight in known if norm(after - weight) <= limit), None)
         coded = [(what, weight, rounded(layer, weight)) for what, weight in known]

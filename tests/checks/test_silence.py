@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checks.cell import Cell
+from harness.checks.cell import Cell, cells_of
 from harness.checks.families.silence import _says, check_silence, tries_silence, undeclared
 from harness.checks.observation import Observation
 from harness.checks.plan import smoke_example
@@ -58,6 +58,14 @@ def test_silence_is_tried_once_for_each_format() -> None:
     assert not tries_silence(Cell(subject, "peft", "qwen-image", "rslora"))
     names = [place.variant_name for place in undeclared(cells[0])]
     assert names == ["rslora", "dora", "loha", "lokr", "lora-bias"]
+
+
+def test_silence_is_tried_on_the_bench_and_in_the_format_that_were_asked_for() -> None:
+    cells, _ = cells_of(resolve(right), ["peft", "kohya"], ["qwen-image-fused"])
+    assert [cell.format for cell in cells if tries_silence(cell)] == ["peft", "kohya"]
+    command = resolve("cmd:python merge.py --base {base} --lora {lora} --strength {strength} --out {out}")
+    cells, _ = cells_of(command, ["kohya"], ["qwen-image-fused"], ["lora"])
+    assert [tries_silence(cell) for cell in cells] == [True]
 
 
 @loader(formats={"kohya"}, benches={"qwen-image", "sd-unet"})

@@ -201,3 +201,16 @@ def test_a_cap_on_either_side_or_both_is_said_with_its_sign(scale: Callable[[flo
     probes = [Probe("a", u, 0, (a,), (r,), u * scale(a / r), 1e-6) for a, r in shapes for u in (1.0, 0.5, -1.5)]
     found = diagnose(probes)
     assert (found.code, str(found.trait)) == ("LH205", words)
+
+
+@pytest.mark.parametrize(
+    ("scale", "code", "words"),
+    [
+        (lambda p: p.expected if abs(p.strength) > 0.3 else 0.0, "LH207", "a strength of 0.25 or less counts as 0"),
+        (lambda p: p.expected if abs(p.alpha or 1) > 0.7 else 0.0, "LH205", "an alpha of 0.625 or less counts as 0"),
+        (lambda p: p.expected if abs(p.expected) > 0.03 else 0.0, "LH209", "a scale of 0.02604 or less counts as 0"),
+    ],
+)
+def test_a_small_number_that_counts_as_0_is_named(scale: Scale, code: str, words: str) -> None:
+    found = diagnose(probes(scale, strengths=(1.0, 0.5, -1.0, 2.0, 0.25)))
+    assert (found.code, str(found.trait)) == (code, words)

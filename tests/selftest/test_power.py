@@ -56,6 +56,16 @@ def test_a_wrong_direction_that_rounding_hides_now_and_then_is_no_wrong_scale(na
     assert result.named, "\n".join(verdict.text() for verdict in result.violations)
 
 
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [("subtle:large_alpha", 30), ("variants:bias_not_scaled", 30), ("strengths:small_is_zero", 1)],
+)
+def test_what_few_examples_show_is_named_as_a_check_names_it(name: str, examples: int) -> None:
+    (case,) = [case for case in broken_cases() if case.name == name]
+    (result,) = measure([case], max_examples=examples, seeds=(), limits=Limits(seconds=5, workers=1))
+    assert [verdict.code for verdict in result.violations] == [case.fault.codes[0] if case.fault else None]
+
+
 @pytest.mark.parametrize("case", turn(correct_cases(), 4), ids=lambda case: case.name)
 def test_a_right_loader_is_never_blamed(case: Case) -> None:
     (result,) = measure(

@@ -76,10 +76,10 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault 
     whole = fits[0]
     if whole.finite and whole.along_base:
         return "LH304", "W is scaled too"
-    if not whole.finite or not wrong_direction(whole):
-        return small_fault(observation, name, whole)
     if mistake := observation.mistakes.get(name):
         return "LH304", mistake
+    if not whole.finite or not wrong_direction(whole):
+        return small_fault(observation, name, whole)
     if not observation.additive:
         return "LH304", UNEXPLAINED[1]  # what W itself is divided by changes every direction
     case = _Case(observation, name, whole, fits[1:])

@@ -11,6 +11,7 @@ from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
 from harness.checks.unloaded import weights_seen
 from harness.measure.compare import norm
+from harness.text import count
 
 _SET_LATER = (
     Scenario(
@@ -103,7 +104,8 @@ def _readings(cell: Cell, once: Observation, seen: Observation) -> set[str]:
 
 def _wrong(observation: Observation, name: str) -> bool:
     whole, *slices = observation.fits[name]
-    if not whole.finite or wrong_direction(whole) or all(f.scale_right or f.blurred for f in slices or [whole]):
+    said = wrong_direction(whole) or name in observation.mistakes
+    if not whole.finite or said or all(f.scale_right or f.blurred for f in slices or [whole]):
         return False
     strength = observation.example.strength
     as_rank = abs(whole.scale - strength) <= max(whole.tolerance.scale, 0.01 * abs(strength))
@@ -116,7 +118,7 @@ def _excess(observation: Observation, name: str) -> float:
 
 def _fact(observation: Observation, wrong: Sequence[str]) -> str:
     worst = max(observation.fits[wrong[0]], key=lambda f: abs(f.scale - f.expected))
-    where = f"{len(wrong)} of {len(observation.fits)} modules"
+    where = f"{len(wrong)} of {count(len(observation.fits), 'module')}"
     if worst.expected == 0:
         return f"delta is {worst.scale:.3f} x B @ A in {where}, but should be 0"
     return f"delta is {_ratio(worst.scale / worst.expected)}x the expected delta in {where}"
@@ -125,4 +127,4 @@ def _fact(observation: Observation, wrong: Sequence[str]) -> str:
 def _ratio(ratio: float) -> str:
     """Return a ratio with three digits behind the point, or as many as it takes not to look like 1."""
     digits = (f"{ratio:.{number}f}" for number in range(3, 13))
-    return next((text for text in digits if float(text) != 1.0), f"{ratio!r}")
+    return next((text for text in digits if float(text) != 1.0), f"{ratio!r}").replace("-0.000", "0.000")

@@ -48,12 +48,13 @@ class _Kind:
 def tries_silence(cell: Cell) -> bool:
     """Whether silence is tried in `cell`: on the first bench of each format, of a command on the first of all.
 
-    On a bench of the author's own it always is.
+    The first is that of those asked for. On a bench of the author's own it always is.
     """
     subject = cell.subject
-    if subject.defaults.examples <= COMMAND.examples and cell.format != subject.formats[0]:
+    formats, benches = cell.formats or subject.formats, cell.benches or subject.benches
+    if subject.defaults.examples <= COMMAND.examples and cell.format != formats[0]:
         return False
-    places = (bench for bench in subject.benches if subject.unsupported(cell.format, bench) is None)
+    places = (bench for bench in benches if subject.unsupported(cell.format, bench) is None)
     return cell.variant_name == "lora" and (cell.bench_name in own_benches() or cell.bench_name == next(places, None))
 
 
