@@ -129,7 +129,11 @@ def in_checkout(page: Page, checkout: Checkout) -> str:
         pytest.skip(f"set {checkout.variable} to a checkout of {checkout.repository}")
     if version != page.version:
         pytest.skip(f"the page is about {page.package} {page.version}; {checkout.variable} names {version}")
-    return f"import sys, torch; sys.path.insert(0, {str(checkout.folder() / checkout.inside)!r})"
+    first = f"import sys, torch; sys.path.insert(0, {str(checkout.folder() / checkout.inside)!r})"
+    live = live_loaders()[checkout.name]
+    if not checkout.absent:
+        return first
+    return f"{first}; from {live.load.__module__} import shipped; shipped()"  # without libraries that load no LoRA
 
 
 class Servers:

@@ -62,7 +62,7 @@ class Bench:
         import torch
 
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():  # what hangs on a graph cannot be copied
                 torch.manual_seed(self.seed)
                 model: torch.nn.Module = self.make().eval().requires_grad_(False)
         except (ImportError, RuntimeError) as error:  # diffusers wraps the ImportError of what it imports

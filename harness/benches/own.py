@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import random
@@ -291,14 +292,15 @@ def _positional(run: Callable[..., Any]) -> int:
 
 
 def _tensor(found: Any) -> Tensor:
-    """Return the first floating tensor of what a model answers."""
+    """Return the first floating tensor of what a model answers: itself, in a tuple, a mapping or a dataclass."""
     import torch
 
     if isinstance(found, torch.Tensor):
         return torch.view_as_real(found) if found.is_complex() else found
-    parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, (tuple, list)) else ()
+    held = vars(found) if dataclasses.is_dataclass(found) and not isinstance(found, Mapping) else found
+    parts = held.values() if isinstance(held, Mapping) else held if isinstance(held, (tuple, list)) else ()
     tensors = (part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
     first = next(tensors, None)
     if first is None:
-        raise TypeError(f"run returned {type(found).__name__}, but should return a tensor")
+        raise TypeError(f"run returned {type(found).__name__}, but should return a tensor, or what holds one")
     return first

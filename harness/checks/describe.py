@@ -15,6 +15,7 @@ from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.law.probe import Probe
 from harness.measure.compare import Fit
+from harness.text import count
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
 
@@ -190,7 +191,7 @@ def _lora(example: Example) -> str:
     more = len(example.targets) - _SHOWN_MODULES
     if len(shapes) == 1:
         rank, alpha = shapes.pop()
-        shown, more = [f"{len(example.targets)} modules, rank {rank}, alpha {_alpha(alpha)}"], 0
+        shown, more = [f"{count(len(example.targets), 'module')}, rank {rank}, alpha {_alpha(alpha)}"], 0
     text = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
     return (
         f"{text}; strength {example.strength:g}, {example.file_dtype} into {example.dtype}, seed {example.value_seed}"

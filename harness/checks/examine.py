@@ -12,7 +12,7 @@ from harness.checks.cell import Cell
 from harness.checks.describe import NamedFinding, passed, through_codes
 from harness.checks.early import Early, Tell
 from harness.checks.family import LAW_FAMILIES, Finding, family_names, follow
-from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, covers, no_longer_silent, tried_alone
+from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, binds, covers, no_longer_silent, tried_alone
 from harness.checks.observation import probes_of
 from harness.checks.outputs import NOT_SEEN, SEEN
 from harness.checks.plan import Plan, examples_for, planned, smoke_example
@@ -72,8 +72,10 @@ def check_cell(
     yield from verdicts
     shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
     if plan.pins is None:
-        yield from (tried_alone(cell, plan, k) for k in known if k not in shown and not k.kinds)
-        yield from (no_longer_silent(cell, k, result.examples) for k in known if k.spoken(cell.heard))
+        for line in (k for k in known if k not in shown and not k.kinds):
+            yield from tried_alone(cell, plan, line)
+        spoken = (k for k in known if k.spoken(cell.heard) and binds(k, cell))
+        yield from (no_longer_silent(cell, k, result.examples) for k in spoken)
 
 
 def _allowed(cell: Cell, known: Sequence[KnownFailure]) -> Callable[[Example], bool]:

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -101,14 +101,31 @@ def _closure(names: Iterable[str], *, here: bool = False) -> dict[str, str] | No
     waiting = list(names)
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
-        if name in found:
+        held = _held(name)
+        if name in found or held is None:  # of another system, or an extra
             continue
-        try:
-            held = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # of another system, or an extra
-        if "dir_info" in (held.read_text("direct_url.json") or "") and not (here and name == "lora-harness"):
+        if held.editable and not (here and name == "lora-harness"):
             return None
         found[name] = held.version
-        waiting += [match[0] for each in held.requires or () if "extra ==" not in each and (match := _NAME.match(each))]
+        waiting += held.needs
     return found
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A distribution that is installed; an `editable` one is a folder, which can change without its version."""
+
+    version: str
+    needs: tuple[str, ...]
+    editable: bool
+
+
+@cache  # every cell asks, and a hundred files of metadata are read for each
+def _held(name: str) -> _Held | None:
+    try:
+        held = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+    needs = (_NAME.match(each) for each in held.requires or () if "extra ==" not in each)
+    editable = "dir_info" in (held.read_text("direct_url.json") or "")
+    return _Held(held.version, tuple(match[0] for match in needs if match), editable)

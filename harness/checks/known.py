@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +25,7 @@ from harness.files import FORMATS
 from harness.fixtures import fixtures_folder
 from harness.law.diagnosis import diagnose
 from harness.law.traits import TRAITS
+from harness.loaders.protocol import Subject
 from harness.outputs import text_of
 from harness.text import printable
 from harness.variants import VARIANTS
@@ -124,7 +125,7 @@ def applies(line: KnownFailure, cell: Cell) -> bool:
     """Whether a line speaks of the cell's loader, version, format and bench."""
     return (
         not line.of_images
-        and cell.subject.spec == line.loader
+        and line.loader in (cell.subject.spec, cell.subject.known_as)
         and (not line.formats or cell.format in line.formats)
         and (not line.benches or cell.bench_name in line.benches)
         and (not line.kinds or tries_silence(cell))
@@ -133,12 +134,24 @@ def applies(line: KnownFailure, cell: Cell) -> bool:
     )
 
 
+def binds(line: KnownFailure, cell: Cell) -> bool:
+    """Whether a line that no longer fails turns the cell red.
+
+    A line without `versions` is of the release that the loader's plain name runs: in another it excuses, and no more.
+    """
+    return line.versions is not None or line.loader == cell.subject.spec
+
+
 def _version_fits(versions: str | None, version: str | None) -> bool:
     if versions is None or version is None:
         return True
     from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
 
-    return version in SpecifierSet(versions, prereleases=True)
+    try:
+        return Version(version) in SpecifierSet(versions, prereleases=True)
+    except InvalidVersion:  # a commit
+        return True
 
 
 def covers(line: KnownFailure, cell: Cell, example: Example) -> bool:
@@ -208,11 +221,14 @@ def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[Know
     return [k for k in lines if not any(applies(k, cell) for cell in declared[k.loader])]
 
 
-def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
+def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Iterator[Verdict]:
     """Try the inputs with a known fault on their own: they must still fail with the recorded code.
 
     A line without a trait speaks of all inputs; it is tried when the search, perhaps a short one, did not show it.
+    Where a line does not bind, what these inputs show instead is told: the search kept away from them.
     """
+    if not binds(known, cell) and known.trait is None:
+        return
 
     def tried(example: Example) -> bool:
         return known.trait is None or covers(known, cell, example)
@@ -223,18 +239,24 @@ def tried_alone(cell: Cell, plan: Plan, known: KnownFailure) -> Verdict:
     for example in filter(tried, planned(cell, plan.layers_in(cell))):
         if until not in found.counts:
             found.add(*observe(limited, example))
-    if (verdict := _shown(limited, known, found)) is not None:
-        return verdict
-    strategy = examples_for(cell, plan).filter(tried)
-    found.join(search(limited, strategy, max_examples=KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
-    return _shown(limited, known, found) or _unexpected_pass(limited, known, found.examples)
+    if known.code not in _named(limited, found):
+        strategy = examples_for(cell, plan).filter(tried)
+        found.join(search(limited, strategy, max_examples=KNOWN_EXAMPLES, base_seed=plan.seed, until=until))
+    shown = _named(limited, found)
+    if known.code in shown:
+        yield known.excuse(shown[known.code].verdict(found.examples))
+    elif binds(known, cell):
+        yield _unexpected_pass(limited, known, found.examples)
+    else:
+        elsewhere = {line.code for line in plan.known if applies(line, cell)}
+        yield from (fault.verdict(found.examples) for code, fault in shown.items() if code not in elsewhere)
 
 
-def _shown(cell: Cell, known: KnownFailure, found: Search) -> Verdict | None:
-    """Return the excused verdict when the recorded fault is among what was found."""
+def _named(cell: Cell, found: Search) -> dict[str, NamedFinding]:
+    """Return what was found, by code."""
     diagnosis = diagnose(found.probes)
-    faults = (NamedFinding(cell, finding, diagnosis) for finding in found.findings.values())
-    return next((known.excuse(fault.verdict(found.examples)) for fault in faults if fault.code == known.code), None)
+    faults = [NamedFinding(cell, finding, diagnosis) for finding in found.findings.values()]
+    return {fault.code: fault for fault in reversed(faults)}
 
 
 def _unexpected_pass(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
@@ -248,6 +270,11 @@ def no_longer_silent(cell: Cell, known: KnownFailure, examples: int) -> Verdict:
     """Return that a loader now says, refuses or applies what it is known to drop."""
     title = f"{known.gone()}, or what it says no longer of it: {', '.join(known.spoken(cell.heard))}"
     return _unexpected_pass(cell, known, examples).model_copy(update={"title": title})
+
+
+def lines_of_images(subject: Subject, known: Sequence[KnownFailure]) -> list[KnownFailure]:
+    """Return the lines with those of the live loader that `subject` is a release of under its own name."""
+    return [replace(k, loader=subject.title) if k.loader == subject.known_as else k for k in known]
 
 
 def excuse_images(verdicts: Sequence[Verdict], known: Sequence[KnownFailure]) -> list[Verdict]:

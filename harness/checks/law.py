@@ -10,8 +10,9 @@ from harness.checks.apart import done_apart
 from harness.checks.cell import Cell
 from harness.checks.plan import planned
 from harness.checks.search import observe
+from harness.isolation.calls import Raised
 from harness.law.diagnosis import Diagnosis, diagnose
-from harness.law.probe import Probe, probe_from
+from harness.law.probe import Probe, fields_of, probe_from
 from harness.loaders.benches import Which, bench_name
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
@@ -19,11 +20,16 @@ from harness.loaders.registry import resolve
 
 @dataclass(frozen=True)
 class MeasuredLaw:
-    """What the planned probes showed: the diagnosis (law, code, trait), the probes, and why some failed."""
+    """What the planned probes showed: the diagnosis (law, code, trait), the probes, and why some failed.
+
+    `late`: they failed at a time limit; `killed`: by a signal from outside. Neither is the loader's answer.
+    """
 
     diagnosis: Diagnosis
     probes: tuple[Probe, ...]
     raised: tuple[str, ...] = ()
+    late: bool = False
+    killed: bool = False
 
     @property
     def formula(self) -> str | None:
@@ -65,24 +71,26 @@ def _apart(cell: Cell, alpha: bool, *, uniform: bool) -> MeasuredLaw:
     """Have the probes made where the loader can do no harm, and name their law here."""
     seen, end = done_apart(cell, lambda own: _measured(own, alpha, uniform=uniform))
     if seen is None:
-        return MeasuredLaw(diagnose(()), (), (end.what,))
+        return MeasuredLaw(diagnose(()), (), (end.what,), late=end.status == "timeout", killed=end.from_outside)
     return _named(seen)
 
 
 def _named(seen: Mapping[str, Any]) -> MeasuredLaw:
     probes = [probe_from(fields) for fields in seen["probes"]]
-    return MeasuredLaw(diagnose(probes), tuple(probes), tuple(seen["raised"]))
+    raised = [Raised(**each) for each in seen["raised"]]
+    late, killed = any(each.timed_out for each in raised), any(each.killed for each in raised)
+    return MeasuredLaw(diagnose(probes), tuple(probes), tuple(each.what for each in raised), late=late, killed=killed)
 
 
 def _measured(cell: Cell, alpha: bool, *, uniform: bool) -> dict[str, Any]:
     probes: list[Probe] = []
-    raised: list[str] = []
+    raised: list[dict[str, Any]] = []
     for example in planned(cell, alpha=alpha, uniform=uniform):
         if len({target.alpha is None for target in example.targets}) > 1:  # a question of its own, which some refuse
             continue
         observation, seen, _ = observe(cell, example)
         probes += seen
         if observation.raised:
-            raised.append(observation.raised.what)
+            raised.append(asdict(observation.raised))
             break
-    return {"probes": [asdict(probe) for probe in probes], "raised": raised}
+    return {"probes": [fields_of(probe) for probe in probes], "raised": raised}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,8 +25,6 @@ from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
 
 Place = tuple[str, str]
 """Format and bench."""
-_LATE = re.compile(r"no answer within|time limit")
-_KILLED = re.compile(r"killed by SIG(KILL|TERM)")
 _SECONDS = 120.0  # for a call, where nobody says: what is imported on the way belongs to it
 
 
@@ -259,9 +256,9 @@ def _state(cell: Cell, law: MeasuredLaw) -> CellLaw:
     what = law.raised[0] if law.raised else ""
     if what.startswith("bench "):
         return replace(found, state=NO_MODEL, what=what)
-    if _LATE.search(what):
+    if law.late:
         return replace(found, state=SLOW, what=what)
-    if _KILLED.search(what):
+    if law.killed:
         return replace(found, state=KILLED, code=None, what=what)
     if not law.probes:
         return replace(found, state=RAISES, what=law.raised[0] if law.raised else "no answer")

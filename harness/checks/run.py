@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.checks.apart import SILENCE, budget, served
@@ -19,7 +19,7 @@ from harness.checks.plan import Plan
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Timed
-from harness.law.probe import probe_from
+from harness.law.probe import fields_of, probe_from
 from harness.loaders.benches import Which
 from harness.loaders.registry import resolve
 from harness.verdict.verdict import LawRecord, Verdict
@@ -193,7 +193,7 @@ class _Told:
 
 def _as_event(measured: Measured) -> dict[str, Any]:
     law = measured.law.model_dump() if measured.law else None
-    return {"law": law, "probes": [asdict(probe) for probe in measured.probes], "labels": dict(measured.labels)}
+    return {"law": law, "probes": [fields_of(probe) for probe in measured.probes], "labels": dict(measured.labels)}
 
 
 def _measured_from(event: dict[str, Any]) -> Measured:

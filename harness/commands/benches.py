@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness.commands import options as shared
-from harness.text import on_one_line, printable
+from harness.text import count, on_one_line, printable
 
 
 @click.command(epilog="\b\nExamples:\n  lora-harness benches\n  lora-harness benches --bench my_model.py:my_phi3")
@@ -56,6 +56,7 @@ def _tell(names: tuple[str, ...], *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"kind": "bench", "name": bench.name, "layers": bench.lora_layers, "told": told}))
             continue
-        click.echo(f"{printable(bench.name)}: {len(bench.lora_layers)} layers take a LoRA")
+        number = count(len(bench.lora_layers), "layer")
+        click.echo(f"{printable(bench.name)}: {number} with a LoRA")
         for line in told:
             click.echo(on_one_line(f"  {line}"))

@@ -176,7 +176,7 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
     for name, (low, high) in record.scales.items():
         yield f"scale {name}", f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
     if "none" in record.alphas and not record.scales:
-        yield "scale", "unknown, as alpha is: readers take 1"
+        yield "scale", "unknown, as alpha is" + (": readers take 1" if record.alpha_source == "none" else "")
     yield "understood", "-" if record.coverage is None else f"{record.coverage:.0%} of the keys"
     if record.trainer:
         yield "trainer", record.trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.commands import options as shared
-from harness.commands.since import carry_over, earlier_run, fingerprints, note
+from harness.commands.since import Place, carry_over, earlier_run, fingerprints, note
 
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
     from harness.checks.known import KnownFailure
+    from harness.checks.plan import Plan
     from harness.errors import UserError
     from harness.images import SweepResult
+    from harness.isolation.limits import Limits
     from harness.report.records import RunWriter
     from harness.verdict.verdict import Verdict
 
@@ -103,44 +105,61 @@ def _not_drawn(loader: str) -> Verdict:
 def _check(
     writer: RunWriter, loaders: Sequence[str], quick: bool, seed: int, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from harness.checks.cell import cells_beside, cells_of
     from harness.checks.plan import Plan
-    from harness.checks.run import check_cells
     from harness.isolation.limits import Limits
-    from harness.loaders.registry import resolve
 
     plan = Plan(options["max_examples"], seed, known=options["known"], share=1 / 20, quick=quick)
     limits = Limits(options["time_limit"], workers=shared.worker_count(options["workers"]))
+    cells = _cells(writer, loaders, all_benches=options["all_benches"])
+    prints = fingerprints(cells, plan, limits)
+    anew = carry_over(writer, options["since"], cells, prints, quiet=as_json)
+    _measure(writer, anew, plan, limits, prints, beside=cells, as_json=as_json)
+    shared.ask_reference(writer, cells, limits.workers)
+    writer.write(*_founding(cells))
+
+
+def _cells(writer: RunWriter, loaders: Sequence[str], *, all_benches: bool) -> list[Cell]:
+    """Return the cells of all loaders, and write why others are none."""
+    from harness.checks.cell import cells_beside, cells_of
+    from harness.loaders.registry import resolve
+
     cells: list[Cell] = []
     for name in loaders:
         found, skipped = cells_of(resolve(name))
-        cells += found
-        if options["all_benches"]:
-            cells += cells_beside(resolve(name))
+        cells += [*found, *(cells_beside(resolve(name)) if all_benches else ())]
         writer.write(*skipped)
-    prints = fingerprints(cells, plan, limits)
-    anew = carry_over(writer, options["since"], cells, prints, quiet=as_json)
-    probes = shared.probe_writer(writer)
+    return cells
+
+
+def _measure(
+    writer: RunWriter,
+    cells: Sequence[Cell],
+    plan: Plan,
+    limits: Limits,
+    prints: Mapping[Place, str | None],
+    *,
+    beside: Sequence[Cell],
+    as_json: bool,
+) -> None:
+    from harness.checks.run import check_cells
+
     quiet = shared.quiet_on(as_json)
-    with shared.cell_progress(anew, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
+    with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=as_json) as pace:
 
         def done(cell: Cell) -> None:
             note(writer, cell, prints)
             pace.cell(cell)
 
-        on_verdict, on_examples, beside = writer.write, pace.examples, tuple(cells)
         check_cells(
-            anew,
+            cells,
             plan,
             limits,
-            on_verdict=on_verdict,
+            on_verdict=writer.write,
             on_cell=done,
-            on_examples=on_examples,
-            on_measured=probes,
+            on_examples=pace.examples,
+            on_measured=shared.probe_writer(writer),
             beside=beside,
         )
-    shared.ask_reference(writer, cells, limits.workers)
-    writer.write(*_founding(cells))
 
 
 def _founding(cells: Sequence[Cell]) -> Iterator[Verdict]:
@@ -188,11 +207,14 @@ class _Written:
 
     def ended(self, index: int, result: SweepResult | UserError) -> None:
         """Write the verdicts of a loader, or why it could not be drawn with: the others still are."""
+        from harness.checks.known import lines_of_images
         from harness.commands.sweep import verdicts_of
         from harness.errors import UserError
+        from harness.loaders.registry import resolve
         from harness.report.models import PartRecord
 
         if isinstance(result, UserError):
             self.writer.write(PartRecord(name=f"sweep:{self.loaders[index]}", measured=False, reason=str(result)))
         else:
-            self.writer.write(*verdicts_of(result, self.known))
+            known = lines_of_images(resolve(self.loaders[index]), self.known)
+            self.writer.write(*verdicts_of(result, known))

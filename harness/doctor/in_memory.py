@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,11 +26,23 @@ def in_file(config: Mapping[str, Any], layers: int) -> dict[str, str]:
     named = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
     if not named or any(map(_REACHES_OUT.search, _keys(config))) or _deepest(config) > max(layers, _MOST):
         return {}
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        return _renamed(named, json.dumps(config, sort_keys=True))
+        with _without_hub():
+            return _renamed(named, json.dumps(config, sort_keys=True))
     except Exception:  # transformers is not here, or does not take this configuration: in many ways
         return {}
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """Keep the block from a hub, and leave who called us as he was: its client asks its constant each time."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @lru_cache(8)

@@ -305,7 +305,7 @@ def _checked(adapter: LoraAdapter, module: LoraModule, slot: Slot, shape: Shape 
         not shape
         or not module.out_features
         or module.variant in ("experts", "set", "tokens")
-        or _reshapes(adapter, module)
+        or _reshapes(adapter, module, shape)
     ):
         return slot
     wanted = slot.part[1] - slot.part[0] if slot.part else module.out_features
@@ -330,9 +330,11 @@ def _columns_fit(module: LoraModule, shape: Shape) -> bool:
     return module.in_features in (shape[1], columns) or (len(shape) > 2 and module.in_features % shape[1] == 0)
 
 
-def _reshapes(adapter: LoraAdapter, module: LoraModule) -> bool:
+def _reshapes(adapter: LoraAdapter, module: LoraModule, shape: Shape) -> bool:
     """Tell whether a module comes with a wider layer than the base has: FLUX's control LoRAs, ComfyUI's reshapes."""
-    return "reshape_weight" in module.keys or (adapter.format == "bfl-control" and module.name == "img_in")
+    control = {"bfl-control": "img_in", "diffusers": "x_embedder"}.get(adapter.format) == module.name
+    wider = len(shape) == 2 and shape[0] == module.out_features and shape[1] < module.in_features
+    return "reshape_weight" in module.keys or (control and wider)
 
 
 def _misfit(module: LoraModule, slot: Slot, shape: Shape) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,16 @@ _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _IDLE = (".input_scale", ".scale_input", ".output_scale", ".input_activation_scale", ".comfy_quant", ".weight_format")
 _GROUPS, _BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 _LARGEST_STATE = 4096  # bytes of bitsandbytes' JSON
+TABLES: Mapping[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+    ),
+    "fp4": (
+        -1.0, -2 / 3, -0.5, -1 / 3, -0.25, -1 / 6, -1 / 192, 0.0, 0.0, 1 / 192, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0,
+    ),
+}  # fmt: skip
+"""The numbers of 4-bit codes, in order, in shares of the largest of their block."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Scheme:
     scales, zero points. `rows` returns rows [start, stop) of the real weight as float32 [rows, in]; without it `why`
     says what stands in the way. `step`, where the real weights are the numbers of `codes`, times it, plus `offset`,
     returns the scales of these rows, [rows or 1, in or 1], `offset` likewise; `codes` is the key of those numbers,
-    empty for whole numbers that are packed.
+    empty where they are packed: `table` then names what they are, whole numbers where it is empty.
     """
 
     name: str
@@ -46,6 +57,7 @@ class Scheme:
     step: Rows | None = None
     codes: str = ""
     offset: Rows | None = None
+    table: str = ""
     why: str = ""
 
 
@@ -188,8 +200,10 @@ def _bnb4(tensors: Tensors, stem: str) -> Found:
     if not _bnb4_fits(tensors, stem, said, math.prod(shape)):
         raise ValueError(f"{state} describes another layer than {stem} holds")
     tails = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-    owned = (stem, state, *tensors.there(stem, *tails))
-    return stem, Scheme(f"bitsandbytes {said['quant_type']}", shape, owned, partial(_bnb4_rows, tensors, stem, said))
+    owned, kind = (stem, state, *tensors.there(stem, *tails)), str(said["quant_type"])
+    rows, maxima = (partial(part, tensors, stem, said) for part in (_bnb4_rows, _bnb4_maxima))
+    known = kind in TABLES and np.allclose(np.sort(tensors.whole(f"{stem}.quant_map").float()), TABLES[kind], atol=1e-3)
+    return stem, Scheme(f"bitsandbytes {kind}", shape, owned, rows, maxima if known else None, table=kind)
 
 
 def _state(tensors: Tensors, key: str) -> Mapping[str, Any]:
@@ -220,14 +234,20 @@ def _bnb4_rows(tensors: Tensors, name: str, said: Mapping[str, Any], start: int,
     first, end = start * columns, stop * columns
     packed = tensors.read(name, first // 2, -(-end // 2)).flatten()
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[first % 2 :][: end - first]
-    blocks = torch.arange(first, end) // said["blocksize"]
+    values = tensors.whole(f"{name}.quant_map").float()[codes.long()].reshape(stop - start, columns)
+    return values * _bnb4_maxima(tensors, name, said, start, stop)
+
+
+def _bnb4_maxima(tensors: Tensors, name: str, said: Mapping[str, Any], start: int, stop: int) -> Tensor:
+    """Return the absolute maximum of the block of each element in rows [start, stop)."""
+    columns = math.prod(said["shape"][1:])
+    blocks = torch.arange(start * columns, stop * columns) // said["blocksize"]
     low, high = int(blocks[0]), int(blocks[-1]) + 1
     maxima = tensors.read(f"{name}.absmax", low, high)
     if f"{name}.nested_absmax" in tensors.infos:
         outer = tensors.whole(f"{name}.nested_absmax").float()[torch.arange(low, high) // said["nested_blocksize"]]
         maxima = tensors.whole(f"{name}.nested_quant_map").float()[maxima.long()] * outer + said["nested_offset"]
-    values = tensors.whole(f"{name}.quant_map").float()[codes.long()] * maxima.float()[blocks - low]
-    return values.reshape(stop - start, columns)
+    return maxima.float()[blocks - low].reshape(stop - start, columns)
 
 
 def _quanto(tensors: Tensors, stem: str) -> Found:

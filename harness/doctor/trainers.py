@@ -39,6 +39,10 @@ def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str
     """Say what a file without alpha may mean, in numbers."""
     if not _is_without(traits, lora_alpha):
         return
+    if two := traits.adapter.alpha_by_release:
+        once = f"{two[0] * two[1]:g} if mlx-vlm up to 0.4.4 trained it, {two[0]:g} if a later one did"
+        yield f"as others count, {once}: --lora-alpha N"
+        return
     ranks = sorted({module.rank for module in traits.modules if module.rank})
     rank = f"{ranks[0]}" if len(ranks) == 1 else "r"
     if rule := _rule(traits):

@@ -317,6 +317,8 @@ def _spread(values: Iterable[object]) -> str:
 
 
 def _alphas(traits: Traits) -> str:
+    if two := traits.adapter.alpha_by_release:
+        return f"{two[0]:.6g} or {two[0] * two[1]:.6g} by release (in adapter_config.json)"
     values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
     where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
     return _spread(values) + where.get(traits.adapter.alpha_source, "")

@@ -121,6 +121,14 @@ class LoraAdapter:
         return next(iter(variants)) if len(variants) == 1 and variants <= OTHER_VARIANTS else "lora"
 
     @property
+    def alpha_by_release(self) -> tuple[float, int] | None:
+        """Return alpha and rank where one release of the tool multiplies by alpha, another by alpha / rank."""
+        alpha, rank = self.config.get("alpha"), self.config.get("rank")
+        if self.format != "mlx-vlm" or not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 2:
+            return None
+        return (float(alpha), rank) if self.alpha_source == "config" else None
+
+    @property
     def is_unscaled(self) -> bool:
         """Tell whether no module has a scale that a tool could take a share of: PEFT's methods without a rank."""
         return self.format == "peft" and not any(module.rank for module in self.modules.values())

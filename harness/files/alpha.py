@@ -35,7 +35,7 @@ class Alphas:
 def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Problem]) -> Alphas:
     """Fill in alpha from the first place the format knows that has one."""
     found = Alphas(modules)
-    for home, fill in (("scale", _from_scale), ("kv", _from_kv)):
+    for home, fill in (("scale", _from_scale), ("releases", _from_releases), ("kv", _from_kv)):
         if home in row.alpha:
             found = fill(source, modules, problems)
     if configs := _configs(source, row, modules):
@@ -75,12 +75,31 @@ def _from_scale(source: Source, modules: Modules, problems: list[Problem]) -> Al
         what = f"is {printable(repr(scale), 60)}, a number is needed: mlx-lm has no default when it loads"
         problems.append(Problem("LH705", f"{CONFIG_NAME}: {MLX}.scale", what, fatal=True))
         return Alphas(modules, config=source.config)
+    _refuse_other_ranks(modules, rank, problems)
+    factor = float(min(scale, _LARGEST))
+    return Alphas(_each(modules, lambda module: factor * module.rank), "config", source.config)
+
+
+def _from_releases(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:
+    """Fill in alpha where all releases of mlx-vlm multiply by the same: alpha is alpha / rank of rank 1."""
+    if source.config is None:
+        return Alphas(modules)
+    alpha, rank = source.config.get("alpha"), source.config.get("rank")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        what = f"is {printable(repr(alpha), 60)}, a number is needed"
+        problems.append(Problem("LH705", f"{CONFIG_NAME}: alpha", what, fatal=True))
+        return Alphas(modules, config=source.config)
+    _refuse_other_ranks(modules, rank, problems)
+    alone = rank == 1
+    number = float(min(alpha, _LARGEST))
+    return Alphas(_each(modules, lambda module: number) if alone else modules, "config", source.config)
+
+
+def _refuse_other_ranks(modules: Modules, rank: object, problems: list[Problem]) -> None:
     for module in modules.values():
         if module.rank not in (0, rank):
             what = f"the configuration says rank {printable(repr(rank), 40)}, the tensors have rank {module.rank}"
             problems.append(Problem("LH706", printable(module.name), what, fatal=True))
-    factor = float(min(scale, _LARGEST))
-    return Alphas(_each(modules, lambda module: factor * module.rank), "config", source.config)
 
 
 def _from_kv(source: Source, modules: Modules, problems: list[Problem]) -> Alphas:

@@ -193,8 +193,6 @@ def _kind(source: Source) -> str:
     vectors = all(1 <= len(info.shape) <= 2 for info in tensors.values())
     if any(key.startswith(("ip_adapter.", "image_proj.")) for key in tensors):
         return "an IP-Adapter"
-    if all(key.endswith((".A", ".B")) for key in tensors):
-        return "mlx-vlm's own LoRA, which no other tool reads (A @ B times the alpha of its configuration)"
     if any(key.startswith("lllite_") for key in tensors):
         return "a ControlNet-LLLite, which is no LoRA"
     methods = [hit[1] for key in tensors for word in key.split(".") if (hit := METHOD_WORD.match(word))]

@@ -15,7 +15,7 @@ from harness.files.keys import METHOD_WORD, cut, tails
 from harness.files.tensor_file import TensorFile
 
 Place = tuple[str, str]  # component, module name
-AlphaHome = Literal["tensor", "config", "header", "beside", "scale", "kv", "none"]
+AlphaHome = Literal["tensor", "config", "header", "beside", "scale", "releases", "kv", "none"]
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
 _DENOISER = re.compile(
@@ -84,7 +84,8 @@ class Format:
     all, where keys alone do not. `alpha` lists where alpha may live, the first is where it is written: a tensor per
     module, `config` and `header` (PEFT's configuration), `beside` (that in a folder which readers of the format do not
     open: diffusion-pipe), `scale` (mlx-lm: one factor for the file, instead of alpha),
-    `kv` (GGUF: one alpha for the file), `none`. `flips` gives the roles of a module that are stored transposed.
+    `releases` (mlx-vlm: one alpha for the file, which its releases read in two ways), `kv` (GGUF: one alpha for the
+    file), `none`. `flips` gives the roles of a module that are stored transposed.
     `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with. `marks`
     are keys that only say which format this is; beside them other keys replace weights.
     """

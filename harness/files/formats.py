@@ -37,6 +37,12 @@ def _is_gguf(source: Source) -> bool:
     return isinstance(source.file, GgufFile)
 
 
+def _is_mlx_vlm(source: Source) -> bool:
+    halves = sum(key.endswith((".A", ".B")) for key in source.file.keys)
+    told = source.config is not None and {"rank", "alpha"} <= source.config.keys()
+    return halves > 0 and (told or halves == len(source.file.keys))
+
+
 def _is_control(source: Source) -> bool:
     able = [key for key in source.file.keys if key.endswith(("_norm.scale", ".lora_B.bias"))]
     return any(_NORM.match(key) or _BIAS.match(key) for key in able)
@@ -213,6 +219,21 @@ _ROWS = (
         metadata={"format": "mlx"},
         extras={"m": "magnitude"},
         trait=lambda source: any(key.endswith((".lora_a", ".lora_b")) for key in source.file.keys),
+        flips=lambda name: ("A", "B"),
+        weights_name=MLX_WEIGHTS_NAME,
+    ),
+    # mlx-vlm: the same folder, the halves called A: [in, r] and B: [r, out]. Its configuration has one rank and one
+    # alpha, by which releases up to 0.4.4 multiply; those from 0.5.0 on divide it by the rank (and 0.6.0 writes `mlx`).
+    Format(
+        name="mlx-vlm",
+        example="<module>.A beside adapter_config.json with rank and alpha",
+        pairs=("A",),
+        alpha=("releases",),
+        bare="always",
+        folder=True,
+        metadata={"format": "mlx"},
+        naming=Naming(lambda stem, tail: stem, lambda name: None, "none that is written"),
+        trait=_is_mlx_vlm,
         flips=lambda name: ("A", "B"),
         weights_name=MLX_WEIGHTS_NAME,
     ),

@@ -146,6 +146,8 @@ def model_names(file: GgufFile, layers: Iterable[str]) -> dict[str, str]:
         own = _OWN.get((file.metadata["general.architecture"], layer.rpartition(".")[2]))
         if own and (block := _BLOCK.match(layer)):
             named[layer] = f"model.layers.{block[1]}.{own}"
+    if "output" in named and starts == _MODERN:  # not `model.transformer.ff_out`, as LLaDA has it
+        named["output"] = "lm_head"
     return named
 
 

@@ -16,6 +16,7 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "bare": ("lora_A", "lora_B"),
     "down": ("down.weight", "up.weight"),
     "lora_a": ("lora_a", "lora_b"),
+    "A": ("A", "B"),
     "weight.lora_a": ("weight.lora_a", "weight.lora_b"),
     "lora_a.weight": ("lora_a.weight", "lora_b.weight"),
     "bare.down": ("down", "up"),

@@ -35,9 +35,14 @@ def add_peft_parts(source: Source, row: Format, found: Sorted, problems: list[Pr
     config = source.config or {}
     prefixed = any(key.startswith(row.starts) for key in source.file.keys)
     taken = {key for roles in found.modules.values() for key in roles.values()}
+    pairs = frozenset(name for (_, name), roles in found.modules.items() if {"A", "B"} <= roles.keys())
     for key in source.file.keys:
         path = _path(source.plain(key), row, source.config is not None and not prefixed)
         if 0 < len(path) <= _LONGEST and key not in taken and (part := _part(path, config, source.method)):
+            if part[1] == "set_weight" and part[0].rpartition(".")[0] in pairs:  # a layer has no layer inside
+                what = "a part of an adapted layer that is not known: B @ A is not its whole update"
+                problems.append(Problem("LH708", printable(key), what, fatal=True))
+                continue
             roles = found.modules.setdefault(("", part[0]), {})
             again = part[1] in roles and part[1] in TWICE  # PEFT saves the biases of saved modules twice
             roles.setdefault(TWICE[part[1]] if again else part[1], key)

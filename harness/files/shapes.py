@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from harness.files.adapter import LoraModule, Problem
@@ -14,9 +15,15 @@ from harness.text import printable
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = tuple[int, int, int]  # rank, in, out
 _MOST_DIMENSIONS = 5
+_TABLE = re.compile(r"(?:^|\.)(?:(?!embed_out)\w*embed\w*|wte|wpe)$")
 _UNLIKELY = 256  # no trainer gives a layer of half that size such a rank
 GROUPED = ("lora_gate_and_up_A", "lora_down_A")  # halves of experts that are stored [e, in, r] and [e, r, out]
 _NOT_WEIGHTS = ("alpha", "reshape_weight", "set_weight", *COPIES, *OTHER_PARTS)
+_TAKEN = dict.fromkeys(
+    ("I8", "I16", "I32", "I64", "U8"),
+    ": PEFT, LyCORIS and ComfyUI take such whole numbers as the weights, diffusers refuses them, and a scale that "
+    "belongs to them is lost",
+)
 _KNOWN_ROLES = frozenset({"A", "B", *EXTRAS.values(), *WHOLE_ROLES, *COPIES})
 
 
@@ -49,6 +56,7 @@ def measure(
     """
     first = roles.get("A", "")
     table = first.endswith("embedding_A") or first.startswith("token_embd.")  # A is that of an embedding
+    table |= first.endswith(".lora_a") and bool(flips) and bool(_TABLE.search(place[1]))
     tensors, grouped = file.tensors, first.endswith(GROUPED)
     parts = [tensors[key][:2] for key in roles.values()]
     flips = ("A", "B") if grouped else flips
@@ -266,7 +274,7 @@ def _refuse_additions(shapes: Shapes, variant: str, sizes: Sizes) -> None:
 def _refuse_dtypes(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     for role, (dtype, _) in parts.items():
         if role in _KNOWN_ROLES and role not in _NOT_WEIGHTS and not is_float(dtype):
-            raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed")
+            raise ShapeError(role, f"has dtype {dtype}, a floating-point type is needed{_TAKEN.get(dtype, '')}")
 
 
 def _shown(shape: tuple[int, ...]) -> str:

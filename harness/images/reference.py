@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.files import LoraAdapter, match_modules, read_lora
 from harness.images.pipelines import OpenPipeline
 from harness.reference.closed_form import product
+from harness.text import count
 
 _KEEP = 64_000_000  # products of up to this many values are kept between strengths; larger ones are formed again
 
@@ -88,7 +89,7 @@ def _matched(opened: OpenPipeline, adapter: LoraAdapter) -> tuple[dict[str, str]
     if not names:
         example = next(iter(adapter.modules), "none")
         raise UserError(
-            f"{adapter.path}: none of its {len(adapter.modules)} modules (such as {example}) is in the "
+            f"{adapter.path}: none of its {count(len(adapter.modules), 'module')} (such as {example}) is in the "
             f"{opened.denoiser} of {opened.name}; is it a LoRA for another model?"
         )
     for file_name, name in names.items():

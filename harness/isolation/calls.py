@@ -42,12 +42,13 @@ class Raised:
     """The loader raised (LH901), left a model that cannot be measured (LH902) or refused the file (LH903).
 
     `what` says so in one line. `message` is all that the exception said, `frames` where it came from, innermost last,
-    `printed` what the process printed last.
+    `printed` what the process printed last. `killed`: by a signal from outside, which says nothing of the loader.
     """
 
     code: str
     what: str
     timed_out: bool = False
+    killed: bool = False
     message: str = ""
     frames: Sequence[str] = ()
     printed: str = ""
@@ -264,4 +265,5 @@ def _is_ours(frame: FrameType) -> bool:
 def lost_raised(lost: SubjectLostError, where: str = "") -> Raised:
     """Return what to say of a subject whose process gave no answer, `where` it was last."""
     why = {"timeout": "", "memory": "out of memory: ", "killed": "process died: "}.get(lost.status, "")
-    return Raised("LH901", f"{why}{lost.what}{where}", timed_out=lost.status == "timeout", printed=lost.tail)
+    late = lost.status == "timeout"
+    return Raised("LH901", f"{why}{lost.what}{where}", timed_out=late, killed=lost.from_outside, printed=lost.tail)

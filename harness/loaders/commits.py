@@ -8,17 +8,19 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import LoaderSpecError
+from harness.errors import LoaderSpecError, one_line
 from harness.loaders.checkouts import stated_version
 from harness.loaders.live import LiveLoader
 from harness.loaders.releases import releases_root
 from harness.text import printable
 
 _DIGITS = 12
+_SECONDS = 60  # for a Python to start and to look for packages
+_FIND = "import importlib.util as u, sys; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ def sources_at(live: LiveLoader, place: str) -> Sources:
     """
     path = Path(place).expanduser()
     if (python := _python(path)) is not None:
+        packages = dict.fromkeys(each.partition(".")[0] for each in live.imports)
+        _has_all(python, ["torch", "safetensors", *packages], place)
         return Sources(None, python=str(python))
     folder, commit = _split(live, place)
     digits = _commit(folder, commit)
     sources = _exported(live, folder, digits)
     if live.checkout:
-        return Sources(digits, variables={live.checkout.variable: str(sources)})
+        if not (sources / live.checkout.marker).is_file():
+            raise LoaderSpecError(f"{folder} has no {live.checkout.marker} at {digits}: it is no {live.name}")
+        said = stated_version(sources)
+        return Sources(f"{said}+{digits}" if said else digits, variables={live.checkout.variable: str(sources)})
     root = next((each for each in (sources / "src", sources) if _holds(each, live)), None)
     if root is None:
         raise LoaderSpecError(f"{printable(place)!r} is no checkout of {live.needs[0]}: {live.imports[0]} is not in it")
@@ -57,12 +64,25 @@ def _python(path: Path) -> Path | None:
     return found.absolute() if found.is_file() and os.access(found, os.X_OK) else None
 
 
+def _has_all(python: Path, names: Sequence[str], place: str) -> None:
+    """Refuse a Python in which one of the packages is missing: nothing of the loader could be measured there."""
+    try:
+        done = subprocess.run([str(python), "-c", _FIND, *names], capture_output=True, check=False, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LoaderSpecError(f"{printable(place)!r}: {python} does not run: {one_line(error)}") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
+        raise LoaderSpecError(f"{printable(place)!r}: {python} does not run: {printable(said, 200)}")
+    if missing := done.stdout.decode().split():
+        raise LoaderSpecError(f"{printable(place)!r} has no {missing[0]}; there must be {', '.join(names)}")
+
+
 def _split(live: LiveLoader, place: str) -> tuple[Path, str]:
     """Return the folder of the checkout and what names the commit."""
     folder, _, commit = place.partition("@")
     if Path(folder).expanduser().is_dir():
         return Path(folder).expanduser().resolve(), commit or "HEAD"
-    if live.checkout is None:
+    if live.checkout is None or Path(folder).expanduser().is_absolute() or folder.startswith("."):
         raise LoaderSpecError(f"there is no folder {printable(folder)}; write {live.name}@FOLDER@COMMIT")
     return live.checkout.folder().resolve(), place
 
@@ -89,7 +109,8 @@ def _exported(live: LiveLoader, folder: Path, commit: str) -> Path:
         return target
     done = _git(folder, "archive", "--format=tar", commit)
     if done.returncode != 0:
-        raise LoaderSpecError(f"git cannot export {commit} of {folder}: {printable(done.stderr.decode(), 200)}")
+        why = printable(done.stderr.decode(errors="replace").partition("\n")[0], 200)
+        raise LoaderSpecError(f"git cannot export {commit} of {folder}: {why}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:

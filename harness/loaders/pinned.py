@@ -69,7 +69,10 @@ def pinned_subject(spec: str) -> Subject:
     if live is None:
         raise LoaderSpecError(f"{printable(spec)!r}: {found['name']} is no loader whose releases are known here")
     if found["sign"] == "@":
-        return _from_sources(spec, live, sources_at(live, found["rest"]))
+        sources = sources_at(live, found["rest"])
+        if live.checkout and sources.python is None and (lacking := live.lacking()):
+            raise LoaderSpecError(f"{printable(spec)}: {lacking}")
+        return _from_sources(spec, live, sources)
     return _from_releases(spec, live, found["rest"].split(","))
 
 
@@ -88,7 +91,8 @@ def _from_releases(spec: str, live: LiveLoader, parts: Sequence[str]) -> Subject
         raise LoaderSpecError(f"{spec} is not here; {how}")
     if live.package:
         load, version = live.bound(pins[package])
-        return Subject(spec, load, version, declaration_of(live.load))
+        known_as = live.name if version == live.version() else f"{live.name}-{version}"
+        return Subject(spec, load, version, declaration_of(live.load), known_as=known_as)
     every = [*pins.items(), *(parse_pin(pin) for name, version in pins.items() for pin in beside(name, version))]
     found = [str(release.folder) for name, version in every if (release := here(name, version))]
     folders = [folder for folder in found if folder not in sys.path]  # one that is installed is found there
@@ -116,7 +120,7 @@ def _subject(
     served, said = Served(spec, elsewhere.words(_SERVE)), declaration_of(live.load)
     unload, set_strength = said.unload and served.unload, said.set_strength and served.set_strength
     declaration = replace(said, unload=unload, set_strength=set_strength)
-    return Subject(spec, served, version, declaration, elsewhere=elsewhere)
+    return Subject(spec, served, version, declaration, elsewhere=elsewhere, known_as=live.name)
 
 
 def subject_there(told: Mapping[str, Any]) -> Subject:

@@ -103,7 +103,8 @@ SERVER = Defaults(seconds=60.0)
 class Subject:
     """A loader ready to be tested: `spec` is the string that names it everywhere, `name` how it is shown instead.
 
-    The code of one that is `elsewhere` runs in another interpreter, or among other packages.
+    The code of one that is `elsewhere` runs in another interpreter, or among other packages. One that is named with a
+    release or a checkout is `known_as` the live loader that it is a release of.
     """
 
     spec: str
@@ -113,6 +114,7 @@ class Subject:
     defaults: Defaults = FUNCTION
     name: str | None = None
     elsewhere: Elsewhere | None = field(default=None, compare=False)
+    known_as: str | None = None
 
     @property
     def title(self) -> str:

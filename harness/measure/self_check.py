@@ -77,7 +77,8 @@ def _check_tensors(model: torch.nn.Module, refused: Refused) -> None:
     if place := next((p.device for p in parameters if p.device.type != "cpu"), None):
         raise refused(f"its tensors are on {place}; build it on the CPU")
     if not any(p.is_floating_point() for p in parameters):
-        raise refused("the model has no weights")
+        kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        raise refused(f"its weights are {kinds}, not floating-point numbers" if kinds else "the model has no weights")
     if (number := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
         raise refused(f"the model has {number:,} weights, a bench at most {MOST_WEIGHTS:,}: give it a smaller config")
 
@@ -167,8 +168,11 @@ def _targets(
     refused: Refused,
 ) -> list[str]:
     """Return the layers that a LoRA may change; where nobody said which, all but those that share their weight."""
+    if unread and not layers:
+        name = next(iter(unread))
+        raise refused(f"none of its layers can be read: {name}: {unread[name]}")
     if not layers:
-        raise refused("it has no linear layer, convolution or embedding, with a name of its own, that can be read")
+        raise refused("it has no linear layer, convolution or embedding, with a name of its own")
     if said.targets is None:
         twice = shared(model, layers)
         return [name for name in layers if name not in twice and name not in twice.values()]

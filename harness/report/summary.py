@@ -291,13 +291,16 @@ def _all_right(run: Run, tested: int) -> str:
 def _seen(run: Run) -> str:
     """Say how much a green line rests on: examples, dtypes, formats, benches, variants; empty for pictures."""
     judged = [verdict for verdict in run.verdicts if verdict.format is not None and verdict.examples]
-    cells = {(v.loader, v.format, v.bench, v.variant): v.examples or 0 for v in judged}
+    cells: dict[tuple[str | None, ...], int] = {}
+    for v in judged:  # what is known to fail is tried alone, on fewer
+        key = (v.loader, v.format, v.bench, v.variant)
+        cells[key] = max(cells.get(key, 0), v.examples or 0)
     dtypes = {name for v in judged for kind in ("model_dtypes", "file_dtypes") for name in v.data.get(kind, ())}
     if not cells or not dtypes:
         return ""
     formats, benches, variants = ({key[place] for key in cells} for place in (1, 2, 3))
     places = (count(len(formats), "format"), _benches(len(benches)), count(len(variants), "variant"))
-    return f" Seen: {sum(cells.values()):,} examples in {listed(sorted(dtypes))}; {', '.join(places)}."
+    return f" Seen: {count(sum(cells.values()), 'example')} in {listed(sorted(dtypes))}; {', '.join(places)}."
 
 
 def _benches(number: int) -> str:

@@ -157,6 +157,8 @@ class FileRecord(Record):
         """What the scales mean for a person who loads the file, in one sentence or two."""
         if self.modules and self.ranks.keys() <= {"full"}:
             return "Nothing in it is scaled by alpha / rank."
+        if self.trained is None and self.modules and self.alpha_source == "config":
+            return "Releases of its tool read its alpha in two ways: --lora-alpha says which the training meant."
         if self.trained is None or not self.modules:
             return "No alpha in the file: the standard is lora_alpha / rank of the training, 1 if both were equal."
         low, high = self.trained

@@ -297,6 +297,15 @@ BUILT = (
         file="adapters.safetensors",
     ),
     of(
+        "mlx_vlm",
+        {
+            "language_model.model.layers.0.self_attn.q_proj.A": (32, 8),
+            "language_model.model.layers.0.self_attn.q_proj.B": (8, 48),
+        },
+        config={"rank": 8, "alpha": 0.1, "dropout": 0.1},
+        file="adapters.safetensors",
+    ),
+    of(
         "fused_beside_split",
         pairs("diffusion_model.layers.0.attention.qkv diffusion_model.layers.0.attention.to_q", **KOHYA),
     ),

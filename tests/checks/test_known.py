@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness import KnownFailure, check_loader, read_known_failures
-from harness.checks.known import shipped_known_failures
+from harness.checks.cell import cells_of
+from harness.checks.examine import check_cell
+from harness.checks.known import applies, shipped_known_failures
+from harness.checks.plan import Plan
 from harness.checks.run import Limits
 from harness.errors import UserError
+from harness.loaders.registry import resolve
 from harness.verdict.verdict import Verdict
 
 SPEC = "tests.checks.sample_loaders:"
@@ -43,6 +48,39 @@ def test_a_fault_with_a_trait_is_tried_on_its_own_and_hides_nothing() -> None:
 
 def test_a_line_that_matches_no_cell_is_an_error() -> None:
     assert "errored" in outcomes("right", known("right", "LH201", benches=("gpt2",)))
+
+
+def of_a_release(name: str, *failures: KnownFailure) -> list[tuple[str, str | None]]:
+    """Return outcome and code of every verdict on a release of the loader `acme`, whose known failures these are."""
+    subject = replace(resolve(SPEC + name), spec="acme==2.0", version="2.0", known_as="acme")
+    plan = Plan(25, known=tuple(replace(line, loader="acme") for line in failures), shrink=False)
+    cell, *_ = cells_of(subject, ["kohya"], ["qwen-image"])[0]
+    return [(v.outcome, v.code) for v in check_cell(cell, plan) if v.outcome != "passed"]
+
+
+def test_what_is_known_of_a_loader_excuses_its_releases() -> None:
+    assert of_a_release("raw_alpha", known("raw_alpha", "LH201")) == [("xfailed", "LH201")]
+    assert of_a_release("raw_alpha", known("raw_alpha", "LH201", versions="<2")) == [("failed", "LH201")]
+    line = known("only_rank_one", "LH209", trait="rank = 1")
+    assert of_a_release("only_rank_one", line) == [("xfailed", "LH209")]
+
+
+def test_a_line_binds_the_releases_that_it_names_and_no_other() -> None:
+    for trait in (None, "rank = 1"):
+        assert of_a_release("right", known("right", "LH901", trait=trait)) == []
+        assert of_a_release("right", known("right", "LH901", trait=trait, versions=">=2")) == [("xpassed", "LH901")]
+
+
+def test_what_a_release_does_instead_of_what_is_known_is_told() -> None:
+    line = known("only_rank_one", "LH901", trait="rank = 1")
+    assert of_a_release("only_rank_one", line) == [("failed", "LH209")]
+
+
+def test_the_version_of_a_commit_is_not_compared() -> None:
+    (cell, *_), _ = cells_of(resolve(SPEC + "right"), ["kohya"], ["qwen-image"])
+    line = known("right", "LH201", versions=">=2")
+    versions = {"2.1": True, "1.9": False, "2.1+0a1b2c3d4e5f": True, "0a1b2c3d4e5f": True}
+    assert {v: applies(line, replace(cell, subject=replace(cell.subject, version=v))) for v in versions} == versions
 
 
 def test_the_shipped_lines_have_a_reason_a_link_and_their_finding_page() -> None:

@@ -117,6 +117,11 @@ def test_a_release_that_is_killed_again_and_again_is_not_judged(root, number):
     assert changes(found.values()) == []
 
 
+def test_a_release_that_says_the_words_of_another_end_in_its_exception_raises(root):
+    release(root, "9.0", "{}['no answer within the time limit, killed by SIGKILL']")
+    assert list(measured("9.0")["9.0"].states.values()) == [RAISES]
+
+
 def test_a_release_that_is_not_the_one_named_is_not_measured_for_it(root):
     release(root, "9.0")
     (root / "loralib-9.0").rename(root / "loralib-9.7")

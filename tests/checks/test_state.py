@@ -167,6 +167,17 @@ WRONG = {
 }
 
 
+@loader(unload=take_last)
+def float32_alone(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    if next(model.parameters()).dtype != torch.float32:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+    put(model, lora, strength, f"file {len(kept(model))}")
+
+
+def test_a_load_that_raises_is_not_the_unloads_fault() -> None:
+    assert "LH403" not in codes(float32_alone)
+
+
 @pytest.mark.parametrize("load", RIGHT)
 def test_both_ways_to_take_a_second_file_are_right(load: Callable[..., object]) -> None:
     assert codes(load) == []

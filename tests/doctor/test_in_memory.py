@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from harness.doctor import inspect_file
@@ -85,3 +87,36 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_configuration_that_tells_nothing_is_left_alone(name: str) -> None:
     assert in_file(HOSTILE[name], 12) == {}
+
+
+def test_a_callers_own_access_to_a_hub_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    seen: list[bool] = []
+    post_init = PreTrainedModel.post_init
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        PreTrainedModel, "post_init", lambda model: (seen.append(constants.is_offline_mode()), post_init(model))
+    )
+    config = transformers.ViTConfig(**PICTURE, num_labels=5)
+    assert in_file({**config.to_dict(), "architectures": ["ViTForImageClassification"]}, 2)
+    assert seen
+    assert all(seen)
+    assert "HF_HUB_OFFLINE" not in os.environ
+    assert not constants.is_offline_mode()
+
+
+def segformer() -> PreTrainedModel:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_encoder_blocks": 2}
+    sizes |= {"num_attention_heads": [1, 2], "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2]}
+    config = transformers.SegformerConfig(**sizes, mlp_ratios=[2, 2], decoder_hidden_size=16)
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def test_a_target_that_the_model_has_in_its_file_alone_is_not_missed(tmp_path: Path) -> None:
+    base, _, folder = write(tmp_path, segformer(), lora(target_modules=["query", "proj"]))
+    with safe_open(base / "model.safetensors", "pt") as file:
+        assert "segformer.encoder.block.0.0.attention.self.query.weight" in set(file.keys())
+    assert inspect_file(folder, base=base).codes == ()

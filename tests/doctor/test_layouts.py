@@ -104,6 +104,7 @@ BUILT_TRUTH = {
     "nunchaku": Truth("diffsynth", "nunchaku", ""),
     "mlx_step": Truth("mlx", "lora", "8"),
     "mlx_before_june_2024": Truth("mlx", "lora", "8", "LH716"),
+    "mlx_vlm": Truth("mlx-vlm", "lora", "8", "LH716"),
     "fused_beside_split": Truth("comfyui", "lora", "8", "LH715"),
     "old_diffusers_bare": Truth("diffsynth", "lora", "8", "LH701"),
 }

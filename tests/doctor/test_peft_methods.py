@@ -100,8 +100,26 @@ def test_what_adapts_no_single_layer_is_no_file_of_another_model(method: str, tm
     model.save_pretrained(tmp_path / "base")
     peft.get_peft_model(model, PROMPTS[method]()).save_pretrained(tmp_path / "lora")
     assert inspect_file(tmp_path / "lora", base=tmp_path / "base").codes in ((), ("LH713",))
-    with pytest.raises(UserError, match="has no parameters for single layers"):
-        verify_merge(tmp_path / "base", tmp_path / "base", tmp_path / "lora")
+    report = verify_merge(tmp_path / "base", tmp_path / "base", tmp_path / "lora")
+    assert (report.exit_code, "may have no merge at all" in report.overall.text()) == (3, True)
+
+
+def test_layers_that_share_one_vector_are_not_judged_and_the_others_must_be_the_base_s(tmp_path: Path) -> None:
+    """UniLoRA saves a vector, out of which PEFT draws the parameters of all layers."""
+    config = peft.UniLoraConfig(target_modules=["q_proj"], r=4)
+    report = verify_merge(*write(tmp_path, llama(), config))
+    assert report.exit_code == 3
+    assert "2 NOT JUDGED" in report.overall.title
+    assert "merge of the whole model would decide" in report.overall.text()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    edited = write(tmp_path / "edited", llama(), config, change=lambda merged, base: merged[name].mul_(1.5))
+    assert verify_merge(*edited).overall.code == "LH401"
+
+
+def test_the_null_of_a_method_that_peft_itself_saves_is_no_hazard(tmp_path: Path) -> None:
+    base, _, folder = write(tmp_path, llama(), peft.OSFConfig(target_modules=["q_proj"]))
+    assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"] is None
+    assert inspect_file(folder, base=base).codes == ()
 
 
 def test_a_method_without_a_scale_has_no_number_to_pass(tmp_path: Path) -> None:

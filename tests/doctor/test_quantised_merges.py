@@ -167,6 +167,42 @@ STORAGES = {
     "mlx 4": lambda weight: _mlx(weight, 4),
     "mlx 8": lambda weight: _mlx(weight, 8),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("what", "scale"), [("right", 1.0), ("twice", 2.0), ("half", 0.5), ("part", 1.0)])
+@pytest.mark.parametrize("base", ["full", "codes"])
+@pytest.mark.parametrize("storage", ["nf4_double", "nf4_single", "fp4_double", "fp4_single"])
+def test_a_merge_that_bitsandbytes_stored_in_four_bits_is_judged(
+    storage: str, base: str, what: str, scale: float, full: bool, tmp_path: Path
+) -> None:
+    """`tests/cases/stored_in_4_bits.safetensors` was written by bitsandbytes (its header has the version)."""
+    stored = load_file(CASES.parent / "stored_in_4_bits.safetensors")
+    layer = "model.layers.0.self_attn.v_proj"
+    start = "base." if base == "full" else f"{storage}.base."
+    for file, begin in (("base", start), ("merged", f"{storage}.{base}.{what}.")):
+        parts = {f"{layer}.{key[len(begin) :]}": tensor for key, tensor in stored.items() if key.startswith(begin)}
+        save_file(parts, tmp_path / f"{file}.safetensors")
+    halves = {f"diffusion_model.{layer}.{half}.weight": stored[half] for half in ("lora_A", "lora_B")}
+    save_file({**halves, f"diffusion_model.{layer}.alpha": torch.tensor(4.0)}, tmp_path / "lora.safetensors")
+    report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")), full=full)
+    assert report.exit_code == int(what != "right"), report.overall.text()
+    assert what == "part" or report.overall.measured_scale == pytest.approx(scale, rel=0.02)
+    assert what != "part" or report.overall.code in ("LH102", "LH401")  # double quantisation moves rows left alone
+
+
+def test_a_base_in_four_bits_is_no_merge(tmp_path: Path) -> None:
+    stored = load_file(CASES.parent / "stored_in_4_bits.safetensors")
+    start, layer = "nf4_double.base.", "model.layers.0.self_attn.v_proj"
+    parts = {f"{layer}.{key[len(start) :]}": tensor for key, tensor in stored.items() if key.startswith(start)}
+    save_file({f"{layer}.weight": stored["base.weight"]}, tmp_path / "base.safetensors")
+    save_file(parts, tmp_path / "merged.safetensors")
+    halves = {f"diffusion_model.{layer}.{half}.weight": stored[half] for half in ("lora_A", "lora_B")}
+    save_file({**halves, f"diffusion_model.{layer}.alpha": torch.tensor(4.0)}, tmp_path / "lora.safetensors")
+    report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")), full=True)
+    assert (report.exit_code, report.overall.code) == (1, "LH101"), report.overall.text()
+
+
 HEAD = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(9))
 TIMES = {(1, 1): (0, None), (2, 2): (1, "LH202"), (0.5, 0.5): (1, "LH209"), (0, 0): (1, "LH101"), (1, 0): (1, "LH102")}
 

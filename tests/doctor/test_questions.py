@@ -131,10 +131,18 @@ def test_what_loads_with_another_tool_is_known_as_that(name: str, tool: str) -> 
     assert tool_named(name).name == tool
 
 
-def test_mlx_vlm_s_own_layout_is_named(tmp_path: Path) -> None:
-    tensors = {f"language_model.model.layers.0.self_attn.q_proj.{half}": (64, 4) for half in "AB"}
-    (hazard,) = inspect_file(written(tmp_path, tensors)).hazards
-    assert "mlx-vlm's own LoRA" in hazard.what
+def test_the_alpha_of_mlx_vlm_is_not_sure_since_its_releases_read_it_in_two_ways(tmp_path: Path) -> None:
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    config = {"rank": 4, "alpha": 0.1, "dropout": 0.1}
+    halves = {f"{layer}.A": (64, 4), f"{layer}.B": (4, 64)}
+    path = written(tmp_path, halves, config=config, file="adapters.safetensors")
+    record = inspect_file(path)
+    assert (record.format, record.trained, [hazard.code for hazard in record.hazards]) == ("mlx-vlm", None, ["LH716"])
+    assert "alpha = 0.1 as the whole factor, from 0.5.0 on with alpha / rank = 0.025" in record.hazards[0].what
+    said = dict(lines(diagnose(path, tool="mlx-vlm")))
+    assert said["pass"] == "not known from this file alone"
+    assert said["alpha"].startswith("as others count, 0.4 if mlx-vlm up to 0.4.4 trained it, 0.1 if a later one did")
+    assert inspect_file(path, lora_alpha=0.4).trained == (0.1, 0.1)
 
 
 def test_the_scripts_that_trained_with_another_alpha_are_said(tmp_path: Path) -> None:

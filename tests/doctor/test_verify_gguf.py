@@ -31,6 +31,7 @@ def _drawn(folder: Path) -> tuple[State, State]:
     """Return the weights of a small Llama as transformers has them and what the LoRA adds to them; write the LoRA."""
     torch.manual_seed(0)
     weights: State = {"model.embed_tokens.weight": 0.02 * torch.randn(32, WIDE), "model.norm.weight": torch.ones(WIDE)}
+    weights["lm_head.weight"] = 0.02 * torch.randn(32, WIDE)
     updates, lora = {}, {}
     for name in (f"model.layers.{block}.{part}" for block in range(BLOCKS) for part in NAMES):
         if "norm" in name:
@@ -48,7 +49,9 @@ def _drawn(folder: Path) -> tuple[State, State]:
 
 def _called(key: str) -> str:
     if not key.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[key]
+        return {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight", "lm_head": "output.weight"}[
+            key.split(".")[-2]
+        ]
     block, part = key.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
     return f"blk.{block}.{NAMES[part]}.weight"
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.doctor import inspect_file
 from harness.doctor.verify.verify import MergeReport, verify_merge
 from tests import closed_form as closed
 
@@ -299,3 +300,29 @@ def test_rows_that_a_stacked_layer_lacks_are_named(tmp_path: Path) -> None:
     report = verify_merge(*(tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")))
     assert report.exit_code == 1
     assert "has fewer rows than this changes" in report.overall.text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("", None), ("not merged", "LH101"), ("twice", "LH209"), ("zeros filled", "LH401")]
+)
+@pytest.mark.parametrize("full", [False, True])
+def test_a_layer_that_the_merge_has_with_more_inputs_is_held_against_the_base_s_with_zeros(
+    fault: str, code: str | None, full: bool, tmp_path: Path
+) -> None:
+    """FLUX's control LoRAs: diffusers widens `x_embedder` so when it loads one."""
+    torch.manual_seed(0)
+    base, a, b = 0.1 * torch.randn(64, 32), 0.1 * torch.randn(4, 64), 0.1 * torch.randn(64, 4)
+    wide = torch.nn.functional.pad(base, (0, 32))
+    times = {"not merged": 0.0, "twice": 2.0}.get(fault, 1.0)
+    merged = wide + times * b @ a
+    if fault == "zeros filled":
+        merged[:, 32:] += 0.1
+    save_file({"x_embedder.weight": base}, tmp_path / "base.safetensors")
+    save_file({"x_embedder.weight": merged}, tmp_path / "merged.safetensors")
+    lora = {"transformer.x_embedder.lora_A.weight": a, "transformer.x_embedder.lora_B.weight": b}
+    save_file(lora, tmp_path / "lora.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "merged", "lora")]
+    report = verify_merge(*paths, lora_alpha=4.0, full=full)
+    assert report.exit_code == int(bool(fault)), report.overall.text()
+    assert report.overall.code == code or fault == "twice", report.overall.text()
+    assert "LH719" not in inspect_file(paths[2], base=paths[0]).codes

@@ -39,7 +39,7 @@ def test_a_sample_is_what_its_keys_say(sample: Sample, tmp_path: Path) -> None:
     )
     assert {name: (module.variant, module.rank) for name, module in adapter.modules.items()} == dict(sample.modules)
     for module in adapter.modules.values():
-        features = (9, 3) if module.name == "token_embd" else (4, 3)
+        features = (9, 3) if module.name in ("token_embd", "embed_tokens") else (4, 3)
         assert module.rank == 0 or (module.in_features, module.out_features) == features
         assert module.alpha == (None if module.variant in ("diff", "norm", "set") else sample.alpha)
 

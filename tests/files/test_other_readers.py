@@ -158,6 +158,39 @@ def test_lycoris_merges_the_written_variants(tmp_path: Path, variant: str) -> No
     assert_same(model.layer.weight, expected)
 
 
+def test_the_product_that_is_read_of_mlx_lm_s_embedding_is_its_own(tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    layers = pytest.importorskip("mlx.nn")
+    lora = pytest.importorskip("mlx_lm.tuner.lora")
+    layer = lora.LoRAEmbedding.from_base(layers.Embedding(9, 5), r=2, scale=3.0)
+    layer.lora_b = mx.random.normal((2, 5))
+    halves = {"embed_tokens.lora_a": layer.lora_a, "embed_tokens.lora_b": layer.lora_b}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), halves)
+    said = '{"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}'
+    (tmp_path / "adapter_config.json").write_text(said)
+    added = layer.fuse().weight - layer.embedding.weight
+    adapter = read_lora(tmp_path)
+    a, b = (part.double() for part in adapter.tensors("embed_tokens"))
+    module = adapter.modules["embed_tokens"]
+    assert (module.variant, module.rank, module.trained_scale) == ("embedding", 2, 3.0)
+    assert_same(torch.tensor(added.tolist()), 3.0 * (b @ a).T)  # PEFT's way: A: [r, tokens], B: [out, r]
+
+
+def test_the_product_that_is_read_of_mlx_vlm_s_file_is_its_own(tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    layers = pytest.importorskip("mlx.nn")
+    lora = pytest.importorskip("mlx_vlm.trainer.peft.lora")
+    layer = lora.LoRaLayer(layers.Linear(5, 6, bias=False), 3, alpha=0.5)
+    layer.B = mx.random.normal((3, 6))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"q.A": layer.A, "q.B": layer.B})
+    (tmp_path / "adapter_config.json").write_text('{"rank": 3, "alpha": 0.5, "dropout": 0.0}')
+    added = layer.eval()(mx.eye(5)) - layer.original_layer(mx.eye(5))
+    adapter = read_lora(tmp_path)
+    a, b = (part.double() for part in adapter.tensors("q"))
+    assert_same(torch.tensor(added.tolist()).T, 0.5 / 3 * b @ a)  # of 0.5.0 and later; up to 0.4.4 it was 0.5
+    assert (adapter.alpha_by_release, adapter.modules["q"].alpha) == ((0.5, 3), None)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_mlx_lm_loads_and_fuses_the_written_folder(tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")

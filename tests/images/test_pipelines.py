@@ -156,7 +156,7 @@ def test_prompts_of_several_lengths_are_padded_and_masked(tiny) -> None:
 
 def test_a_lora_for_another_model_is_named(tiny, tmp_path: Path):
     weights = {"down_blocks.0.attentions.0.proj_in": LoraWeights(torch.ones(2, 4), torch.ones(4, 2), 1.0)}
-    with pytest.raises(UserError, match="none of its 1 modules"):
+    with pytest.raises(UserError, match="none of its 1 module"):
         open_lora(write_lora(tmp_path / "other", "kohya", weights), tiny)
 
 

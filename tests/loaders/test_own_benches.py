@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -225,8 +226,9 @@ BAD = {
     "def make(): return torch.compile(one(4, 4))": "returns a compiled model; return the model itself",
     "def make(): return nn.Sequential(nn.LazyLinear(4))": "it has lazy layers, which have no weights before they run",
     "def make():\n m = one(4, 4)\n m[0].weight.data[:] = float('nan')\n return m": (
-        "it has no linear layer, convolution or embedding, with a name of its own, that can be read"
+        "none of its layers can be read: 0: its weights are not finite"
     ),
+    "def make(): return nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))": "its weights are complex64, not float",
     "make = 3": "is int, not a function that builds a model",
     "class make: pass": "is a class; a bench is a function that builds a model",
     "from mine import make": "cannot import name 'make' from partially initialized module",
@@ -329,6 +331,32 @@ def test_importing_a_bench_draws_nothing_after_the_seed(tmp_path: Path, monkeypa
     )
     mine = get_bench(bench_name("mine.py:make", model=True))
     assert mine.build()[0].weight.shape == (4, 4)  # it would say that it builds another model
+
+
+@dataclasses.dataclass
+class Answer:
+    """What many models return."""
+
+    loss: None
+    sample: torch.Tensor
+
+
+def test_what_a_model_returns_may_be_a_dataclass() -> None:
+    def run(model: nn.Module) -> Answer:
+        return Answer(None, model(torch.ones(1, 4)))
+
+    mine = get_bench(bench_name(bench("answers", run=run)(lambda: nn.Sequential(nn.Linear(4, 6)))))
+    assert mine.forward(mine.build()).shape == (1, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_model_that_hangs_on_a_graph_is_copied_all_the_same() -> None:
+    def old_weight_norm() -> nn.Module:
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 4))
+
+    mine = get_bench(bench_name(bench("normed")(old_weight_norm)))
+    assert mine.base(torch.bfloat16)[0].weight_g.dtype == torch.bfloat16
+    assert torch.equal(mine.build()[0].weight_v, mine.base()[0].weight_v)
 
 
 def test_the_command_line_ends_with_2_and_says_why(tmp_path: Path) -> None:

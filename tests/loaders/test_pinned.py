@@ -79,6 +79,7 @@ def test_the_installed_release_needs_no_folder():
     version = metadata.version("peft")
     subject = resolve(f"peft=={version}")
     assert (subject.version, subject.elsewhere.folders) == (version, ())
+    assert subject.known_as == "peft"
 
 
 def test_a_release_that_is_not_here_names_the_command_that_gets_it():
@@ -126,6 +127,15 @@ def checkout(tmp_path: Path) -> tuple[Path, list[str]]:
     return folder, commits
 
 
+def with_file(folder: Path, name: str, text: str) -> str:
+    """Commit a file and return the id of the commit."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", name)
+    return git(folder, "rev-parse", "HEAD")
+
+
 def test_a_checkout_is_taken_at_a_commit_and_left_as_it_is(checkout):
     folder, (first, second) = checkout
     (folder / "src" / "peft" / "__init__.py").write_text("not committed")
@@ -150,21 +160,59 @@ def test_a_commit_that_is_not_there_says_so(checkout):
 
 
 def test_an_application_is_taken_at_a_commit_of_the_checkout_that_its_variable_names(tmp_path, monkeypatch, checkout):
-    folder, (first, _) = checkout
+    folder, _ = checkout
     monkeypatch.setenv("LORA_HARNESS_COMFYUI", str(folder))
-    marker = live_loaders()["comfyui"].checkout.marker
-    (folder / marker).parent.mkdir(parents=True, exist_ok=True)
-    (folder / marker).touch()
-    subject = resolve(f"comfyui@{first[:10]}")
-    assert subject.version == first[:12]
+    third = with_file(folder, live_loaders()["comfyui"].checkout.marker, "")
+    with_file(folder, "src/peft/__init__.py", "later")
+    subject = resolve(f"comfyui@{third[:10]}")
+    assert (subject.version, subject.known_as) == (third[:12], "comfyui")
     exported = Path(subject.elsewhere.variables["LORA_HARNESS_COMFYUI"])
-    assert (exported / "src" / "peft" / "__init__.py").read_text() == '__version__ = "7.0"\n'
+    assert (exported / "src" / "peft" / "__init__.py").read_text() == '__version__ = "7.1"\n'
+
+
+def test_a_commit_of_an_application_has_the_version_that_it_states(tmp_path, monkeypatch, checkout):
+    folder, _ = checkout
+    monkeypatch.setenv("LORA_HARNESS_COMFYUI", str(folder))
+    with_file(folder, live_loaders()["comfyui"].checkout.marker, "")
+    commit = with_file(folder, "pyproject.toml", '[project]\nversion = "0.9.2"\n')
+    assert resolve("comfyui@HEAD").version == f"0.9.2+{commit[:12]}"
+
+
+def test_a_commit_of_another_application_is_named(monkeypatch, checkout):
+    folder, (first, _) = checkout
+    with pytest.raises(LoaderSpecError, match=rf"has no comfy/lora\.py at {first[:12]}: it is no comfyui"):
+        resolve(f"comfyui@{folder}@{first}")
+    monkeypatch.setenv("LORA_HARNESS_COMFYUI", str(folder))
+    for place in ("/nowhere", "/nowhere@HEAD", "./nowhere@HEAD"):
+        with pytest.raises(LoaderSpecError, match=r"there is no folder .*nowhere; write comfyui@FOLDER@COMMIT"):
+            resolve(f"comfyui@{place}")
+
+
+def test_a_commit_says_which_package_it_lacks_here(monkeypatch, checkout):
+    folder, _ = checkout
+    live = live_loaders()["lightx2v"]
+    with_file(folder, live.checkout.marker, "")
+    monkeypatch.setitem(live_loaders("lightx2v"), "lightx2v", replace(live, needs=("not-installed-here",)))
+    with pytest.raises(LoaderSpecError, match=r"lightx2v@.*: not-installed-here is not installed; run `pip install"):
+        resolve(f"lightx2v@{folder}")
+
+
+def test_a_python_without_the_loader_is_refused_before_anything_is_judged(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    with pytest.raises(LoaderSpecError, match=r"empty' has no torch; there must be torch, safetensors, diffusers"):
+        resolve(f"diffusers@{tmp_path / 'empty'}")
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such library >&2\nexit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(LoaderSpecError, match=r"broken does not run: no such library"):
+        resolve(f"peft@{broken}")
 
 
 def test_another_python_runs_what_it_has(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.symlink_to(sys.executable)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # a link alone would have no packages
+    python.chmod(0o755)
     for place in (tmp_path / "venv", python):
         subject = resolve(f"peft@{place}")
         assert subject.elsewhere.python == str(python)

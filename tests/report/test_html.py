@@ -1,12 +1,14 @@
+"""The page of a run: every part, safe text, plots, gates."""
+
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from page_reading import Page, page_of
 from report_samples import (
     FORMATS,
     HOSTILE,
@@ -27,56 +29,10 @@ from harness.errors import UserError
 from harness.report.gates import GateResult
 from harness.report.history import history_record
 from harness.report.html import write_report
-from harness.report.models import LoraFacts, PowerRecord, ProbePoint, SweepImage, SweepRecord
-from harness.report.records import Run, merge_runs, read_run
-from harness.report.strips import Size, _size
+from harness.report.models import LoraFacts, PowerRecord, ProbePoint, SweepRecord
+from harness.report.records import Run
 from harness.report.view import energy_by_block
 from harness.verdict.file_record import FileRecord, Hazard, ModuleEnergy
-
-PROMPTS = tuple(SweepImage(path="x.png", prompt=str(n), seed=0) for n in range(8))
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Page(HTMLParser):
-    """The page as elements, with the text of every element that has an id."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.pieces: dict[str, list[str]] = {}
-        self.ids: list[tuple[int, str]] = []
-        self.feed(text)
-        self.texts = {identifier: "".join(pieces) for identifier, pieces in self.pieces.items()}
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in VOID:
-            return
-        self.open.append(tag)
-        if identifier := dict(attrs).get("id"):
-            assert identifier not in self.pieces, f"id {identifier} twice"
-            self.pieces[identifier] = []
-            self.ids.append((len(self.open), identifier))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-        self.ids = [entry for entry in self.ids if entry[0] <= len(self.open)]
-
-    def handle_data(self, data: str) -> None:
-        for _, identifier in self.ids:
-            self.pieces[identifier].append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.elements if name == tag]
-
-
-def page_of(run: Run, out: Path, **options: object) -> Page:
-    page = Page(write_report([run], out, **options).read_text(encoding="utf-8"))  # type: ignore[arg-type]
-    assert page.open == []
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +119,6 @@ def test_hostile_text_stays_text_everywhere(text: str, tmp_path: Path) -> None:
     assert "12963" not in "".join(page.texts.values())
 
 
-def test_an_unrun_sweep_is_never_green(tmp_path: Path) -> None:
-    page = page_of(run_of(passed(), planned=("sweep:peft@cuda",)), tmp_path)
-    assert "incomplete" in page.texts["verdict"]
-    assert "sweep:peft@cuda: planned, but never ran" in page.texts["unmeasured"]
-
-
 def test_a_cut_run_says_so_first(tmp_path: Path) -> None:
     run = replace(run_of(passed()), footer=None, cut="the last line (3) is truncated")
     page = page_of(run, tmp_path)
@@ -188,39 +138,6 @@ def test_the_command_seed_and_versions_are_shown(sample_night: tuple[Run, Path, 
     assert page.texts["command"] == run.header.command
     for name, version in run.header.versions.items():
         assert f"{name}{version}" in page.texts["verdict"].replace("\n", "")
-
-
-def test_pictures_are_inlined_and_linked_and_missing_ones_left_out(tmp_path: Path) -> None:
-    records = sweep(tmp_path, "raw", 16.0, prompts=1)
-    (tmp_path / records[2].images[0].path).unlink()
-    (tmp_path / records[3].images[0].path).write_bytes(b"no picture")
-    page = page_of(replace(run_of(*records), folder=tmp_path), tmp_path)
-    tiles = [a for a in page.all("a") if a.get("class") == "tile"]
-    assert len(tiles) == len(records) - 2
-    assert all((img["src"] or "").startswith("data:image/webp;base64,") for img in page.all("img"))
-    assert all(img.get("alt") for img in page.all("img"))
-
-
-def test_the_difference_map_states_its_gain(tmp_path: Path) -> None:
-    records = [*sweep(tmp_path, "raw", 16.0, prompts=1), *sweep(tmp_path, "peft", 1.0, prompts=1)]
-    text = page_of(replace(run_of(*records), folder=tmp_path), tmp_path).texts["sweeps"]
-    assert re.search(r"difference to the reference, × \d+", text)
-    assert "no difference to the reference" in text
-
-
-def test_pictures_that_lie_elsewhere_are_copied_beside_the_report(tmp_path: Path) -> None:
-    run = merge_runs([replace(run_of(*sweep(tmp_path / "a", "peft", 1.0, prompts=1)), folder=tmp_path / "a"), run_of()])
-    page = page_of(run, tmp_path / "out")
-    tiles = [str(a["href"]) for a in page.all("a") if a.get("class") == "tile"]
-    assert len(tiles) == 9
-    assert all((tmp_path / "out" / unquote(tile)).is_file() for tile in tiles)
-
-
-def test_records_beside_a_report_find_their_pictures(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", sweep(tmp_path / "a", "peft", 1.0, prompts=1))
-    write_report([run], tmp_path / "out")
-    again = page_of(read_run(tmp_path / "out" / "results.jsonl"), tmp_path / "again")
-    assert len([a for a in again.all("a") if a.get("class") == "tile"]) == 9
 
 
 def test_a_cell_leads_to_the_plot_of_its_law(sample_night: tuple[Run, Path, Page]) -> None:
@@ -331,13 +248,6 @@ def test_a_closed_and_an_open_gate_are_told(tmp_path: Path) -> None:
     assert "gate" not in page_of(run_of(passed()), tmp_path).texts
 
 
-def test_a_picture_cell_shows_the_factor(tmp_path: Path) -> None:
-    verdict = failed(check="images", bench="base", law=None, estimated_factor=8.0)
-    text = page_of(run_of(verdict), tmp_path).texts["matrix"]
-    assert "pictures" in text
-    assert "8× as trained" in text
-
-
 def test_hazards_and_prescriptions_are_listed(tmp_path: Path) -> None:
     text = page_of(run_of(*file_records()), tmp_path).texts["files"]
     assert "LH703 mixed ratios" in text
@@ -364,48 +274,8 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
         write_report([run_of(passed())], tmp_path / "file")
 
 
-@pytest.mark.parametrize(("loaders", "side"), [(8, 160), (2, 160), (12, 64)])
-def test_many_pictures_stay_small_on_the_page(loaders: int, side: int, tmp_path: Path) -> None:
-    records = [
-        record for n in range(loaders) for record in sweep(tmp_path, f"loader-{n}", 8.0, prompts=3, side=side)[::2]
-    ]
-    path = write_report([replace(run_of(*records), folder=tmp_path)], tmp_path)
-    assert 200_000 < path.stat().st_size < 5_000_000
-
-
-def test_thumbnails_shrink_before_prompts_are_left_out() -> None:
-    groups = [[SweepRecord(loader="x", lora=LoraFacts(name="x"), strength=n, images=PROMPTS) for n in range(9)]] * 8
-    assert _size(groups, 512) == Size(4, 64)
-    assert _size(groups * 9, 512) == Size(1, 64)
-    assert _size(groups[:1], 512) == Size(3, 192)
-    assert _size(groups[:1], 64) == Size(6, 192)
-
-
 def test_five_thousand_different_failures_stay_small_and_none_is_lost(tmp_path: Path) -> None:
     verdicts = [failed(f"loader {n % 10}", code=f"LH{n}") for n in range(5000)]
     page = page_of(run_of(*verdicts), tmp_path)
     assert (tmp_path / "index.html").stat().st_size < 5_000_000
     assert sum(name.startswith("v-") for name in page.texts) == 5000
-
-
-def test_five_thousand_verdicts_and_sixty_pictures_stay_small(tmp_path: Path) -> None:
-    verdicts = [passed(f"loader {n % 10}", f"check {n // 80}", format=f"f{n // 10 % 8}") for n in range(4800)]
-    verdicts += [failed(f"loader {n % 10}", f"odd {n // 10}") for n in range(200)]
-    records = sweep(tmp_path, "peft", 4.0, prompts=3)
-    path = write_report([replace(run_of(*verdicts, *records), folder=tmp_path)], tmp_path)
-    assert path.stat().st_size < 5_000_000
-
-
-def test_prompts_that_are_left_out_are_told(tmp_path: Path) -> None:
-    (record,) = sweep(tmp_path, "peft", 1.0, prompts=1)[:1]
-    many = tuple(image.model_copy(update={"seed": seed}) for image in record.images for seed in range(8))
-    run = replace(run_of(record.model_copy(update={"images": many})), folder=tmp_path)
-    assert "2 more prompts and seeds were drawn" in page_of(run, tmp_path).texts["sweeps"]
-
-
-def test_the_strips_of_wrong_loaders_come_first(tmp_path: Path) -> None:
-    records = [*sweep(tmp_path, "peft", 1.0, prompts=1), *sweep(tmp_path, "raw", 16.0, prompts=1)]
-    text = page_of(replace(run_of(*records, failed("peft"), failed("raw", "images")), folder=tmp_path), tmp_path).texts[
-        "sweeps"
-    ]
-    assert text.index("raw sample-r8-a16") < text.index("peft sample-r8-a16")

@@ -112,3 +112,9 @@ def test_the_matrix_is_in_a_fixed_order_whatever_was_written_first() -> None:
     ]
     row = MatrixRow("a", "base", "dora", (grid.get(("a", "peft", "base", "lora")),))
     assert row.name == "base · dora · images"
+
+
+def test_a_green_line_rests_on_what_was_searched_and_not_on_what_was_tried_alone() -> None:
+    seen = {"model_dtypes": ["float32"], "file_dtypes": ["float32"]}
+    known = passed(check="known_failures", outcome="xfailed", examples=1)
+    assert "Seen: 60 examples in float32" in sentence(run_of(passed(examples=60, data=seen), known))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.checks.family import Finding, judges
 from harness.checks.observation import Observation
+from harness.text import count
 
 
 @judges("coverage", finds="no effect, modules left out", codes=("LH101", "LH102"))
@@ -13,7 +14,7 @@ def check_coverage(observation: Observation) -> list[Finding]:
     missing = tuple(name for name in wanted if observation.fits[name][0].unchanged)
     if not missing:
         return []
-    fact = f"{len(missing)} of {len(wanted)} modules of the file left their layer as it was"
+    fact = f"{len(missing)} of {count(len(wanted), 'module')} of the file left their layer as it was"
     return [Finding("LH101" if len(missing) == len(wanted) else "LH102", observation, missing, fact)]
 
 

@@ -11,6 +11,7 @@ from harness.checks.family import Finding, Need, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, TRAIN, UNLOAD, WHOLE, Step, load, rebuild, run_trial
 from harness.example import Example
+from harness.text import count
 
 _OTHER_SEED = 51
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
@@ -67,7 +68,7 @@ def check_mode(observation: Observation) -> list[Finding]:
     """LH406 when modules that were not in training mode are, or answers to one input differ from call to call."""
     names = observation.training
     if names:
-        fact = f"{len(names)} modules are in training mode after loading, first {names[0]}"
+        fact = f"{count(len(names), 'module')} in training mode after loading, first {names[0]}"
         return [Finding("LH406", observation, fact=fact)]
     names = observation.unsteady
     fact = f"{len(names)} layers answer the same input differently when asked again"

@@ -11,6 +11,7 @@ from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
 from harness.checks.unloaded import weights_seen
 from harness.measure.compare import norm
+from harness.text import count
 
 _SET_LATER = (
     Scenario(
@@ -117,7 +118,7 @@ def _excess(observation: Observation, name: str) -> float:
 
 def _fact(observation: Observation, wrong: Sequence[str]) -> str:
     worst = max(observation.fits[wrong[0]], key=lambda f: abs(f.scale - f.expected))
-    where = f"{len(wrong)} of {len(observation.fits)} modules"
+    where = f"{len(wrong)} of {count(len(observation.fits), 'module')}"
     if worst.expected == 0:
         return f"delta is {worst.scale:.3f} x B @ A in {where}, but should be 0"
     return f"delta is {_ratio(worst.scale / worst.expected)}x the expected delta in {where}"

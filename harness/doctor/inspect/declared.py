@@ -27,7 +27,7 @@ def _refused(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"peft_type is {printable(kind, 40)}, which PEFT writes {printable(kind.upper(), 40)}"
     if config.get("target_modules") == [] and not config.get("target_parameters") and method_of(config) in PAIRED:
         yield "target_modules is empty, and there are no target_parameters"
-    if "rank_pattern" in config and config["rank_pattern"] is None:
+    if "rank_pattern" in config and config["rank_pattern"] is None and method_of(config) in PAIRED:
         yield "rank_pattern is null, an object is needed"
 
 

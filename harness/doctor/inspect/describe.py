@@ -164,7 +164,19 @@ def _notes(adapter: LoraAdapter, given: LoraAdapter, lora_alpha: float | None) -
         yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
     if any(module.unscaled for module in modules):
         yield "no alpha by construction: what wrote this file trains at scale 1"
+    yield from _untouched_targets(adapter)
     yield from _parts(adapter)
+
+
+def _untouched_targets(adapter: LoraAdapter) -> Iterator[str]:
+    """Say which targets of a PEFT configuration have no tensor: of a model that has such layers they are missing."""
+    wanted = adapter.config.get("target_modules") if adapter.format == "peft" and adapter.kind == "lora" else None
+    if isinstance(wanted, list) and adapter.modules:
+        keys = "\n".join(f".{key}" for key in adapter.file.keys)
+        without = [word for word in wanted if isinstance(word, str) and word and f".{word}." not in keys]
+        if without:
+            shown = first_of([printable(word, 60) for word in without])
+            yield f"target_modules names {shown}, of which the file has no tensor: --base says whether the model has it"
 
 
 _PARTS = (

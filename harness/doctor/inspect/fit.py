@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from harness.doctor.in_memory import in_file
 from harness.doctor.inspect.declared import declared, lost, lost_hazard, names_saved
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
@@ -25,6 +26,8 @@ _SHOWN = 50
 _PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
+_ADAPTER = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.([^.]+)\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _HEAD = re.compile(r"\.(lm_head|embed_out|output)$")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
 _REPEATED = ("pissa", "olora", "loftq")  # by PEFT, when it loads the file; CorDA and LoRA-GA need data of the training
@@ -67,6 +70,29 @@ def _left_out(base: Checkpoint, placed: Placement) -> Iterator[str]:
     taken = {slot.layer for slots in placed.slots.values() for slot in slots}
     kinds = {family_of(layer) for layer in taken if family_of(layer) != layer}
     return (layer for layer in base.layers if layer not in taken and family_of(layer) in kinds)
+
+
+def _kinds_left_out(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> Iterator[str]:
+    """Yield the layers of the kinds that a LoRA leaves alone altogether, as far as PEFT has them in memory as well.
+
+    Of several towers one may have been trained alone; experts of their own are often stacked when a model is loaded.
+    """
+    taken = {slot.layer for slots in placed.slots.values() for slot in slots}
+    kinds = {family_of(layer) for layer in taken}
+    if _towers(base) or not placed.slots or adapter.kind != "lora":
+        return
+    saved = names_saved(adapter.config)
+    for layer, shape in base.shapes.items():
+        known = (
+            layer in taken or family_of(layer) in kinds or _EXPERT.search(f".{layer}.") or _is_tied_head(layer, base)
+        )
+        if (
+            not known
+            and shape is not None
+            and len(shape) == 2
+            and not any(f".{layer}".endswith(f".{s}") for s in saved)
+        ):
+            yield layer
 
 
 def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit: BaseFit) -> Iterator[Hazard]:
@@ -137,11 +163,21 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
     if odd:
         what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
         yield _ignored(len(odd), fit.modules, what, fit.replaced)
-    elif fit.missing_total and not fit.misfits and not adapter.problems and (chosen := _target(adapter)):
-        holes = [layer for layer in _left_out(base, placed) if chosen(layer)]
-        if holes:
-            what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
-            yield Hazard(code="LH721", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
+    elif not fit.misfits and not adapter.problems and (chosen := targeted(adapter)):
+        yield from _holes(adapter, base, placed, chosen)
+
+
+def _holes(adapter: LoraAdapter, base: Checkpoint, placed: Placement, chosen: Chosen) -> Iterator[Hazard]:
+    """Yield the layers that PEFT adapts and the file has nothing for; not where it adapts none that the file has."""
+    if not any(chosen(module.name) for module in adapter.modules.values()):
+        return
+    left = (*_left_out(base, placed), *_kinds_left_out(adapter, base, placed))
+    if not (holes := [layer for layer in left if chosen(layer)]):
+        return
+    memory = {filed: name for name, filed in in_file(base.config, len(base.layers)).items()}
+    if holes := [layer for layer in holes if chosen(memory.get(layer, layer))]:
+        what = f"the configuration targets {count(len(holes), 'layer')} more of this base, for which there are no "
+        yield Hazard(code="LH721", what=f"{what}tensors ({first_of(holes)}): PEFT leaves them untrained")
 
 
 def _by_default(adapter: LoraAdapter, base: Checkpoint) -> Iterator[Hazard]:
@@ -234,11 +270,16 @@ def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
     bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
     if bare:
         yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
+    named = {name: hit[1] for name, key in keys.items() if (hit := _ADAPTER.search(key)) and hit[1] != "default"}
+    if named:
+        word = printable(next(iter(named.values())), 40)
+        what = f"{_share(len(named), len(keys))} with an adapter's name in them ({first_of([*named])})"
+        yield _ignored(len(named), len(keys), f"{what}: it loads them under adapter_name={word!r} alone")
 
 
 def _not_targeted(adapter: LoraAdapter, said: str = "target_modules and what limits it") -> Iterator[Hazard]:
     """PEFT makes layers where its configuration says so, and passes over tensors of others."""
-    if not (chosen := _target(adapter)):
+    if not (chosen := targeted(adapter)):
         return
     pairs = [module.name for module in adapter.modules.values() if "A" in module.keys and module.variant != "experts"]
     if adapter.config.get("ensure_weight_tying"):  # PEFT targets the layer that shares an embedding's weight itself
@@ -266,7 +307,7 @@ def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
         yield Hazard(code="LH723", what=f"{what}; {way}")
 
 
-def _target(adapter: LoraAdapter) -> Chosen | None:
+def targeted(adapter: LoraAdapter) -> Chosen | None:
     """Return what tells whether PEFT would adapt a module of that name; None where the configuration does not say."""
     config = adapter.config
     wanted = config.get("target_modules")

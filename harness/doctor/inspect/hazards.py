@@ -239,7 +239,12 @@ def two_schemes(adapter: LoraAdapter) -> Iterator[Hazard]:
 
 
 def scale_of_versions(adapter: LoraAdapter) -> Iterator[Hazard]:
-    """LH716: mlx-lm's configuration of before June 2024, whose scale is not the whole factor."""
+    """LH716: the files of mlx-lm and mlx-vlm of which one release trained with another factor than the next reads."""
+    if adapter.alpha_by_release:
+        whole, over = adapter.alpha_by_release
+        old = f"mlx-vlm up to 0.4.4 trains and loads with alpha = {whole:.4g} as the whole factor, from 0.5.0 on with "
+        what = f"{old}alpha / rank = {whole / over:.4g}, and the file does not say which of them trained it"
+        yield Hazard(code="LH716", what=what)
     raw = adapter.config.get("lora_parameters") if adapter.format == "mlx" else None
     numbers = raw if isinstance(raw, dict) else {}
     alpha, scale, rank = (numbers.get(key) for key in ("alpha", "scale", "rank"))

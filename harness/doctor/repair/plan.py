@@ -308,7 +308,8 @@ def trained_scale(adapter: LoraAdapter, module: LoraModule) -> float:
         UserError: the file does not say.
     """
     if module.alpha is None and not module.unscaled:
-        raise UserError(f"{adapter.path}: carries no alpha; give lora_alpha of the training, or the scale it used")
+        what = "has an alpha that releases read in two ways" if adapter.alpha_by_release else "carries no alpha"
+        raise UserError(f"{adapter.path}: {what}; give lora_alpha of the training, or the scale it used")
     if module.alpha == 0:
         what = "alpha is 0, which readers take as 0, 1 or the rank; give lora_alpha of the training, or the scale"
         raise UserError(f"{adapter.path}: {what}")

@@ -186,7 +186,7 @@ def _is_found(measured: MergeMeasurement) -> bool:
 
 def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> Iterator[Module]:
     """Yield what was found of one change."""
-    adapter = given.adapter
+    adapter, named, change = given.adapter, change.tensor, _widened(change, stores)
     wanted = _wanted(adapter, change, given.strength)
     problem = _unmeasured(change, stores)
     if problem or change.tensor is None:
@@ -196,7 +196,20 @@ def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> I
     elif change.saved:
         yield _saved(adapter, change, wanted, stores)
     else:
-        yield _module(adapter, change, wanted, stores, reading)
+        yield replace(_module(adapter, change, wanted, stores, reading), tensor=named)
+
+
+def _widened(change: Change, stores: Stores) -> Change:
+    """Return the change of a layer that the merge has with more inputs, held against the base's with zeros for them."""
+    tensor, (base, merged) = change.tensor, stores
+    if change.product is None or tensor is None or not all(tensor in store.names for store in stores):
+        return change
+    old, new = base.info(tensor).shape, merged.info(tensor).shape
+    if len(old) != 2 or len(new) != 2 or new[0] != old[0] or new[1] <= old[1] or change.product().shape != new:
+        return change
+    merged.hold(tensor, None)
+    wide = torch.nn.functional.pad(base.whole(tensor), (0, new[1] - old[1]))
+    return replace(change, tensor=base.hold(tensor, wide))
 
 
 def _by_method(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) -> Iterator[Module]:
@@ -317,7 +330,7 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
         return NotMeasured("quantised", f"{what}: the merge as it was before it was stored so would decide")
     if whole not in stores[0].names:
         return NotMeasured("missing tensor", "the layer has no such tensor in the base")
-    return _misfit(whole, *stores)
+    return None if change.tensor in stores[0].held else _misfit(whole, *stores)
 
 
 def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:

@@ -106,7 +106,7 @@ class Module:
         if not self.alpha_unknown:
             return f"the update is below half a step of {self.dtype} everywhere, merged or not cannot be told"
         scale = f"{self.measured.scale:.4g}" if self.measured else "?"
-        what = "no alpha in the file" if self.found.alpha is None else f"alpha {self.found.alpha:g} in the file"
+        what = "the file tells no sure alpha" if self.found.alpha is None else f"alpha {self.found.alpha:g} in the file"
         return f"alpha unknown, scale {scale} measured: {what}, --lora-alpha decides"
 
     @property

@@ -200,7 +200,7 @@ def requantised(base: Weights, merged: Weights, name: str, run: tuple[int, int])
         return True
     before, after = (grid.codes(store.rows(name, *run), *run) for store in (base, merged))
     off, kind = (before - after).abs(), code_dtype(merged.store, merged.owner(name))
-    if kind.startswith("float8"):
+    if kind != "int8":
         half = torch.from_numpy(half_step(after.float().numpy(), kind))
         return bool((off <= 2 * _STEP * half).float().mean() >= _NEAR and (off <= 2 * _CLAMPED * half).all())
     near = off <= _STEP + after.abs() * _STEP_ROUNDED

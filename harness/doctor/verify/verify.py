@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.inspect.fit import targeted
 from harness.doctor.match import Placement
 from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
 from harness.doctor.verify.judging import Given, Reading, Stores, judged
@@ -198,7 +199,10 @@ def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
     """
     layers, placement = stores[0].layers, stores[0].place(adapter)
     if not placement.slots and not placement.misfits and not placement.ambiguous:
-        raise UserError(_no_match(adapter, stores[0]))
+        if placement.missing:
+            raise UserError(_no_match(adapter, stores[0]))
+        yield from _of_no_layer(adapter, layers)
+        return
     shapes = [stores[0].info(layers[slot.layer]).shape for slots in placement.slots.values() for slot in slots]
     wide = [shape for shape in shapes if len(shape) > 1]
     turned = experts_turned(adapter, placement.slots, stores[0])
@@ -211,6 +215,19 @@ def _changes(adapter: LoraAdapter, stores: Stores) -> Iterator[Change]:
             for change in changes(adapter, name, layers[slots[0].layer]):
                 yield from slots_of(replace(change, largest=largest, turned=turned), slots, stores)
     yield from unused_keys(adapter, stores[0])
+
+
+def _of_no_layer(adapter: LoraAdapter, layers: Mapping[str, str]) -> Iterator[Change]:
+    """Yield the layers that the configuration targets, for a method whose parameters belong to no single layer."""
+    kind, module = printable(adapter.kind, 40), next(iter(adapter.modules))
+    what = f"{kind} has no parameters for single layers: PEFT's own merge of the whole model would decide"
+    chosen = targeted(adapter)
+    found = [(layer, name) for layer, name in layers.items() if chosen and chosen(layer)]
+    yield from (Change(layer, module, name, unread=what) for layer, name in found)
+    if not found:
+        yield Change(
+            kind, module, None, unread=f"{kind} targets no layer that can be told: it may have no merge at all"
+        )
 
 
 def _homeless(adapter: LoraAdapter, name: str, stores: Stores, placement: Placement) -> Iterator[Change]:
@@ -256,10 +273,6 @@ def _law(found: list[Module]) -> Diagnosis:
 
 
 def _no_match(adapter: LoraAdapter, base: Weights) -> str:
-    if not base.place(adapter).missing:
-        kind = printable(adapter.kind, 40)
-        what = f"{kind} has no parameters for single layers: no merge of it can be judged here"
-        return f"{adapter.path}: {what}; PEFT's own merge of the whole model would decide"
     names = _first(iter(adapter.modules)), _first(name for name in base.names if name.endswith(".weight"))
     return (
         f"{adapter.path}: none of its {count(len(adapter.modules), 'module')} (such as {names[0]}) is a layer of "

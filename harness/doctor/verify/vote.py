@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.doctor.quantised import TABLES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,8 +27,9 @@ _STEPS = {
     "float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14),
 }  # fmt: skip
 _WHOLE = "int8"  # whole numbers of steps of a quantised weight
-DTYPES = frozenset({*_STEPS, _WHOLE})
+DTYPES = frozenset({*_STEPS, _WHOLE, *TABLES})
 _STEP_ROUNDED = 2.0**-11  # relative: the step is stored in 16 bits, codes were made before that
+_TABLE_ROUNDED = 2.0**-6  # the same where the step is stored in 8 bits, and what was merged before in bfloat16
 _SURE = 3.0  # standard deviations of a count of elements that disagree
 
 
@@ -51,9 +54,13 @@ def work_dtype(dtype: str) -> type[np.floating[Any]]:
 
 
 def stored_as(values: Tensor, dtype: str) -> Tensor:
-    """Return values as `dtype` keeps them: whole numbers are the nearest."""
+    """Return values as `dtype` keeps them: of whole numbers, and of a table, the nearest."""
     import torch
 
+    if dtype in TABLES:
+        levels = torch.tensor(TABLES[dtype], dtype=torch.float64)
+        between = (levels[1:] + levels[:-1]) / 2
+        return levels[torch.bucketize(values.double(), between)].to(values.dtype)
     return values.round() if dtype == _WHOLE else values.to(getattr(torch, dtype))
 
 
@@ -63,6 +70,8 @@ def half_step(values: NDArray[Any], dtype: str) -> Array:
     Exact but below a power of two, where the neighbour is nearer: the interval is then too wide on one side, never
     too narrow.
     """
+    if dtype in TABLES:
+        return _half_gap(values, np.asarray(TABLES[dtype])).astype(values.dtype)
     if dtype == _WHOLE:
         whole: Array = np.abs(values) * values.dtype.type(_STEP_ROUNDED) + values.dtype.type(0.5)
         return whole
@@ -74,6 +83,15 @@ def half_step(values: NDArray[Any], dtype: str) -> Array:
     floor = values.dtype.type(2.0) ** max(smallest, -1021 if values.dtype == np.float64 else -125)
     steps: Array = np.maximum(powers, floor) * values.dtype.type(2.0 ** -(bits + 1))
     return steps
+
+
+def _half_gap(values: NDArray[Any], levels: Array) -> Array:
+    """Return half the distance of each value to the farther of the two levels of a table that are next to it."""
+    gaps = np.diff(levels) / 2
+    sides = np.maximum(np.append(gaps, gaps[-1]), np.append(gaps[0], gaps))
+    own = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
+    found: Array = sides[own] + np.abs(values) * _TABLE_ROUNDED
+    return found
 
 
 def bounds(change: Array, product: Array, half: Array) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.match import Placement, place
 from harness.doctor.quantised import Rows
 from harness.doctor.spelling import layer_of
-from harness.doctor.verify.vote import DTYPES
+from harness.doctor.verify.vote import DTYPES, stored_as
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.architectures import Shape
@@ -46,9 +46,9 @@ class Grid(NamedTuple):
 
 
 def code_dtype(store: Checkpoint, name: str) -> str:
-    """Return the dtype of the codes of a quantised weight: whole numbers where they are packed."""
-    codes = store.schemes[name].codes
-    return store.dtype(codes.removeprefix(store.prefix)) if codes else "int8"
+    """Return the dtype of the codes of a quantised weight; of packed ones the table, or whole numbers."""
+    scheme = store.schemes[name]
+    return store.dtype(scheme.codes.removeprefix(store.prefix)) if scheme.codes else scheme.table or "int8"
 
 
 class Piece(NamedTuple):
@@ -224,7 +224,7 @@ class Weights:
         steps = grid or self.grid(name)
         assert steps is not None
         found = steps.codes(self.rows(name, start, stop), start, stop)
-        return found if grid else found.round()
+        return found if grid else stored_as(found, code_dtype(self.store, self.owner(name)))
 
     def _code_dtype(self, name: str, grid: Grid | None) -> str:
         if f"{name}[codes]" not in self.coded or grid is not None:

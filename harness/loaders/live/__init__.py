@@ -56,7 +56,7 @@ class LiveLoader:
 
     def reason(self, version: str | None = None) -> str | None:
         """Return why it, or one version of it, cannot run here, or None when it can."""
-        missing = next((name for name in self.needs if _version(name) is None), None)
+        missing = self.lacking()
         try:
             if self.checkout:
                 self.checkout.folder()
@@ -66,6 +66,11 @@ class LiveLoader:
                 self.shipped()  # nothing has ever installed a checkout here: what it imports may be missing
         except LoaderSpecError as error:
             return str(error)
+        return missing
+
+    def lacking(self) -> str | None:
+        """Return which package that it needs is missing, and what installs it, or None when all are here."""
+        missing = next((name for name in self.needs if _version(name) is None), None)
         return f"{missing} is not installed; run `pip install {missing}`" if missing else None
 
     def bound(self, version: str | None = None) -> tuple[Load, str | None]:

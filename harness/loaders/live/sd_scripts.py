@@ -87,7 +87,8 @@ def load_runtime(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -
     with quiet(""):
         network, tensors = _network(model, lora, strength)
         network.apply_to(*_pair(model))
-        network.load_state_dict(tensors, False)
+        left = network.load_state_dict(tensors, False)
+        print(f"weights are loaded: {left}")  # as gen_img.py says it
         base = next(model.parameters())
         network.to(base.device, dtype=base.dtype).eval()
     held(model).append(network)
