@@ -1,10 +1,11 @@
 """How often do pictures tell a wrong scale? Power and false alarms by true factor, number of pictures, weights.
 
-    python benchmarks/image_power.py --base BASE --loras LORAS [--out benchmarks/image_power.md] [--records FILE.jsonl]
+    python -m benchmarks.image_power --base BASE --loras LORAS [--out benchmarks/image_power.md] [--records FILE.jsonl]
 
 A candidate is the base with the LoRA merged at `factor`, its weights then rounded (int8 per channel, int4 in groups of
 32) or the whole pipeline run in bfloat16; the reference is always float32. The verdict is `harness.images.judge` on one
-strength. The rungs of the ladder are not the factors under test.
+strength. The rungs of the ladder are not the factors under test. With `--out` every section is measured anew, those of
+image_blind_spots.py and image_turns.py too; what stands before the first of them is prose, and is left as it is.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ RUNGS = (
 )
 COUNTS = (1, 4, 8, 16)
 BACKENDS = ("float32", "bfloat16", "int8", "int4")
+_LEGEND = """In the tables: share of draws called wrong (LH601 to LH603), in brackets the share called inconclusive; the
+rest passed."""
 
 
 def quantise(model: nn.Module, bits: int) -> nn.Module:
@@ -197,6 +200,12 @@ def pairs_of(base: Path, count: int, seed: int) -> list[Pair]:
     return [Pair(prompts[i], seed + n) for n, i in enumerate(order[:count].tolist())]
 
 
+def written(out: Path, sections: list[str]) -> None:
+    """Write the document anew: its prose, then `sections`."""
+    prose = out.read_text(encoding="utf-8").partition("\n## ")[0] if out.exists() else "# What pictures can tell"
+    out.write_text("\n\n".join([prose.strip(), *(each.strip() for each in sections)]) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,8 +241,9 @@ def main() -> None:
     )
     print("\n".join(text))
     if options.out:
-        head = options.out.read_text().partition("\n## ")[0] if options.out.exists() else "# What pictures can tell\n"
-        options.out.write_text(head.rstrip() + "\n" + "\n".join(text) + "\n")
+        from benchmarks import image_blind_spots, image_turns  # which measure with what stands here
+
+        written(options.out, [image_blind_spots.section(), _LEGEND, "\n".join(text), image_turns.section()])
     if options.records:
         options.records.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -1,6 +1,6 @@
 """Do fewer pictures err more often? A sweep in turns against one with all pictures, on the same draws.
 
-    python benchmarks/image_turns.py [--only r8_a16 strong_r8_a32] [--draws 25] [--out benchmarks/image_power.md]
+    python -m benchmarks.image_turns [--only r8_a16 strong_r8_a32] [--draws 25]
 
 Candidates, weights and ladder are those of image_power.py, on the shipped base pipeline. In turns: one denoiser call
 for each of eight prompts and seeds, four pictures, and all eight only where the two do not agree
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from harness.images.sequential import FIRST, agree
 from harness.images.verdict import Judgement, StrengthResult, judge
 
 PICTURES = 8
-HEADING = "\n## In turns"
+HEADING = "## In turns"
 
 
 class Shown:
@@ -86,32 +86,32 @@ def table(cells: Mapping[tuple[str, float, str], Cell]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["r8_a16", "strong_r8_a32"])
-    parser.add_argument("--draws", type=int, default=25)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+def section(only: Sequence[str] = ("r8_a16", "strong_r8_a32"), draws: int = 25) -> str:
+    """Measure, and return the section of the document."""
     began, cells, pictures = time.perf_counter(), dict[tuple[str, float, str], Cell](), list[int]()
-    for name in options.only:
-        measure(Path("fixtures/loras") / name / "peft", options.draws, cells, pictures)
+    for name in only:
+        measure(Path("fixtures/loras") / name / "peft", draws, cells, pictures)
     lines = [
-        HEADING.strip(),
+        HEADING,
         "",
         "`benchmarks/image_turns.py`: one denoiser call for each of eight prompts and seeds, then four pictures, and "
         "all eight where the two do not agree, against all eight pictures on the same draws. On the first base (the "
-        f"second is not kept), {len(options.only)} LoRAs ({', '.join(options.only)}), {options.draws} draws of 16 "
-        f"prompts per cell and LoRA, so n = {options.draws * len(options.only)} per entry, not independent. On average "
+        f"second is not kept), {len(only)} LoRAs ({', '.join(only)}), {draws} draws of 16 prompts per cell and LoRA, "
+        f"so n = {draws * len(only)} per entry, not independent. On average "
         f"{sum(pictures) / len(pictures):.1f} pictures instead of 8; {time.perf_counter() - began:.0f} s.",
         "",
         *table(cells),
     ]
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        before = options.out.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
-        options.out.write_text(f"{before}\n\n{text}\n", encoding="utf-8")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the section alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["r8_a16", "strong_r8_a32"])
+    parser.add_argument("--draws", type=int, default=25)
+    options = parser.parse_args()
+    print(section(options.only, options.draws))
 
 
 if __name__ == "__main__":

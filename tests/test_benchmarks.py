@@ -55,3 +55,11 @@ def test_every_tool_has_a_row_and_one_that_is_missing_says_so(tmp_path: Path) ->
     assert rows[0][:5] == ["is it?", "there", "1 of 2", "wrong", "0"]
     assert float(rows[0][7]) > 0
     assert rows[1][:3] == ["is it?", "missing", "not installed here"]
+
+
+def test_the_document_on_pictures_keeps_its_prose_and_gets_every_section_anew(tmp_path: Path) -> None:
+    from benchmarks.image_power import written
+
+    (tmp_path / "power.md").write_text("# Head\n\nprose\n\n## Old\n\nx\n\n## In turns\n\ny\n", encoding="utf-8")
+    written(tmp_path / "power.md", ["## First\n\n1", "\n## Second\n\n2\n"])
+    assert (tmp_path / "power.md").read_text(encoding="utf-8") == "# Head\n\nprose\n\n## First\n\n1\n\n## Second\n\n2\n"

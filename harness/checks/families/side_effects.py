@@ -20,6 +20,7 @@ _OTHER_SEED = 50
 _CYCLES = 3  # of loading and unloading: what each leaves behind adds up
 _SECOND_LOADS = (
     Scenario("LH402", (load(), load()), (1, 2), "two loads", "additive"),
+    Scenario("LH402", (load(), load(), load()), (1, 3), "three loads", "additive"),
     Scenario("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name", "additive"),
     Scenario("LH402", (load(), rebuild(2), load()), (1,), "loading into another model before", "no bias"),
 )
