@@ -20,7 +20,7 @@ from benchmarks.lora_file import MIXED, UNIFORM, File, Reader, Shape, make_file,
 from benchmarks.peft_folders import READERS, folders
 from benchmarks.reads import BENCHES, FAITHFUL, LIVE, bench_shapes, diffusers_reader, live_reader
 from benchmarks.zoo import Parts, zoo
-from harness.doctor.answer import Answer, Asked
+from harness.doctor.answer import Answer, Question
 from harness.doctor.answers import answer
 from harness.doctor.traits import Traits
 from harness.errors import LoaderSpecError
@@ -134,7 +134,7 @@ def folder_pairs() -> Iterator[Pair]:
         for what, folder, file in folders(Path(place) / "adapter"):
             for tool, reader in READERS.items():
                 traits = Traits(read_lora(folder, strict=False))
-                given = answer(known_tools()[tool], traits, Asked())
+                given = answer(known_tools()[tool], traits, Question())
                 yield _judge(f"Llama, a PEFT folder, {what}", tool, given, reader(folder), file)
 
 
@@ -144,7 +144,7 @@ def _asked(file: File, tool: Tool, lora_alpha: float | None) -> Answer | None:
         path = Path(folder) / "lora.safetensors"
         save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
         traits = Traits(read_lora(path, strict=False))
-        asked = Asked(lora_alpha=lora_alpha)
+        asked = Question(lora_alpha=lora_alpha)
         return answer(tool, traits, asked) if traits.adapter.format in tool.formats else None
 
 

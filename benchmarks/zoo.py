@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from harness.benches.table import Parts, Row, original_names, rows
+from harness.benches.table import ArchitectureRow, Parts, original_names, rows
 
 
 @dataclass(frozen=True)
-class Animal(Row):
+class Animal(ArchitectureRow):
     """One architecture of the zoo: a row of the table, with the real one's widths where it `is_wide`."""
 
     is_wide: bool = False

@@ -34,7 +34,7 @@ Parts = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
-class Row:
+class ArchitectureRow:
     """One architecture: `kind` is the class behind the library's name."""
 
     family: str
@@ -93,13 +93,16 @@ class Row:
 
 
 @cache
-def rows() -> Mapping[str, Row]:
+def rows() -> Mapping[str, ArchitectureRow]:
     """Return every row by the name of its family."""
     table = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
-    return {fields["family"]: Row(**{"kind" if k == "class" else k: v for k, v in fields.items()}) for fields in table}
+    return {
+        fields["family"]: ArchitectureRow(**{"kind" if k == "class" else k: v for k, v in fields.items()})
+        for fields in table
+    }
 
 
-def _merged(row: Row) -> Mapping[str, Rows]:
+def _merged(row: ArchitectureRow) -> Mapping[str, Rows]:
     """Return where the rows of the authors' own layers are."""
     layers = _layers(row)
     known = _authors(layers, row.original or {})
@@ -116,7 +119,7 @@ def _rows(stacked: Sequence[str], layers: Mapping[str, Layer], alias: Alias | No
 
 
 @cache
-def _layers(row: Row) -> dict[str, Layer]:
+def _layers(row: ArchitectureRow) -> dict[str, Layer]:
     named = row.make().named_modules()
     return {name: found for name, module in named if (found := layer_of(module)) and found.kind == "linear"}
 
@@ -171,7 +174,7 @@ def _first(found: Any) -> Tensor:
     return found
 
 
-def row_of(model: Any) -> Row | None:
+def row_of(model: Any) -> ArchitectureRow | None:
     """Return the row of the architecture that a model of any size is, None where no mixin loads LoRA into it.
 
     Of rows of one class it is the one whose configuration is the most like the model's.

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from harness.checks.cell import Cell
 from harness.checks.families.silence import silence_title
-from harness.checks.family import LAW_FAMILIES, Finding
+from harness.checks.family import LAW_FAMILIES, Sighting
 from harness.example import Example
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
@@ -57,7 +57,7 @@ class NamedFinding:
     """
 
     cell: Cell
-    finding: Finding
+    finding: Sighting
     diagnosis: Diagnosis
     only_where: str = ""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from harness.checks.cell import Cell
 from harness.checks.describe import NamedFinding, passed, through_codes
 from harness.checks.early import Early, Tell
-from harness.checks.family import LAW_FAMILIES, Finding, family_names, follow
+from harness.checks.family import LAW_FAMILIES, Sighting, family_names, follow
 from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, binds, covers, no_longer_silent, tried_alone
 from harness.checks.observation import probes_of
 from harness.checks.outputs import NOT_SEEN, SEEN
@@ -122,9 +122,9 @@ class _Plainer:
     plan: Plan
     known: Sequence[KnownFailure]
     result: Search
-    made: dict[str, Finding] = field(default_factory=dict)
+    made: dict[str, Sighting] = field(default_factory=dict)
 
-    def __call__(self, finding: Finding) -> Finding:
+    def __call__(self, finding: Sighting) -> Sighting:
         """Return the finding with a plain counterexample."""
         if finding.check:
             return finding
@@ -132,7 +132,7 @@ class _Plainer:
             self.made[finding.code] = self._shrunk(finding)
         return self.made[finding.code]
 
-    def _shrunk(self, finding: Finding) -> Finding:
+    def _shrunk(self, finding: Sighting) -> Sighting:
         allowed = _allowed(self.cell, self.known)
         strategy = examples_for(self.cell, self.plan).filter(allowed)
         seed, tried = self.plan.seed, self.result
@@ -191,13 +191,13 @@ def _verdicts(
         yield through_codes(cell, _with_seen(right, result), result.probes)
 
 
-def _reported(result: Search, symptoms: Symptoms) -> list[Finding]:
+def _reported(result: Search, symptoms: Symptoms) -> list[Sighting]:
     """Return the findings that are no symptom of another; whatever is folded, a fault that was seen is reported."""
     faults = [f for f in result.findings.values() if f.check or not symptoms.include(f.code)]
     return faults or list(result.findings.values())
 
 
-def _where(finding: Finding, result: Search, symptoms: Iterable[str]) -> str:
+def _where(finding: Sighting, result: Search, symptoms: Iterable[str]) -> str:
     """Return what the examples with this fault have in common; of what follows a load there is no saying."""
     if finding.check or finding.code not in result.counts:
         return ""

@@ -23,7 +23,7 @@ Need = Literal["unload", "set_strength", "additive", "no bias", "any strength"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Sighting:
     """One fault seen in one observation, before it becomes a verdict.
 
     `modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure. `faint`:
@@ -44,8 +44,8 @@ class Finding:
         return self.check or next(check.family for check in checks() if self.code in check.codes)
 
 
-Judge = Callable[[Observation], Iterable[Finding]]
-Sequel = Callable[[Cell, Observation, tuple[str, ...]], Iterable[Finding]]
+Judge = Callable[[Observation], Iterable[Sighting]]
+Sequel = Callable[[Cell, Observation, tuple[str, ...]], Iterable[Sighting]]
 F = TypeVar("F", Judge, Sequel)
 
 
@@ -107,12 +107,12 @@ def family_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(check.family for check in checks()))
 
 
-def judge(observation: Observation) -> list[Finding]:
+def judge(observation: Observation) -> list[Sighting]:
     """Apply every family to one observation."""
     return [finding for check in checks() if check.judge for finding in check.judge(observation)]
 
 
-def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """Yield what the load behind `once` leaves behind that it should not; nothing where the load itself is broken."""
     if once.raised or once.unsteady or once.training or not all(fits[0].finite for fits in once.fits.values()):
         return  # said already
@@ -124,12 +124,12 @@ def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[F
             yield from check.sequel(cell, once, dtypes)
 
 
-def _not_the_same_again(cell: Cell, once: Observation) -> Finding | None:
+def _not_the_same_again(cell: Cell, once: Observation) -> Sighting | None:
     """Return LH408 when the same file loaded into a fresh model is another LoRA the second time."""
     seen = run_trial(cell, once.example)
     names = () if seen.raised else changed_otherwise(once, seen)
     what = "layers are not as they were when the same file was loaded into the same model before"
-    return Finding("LH408", seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
+    return Sighting("LH408", seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
 
 
 def has(cell: Cell, need: Need | None) -> bool:
@@ -165,7 +165,7 @@ class Scenario:
 
 def first_wrong(
     cell: Cell, once: Observation, scenarios: Iterable[Scenario], *, may_raise: bool = False
-) -> Iterator[Finding]:
+) -> Iterator[Sighting]:
     """Yield the finding of the first possible scenario that goes wrong; `once` is what one load showed.
 
     `may_raise`: refusing these steps is a documented choice of several loaders.
@@ -176,16 +176,16 @@ def first_wrong(
             return
 
 
-def _finding(cell: Cell, once: Observation, scenario: Scenario, may_raise: bool) -> Finding | None:
+def _finding(cell: Cell, once: Observation, scenario: Scenario, may_raise: bool) -> Sighting | None:
     seen = run_trial(cell, once.example, scenario.steps)
     if seen.raised:
         what = f"{scenario.what} raised: {seen.raised.what}"
-        return None if may_raise else Finding(scenario.code, seen, fact=what)
+        return None if may_raise else Sighting(scenario.code, seen, fact=what)
     clear = {n: f[0] for n, f in seen.fits.items() if not wrong_direction(once.fits[n][0])}  # the others have no scale
     first = {name: once.fits[name][0].scale for name in clear}
     if any(all(_near(fit, times * first[name]) for name, fit in clear.items()) for times in scenario.right):
         return None
-    return Finding(scenario.code, seen, *_worst(first, clear, scenario))
+    return Sighting(scenario.code, seen, *_worst(first, clear, scenario))
 
 
 def _worst(first: Mapping[str, float], seen: Mapping[str, Fit], scenario: Scenario) -> tuple[tuple[str, ...], str]:

@@ -26,7 +26,7 @@ from harness.checks.cell import Cell
 from harness.checks.families.coverage import check_coverage
 from harness.checks.families.scale import check_scale
 from harness.checks.families.smoke import check_smoke
-from harness.checks.family import Finding
+from harness.checks.family import Sighting
 from harness.checks.measuring import Order
 from harness.checks.observation import ROUNDING_LIKE, Observation
 from harness.checks.trial import ask, write_example
@@ -76,7 +76,7 @@ def observe_outputs(cell: Cell, example: Example) -> Observation:
     return _observation(cell, example, target, _Reference(cell.bench, target.name, updates[target.name]), plain, given)
 
 
-def judge_outputs(observation: Observation) -> list[Finding]:
+def judge_outputs(observation: Observation) -> list[Sighting]:
     """Return what is wrong with one answer."""
     if observation.raised:
         return list(check_smoke(observation))
@@ -84,7 +84,7 @@ def judge_outputs(observation: Observation) -> list[Finding]:
     fit = observation.fits[name][0]
     if not fit.unchanged and not fit.direction_right and fit.relative_residual > ROUNDING_LIKE:
         fact = f"no scale of B @ A gives these outputs: the best one leaves {fit.relative_residual:.0%} of the change"
-        return [Finding("LH306", observation, (name,), fact)]
+        return [Sighting("LH306", observation, (name,), fact)]
     return list(check_coverage(observation)) or list(check_scale(observation))
 
 

@@ -84,7 +84,7 @@ class ReleaseLaw:
 
 
 @dataclass(frozen=True)
-class Change:
+class ReleaseChange:
     """A cell in which a release does something else than the last one before it that was measured."""
 
     place: str
@@ -99,7 +99,7 @@ class Change:
         return f"{self.place}: {self.before} up to {self.last}, {self.after} from {self.first}"
 
 
-def changes(releases: Iterable[ReleaseLaw]) -> list[Change]:
+def changes(releases: Iterable[ReleaseLaw]) -> list[ReleaseChange]:
     """Return where releases, the oldest first, do something else than the last before them that could be measured."""
     last: dict[str, tuple[str, str]] = {}
     found = []
@@ -108,7 +108,7 @@ def changes(releases: Iterable[ReleaseLaw]) -> list[Change]:
             if state in NOT_JUDGED:
                 continue
             if place in last and last[place][1] != state:
-                found.append(Change(place, last[place][0], release.version, last[place][1], state))
+                found.append(ReleaseChange(place, last[place][0], release.version, last[place][1], state))
             last[place] = release.version, state
     return found
 

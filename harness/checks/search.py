@@ -19,7 +19,7 @@ from hypothesis.errors import NoSuchExample
 from hypothesis.strategies import SearchStrategy
 
 from harness.checks.cell import Cell
-from harness.checks.family import Finding, judge
+from harness.checks.family import Sighting, judge
 from harness.checks.observation import Observation, probes_of
 from harness.checks.outputs import judge_outputs, observe_outputs
 from harness.checks.trial import run_trial
@@ -45,7 +45,7 @@ class Search:
     the codes of those that showed anything.
     """
 
-    findings: dict[str, Finding] = field(default_factory=dict)
+    findings: dict[str, Sighting] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
     examples: int = 0
@@ -53,7 +53,7 @@ class Search:
     labels: Counter[str] = field(default_factory=Counter)
     wrong: list[tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=list)
 
-    def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
+    def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting]) -> None:
         """Keep what one example showed."""
         self.examples += 1
         self.zero_alpha |= observation.zero_alpha
@@ -62,7 +62,7 @@ class Search:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
 
-    def witness(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Finding]) -> None:
+    def witness(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting]) -> None:
         """Keep what an example says of a law and of its condition, and no finding of it."""
         self.probes.extend(probes)
         labels = labels_of(observation.example)
@@ -70,7 +70,7 @@ class Search:
         if findings:
             self.wrong.append((labels, frozenset(finding.code for finding in findings)))
 
-    def keep(self, finding: Finding) -> None:
+    def keep(self, finding: Sighting) -> None:
         """Let the first finding of a code stand for it, or the first that is not faint."""
         if finding.code not in self.findings or (self.findings[finding.code].faint and not finding.faint):
             self.findings[finding.code] = finding
@@ -129,7 +129,7 @@ def labels_of(example: Example) -> tuple[str, ...]:
     )
 
 
-def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Finding]]:
+def observe(cell: Cell, example: Example) -> tuple[Observation, list[Probe], list[Sighting]]:
     """Run one example and return what it showed, as an observation, as probes and as findings."""
     if cell.subject.outputs:
         seen = observe_outputs(cell, example)
@@ -191,11 +191,11 @@ class _Trials:
     """Which examples show the fault of `finding`; `left` more may be run until `deadline`. `tried` witnesses them."""
 
     cell: Cell
-    finding: Finding
+    finding: Sighting
     tried: Search
     left: int = _TRIALS
     deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
-    seen: dict[Example, Finding | None] = field(default_factory=dict)
+    seen: dict[Example, Sighting | None] = field(default_factory=dict)
 
     def fails(self, example: Example) -> bool:
         """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
@@ -210,12 +210,12 @@ class _Trials:
 def shrink(
     cell: Cell,
     examples: SearchStrategy[Example],
-    finding: Finding,
+    finding: Sighting,
     *,
     base_seed: int,
     tried: Search,
     allowed: Callable[[Example], bool] = lambda example: True,
-) -> Finding:
+) -> Sighting:
     """Return the same fault on the simplest example found within a time limit, or `finding` itself.
 
     Hypothesis shrinks what it draws, and stops where no small step leads on (a rank divisible by 3 next to 48, say);

@@ -15,7 +15,7 @@ from harness.commands.screen import grid, stdout_console
 from harness.text import printable
 
 if TYPE_CHECKING:
-    from harness.doctor.diagnose import Diagnosis
+    from harness.doctor.diagnose import FileDiagnosis
 
 _SAW = ("noise", "nothing", "weak", "strong")
 
@@ -45,12 +45,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Say in six lines what FILE is, what TOOL does with it, and the number to put into TOOL's own field."""
-    from harness.doctor.answer import Asked
+    from harness.doctor.answer import Question
     from harness.doctor.diagnose import as_data, diagnose
 
     if tool_version is not None and tool is None:
         raise click.UsageError("--tool-version needs --tool")
-    asked = Asked(tool_version, lora_alpha)
+    asked = Question(tool_version, lora_alpha)
     found = diagnose(file, tool=tool, asked=asked, saw=saw, base=base)  # type: ignore[arg-type]  # click.Choice checks it
     if not as_json and _can_ask():
         found = _completed(found)
@@ -65,7 +65,7 @@ def _can_ask() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and not os.environ.get("CI")
 
 
-def _completed(found: Diagnosis) -> Diagnosis:
+def _completed(found: FileDiagnosis) -> FileDiagnosis:
     """Ask for what would change the answer and was not given."""
     from dataclasses import replace
 
@@ -90,7 +90,7 @@ def _number(text: str) -> float | None:
         raise click.UsageError(f"{printable(text, 40)!r} is no number") from None
 
 
-def _print(found: Diagnosis) -> None:
+def _print(found: FileDiagnosis) -> None:
     from rich.text import Text
 
     from harness.doctor.diagnose import lines

@@ -50,7 +50,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question about a file: the release of the tool (None: the one known), and what its training's alpha was.
 
     `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank. `base` is the model.
@@ -71,7 +71,7 @@ def loaded_without_alpha(tool: Tool, traits: Traits) -> Answer | None:
     return Answer(tool, "raises", f"cannot load a file without {what}", "read", do=do)
 
 
-def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], asked: Asked) -> Answer:
+def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], asked: Question) -> Answer:
     """Return the strength at which `law` gives every module its trained scale; `gains` are theirs at strength 1."""
     modules = [module for _, module in gains]
     wanted = [_wanted(module, asked) for module in modules]
@@ -89,7 +89,7 @@ def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], a
     return Answer(tool, "law", _strong(span), "unknown", strength, span)
 
 
-def _wanted(module: LoraModule, asked: Asked) -> float | None:
+def _wanted(module: LoraModule, asked: Question) -> float | None:
     if asked.as_rank and module.rank and module.alpha is None:
         return 1.0
     if module.rank and module.alpha == 0 and asked.lora_alpha is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from harness.doctor.answer import Answer, Asked, Effect, Sure, by_scales, loaded_without_alpha
+from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.tool_models import by_name, no_model
@@ -23,25 +23,25 @@ _REFUSED = "LH724"
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
-def answers(traits: Traits, asked: Asked | None = None, *, mended: bool = True) -> dict[str, Answer]:
+def answers(traits: Traits, asked: Question | None = None, *, mended: bool = True) -> dict[str, Answer]:
     """Return the answer for every tool that reads the file's format, with the repair that helps where `mended`."""
-    form, asked = traits.adapter.format, asked or Asked()
+    form, asked = traits.adapter.format, asked or Question()
     given = answer if mended else unmended
     return {name: given(tool, traits, asked) for name, tool in tools().items() if form in tool.formats}
 
 
-def answer(tool: Tool, traits: Traits, asked: Asked | None = None) -> Answer:
+def answer(tool: Tool, traits: Traits, asked: Question | None = None) -> Answer:
     """Return what `tool` does with the file, and what to repair it to where no number makes it right."""
     from harness.doctor.mending import repaired_to
 
-    asked = asked or Asked()
+    asked = asked or Question()
     found = unmended(tool, traits, asked)
     if found.strength is None and found.effect not in ("law", "unknown"):
         return replace(found, instead=repaired_to(tool, traits, asked))
     return found
 
 
-def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
+def unmended(tool: Tool, traits: Traits, asked: Question) -> Answer:
     """Return what `tool` does with the file as it is."""
     if given := _not_read(tool, traits, asked):
         return given
@@ -52,7 +52,7 @@ def unmended(tool: Tool, traits: Traits, asked: Asked) -> Answer:
     return replace(given, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
 
 
-def _not_read(tool: Tool, traits: Traits, asked: Asked) -> Answer | None:
+def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
     """Return the answer where the file is none for the tool, or the release that is asked for not the one known."""
     form, version = traits.adapter.format, asked.version
     if tool.beside and any(group.named and not group.text_encoder for group in traits.groups):
@@ -81,7 +81,7 @@ def _noted(tool: Tool, hit: Iterable[Finding], version: str | None) -> Iterator[
         yield f"every release measured of {tool.versions} has its law (docs/releases.md)"
 
 
-def _as_read(tool: Tool, traits: Traits, asked: Asked, blocking: list[Finding]) -> Answer:
+def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding]) -> Answer:
     """Return what comes of the file by what was measured of its keys and layers, and by the faults that it meets."""
     read = _read(tool, traits)
     if fault := next((finding for finding in blocking if finding.effect != "alpha ignored"), None):
@@ -95,7 +95,7 @@ def _as_read(tool: Tool, traits: Traits, asked: Asked, blocking: list[Finding]) 
     return replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
 
 
-def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Asked) -> Answer:
+def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
     return loaded_without_alpha(tool, traits) or by_scales(
         tool, law.law, [(law.at_one(module), module) for module in traits.modules], asked
@@ -207,10 +207,10 @@ _LOUD = ("raises", "nothing", "drops", "unknown")  # a user of the other model i
 
 def prescriptions(adapter: LoraAdapter, *, lora_alpha: float | None = None) -> dict[str, float | None]:
     """Return the strength to pass for every tool that reads the format of `adapter`; None with no reason given."""
-    return {name: each.strength for name, each in answers(Traits(adapter), Asked(lora_alpha=lora_alpha)).items()}
+    return {name: each.strength for name, each in answers(Traits(adapter), Question(lora_alpha=lora_alpha)).items()}
 
 
-def why_not(found: Answer, traits: Traits, asked: Asked) -> str:
+def why_not(found: Answer, traits: Traits, asked: Question) -> str:
     """Return why there is no strength, with the page of the finding and what to do instead, in one clause each."""
     from harness.doctor.mending import options
 

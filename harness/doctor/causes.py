@@ -11,7 +11,7 @@ from harness.law.findings import findings
 from harness.text import printable
 
 if TYPE_CHECKING:
-    from harness.doctor.diagnose import Diagnosis
+    from harness.doctor.diagnose import FileDiagnosis
 
 Saw = Literal["noise", "nothing", "weak", "strong"]
 SAW: tuple[Saw, ...] = ("noise", "nothing", "weak", "strong")
@@ -26,14 +26,14 @@ class Cause:
     evidence: str = ""
 
 
-def causes(found: Diagnosis) -> list[Cause]:
+def causes(found: FileDiagnosis) -> list[Cause]:
     """Return what could be behind what was seen, what the file itself speaks for first."""
     every = list(_CAUSES[found.saw or "noise"](found))
     sure = {hazard.what for hazard in (*found.weighed.hazards, *found.misfits)}
     return sorted(every, key=lambda cause: (cause.evidence not in sure, not cause.evidence))
 
 
-def _strength_cause(found: Diagnosis) -> Cause:
+def _strength_cause(found: FileDiagnosis) -> Cause:
     wrong = [
         f"{each.tool.name} {each.says}" for each in found.answers.values()
         if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
@@ -45,23 +45,23 @@ def _strength_cause(found: Diagnosis) -> Cause:
     return Cause("wrong strength", test, "; ".join(wrong[:2]))
 
 
-def _dropped_cause(found: Diagnosis) -> Cause:
+def _dropped_cause(found: FileDiagnosis) -> Cause:
     bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
     evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
     return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
 
 
-def _model_cause(found: Diagnosis) -> Cause:
+def _model_cause(found: FileDiagnosis) -> Cause:
     test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
     none = next((each.what for each in found.misfits if each.code == "LH719"), "")
     return Cause(f"another model than {model_of(found.traits)}", test, none)
 
 
-def _said(found: Diagnosis, code: str) -> str:
+def _said(found: FileDiagnosis, code: str) -> str:
     return next((hazard.what for hazard in found.weighed.hazards if hazard.code == code), "")
 
 
-def _noise(found: Diagnosis) -> Iterator[Cause]:
+def _noise(found: FileDiagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
     if (hit := _said(found, "LH707")) or not found.weighed.read:
         test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
@@ -73,7 +73,7 @@ def _noise(found: Diagnosis) -> Iterator[Cause]:
     yield _dropped_cause(found)
 
 
-def _nothing(found: Diagnosis) -> Iterator[Cause]:
+def _nothing(found: FileDiagnosis) -> Iterator[Cause]:
     yield _dropped_cause(found)
     yield _model_cause(found)
     weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
@@ -82,7 +82,7 @@ def _nothing(found: Diagnosis) -> Iterator[Cause]:
     yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
 
 
-def _weak(found: Diagnosis) -> Iterator[Cause]:
+def _weak(found: FileDiagnosis) -> Iterator[Cause]:
     yield from (cause for cause in (_dropped_cause(found), *list(_nothing(found))[2:3]) if cause.evidence)
     missing = ", ".join(untargeted(found.traits)) or "none that is known"
     yield Cause(
@@ -95,7 +95,7 @@ def _weak(found: Diagnosis) -> Iterator[Cause]:
     yield Cause("a strength below what you want", "raise it up to 1.5: style grows, and artifacts with it")
 
 
-def _strong(found: Diagnosis) -> Iterator[Cause]:
+def _strong(found: FileDiagnosis) -> Iterator[Cause]:
     yield _strength_cause(found)
     calls = [
         f.says

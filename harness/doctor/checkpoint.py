@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.doctor.llama_cpp import NATIVE, Translation, scheme, translation
 from harness.doctor.match import Placement, match_layers, place
-from harness.doctor.quantised import Scheme, Tensors, idle, schemes
+from harness.doctor.quantised import StorageScheme, Tensors, idle, schemes
 from harness.doctor.spelling import layer_of, shared_prefix
 from harness.errors import LoraFileError
 from harness.files import LoraAdapter, SafetensorsFile, TensorInfo, read_header
@@ -87,7 +87,7 @@ class Checkpoint:
         return {name: scheme.owned[0] for name, scheme in self.schemes.items()} | own
 
     @cached_property
-    def schemes(self) -> dict[str, Scheme]:
+    def schemes(self) -> dict[str, StorageScheme]:
         """How the weights that are quantised are stored, by name.
 
         Raises:

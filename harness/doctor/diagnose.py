@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Answer, Asked, Effect, field_of, how_sure
+from harness.doctor.answer import Answer, Effect, Question, field_of, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.fit import base_hazards, fit_of
@@ -30,7 +30,7 @@ _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class FileDiagnosis:
     """A file and the question that was asked about it; `tool` None asks for all.
 
     `fit` says how much of the file applies to the base that was given, `misfits` what is wrong with that.
@@ -38,7 +38,7 @@ class Diagnosis:
 
     path: Path
     traits: Traits
-    asked: Asked
+    asked: Question
     tool: Tool | None = None
     saw: Saw | None = None
     fit: BaseFit | None = None
@@ -56,7 +56,7 @@ class Diagnosis:
         return rule_of(self.traits, self.asked.lora_alpha)
 
     @cached_property
-    def question(self) -> Asked:
+    def question(self) -> Question:
         """What is asked of every tool, the trainer's rule included."""
         return with_rule(self.traits, self.asked)
 
@@ -91,9 +91,9 @@ class Diagnosis:
 
 
 def diagnose(
-    path: Path | str, *, tool: str | None = None, asked: Asked | None = None, saw: Saw | None = None,
+    path: Path | str, *, tool: str | None = None, asked: Question | None = None, saw: Saw | None = None,
     base: Path | None = None, headers_only: bool = False,
-) -> Diagnosis:  # fmt: skip
+) -> FileDiagnosis:  # fmt: skip
     """Read a file and return its diagnosis.
 
     Every weight is looked at once, for NaN and for factors that are zero, unless `headers_only`.
@@ -103,12 +103,12 @@ def diagnose(
         UserError: nobody knows the tool.
     """
     traits = Traits(read_lora(path, strict=False))
-    asked = asked or Asked()
+    asked = asked or Question()
     known = tool_named(tool, asked.version) if tool else None
     fit, misfits = _held_against(traits, base) if base else (None, ())
     asked = replace(asked, base=base)
     weighed = Weighed() if headers_only else weigh(traits.adapter)
-    return Diagnosis(Path(path), traits, asked, known, saw, fit, misfits, weighed)
+    return FileDiagnosis(Path(path), traits, asked, known, saw, fit, misfits, weighed)
 
 
 def tool_named(name: str, version: str | None = None) -> Tool:
@@ -145,7 +145,7 @@ def _held_against(traits: Traits, base: Path) -> tuple[BaseFit, tuple[Hazard, ..
     return fit, tuple(base_hazards(traits.adapter, weights, placed, fit))
 
 
-def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
+def lines(found: FileDiagnosis) -> Iterator[tuple[str, str]]:
     """Yield the answer, line by line: a label and a sentence."""
     yield "file", what_it_is(found.traits, found.trainer)
     for problem in found.fatal[:1]:
@@ -167,7 +167,7 @@ def lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
             yield "  test", cause.test
 
 
-def _of_base(found: Diagnosis) -> Iterator[tuple[str, str]]:
+def _of_base(found: FileDiagnosis) -> Iterator[tuple[str, str]]:
     if found.fit:
         yield "base", placed(found.fit)
     for hazard in found.misfits:
@@ -179,7 +179,7 @@ def placed(fit: BaseFit) -> str:
     return f"applies to {fit.applied} of {count(fit.modules, 'module')} in {printable(fit.base, 80)}"
 
 
-def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
+def _of_tool(found: FileDiagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     tool = given.tool
     title = re.sub(r" [<>]=.*", "", tool.title)
     yield "tool", f"{title} {found.asked.version or tool.release}: {given.says}"
@@ -196,7 +196,7 @@ def _of_tool(found: Diagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     yield "sure", how_sure(given)
 
 
-def _steps(found: Diagnosis, right: float) -> str:
+def _steps(found: FileDiagnosis, right: float) -> str:
     """Return what other numbers would do with this file, which is what people try: 4 times, and the rank or alpha."""
     ranks = {module.rank for module in found.traits.modules if module.rank}
     tried = sorted({4 * right, *({float(max(ranks))} if ranks and right else set())} - {right})
@@ -204,7 +204,7 @@ def _steps(found: Diagnosis, right: float) -> str:
     return f"  ({right:.4g} as trained; {shown})" if shown else ""
 
 
-def _what_to_do(found: Diagnosis, given: Answer) -> str:
+def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
     if any(hazard.code == "LH707" for hazard in found.grave):
         return "no repair makes NaN right: take an earlier step of the training"
     if given.instead:
@@ -224,14 +224,14 @@ def _what_to_do(found: Diagnosis, given: Answer) -> str:
     return "check that this is the base it was trained on" if found.misfits else "nothing else"
 
 
-def _once_alpha_is_known(found: Diagnosis, given: Answer) -> str | None:
+def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:
     """Return the format of the repair that only waits for an alpha."""
     if "none" not in found.traits.alphas or found.question.lora_alpha is not None or found.question.as_rank:
         return None
     return repaired_to(given.tool, found.traits, replace(found.question, lora_alpha=1.0))
 
 
-def able(found: Diagnosis) -> str:
+def able(found: FileDiagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
     every = answers(found.traits, found.question)
     return ", ".join(
@@ -239,7 +239,7 @@ def able(found: Diagnosis) -> str:
     )
 
 
-def _of_all(found: Diagnosis) -> Iterator[tuple[str, str]]:
+def _of_all(found: FileDiagnosis) -> Iterator[tuple[str, str]]:
     """Group the tools by what they do, the ones that need no thought first."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for each in found.answers.values():
@@ -270,7 +270,7 @@ def _gathered(groups: Mapping[tuple[str, str], list[Answer]]) -> dict[tuple[str,
     return found
 
 
-def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
+def _kind(found: FileDiagnosis, given: Answer) -> tuple[str, str]:
     if given.strength is not None:
         how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
         return (
@@ -286,7 +286,7 @@ def _kind(found: Diagnosis, given: Answer) -> tuple[str, str]:
     )
 
 
-def as_data(found: Diagnosis) -> dict[str, Any]:
+def as_data(found: FileDiagnosis) -> dict[str, Any]:
     """Return the diagnosis as JSON."""
     return {
         "kind": "diagnosis",
@@ -303,7 +303,7 @@ def as_data(found: Diagnosis) -> dict[str, Any]:
     }
 
 
-def _answer_data(found: Diagnosis, given: Answer) -> dict[str, Any]:
+def _answer_data(found: FileDiagnosis, given: Answer) -> dict[str, Any]:
     return {
         "tool": given.tool.name,
         "title": given.tool.title,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.causes import Saw
 from harness.doctor.diagnose import as_data, diagnose
 from harness.errors import UserError
@@ -39,7 +39,7 @@ def answer(
 
 def _told(path: Path, tool: str, saw: Saw | None, lora_alpha: float | None) -> dict[str, Any]:
     try:
-        asked = Asked(lora_alpha=lora_alpha)
+        asked = Question(lora_alpha=lora_alpha)
         found = diagnose(path, tool=tool or None, asked=asked, saw=saw or None, headers_only=True)
     except UserError as error:
         return {"error": str(error)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from harness.doctor.answer import Answer, Asked, Sure, by_scales
+from harness.doctor.answer import Answer, Question, Sure, by_scales
 from harness.doctor.traits import Traits
 from harness.law.findings import is_within
 from harness.law.known import Tool, file_probes
@@ -17,7 +17,7 @@ _PLAIN = ("lora", "conv")  # what findings of scales are measured on
 _SCALES = ("factor", "alpha ignored", "rounds", "note", "call")
 
 
-def in_release(tool: Tool, traits: Traits, asked: Asked) -> Answer:
+def in_release(tool: Tool, traits: Traits, asked: Question) -> Answer:
     """Return what the release that is asked for does with the file; unknown where it was not measured on such files."""
     version, loader = str(asked.version), _measured_as(tool)
     known = versions_of(loader)
@@ -92,7 +92,7 @@ def _nearest(tool: Tool, known: Sequence[str], version: str) -> str:
     return f"was not measured in {asked}, but in {' and '.join([*before, *after] or [tool.release])} (docs/releases.md)"
 
 
-def _answer(tool: Tool, found: Released, traits: Traits, asked: Asked) -> Answer:
+def _answer(tool: Tool, found: Released, traits: Traits, asked: Question) -> Answer:
     if found.state == NO_MODEL:
         return Answer(tool, "cannot", f"has no such model in {tool.release}", "measured")
     if found.state.endswith(SOME):
@@ -106,7 +106,7 @@ def _answer(tool: Tool, found: Released, traits: Traits, asked: Asked) -> Answer
     return _by_laws(tool, found, traits, asked)
 
 
-def _by_laws(tool: Tool, found: Released, traits: Traits, asked: Asked) -> Answer:
+def _by_laws(tool: Tool, found: Released, traits: Traits, asked: Question) -> Answer:
     modules = [module for module in traits.adapter.modules.values() if module.rank]
     probes = file_probes(modules)
     laws = found.laws(probes)

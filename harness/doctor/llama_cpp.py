@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.doctor.quantised import Scheme
+from harness.doctor.quantised import StorageScheme
 from harness.files.gguf_file import ARCHITECTURE_KEY, GgufFile, model_names
 
 _PAIRED = frozenset({"llama", "granite"})
@@ -70,11 +70,11 @@ def _count(file: GgufFile, key: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def scheme(file: GgufFile, key: str, order: Translation) -> Scheme | None:
+def scheme(file: GgufFile, key: str, order: Translation) -> StorageScheme | None:
     """Return how a tensor is quantised, where its weights lie on a grid; a sum with 1 lies on that of its type."""
     info = file.tensors[key]
     if key in order.shifted:
-        return Scheme(
+        return StorageScheme(
             f"GGUF {info.dtype} with 1 added",
             info.shape,
             (key,),
@@ -91,7 +91,7 @@ def scheme(file: GgufFile, key: str, order: Translation) -> Scheme | None:
         return order.rows(key, lambda a, b: torch.Tensor.flatten(file.rows(key, a, b), 1), start, stop)
 
     step, offset = (partial(grid, part=part) for part in (0, 1))
-    return Scheme(f"GGUF {info.dtype}", info.shape, (key,), rows, step, offset=offset)
+    return StorageScheme(f"GGUF {info.dtype}", info.shape, (key,), rows, step, offset=offset)
 
 
 def _less_one(file: GgufFile, key: str, start: int, stop: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.answers import is_left_for_names, unmended
 from harness.doctor.repair.naming import layers_from
 from harness.doctor.repair.preview import is_plain, preview, with_scale
@@ -18,7 +18,7 @@ from harness.text import printable
 _WRITTEN = ("diffusers", "kohya", "comfyui", "diffsynth", "peft")  # for any names, ranks and alphas
 
 
-def repaired_to(tool: Tool, traits: Traits, asked: Asked) -> str | None:
+def repaired_to(tool: Tool, traits: Traits, asked: Question) -> str | None:
     """Return the format to which `repair` can bring this file so that `tool` reads it as trained, None without one.
 
     Each is planned (`preview`), and what it gives is asked about.
@@ -26,14 +26,14 @@ def repaired_to(tool: Tool, traits: Traits, asked: Asked) -> str | None:
     return next((form for form in _formats(tool, traits) if _is_read(tool, traits, asked, form)), None)
 
 
-def wants_a_base(tool: Tool, traits: Traits, asked: Asked) -> bool:
+def wants_a_base(tool: Tool, traits: Traits, asked: Question) -> bool:
     """Tell whether a repair may be possible once the names of the model's layers are known."""
     if asked.base is not None or not traits.adapter.flattened or not _of_known_scale(traits.adapter, asked):
         return False
     return any(form != "kohya" for form in _formats(tool, traits))
 
 
-def command(path: Path, traits: Traits, asked: Asked, to: str) -> str:
+def command(path: Path, traits: Traits, asked: Question, to: str) -> str:
     """Return the repair of `repaired_to` as it is typed."""
     words = ["lora-harness", "repair", printable(path, 500), "--to", to, "--out", f"{path.stem}-{to}{_suffix(to)}"]
     words += options(traits, asked)
@@ -42,7 +42,7 @@ def command(path: Path, traits: Traits, asked: Asked, to: str) -> str:
     return shlex.join(words)
 
 
-def options(traits: Traits, asked: Asked) -> list[str]:
+def options(traits: Traits, asked: Question) -> list[str]:
     """Return what a repair must be told of the scale, which the file does not say."""
     if not traits.alphas & {"none", "zero", "some-missing"}:
         return []
@@ -62,14 +62,14 @@ def _formats(tool: Tool, traits: Traits) -> list[str]:
     return [form for form in (*first, *(form for form in _WRITTEN if form != own)) if form in tool.formats]
 
 
-def _is_read(tool: Tool, traits: Traits, asked: Asked, form: str) -> bool:
+def _is_read(tool: Tool, traits: Traits, asked: Question, form: str) -> bool:
     if (new := _planned(traits, asked, form)) is None:
         return False
-    found = unmended(tool, new, Asked(asked.version))
+    found = unmended(tool, new, Question(asked.version))
     return found.effect == "law" and found.strength is not None and abs(found.strength - 1) < 1e-6
 
 
-def _planned(traits: Traits, asked: Asked, form: str) -> Traits | None:
+def _planned(traits: Traits, asked: Question, form: str) -> Traits | None:
     """Return the traits of what `repair --to form` writes, None where it refuses."""
     key = (form, asked.lora_alpha, asked.as_rank, asked.base)
     if key not in traits.plans:
@@ -85,7 +85,7 @@ def _previewed(given: LoraAdapter, form: str, base: Path | None) -> Traits | Non
         return None
 
 
-def _of_known_scale(adapter: LoraAdapter, asked: Asked) -> LoraAdapter | None:
+def _of_known_scale(adapter: LoraAdapter, asked: Question) -> LoraAdapter | None:
     """Return the adapter with the alphas that the repair will be given, None where they, or it, will not do."""
     given = with_alpha(adapter, asked.lora_alpha)
     if asked.as_rank and all(module.alpha is None for module in given.modules.values()):

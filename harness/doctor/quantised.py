@@ -40,7 +40,7 @@ TABLES: Mapping[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Scheme:
+class StorageScheme:
     """How the weight of one layer is stored.
 
     `shape` is that of the real weight, empty when it is not known. `owned` are the keys that belong to it: codes,
@@ -83,7 +83,7 @@ class Tensors:
         return tuple(stem + tail for tail in tails if stem + tail in self.infos)
 
 
-def schemes(tensors: Tensors) -> dict[str, Scheme]:
+def schemes(tensors: Tensors) -> dict[str, StorageScheme]:
     """Return {name of a layer's weight: how it is stored} for every quantised layer.
 
     The name ends in `.weight`, also where the file spells the codes in another way (`.qweight`).
@@ -91,7 +91,7 @@ def schemes(tensors: Tensors) -> dict[str, Scheme]:
     Raises:
         ValueError: the description of a layer cannot be read.
     """
-    found: dict[str, Scheme] = {}
+    found: dict[str, StorageScheme] = {}
     for key in tensors.infos:
         for tail, recognise in _KINDS:
             if key.endswith(tail) and (scheme := recognise(tensors, key.removesuffix(tail))):
@@ -105,7 +105,7 @@ def idle(keys: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(key for key in keys if key.endswith(_IDLE) or key.rpartition(".")[2] == "scaled_fp8")
 
 
-Found = tuple[str, Scheme] | None
+Found = tuple[str, StorageScheme] | None
 
 
 def _scaled(tensors: Tensors, stem: str) -> Found:
@@ -123,7 +123,9 @@ def _scaled(tensors: Tensors, stem: str) -> Found:
     name = f"scaled {'int8' if info.dtype == 'I8' else 'fp8'}"
     spread = _spread(shape, tensors.shape(scale))
     if spread is None:
-        return codes, Scheme(name, shape, owned, why=f"the shape of {scale.rpartition('.')[2]} fits no known layout")
+        return codes, StorageScheme(
+            name, shape, owned, why=f"the shape of {scale.rpartition('.')[2]} fits no known layout"
+        )
     factors = partial(_factors, tensors, scale, spread)
 
     def step(start: int, stop: int) -> Tensor:
@@ -134,7 +136,7 @@ def _scaled(tensors: Tensors, stem: str) -> Found:
         code = code - _factors(tensors, zero, spread, start, stop) if zero else code
         return code * step(start, stop)
 
-    return codes, Scheme(name, shape, owned, rows, None if zero else step, codes)
+    return codes, StorageScheme(name, shape, owned, rows, None if zero else step, codes)
 
 
 Spread = tuple[int, int]  # rows and columns that share a scale; 0: all of them
@@ -175,7 +177,7 @@ def _bnb8(tensors: Tensors, stem: str) -> Found:
         return None
     shape, owned = tensors.shape(codes), (codes, *tensors.there(stem, ".SCB", ".weight_format"))
     if math.prod(tensors.shape(f"{stem}.SCB")) != shape[0]:
-        return codes, Scheme("bitsandbytes int8", shape, owned, why="SCB has not one number per row")
+        return codes, StorageScheme("bitsandbytes int8", shape, owned, why="SCB has not one number per row")
 
     def step(start: int, stop: int) -> Tensor:
         return tensors.read(f"{stem}.SCB", start, stop).float().reshape(-1, 1) / 127.0
@@ -183,7 +185,7 @@ def _bnb8(tensors: Tensors, stem: str) -> Found:
     def rows(start: int, stop: int) -> Tensor:
         return tensors.read(codes, start, stop).float() * step(start, stop)
 
-    return codes, Scheme("bitsandbytes int8", shape, owned, rows, step, codes)
+    return codes, StorageScheme("bitsandbytes int8", shape, owned, rows, step, codes)
 
 
 def _bnb4(tensors: Tensors, stem: str) -> Found:
@@ -203,7 +205,7 @@ def _bnb4(tensors: Tensors, stem: str) -> Found:
     owned, kind = (stem, state, *tensors.there(stem, *tails)), str(said["quant_type"])
     rows, maxima = (partial(part, tensors, stem, said) for part in (_bnb4_rows, _bnb4_maxima))
     known = kind in TABLES and np.allclose(np.sort(tensors.whole(f"{stem}.quant_map").float()), TABLES[kind], atol=1e-3)
-    return stem, Scheme(f"bitsandbytes {kind}", shape, owned, rows, maxima if known else None, table=kind)
+    return stem, StorageScheme(f"bitsandbytes {kind}", shape, owned, rows, maxima if known else None, table=kind)
 
 
 def _state(tensors: Tensors, key: str) -> Mapping[str, Any]:
@@ -254,13 +256,13 @@ def _quanto(tensors: Tensors, stem: str) -> Found:
     """optimum-quanto: W = data * scale for 8 bits; fewer are packed and not read."""
     codes, owned = f"{stem}._data", tensors.there(stem, "._data", "._scale", "._shift", "._data._data")
     if codes not in tensors.infos or tensors.infos[codes].dtype not in _CODES:
-        return stem, Scheme("quanto, packed", (), owned, why="quanto's packed weights are not dequantised here")
+        return stem, StorageScheme("quanto, packed", (), owned, why="quanto's packed weights are not dequantised here")
     shape = tensors.shape(codes)
     spread = _spread(shape, tensors.shape(f"{stem}._scale"))
     if spread is None or spread[1]:
-        return stem, Scheme("quanto", shape, owned, why="the shape of _scale fits no known layout")
+        return stem, StorageScheme("quanto", shape, owned, why="the shape of _scale fits no known layout")
     step = partial(_factors, tensors, f"{stem}._scale", spread)
-    return stem, Scheme(
+    return stem, StorageScheme(
         "quanto 8-bit", shape, owned, lambda a, b: tensors.read(codes, a, b).float() * step(a, b), step, codes
     )
 
@@ -276,14 +278,14 @@ def _affine(tensors: Tensors, stem: str) -> Found:
     alike = len(groups) == 2 and groups[0] == rows and groups[1] and groups == tensors.shape(f"{stem}.biases")
     if bits not in _BITS or not alike or said.get("mode", "affine") != "affine":
         why = "its bits are not said: config.json with the model's `quantization` belongs beside it"
-        return codes, Scheme("MLX", (), owned, why=why)
+        return codes, StorageScheme("MLX", (), owned, why=why)
     columns = 32 * words // int(bits)
     if 32 * words % int(bits) or columns % groups[1]:
-        return codes, Scheme("MLX", (), owned, why=f"{bits} bits do not fit the shapes of its codes and scales")
+        return codes, StorageScheme("MLX", (), owned, why=f"{bits} bits do not fit the shapes of its codes and scales")
     group = columns // groups[1]
     decode = partial(_affine_rows, tensors, stem, int(bits), group)
     step, offset = (partial(_per_group, tensors, f"{stem}.{part}", group) for part in ("scales", "biases"))
-    return codes, Scheme(f"MLX {bits}-bit", (rows, columns), owned, decode, step, offset=offset)
+    return codes, StorageScheme(f"MLX {bits}-bit", (rows, columns), owned, decode, step, offset=offset)
 
 
 def _per_group(tensors: Tensors, key: str, group: int, start: int, stop: int) -> Tensor:
@@ -322,7 +324,7 @@ def _mxfp4(tensors: Tensors, stem: str) -> Found:
         found = torch.ldexp(numbers[codes.int()], exponents.int() - _EXPONENT)
         return found.flatten(-2).transpose(1, 2).flatten(1)
 
-    return stem, Scheme("MXFP4", shape, owned, rows)
+    return stem, StorageScheme("MXFP4", shape, owned, rows)
 
 
 _PACKED = (
@@ -350,7 +352,7 @@ def _packed(tensors: Tensors, stem: str, tail: str) -> Found:
         return None
     kind = kind or {".weight_packed": "compressed-tensors, packed"}.get(tail, "packed integer")
     owned = tensors.there(stem, tail, *_BESIDE)
-    return stem + _WEIGHT, Scheme(kind, (), owned, why=f"{kind} weights are not dequantised here")
+    return stem + _WEIGHT, StorageScheme(kind, (), owned, why=f"{kind} weights are not dequantised here")
 
 
 def _kinds() -> Iterator[tuple[str, Callable[[Tensors, str], Found]]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.traits import Traits
 
 _SEEN_CHARACTERS = 200
@@ -30,7 +30,7 @@ def rule_of(traits: Traits, lora_alpha: float | None = None) -> str | None:
     return _rule(traits) if _is_without(traits, lora_alpha) else None
 
 
-def with_rule(traits: Traits, asked: Asked) -> Asked:
+def with_rule(traits: Traits, asked: Question) -> Question:
     """Return what is asked of every tool, the trainer's rule included."""
     return replace(asked, as_rank=rule_of(traits, asked.lora_alpha) is not None)
 

@@ -43,12 +43,12 @@ class Kind:
     variant: str
 
 
-class UnjudgedError(Exception):
+class UnmeasuredError(Exception):
     """Nothing that was measured says what becomes of a file; the message says why."""
 
 
 @dataclass
-class Release:
+class MeasuredRelease:
     """A release of the loader, whose laws are measured when a file asks for them."""
 
     subject: Subject
@@ -69,17 +69,17 @@ class Release:
         """
         measured = self.law(kind)
         if measured.raised and measured.probes:
-            raise UnjudgedError(f"{self.subject.spec} raises on some {kind.format} files: {measured.raised[0]}")
+            raise UnmeasuredError(f"{self.subject.spec} raises on some {kind.format} files: {measured.raised[0]}")
         if measured.raised:
             return f"raises ({measured.raised[0]})"
         if unloads(measured.probes):
             return "loads nothing"
         law = measured.diagnosis.law
         if law is None or law.factors:
-            raise UnjudgedError(f"{self.subject.spec} follows no single law on {kind.format} files of {kind.bench}")
+            raise UnmeasuredError(f"{self.subject.spec} follows no single law on {kind.format} files of {kind.bench}")
         found = [_gains(each, modules, chosen) for each in (law, *law.others)]
         if any(not _alike(found[0], other) for other in found[1:]):
-            raise UnjudgedError(f"several laws explain what {self.subject.spec} does, and differ for this file")
+            raise UnmeasuredError(f"several laws explain what {self.subject.spec} does, and differ for this file")
         return found[0]
 
 
@@ -112,15 +112,15 @@ def compare_files(paths: Sequence[Path], before: Subject, after: Subject) -> Ite
 
     The laws are measured on the bench of the file's own architecture; what is not measured there is not judged.
     """
-    releases = Release(before), Release(after)
+    releases = MeasuredRelease(before), MeasuredRelease(after)
     for path in paths:
         try:
             yield _compared(path, *releases)
-        except (UnjudgedError, UserError) as error:
+        except (UnmeasuredError, UserError) as error:
             yield FileChange(str(path), "not judged", str(error))
 
 
-def _compared(path: Path, before: Release, after: Release) -> FileChange:
+def _compared(path: Path, before: MeasuredRelease, after: MeasuredRelease) -> FileChange:
     adapter = read_lora(path, strict=False)
     bench = _bench(adapter, before.subject)
     modules = [module for module in adapter.modules.values() if module.rank]
@@ -139,7 +139,9 @@ def _compared(path: Path, before: Release, after: Release) -> FileChange:
     return FileChange(str(path), "changes", f"times {span} (bench {bench})", (low, high))
 
 
-def _told(path: Path, before: Release, after: Release, old: list[float] | str, new: list[float] | str) -> FileChange:
+def _told(
+    path: Path, before: MeasuredRelease, after: MeasuredRelease, old: list[float] | str, new: list[float] | str
+) -> FileChange:
     if isinstance(old, str) and isinstance(new, str):
         same = old.partition(" (")[0] == new.partition(" (")[0]
         return FileChange(str(path), "same" if same else "changes", old if same else f"{old}, then {new}")
@@ -161,18 +163,18 @@ def _bench(adapter: LoraAdapter, subject: Subject) -> str:
     """
     others = sorted({module.variant for module in adapter.modules.values()} - _MEASURED)
     if others or not adapter.modules:
-        raise UnjudgedError(f"it holds {', '.join(others) or 'no module'}, which no law is measured for")
+        raise UnmeasuredError(f"it holds {', '.join(others) or 'no module'}, which no law is measured for")
     if adapter.format not in subject.formats:
-        raise UnjudgedError(
+        raise UnmeasuredError(
             f"{subject.spec} is measured on {', '.join(subject.formats)} files, this is {adapter.format}"
         )
     groups = Traits(adapter).groups
     families = [dict.fromkeys(family for family, _ in group.places) for group in groups]
     if len(groups) != 1:
-        raise UnjudgedError("it has parts for several models of a pipeline, which are measured one at a time")
+        raise UnmeasuredError("it has parts for several models of a pipeline, which are measured one at a time")
     found = next((f for f in families[0] if subject.unsupported(adapter.format, f) is None), None)
     if found is None or (adapter.format, found) not in subject.cells:
-        raise UnjudgedError("there is no bench of its architecture on which the loader is measured")
+        raise UnmeasuredError("there is no bench of its architecture on which the loader is measured")
     return found
 
 

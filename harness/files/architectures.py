@@ -49,7 +49,7 @@ class UnjudgedError(UnplacedError):
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """One layer `left` of an architecture and the layers `right` that are stacked in it, both with wildcards.
 
     `sizes` names the heights on the right: equal letters, equal heights. `swap` says that the halves of the one layer
@@ -90,7 +90,7 @@ class Alias:
     """Another name of a layer: `name` in the other scheme, and how the two lie; `fused`: the layer is the left one."""
 
     name: str
-    row: Row
+    row: LayerRow
     values: Values
     fused: bool
     place: int
@@ -134,10 +134,10 @@ def filled(template: str, values: Values) -> str:
     return _WILD.sub(lambda _: next(rest), template)
 
 
-class _Ends(dict[str, list[tuple[re.Pattern[str], Row, int | None]]]):
+class _Ends(dict[str, list[tuple[re.Pattern[str], LayerRow, int | None]]]):
     """Patterns by the last component of the names that they fit; those that end in a wildcard fit any."""
 
-    def add(self, template: str, row: Row, place: int | None) -> None:
+    def add(self, template: str, row: LayerRow, place: int | None) -> None:
         last = template.rpartition(".")[2]
         self.setdefault("" if "*" in last else last, []).append((_compiled(template), row, place))
 
@@ -166,7 +166,7 @@ def _data() -> dict[str, Any]:
 
 
 @cache
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[LayerRow, ...]:
     """Return every row of the table."""
     return tuple(
         row
@@ -177,12 +177,12 @@ def rows() -> tuple[Row, ...]:
     )
 
 
-def _rows(family: str, left: str, right: Mapping[str, Any]) -> Iterator[Row]:
+def _rows(family: str, left: str, right: Mapping[str, Any]) -> Iterator[LayerRow]:
     lefts, rights = _expanded(left), _expanded(right["rows"])
     stacks = [(lefts[0], rights)] if len(lefts) == 1 else list(zip(lefts, ([one] for one in rights), strict=True))
     for name, parts in stacks:
         sizes = tuple(right["sizes"].split()) if "sizes" in right else ("D",) * len(parts)
-        yield Row(
+        yield LayerRow(
             family, name, tuple(parts), sizes, right.get("swap", False), right.get("order", ""), right.get("heads", "")
         )
 

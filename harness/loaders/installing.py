@@ -26,7 +26,7 @@ _NOISE = ("warning", "hint:", "note:", "[notice]")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MissingRelease:
     """A release that is asked for and not there; `size` are the bytes to fetch, None where the index does not tell."""
 
     name: str
@@ -83,7 +83,7 @@ def missing(pins: Iterable[str]) -> list[tuple[str, str]]:
     return [each for each in dict.fromkeys(wanted) if here(*each) is None]
 
 
-def sized(wanted: Iterable[tuple[str, str]]) -> list[Wanted]:
+def sized(wanted: Iterable[tuple[str, str]]) -> list[MissingRelease]:
     """Return the releases with the bytes that each takes to fetch, as the index says.
 
     Raises:
@@ -92,14 +92,14 @@ def sized(wanted: Iterable[tuple[str, str]]) -> list[Wanted]:
     return [_sized(name, version) for name, version in wanted]
 
 
-def _sized(name: str, version: str) -> Wanted:
+def _sized(name: str, version: str) -> MissingRelease:
     found = published_release(name, version)
     if found is None:
         raise UserError(f"the package index has no release {name}=={version}")
-    return Wanted(name, version, found.size)
+    return MissingRelease(name, version, found.size)
 
 
-def said_size(wanted: Sequence[Wanted]) -> str:
+def said_size(wanted: Sequence[MissingRelease]) -> str:
     """Return `3 releases, 4.2 MB to fetch`."""
     known = [each.size for each in wanted if each.size is not None]
     size = f"{sum(known) / 1e6:.1f} MB to fetch" if known else "of a size that the index does not tell"

@@ -28,7 +28,7 @@ WANTED = "load(model, lora, *, strength=1.0)"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FunctionSpec:
     """What a function is imported as, how it is called, and the name that it is likely to have."""
 
     what: str
@@ -36,11 +36,11 @@ class Wanted:
     name: str
 
 
-A_LOADER = Wanted("a loader", f"a function {WANTED}", "load")
-A_BENCH = Wanted("a bench", "a function that builds a model", "make")
+A_LOADER = FunctionSpec("a loader", f"a function {WANTED}", "load")
+A_BENCH = FunctionSpec("a bench", "a function that builds a model", "make")
 
 
-def import_callable(spec: str, wanted: Wanted = A_LOADER) -> Callable[..., Any]:
+def import_callable(spec: str, wanted: FunctionSpec = A_LOADER) -> Callable[..., Any]:
     """Return the function that `package.module:callable` or `path/to/file.py:callable` names.
 
     Raises:
@@ -88,7 +88,7 @@ def _module_from_name(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _attribute(module: ModuleType, dotted: str, spec: str, wanted: Wanted) -> Callable[..., Any]:
+def _attribute(module: ModuleType, dotted: str, spec: str, wanted: FunctionSpec) -> Callable[..., Any]:
     try:
         found = functools.reduce(getattr, dotted.split("."), module)
     except AttributeError:

@@ -30,7 +30,7 @@ _RESTORED = 0.2  # of the scale: what the codes take beyond that cannot be made 
 
 
 @dataclass(frozen=True)
-class Reference:
+class CodesReference:
     """The layer as an exact sum of `scale`, rounded to codes, makes it.
 
     `fit` is what is measured of that, `size` its weight's; `rest` what the rounding took and `apart` what the loaded
@@ -57,7 +57,7 @@ class Reference:
         return math.sqrt(self.apart**2 + flips) / (math.sqrt(self.elements) * self.slope) if self.slope else math.inf
 
 
-def through_codes(seen: Fit, references: Sequence[Reference]) -> Fit:
+def through_codes(seen: Fit, references: Sequence[CodesReference]) -> Fit:
     """Return the fit of a quantised layer: the scale before the codes took from it, within what they blur.
 
     The first of `references` is at the scale expected.

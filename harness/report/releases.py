@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.checks.releases import CellLaw, Change, ReleaseLaw, changes
+from harness.checks.releases import CellLaw, ReleaseChange, ReleaseLaw, changes
 from harness.law.released import NO_MODEL, NOT_JUDGED, RAISES, table_of
 from harness.outputs import replace_file, saying
 from harness.report.environment import installed_versions
@@ -42,7 +42,7 @@ class ReleaseTable:
         return list(dict.fromkeys(place for release in self.releases for place in release.states))
 
     @cached_property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[ReleaseChange]:
         """Where a release does something else than the one before."""
         return changes(self.releases)
 

@@ -135,7 +135,7 @@ class PictureTile:
 
 
 @dataclass(frozen=True)
-class Row:
+class StripRow:
     """The pictures of one prompt and seed, one per strength (None where there is none)."""
 
     prompt: str
@@ -161,13 +161,13 @@ class Strip:
     dtype: str
     pipeline: str | None
     records: tuple[SweepRecord, ...]
-    rows: tuple[Row, ...] = ()
+    rows: tuple[StripRow, ...] = ()
     figures: tuple[tuple[list[str], Markup], ...] = ()
     metrics: tuple[str, ...] = field(default=())
     left_out: int = 0
 
     @property
-    def compared(self) -> Row | None:
+    def compared(self) -> StripRow | None:
         """The row that the slider starts with."""
         return next((row for row in self.rows if row.shown), None)
 
@@ -224,7 +224,7 @@ def _subjects(records: Sequence[SweepRecord]) -> list[tuple[str, int | None]]:
     return list(dict.fromkeys((image.prompt, image.seed) for image in images))
 
 
-def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: int, folder: Path, out: Path) -> Row:
+def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: int, folder: Path, out: Path) -> StripRow:
     pictures = [_pictures(record, prompt, seed, folder) for record in records]
     role = "reference" if any("reference" in found for found in pictures) else "base"
     fallback = next((found["base"] for found in pictures if "base" in found), None) if role == "base" else None
@@ -233,7 +233,7 @@ def _row(records: Sequence[SweepRecord], prompt: str, seed: int | None, side: in
     gain = difference_gain(whole) if whole else None
     draw = _Draw(side, gain, out)
     tiles = tuple(draw.tile(record.strength, a, b) for record, (a, b) in zip(records, pairs, strict=True))
-    return Row(prompt, seed, tiles, role if whole else None, gain)
+    return StripRow(prompt, seed, tiles, role if whole else None, gain)
 
 
 def _pictures(record: SweepRecord, prompt: str, seed: int | None, folder: Path) -> dict[str, tuple[Path, Image]]:

@@ -84,7 +84,7 @@ class MatrixCell:
 
 
 @dataclass(frozen=True)
-class Cause:
+class FailureGroup:
     """Failures with one cause: the worst of them first, told in full, the rest named."""
 
     verdicts: tuple[Verdict, ...]
@@ -132,7 +132,7 @@ def distance(ratio: float | None) -> float:
     return abs(math.log2(ratio))
 
 
-def causes(verdicts: Iterable[Verdict]) -> list[Cause]:
+def causes(verdicts: Iterable[Verdict]) -> list[FailureGroup]:
     """Fold the violations of one loader with one code and one law together.
 
     The loader that is furthest off comes first; of each loader the cause that has a law, which explains the others,
@@ -143,7 +143,7 @@ def causes(verdicts: Iterable[Verdict]) -> list[Cause]:
         law = verdict.law.formula if verdict.law else None
         key = (verdict.loader, verdict.loader_version, verdict.outcome, verdict.code or verdict.title, law)
         folded.setdefault(key, []).append(verdict)
-    found = [Cause(tuple(group)) for group in folded.values()]
+    found = [FailureGroup(tuple(group)) for group in folded.values()]
     order = {loader: i for i, loader in reversed(list(enumerate(cause.worst.loader for cause in found)))}
     return sorted(found, key=lambda cause: (order[cause.worst.loader], cause.worst.law is None))
 
@@ -271,7 +271,7 @@ def _but(run: Run) -> str:
 
 def loader_summaries(run: Run) -> list[LoaderSummary]:
     """Return one summary per loader with violations, the worst loader first."""
-    by_loader: dict[str, list[Cause]] = {}
+    by_loader: dict[str, list[FailureGroup]] = {}
     for cause in causes(run.verdicts):
         by_loader.setdefault(cause.worst.loader, []).append(cause)
     worst = ((name, found[0].worst, len(found) - 1) for name, found in by_loader.items())

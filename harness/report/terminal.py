@@ -16,7 +16,7 @@ from harness.report.records import Run, counts_of, exit_code_of
 from harness.report.summary import (
     SYMBOLS,
     WORDS,
-    Cause,
+    FailureGroup,
     MatrixCell,
     causes,
     cells,
@@ -72,7 +72,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
     console.print(Text(sentence(run), style="bold"), soft_wrap=True)
 
 
-def print_cause(cause: Cause, console: Console) -> None:
+def print_cause(cause: FailureGroup, console: Console) -> None:
     """Print one cause as its worst verdict's text, where else it was seen, and the page of its code."""
     head, _, rows = cause.worst.text().partition("\n")
     console.print(Text(head, style=STYLES.get(cause.worst.outcome, "")), soft_wrap=True)
@@ -86,7 +86,7 @@ def print_cause(cause: Cause, console: Console) -> None:
     console.print()
 
 
-def _brief(found: Sequence[Cause]) -> Iterator[Text]:
+def _brief(found: Sequence[FailureGroup]) -> Iterator[Text]:
     """Say the causes that are not told in full in a line each."""
     for cause in found[:_MOST_BRIEF]:
         worst = cause.worst

@@ -12,7 +12,7 @@ from harness.benches import Bench, View
 from harness.benches.layer import Kind, Layer
 from harness.example import Example, Target
 from harness.law.scale import trained_scale
-from harness.measure.codes import Reference, rounded, through_codes
+from harness.measure.codes import CodesReference, rounded, through_codes
 from harness.measure.compare import Direction, Fit, fit, fit_slices, norm
 
 if TYPE_CHECKING:
@@ -197,14 +197,14 @@ class Variant:
         scale: float,
         *,
         dtype: str,
-    ) -> tuple[Reference, ...]:
+    ) -> tuple[CodesReference, ...]:
         """Return an exact sum rounded to the codes of `layer`: as a whole, and of the slices that are fitted."""
         exact = self.exact(before, update, scale)
         slopes = self.exact(before, update, scale + _STEP) - exact
         merged = rounded(layer, exact)
         fits = self._fits(before, merged, update, slices, expected=scale, dtype=dtype)
         return tuple(
-            Reference(
+            CodesReference(
                 scale,
                 fit,
                 norm(merged[rows]),

@@ -12,7 +12,7 @@ import pytest
 
 from harness.checks.cell import Cell
 from harness.checks.examine import check_cell
-from harness.checks.family import Finding
+from harness.checks.family import Sighting
 from harness.checks.observation import Observation
 from harness.checks.plan import Plan
 from harness.checks.search import Search
@@ -106,5 +106,5 @@ def test_one_wrong_example_makes_no_condition() -> None:
     result, plain = Search(), Example((Target("x", 4, 8.0),))
     for number in range(20):
         seen = Observation(Example(plain.targets, dtype="float32" if number else "float16", value_seed=number))
-        result.add(seen, [], [] if number else [Finding("LH102", seen)])
+        result.add(seen, [], [] if number else [Sighting("LH102", seen)])
     assert result.only_where("LH102") == ""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.checks.family import Finding
+from harness.checks.family import Sighting
 from harness.checks.observation import Observation
 from harness.checks.search import Search
 from harness.example import Example, Target
@@ -25,7 +25,7 @@ def searched(*wrong: Example, times: int = 4) -> Search:
     result = Search()
     for example in EVERY * times:
         seen = Observation(example)
-        result.add(seen, [], [Finding("LH304", seen)] if example in wrong else [])
+        result.add(seen, [], [Sighting("LH304", seen)] if example in wrong else [])
     return result
 
 
@@ -50,7 +50,7 @@ def test_a_condition_is_named_where_it_separates(fails: object, text: str) -> No
 def test_a_rare_fault_has_no_condition() -> None:
     result = searched()
     seen = Observation(EVERY[0])
-    result.add(seen, [], [Finding("LH304", seen)])
+    result.add(seen, [], [Sighting("LH304", seen)])
     assert result.only_where("LH304") == ""
 
 
@@ -65,6 +65,6 @@ def test_what_may_be_the_same_fault_under_another_name_counts_as_wrong() -> None
     result = Search()
     for example in EVERY * 8:
         seen, code = Observation(example), "LH104" if example.dtype == "float32" else "LH306"
-        result.add(seen, [], [Finding(code, seen)])
+        result.add(seen, [], [Sighting(code, seen)])
     assert result.only_where("LH104") == "float32 models"
     assert result.only_where("LH104", ["LH306"]) == ""

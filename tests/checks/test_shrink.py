@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from harness.checks.cell import Cell
-from harness.checks.family import Finding
+from harness.checks.family import Sighting
 from harness.checks.observation import Observation
 from harness.checks.search import Search, shrink, simplified
 from harness.checks.trial import run_trial
@@ -74,7 +74,7 @@ def test_a_call_that_ran_out_of_time_is_told_from_one_that_talks_of_time(load: o
 @pytest.mark.parametrize("late", [True, False])
 def test_only_what_ran_out_of_time_is_not_tried_again(late: bool) -> None:
     cell, drawn = Cell(resolve(loaders.right), "kohya", "qwen-image"), []
-    finding = Finding("LH901", Observation(start((2, 1.0)), raised=Raised("LH901", "no time limit", timed_out=late)))
+    finding = Sighting("LH901", Observation(start((2, 1.0)), raised=Raised("LH901", "no time limit", timed_out=late)))
     examples = st.just(Example((Target(cell.targets[0], 4, 8.0),))).map(lambda e: drawn.append(e) or e)
     assert shrink(cell, examples, finding, base_seed=0, tried=Search()) is finding
     assert bool(drawn) is not late

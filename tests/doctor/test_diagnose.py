@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.answers import answer, answers, prescriptions, why_not
 from harness.doctor.causes import causes
-from harness.doctor.diagnose import Diagnosis, diagnose, lines, tool_named
+from harness.doctor.diagnose import FileDiagnosis, diagnose, lines, tool_named
 from harness.doctor.inspect.describe import inspect_file
 from harness.doctor.traits import Traits, untargeted
 from harness.errors import UserError
@@ -70,7 +70,7 @@ def kohya(path: Path, names: Sequence[str], numbers: Numbers = ((4, 2.0),)) -> P
 
 
 def strengths(path: Path, **asked: float) -> dict[str, float | None]:
-    found = answers(Traits(read_lora(path, strict=False)), Asked(**asked))  # type: ignore[arg-type]
+    found = answers(Traits(read_lora(path, strict=False)), Question(**asked))  # type: ignore[arg-type]
     return {name: each.strength for name, each in found.items()}
 
 
@@ -78,7 +78,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, ["diagnose", *map(str, args)])
 
 
-def said(found: Diagnosis) -> str:
+def said(found: FileDiagnosis) -> str:
     return "\n".join(f"{label}: {text}" for label, text in lines(found))
 
 
@@ -95,7 +95,9 @@ def test_the_founding_file_is_answered_by_its_trainers_rule(tmp_path: Path) -> N
     assert "DiffSynth's trainer takes lora_alpha = rank" in text
     assert "if yours was N, pass N / 32" in text
     assert (
-        said(diagnose(path, tool="diffsynth-2.0.4", asked=Asked(lora_alpha=16.0))).count("alpha = 0.5  (0.5 as trained")
+        said(diagnose(path, tool="diffsynth-2.0.4", asked=Question(lora_alpha=16.0))).count(
+            "alpha = 0.5  (0.5 as trained"
+        )
         == 1
     )
     assert set(inspect_file(path).prescription.values()) == {None}  # the file itself does not say
@@ -123,7 +125,7 @@ def test_per_module_alphas_of_a_unet_get_no_number_in_diffusers_but_a_repair(tmp
     found = answer(tools()["diffusers"], traits)
     assert (found.strength, found.effect, found.sure) == (None, "factor", "measured")
     assert found.instead == "kohya"
-    assert "docs/findings/diffusers-unet-mixed-alphas-ignored.md" in why_not(found, traits, Asked())
+    assert "docs/findings/diffusers-unet-mixed-alphas-ignored.md" in why_not(found, traits, Question())
     assert answer(tools()["comfyui"], traits).strength == 1.0
     assert answer(tools()["diffusers"], Traits(read_lora(kohya(tmp_path, UNET)))).strength == 1.0
 
@@ -242,16 +244,16 @@ def test_a_file_whose_alpha_a_tool_ignores_gets_the_ratio_where_there_is_one(tmp
 def test_a_release_that_was_not_measured_is_not_judged(tmp_path: Path) -> None:
     traits = Traits(read_lora(write(tmp_path, QWEN, "diffsynth", pair="default")))
     for tool, version in (("diffusers", "0.35.2"), ("diffusers", "main"), ("a1111", "1.10.1")):
-        found = answer(tools()[tool], traits, Asked(version=version))
+        found = answer(tools()[tool], traits, Question(version=version))
         assert (found.strength, found.effect) in ((None, "unknown"), (None, "cannot")), tool
-    assert answer(tools()["diffsynth"], traits, Asked(version="2.0.9")).strength == 1.0
-    assert answer(tools()["diffsynth"], traits, Asked(version="2.0.4")).strength == 0.5
-    assert answer(tools()["diffsynth-2.0.4"], traits, Asked(version="1.1.9")).strength == 0.5
+    assert answer(tools()["diffsynth"], traits, Question(version="2.0.9")).strength == 1.0
+    assert answer(tools()["diffsynth"], traits, Question(version="2.0.4")).strength == 0.5
+    assert answer(tools()["diffsynth-2.0.4"], traits, Question(version="1.1.9")).strength == 0.5
 
 
 def test_layers_that_no_measured_architecture_has_are_unknown(tmp_path: Path) -> None:
     path = write(tmp_path, ["blocks.0.no_such_layer"], "diffusers", ((4, None),), prefix="transformer.")
-    found = answer(tools()["diffusers"], Traits(read_lora(path)), Asked(lora_alpha=4.0))
+    found = answer(tools()["diffusers"], Traits(read_lora(path)), Question(lora_alpha=4.0))
     assert (found.effect, found.strength, found.sure) == ("unknown", None, "unknown")
 
 

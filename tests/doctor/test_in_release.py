@@ -13,7 +13,7 @@ import torch
 from harness.checks import trial
 from harness.checks.cell import Cell
 from harness.checks.plan import planned
-from harness.doctor.answer import Answer, Asked
+from harness.doctor.answer import Answer, Question
 from harness.doctor.answers import answer
 from harness.doctor.diagnose import tool_named
 from harness.doctor.in_release import in_release
@@ -51,7 +51,7 @@ def file_of(folder: Path, form: str, bench: str, numbers: tuple[tuple[int, float
 
 
 def asked_of(loader: str, version: str, traits: Traits) -> Answer:
-    return answer(tool_named(loader, version), traits, Asked(version))
+    return answer(tool_named(loader, version), traits, Question(version))
 
 
 @cache
@@ -83,8 +83,8 @@ def test_the_release_that_a_row_is_about_is_answered_alike_by_the_table(tmp_path
     for loader, form, bench in CELLS:
         for numbers in (UNIFORM, MIXED):
             traits, tool = file_of(tmp_path, form, bench, numbers), tools()[loader]
-            now = answer(tool, traits, Asked())
-            table = in_release(tool, traits, Asked(tool.release))
+            now = answer(tool, traits, Question())
+            table = in_release(tool, traits, Question(tool.release))
             assert (table.effect, table.strength) == (now.effect, now.strength), (loader, form, bench, numbers)
 
 

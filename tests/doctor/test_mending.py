@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from harness.cli import main
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.answers import answer, answers
-from harness.doctor.diagnose import Diagnosis, as_data, diagnose
+from harness.doctor.diagnose import FileDiagnosis, as_data, diagnose
 from harness.doctor.repair.preview import is_plain, preview
 from harness.doctor.repair.repair import repair_file
 from harness.doctor.traits import Traits
@@ -23,10 +23,10 @@ from harness.files import FORMATS, LoraAdapter, read_lora, with_alpha
 from tests.cases.layouts import BUILT, Layout, seen
 
 LAYOUTS = [*seen(), *BUILT]
-QUESTIONS = (Asked(), Asked(lora_alpha=3.0))
+QUESTIONS = (Question(), Question(lora_alpha=3.0))
 
 
-def commands(found: Diagnosis) -> dict[str, list[str]]:
+def commands(found: FileDiagnosis) -> dict[str, list[str]]:
     """Return, by command, the tools for which it is printed."""
     every: dict[str, list[str]] = {}
     for row in as_data(found)["answers"]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Answer, Asked
+from harness.doctor.answer import Answer, Question
 from harness.doctor.answers import answers
 from harness.doctor.traits import Traits
 from harness.files import read_lora
@@ -42,7 +42,7 @@ def written(folder: Path, tensors: Mapping[str, tuple[int, ...]], **fields: Any)
 
 
 def asked(path: Path, **question: Any) -> dict[str, Answer]:
-    return answers(Traits(read_lora(path, strict=False)), Asked(**question))
+    return answers(Traits(read_lora(path, strict=False)), Question(**question))
 
 
 def blocks(stack: str, number: int, *layers: str) -> list[str]:

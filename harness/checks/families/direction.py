@@ -12,7 +12,7 @@ from itertools import product as product_of
 import torch
 from torch import Tensor
 
-from harness.checks.family import Finding, judges
+from harness.checks.family import Sighting, judges
 from harness.checks.observation import ROUNDING_LIKE, Observation, wrong_direction
 from harness.measure.compare import Fit, alignment, norm
 
@@ -36,23 +36,23 @@ UNEXPLAINED: Fault = ("LH306", "nothing that is known explains it")
     finds="transposed, q/k/v in the wrong rows, the wrong module, right for unit vectors only, unexplained",
     codes=("LH301", "LH302", "LH303", "LH304", "LH305", "LH306", "LH104"),
 )
-def check_direction(observation: Observation) -> list[Finding]:
+def check_direction(observation: Observation) -> list[Sighting]:
     """LH104, LH301 to LH304, LH306 for layers whose change is another than their own B @ A, LH305 for no matrix."""
     faults: dict[Fault, list[str]] = {}
     for name, fits in observation.fits.items():
         fault = _fault(observation, name, fits)
         if fault:
             faults.setdefault(fault, []).append(name)
-    by_code: dict[str, Finding] = {}
+    by_code: dict[str, Sighting] = {}
     for fault, names in sorted(faults.items(), key=lambda each: -len(each[1])):
         by_code.setdefault(fault[0], _finding(fault, observation, names))
     found = list(by_code.values())
     if "LH104" not in by_code and (others := misplaced(observation)):
         fact = f"{len(others)} layers outside the file changed along a B @ A of the file, first {others[0]}"
-        found.append(Finding("LH104", observation, fact=fact))
+        found.append(Sighting("LH104", observation, fact=fact))
     if observation.bent:
         fact = f"{len(observation.bent)} layers answer dense input otherwise than by their weight"
-        found.append(Finding("LH305", observation, observation.bent, fact))
+        found.append(Sighting("LH305", observation, observation.bent, fact))
     return found
 
 
@@ -63,13 +63,13 @@ def misplaced(observation: Observation) -> list[str]:
     return [name for name in outside if any(_aligned(changes[name], product) for product in products)]
 
 
-def _finding(fault: Fault, observation: Observation, names: list[str]) -> Finding:
+def _finding(fault: Fault, observation: Observation, names: list[str]) -> Sighting:
     names.sort(key=lambda name: -observation.fits[name][0].relative_residual)
     worst = observation.fits[names[0]][0]
     fact = f"{worst.relative_residual:.0%} of the change is not along B @ A: {fault[1]}"
     if worst.along_base:
         fact = f"the base weight itself is multiplied by {1 + worst.along_base:.5g}"
-    return Finding(fault[0], observation, tuple(names), fact)
+    return Sighting(fault[0], observation, tuple(names), fact)
 
 
 def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault | None:

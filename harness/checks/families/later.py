@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from harness.benches import Bench, Layer
 from harness.checks.cell import Cell
-from harness.checks.family import Finding, Need, follows, has, judges
+from harness.checks.family import Need, Sighting, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, TRAIN, UNLOAD, WHOLE, Step, load, rebuild, run_trial
 from harness.example import Example
@@ -64,15 +64,15 @@ _EARLIER = (
 
 
 @judges("side_effects", finds="training mode or dropout left on", codes=("LH406",))
-def check_mode(observation: Observation) -> list[Finding]:
+def check_mode(observation: Observation) -> list[Sighting]:
     """LH406 when modules that were not in training mode are, or answers to one input differ from call to call."""
     names = observation.training
     if names:
         fact = f"{count(len(names), 'module')} in training mode after loading, first {names[0]}"
-        return [Finding("LH406", observation, fact=fact)]
+        return [Sighting("LH406", observation, fact=fact)]
     names = observation.unsteady
     fact = f"{len(names)} layers answer the same input differently when asked again"
-    return [Finding("LH406", observation, names, fact)] if names else []
+    return [Sighting("LH406", observation, names, fact)] if names else []
 
 
 def second_example(example: Example) -> Example:
@@ -82,7 +82,7 @@ def second_example(example: Example) -> Example:
 
 
 @follows("side_effects", finds="another answer later, in a copy or beside the layers", codes=("LH407",))
-def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded.
 
     LH401 when the model answers otherwise than by its layers.
@@ -97,7 +97,7 @@ def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Itera
         yield from () if half.raised else _first_other("LH407", cell, half, (_CAST,))
 
 
-def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Finding]:
+def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
     """Yield LH401 when the model answers otherwise than the base would with the weights that its layers show.
 
     An attribute, a function or a processor is another then, which no weight shows.
@@ -109,7 +109,7 @@ def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Finding]:
     seen = run_trial(cell, once.example, (load(), WHOLE))
     if not seen.raised and not seen.drift <= _BESIDE:
         what = "the model answers otherwise than by its layers' weights, biases and norms, which are right"
-        yield Finding("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
+        yield Sighting("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
 
 
 def _has_plain_weights(bench: Bench, layers: Iterable[Layer]) -> bool:
@@ -118,12 +118,12 @@ def _has_plain_weights(bench: Bench, layers: Iterable[Layer]) -> bool:
 
 
 @follows("side_effects", finds="a file loaded before that comes back", codes=("LH408",))
-def check_earlier(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_earlier(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH408 when what an earlier file put into the loader's memory is loaded in the place of this one."""
     yield from _first_other("LH408", cell, once, _EARLIER if cell.variant_name == _PLAIN else ())
 
 
-def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_Later]) -> Iterator[Finding]:
+def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_Later]) -> Iterator[Sighting]:
     for scenario in scenarios:
         if not has(cell, scenario.requires):
             continue
@@ -132,9 +132,9 @@ def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_
             continue
         if names := tuple(changed_otherwise(once, seen)) if scenario.layers and not seen.raised else ():
             what = f"{len(names)} of {len(once.fits)} layers are not as after one load"
-            yield Finding(code, seen, names, f"{what}, after {scenario.what}")
+            yield Sighting(code, seen, names, f"{what}, after {scenario.what}")
             return
         if seen.raised or not seen.drift <= scenario.drift:
             what = f"it raised {seen.raised.what}" if seen.raised else f"{seen.drift:.0%} of the effect is another"
-            yield Finding(code, seen, fact=f"{what} after {scenario.what}")
+            yield Sighting(code, seen, fact=f"{what} after {scenario.what}")
             return

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.checks.families.direction import small_fault
-from harness.checks.family import Finding, judges
+from harness.checks.family import Sighting, judges
 from harness.checks.observation import Observation, wrong_direction
 from harness.measure.compare import Fit
 
 
 @judges("numerics", finds="precision lost beyond the dtype's rounding, NaN", codes=("LH501", "LH502"))
-def check_numerics(observation: Observation) -> list[Finding]:
+def check_numerics(observation: Observation) -> list[Sighting]:
     """LH502 for NaN or infinite weights, LH501 for a residual larger than rounding explains."""
     if observation.not_finite:
         fact = f"{len(observation.not_finite)} layers hold NaN or infinity"
-        return [Finding("LH502", observation, observation.not_finite, fact)]
+        return [Sighting("LH502", observation, observation.not_finite, fact)]
     fits = {name: parts[0] for name, parts in observation.fits.items()}
     coarse = [
         n for n, f in fits.items() if not (f.unchanged or f.direction_right or f.along_base or wrong_direction(f))
@@ -28,7 +28,7 @@ def check_numerics(observation: Observation) -> list[Finding]:
     times = worst.residual / worst.tolerance.noise
     allowed = f"{times:.{int(times < 10)}f} times what {worst.tolerance.dtype} rounding allows"
     fact = f"residual {worst.relative_residual:.1e} of the change, {allowed}"
-    return [Finding("LH501", observation, tuple(coarse), fact)]
+    return [Sighting("LH501", observation, tuple(coarse), fact)]
 
 
 def _by_slices(slices: Sequence[Fit]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from harness.checks.cell import Cell
-from harness.checks.family import Finding, Scenario, first_wrong, follows, judges
+from harness.checks.family import Scenario, Sighting, first_wrong, follows, judges
 from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
 from harness.checks.unloaded import weights_seen
@@ -45,17 +45,17 @@ _BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a 
     finds="the law: alpha not divided, ignored, one for all modules, truncated, applied twice",
     codes=("LH201", "LH202", "LH203", "LH204", "LH205", "LH206", "LH208", "LH209"),
 )
-def check_scale(observation: Observation) -> list[Finding]:
+def check_scale(observation: Observation) -> list[Sighting]:
     """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one."""
     wrong = [name for name in observation.fits if _wrong(observation, name)]
     if not wrong or observation.unsteady:  # said already
         return []
     wrong.sort(key=lambda name: -_excess(observation, name))
-    return [Finding("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
+    return [Sighting("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
 
 
 @follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
-def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
     set_later = tuple(first_wrong(cell, once, _SET_LATER))
     yield from set_later or first_wrong(cell, once, [_NEGATIVE], may_raise=True)  # some take none below zero
@@ -67,7 +67,7 @@ def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> It
 _OTHER_STRENGTHS = (0.5, 2.0, 0.0, -1.0)
 
 
-def _by_readings(cell: Cell, once: Observation) -> Iterator[Finding]:
+def _by_readings(cell: Cell, once: Observation) -> Iterator[Sighting]:
     """LH207 where a strength other than 1 follows none of the readings of a variant, or several in turn."""
     common = set[str]()
     if not all(fits[0].direction_right and fits[0].scale_right for fits in once.fits.values()):
@@ -82,7 +82,7 @@ def _by_readings(cell: Cell, once: Observation) -> Iterator[Finding]:
         common = found if number == 0 else common & found
         if not common:
             fact = f"at strength {strength:g} the layers are by no reading of it what they should be"
-            yield Finding("LH207", seen, tuple(seen.fits)[:1], fact)
+            yield Sighting("LH207", seen, tuple(seen.fits)[:1], fact)
             return
 
 

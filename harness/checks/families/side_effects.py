@@ -10,7 +10,7 @@ import torch
 
 from harness.checks.cell import Cell
 from harness.checks.families.direction import misplaced
-from harness.checks.family import Finding, Scenario, first_wrong, follows, has, judges
+from harness.checks.family import Scenario, Sighting, first_wrong, follows, has, judges
 from harness.checks.observation import Observation
 from harness.checks.trial import UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
@@ -33,7 +33,7 @@ _UNLOADS = (
 
 
 @judges("side_effects", finds="other layers, biases, the file, torch's own state", codes=("LH401", "LH404"))
-def check_side_effects(observation: Observation) -> list[Finding]:
+def check_side_effects(observation: Observation) -> list[Sighting]:
     """LH401 when a layer outside the file changed, LH404 when the file did."""
     found = []
     elsewhere = misplaced(observation)
@@ -42,14 +42,14 @@ def check_side_effects(observation: Observation) -> list[Finding]:
         fact = f"{len(others)} layers or parameters outside the file changed, first {others[0]}"
         if others[0] in observation.tied:
             fact += f", which shares its weight with {observation.tied[others[0]]}"
-        found.append(Finding("LH401", observation, others, fact))
+        found.append(Sighting("LH401", observation, others, fact))
     if observation.file_changed:
-        found.append(Finding("LH404", observation, fact="the bytes on disk differ after loading"))
+        found.append(Sighting("LH404", observation, fact="the bytes on disk differ after loading"))
     return found
 
 
 @follows("side_effects", finds="a second load, a second LoRA", codes=("LH402", "LH405"))
-def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH402: a second load gives neither the effect of one nor twice that. LH405: two LoRAs neither add up nor swap."""
     wrong = tuple(first_wrong(cell, once, _SECOND_LOADS, may_raise=True))
     if not wrong and has(cell, "additive") and has(cell, "any strength"):
@@ -60,24 +60,24 @@ def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
 
 
 @follows("side_effects", finds="unload", codes=("LH403",), requires="unload")
-def check_unload(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_unload(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH403 when the declared unload does not restore the base weights, in any of `dtypes`, or disturbs later loads."""
     left = (_not_restored(cell, replace(once.example, dtype=dtype)) for dtype in dtypes)
     wrong = next(filter(None, left), None)
     yield from [wrong] if wrong else first_wrong(cell, once, _UNLOADS)
 
 
-def _not_restored(cell: Cell, example: Example) -> Finding | None:
+def _not_restored(cell: Cell, example: Example) -> Sighting | None:
     seen = run_trial(cell, example, (load(), UNLOAD) * _CYCLES)
     if seen.raised:
         by_itself = run_trial(cell, example).raised  # what the load alone does is not the unload's
-        return None if by_itself else Finding("LH403", seen, fact=f"unload: {seen.raised.what}")
+        return None if by_itself else Sighting("LH403", seen, fact=f"unload: {seen.raised.what}")
     left = tuple(name for name, fits in seen.fits.items() if not fits[0].restored(_CYCLES))
     fact = f"{len(left)} of {len(seen.fits)} layers differ from the base after unloading"
-    return Finding("LH403", seen, left, fact) if left else None
+    return Sighting("LH403", seen, left, fact) if left else None
 
 
-def _with_another(cell: Cell, once: Observation) -> Iterator[Finding]:
+def _with_another(cell: Cell, once: Observation) -> Iterator[Sighting]:
     """Load a second LoRA, over every second module, after or before the first: both must be there, or the last alone.
 
     It has half the strength, so that one strength for both shows.
@@ -97,7 +97,7 @@ def _with_another(cell: Cell, once: Observation) -> Iterator[Finding]:
             continue
         name = max(shares, key=lambda n: shares[n].off((1.0, 1.0)))
         fact = f"{shares[name]} is there after loading both, but should be all of both, or the last one only"
-        yield Finding("LH405", both, (name,), fact)
+        yield Sighting("LH405", both, (name,), fact)
         return
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.benches import own_benches
 from harness.checks.cell import Cell
-from harness.checks.family import Finding, follows, judge
+from harness.checks.family import Sighting, follows, judge
 from harness.checks.observation import Observation, probes_of
 from harness.checks.trial import load, prefix_of, run_trial
 from harness.example import Example, Target
@@ -59,7 +59,7 @@ def tries_silence(cell: Cell) -> bool:
 
 
 @follows("silence", finds="what cannot be applied is dropped without a word", codes=("LH103",))
-def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Finding]:
+def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH103 for what is silently left out, the law's own code where it is loaded with another scale."""
     if not tries_silence(cell) or not all(fits[0].direction_right for fits in once.fits.values()):
         return  # of a loader that is wrong anyway nobody can say what it did with the rest
@@ -76,7 +76,7 @@ def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Ite
     yield from by_law
     if rest:
         fact = f"{', '.join(rest)}; {_count(cell.heard)}"
-        yield Finding("LH103", once, fact=fact, check="silence", data=_data(cell, rest))
+        yield Sighting("LH103", once, fact=fact, check="silence", data=_data(cell, rest))
 
 
 def _data(cell: Cell, silent: Sequence[str]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _tried(cell: Cell, example: Example, kind: _Kind) -> Observation | None:
         return None
 
 
-def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> Finding | None:
+def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> Sighting | None:
     """Load a file of a variant that is not declared; return a finding where it gets another scale than in training."""
     from harness.checks.plan import smoke_example
 
@@ -144,7 +144,7 @@ def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> 
     fact = (
         f"a file of the variant {place.variant_name}, which is not declared, is loaded without a word: {faults[0].fact}"
     )
-    return Finding(code, seen, faults[0].modules, fact, check="silence", data=_data(cell, [place.variant_name]))
+    return Sighting(code, seen, faults[0].modules, fact, check="silence", data=_data(cell, [place.variant_name]))
 
 
 def _varied(place: Cell, targets: Sequence[Target]) -> Iterator[Target]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.checks.family import Finding, judges
+from harness.checks.family import Sighting, judges
 from harness.checks.observation import Observation
 
 
@@ -11,7 +11,7 @@ from harness.checks.observation import Observation
     finds="the loader raises, hangs, kills its process, refuses, returns something else",
     codes=("LH901", "LH902", "LH903"),
 )
-def check_smoke(observation: Observation) -> list[Finding]:
+def check_smoke(observation: Observation) -> list[Sighting]:
     """LH901 when the loader raised, LH902 when it gave back something else than the model, LH903 when it refused."""
     raised = observation.raised
-    return [Finding(raised.code, observation, fact=raised.what)] if raised else []
+    return [Sighting(raised.code, observation, fact=raised.what)] if raised else []

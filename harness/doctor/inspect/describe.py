@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Asked
+from harness.doctor.answer import Question
 from harness.doctor.answers import answers, why_not
 from harness.doctor.inspect.hazards import hazards
 from harness.doctor.inspect.weights import Weighed, weigh
@@ -130,11 +130,11 @@ def describe(
         metadata=_shown({**_base_named(adapter), **adapter.metadata}),
         dialect=adapter.dialect,
         weights_read=weighed.read,
-        **_for_tools(traits, Asked(lora_alpha=lora_alpha), reasons=reasons),
+        **_for_tools(traits, Question(lora_alpha=lora_alpha), reasons=reasons),
     )
 
 
-def _for_tools(traits: Traits, asked: Asked, *, reasons: bool) -> dict[str, Any]:
+def _for_tools(traits: Traits, asked: Question, *, reasons: bool) -> dict[str, Any]:
     """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
     found = answers(traits, asked, mended=reasons)
     without = {name: each for name, each in found.items() if each.strength is None} if reasons else {}

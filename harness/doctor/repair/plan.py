@@ -37,7 +37,7 @@ _LIVE = (
 _SHOWN = 4
 
 
-class Part(NamedTuple):
+class NewTensor(NamedTuple):
     """One factor of the new file: its key and what it holds."""
 
     key: str
@@ -61,7 +61,7 @@ class RepairedModule:
     scales: Mapping[str, float]
     gain: float
     alpha: float | None
-    parts: Mapping[str, Part]
+    parts: Mapping[str, NewTensor]
     plain: bool
 
     @property
@@ -76,7 +76,7 @@ class RepairedModule:
 
 
 @dataclass
-class Plan:
+class RepairPlan:
     """What the new file holds: repaired modules, tensors carried as {new key: key}; and the keys left out on purpose.
 
     Every key of the source is in one of them, or `converted`.
@@ -102,13 +102,13 @@ class _Folding:
 
 def plan_repair(
     adapter: LoraAdapter, to: str, places: Homes, gain: Gain, *, scale: float | None, dtype: str | None
-) -> Plan:
+) -> RepairPlan:
     """Say for every tensor of `adapter` what becomes of it in a file of the format `to`.
 
     Raises:
         UserError: a trained tensor has no place there, or a module whose scale cannot be folded; the keys are named.
     """
-    plan, refused, how = Plan(), list[str](), _Folding(adapter, to, gain, scale, dtype)
+    plan, refused, how = RepairPlan(), list[str](), _Folding(adapter, to, gain, scale, dtype)
     stacks: dict[tuple[str, str], list[tuple[str, Home]]] = {}
     for name, module in adapter.modules.items():
         _refuse_kind(adapter, module)
@@ -137,7 +137,7 @@ def _is_low_rank(module: LoraModule) -> bool:
     return module.variant in _LOW_RANK and module.rank > 0
 
 
-def _kept(adapter: LoraAdapter, to: str, module: LoraModule, plan: Plan) -> tuple[list[str], bool]:
+def _kept(adapter: LoraAdapter, to: str, module: LoraModule, plan: RepairPlan) -> tuple[list[str], bool]:
     """Return the keys of a module that are carried, and whether it is a plain pair but for copies of the base."""
     low_rank = _is_low_rank(module)
     kept = {role: key for role, key in module.keys.items() if _is_kept(role, low_rank=low_rank)}
@@ -167,7 +167,7 @@ def _refuse_kind(adapter: LoraAdapter, module: LoraModule) -> None:
         raise UserError(f"{adapter.path}: {what}")
 
 
-def _others(adapter: LoraAdapter, to: str, plan: Plan) -> list[str]:
+def _others(adapter: LoraAdapter, to: str, plan: RepairPlan) -> list[str]:
     """Carry the keys that no module has within the same format; return those that another format has no place for."""
     refused, known = list[str](), {key for module in adapter.modules.values() for key in module.keys.values()}
     for key in adapter.file.keys:
@@ -188,13 +188,13 @@ def _refusal(keys: Sequence[str], to: str, own: str) -> str:
     return f"{tensors} no place in a {to} file ({shown}); --to {own} keeps all of them"
 
 
-def _unused(plan: Plan, adapter: LoraAdapter, key: str) -> str:
+def _unused(plan: RepairPlan, adapter: LoraAdapter, key: str) -> str:
     if key in plan.carried:
         raise UserError(f"{adapter.path}: two tensors would be called {printable(key)}: not written")
     return key
 
 
-def _account(adapter: LoraAdapter, plan: Plan) -> None:
+def _account(adapter: LoraAdapter, plan: RepairPlan) -> None:
     """Refuse to go on when a tensor of the source would be lost, or two would get one name.
 
     Raises:
@@ -239,7 +239,7 @@ def _assembled(how: _Folding, pieces: Pieces) -> RepairedModule:
     dtype = how.dtype or str(how.adapter.part(pieces[0][0], "B").dtype).removeprefix("torch.")
     new_a = _folded(a, 1.0, how.dtype, module.keys["A"])
     new_b = _folded(exact, 1.0 / here, dtype, module.keys["B"])
-    parts = {"A": Part(_spelled(how, "A", home), new_a), "B": Part(_spelled(how, "B", home), new_b)}
+    parts = {"A": NewTensor(_spelled(how, "A", home), new_a), "B": NewTensor(_spelled(how, "B", home), new_b)}
     return RepairedModule(pieces, module, home, scales, here, alpha, parts, True)
 
 
@@ -274,7 +274,7 @@ def _scaled(how: _Folding, name: str, home: Home) -> RepairedModule:
         if _FACTORS.fullmatch(role):
             old = adapter.file.tensor(key)
             new = _folded(old, trained / here if role in gains else 1.0, how.dtype, key)
-            parts[role] = Part(rekeyed(adapter, key, module, home, how.to), new)
+            parts[role] = NewTensor(rekeyed(adapter, key, module, home, how.to), new)
     return RepairedModule(((name, home),), module, home, {name: trained}, here, alpha, parts, False)
 
 
@@ -338,7 +338,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(wide.isfinite().all())
 
 
-def notes_of(plan: Plan) -> Iterator[str]:
+def notes_of(plan: RepairPlan) -> Iterator[str]:
     """Yield what a user should know about tensors that were not converted."""
     if plan.carried:
         yield f"carried bit for bit: {_some(list(plan.carried.values()))}"

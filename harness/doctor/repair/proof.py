@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain
-from harness.doctor.repair.plan import Part, Plan, RepairedModule, wanted
+from harness.doctor.repair.plan import NewTensor, RepairedModule, RepairPlan, wanted
 from harness.doctor.verify.changes import loha_product, lokr_product, pair_product
 from harness.doctor.verify.products import Product
 from harness.errors import UserError
@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 1 << 22
 _PRODUCTS = {"loha": loha_product, "lokr": lokr_product, "tucker": pair_product}
 
 
-def proved(adapter: LoraAdapter, written: Path, plan: Plan, gain: Gain) -> list[float]:
+def proved(adapter: LoraAdapter, written: Path, plan: RepairPlan, gain: Gain) -> list[float]:
     """Return each module's relative error as its readers will see it, from the file as written.
 
     Raises:
@@ -49,7 +49,7 @@ def _same_name(module: RepairedModule, back: LoraAdapter, name: str) -> bool:
     return back.modules[name].name in (wanted, wanted.replace(".", "_") if row.flattened else wanted)
 
 
-def _compare_carried(adapter: LoraAdapter, back: LoraAdapter, plan: Plan) -> None:
+def _compare_carried(adapter: LoraAdapter, back: LoraAdapter, plan: RepairPlan) -> None:
     for key, source in plan.carried.items():
         if key not in back.file.tensors or not identical(back.file.tensor(key), adapter.file.tensor(source)):
             raise UserError(f"{printable(source)}: did not arrive bit for bit: not written")
@@ -90,7 +90,7 @@ def _pairs(adapter: LoraAdapter, name: str) -> list[tuple[Tensor, Tensor]]:
     return list(zip(a, b, strict=True)) if adapter.modules[name].variant == "experts" else [(a, b)]
 
 
-def _stored(back: LoraAdapter, module: RepairedModule, name: str) -> Iterator[tuple[Part, Tensor]]:
+def _stored(back: LoraAdapter, module: RepairedModule, name: str) -> Iterator[tuple[NewTensor, Tensor]]:
     flipped = back.modules[name].flipped
     for role, part in module.parts.items():
         yield part, part.new.t() if module.plain and role in flipped else part.new

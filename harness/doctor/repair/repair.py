@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.doctor.loader_law import Gain, gain_of
 from harness.doctor.repair.naming import Layers, homes, notes_on, refuse_what_a_configuration_does
-from harness.doctor.repair.plan import Plan, RepairedModule, notes_of, plan_repair
+from harness.doctor.repair.plan import RepairedModule, RepairPlan, notes_of, plan_repair
 from harness.doctor.repair.proof import proved
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alpha
@@ -130,7 +130,7 @@ def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     return out
 
 
-def _content(adapter: LoraAdapter, to: str, plan: Plan) -> Content:
+def _content(adapter: LoraAdapter, to: str, plan: RepairPlan) -> Content:
     """Return what goes into the new file."""
     by_prefix: dict[str, list[RepairedModule]] = {}
     for module in plan.modules:
@@ -270,7 +270,7 @@ def _moved(written: Path, target: Path) -> None:
         os.replace(written, target)
 
 
-def _notes(gain: Gain, plan: Plan, errors: list[float]) -> Iterator[str]:
+def _notes(gain: Gain, plan: RepairPlan, errors: list[float]) -> Iterator[str]:
     rounded = sum(error > 0 for error in errors)
     if rounded:
         parts = [part for module in plan.modules for part in module.parts.values()]

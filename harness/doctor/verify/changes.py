@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.doctor.spelling import layers_by_spelling
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
-from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, Scaled, Whole
+from harness.doctor.verify.products import Experts, Hadamard, Kronecker, LowRank, Product, ScaledProduct, Whole
 from harness.doctor.verify.weights import Weights
 from harness.files import FORMATS, LoraAdapter, LoraModule, TensorInfo
 from harness.files.architectures import Slot
@@ -283,7 +283,7 @@ def merged_layer(adapter: LoraAdapter, change: Change, base: Weights, merged: We
     if fitted is None:
         return None
     if grid := merged.grid(tensor):
-        fitted = Scaled(fitted, grid.steps)
+        fitted = ScaledProduct(fitted, grid.steps)
         tensor = [base.in_codes(tensor, grid), merged.in_codes(tensor, None)].pop()
     first = next(role for role in ("B", *module.keys) if role in module.keys and role != "alpha")
     dtype = str(adapter.part(change.module, first).dtype).removeprefix("torch.")

@@ -42,7 +42,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingMode:
     """How layers are read: all rows or a sample, products made on `device`; `tell` gets the name before each."""
 
     full: bool
@@ -54,7 +54,7 @@ class Reading:
         return measure_fully(layer, expected, self.device) if self.full and layer.streams else measure(layer, expected)
 
 
-def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Reading) -> Iterator[Module]:
+def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: ReadingMode) -> Iterator[Module]:
     """Yield what was found of one tensor, which one or several LoRAs change, or one in several ways."""
     reading.tell(claims[0][1].name)
     if len(claims) == 1:
@@ -81,7 +81,7 @@ def judged(claims: Sequence[tuple[Given, Change]], stores: Stores, reading: Read
 
 
 def _over_saved(
-    given: Given, change: Change, rest: list[tuple[Given, Change]], stores: Stores, reading: Reading
+    given: Given, change: Change, rest: list[tuple[Given, Change]], stores: Stores, reading: ReadingMode
 ) -> Iterator[Module]:
     """Judge what is added to a tensor that the file replaces as well: to the saved one instead of the base's."""
     every = [(given, change), *rest]
@@ -107,7 +107,7 @@ def _layer_of(given: Given, change: Change, stores: Stores) -> MergedLayer | Non
 
 
 def _together(
-    claims: Sequence[tuple[Given, Change]], wanted: list[Probe], layers: list[MergedLayer], reading: Reading
+    claims: Sequence[tuple[Given, Change]], wanted: list[Probe], layers: list[MergedLayer], reading: ReadingMode
 ) -> Iterator[Module]:
     """Measure the sum of several updates; where it is not as wanted, find the scale of each."""
     scales = [probe.expected for probe in wanted]
@@ -136,7 +136,9 @@ def _near(measured: MergeMeasurement) -> bool:
     return good and measured.interval[0] - _LEAST - _NEAR <= 1 <= measured.interval[1] + _LEAST + _NEAR
 
 
-def _sum_of(layers: list[MergedLayer], scales: list[float], reading: Reading) -> tuple[MergedLayer, MergeMeasurement]:
+def _sum_of(
+    layers: list[MergedLayer], scales: list[float], reading: ReadingMode
+) -> tuple[MergedLayer, MergeMeasurement]:
     parts = tuple((layer.product, scale) for layer, scale in zip(layers, scales, strict=True))
     coarsest = max(layers, key=lambda layer: layer.roundoff)
     total = replace(coarsest, product=Total(parts))
@@ -153,7 +155,7 @@ def _separated(layers: list[MergedLayer]) -> list[float]:
     return [float(scale) for scale in found]
 
 
-def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: Reading) -> MergeMeasurement | None:
+def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: ReadingMode) -> MergeMeasurement | None:
     """Return what a square layer shows when the update was merged transposed; None when it was not."""
     turned = layer.product.turned()
     if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.parts or turned is layer.product:
@@ -184,7 +186,7 @@ def _is_found(measured: MergeMeasurement) -> bool:
     return measured.state in ("merged", "partly", "damaged", "twice", "two roundings", "mixed")
 
 
-def _judged(given: Given, change: Change, stores: Stores, reading: Reading) -> Iterator[Module]:
+def _judged(given: Given, change: Change, stores: Stores, reading: ReadingMode) -> Iterator[Module]:
     """Yield what was found of one change."""
     adapter, named, change = given.adapter, change.tensor, _widened(change, stores)
     wanted = _wanted(adapter, change, given.strength)
@@ -247,7 +249,7 @@ def _saved(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores) 
     return Module(wanted, change.tensor, measured, dtype=stores[1].dtype(change.tensor), fault=fault)
 
 
-def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores, reading: Reading) -> Module:
+def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores, reading: ReadingMode) -> Module:
     """Measure one tensor that a module changes."""
     assert change.tensor is not None
     layer = merged_layer(adapter, change, *stores)

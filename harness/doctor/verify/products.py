@@ -224,7 +224,7 @@ class Picked(Product):
 
 
 @dataclass(frozen=True)
-class Scaled(Product):
+class ScaledProduct(Product):
     """A product in the codes of a weight: over the scales that `step` returns for rows, [rows or 1, columns or 1]."""
 
     whole: Product

@@ -35,7 +35,7 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReplacedRows:
     """What each row of a merged tensor is: as wanted, the base's, and finite; [rows] each."""
 
     right: Flags
@@ -110,7 +110,9 @@ def judge_tokens(
     return _compared(wanted, tensor, before, after, rows).measured(saved.shape[1], what="token rows, bit by bit")
 
 
-def _compared(wanted: Callable[[int, int], Tensor], tensor: str, before: Weights, after: Weights, rows: int) -> Rows:
+def _compared(
+    wanted: Callable[[int, int], Tensor], tensor: str, before: Weights, after: Weights, rows: int
+) -> ReplacedRows:
     found: list[tuple[Flags, Flags, Flags]] = []
     columns = max(1, after.info(tensor).elements // max((*after.info(tensor).shape, 1)[0], 1))
     known = tensor in before.names and _fits(before, after, tensor)
@@ -126,7 +128,7 @@ def _compared(wanted: Callable[[int, int], Tensor], tensor: str, before: Weights
             base[: len(old)] = _equal(old, merged[: len(old)])
         finite = torch.isfinite(merged if merged.dtype.itemsize > 1 else merged.float()).all(dim=1).numpy()
         found.append((right, base, finite))
-    return Rows(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    return ReplacedRows(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def _fits(before: Weights, after: Weights, tensor: str) -> bool:
@@ -244,7 +246,7 @@ def _method_rows(
     stored = [part.to(merged.dtype).double() for part in flat]
     same, finite = (stored[0] == stored[3]).all(dim=1), torch.isfinite(stored[3]).all(dim=1)
     settled = (stored[1] == stored[0]).all(dim=1) | (stored[2] == stored[0]).all(dim=1)
-    rows = Rows(right & (settled | ~same).numpy(), same.numpy(), finite.numpy())
+    rows = ReplacedRows(right & (settled | ~same).numpy(), same.numpy(), finite.numpy())
     found = rows.measured(new.shape[1], what=what)
     return replace(found, state="hidden") if bool((same & settled).all()) else found
 

@@ -14,7 +14,7 @@ from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.inspect.fit import targeted
 from harness.doctor.match import Placement
 from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
-from harness.doctor.verify.judging import Given, Reading, Stores, judged
+from harness.doctor.verify.judging import Given, ReadingMode, Stores, judged
 from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
 from harness.doctor.verify.pairing import is_left_over, paired
@@ -96,7 +96,7 @@ def verify_merge(
     if all(map(is_left_over, after.names)):
         raise UserError(f"{after.path}: holds a LoRA alone, the checkpoint after the merge is needed")
     claims = _claims(given, stores)
-    reading = Reading(options.full, options.device, options.on_module)
+    reading = ReadingMode(options.full, options.device, options.on_module)
     found = [module for claim in claims.values() for module in judged(claim, stores, reading)]
     touched = {**_touched(stores, found), **_suspected(given, stores)}
     untouched = compare_untouched(*stores, touched, full=options.full)
