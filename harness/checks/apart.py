@@ -25,6 +25,7 @@ SILENCE = (
     600.0  # seconds without a message in which a judge, which runs no foreign code, does something else than think
 )
 _CALLS_IN_BUDGET = 90
+_TIMES_ITS_LIMIT = 10  # a call may wait for a processor beyond its limit; a judge that hangs ends all the same
 
 
 def budget(cell: Cell, limits: Limits) -> float:
@@ -40,7 +41,7 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
     """
 
     def watch(label: str, seconds: float | None = None) -> AbstractContextManager[None]:
-        return channel.call(label, START_SECONDS + 2 * (seconds or 0.0))
+        return channel.call(label, START_SECONDS + _TIMES_ITS_LIMIT * (seconds or 0.0))
 
     subject = cell.subject
     with (

@@ -44,6 +44,18 @@ def process_descriptor(pid: int) -> int | None:
         return None
 
 
+def waited(pid: int | str = "self") -> float:
+    """Return the seconds for which a process's first thread stood in line for a processor (Linux); else 0.
+
+    Between two readings: what of a call's time was taken by others on a busy machine.
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):  # another system, or a kernel that keeps no account
+        return 0.0
+
+
 _adopting: list[int] = []
 
 

@@ -20,7 +20,7 @@ from harness.isolation.elsewhere import Elsewhere, become
 from harness.isolation.frames import FrameError, Frames, unwrapped, wrapped
 from harness.isolation.limits import GRACE_SECONDS
 from harness.isolation.process import FROM_OUTSIDE, READ_BYTES, Process, Status, wait_for
-from harness.isolation.processes import can_fork, kill_orphans
+from harness.isolation.processes import can_fork, kill_orphans, waited
 
 Part = Callable[[Any], object]
 Answer = Callable[[Any, Part], Any]
@@ -177,6 +177,7 @@ class _Wait:
     number: int
     seconds: float
     parts: int
+    waited: float = 0.0  # for a processor, before the last sign of life
 
     def answer(self, on_part: Part) -> Any:
         deadline = self._deadline()
@@ -187,11 +188,18 @@ class _Wait:
                     return content
                 on_part(content)
                 deadline = self._deadline()
-            self._raise_if_lost(over, deadline)
-            wait_for([self.process], deadline - time.monotonic())
+            left = self._left(deadline)
+            self._raise_if_lost(over, left)
+            wait_for([self.process], left)
 
     def _deadline(self) -> float:
+        self.waited = waited(self.process.pid)
         return time.monotonic() + self.seconds + GRACE_SECONDS
+
+    def _left(self, deadline: float) -> float:
+        """Return the seconds it still has; those in which it stood in line for a processor are given back."""
+        left = deadline - time.monotonic()
+        return left if left > 0 else left + waited(self.process.pid) - self.waited
 
     def _messages(self) -> Iterator[tuple[str, Any]]:
         try:
@@ -204,13 +212,13 @@ class _Wait:
         except FrameError as error:
             raise SubjectLostError("raised", f"its process sent {error}", self.process.tail) from error
 
-    def _raise_if_lost(self, over: int | None, deadline: float) -> None:
+    def _raise_if_lost(self, over: int | None, left: float) -> None:
         process = self.process
         if process.ended and process.ended[0] != "done":
             raise SubjectLostError(process.ended[0], process.ended[1] or process.ended[0], process.tail)
         if over is not None:
             raise SubjectLostError(*process.death(over), process.tail, from_outside=over in FROM_OUTSIDE)
-        if time.monotonic() > deadline:
+        if left <= 0:
             raise SubjectLostError("timeout", f"no answer within {self.seconds:g} s", process.tail)
 
 

@@ -6,13 +6,19 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from harness.isolation import subject
 from harness.isolation.jobs import SubjectExitError, TimeLimitExceeded, run_jobs
+from harness.isolation.limits import alarm
+from harness.isolation.subject import subject_process
 from tests.isolation.running import MIB, calling, events_of, recurse_forever, run
 
 HANGS = {
@@ -158,3 +164,54 @@ def test_a_call_may_name_a_limit_of_its_own(workers):
 
     end = run(job, seconds=0.1, workers=workers)
     assert (end.status, end.detail) == ("timeout", "shorter: no answer within 0.2 s")
+
+
+@contextlib.contextmanager
+def one_crowded_processor(others: int) -> Iterator[None]:
+    """Keep this process, and what it forks, on one processor, where others never sleep."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+
+
+def _work(order: float, on_part: object) -> str:
+    """Use `order` seconds of a processor."""
+    end = time.process_time() + order
+    while time.process_time() < end:
+        pass
+    return "done"
+
+
+def _work_under_an_alarm(order: float, on_part: object) -> str:
+    try:
+        with alarm(1.5, "late"):
+            return _work(order, on_part)
+    except TimeLimitExceeded as late:
+        return str(late)
+
+
+CROWD = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel keeps no account of waiting")
+
+
+@CROWD
+@pytest.mark.parametrize("answer", [_work, _work_under_an_alarm])
+def test_waiting_for_a_processor_is_no_time_of_the_call(answer, monkeypatch):
+    monkeypatch.setattr(subject, "GRACE_SECONDS", 0.1)
+    with one_crowded_processor(3), subject_process(answer, apart=True) as asked:
+        asked.ask(0.0, 20.0)
+        began = time.monotonic()
+        assert asked.ask(0.8, 1.5) == "done"
+        assert time.monotonic() - began > 1.6, "nobody else was on that processor"
+
+
+@CROWD
+def test_a_call_that_never_ends_on_a_crowded_processor_is_late():
+    with one_crowded_processor(2), subject_process(_work_under_an_alarm, apart=True) as asked:
+        assert asked.ask(1e9, 20.0) == "late"
