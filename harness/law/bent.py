@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.law.probe import Probe
 from harness.law.traits import About, Trait
 
 _AGAIN, _SHOWN = 2, 3  # bent values, and what each was met with, before one input is said to be at fault
+_ALIKE = 1e-3
 _ROUNDINGS = 1.5  # times the tolerance: what a value counts as was measured too
 
 
@@ -31,7 +32,7 @@ class _Input:
             met[self.value(probe)].add(self.beside(probe))
         counts = {value: self._counted([p for p in every if self.value(p) == value]) for value in met}
         often = [value for value, others in met.items() if len(others) >= _AGAIN]
-        if len(often) < _AGAIN or None in counts.values():
+        if len(often) < _AGAIN or None in counts.values() or _one_factor(counts):
             return None
         said = ", ".join(f"{value:.6g} counts as {counts[value]:.4g}" for value in often[:_SHOWN])
         return Trait(f"{self.about} {said}, ...", self.about)
@@ -48,6 +49,12 @@ class _Input:
     def _fits(self, p: Probe, counted: float) -> bool:
         there: float = self.unit(p) * counted ** self.power(p)
         return abs(p.measured - there) <= _ROUNDINGS * p.tolerance
+
+
+def _one_factor(counts: Mapping[float, float | None]) -> bool:
+    """Whether every value counts as the same multiple of itself, not 0: that is a factor on the scale, of no input."""
+    shares = [counted / value for value, counted in counts.items() if counted and value]
+    return len(shares) == len(counts) and max(shares) - min(shares) <= _ALIKE * abs(max(shares, key=abs))
 
 
 _INPUTS = (

@@ -21,11 +21,11 @@ from harness.verdict.codes import CODES
 
 ROOT = Path(__file__).parents[2]
 EXTRA = """
-from harness.checks.family import Finding, judges
+from harness.checks.family import Sighting, judges
 
 @judges("extra", finds="too many modules", codes=("LH499",))
 def check_extra(observation):
-    return [Finding("LH499", observation)] if len(observation.example.targets) > 1 else []
+    return [Sighting("LH499", observation)] if len(observation.example.targets) > 1 else []
 """
 
 

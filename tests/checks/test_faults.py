@@ -58,7 +58,8 @@ FAULTS = {
 def test_a_fault_is_found_and_named(name: str) -> None:
     code, formula = FAULTS[name]
     found = violations(getattr(loaders, name))
-    assert [v.code for v in found] == [code], "\n".join(v.text() for v in found)
+    beside = {"no_effect": ["LH103"]}.get(name, [])  # what has no effect drops all that it does not know, too
+    assert [v.code for v in found] == [code, *beside], "\n".join(v.text() for v in found)
     if formula:
         assert found[0].law is not None
         assert formula in (found[0].law.formula, *found[0].law.alternatives)

@@ -65,9 +65,12 @@ def takes_the_place_where_both_are(model: torch.nn.Module, lora: Path, *, streng
 
 
 def shares_the_strength(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    for deltas in kept(model).values():
-        add(deltas, -0.5)
-    put(model, lora, strength if not kept(model) else strength / 2, lora.name)
+    earlier = list(kept(model).values())
+    for deltas in earlier:
+        add(deltas, 1 / (len(earlier) + 1) - 1 / len(earlier))
+    new = [(layer, strength * m.trained_scale * product) for layer, m, product, _ in pairs(model, lora)]
+    kept(model)[f"file {len(earlier)}"] = new
+    add(new, 1 / (len(earlier) + 1))
 
 
 def ignores_the_second(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:

@@ -223,15 +223,12 @@ def test_the_founding_file_says_which_strength_to_pass(tmp_path: Path) -> None:
 
 
 _LIGHT = """
-import sys, time
-start = time.process_time()  # not what other processes of the machine take
+import sys
 from harness.doctor import inspect_file
-seconds = time.process_time() - start
 record = inspect_file(sys.argv[1])
 assert record.format == "kohya", record
 heavy = {"torch", "peft", "diffusers", "hypothesis", "jinja2"} & set(sys.modules)
 assert not heavy, heavy
-print(seconds)
 """
 
 
@@ -239,7 +236,6 @@ def test_inspecting_a_header_imports_no_torch(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "x", "kohya", {"x": weights(2, 1.0)})
     done = subprocess.run([sys.executable, "-c", _LIGHT, str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def rounding_itself(factor: float, coarse: str) -> Any:
         adapter = read_lora(lora)
         if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
             raise NotImplementedError("only pairs are supported")
+        if set(adapter.modules) - {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}:
+            raise ValueError("a module of the file has no layer here")
         for name, layer in model.named_modules():
             if not isinstance(layer, nn.Linear):
                 continue

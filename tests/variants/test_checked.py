@@ -25,7 +25,9 @@ def codes(verdicts: list[Verdict]) -> set[str]:
 def merge(model: torch.nn.Module, lora: Path, factor) -> None:
     """Add factor(module) * B @ A to every layer, whatever its kind."""
     adapter = read_lora(lora)
-    names, _ = match_modules(adapter, [name for name, _ in model.named_modules()])
+    names, missing = match_modules(adapter, [name for name, _ in model.named_modules()])
+    if missing or adapter.unused_keys or any(set(m.keys) - {"A", "B", "alpha"} for m in adapter.modules.values()):
+        raise NotImplementedError("not all of this file can be loaded")
     for name, module in adapter.modules.items():
         a, b = adapter.tensors(name)
         weight = model.get_submodule(names[name]).weight
