@@ -351,3 +351,19 @@ def test_a_folder_of_pickles_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle, which can run code when opened"):
         verify_merge(base, tmp_path / "pickled", adapter)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_the_lora_names_every_layer_its_modules_tell_which_base_fits(tmp_path: Path, first: bool) -> None:
+    right = {f"layers.{n}.q.weight": torch.randn(48, 48) for n in range(3)}
+    pairs = {name: (torch.randn(4, 48), torch.randn(48, 4) * 0.05) for name in right}
+    keys = {f"base_model.model.{name.removesuffix('weight')}": pair for name, pair in pairs.items()}
+    lora = {f"{key}lora_{half}.weight": pair[half == "B"] for key, pair in keys.items() for half in "AB"}
+    save_file(lora, tmp_path / "lora.safetensors")
+    save_file(right, tmp_path / "right.safetensors")
+    save_file({name: torch.randn(48, 48) for name in right}, tmp_path / "wrong.safetensors")
+    save_file({name: right[name] + 2 * b @ a for name, (a, b) in pairs.items()}, tmp_path / "merged.safetensors")
+    bases = [tmp_path / "right.safetensors", tmp_path / "wrong.safetensors"][:: 1 if first else -1]
+    report = verify_merge(bases, tmp_path / "merged.safetensors", tmp_path / "lora.safetensors", lora_alpha=8.0)
+    assert report.exit_code == 0, report.overall.text()
+    assert f"of the bases given {bases[not first]} fits best" in report.overall.text()

@@ -154,9 +154,31 @@ def _best(bases: list[Checkpoint], merged: Checkpoint, given: list[Given]) -> tu
         wrong = len(other.changed) + len(other.missing) + len(other.extra) + len(other.reshaped)
         total = max(other.compared + len(other.missing) + len(other.extra), 1)
         found.append((wrong / total, f"{wrong} of {total} tensors that no LoRA names differ", stores))
-    best = min(found, key=lambda one: one[0])
+    least = min(one[0] for one in found)
+    equal = [one for one in found if one[0] == least]
+    if len(equal) > 1:
+        return _best_by_modules([one[2] for one in equal], given)
+    best = equal[0]
     others = [f"{one[2][0].path}: {one[1]}" for one in found if one is not best]
     return best[2], [f"of the bases given {best[2][0].path} fits best: {best[1]}; {'; '.join(others)}"]
+
+
+def _best_by_modules(several: list[Stores], given: list[Given]) -> tuple[Stores, list[str]]:
+    """Return the base from which most modules are merged, where no other tensor tells the bases apart."""
+    counts = [_merged(stores, given) for stores in several]
+    most = max(counts)
+    best = several[counts.index(most)]
+    said = "; ".join(f"{stores[0].path}: {number}" for stores, number in zip(several, counts, strict=True))
+    if counts.count(most) > 1:
+        return best, [f"the bases given cannot be told apart, {best[0].path} is taken (modules merged into it: {said})"]
+    return best, [f"of the bases given {best[0].path} fits best (modules merged into it: {said})"]
+
+
+def _merged(stores: Stores, given: list[Given]) -> int:
+    """Return how many modules a sample shows to be merged into this base."""
+    sampled = ReadingMode(False, "cpu", lambda name: None)
+    found = (module for claim in _claims(given, stores).values() for module in judged(claim, stores, sampled))
+    return sum(one.measured is not None and one.measured.state == "merged" for one in found)
 
 
 def _touched(stores: Stores, found: list[Module]) -> dict[str, list[tuple[int, int]] | None]:
