@@ -12,8 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.protocol import loader
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+llama_cpp_loader = loader(
+    formats={"peft", "gguf"},
+    benches={"tiny-llama"},
+    strength_argument="scale",
+    modules=r"\.(?:v|o|gate|up|down)_proj$",  # rows of q and k stand in another order in GGUF
+    outputs=True,
+)
+"""What llama.cpp can do with such files, by whichever package."""
 
 _NAMES = {
     "input_layernorm": "attn_norm",

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.loaders.as_gguf import adapter_file, model_file
+from harness.loaders.as_gguf import adapter_file, llama_cpp_loader, model_file
 from harness.loaders.live import LiveLoader
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
 _FLOAT32 = 0  # ggml's number of the type: the cache of keys and values is of half precision otherwise
 
 
-@loader(
-    formats={"peft", "gguf"},
-    benches={"tiny-llama"},
-    strength_argument="scale",
-    modules=r"\.(?:v|o|gate|up|down)_proj$",  # rows of q and k stand in another order in GGUF
-    outputs=True,
-)
+@llama_cpp_loader
 def load(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits [1, tokens, vocabulary] of llama.cpp with `lora` at the scale `strength`.
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.as_gguf import adapter_file, model_file
+from harness.loaders.as_gguf import adapter_file, llama_cpp_loader, model_file
 from harness.loaders.live import LiveLoader
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +22,7 @@ if TYPE_CHECKING:
 _TOKENS = 64
 
 
-@loader(
-    formats={"peft", "gguf"},
-    benches={"tiny-llama"},
-    strength_argument="scale",
-    modules=r"\.(?:v|o|gate|up|down)_proj$",  # rows of q and k stand in another order in GGUF
-    outputs=True,
-)
+@llama_cpp_loader
 def load(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits [1, tokens, vocabulary] of llama.cpp with `lora` at the scale `strength`.
 
