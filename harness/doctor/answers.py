@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha
+from harness.doctor.converting import converted
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.tool_models import by_name, no_model
@@ -58,8 +59,9 @@ def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
     if tool.beside and any(group.named and not group.text_encoder for group in traits.groups):
         return Answer(tool, "unknown", tool.beside, "unknown")
     if form not in tool.formats:
-        what = f"does not read {form} files, it reads {', '.join(tool.formats)}"
-        return Answer(tool, "cannot", what, _sure(tool), do=tool.convert if form == "peft" else "")
+        if tool.convert and form == "peft":
+            return converted(tool, traits, asked, list(_hits(tool, traits, version)))
+        return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
     if not _is_known_release(tool, version):

@@ -208,7 +208,8 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
     if any(hazard.code == "LH707" for hazard in found.grave):
         return "no repair makes NaN right: take an earlier step of the training"
     if given.instead:
-        return command(found.path, found.traits, found.question, given.instead)
+        repair = command(found.path, found.traits, found.question, given.instead)
+        return repair if given.instead in given.tool.formats else f"{repair}, then {given.tool.convert}"
     if given.do:
         return given.do
     if given.effect == "law" and given.strength is None:

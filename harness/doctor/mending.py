@@ -59,14 +59,18 @@ def _formats(tool: Tool, traits: Traits) -> list[str]:
     """Return the formats to try, the file's own first unless it would say the same."""
     own = traits.adapter.format
     first = () if is_left_for_names(tool, traits) and traits.is_written else (own,)
-    return [form for form in (*first, *(form for form in _WRITTEN if form != own)) if form in tool.formats]
+    return [form for form in (*first, *(form for form in _WRITTEN if form != own)) if form in _taken(tool)]
+
+
+def _taken(tool: Tool) -> tuple[str, ...]:
+    return (*tool.formats, "peft") if tool.convert else tool.formats
 
 
 def _is_read(tool: Tool, traits: Traits, asked: Question, form: str) -> bool:
     if (new := _planned(traits, asked, form)) is None:
         return False
     found = unmended(tool, new, Question(asked.version))
-    return found.effect == "law" and found.strength is not None and abs(found.strength - 1) < 1e-6
+    return found.effect in ("law", "cannot") and found.strength is not None and abs(found.strength - 1) < 1e-6
 
 
 def _planned(traits: Traits, asked: Question, form: str) -> Traits | None:

@@ -174,6 +174,7 @@ class Traits:
             "zero": 0.0 in values,
             "inexact": any(math.frexp(module.trained_scale)[0] not in (0.0, 0.5, -0.5) for module in known),
             "rslora": any(module.rslora for module in scaled),
+            "pattern": any(value != self.adapter.config.get("lora_alpha", value) for value in values),
             self.adapter.alpha_source if known else "none": bool(scaled),
         }
         return frozenset(word for word, holds in words.items() if holds)

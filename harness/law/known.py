@@ -121,6 +121,7 @@ class Tool:
     models: str = ""
     also: tuple[str, ...] = ()
     convert: str = ""
+    drops: tuple[str, ...] = ()
     families: tuple[str, ...] | None = None
     has: tuple[str, ...] = ()
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
@@ -170,7 +171,7 @@ def _tool(row: Mapping[str, Any]) -> Tool:
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
     lists = {
         name: tuple(row[name])
-        for name in ("formats", "by_name", "families", "has", "own_names", "limits", "also")
+        for name in ("formats", "by_name", "families", "has", "own_names", "limits", "also", "drops")
         if name in row
     }
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})

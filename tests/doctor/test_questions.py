@@ -52,6 +52,34 @@ def test_a_file_for_llama_cpp_is_made_by_its_own_script(tmp_path: Path) -> None:
     assert said["do"] == "convert the PEFT folder with llama.cpp's convert_lora_to_gguf.py"
 
 
+@pytest.mark.parametrize(
+    ("config", "number", "words"),
+    [
+        ({"use_rslora": True}, 2**0.5, "0.7071 times as strong"),  # trained 8 / sqrt(2), converted 8 / 2
+        ({"alpha_pattern": {"q_proj": 2.0}}, None, "no single strength"),
+        ({"alpha_pattern": {".*": 2.0}}, 0.25, "4 times as strong"),
+        ({"alpha_pattern": {"q_proj": 8}}, 1.0, ""),
+    ],
+)
+def test_what_the_converter_of_llama_cpp_drops_is_told(
+    config: dict[str, object], number: float | None, words: str, tmp_path: Path
+) -> None:
+    """`convert_lora_to_gguf.py` writes `lora_alpha` and nothing else of the scale (its page in docs/findings)."""
+    folder = written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"lora_alpha": 8} | config)
+    found = diagnose(folder, tool="llama.cpp").answers["llama.cpp"]
+    assert (found.effect, found.strength) == ("cannot", number and pytest.approx(number, rel=1e-5))
+    assert words in found.says
+    assert [page.page for page in found.findings] == ["llama-cpp-convert-drops-rslora-and-patterns"] * bool(words)
+
+
+def test_several_alphas_are_evened_out_before_the_conversion(tmp_path: Path) -> None:
+    config = CONFIG | {"lora_alpha": 8, "alpha_pattern": {"q_proj": 2.0}}
+    said = dict(lines(diagnose(written(tmp_path, pairs(LLM, 64, prefix=HF), config=config), tool="llama.cpp")))
+    assert said["pass"] == "no number makes this right there"
+    assert "repair" in said["do"]
+    assert said["do"].endswith(", then convert the PEFT folder with llama.cpp's convert_lora_to_gguf.py")
+
+
 def test_mlx_is_told_what_is_missing(tmp_path: Path) -> None:
     tensors = {"model.layers.0.self_attn.q_proj.lora_a": (64, 4), "model.layers.0.self_attn.q_proj.lora_b": (4, 64)}
     said = dict(lines(diagnose(written(tmp_path, tensors), tool="mlx")))
