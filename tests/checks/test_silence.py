@@ -41,6 +41,15 @@ def test_a_loader_that_refuses_all_it_does_not_know_is_silent_about_nothing() ->
     assert {outcomes[kind] for kind in ("a module the model lacks", "an unknown kind of key", "dora")} == {"refused"}
 
 
+def test_of_a_loader_that_loads_nothing_nobody_says_what_it_is_silent_about() -> None:
+    """Its warning is there for the whole file too, and a part of it is warned of in the same words."""
+
+    def warns(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        warnings.warn("no key of the file was found in the model", stacklevel=2)
+
+    assert heard(Cell(resolve(warns), "peft", "qwen-image")) == ({}, [])
+
+
 @pytest.mark.parametrize("name", ["passes_over", "flag_not_read", "magnitude_dropped"])
 def test_silence_is_found_and_named(name: str) -> None:
     (cell,) = SILENT[name].cells()

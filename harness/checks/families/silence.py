@@ -61,7 +61,7 @@ def tries_silence(cell: Cell) -> bool:
 @follows("silence", finds="what cannot be applied is dropped without a word", codes=("LH103",))
 def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH103 for what is silently left out, the law's own code where it is loaded with another scale."""
-    if not tries_silence(cell) or not all(fits[0].direction_right for fits in once.fits.values()):
+    if not tries_silence(cell) or not _is_loaded(once):
         return  # of a loader that is wrong anyway nobody can say what it did with the rest
     usual = run_trial(cell, once.example, (load(),), listen=True)
     for kind in _KINDS:
@@ -77,6 +77,12 @@ def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Ite
     if rest:
         fact = f"{', '.join(rest)}; {_count(cell.heard)}"
         yield Sighting("LH103", once, fact=fact, check="silence", data=_data(cell, rest))
+
+
+def _is_loaded(once: Observation) -> bool:
+    """Tell whether the file itself was loaded, and as it says: what warns of all of it warns of no part anew."""
+    first = [fits[0] for fits in once.fits.values()]
+    return all(fit.direction_right for fit in first) and not all(fit.unchanged for fit in first)
 
 
 def _data(cell: Cell, silent: Sequence[str]) -> dict[str, Any]:

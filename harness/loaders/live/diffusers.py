@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.benches import more_benches
 from harness.benches.table import row_of, rows
+from harness.law.reads import every_row, kind_of
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
 from harness.loaders.protocol import loader
@@ -37,11 +38,26 @@ UNSUPPORTED: dict[tuple[str, ...], str] = {
     ("kohya", "clip-text"): "what it loads of a text encoder, and how strong, depends on which modules the file has",
     ("diffsynth", "clip-text"): "DiffSynth's names are read for transformers only",
 }
+# The other models' mixins know few names beside their own: what is drawn for them, as the table of reads spells it.
+_DRAWN = {"lora_unet.down.tensor": "kohya", "bare.default.tensor": "diffsynth"}
+NO_SUCH_NAMES = "{} keys in the names of this model are none that its mixin knows (docs/reads.md)"
 BENCHES = ("qwen-image", "qwen-image-fused", "sd-unet", "flux", "clip-text")
 VARIANTS = ("lora", "rslora", "conv", "qkv-split", "qkv-merged")
 MORE = tuple(name for name in more_benches() if rows()[name].mixin and rows()[name].component != "transformer_2")
+
+
+def _unread() -> dict[tuple[str, ...], str]:
+    """Return the cells of more benches whose files diffusers was measured to refuse or to load nothing of."""
+    measured = [row for row in every_row() if row["tool"] == "diffusers" and row["names"] == "own"]
+    return {
+        (_DRAWN[row["scheme"]], row["family"]): NO_SUCH_NAMES.format(_DRAWN[row["scheme"]])
+        for row in measured
+        if row["family"] in MORE and row["scheme"] in _DRAWN and kind_of(row["uniform"]) in ("nothing", "raises")
+    }
+
+
 _declared = functools.partial(
-    loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED, also=MORE
+    loader, formats=FORMATS, benches=BENCHES, variants=VARIANTS, unsupported=UNSUPPORTED | _unread(), also=MORE
 )
 
 
