@@ -144,12 +144,15 @@ def _filled(tree: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 def _run(layers: Mapping[str, Layer], model: Any, noise: Noise) -> torch.Tensor:
-    """Return what all layers answer, each to an input of its own."""
+    """Return what all layers answer, each to an input of its own.
+
+    A wrapper may stand before a layer's path; a longer path may end in the same words (`blocks.0.proj_out`).
+    """
     import torch
 
     modules = dict(model.named_modules())
-    found = {path: next(m for name, m in modules.items() if f".{name}".endswith(f".{path}")) for path in layers}
-    return torch.cat([found[path](_input(layer, noise)).flatten() for path, layer in layers.items()])
+    names = {path: min((name for name in modules if f".{name}".endswith(f".{path}")), key=len) for path in layers}
+    return torch.cat([modules[names[path]](_input(layer, noise)).flatten() for path, layer in layers.items()])
 
 
 def _input(layer: Layer, noise: Noise) -> torch.Tensor:

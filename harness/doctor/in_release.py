@@ -50,10 +50,14 @@ def _measured_as(tool: Tool) -> str:
 
 def why_unmeasured(tool: Tool, traits: Traits, version: str) -> str:
     """Say why what is known of the tool's own release need not hold in another with the same law; empty: it does."""
-    others = sorted({module.variant for module in traits.adapter.modules.values()} - set(_PLAIN))
+    others = sorted(_variants(traits) - set(_PLAIN))
     if others:
         return f"was not measured in {version} on {', '.join(others)} modules, only in {tool.release}"
     return _new_fault(tool, traits, version, ())
+
+
+def _variants(traits: Traits) -> set[str]:
+    return {"rslora" if module.rslora else module.variant for module in traits.adapter.modules.values()}
 
 
 def _new_fault(tool: Tool, traits: Traits, version: str, measured: tuple[str, ...]) -> str:
@@ -68,8 +72,7 @@ def _new_fault(tool: Tool, traits: Traits, version: str, measured: tuple[str, ..
 def _measured(tool: Tool, loader: str, traits: Traits, version: str) -> Released | str:
     """Return what was measured of such files in a release, or why nothing was."""
     form, (group, *others) = traits.adapter.format, traits.groups
-    variants = {"rslora" if module.rslora else module.variant for module in traits.adapter.modules.values()}
-    if variants != {"lora"}:
+    if (variants := _variants(traits)) != {"lora"}:
         return f"was measured in {version} on plain LoRA alone, not on {', '.join(sorted(variants - {'lora'}))}"
     if traits.alphas & {"none", "some-missing", "zero", "negative"}:
         return f"was not measured in {version} on modules whose alpha is missing, zero or negative"

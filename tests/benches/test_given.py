@@ -49,6 +49,15 @@ def test_a_change_of_any_layer_shows_in_the_forward_of_plain_layers(tmp_path):
         assert not torch.equal(found.forward(model), before), name
 
 
+def test_a_layer_is_told_from_one_whose_path_ends_in_the_same_words(tmp_path):
+    """FLUX has `proj_out` and, earlier, `single_transformer_blocks.0.proj_out`, of another width."""
+    take_benches(describe_benches(["flux"], tmp_path, plain=True))
+    found = get_bench("flux")
+    assert found.forward(found.base()).numel()
+    wrapped = torch.nn.ModuleDict({"model": found.build()})
+    assert torch.equal(found.forward(wrapped), found.forward(found.base()))
+
+
 def test_a_model_that_the_release_does_not_have_is_named(tmp_path, monkeypatch):
     told = describe_benches(["flux"], tmp_path, plain=False)
     take_benches(told)  # asks for nothing yet: other benches may be there

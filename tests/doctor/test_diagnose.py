@@ -251,6 +251,15 @@ def test_a_release_that_was_not_measured_is_not_judged(tmp_path: Path) -> None:
     assert answer(tools()["diffsynth-2.0.4"], traits, Question(version="1.1.9")).strength == 0.5
 
 
+def test_a_release_measured_on_plain_lora_is_not_judged_on_a_rank_stabilised_one(tmp_path: Path) -> None:
+    """PEFT's `set_scale` forgot use_rslora up to 0.17.1 (huggingface/peft#2733)."""
+    traits = Traits(read_lora(write_lora(tmp_path / "x", "peft", {"a.to_q": weights(4, 8.0)}, rslora=True)))
+    found = answer(tools()["peft"], traits, Question(version="0.17.1"))
+    assert (found.effect, found.strength) == ("unknown", None)
+    assert "rslora" in found.says
+    assert answer(tools()["peft"], traits).strength == 1.0
+
+
 def test_layers_that_no_measured_architecture_has_are_unknown(tmp_path: Path) -> None:
     path = write(tmp_path, ["blocks.0.no_such_layer"], "diffusers", ((4, None),), prefix="transformer.")
     found = answer(tools()["diffusers"], Traits(read_lora(path)), Question(lora_alpha=4.0))
