@@ -29,13 +29,24 @@ def answer_outputs(outputs: Outputs, bench_name: str, step: Sequence[Any], secon
     try:
         with alarm(seconds):
             output = outputs(folder, Path(path), strength=1.0 if strength is None else strength, inputs=inputs)
-        return {"tensors": {"output": output.detach().double().cpu()}}
+        return _told(output)
     except TimeLimitExceeded as late:
         return {"raised": asdict(Raised("LH901", str(late), timed_out=True))}
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an engine that raises SystemExit is data, not the end of the run
         return {"raised": asdict(raised_by(error))}
+
+
+def _told(output: Any) -> dict[str, Any]:
+    """Return what an engine answered as a tensor; what NumPy or a list of numbers holds is one too."""
+    import torch
+
+    try:
+        return {"tensors": {"output": torch.as_tensor(output).detach().double().cpu()}}
+    except (TypeError, ValueError, RuntimeError):
+        what = f"the engine answers {type(output).__name__}, but should answer a tensor"
+        return {"raised": asdict(Raised("LH902", what))}
 
 
 @cache

@@ -135,6 +135,19 @@ def test_an_output_of_another_shape_is_said():
     assert seen.raised.what == "the engine answers [1, 40], but should answer [1, 6, 40]"
 
 
+def test_an_engine_may_answer_with_an_array_of_numpy():
+    right = law_of(lambda alpha, rank, strength: strength * alpha / rank)
+    found = observed(resolve(loader(outputs=True)(lambda *args, **words: right(*args, **words).numpy())))
+    assert all(fits[0].scale_right for fits in found.fits.values())
+
+
+@pytest.mark.parametrize("answer", ["hello", None, {"logits": 1}])
+def test_what_is_no_tensor_is_no_fault_of_a_name(answer):
+    found = observed(resolve(loader(outputs=True)(lambda base, lora, *, strength, inputs: answer)))
+    assert found.raised.code == "LH902"
+    assert found.raised.what == f"the engine answers {type(answer).__name__}, but should answer a tensor"
+
+
 def test_the_reference_is_peft(tmp_path):
     """f(s) is what PEFT answers with the same module at the scale s."""
     from peft import PeftModel
