@@ -180,12 +180,13 @@ def _header(ranks: Mapping[str, tuple[int, float]], component: str, *, use_dora:
     return {"format": "pt", "lora_adapter_metadata": json.dumps({f"{component}.{k}": v for k, v in config.items()})}
 
 
+UNSET = torch.empty(0, device="meta")  # what a layer got whose factors were put in and never set
 Deltas = Mapping[str, Update | Change]
 Reader = Callable[[Path, float], Deltas]  # what every layer got, for the file at a path and the strength passed
 
 
 def outcome(reader: Reader, file: File, strength: float = 1.0) -> Any:
-    """Return `ok`, `nothing`, {"raises": ...}, or what was dropped, has another factor, or got something else."""
+    """Return `ok`, `nothing`, {"raises": ...}, or what was dropped, never set, has another factor or another matrix."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         save_file({k: t.contiguous() for k, t in file.tensors.items()}, path, metadata=dict(file.metadata) or None)
@@ -206,6 +207,8 @@ def _judged(file: File, deltas: Deltas) -> Any:
         return "magnitudes ignored"
     if _ignores_alpha(file, fits):
         return "alpha ignored"
+    if {kind for kind, _ in fits.values()} == {"unset"}:
+        return "weights never set"
     for layer, (kind, value) in fits.items():
         if kind == "factor":
             found.setdefault("factor", {}).setdefault(pattern_of(file.where[layer]), set()).add(value)
@@ -215,7 +218,7 @@ def _judged(file: File, deltas: Deltas) -> Any:
         return "ok"
     if set(found) == {"dropped"}:
         return "nothing"
-    shown = {kind: sorted(each) for kind, each in found.items() if kind in ("dropped", "plain", "other")}
+    shown = {kind: sorted(each) for kind, each in found.items() if kind in ("dropped", "unset", "plain", "other")}
     if "factor" in found:
         shown["factor"] = {name: sorted(each) for name, each in sorted(found["factor"].items())}
     return shown
@@ -230,6 +233,8 @@ def _ignores_alpha(file: File, fits: Mapping[str, tuple[str, float]]) -> bool:
 def _fit(delta: Update | Change | None, product: Update, scale: float) -> tuple[str, float]:
     if delta is None:
         return "dropped", 0.0
+    if delta is UNSET:
+        return "unset", 0.0
     if isinstance(product, Dora):
         assert isinstance(delta, Change)
         return fit(delta, product, scale), 1.0

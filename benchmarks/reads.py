@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lora_file import MIXED, ROOT, UNIFORM, Deltas, Low, Reader, Shape, Update, make_file, outcome
+from benchmarks.lora_file import MIXED, ROOT, UNIFORM, UNSET, Deltas, Low, Reader, Shape, Update, make_file, outcome
 from benchmarks.magnitudes import Change
 from benchmarks.zoo import Animal, Parts, zoo
 from harness.law.reads import TABLE, block_of, in_part, pattern_of
@@ -81,9 +81,15 @@ def diffusers_reader(animal: Animal, *, whole: bool = False) -> Reader:
         if strength != 1:
             pipeline.set_adapters("a", adapter_weights=strength)  # raises where nothing was loaded
         layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-        return {name: (_merged if whole else _delta)(layer) for name, layer in layers.items()}
+        change = _merged if whole else _delta
+        return {name: UNSET if _is_unset(layer) else change(layer) for name, layer in layers.items()}
 
     return read
+
+
+def _is_unset(layer: Any) -> bool:
+    """Tell whether factors of a layer were left without memory: a merge of them looks like none, a product raises."""
+    return any(part.is_meta for part in layer.parameters())
 
 
 def _merged(layer: Any) -> Change:

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("benchmarks")
 
+from benchmarks.lora_file import UNIFORM, make_file, outcome
 from benchmarks.prescriptions import PAGE, folder_pairs, pairs
 from benchmarks.reads import SCHEMES, _folded, bench_shapes, diffusers_reader, layer_patterns, live_reader, row
 from benchmarks.tables import DOCS, PAGES
@@ -24,6 +25,18 @@ ROWS: dict[tuple[str, ...], dict[str, Any]] = {
     (r["tool"], r["family"], r["names"], r["scheme"]): r for r in json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
 }
 SAMPLE = ("bare.A.none", "bare.default.tensor", "transformer.A.tensor", "transformer.A.header", "lora_unet.down.tensor")
+
+
+@pytest.mark.parametrize("family", ["hunyuan-video", "sana"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_factors_that_a_loader_never_sets_are_told(family: str, whole: bool) -> None:
+    """diffusers leaves the factors of keys with another adapter's name without memory, and only logs it."""
+    animal = zoo()[family]
+    names = dict(list(animal.names("own").items())[:4])
+    file = make_file(
+        names, animal.layers, f"transformer.default.none{'+vector' if whole else ''}", UNIFORM, "transformer"
+    )
+    assert outcome(diffusers_reader(animal, whole=whole), file) == "weights never set"
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -36,6 +36,9 @@ class Reading:
 
 
 _AS_TRAINED = Reading("law")
+_UNSET = Reading(
+    "wrong", "puts factors into the layers and never sets them: what they add is an error, or whatever memory holds"
+)
 
 
 @cache
@@ -70,6 +73,7 @@ def _layers() -> dict[Place, frozenset[str]]:
 LABELS = {
     "ok": "as trained", "nothing": "nothing loaded", "raises": "raises", "hangs": "hangs",
     "alpha ignored": "alpha ignored", "magnitudes ignored": "magnitudes ignored",
+    "weights never set": "weights never set",
     "partly": "some layers only", "depends": "depends on the layers",
 }  # fmt: skip
 
@@ -199,6 +203,8 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
         return Reading("factor", "ignores alpha: every module is applied at scale 1", alpha_ignored=True)
     if outcome == "magnitudes ignored":
         return Reading("drops", "ignores the magnitudes of DoRA: a plain LoRA is applied")
+    if outcome == "weights never set":
+        return _UNSET
     if "raises" in outcome or "hangs" in outcome:
         effect: Effect = "raises" if "raises" in outcome else "hangs"
         return Reading(effect, f"{effect}: {outcome[effect].rstrip(': ')}")
@@ -215,6 +221,8 @@ def dropped(lost: Sequence[str], counts: Mapping[str, int]) -> Reading:
 def _partly(outcome: Mapping[str, Any], counts: Mapping[str, int]) -> Reading:
     if lost := [pattern for pattern in outcome.get("dropped", ()) if pattern in counts]:
         return dropped(lost, counts)
+    if any(pattern in counts for pattern in outcome.get("unset", ())):
+        return _UNSET
     if plain := [pattern for pattern in outcome.get("plain", ()) if pattern in counts]:
         return Reading("drops", f"ignores the magnitudes of DoRA in some layers, such as {plain[0]}")
     if wrong := [pattern for pattern in outcome.get("other", ()) if pattern in counts]:

@@ -16,6 +16,7 @@ TO_Q, TO_K, FF, PROJ = "blocks_#_attn_to_q", "blocks_#_attn_to_k", "blocks_#_ff"
 MODEL = {TO_Q: 4, TO_K: 4, FF: 4, PROJ: 1}
 BLOCKS = {TO_Q: 4, TO_K: 4, FF: 4}
 ATTENTION = {TO_Q: 4, TO_K: 4}
+NEVER_SET = "puts factors into the layers and never sets them: what they add is an error, or whatever memory holds"
 Ask = Callable[..., Any]
 
 
@@ -63,6 +64,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
             "applies modules 0.5 to 3 times as strong as trained",
         ),
         ({"factor": {"elsewhere": [9.0]}}, "law", ""),
+        ("weights never set", "wrong", NEVER_SET),
+        ({"unset": ["elsewhere", FF]}, "wrong", NEVER_SET),
+        ({"unset": ["elsewhere"]}, "law", ""),
     ],
 )
 def test_an_outcome_is_told_of_the_modules_that_the_file_has(ask: Ask, outcome: Any, effect: str, what: str) -> None:
