@@ -28,7 +28,8 @@ from harness.law.reads import TABLE, block_of, in_part, pattern_of
 
 SCHEMES = (
     "transformer.A.none", "transformer.A.header", "transformer.A.tensor", "transformer.down.none",
-    "transformer.down.tensor", "transformer.lora.down.none", "diffusion_model.A.none", "diffusion_model.A.tensor",
+    "transformer.default.none", "transformer.down.tensor", "transformer.lora.down.none",
+    "diffusion_model.A.none", "diffusion_model.A.tensor",
     "diffusion_model.down.none", "diffusion_model.down.tensor", "bare.A.none", "bare.A.tensor", "bare.default.none",
     "bare.default.tensor", "bare.down.tensor", "base_model.A.none", "lora_unet.down.none", "lora_unet.down.tensor",
     "lora_unet__.down.tensor", "lora_transformer.down.tensor", "lycoris.down.tensor",
