@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha
@@ -10,8 +10,8 @@ from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.tool_models import by_name, no_model
 from harness.doctor.traits import Group, Traits
-from harness.files import LoraAdapter
-from harness.law.findings import Finding
+from harness.files import LoraAdapter, LoraModule
+from harness.law.findings import Finding, is_within
 from harness.law.known import ScaleLaw, Tool, tools
 from harness.law.reads import Place, Reading, reading, title_of
 from harness.law.sizes import like
@@ -97,9 +97,14 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
-    return loaded_without_alpha(tool, traits) or by_scales(
-        tool, law.law, [(law.at_one(module), module) for module in traits.modules], asked
-    )
+    gains = [(law.at_one(each), module) for each, module in zip(_as_stored(traits), traits.modules, strict=True)]
+    return loaded_without_alpha(tool, traits) or by_scales(tool, law.law, gains, asked)
+
+
+def _as_stored(traits: Traits) -> Sequence[LoraModule]:
+    """Return the modules with the alpha that a tool finds, where what the training meant by it is not known."""
+    two = traits.adapter.alpha_by_release
+    return [replace(module, alpha=two[0]) for module in traits.modules] if two else traits.modules
 
 
 def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
@@ -120,8 +125,10 @@ def _effect(found: str) -> Effect:
 
 
 def _is_known_release(tool: Tool, version: str | None) -> bool:
-    if version is None or tool.known == "read":
-        return version is None
+    if version is None:
+        return True
+    if tool.known == "read":
+        return bool(tool.versions) and is_within(version, tool.versions)
     return version == tool.release or has_its_law(tool, version)
 
 

@@ -186,7 +186,7 @@ def _of_tool(found: FileDiagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     if given.strength is not None and found.traits.adapter.is_unscaled:
         yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
     elif given.strength is not None:
-        yield "pass", field_of(tool, given.strength) + ("" if tool.takes_none else _steps(found, given.strength))
+        yield "pass", field_of(tool, given.strength) + (_steps(found, given.strength) if tool.passes else "")
     else:
         yield (
             "pass",

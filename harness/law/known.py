@@ -115,6 +115,7 @@ class Tool:
     loader: str = ""
     source: str = ""
     by_name: tuple[str, ...] = ()
+    in_config: bool = False
     original_names: bool = False
     own_names: tuple[str, ...] = ()
     beside: str = ""
@@ -135,6 +136,11 @@ class Tool:
     def takes_none(self) -> bool:
         """Tell whether its users cannot pass a strength."""
         return self.field.startswith("(")
+
+    @property
+    def passes(self) -> bool:
+        """Tell whether its users pass a number of their own, rather than none or one that lies beside the file."""
+        return not (self.takes_none or self.in_config)
 
     @property
     def provenance(self) -> str:
