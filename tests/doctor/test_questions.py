@@ -182,6 +182,15 @@ def test_the_scripts_that_trained_with_another_alpha_are_said(tmp_path: Path) ->
     assert "those of 0.24, of December 2023, with 8" in said["alpha"]
 
 
+def test_no_trainer_is_assumed_for_a_model_that_its_scripts_do_not_have(tmp_path: Path) -> None:
+    path = written(tmp_path, pairs([f"blocks.{n}.adaln.1" for n in range(3)], 96, prefix="transformer."))
+    assert "as trained" not in " ".join(f"{label} {said}" for label, said in lines(diagnose(path)))
+    assert inspect_file(path).notes == (
+        "alpha: none in the file: if lora_alpha was 2 pass 1, if it was N pass N / 2; "
+        "passing 2 would be 2x too strong if it was 2",
+    )
+
+
 def test_the_headline_of_a_rank_stabilised_file_says_so(tmp_path: Path) -> None:
     record = inspect_file(
         written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG | {"use_rslora": True, "lora_alpha": 8})
