@@ -194,7 +194,8 @@ def _worst(found: Iterable[Reading]) -> Reading:
 
 def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
-    every = {place: _rows_or_alike(tool, place, group, mixed=traits.varied) for place in group.places}
+    mixed = group.varied if tool.each_part else traits.varied
+    every = {place: _rows_or_alike(tool, place, group, mixed=mixed) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
         return by_name(tool, group, known.values(), language=traits.is_language)

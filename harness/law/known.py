@@ -116,6 +116,7 @@ class Tool:
     source: str = ""
     by_name: tuple[str, ...] = ()
     in_config: bool = False
+    each_part: bool = False
     original_names: bool = False
     own_names: tuple[str, ...] = ()
     beside: str = ""
