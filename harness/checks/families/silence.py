@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "Tensor"]
 Edit = Callable[[Cell, Path], None]
+NOT_TRIED = "of a loader that loads the wrong thing nobody can say what it did with the rest"
 _MOST = 6  # modules of a file of another variant
 _LAW = ("scale", "strength")
 _PLAIN = 1e-3
@@ -62,7 +63,7 @@ def tries_silence(cell: Cell) -> bool:
 def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH103 for what is silently left out, the law's own code where it is loaded with another scale."""
     if not tries_silence(cell) or not all(fits[0].direction_right for fits in once.fits.values()):
-        return  # of a loader that is wrong anyway nobody can say what it did with the rest
+        return
     usual = run_trial(cell, once.example, (load(),), listen=True)
     for kind in _KINDS:
         seen = _tried(cell, once.example, kind)
