@@ -191,13 +191,12 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
-    from harness.doctor.answer import field_of
     from harness.law.known import tools
 
     alone = {names[0]: why for why, names in record.without_number.items() if len(names) == 1}
     for loader, strength in record.prescription.items():
         if strength is not None:
-            said = field_of(tools()[loader], strength) if loader in tools() else f"strength {strength:g}"
+            said = tools()[loader].passing(strength) if loader in tools() else f"strength {strength:g}"
             yield "  pass", printable(loader, 120), said
         elif loader in alone:
             yield "  pass", printable(loader, 120), f"no number: {printable(alone[loader], 400)}"

@@ -134,14 +134,3 @@ def how_sure(given: Answer) -> str:
         finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
     ]
     return "; ".join([ways[given.sure], *given.notes, *pages])
-
-
-def field_of(tool: Tool, strength: float) -> str:
-    """Return what to write into the field of `tool`."""
-    if tool.takes_none:
-        return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
-    if tool.in_config:
-        return f"leave the {tool.field} as it is" if strength == 1 else f"multiply the {tool.field} by {strength:.6g}"
-    if ":weight>" in tool.field:
-        return tool.field.replace("weight", f"{strength:.6g}")
-    return f"{tool.field} = {strength:.6g}"
