@@ -56,7 +56,7 @@ class Group:
 
     `named` are all whose layers are called so, `places` those that have them in these sizes too.
     `spelled` has the spellings as `reads.json` names them: with `+out`, `+in` or `+vector` where there are magnitudes.
-    `varied`: ranks or alphas differ between them.
+    `varied`: ranks or alphas differ between those of one component.
     """
 
     text_encoder: bool
@@ -129,7 +129,8 @@ class Traits:
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []
         places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
-        varied = len({(module.rank, module.alpha) for module in modules if module.rank}) > 1
+        scales = {(module.component, module.rank, module.alpha) for module in modules if module.rank}
+        varied = len(scales) > len({part for part, *_ in scales})
         return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named, varied)
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
