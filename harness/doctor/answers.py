@@ -20,6 +20,7 @@ _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "f
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _BY_CONFIG = ("peft", "transformers")
 _REFUSED = "LH724"
+_BOTH = "it reads files of one rank and alpha otherwise than those of several of both"
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -188,14 +189,24 @@ def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> li
     return _rows(tool, other, group, mixed=mixed) if found is None and other else found
 
 
+def _rows_for(tool: Tool, place: Place, group: Group, traits: Traits) -> list[Reading] | None:
+    """Return what was measured of a group with the file's ranks and alphas: one of each, or several of both."""
+    alphas = group.alphas if tool.each_part else "several" in traits.alphas
+    ranks = group.ranks if tool.each_part else "ranks" in traits.alphas
+    found = _rows_or_alike(tool, place, group, mixed=alphas)
+    several = _rows_or_alike(tool, place, group, mixed=True) if ranks and not alphas else found
+    if found and several and _worst(found).effect != _worst(several).effect:
+        return [Reading("unknown", f"with one alpha over several ranks was not measured: {_BOTH}")]
+    return found
+
+
 def _worst(found: Iterable[Reading]) -> Reading:
     return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
 
 
 def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
-    mixed = group.varied if tool.each_part else traits.varied
-    every = {place: _rows_or_alike(tool, place, group, mixed=mixed) for place in group.places}
+    every = {place: _rows_for(tool, place, group, traits) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
         return by_name(tool, group, known.values(), language=traits.is_language)

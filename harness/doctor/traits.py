@@ -56,7 +56,7 @@ class Group:
 
     `named` are all whose layers are called so, `places` those that have them in these sizes too.
     `spelled` has the spellings as `reads.json` names them: with `+out`, `+in` or `+vector` where there are magnitudes.
-    `varied`: ranks or alphas differ between those of one component.
+    `ranks`, `alphas`: they differ between those of one component.
     """
 
     text_encoder: bool
@@ -64,7 +64,8 @@ class Group:
     places: tuple[Place, ...]
     spelled: tuple[str, ...]
     named: tuple[Place, ...] = ()
-    varied: bool = False
+    ranks: bool = False
+    alphas: bool = False
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -129,9 +130,12 @@ class Traits:
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []
         places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
-        scales = {(module.component, module.rank, module.alpha) for module in modules if module.rank}
-        varied = len(scales) > len({part for part, *_ in scales})
-        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named, varied)
+        scaled = [module for module in modules if module.rank]
+        parts = len({module.component for module in scaled})
+        ranks, alphas = (
+            len({(module.component, getattr(module, what)) for module in scaled}) > parts for what in ("rank", "alpha")
+        )
+        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named, ranks, alphas)
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
         if (row := FORMATS[self.adapter.format]).naming:
