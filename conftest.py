@@ -1,3 +1,24 @@
-"""Load the plugin: the same options and markers as an installed copy."""
+"""Load the plugin, the same options and markers as an installed copy; what `make test` leaves to `make test-slow`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
 
 pytest_plugins = ["harness.plugin"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the suite would repeat as slow: a variant that a loader was checked in on an earlier bench."""
+    seen: set[tuple[str, ...]] = set()
+    again: dict[Any, bool] = {}
+    for item in items:
+        check = getattr(item, "callspec", None) and item.callspec.params.get("check")  # type: ignore[attr-defined]
+        if (cell := getattr(check, "cell", None)) is None:
+            continue
+        loader = cell.subject.title
+        brings = {(loader, cell.format, cell.bench_name), (loader, cell.variant_name)}
+        if again.setdefault(cell, brings <= seen):
+            item.add_marker(pytest.mark.slow)
+        seen |= brings

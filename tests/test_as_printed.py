@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,11 @@ PRINTED = {
 }
 
 
-@pytest.mark.parametrize("line", PRINTED)
+def _marked(line: str) -> Any:
+    return pytest.param(line, marks=[pytest.mark.slow] if '"cmd:' in line else [])  # it starts torch forty times
+
+
+@pytest.mark.parametrize("line", map(_marked, PRINTED))
 def test_a_printed_command_works(line: str, checkout: Path) -> None:
     done = shell(checkout, line)
     assert done.returncode == PRINTED[line], done.stdout + done.stderr

@@ -75,7 +75,7 @@ def test_an_own_suite_takes_each_check_as_a_test(tmp_path: Path) -> None:
     assert "PASSED tests/test_acme_lora.py::test_the_loader_scales_as_training_did[qwen-image]" in done.stdout
 
 
-@pytest.mark.slow  # it starts torch forty times; README's own command line is tested every time
+@pytest.mark.slow  # it starts torch forty times
 def test_a_command_merges_in_an_environment_without_the_harness(tmp_path: Path) -> None:
     folder = copy("door_command", tmp_path)
     other = environment(tmp_path / "other")

@@ -108,8 +108,11 @@ class Cell:
 
     @property
     def zero_alpha_is_ambiguous(self) -> bool:
-        """Whether readers of the format take alpha = 0 as 0 or as the rank: so where alpha is a tensor of its own."""
-        return FORMATS[self.format].alpha[0] == "tensor"
+        """Whether readers of the format take alpha = 0 as 0 or as the rank: so where alpha is a tensor of its own.
+
+        In a GGUF header 0 stands for none.
+        """
+        return FORMATS[self.format].alpha[0] in ("tensor", "kv")
 
     @property
     def place(self) -> str:

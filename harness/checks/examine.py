@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from harness.checks.cell import Cell
 from harness.checks.describe import NamedFinding, passed, through_codes
 from harness.checks.early import Early, Tell
+from harness.checks.families.silence import NOT_TRIED, tries_silence
 from harness.checks.family import LAW_FAMILIES, Sighting, family_names, follow
 from harness.checks.known import KNOWN_EXAMPLES, KnownFailure, applies, binds, covers, no_longer_silent, tried_alone
 from harness.checks.observation import probes_of
@@ -182,7 +183,11 @@ def _verdicts(
             verdict = NamedFinding(cell, plainest, diagnosis, _where(plainest, result, folded)).verdict(result.examples)
         yield verdict
     for family in family_names():
-        if family in reported or (smoke and result.examples == 1) or (family == "silence" and not cell.heard):
+        if family in reported or (smoke and result.examples == 1):
+            continue
+        if family == "silence" and not cell.heard:
+            if tries_silence(cell) and result.examples > 1 and not cell.subject.outputs:
+                yield cell.verdict(family, "skipped", title="not judged", reason=NOT_TRIED)
             continue
         if cell.subject.outputs and family not in SEEN:
             yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)

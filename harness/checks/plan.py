@@ -30,8 +30,8 @@ _MIXED = (
 _Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
-# -1 would hide a square; some take a small one for none, half precision or two decimals round the last three
-_STRENGTHS = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703)
+# -1 would hide a square; some take a small one for none, or bound it; half precision or two decimals round most
+_STRENGTHS = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703, 4.19)
 _AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib import import_module
@@ -60,7 +59,8 @@ def command(
 ) -> None:
     """Inspect every safetensors file and PEFT folder under each PATH: a file, folder, glob or fsspec URL.
 
-    Exit 1 when any file is broken, 2 when one could not be judged; a file that cannot be read is a row with LH799.
+    Exit 1 when any file is broken, 2 when one could not be judged; a file that cannot be read is a row with LH799, one
+    without a known LoRA (a full checkpoint, say) a row with LH797, which is not broken and not judged.
     """
     from harness.doctor.audit.audit import AuditOptions, audit_into
     from harness.doctor.audit.output import write_rows
@@ -108,8 +108,8 @@ def _store(outs: Sequence[Path]) -> Iterator[RowStore]:
 
 
 def _exit_code(rows: Sequence[FileRecord]) -> int:
-    worst = Counter(("LH798" in row.codes, row.severity in ("fatal", "error")) for row in rows)
-    return int(any(bad for _, bad in worst)) or 2 * any(unknown for unknown, _ in worst)
+    broken = any(row.severity in ("fatal", "error") and not row.is_other for row in rows)
+    return 1 if broken else 2 * any(row.is_other or "LH798" in row.codes for row in rows)
 
 
 def _known(outs: Sequence[Path], resume: bool) -> Iterator[FileRecord]:

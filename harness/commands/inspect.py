@@ -123,17 +123,21 @@ def _with_engine(record: FileRecord, path: Path, engine: str, max_lora_rank: int
 
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
-    from harness.doctor.loader_law import measured_prescription, own_bench
+    from harness.doctor.loader_law import known_obstacle, measured_prescription, own_bench
 
     if record.format is None:
         return record
-    found, notes = {}, []
+    found: dict[str, float | None] = {}
+    reasons, notes = {}, []
     for name in loaders:
+        if why := known_obstacle(name, path, lora_alpha=lora_alpha):
+            found[name], reasons[name] = None, why
+            continue
         found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
         notes.append(
             f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
         )
-    return record.model_copy(update={"prescription": found, "unprescribed": {}, "notes": (*record.notes, *notes)})
+    return record.model_copy(update={"prescription": found, "unprescribed": reasons, "notes": (*record.notes, *notes)})
 
 
 def _print(record: FileRecord) -> None:
@@ -187,13 +191,12 @@ def _facts(record: FileRecord) -> Iterator[tuple[str, str]]:
 
 
 def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
-    from harness.doctor.answer import field_of
     from harness.law.known import tools
 
     alone = {names[0]: why for why, names in record.without_number.items() if len(names) == 1}
     for loader, strength in record.prescription.items():
         if strength is not None:
-            said = field_of(tools()[loader], strength) if loader in tools() else f"strength {strength:g}"
+            said = tools()[loader].passing(strength) if loader in tools() else f"strength {strength:g}"
             yield "  pass", printable(loader, 120), said
         elif loader in alone:
             yield "  pass", printable(loader, 120), f"no number: {printable(alone[loader], 400)}"

@@ -51,8 +51,9 @@ def command(
         sys.exit(0)
     low, high = report.scales
     span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-    modules = count(report.modules, "module")
-    click.echo(f"{printable(report.path, 500)}: {report.format}, {modules}, trained scale {span} folded in")
+    folded = f"{count(report.modules, 'module')}, trained scale {span} folded in"
+    what = folded if report.modules else "no module has a scale to fold"
+    click.echo(f"{printable(report.path, 500)}: {report.format}, {what}")
     if report.loader:
         how = "measured here" if report.measured else "from the committed table"
         click.echo(f"  law       {printable(report.loader)}: {report.law} ({how}); pass strength 1.0")

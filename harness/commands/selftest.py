@@ -124,7 +124,8 @@ def _line(result: Result) -> str:
     codes = ", ".join(dict.fromkeys(verdict.code or "?" for verdict in result.violations))
     name, fault = f"{result.case.name:<40}", result.case.fault
     if fault is None:
-        return f"{name} {'FALSE ALARM ' + codes if codes else f'right, {result.examples} examples'}"
+        blamed = "".join(f"\n\n{verdict.text()}" for verdict in result.violations)
+        return f"{name} {f'FALSE ALARM {codes}{blamed}' if codes else f'right, {result.examples} examples'}"
     verdict = "named" if result.named else "NAMED WRONG" if result.found else "MISSED"
     when = f", after {result.median:g} examples" if result.median else ""
     return f"{name} {verdict} {codes or '-'} ({fault.codes[0]}: {fault.what}){when}"

@@ -64,7 +64,9 @@ class Question:
 
 def loaded_without_alpha(tool: Tool, traits: Traits) -> Answer | None:
     """Return the answer for a file without alpha in a tool that cannot do without."""
-    if tool.without_alpha != "raises" or not any(module.rank and module.alpha is None for module in traits.modules):
+    if traits.adapter.alpha_by_release or tool.without_alpha != "raises":
+        return None
+    if not any(module.rank and module.alpha is None for module in traits.modules):
         return None
     what = _BESIDE.get(next(iter(tool.formats)), "alpha")
     do = f"put {what}" if what != "alpha" else ""
@@ -77,7 +79,7 @@ def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], a
     wanted = [_wanted(module, asked) for module in modules]
     known = [scale for scale in wanted if scale is not None]
     if len(known) < len(wanted):
-        return Answer(tool, "law", _what_is_missing(tool, modules), "unknown")
+        return Answer(tool, "law", _what_is_missing(tool, gains), "unknown")
     found = [gain for gain, _ in gains]
     ratios = [gain / scale for gain, scale in zip(found, known, strict=True) if scale]
     span = (min(ratios), max(ratios)) if ratios else None
@@ -97,7 +99,11 @@ def _wanted(module: LoraModule, asked: Question) -> float | None:
     return wanted_scale(module, asked.lora_alpha)
 
 
-def _what_is_missing(tool: Tool, modules: Sequence[LoraModule]) -> str:
+def _what_is_missing(tool: Tool, gains: Sequence[tuple[float, LoraModule]]) -> str:
+    modules = [module for _, module in gains]
+    if tool.in_config:
+        scales = sorted({f"{gain:.4g}" for gain, _ in gains}, key=float)
+        return f"applies modules at scale {' to '.join(scales)}; what the training meant, the file does not say"
     if any(module.rank and module.alpha == 0 for module in modules):
         return f"takes alpha 0 as scale {tool.alpha_zero}; what the training meant, the file does not say"
     ranks = {module.rank for module in modules if module.rank and module.alpha is None}
@@ -128,12 +134,3 @@ def how_sure(given: Answer) -> str:
         finding.link for finding in given.findings if finding.page and (finding.blocks or finding.effect == "rounds")
     ]
     return "; ".join([ways[given.sure], *given.notes, *pages])
-
-
-def field_of(tool: Tool, strength: float) -> str:
-    """Return what to write into the field of `tool`."""
-    if tool.takes_none:
-        return f"nothing to pass: {tool.field.strip('()').removeprefix('none: ')}" if strength == 1 else f"{strength:g}"
-    if ":weight>" in tool.field:
-        return tool.field.replace("weight", f"{strength:.6g}")
-    return f"{tool.field} = {strength:.6g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha
@@ -11,8 +11,8 @@ from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
 from harness.doctor.tool_models import by_name, no_model
 from harness.doctor.traits import Group, Traits
-from harness.files import LoraAdapter
-from harness.law.findings import Finding
+from harness.files import LoraAdapter, LoraModule
+from harness.law.findings import Finding, is_within
 from harness.law.known import ScaleLaw, Tool, tools
 from harness.law.reads import Place, Reading, reading, title_of
 from harness.law.sizes import like
@@ -21,6 +21,7 @@ _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "f
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _BY_CONFIG = ("peft", "transformers")
 _REFUSED = "LH724"
+_BOTH = "it reads files of one rank and alpha otherwise than those of several of both"
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
 
@@ -99,9 +100,14 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:
     """Return the strength that undoes the tool's law for this file."""
-    return loaded_without_alpha(tool, traits) or by_scales(
-        tool, law.law, [(law.at_one(module), module) for module in traits.modules], asked
-    )
+    gains = [(law.at_one(each), module) for each, module in zip(_as_stored(traits), traits.modules, strict=True)]
+    return loaded_without_alpha(tool, traits) or by_scales(tool, law.law, gains, asked)
+
+
+def _as_stored(traits: Traits) -> Sequence[LoraModule]:
+    """Return the modules with the alpha that a tool finds, where what the training meant by it is not known."""
+    two = traits.adapter.alpha_by_release
+    return [replace(module, alpha=two[0]) for module in traits.modules] if two else traits.modules
 
 
 def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
@@ -122,8 +128,10 @@ def _effect(found: str) -> Effect:
 
 
 def _is_known_release(tool: Tool, version: str | None) -> bool:
-    if version is None or tool.known == "read":
-        return version is None
+    if version is None:
+        return True
+    if tool.known == "read":
+        return bool(tool.versions) and is_within(version, tool.versions)
     return version == tool.release or has_its_law(tool, version)
 
 
@@ -183,13 +191,24 @@ def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> li
     return _rows(tool, other, group, mixed=mixed) if found is None and other else found
 
 
+def _rows_for(tool: Tool, place: Place, group: Group, traits: Traits) -> list[Reading] | None:
+    """Return what was measured of a group with the file's ranks and alphas: one of each, or several of both."""
+    alphas = group.alphas if tool.each_part else "several" in traits.alphas
+    ranks = group.ranks if tool.each_part else "ranks" in traits.alphas
+    found = _rows_or_alike(tool, place, group, mixed=alphas)
+    several = _rows_or_alike(tool, place, group, mixed=True) if ranks and not alphas else found
+    if found and several and _worst(found).effect != _worst(several).effect:
+        return [Reading("unknown", f"with one alpha over several ranks was not measured: {_BOTH}")]
+    return found
+
+
 def _worst(found: Iterable[Reading]) -> Reading:
     return min(found, key=lambda each: _ORDER.index(each.effect), default=Reading("law"))
 
 
 def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     """Return what becomes of a group on the most usual architecture it can belong to, if no other one contradicts."""
-    every = {place: _rows_or_alike(tool, place, group, mixed=traits.varied) for place in group.places}
+    every = {place: _rows_for(tool, place, group, traits) for place in group.places}
     known = {place: _worst(rows) for place, rows in every.items() if rows}
     if not known or next(iter(every)) not in known:
         return by_name(tool, group, known.values(), language=traits.is_language)

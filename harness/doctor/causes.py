@@ -39,7 +39,9 @@ def _strength_cause(found: FileDiagnosis) -> Cause:
         if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
     ]  # fmt: skip
     right = "; ".join(
-        f"{each.tool.name} {each.strength:g}" for each in found.answers.values() if each.strength is not None
+        f"{each.tool.name}: {each.tool.passing(each.strength)}"
+        for each in found.answers.values()
+        if each.strength is not None
     )
     test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
     return Cause("wrong strength", test, "; ".join(wrong[:2]))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Answer, Effect, Question, field_of, how_sure
+from harness.doctor.answer import Answer, Effect, Question, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.fit import base_hazards, fit_of
@@ -186,7 +186,7 @@ def _of_tool(found: FileDiagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     if given.strength is not None and found.traits.adapter.is_unscaled:
         yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
     elif given.strength is not None:
-        yield "pass", field_of(tool, given.strength) + ("" if tool.takes_none else _steps(found, given.strength))
+        yield "pass", tool.passing(given.strength) + (_steps(found, given.strength) if tool.passes else "")
     else:
         yield (
             "pass",
@@ -236,7 +236,9 @@ def able(found: FileDiagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
     every = answers(found.traits, found.question)
     return ", ".join(
-        f"{a.tool.name} {a.strength:g}" for a in every.values() if a.strength is not None and a.tool.release
+        f"{a.tool.name} {a.strength:g}" if a.tool.passes else a.tool.name
+        for a in every.values()
+        if a.strength is not None and a.tool.release
     )
 
 

@@ -146,6 +146,19 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     return measured.law.strength_for(measured.gains(modules), known)
 
 
+def known_obstacle(loader: str, path: Path, *, lora_alpha: float | None = None) -> str:
+    """Say why no strength is right in a tool that is known to lose or break such files; empty where none is known."""
+    from harness.doctor.answer import Question
+    from harness.doctor.answers import answers, why_not
+    from harness.doctor.traits import Traits
+
+    traits, asked = Traits(read_lora(path, strict=False)), Question(lora_alpha=lora_alpha)
+    given = answers(traits, asked).get(loader)
+    if given is None or given.strength is not None or given.effect in ("law", "unknown"):
+        return ""
+    return why_not(given, traits, asked)
+
+
 def own_bench(loader: str, path: Path) -> str | None:
     """Return the bench of the file's architecture, where the loader declares it for this format; else None."""
     from harness.doctor.traits import Traits

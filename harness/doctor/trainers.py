@@ -68,7 +68,7 @@ def _rule(traits: Traits) -> str | None:
     if trainer == "DiffSynth-Studio" or schemes == {"bare.default.none"}:
         return "DiffSynth's trainer takes lora_alpha = rank unless it is told otherwise"
     places = [place for group in traits.groups for place in group.places]
-    known = not places or any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
+    known = any(names == "own" for _, names in places)  # diffusers has no layers with the authors' names
     if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
         unet = any("unet" in module.component for module in adapter.modules.values())
         old = " (those of 0.24, of December 2023, with 8)" if unet else ""

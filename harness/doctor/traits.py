@@ -56,6 +56,7 @@ class Group:
 
     `named` are all whose layers are called so, `places` those that have them in these sizes too.
     `spelled` has the spellings as `reads.json` names them: with `+out`, `+in` or `+vector` where there are magnitudes.
+    `ranks`, `alphas`: they differ between those of one component.
     """
 
     text_encoder: bool
@@ -63,6 +64,8 @@ class Group:
     places: tuple[Place, ...]
     spelled: tuple[str, ...]
     named: tuple[Place, ...] = ()
+    ranks: bool = False
+    alphas: bool = False
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -127,7 +130,12 @@ class Traits:
         named = tuple(place for place in places_of(counts) if (place[0] == "clip-text") == text_encoder)
         places = fitting(named, modules) if named else []
         places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
-        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named)
+        scaled = [module for module in modules if module.rank]
+        parts = len({module.component for module in scaled})
+        ranks, alphas = (
+            len({(module.component, getattr(module, what)) for module in scaled}) > parts for what in ("rank", "alpha")
+        )
+        return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named, ranks, alphas)
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
         if (row := FORMATS[self.adapter.format]).naming:
@@ -177,7 +185,15 @@ class Traits:
             "pattern": any(value != self.adapter.config.get("lora_alpha", value) for value in values),
             self.adapter.alpha_source if known else "none": bool(scaled),
         }
-        return frozenset(word for word, holds in words.items() if holds)
+        return frozenset(word for word, holds in words.items() if holds) | self._parts_of_several_alphas(known)
+
+    @staticmethod
+    def _parts_of_several_alphas(modules: Iterable[LoraModule]) -> set[str]:
+        """Return `several:PART` for each part of the pipeline whose own modules differ in alpha."""
+        found: dict[str, set[float | None]] = {}
+        for module in modules:
+            found.setdefault(module.component, set()).add(module.alpha)
+        return {f"several:{part}" for part, values in found.items() if len(values) > 1}
 
     @cached_property
     def variants(self) -> tuple[str, ...]:

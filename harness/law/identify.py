@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.law.grammar import ALPHA, NO_ALPHA, RANK, RANK_ALONE, SOURCES, STRENGTH, Word, word_of
-from harness.law.law import SOURCE_COST, TRAINED, Law
+from harness.law.law import CONSTANT_COST, SOURCE_COST, TRAINED, Law
 from harness.law.probe import Probe
 
 Vector = NDArray[np.float64]
@@ -45,7 +45,7 @@ def identify(probes: Sequence[Probe]) -> Law | None:
     if not usable:
         return None
     columns = _Columns(usable)
-    laws = sorted(_candidates(columns), key=lambda law: (law.cost, law.residual))
+    laws = sorted(_candidates(columns), key=lambda law: (law.cost, _has_free_factor(law), law.residual))
     if not laws:
         return None
     first = replace(laws[0], root=all(p.root for p in usable))
@@ -53,6 +53,11 @@ def identify(probes: Sequence[Probe]) -> Law | None:
     ties += _readings(columns, first) if columns.alpha_seen else []
     others = {law.formula: replace(law, root=first.root) for law in ties if law.formula != first.formula}
     return replace(first, others=tuple(others.values()))
+
+
+def _has_free_factor(law: Law) -> bool:
+    """Tell whether a factor that nothing explains stands before another law than the trained one."""
+    return law.constant != 1.0 and law.cost > CONSTANT_COST
 
 
 def _readings(columns: _Columns, first: Law) -> Iterator[Law]:

@@ -115,6 +115,8 @@ class Tool:
     loader: str = ""
     source: str = ""
     by_name: tuple[str, ...] = ()
+    in_config: bool = False
+    each_part: bool = False
     original_names: bool = False
     own_names: tuple[str, ...] = ()
     beside: str = ""
@@ -136,6 +138,24 @@ class Tool:
     def takes_none(self) -> bool:
         """Tell whether its users cannot pass a strength."""
         return self.field.startswith("(")
+
+    @property
+    def passes(self) -> bool:
+        """Tell whether its users pass a number of their own, rather than none or one that lies beside the file."""
+        return not (self.takes_none or self.in_config)
+
+    def passing(self, strength: float) -> str:
+        """Return what to write into its field, or to do with it, for this strength."""
+        if self.takes_none:
+            why = self.field.strip("()").removeprefix("none: ")
+            return f"nothing to pass: {why}" if strength == 1 else f"{strength:g}"
+        if self.in_config:
+            return (
+                f"leave the {self.field} as it is" if strength == 1 else f"multiply the {self.field} by {strength:.6g}"
+            )
+        if ":weight>" in self.field:
+            return self.field.replace("weight", f"{strength:.6g}")
+        return f"{self.field} = {strength:.6g}"
 
     @property
     def provenance(self) -> str:

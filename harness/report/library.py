@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from harness.law.findings import Finding, findings
 from harness.text import count
 from harness.verdict.codes import CODES, SEVERITIES
-from harness.verdict.file_record import FileRecord
+from harness.verdict.file_record import NO_LORA, FileRecord
 
 _BASE_KEYS = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path", "ss_sd_model_name")
 _NOT_SAID = "not said"
@@ -20,8 +20,8 @@ _BROKEN = (0, 1)  # places in SEVERITIES of what is wrong for every reader
 
 
 def gravity(row: FileRecord) -> int:
-    """Return the place of the worst hazard's severity in SEVERITIES, behind the last where there is none."""
-    return SEVERITIES.index(row.severity) if row.severity else _FINE
+    """Return the place of the worst hazard's severity in SEVERITIES, behind the last for a fine file or no LoRA."""
+    return SEVERITIES.index(row.severity) if row.severity and not row.is_other else _FINE
 
 
 def worst_code(row: FileRecord) -> str:
@@ -71,12 +71,13 @@ class Tally:
 class Library:
     """The rows of an audit, counted in one pass.
 
-    `codes`, `folders`, `bases`, `trainers` and `findings` map to a `Tally`; `unreadable`, `hazardous`, `hit` (by a
-    finding) and `copies` count files; `worst` are the first `most` rows, the gravest first.
+    `codes`, `folders`, `bases`, `trainers` and `findings` map to a `Tally`; `others` (without a known LoRA),
+    `unreadable`, `hazardous`, `hit` (by a finding) and `copies` count files; `worst` are the first `most` rows, the
+    gravest first.
     """
 
     def __init__(self, rows: Iterable[FileRecord], *, most: int = 100) -> None:
-        self.total = self.unreadable = self.hazardous = self.hit = self.copies = 0
+        self.total = self.others = self.unreadable = self.hazardous = self.hit = self.copies = 0
         self.codes: dict[str, Tally] = {}
         self.folders: dict[str, Tally] = {}
         self.bases: dict[str, Tally] = {}
@@ -92,7 +93,8 @@ class Library:
 
     def _count(self, row: FileRecord) -> None:
         self.total += 1
-        self.unreadable += not row.readable
+        self.others += row.is_other
+        self.unreadable += not row.readable and not row.is_other
         self.hazardous += bool(row.hazards) and row.readable
         self.hit += bool(row.findings)
         self.copies += row.duplicate_of is not None
@@ -109,20 +111,22 @@ class Library:
     @property
     def headline(self) -> str:
         """The library in one sentence."""
-        fine = self.total - self.hazardous - self.unreadable
-        parts = [f"{fine:,} without hazards"]
+        loras = self.total - self.others
+        parts = [f"{loras - self.hazardous - self.unreadable:,} without hazards"]
         parts += [f"{self.hazardous:,} with"] if self.hazardous else []
         parts += [f"{self.unreadable:,} unreadable"] if self.unreadable else []
         parts += [f"{self.hit:,} that a finding hits"] if self.hit else []
         parts += [f"{self.copies:,} with the weights of another"] if self.copies else []
-        return f"{count(self.total, 'LoRA file')}: {', '.join(parts)}"
+        beside = f"; {count(self.others, 'file')} without a known LoRA" if self.others else ""
+        return f"{count(loras, 'LoRA file')}: {', '.join(parts)}{beside}"
 
     def by_gravity(self) -> Iterator[tuple[str, Tally]]:
-        """Yield (code, tally), what is broken first, then what is most frequent."""
+        """Yield (code, tally), what is broken first, then what is most frequent; files that are no LoRA come last."""
 
         def order(item: tuple[str, Tally]) -> tuple[int, int]:
             known = CODES.get(item[0])
-            return SEVERITIES.index(known.severity if known else "warning"), -item[1].files
+            place = SEVERITIES.index(known.severity if known else "warning")
+            return _FINE if item[0] == NO_LORA else place, -item[1].files
 
         yield from sorted(self.codes.items(), key=order)
 

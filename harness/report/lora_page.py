@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.law.known import known_laws
+from harness.law.known import tools
 from harness.outputs import replace_file, saying
 from harness.report.energy_map import EnergyMap, energy_maps
 from harness.report.html import asset, environment, policy
@@ -136,7 +136,7 @@ def render_lora_page(records: Sequence[FileRecord], *, command: str = "lora-harn
         headline=_headline(shown),
         look=min((one.outlook[0] for one in shown), key=_WORST.index),
         codes=CODES,
-        laws=known_laws(),
+        tools=tools(),
         command=command,
     )
     return "".join(parts)

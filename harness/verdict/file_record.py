@@ -11,6 +11,7 @@ from harness.text import count, first_of
 from harness.verdict.codes import CODES, SEVERITIES, Severity
 from harness.verdict.verdict import Record
 
+NO_LORA = "LH797"
 Outlook = Literal["fine", "subtle", "too strong", "broken"]
 
 
@@ -151,6 +152,11 @@ class FileRecord(Record):
     def readable(self) -> bool:
         """Tell whether the file could be read at all."""
         return self.format is not None
+
+    @property
+    def is_other(self) -> bool:
+        """Tell whether it is intact and has no known LoRA: a full checkpoint, an embedding, an unknown layout."""
+        return NO_LORA in self.codes
 
     @property
     def headline(self) -> str:

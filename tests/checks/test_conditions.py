@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,18 @@ CONDITIONS = [case for case in broken_cases() if case.name.startswith(("conditio
 STEADY = ("train_mode", "adapter_dtype", "lazy", "functional_call", "low_memory")
 
 
-@pytest.mark.parametrize("case", CONDITIONS, ids=lambda case: case.name)
+def _one_of_each_code() -> list[Any]:
+    """Return the cases, those whose code an earlier one has as slow tests."""
+    seen: set[str] = set()
+    params = []
+    for case in CONDITIONS:
+        again = case.fault is not None and case.fault.codes[0] in seen
+        seen |= {case.fault.codes[0]} if case.fault else set()
+        params.append(pytest.param(case, id=case.name, marks=[pytest.mark.slow] if again else []))
+    return params
+
+
+@pytest.mark.parametrize("case", _one_of_each_code())
 def test_one_example_is_enough_for_what_depends_on_a_condition(case: Case) -> None:
     (result,) = measure([case], max_examples=1, seeds=(), limits=Limits(seconds=10, workers=1))
     assert result.named, "\n".join(verdict.text() for verdict in result.violations)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness import check_loader
 from harness.checks.cell import Cell, cells_of
 from harness.checks.families.silence import _says, check_silence, tries_silence, undeclared
 from harness.checks.observation import Observation
@@ -23,7 +24,7 @@ from harness.loaders.live import quiet
 from harness.loaders.protocol import loader
 from harness.loaders.registry import resolve
 from harness.selftest.cases import broken_cases
-from tests.checks.sample_loaders import right
+from tests.checks.sample_loaders import right, transposed
 
 SILENT = {case.name.partition(":")[2]: case for case in broken_cases() if case.name.startswith("silence:")}
 
@@ -137,3 +138,10 @@ def test_what_a_loader_warns_of_comes_back_from_where_it_runs() -> None:
 def test_a_line_says_something_when_it_is_new_and_complains_or_counts_less(line: str, says: bool) -> None:
     usual = ("loaded 28 modules", "reading /tmp/a/b")
     assert _says(line, usual) is says
+
+
+def test_of_a_loader_that_loads_the_wrong_thing_silence_is_said_to_be_untried() -> None:
+    found = check_loader(transposed, formats=["kohya"], benches=["qwen-image-fused"], max_examples=2)
+    (untried,) = [verdict for verdict in found if verdict.check == "silence"]
+    assert (untried.outcome, untried.title) == ("skipped", "not judged")
+    assert untried.reason == "of a loader that loads the wrong thing nobody can say what it did with the rest"

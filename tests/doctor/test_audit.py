@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from markupsafe import escape
+from safetensors.torch import save_file
 
 from fixtures.build_malformed import CASES, FILE_CASES, build
 from harness.commands.audit import command
@@ -142,6 +143,15 @@ def test_every_malformed_file_is_one_row_that_can_be_written(tmp_path: Path) -> 
         assert not any(character in text for character in "\x1b\x00\u202e")
     again = write_rows(tmp_path / "again.jsonl", read_rows(tmp_path / "rows.jsonl"))
     assert again.read_text() == (tmp_path / "rows.jsonl").read_text()
+
+
+def test_a_checkpoint_among_loras_is_not_broken_and_not_judged(tmp_path: Path) -> None:
+    lora(tmp_path / "a.safetensors")
+    save_file({"blocks.0.to_q.weight": torch.ones(16, 16)}, tmp_path / "base.safetensors")
+    done = CliRunner().invoke(command, [str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert "1 LoRA file: 1 without hazards; 1 file without a known LoRA" in done.output
+    assert "broken" not in done.output
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])

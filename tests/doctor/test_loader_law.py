@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from harness.cli import main
 from harness.doctor.loader_law import measured_prescription
 from harness.files import LoraParts, LoraWeights, write_lora
 from harness.fixtures import fixtures_folder
@@ -47,3 +49,12 @@ def test_a_file_without_alpha_is_measured_without_alpha(tmp_path: Path) -> None:
 
 def test_a_format_that_a_loader_does_not_read_is_not_answered(tmp_path: Path) -> None:
     assert measured_prescription("peft", write(tmp_path, "kohya", {"a": pair(4, 2.0)})) is None
+
+
+@pytest.mark.skipif("diffusers" not in AVAILABLE, reason="diffusers is not installed here")
+def test_a_loader_that_is_known_to_lose_the_file_is_given_no_number_of_another_model(tmp_path: Path) -> None:
+    names = [f"transformer_blocks.{n}.attn.{part}" for n in range(2) for part in ("to_q", "add_k_proj")]
+    pairs = {name: LoraWeights(torch.randn(4, 6144), torch.randn(6144, 4), None) for name in names}
+    path = write(tmp_path, "diffsynth", pairs)
+    done = CliRunner().invoke(main, ["inspect", str(path), "--loader", "diffusers", "--lora-alpha", "4"])
+    assert "no number: loads none of its modules, without an error" in " ".join(done.output.split()), done.output

@@ -88,7 +88,7 @@ def test_the_page_has_facts_verdict_scales_and_strengths(lora: Path, base: Path)
     for part in (
         "subtle", "||ΔW|| / ||W|| is", "train longer", "format diffsynth", "25 (lora; F32)",
         "alpha 8; from the file's own tensors", "trained scale 2", "alpha / sqrt(rank) 4",
-        "diffsynth-2.0.4 alpha= 2", "raw alpha strength= 0.25",
+        "diffsynth-2.0.4 alpha = 2", "raw alpha strength = 0.25",
         "no layer in the base for a part", "‖ΔW‖ / ‖W‖",
     ):  # fmt: skip
         assert part in text, part

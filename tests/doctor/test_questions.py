@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.doctor import inspect_file
+from harness.doctor.answer import Question
 from harness.doctor.diagnose import diagnose, lines, tool_named
 from harness.doctor.traits import Traits, model_of, untargeted
 from harness.errors import UserError
@@ -168,15 +169,54 @@ def test_the_alpha_of_mlx_vlm_is_not_sure_since_its_releases_read_it_in_two_ways
     assert (record.format, record.trained, [hazard.code for hazard in record.hazards]) == ("mlx-vlm", None, ["LH716"])
     assert "alpha = 0.1 as the whole factor, from 0.5.0 on with alpha / rank = 0.025" in record.hazards[0].what
     said = dict(lines(diagnose(path, tool="mlx-vlm")))
-    assert said["pass"] == "not known from this file alone"
+    assert said["tool"].startswith("mlx-vlm 0.7.10: applies modules at scale 0.025; what the training meant")
+    assert (said["pass"], said["do"]) == (
+        "not known from this file alone",
+        "give the alpha of the training: --lora-alpha N",
+    )
     assert said["alpha"].startswith("as others count, 0.4 if mlx-vlm up to 0.4.4 trained it, 0.1 if a later one did")
-    assert inspect_file(path, lora_alpha=0.4).trained == (0.1, 0.1)
+    known = inspect_file(path, lora_alpha=0.4)
+    assert (known.trained, known.prescription) == ((0.1, 0.1), {"mlx-vlm": 4.0, "mlx-vlm-0.4": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        ("0.7.10", "multiply the factor in adapter_config.json by 4"),
+        ("0.5.1", "multiply the factor in adapter_config.json by 4"),
+        ("0.3.0", "leave the alpha in adapter_config.json as it is"),
+        ("0.9", "not known from this file alone"),
+    ],
+)
+def test_each_release_of_mlx_vlm_has_its_own_number(tmp_path: Path, version: str, says: str) -> None:
+    halves = {f"model.layers.0.self_attn.q_proj.{half}": (64, 4) if half == "A" else (4, 64) for half in "AB"}
+    path = written(tmp_path, halves, config={"rank": 4, "alpha": 0.1, "dropout": 0.1}, file="adapters.safetensors")
+    question = Question(version, lora_alpha=0.4)
+    assert dict(lines(diagnose(path, tool="mlx-vlm", asked=question)))["pass"] == says
+
+
+def test_a_scale_that_lies_beside_the_file_is_left_as_it_is(tmp_path: Path) -> None:
+    halves = {f"model.layers.0.self_attn.q_proj.lora_{half}": (64, 4) if half == "a" else (4, 64) for half in "ab"}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
+    path = written(tmp_path, halves, config=config, file="adapters.safetensors")
+    for tool, field in (("mlx-lm", "scale"), ("mlx-vlm", "factor")):
+        said = dict(lines(diagnose(path, tool=tool)))["pass"]
+        assert said == f"leave the {field} in adapter_config.json as it is"
 
 
 def test_the_scripts_that_trained_with_another_alpha_are_said(tmp_path: Path) -> None:
     names = [f"down_blocks.1.attentions.0.transformer_blocks.{n}.attn1.to_q" for n in range(2)]
     said = dict(lines(diagnose(written(tmp_path, pairs(names, 640, prefix="unet.")), tool="diffusers")))
     assert "those of 0.24, of December 2023, with 8" in said["alpha"]
+
+
+def test_no_trainer_is_assumed_for_a_model_that_its_scripts_do_not_have(tmp_path: Path) -> None:
+    path = written(tmp_path, pairs([f"blocks.{n}.adaln.1" for n in range(3)], 96, prefix="transformer."))
+    assert "as trained" not in " ".join(f"{label} {said}" for label, said in lines(diagnose(path)))
+    assert inspect_file(path).notes == (
+        "alpha: none in the file: if lora_alpha was 2 pass 1, if it was N pass N / 2; "
+        "passing 2 would be 2x too strong if it was 2",
+    )
 
 
 def test_the_headline_of_a_rank_stabilised_file_says_so(tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ def test_a_file_without_alpha_needs_the_training(
     assert repair_file(path, "diffsynth", tmp_path / "new", **options).scales == scales  # type: ignore[arg-type]
 
 
+def test_modules_that_lack_alpha_are_named(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "old", "comfyui", weights((4.0, None)))
+    with pytest.raises(UserError, match=r"carries no alpha in 1 of 2 modules \([^)]*\); give lora_alpha"):
+        repair_file(path, "comfyui", tmp_path / "new")
+
+
 def test_rslora_becomes_plain(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "peft", weights((8.0, 8.0)), rslora=True)
     report = repair_file(path, "peft", tmp_path / "new")

@@ -67,6 +67,15 @@ def test_another_factor_may_be_the_strength_that_somebody_wanted(tmp_path: Path)
     assert "pass --strength 0.7" in overall.text()
 
 
+def test_a_squared_scale_is_named_before_a_factor_that_happens_to_differ_by_kind(tmp_path: Path) -> None:
+    case = make(tmp_path, alphas=(4, 2))
+    overall = case.verify(case.merged(rounded_once, lambda w: trained(w) ** 2)).overall
+    assert overall.code == "LH206"
+    assert "strength * alpha^2 / rank^2" in overall.title
+    assert "merge again at strength * alpha / rank of each module" in overall.text()
+    assert "--strength" not in overall.text()
+
+
 def test_factors_that_differ_between_modules_are_given_as_a_range(tmp_path: Path) -> None:
     case = make(tmp_path)
     overall = case.verify(case.merged(rounded_once, lambda w: trained(w) * (1.3 if w.alpha == 16 else 1.7))).overall

@@ -50,9 +50,14 @@ def test_the_tools_of_a_finding_are_tools_or_libraries_that_nobody_asks_about() 
     ("traits", "page", "hit"),
     [
         (
-            words(alpha=["several", "tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
+            words(alpha=["several", "several:unet"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
             "diffusers-unet-mixed-alphas-ignored",
             True,
+        ),
+        (
+            words(alpha=["several", "several:te"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),
+            "diffusers-unet-mixed-alphas-ignored",
+            False,
         ),
         (
             words(alpha=["tensor"], scheme="lora_unet.down.tensor", layer="down_blocks_#_x"),

@@ -151,13 +151,15 @@ def test_counting_a_library() -> None:
     fine = FileRecord(path="a/x.safetensors", format="kohya")
     cut = FileRecord(path="b/y.safetensors", hazards=(Hazard(code="LH799", what="cut"),))
     odd = FileRecord(path="b/z.safetensors", format="kohya", hazards=(Hazard(code="LH701", what="none"),) * 2)
-    library = Library([fine, cut, odd], most=2)
-    assert library.headline == "3 LoRA files: 1 without hazards, 1 with, 1 unreadable"
-    assert [code for code, _ in library.by_gravity()] == ["LH799", "LH701"]
+    model = FileRecord(path="b/base.safetensors", hazards=(Hazard(code="LH797", what="a full checkpoint"),))
+    library = Library([fine, cut, odd, model], most=2)
+    assert library.headline == "3 LoRA files: 1 without hazards, 1 with, 1 unreadable; 1 file without a known LoRA"
+    assert library.folders["b"].broken == 1
+    assert [code for code, _ in library.by_gravity()] == ["LH799", "LH701", "LH797"]
     assert (library.codes["LH701"].files, library.codes["LH701"].sentence) == (1, "none")
     assert [row.path for row in library.worst] == ["b/y.safetensors", "b/z.safetensors"]
     assert [(name, tally.files, tally.broken) for name, tally in most_of(library.folders, 9)] == [
-        ("b", 2, 1),
+        ("b", 3, 1),
         ("a", 1, 0),
     ]
 

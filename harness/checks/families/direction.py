@@ -143,7 +143,7 @@ class _Case:
         """What to say of a change that nothing explains: that most of it is right, or nothing."""
         if self.whole.relative_residual > _ALIGNED and not _in_one_column(self.change, self.product):
             return UNEXPLAINED
-        return "LH304", "part of it is there, and something else"
+        return "LH304", "a part of it is along B @ A, the rest is unexplained"
 
 
 def _slice_by_slice(case: _Case) -> bool:

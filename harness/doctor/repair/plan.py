@@ -19,7 +19,7 @@ from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.config import PAIRED
 from harness.files.keys import PAIRS, cut
 from harness.files.write import stem_of
-from harness.text import count, printable
+from harness.text import count, first_of, printable
 
 _PAIRS = ("lora", "conv")  # what every format can say
 _LOW_RANK = frozenset({*_PAIRS, "embedding", "experts", "dora", "lora_bias", "lora_diff", "tucker", "loha", "lokr"})
@@ -308,12 +308,20 @@ def trained_scale(adapter: LoraAdapter, module: LoraModule) -> float:
         UserError: the file does not say.
     """
     if module.alpha is None and not module.unscaled:
-        what = "has an alpha that releases read in two ways" if adapter.alpha_by_release else "carries no alpha"
+        what = "has an alpha that releases read in two ways" if adapter.alpha_by_release else _without_alpha(adapter)
         raise UserError(f"{adapter.path}: {what}; give lora_alpha of the training, or the scale it used")
     if module.alpha == 0:
         what = "alpha is 0, which readers take as 0, 1 or the rank; give lora_alpha of the training, or the scale"
         raise UserError(f"{adapter.path}: {what}")
     return module.trained_scale
+
+
+def _without_alpha(adapter: LoraAdapter) -> str:
+    every = [module for module in adapter.modules.values() if module.rank and not module.unscaled]
+    without = [printable(module.name) for module in every if module.alpha is None]
+    if len(without) == len(every):
+        return "carries no alpha"
+    return f"carries no alpha in {len(without)} of {count(len(every), 'module')} ({first_of(without)})"
 
 
 def _folded(old: Tensor, factor: float, dtype: str | None, key: str) -> Tensor:

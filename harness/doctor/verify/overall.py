@@ -117,7 +117,7 @@ def _wrong_law(
         first = wrong[0].found
         scale = f"scale {first.measured:.4g}, expected {first.expected:.4g}"
         return "LH206", f"merged twice, or once at twice the scale: {scale}, in {listed}"
-    if (law.constant is None or law.ambiguous) and (factors := _factors(told)):
+    if (law.constant is None or (law.ambiguous and law.constant != 1.0)) and (factors := _factors(told)):
         return "LH209", f"{factors}: {listed}"
     name = f"one of these: {law.name}" if law.ambiguous else CODES[law_code].title
     return law_code, f"{name}: {_wrong_scale(wrong, law)} in {listed}"
@@ -289,10 +289,13 @@ def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) 
     fix = _FIXES.get(code) or (_BY_SCALE if code.startswith("LH2") else CODES[code].fix)
     if "swapped" in title:
         return "swap --base and --merged"
-    factor_alone = law is not None and law.constant not in (None, 1.0) and law.exponents["strength"] == 1.0
-    if code != "LH209" or law is None or law.constant is None or not factor_alone:
+    if code == "LH206" and not title.startswith("merged twice"):
+        return _BY_SCALE
+    told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
+    ratios = _ratios(told)
+    if code != "LH209" or not law or not ratios or abs(ratios[-1] - ratios[0]) > _SAME * abs(ratios[0]):
         return fix
-    return f"{fix}; if it was merged so on purpose, pass --strength {law.constant * found[0].found.strength:.4g}"
+    return f"{fix}; if it was merged so on purpose, pass --strength {ratios[0] * told[0].found.strength:.4g}"
 
 
 def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:

@@ -164,6 +164,11 @@ class Loader:
         named = self.tool.field if self.tool else "strength"
         return "" if named.startswith("(none") else named
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether the number is what to multiply its field by, which lies beside the file."""
+        return self.tool is not None and self.tool.in_config
+
     def number(self, rank: int, alpha: float) -> float | None:
         """Return what to pass for a file of one rank and alpha, None where no number is right."""
         return prescribe(self.law, [UniformFile(alpha, rank)]) if self.law else None
