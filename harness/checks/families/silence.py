@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "Tensor"]
 Edit = Callable[[Cell, Path], None]
-NOT_TRIED = "of a loader that loads the wrong thing nobody can say what it did with the rest"
+NOT_TRIED = "of a loader that loads nothing, or the wrong thing, nobody can say what it did with the rest"
 _MOST = 6  # modules of a file of another variant
 _LAW = ("scale", "strength")
 _PLAIN = 1e-3
@@ -62,13 +62,8 @@ def tries_silence(cell: Cell) -> bool:
 @follows("silence", finds="what cannot be applied is dropped without a word", codes=("LH103",))
 def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH103 for what is silently left out, the law's own code where it is loaded with another scale."""
-<<<<<<< HEAD
     if not tries_silence(cell) or not _is_loaded(once):
-        return  # of a loader that is wrong anyway nobody can say what it did with the rest
-=======
-    if not tries_silence(cell) or not all(fits[0].direction_right for fits in once.fits.values()):
         return
->>>>>>> main
     usual = run_trial(cell, once.example, (load(),), listen=True)
     for kind in _KINDS:
         seen = _tried(cell, once.example, kind)
