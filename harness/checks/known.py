@@ -214,9 +214,13 @@ def shipped_known_failures() -> list[KnownFailure]:
 
 
 def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
-    """Return the lines that name a loader under test and none of the cells it declares: stale lines are errors."""
+    """Return the lines that name a loader under test and none of the cells it declares: stale lines are errors.
+
+    A line for other releases than the one under test is none of them.
+    """
     subjects = {cell.subject.spec: cell.subject for cell in cells}
-    lines = [k for k in known if k.loader in subjects and not k.of_images]
+    named = [k for k in known if k.loader in subjects and not k.of_images]
+    lines = [k for k in named if _version_fits(k.versions, subjects[k.loader].version)]
     declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
     return [k for k in lines if not any(applies(k, cell) for cell in declared[k.loader])]
 
