@@ -15,7 +15,7 @@ from harness.example import Example, Target
 DTYPES = ("float32", "bfloat16", "float16")
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
 _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-_STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25, 5.0, -4.0)
+_STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)
 
 
 @cache  # Hypothesis looks through a strategy once, and then again for every new one
@@ -51,7 +51,7 @@ def alphas(rank: int, *, zero: bool = True, negative: bool = True) -> SearchStra
 
 @cache
 def strengths() -> SearchStrategy[float]:
-    """Strengths from -2 to 2, and two beyond: one, fractions, zero, negative ones, multiples of 1/64 and of 1/1000."""
+    """Strengths from -2 to 2: one, the usual fractions, zero, negative ones, any multiple of 1/64 and of 1/1000."""
     return st.one_of(
         st.sampled_from(_STRENGTHS),
         st.integers(-128, 128).map(lambda n: n / 64),

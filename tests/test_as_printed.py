@@ -63,7 +63,7 @@ def _marked(line: str) -> Any:
     return pytest.param(line, marks=[pytest.mark.slow] if '"cmd:' in line else [])  # it starts torch forty times
 
 
-@pytest.mark.parametrize("line", map(_marked, PRINTED))
+@pytest.mark.parametrize("line", [_marked(line) for line in PRINTED])
 def test_a_printed_command_works(line: str, checkout: Path) -> None:
     done = shell(checkout, line)
     assert done.returncode == PRINTED[line], done.stdout + done.stderr

@@ -31,7 +31,8 @@ _Shape = tuple[int, float | None]  # rank and alpha
 _UNIFORM = ((16, 8.0), (8, 24.0), (3, 0.75), (1, 2.5))
 _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 # -1 would hide a square; some take a small one for none, or bound it; half precision or two decimals round most
-_STRENGTHS = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703, 4.19)
+_STRENGTHS = (1.0, 0.5, -3.07, 0.0123, 0.0, 4.193)
+_NEAR = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703)
 _AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
 # (model, file): each dtype of either at least once, and half-precision files in single-precision models
@@ -153,7 +154,7 @@ def planned(
 
 def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: bool) -> Iterator[Example]:
     names, most = layers or cell.targets, cell.variant.rank_limit(cell.view)
-    strengths, alpha = cell.strengths or _STRENGTHS, alpha and cell.has_alpha
+    strengths, alpha = cell.strengths or _strengths(cell), alpha and cell.has_alpha
     uniform = uniform or "rank" in cell.uniform
 
     def example(shapes: Sequence[_Shape], strength: float) -> Example:
@@ -172,6 +173,12 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
     if alpha and cell.zero_alpha_is_ambiguous:
         yield example([(_UNIFORM[0][0], 0.0)], 1.0)
         yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)
+
+
+def _strengths(cell: Cell) -> tuple[float, ...]:
+    """Return the strengths to try; a sum far larger than the weight has codes far coarser than the weight's own."""
+    coded = cell.subject.declaration.quantises or any(cell.view.layers[name].codes for name in cell.targets)
+    return _NEAR if coded else _STRENGTHS
 
 
 def _one_by_one(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: bool) -> Iterator[Example]:
