@@ -13,7 +13,7 @@ EXAMPLES ?= 30
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
 
-test: $(READY)  ## the tests and the suite on the installed loaders: each on every bench, each variant once
+test: $(READY)  ## the tests and the suite on the installed loaders: each package on every bench, each variant once
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" --lora-max-examples $(EXAMPLES) $(ARGS)
 
 test-slow: $(READY)  ## what takes longer: the power of the checks, every variant on every bench, the wheel, many workers

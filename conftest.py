@@ -10,7 +10,7 @@ pytest_plugins = ["harness.plugin"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the suite would repeat as slow: a variant that a loader was checked in on an earlier bench."""
+    """Mark what the suite would repeat as slow: a bench or a variant that a package was checked on in another way."""
     seen: set[tuple[str, ...]] = set()
     again: dict[Any, bool] = {}
     for item in items:
@@ -18,7 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (cell := getattr(check, "cell", None)) is None:
             continue
         loader = cell.subject.title
-        brings = {(loader, cell.format, cell.bench_name), (loader, cell.variant_name)}
+        package = loader.partition("-")[0]
+        brings = {(loader, cell.format), (package, cell.format, cell.bench_name), (package, cell.variant_name)}
         if again.setdefault(cell, brings <= seen):
             item.add_marker(pytest.mark.slow)
         seen |= brings

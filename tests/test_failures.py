@@ -160,6 +160,7 @@ def test_a_gate_compares_with_an_earlier_run_and_is_red_everywhere(tmp_path: Pat
     assert json.loads((out / "history.jsonl").read_text().splitlines()[-1])["status"] == "failed"
 
 
+@pytest.mark.slow  # two whole runs
 def test_a_gate_that_only_a_rule_closes_is_red_too(tmp_path: Path) -> None:
     loader, _ = wrong_later(tmp_path)
     out, earlier = tmp_path / "out", tmp_path / "earlier.jsonl"

@@ -123,6 +123,7 @@ def test_a_run_that_crashes_in_the_middle_is_reported_and_red(tmp_path: Path) ->
     assert run.status == "cut"
 
 
+@pytest.mark.slow  # it starts torch for every file
 def test_a_command_loader_has_its_own_defaults(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "from harness import Verdict\nfrom harness.checks import run\n"

@@ -52,7 +52,7 @@ def both(loader: Subject, tiny, lora: Path, drawn: SimpleNamespace, **more):
     return whole, run_sweep(loader, **shared, sequential=True), drawn.pictures / most
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("factor", [1.0, pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_what_is_clear_takes_a_third_of_the_pictures_and_says_the_same(tiny, r8_a16, drawn, factor: float):
     whole, few, share = both(times(factor), tiny, r8_a16, drawn)
     (before,), (after,) = whole.verdicts, few.verdicts

@@ -49,7 +49,9 @@ def test_a_broken_loader_is_found_and_named(case: Case) -> None:
     assert result.named, f"codes should be within {case.fault.codes}:\n{said}" if case.fault else said
 
 
-@pytest.mark.parametrize("name", ["directions:half_the_rows", "convolutions:core_transposed"])
+@pytest.mark.parametrize(
+    "name", ["directions:half_the_rows", pytest.param("convolutions:core_transposed", marks=pytest.mark.slow)]
+)
 def test_a_wrong_direction_that_rounding_hides_now_and_then_is_no_wrong_scale(name: str) -> None:
     (case,) = [case for case in broken_cases() if case.name == name]
     (result,) = measure([case], max_examples=120, seeds=(), limits=Limits(seconds=5, workers=1))
