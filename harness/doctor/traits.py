@@ -131,10 +131,7 @@ class Traits:
         places = fitting(named, modules) if named else []
         places.sort(key=lambda place: place == ("sd-unet", "sgm"))  # these names are SDXL's in every trainer
         scaled = [module for module in modules if module.rank]
-        parts = len({module.component for module in scaled})
-        ranks, alphas = (
-            len({(module.component, getattr(module, what)) for module in scaled}) > parts for what in ("rank", "alpha")
-        )
+        ranks, alphas = (bool(_varied(scaled, what)) for what in ("rank", "alpha"))
         return Group(text_encoder, counts, tuple(places), tuple(sorted(self._schemes(modules))), named, ranks, alphas)
 
     def _schemes(self, modules: Iterable[LoraModule]) -> set[str]:
@@ -185,15 +182,8 @@ class Traits:
             "pattern": any(value != self.adapter.config.get("lora_alpha", value) for value in values),
             self.adapter.alpha_source if known else "none": bool(scaled),
         }
-        return frozenset(word for word, holds in words.items() if holds) | self._parts_of_several_alphas(known)
-
-    @staticmethod
-    def _parts_of_several_alphas(modules: Iterable[LoraModule]) -> set[str]:
-        """Return `several:PART` for each part of the pipeline whose own modules differ in alpha."""
-        found: dict[str, set[float | None]] = {}
-        for module in modules:
-            found.setdefault(module.component, set()).add(module.alpha)
-        return {f"several:{part}" for part, values in found.items() if len(values) > 1}
+        parts = {f"several:{part}" for part in _varied(known, "alpha")}
+        return frozenset(word for word, holds in words.items() if holds) | parts
 
     @cached_property
     def variants(self) -> tuple[str, ...]:
@@ -339,6 +329,14 @@ def _alphas(traits: Traits) -> str:
     values = ("none" if m.alpha is None else f"{m.alpha:.6g}" for m in traits.adapter.modules.values() if m.rank)
     where = {"tensor": "", "header": " (in the header)", "config": " (in adapter_config.json)"}
     return _spread(values) + where.get(traits.adapter.alpha_source, "")
+
+
+def _varied(modules: Iterable[LoraModule], what: Literal["rank", "alpha"]) -> set[str]:
+    """Return the parts of the pipeline whose own modules differ in rank or alpha."""
+    found: dict[str, set[float | None]] = {}
+    for module in modules:
+        found.setdefault(module.component, set()).add(getattr(module, what))
+    return {part for part, values in found.items() if len(values) > 1}
 
 
 def untargeted(traits: Traits) -> list[str]:

@@ -79,7 +79,7 @@ def _scale_facts(
     found: Sequence[Module], untouched: Untouched, law: LawRecord | None, law_code: str | None
 ) -> Iterator[Fact]:
     """Yield what is wrong with the scale, or with the merge as a whole."""
-    told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
+    told = _told(found)
     inverse = (abs(m.found.measured / m.found.expected + 1) <= _SAME and m.found.strength > 0 for m in told)
     if swapped := bool(told) and all(inverse):
         yield "LH209", f"every scale is -1 times the expected one: are base and merged swapped? {_listed(told, found)}"
@@ -160,6 +160,11 @@ def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
     ratio = f" ({first.measured / first.expected:.3g}x)" if first.expected else ""
     readings = " or ".join((law.formula, *law.alternatives[:_READINGS_SHOWN]))
     return f"scale {first.measured:.4g} = {readings}, expected {first.expected:.4g}{ratio},"
+
+
+def _told(found: Sequence[Module]) -> list[Module]:
+    """Return the modules that tell a scale which can be held against the one they should have."""
+    return [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
 
 
 def _ratios(modules: Sequence[Module]) -> list[float]:
@@ -291,7 +296,7 @@ def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) 
         return "swap --base and --merged"
     if code == "LH206" and not title.startswith("merged twice"):
         return _BY_SCALE
-    told = [module for module in found if module.tells_scale and not module.alpha_unknown and module.found.expected]
+    told = _told(found)
     ratios = _ratios(told)
     if code != "LH209" or not law or not ratios or abs(ratios[-1] - ratios[0]) > _SAME * abs(ratios[0]):
         return fix
