@@ -108,8 +108,9 @@ def _store(outs: Sequence[Path]) -> Iterator[RowStore]:
 
 
 def _exit_code(rows: Sequence[FileRecord]) -> int:
-    broken = any(row.severity in ("fatal", "error") and not row.is_other for row in rows)
-    return 1 if broken else 2 * any(row.is_other or "LH798" in row.codes for row in rows)
+    from harness.report.library import is_broken
+
+    return 1 if any(map(is_broken, rows)) else 2 * any(row.is_other or "LH798" in row.codes for row in rows)
 
 
 def _known(outs: Sequence[Path], resume: bool) -> Iterator[FileRecord]:

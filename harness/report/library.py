@@ -24,6 +24,11 @@ def gravity(row: FileRecord) -> int:
     return SEVERITIES.index(row.severity) if row.severity and not row.is_other else _FINE
 
 
+def is_broken(row: FileRecord) -> bool:
+    """Tell whether something is wrong with the file for every reader."""
+    return gravity(row) in _BROKEN
+
+
 def worst_code(row: FileRecord) -> str:
     """Return the code of the worst hazard, empty when there is none."""
     return min(row.hazards, key=lambda h: SEVERITIES.index(h.severity)).code if row.hazards else ""
@@ -56,7 +61,7 @@ class Tally:
     def add(self, row: FileRecord, sentence: str = "") -> None:
         """Count one file more, of which `sentence` is said."""
         self.files += 1
-        self.broken += gravity(row) in _BROKEN
+        self.broken += is_broken(row)
         if len(self.first) < _EXAMPLES:
             self.first.append((row.path, sentence))
         if sentence and len(self.sentences) < _MOST_SENTENCES and sentence not in self.sentences:
