@@ -120,6 +120,11 @@ def _strong(span: tuple[float, float] | None) -> str:
     return f"applies modules {shown} times as strong as trained"
 
 
+def sure_of(tool: Tool) -> Sure:
+    """Tell whether what is said of a tool was measured on its code, or read in it."""
+    return "measured" if tool.known == "measured" else "read"
+
+
 def how_sure(given: Answer) -> str:
     """Return how the answer is known, with the pages of the findings behind it."""
     tool = given.tool

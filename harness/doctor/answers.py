@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha
+from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha, sure_of
 from harness.doctor.converting import converted
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
@@ -49,7 +49,7 @@ def unmended(tool: Tool, traits: Traits, asked: Question) -> Answer:
         return given
     hit = tuple(_hits(tool, traits, asked.version))
     if lost := _lost(tool, traits):
-        return Answer(tool, *lost, _sure(tool), findings=hit)
+        return Answer(tool, *lost, sure_of(tool), findings=hit)
     given = _as_read(tool, traits, asked, [finding for finding in hit if finding.blocks])
     return replace(given, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
 
@@ -62,7 +62,7 @@ def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
     if form not in tool.formats:
         if tool.convert and form == "peft":
             return converted(tool, traits, asked, list(_hits(tool, traits, version)))
-        return Answer(tool, "cannot", f"does not read {form} files, it reads {', '.join(tool.formats)}", _sure(tool))
+        return Answer(tool, "cannot", tool.not_reading(form), sure_of(tool))
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
     if not _is_known_release(tool, version):
@@ -89,9 +89,9 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
     read = _read(tool, traits)
     if fault := next((finding for finding in blocking if finding.effect != "alpha ignored"), None):
         seen = read.effect if read.effect not in ("law", "unknown") else _effect(fault.effect)
-        return Answer(tool, seen, fault.says, _sure(tool))
+        return Answer(tool, seen, fault.says, sure_of(tool))
     if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
-        return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else _sure(tool))
+        return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else sure_of(tool))
     ignores = read.alpha_ignored or traits.alpha_is_beside or bool(blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     said = (read.what,) if read.what and read.effect == "law" else ()
@@ -133,10 +133,6 @@ def _is_known_release(tool: Tool, version: str | None) -> bool:
     if tool.known == "read":
         return bool(tool.versions) and is_within(version, tool.versions)
     return version == tool.release or has_its_law(tool, version)
-
-
-def _sure(tool: Tool) -> Sure:
-    return "measured" if tool.known == "measured" else "read"
 
 
 def _how_sure(tool: Tool, traits: Traits) -> Sure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.doctor.answer import Answer, Question, by_scales
+from harness.doctor.answer import Answer, Question, by_scales, sure_of
 from harness.doctor.traits import Traits
 from harness.files import LoraModule
 from harness.law.findings import Finding
@@ -16,8 +16,8 @@ def converted(tool: Tool, traits: Traits, asked: Question, hit: Sequence[Finding
 
     A strength is given where one is right for what the converter writes, which the tool then multiplies by its law.
     """
-    what = f"does not read {traits.adapter.format} files, it reads {', '.join(tool.formats)}"
-    plain = Answer(tool, "cannot", what, "measured" if tool.known == "measured" else "read", do=tool.convert)
+    what = tool.not_reading(traits.adapter.format)
+    plain = Answer(tool, "cannot", what, sure_of(tool), do=tool.convert)
     if not _is_understood(tool, traits):
         return plain
     law = tool.law

@@ -139,6 +139,10 @@ class Tool:
         """Tell whether its users cannot pass a strength."""
         return self.field.startswith("(")
 
+    def not_reading(self, format: str) -> str:
+        """Say that it does not read files of `format`, and what it reads."""
+        return f"does not read {format} files, it reads {', '.join(self.formats)}"
+
     @property
     def passes(self) -> bool:
         """Tell whether its users pass a number of their own, rather than none or one that lies beside the file."""
