@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from harness.doctor.inspect.fit import peft_hazards
+from harness.doctor.inspect.in_peft import peft_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.architectures import looks_like
 from harness.files.config import changing_init

@@ -1,19 +1,20 @@
-"""What of a LoRA would apply: to a base, and in PEFT by the words of its own configuration; from headers alone."""
+"""What of a LoRA would apply to a base, and what of it PEFT would take there; from headers alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.doctor.in_memory import in_file
-from harness.doctor.inspect.declared import declared, lost, lost_hazard, names_saved
+from harness.doctor.inspect.declared import lost, lost_hazard, names_saved
+from harness.doctor.inspect.in_peft import HEAD, ignored, not_targeted, share
+from harness.doctor.inspect.targeting import Chosen, targeted
 from harness.doctor.spelling import core
 from harness.files import LoraAdapter
 from harness.files.architectures import Shape, looks_like
-from harness.files.config import LORA_METHODS, PAIRED, Budget, ConfigError, Patterns, changing_init, method_of
-from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
+from harness.files.config import method_of
 from harness.text import count, first_of, printable
 from harness.verdict.blocks import family_of
 from harness.verdict.file_record import BaseFit, Hazard
@@ -23,17 +24,11 @@ if TYPE_CHECKING:
     from harness.doctor.match import Placement
 
 _SHOWN = 50
-_PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _EMBEDDING = re.compile(r"(?!embed_out)\w*embed\w*|wte|wpe|shared")
-_ADAPTER = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.([^.]+)\.weight$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_HEAD = re.compile(r"\.(lm_head|embed_out|output)$")
 _TOWERS = frozenset({"visual", "vision_model", "vision_tower", "vision_encoder", "audio_tower", "vision_embed_tokens"})
-_REPEATED = ("pissa", "olora", "loftq")  # by PEFT, when it loads the file; CorDA and LoRA-GA need data of the training
-_INDEX = r"(?P<idx>\d+)\."
 _SPEAKING = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
-Chosen = Callable[[str], bool]
 
 
 def fit_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> BaseFit:
@@ -112,7 +107,7 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
 def _is_tied_head(name: str, base: Checkpoint) -> bool:
     """Tell whether a name is that of an output layer that shares the embedding's weight, which no file has twice."""
     tied = base.config.get("tie_word_embeddings", "model_type" in base.config)
-    return bool(tied) and bool(_HEAD.search(f".{name}")) and any(map(_EMBEDDING.fullmatch, _lasts(base.layers)))
+    return bool(tied) and bool(HEAD.search(f".{name}")) and any(map(_EMBEDDING.fullmatch, _lasts(base.layers)))
 
 
 def _lasts(layers: Iterable[str]) -> Iterator[str]:
@@ -161,8 +156,8 @@ def _peft_against(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit
         if not _wrapped(name) and name not in placed.converted and not reached(adapter.modules[name].name, layer)
     ]
     if odd:
-        what = f"{_share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
-        yield _ignored(len(odd), fit.modules, what, fit.replaced)
+        what = f"{share(len(odd), fit.modules)}, whose names are none of this base ({first_of(odd)})"
+        yield ignored(len(odd), fit.modules, what, fit.replaced)
     elif not fit.misfits and not adapter.problems and (chosen := targeted(adapter)):
         yield from _holes(adapter, base, placed, chosen)
 
@@ -191,7 +186,7 @@ def _by_default(adapter: LoraAdapter, base: Checkpoint) -> Iterator[Hazard]:
         return
     if listed := TARGETS.get(str(kind)):
         asked = replace(adapter, config={**config, "target_modules": [*listed]})
-        yield from _not_targeted(asked, f"target_modules is not said, PEFT's own for {printable(kind, 40)}")
+        yield from not_targeted(asked, f"target_modules is not said, PEFT's own for {printable(kind, 40)}")
 
 
 def _wrapped(name: str) -> bool:
@@ -226,137 +221,3 @@ def _reached(adapter: LoraAdapter, base: Checkpoint) -> Callable[[str, str], boo
         return name == layer or longer
 
     return same
-
-
-def _share(some: int, total: int) -> str:
-    return f"PEFT ignores all {total} modules" if some == total else f"PEFT ignores {some} of {count(total, 'module')}"
-
-
-def _ignored(some: int, total: int, what: str, more: tuple[str, ...] = ()) -> Hazard:
-    return Hazard(code="LH720" if some == total else "LH721", what="; ".join([what, *more]))
-
-
-def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
-    """Yield LH720 for a PEFT folder that PEFT refuses or ignores, LH721 where it takes a part, LH722 and LH723."""
-    folder = adapter.file.path.parent
-    if adapter.format != "peft" or adapter.file.path.name != WEIGHTS_NAME:
-        return
-    if not (folder / CONFIG_NAME).exists():
-        yield Hazard(code="LH720", what=f"PEFT refuses a folder without {CONFIG_NAME}")
-        return
-    if (folder / "adapter_model.bin").exists():
-        what = (
-            "adapter_model.bin lies beside: PEFT takes the safetensors, older readers the other, which is not read here"
-        )
-        yield Hazard(code="LH722", what=what)
-    yield from (*_wrong_type(adapter), *_wrong_names(adapter), *_not_targeted(adapter), *_no_difference(adapter.config))
-    yield from declared(adapter)
-
-
-def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
-    kind = method_of(adapter.config)
-    pairs = [name for name, module in adapter.modules.items() if {"A", "B"} & set(module.keys)]
-    if pairs and (kind not in ("lora", "xlora", "poly", *LORA_METHODS) or kind in PAIRED - {"lora"}):
-        what = f"peft_type is {printable(adapter.config.get('peft_type'), 40)}, the tensors are LoRA's"
-        yield Hazard(code="LH720", what=f"{what} ({first_of(pairs)}): PEFT refuses or ignores them")
-    if adapter.config.get("lora_bias") and pairs and not any("bias" in adapter.modules[name].keys for name in pairs):
-        what = "lora_bias is set, and no module has a bias: PEFT starts them at zero"
-        yield Hazard(code="LH721", what=what)
-
-
-def _wrong_names(adapter: LoraAdapter) -> Iterator[Hazard]:
-    """PEFT looks for `base_model.model.` and the model's own names, and passes over what it does not find."""
-    keys = {name: next(iter(module.keys.values())) for name, module in adapter.modules.items()}
-    bare = [name for name, key in keys.items() if not key.startswith("base_model.") and not key.startswith("prompt_")]
-    if bare:
-        yield _ignored(len(bare), len(keys), f"{_share(len(bare), len(keys))} without {_PREFIX} ({first_of(bare)})")
-    named = {name: hit[1] for name, key in keys.items() if (hit := _ADAPTER.search(key)) and hit[1] != "default"}
-    if named:
-        word = printable(next(iter(named.values())), 40)
-        what = f"{_share(len(named), len(keys))} with an adapter's name in them ({first_of([*named])})"
-        yield _ignored(len(named), len(keys), f"{what}: it loads them under adapter_name={word!r} alone")
-
-
-def _not_targeted(adapter: LoraAdapter, said: str = "target_modules and what limits it") -> Iterator[Hazard]:
-    """PEFT makes layers where its configuration says so, and passes over tensors of others."""
-    if not (chosen := targeted(adapter)):
-        return
-    pairs = [module.name for module in adapter.modules.values() if "A" in module.keys and module.variant != "experts"]
-    if adapter.config.get("ensure_weight_tying"):  # PEFT targets the layer that shares an embedding's weight itself
-        pairs = [name for name in pairs if not _HEAD.search(f".{name}")]
-    try:
-        lost = [name for name in pairs if not chosen(name)]
-    except ConfigError:
-        return  # said by the reader
-    if lost:
-        what = f"{_share(len(lost), len(pairs))}: {said} leave them out ({first_of(lost)})"
-        yield _ignored(len(lost), len(pairs), what)
-
-
-def _no_difference(config: Mapping[str, Any]) -> Iterator[Hazard]:
-    if config.get("alora_invocation_tokens"):
-        what = "an activated LoRA acts behind its invocation tokens alone: merged it would act everywhere"
-        yield Hazard(code="LH723", what=what)
-    if config.get("kasa_config"):
-        what = "KaSA takes the smallest singular values from the base too: its update is no difference to the base"
-        yield Hazard(code="LH723", what=what)
-    if init := changing_init(config):
-        what = f"init_lora_weights is {printable(init, 40)}, which changes the base too: B @ A is no difference to it"
-        repeats = "PEFT repeats the decomposition, or saves" if init.startswith(_REPEATED) else "PEFT can save"
-        way = f"{repeats} a plain LoRA with path_initial_model_for_weight_conversion"
-        yield Hazard(code="LH723", what=f"{what}; {way}")
-
-
-def targeted(adapter: LoraAdapter) -> Chosen | None:
-    """Return what tells whether PEFT would adapt a module of that name; None where the configuration does not say."""
-    config = adapter.config
-    wanted = config.get("target_modules")
-    if isinstance(wanted, str) and wanted == "all-linear":
-        return None
-    words = config.get("layers_pattern")
-    if not all(re.fullmatch(r"[\w.]*", word) for word in [words, *_names(words)] if isinstance(word, str)):
-        return None
-    if not isinstance(wanted, str) and not _names(wanted):
-        return None
-    budget = Budget()
-    named = _names_of(wanted, "target_modules", budget)
-    barred = _names_of(config.get("exclude_modules"), "exclude_modules", budget)
-    limited = (lambda name: True) if isinstance(wanted, str) else _in_layers(config)
-    return lambda name: named(name) and not barred(name) and limited(name)
-
-
-def _names(value: object) -> list[str]:
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
-
-
-def _names_of(wanted: object, key: str, budget: Budget) -> Chosen:
-    """Return PEFT's test of a name: a whole expression, or a list of names and endings."""
-    if isinstance(wanted, str):
-        patterns = Patterns({f"^(?:{wanted})": True}, key, budget)
-        return lambda name: bool(patterns.get(name, False))
-    listed = frozenset(_names(wanted))
-    return lambda name: any(end in listed for end in _ends(name))
-
-
-def _ends(name: str) -> Iterator[str]:
-    """Yield a name and what stands behind each of its dots."""
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
-
-
-def _in_layers(config: Mapping[str, Any]) -> Chosen:
-    """Return PEFT's test of `layers_to_transform`: the first number behind one of `layers_pattern`."""
-    wanted, words = config.get("layers_to_transform"), config.get("layers_pattern")
-    if wanted is None or wanted == []:
-        return lambda name: True
-    numbers = frozenset([wanted] if isinstance(wanted, int) else wanted if isinstance(wanted, list) else ())
-    words = [words] if isinstance(words, str) and words else _names(words)
-    starts = [rf"(?:^|.*?\.){re.escape(word)}\." for word in words] or [r".*?\.[^.]*\."]
-
-    def inside(name: str) -> bool:
-        found = next(filter(None, (re.match(start + _INDEX, name) for start in starts)), None)
-        return found is not None and int(found["idx"]) in numbers
-
-    return inside

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 
-from harness.doctor.inspect.fit import peft_hazards
+from harness.doctor.inspect.in_peft import peft_hazards
 from harness.files import LoraAdapter, LoraModule, TensorInfo
 from harness.files.keys import NOT_LORA, cut
 from harness.text import count, first_of, parse_json, printable

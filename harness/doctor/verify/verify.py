@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.fit import targeted
+from harness.doctor.inspect.targeting import targeted
 from harness.doctor.match import Placement
 from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
 from harness.doctor.verify.judging import Given, ReadingMode, Stores, judged
