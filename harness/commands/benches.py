@@ -49,7 +49,8 @@ def _every() -> list[dict[str, Any]]:
 def _tell(names: tuple[str, ...], *, as_json: bool) -> None:
     from harness.benches import get_bench
     from harness.loaders.benches import bench_name
-    from harness.measure.self_check import known_facts, summary
+    from harness.measure.bench_summary import summary
+    from harness.measure.self_check import known_facts
 
     for bench in (get_bench(bench_name(name)) for name in names):
         told = list(bench.measures(bench.view.lora_layers)) or list(summary(known_facts(bench), {}))

@@ -75,7 +75,7 @@ class KnownBench(Bench):
 
     def measures(self, tried: Collection[str]) -> Iterator[str]:
         """Yield what is measured of it, and what is not, a sentence each."""
-        from harness.measure.self_check import summary
+        from harness.measure.bench_summary import summary
 
         view = self.view
         return summary(self.facts, {n: view.layers[n].kind for n in view.lora_layers if n not in tried})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from harness.benches.own import TOO_LARGE, OwnBench
 from harness.benches.template import Template
 from harness.errors import UserError, one_line
 from harness.isolation.child import is_out_of_memory
+from harness.measure.bench_summary import patterns
 from harness.measure.compare import norm
 from harness.measure.effective import dense_input, effective_weight, effective_weights, keep_dense, numbers_of
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
 MOST_WEIGHTS = 30_000_000
-_SHOWN = 6
 _NOT_LINEAR = 1e-3  # of an answer: what rounding never makes
 _BLUR = 0.05  # of an answer: what rounding the input to eight bits does
 Refused = Callable[[str], UserError]
@@ -137,7 +137,7 @@ def _stacked(model: torch.nn.Module, said: OwnBench, refused: Refused) -> dict[s
     for end in said.experts:
         if not any(ends_with(path, (end,)) for path in found):
             stacks = [name for name, value in model.named_parameters() if value.dim() == 3]
-            what = f"these are: {_patterns(stacks)}" if stacks else "the model has none"
+            what = f"these are: {patterns(stacks)}" if stacks else "the model has none"
             raise refused(f"experts: {end!r} is the end of no parameter of three dimensions; {what}")
     return found
 
@@ -278,28 +278,6 @@ def _copies(bench: Bench, model: torch.nn.Module) -> bool:
         return False
 
 
-def _of_others(shapes: Mapping[str, list[int]], owners: Mapping[str, str]) -> Iterator[str]:
-    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
-    found = {kind: [n for n in matrices if owners[n] == kind] for kind in dict.fromkeys(owners[n] for n in matrices)}
-    if matrices:
-        said = ", ".join(f"{_patterns(names)} ({kind})" for kind, names in found.items())
-        yield f"not measured, only looked at for being changed: {said}"
-    if stacks := [n for n in matrices if len(shapes[n]) == 3 and shapes[n][0] > 1 and "Conv" not in owners[n]]:
-        yield f"where these are a matrix for each expert, experts=(…) measures them: {_patterns(stacks)}"
-    if vectors := len(shapes) - len(matrices):
-        yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
-
-
-def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:
-    if codes := sorted({layer["codes"] for layer in layers.values() if layer["codes"]}):
-        yield f"quantised to {', '.join(codes)}: a merge is held against the right sum rounded to that"
-        if plain := [name for name in targets if not layers[name]["codes"]]:
-            yield f"not quantised: {_patterns(plain)}"
-
-
-_VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a layer of the kind of this name
-
-
 def known_facts(bench: Bench) -> dict[str, Any]:
     """Return of a bench of the table what `summary` tells: its layers are known to be read."""
     return {
@@ -313,42 +291,3 @@ def known_facts(bench: Bench) -> dict[str, Any]:
         "dtypes": bench.dtypes,
         "said": {"runs": bench.run is not None},
     }
-
-
-def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
-    """Yield what a bench measures and what it does not, a sentence each; `idle` are targets not tried, with kinds."""
-    layers, targets = facts["layers"], facts["targets"]
-    rest = [name for name in layers if name not in set(targets)]
-    yield f"{len(targets)} of {len(layers)} layers take a LoRA: {_patterns(targets)}"
-    for kind in dict.fromkeys(idle.values()):
-        names = [name for name, own in idle.items() if own == kind]
-        how = f": this loader does not declare the variant {kind}" if kind in _VARIANTS else ""
-        yield f"not tried here: {_patterns(names)}{how}"
-    if rest:
-        yield f"read, without a LoRA: {_patterns(rest)}"
-    for name, other in facts["shared"].items():
-        yield f"{name} shares its weight with {other}: a merge into one changes both"
-    for name, first in facts["twice"].items():
-        yield f"{name} is {first} once more: what a loader does under that name is not measured"
-    for reason in dict.fromkeys(facts["unread"].values()):
-        names = [name for name, why in facts["unread"].items() if why == reason]
-        yield f"not measured: {_patterns(names)}: {reason}"
-    yield from _of_others(facts["others"], facts["owners"])
-    if not facts["said"]["runs"]:
-        yield "no forward is given: copies, casts and saved states are not tried, nor what a loader does in one"
-    yield from _of_codes(layers, targets)
-    if missing := [dtype for dtype in DTYPES if dtype not in facts["dtypes"]]:
-        yield f"does not run in {', '.join(missing)}, which is not tried"
-
-
-def _patterns(names: list[str]) -> str:
-    """Return paths with `*` for numbers, each once; a number that they begin with stays, unless they are many."""
-    kept, whole = ([*dict.fromkeys(_starred(name, first) for name in names)] for first in (1, 0))
-    found = kept if len(kept) <= _SHOWN else whole
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more
-
-
-def _starred(path: str, kept: int) -> str:
-    words = path.split(".")
-    return ".".join([*words[:kept], *("*" if word.isdigit() else word for word in words[kept:])])
