@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.doctor.traits import model_of, untargeted
+from harness.doctor.traits import untargeted
+from harness.doctor.what_it_is import model_of
 from harness.law.findings import findings
 from harness.text import printable
 

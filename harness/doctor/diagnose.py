@@ -16,7 +16,8 @@ from harness.doctor.inspect.fit import base_hazards, fit_of
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, repaired_to, wants_a_base
 from harness.doctor.trainers import about_alpha, rule_of, trainer_of, with_rule
-from harness.doctor.traits import Traits, model_of, what_it_is
+from harness.doctor.traits import Traits
+from harness.doctor.what_it_is import model_of, what_it_is
 from harness.errors import UserError
 from harness.files import Problem, read_lora
 from harness.law.findings import is_within

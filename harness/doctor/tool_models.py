@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from harness.doctor.traits import Group, Traits, listed, model_of
+from harness.doctor.traits import Group, Traits
+from harness.doctor.what_it_is import listed, model_of
 from harness.law.known import Tool
 from harness.law.reads import Place, Reading, dropped, has_other_names, knows_magnitudes, layers_of, title_of
 

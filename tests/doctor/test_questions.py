@@ -9,7 +9,8 @@ import pytest
 from harness.doctor import inspect_file
 from harness.doctor.answer import Question
 from harness.doctor.diagnose import diagnose, lines, tool_named
-from harness.doctor.traits import Traits, model_of, untargeted
+from harness.doctor.traits import Traits, untargeted
+from harness.doctor.what_it_is import model_of
 from harness.errors import UserError
 from harness.files import read_lora
 from harness.law.explained import symptoms_of

@@ -10,7 +10,8 @@ from harness.doctor import inspect_file
 from harness.doctor.answers import answers
 from harness.doctor.diagnose import diagnose, lines
 from harness.doctor.repair.repair import repair_file
-from harness.doctor.traits import Traits, model_of
+from harness.doctor.traits import Traits
+from harness.doctor.what_it_is import model_of
 from harness.errors import UserError
 from harness.files import read_lora
 from tests.doctor.trial import CONFIG, DOWN, HF, LLM, A, asked, blocks, kohya, pairs, written
