@@ -51,6 +51,7 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
         subject_process(
             answering(subject),
             prepare=subject.prepare,
+            is_over=subject.is_over,
             apart=channel.apart,
             memory_limit=limits.memory,
             elsewhere=_there(subject, (cell.bench_name, *more), Path(folder)),

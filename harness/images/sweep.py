@@ -218,7 +218,9 @@ class _Drawn:
         try:
             with (
                 _painter(self.studios, apart),
-                subject_process(work, prepare=subject.prepare, apart=apart, memory_limit=memory) as asked,
+                subject_process(
+                    work, prepare=subject.prepare, is_over=subject.is_over, apart=apart, memory_limit=memory
+                ) as asked,
             ):
                 result = self._recorder(channel, asked).run(self.strengths, started)
                 channel.send({"result": _RESULT.dump_python(result)})

@@ -29,6 +29,10 @@ Answer = Callable[[Any, Part], Any]
 START_SECONDS = 300.0  # to import what the subject imports
 
 
+def _goes_on() -> bool:
+    return False
+
+
 def unheard(part: Any) -> None:
     """Take a part that only says that the answer is on its way."""
 
@@ -58,11 +62,16 @@ class Asked(Protocol):
 class Here:
     """Answers in this process, where nothing ends a hang in C, a crash or a call of `os._exit`."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(
+        self, answer: Answer, prepare: Callable[[], object] = lambda: None, is_over: Callable[[], bool] = _goes_on
+    ) -> None:
+        self._answer, self._prepare, self._is_over = answer, prepare, is_over
 
     def ask(self, order: Any, seconds: float, on_part: Part = unheard, *, parts: int = 0) -> Any:
         """Return the answer."""
+        if self._is_over():
+            with contextlib.suppress(Exception):  # which the call is told
+                self._prepare()
         return self._answer(order, on_part)
 
 
@@ -83,7 +92,7 @@ class Timed:
 
 
 class Apart:
-    """Answers in a child of its own, which lives from the first question to the first one it fails to answer."""
+    """Answers in a child of its own, which lives until it fails to answer, or says that what it prepared is over."""
 
     def __init__(self, serve: Callable[[Ends], None], memory_limit: int | None, first_seconds: float = 0.0) -> None:
         self._serve, self._memory_limit, self._first_seconds = serve, memory_limit, first_seconds
@@ -127,11 +136,15 @@ class Apart:
 
     def _next(self, seconds: float, on_part: Part, parts: int) -> Any:
         assert self._process is not None
+        wait = _Wait(self._process, self._number, seconds, parts)
         try:
-            return _Wait(self._process, self._number, seconds, parts).answer(on_part)
+            answer = wait.answer(on_part)
         except SubjectLostError:
             self.close()
             raise
+        if wait.over:
+            self.close()
+        return answer
 
     def close(self) -> None:
         """End the process, and all that it started."""
@@ -142,8 +155,12 @@ class Apart:
             kill_orphans()
 
 
-def answer_orders(ends: Ends, begin: Callable[[], Answer]) -> None:
-    """Answer orders, as long as they come, with what `begin` returns once all is imported that the subject needs."""
+def answer_orders(ends: Ends, begin: Callable[[], Answer], is_over: Callable[[], bool] = _goes_on) -> None:
+    """Answer orders, as long as they come, with what `begin` returns once all is imported that the subject needs.
+
+    Each answer says whether what `begin` prepared `is_over`: then another child is to answer the next order, or what
+    is prepared again would take the time of a call.
+    """
     owner = os.getpid()
     answer = begin()
     gc.freeze()  # every collection of garbage would look through all that the subject has imported
@@ -153,7 +170,7 @@ def answer_orders(ends: Ends, begin: Callable[[], Answer]) -> None:
         answered = answer(message["order"], partial(_say_part, ends, number))
         if os.getpid() != owner:  # a process that the subject forked, running on in a copy of the loop
             os._exit(0)
-        ends.say(wrapped("answer", answered, number=number))
+        ends.say(wrapped("answer", answered, number=number, over=is_over()))
         if number == 1:  # and all that its first call has
             gc.collect()
             gc.freeze()
@@ -178,6 +195,7 @@ class _Wait:
     seconds: float
     parts: int
     waited: float = 0.0  # for a processor, before the last sign of life
+    over: bool = False  # what answered wants to be started anew
 
     def answer(self, on_part: Part) -> Any:
         deadline = self._deadline()
@@ -206,6 +224,7 @@ class _Wait:
             for message in self.process.take():
                 kind, content = _content(message, self.number)
                 self.parts -= kind == "part"
+                self.over = bool(message.get("over"))
                 if self.parts < 0:
                     raise FrameError("more messages than it was asked for")
                 yield kind, content
@@ -234,12 +253,14 @@ def subject_process(
     answer: Answer,
     *,
     prepare: Callable[[], object] = lambda: None,
+    is_over: Callable[[], bool] = _goes_on,
     apart: bool,
     memory_limit: int | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> Iterator[Asked]:
     """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process.
 
+    Where what it prepared `is_over`, it is prepared again before the next order, not within the order's time.
     What answers `elsewhere` is always a child, which goes on there.
     """
 
@@ -248,11 +269,11 @@ def subject_process(
             prepare()
             return answer
 
-        answer_orders(ends, begin)
+        answer_orders(ends, begin, is_over)
 
     if elsewhere is None and not (apart and can_fork()):
         prepare()  # not within the time of the first question
-        yield Here(answer)
+        yield Here(answer, prepare, is_over)
         return
     asked = Apart(partial(become, elsewhere), memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import LoaderSpecError
+from harness.text import count
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def _misfit(wanted: Mapping[str, torch.Tensor], merged: Mapping[str, torch.Tenso
         return "has no tensors"
     unknown = [name for name in merged if name not in wanted]
     if unknown:
-        return f"has {len(unknown)} tensors that the model has not, for example {unknown[0]!r}"
+        return f"has {count(len(unknown), 'tensor')} that the model has not, for example {unknown[0]!r}"
     for name, tensor in merged.items():
         if tensor.shape != wanted[name].shape:
             return f"has {name!r} with shape {list(tensor.shape)}, the model has {list(wanted[name].shape)}"

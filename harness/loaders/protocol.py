@@ -130,6 +130,10 @@ class Subject:
         """Import, or start, what runs only where the loader does."""
         getattr(self.load, "prepare", lambda: None)()
 
+    def is_over(self) -> bool:
+        """Whether what `prepare` started has ended, so that the next call would have to start it again."""
+        return bool(getattr(self.load, "is_over", lambda: False)())
+
     def close(self) -> None:
         """End what it started in this process."""
         getattr(self.load, "close", lambda: None)()

@@ -120,6 +120,10 @@ class _Server:
         """Start the server now."""
         self._running()
 
+    def is_over(self) -> bool:
+        """Whether it was started and runs no longer."""
+        return self._number > 0 and (self._server is None or not self._server.running)
+
     def close(self) -> None:
         """End the server, if one runs."""
         if self._server is not None:

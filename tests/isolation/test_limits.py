@@ -215,3 +215,31 @@ def test_waiting_for_a_processor_is_no_time_of_the_call(answer, monkeypatch):
 def test_a_call_that_never_ends_on_a_crowded_processor_is_late():
     with one_crowded_processor(2), subject_process(_work_under_an_alarm, apart=True) as asked:
         assert asked.ask(1e9, 20.0) == "late"
+
+
+class _Slow:
+    """Something that takes longer to start than a call may, and ends with the order "end"."""
+
+    def __init__(self) -> None:
+        self.runs = self.began = False
+
+    def start(self) -> None:
+        time.sleep(0.4)
+        self.runs = self.began = True
+
+    def is_over(self) -> bool:
+        return self.began and not self.runs
+
+    def answer(self, order: object, on_part: object) -> bool:
+        with alarm(0.2):
+            if not self.runs:
+                self.start()
+        self.runs = order != "end"
+        return True
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_ended_is_started_again_outside_the_time_of_the_next_call(apart: bool) -> None:
+    slow = _Slow()
+    with subject_process(slow.answer, prepare=slow.start, is_over=slow.is_over, apart=apart) as asked:
+        assert all(asked.ask(order, 5.0) for order in ("go on", "end", "go on", "end", "go on"))

@@ -65,7 +65,7 @@ BAD_OUTPUT = {
     "open(out, 'wb').truncate(200 << 20)": "merged file has 209715200 bytes, more than",
     "from safetensors.numpy import save_file; save_file({}, out)": "has no tensors",
     "import numpy; from safetensors.numpy import save_file; save_file({'a': numpy.ones(2)}, out)": (
-        "has 1 tensors that the model has not, for example 'a'"
+        "has 1 tensor that the model has not, for example 'a'"
     ),
     "import numpy; from safetensors.numpy import save_file; save_file({'weight': numpy.ones(2)}, out)": (
         r"has 'weight' with shape \[2\], the model has \[2, 2\]"
