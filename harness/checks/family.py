@@ -125,9 +125,11 @@ def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[S
 
 
 def _not_the_same_again(cell: Cell, once: Observation) -> Sighting | None:
-    """Return LH408 when the same file loaded into a fresh model is another LoRA the second time."""
+    """Return LH408 when the same file is another LoRA in a second fresh model, LH9xx where it fails there."""
     seen = run_trial(cell, once.example)
-    names = () if seen.raised else changed_otherwise(once, seen)
+    if seen.raised:
+        return Sighting(seen.raised.code, seen, fact=f"{seen.raised.what}; the same file loaded a moment before")
+    names = changed_otherwise(once, seen)
     what = "layers are not as they were when the same file was loaded into the same model before"
     return Sighting("LH408", seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
 

@@ -314,12 +314,12 @@ def _raised(error: BaseException) -> Raised:
     if isinstance(error, CallFailedError):
         return error.raised
     if isinstance(error, MissingModuleError):
-        return Raised("LH902", f"the loaded model has no module {error}")
+        return Raised("LH902", f"the loaded model has no module {error}", loaded=True)
     if isinstance(error, UnreadableExpertsError):
-        return Raised("LH902", str(error))
+        return Raised("LH902", str(error), loaded=True)
     if isinstance(error, TimeLimitExceeded):
-        return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True)
-    return Raised("LH902", f"the loaded model does not run: {one_line(error)}")
+        return Raised("LH901", f"the loaded model does not answer: {error}", timed_out=True, loaded=True)
+    return Raised("LH902", f"the loaded model does not run: {one_line(error)}", loaded=True)
 
 
 def _rebuilt(bench: Bench, dtype: str, times: float) -> torch.nn.Module:

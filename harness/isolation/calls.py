@@ -43,12 +43,14 @@ class Raised:
 
     `what` says so in one line. `message` is all that the exception said, `frames` where it came from, innermost last,
     `printed` what the process printed last. `killed`: by a signal from outside, which says nothing of the loader.
+    `loaded`: no call failed, but the model that it left.
     """
 
     code: str
     what: str
     timed_out: bool = False
     killed: bool = False
+    loaded: bool = False
     message: str = ""
     frames: Sequence[str] = ()
     printed: str = ""

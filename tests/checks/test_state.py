@@ -181,6 +181,18 @@ def test_a_load_that_raises_is_not_the_unloads_fault() -> None:
     assert "LH403" not in codes(float32_alone)
 
 
+@pytest.mark.parametrize("every", [2, 3, 4, 5])
+def test_a_load_that_fails_now_and_then_is_not_the_fault_of_what_follows_it(every: int) -> None:
+    calls = iter(range(1, 1000))
+
+    def fails(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+        if next(calls) % every == 0:
+            raise RuntimeError("the cache is being written")
+        put(model, lora, strength, f"file {len(kept(model))}")
+
+    assert set(codes(fails)) <= {"LH901"}  # which the examples find
+
+
 @pytest.mark.parametrize("load", RIGHT)
 def test_both_ways_to_take_a_second_file_are_right(load: Callable[..., object]) -> None:
     assert codes(load) == []

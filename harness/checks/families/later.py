@@ -130,11 +130,15 @@ def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_
         seen = run_trial(cell, once.example, scenario.steps, other=second_example(once.example))
         if seen.raised and scenario.may_raise:
             continue
-        if names := tuple(changed_otherwise(once, seen)) if scenario.layers and not seen.raised else ():
+        if seen.raised:
+            loaded = seen.raised.loaded  # else the load failed, which it did not before: now and then is a fault too
+            fact = f"{scenario.what}: {seen.raised.what}" if loaded else seen.raised.what
+            yield Sighting(code if loaded else seen.raised.code, seen, fact=fact)
+            return
+        if names := tuple(changed_otherwise(once, seen)) if scenario.layers else ():
             what = f"{len(names)} of {len(once.fits)} layers are not as after one load"
             yield Sighting(code, seen, names, f"{what}, after {scenario.what}")
             return
-        if seen.raised or not seen.drift <= scenario.drift:
-            what = f"it raised {seen.raised.what}" if seen.raised else f"{seen.drift:.0%} of the effect is another"
-            yield Sighting(code, seen, fact=f"{what} after {scenario.what}")
+        if not seen.drift <= scenario.drift:
+            yield Sighting(code, seen, fact=f"{seen.drift:.0%} of the effect is another after {scenario.what}")
             return
