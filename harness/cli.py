@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -11,6 +12,7 @@ import click
 
 from harness.commands.failures import told_in_a_sentence
 from harness.commands.screen import obey_no_text
+from harness.garbage import SELDOM
 
 # name -> (module below harness.commands, one line of help): a command's module is imported when it is asked for
 COMMANDS = {
@@ -76,6 +78,7 @@ def main() -> None:
       lora-harness check path/to/my_loader.py:load --format kohya
       lora-harness inspect my_lora.safetensors
     """
+    gc.set_threshold(*SELDOM)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a hub unless it is asked to
     obey_no_text()
     if sys.stdout is not None:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "harness"
 # from the ground up; ARCHITECTURE.md says what each owns
 FLOORS = (
-    {"errors", "text", "example", "fixtures", "serve"},
+    {"errors", "text", "example", "fixtures", "garbage", "serve"},
     {"verdict", "outputs"},
     {"law"},
     {"isolation"},

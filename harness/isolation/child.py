@@ -19,11 +19,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from harness.errors import one_line
+from harness.garbage import SELDOM, USUAL
 from harness.isolation import frames
 from harness.isolation.processes import adopt_orphans, die_with, kill_orphans
 
-_USUAL = gc.get_threshold()
-_SELDOM = (20_000, *_USUAL[1:])  # new objects between collections; with 700 there are twenty per example
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
 _NEW_MOUNTS, _NEW_USER = 0x20000, 0x10000000  # unshare's CLONE_NEWNS and CLONE_NEWUSER
 _PRIVATE = 0x4000 | 0x40000  # mount's MS_REC | MS_PRIVATE
@@ -55,7 +54,7 @@ def run_child(work: Callable[[Ends], None], ends: Ends, *, trusted: bool, memory
     with _leaving():
         _fence(ends, trusted)
         gc.freeze()  # every collection of garbage would look through all that the parent has imported
-        gc.set_threshold(*(_SELDOM if trusted else _USUAL))  # foreign code may count on when its objects go
+        gc.set_threshold(*(SELDOM if trusted else USUAL))  # foreign code may count on when its objects go
         tempfile.tempdir = os.environ["TMPDIR"] = ends.folder
         if memory_limit is not None:
             _limit_memory(memory_limit)
