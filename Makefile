@@ -6,14 +6,14 @@ READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
-EXAMPLES ?= 30
+EXAMPLES ?= 15
 
 .PHONY: report test test-slow test-core fuzz lint bench bench-gpu mutants clean
 
 report: $(READY)  ## the main job: every installed loader through every check, then reports/out/index.html
 	$(BIN)/lora-harness run --out reports/out
 
-test: $(READY)  ## the tests and the suite on the installed loaders: each package on every bench, each variant once
+test: $(READY)  ## the tests and the suite on the installed loaders: each format, bench and variant of a package once
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" --lora-max-examples $(EXAMPLES) $(ARGS)
 
 test-slow: $(READY)  ## what takes longer: the power of the checks, every variant on every bench, the wheel, many workers

@@ -10,8 +10,8 @@ pytest_plugins = ["harness.plugin"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the suite would repeat as slow: a bench or a variant that a package was checked on in another way."""
-    seen: set[tuple[str, ...]] = set()
+    """Mark as slow what the suite repeats: each loader, and each format, bench and variant of a package, comes once."""
+    seen: set[Any] = set()
     again: dict[Any, bool] = {}
     for item in items:
         check = getattr(item, "callspec", None) and item.callspec.params.get("check")  # type: ignore[attr-defined]
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         loader = cell.subject.title
         package = loader.partition("-")[0]
-        brings = {(loader, cell.format), (package, cell.format, cell.bench_name), (package, cell.variant_name)}
+        brings = {loader, *((package, what) for what in (cell.format, cell.bench_name, cell.variant_name))}
         if again.setdefault(cell, brings <= seen):
             item.add_marker(pytest.mark.slow)
         seen |= brings

@@ -21,6 +21,9 @@ PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "repository")
 settings.load_profile(PROFILE)
 
 HERE = Path(__file__).parent
+SLOW = tuple(
+    line for line in (HERE / "slow_tests.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+)
 NO_TORCH = "torch is not installed: pip install 'lora-harness[check]'"
 NEEDS_TORCH = (
     "benches", "checks", "commands/test_pace.py", "commands/test_releases.py", "doctor",
@@ -74,9 +77,11 @@ class Skipped(pytest.Module):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that load a model, or draw pictures, where that is not installed."""
+    """Skip the tests that load a model, or draw pictures, where that is not installed; mark those that take long."""
     for item in items:
         place = item.nodeid.removeprefix("tests/")
+        if place.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
         if not find_spec("torch") and place.startswith(LOADS_A_MODEL):
             item.add_marker(pytest.mark.skip(reason=NO_TORCH))
 

@@ -60,7 +60,7 @@ PRINTED = {
 
 
 def _marked(line: str) -> Any:
-    return pytest.param(line, marks=[pytest.mark.slow] if '"cmd:' in line else [])  # it starts torch forty times
+    return pytest.param(line, marks=[pytest.mark.slow] if '"cmd:' in line or '"serve:' in line else [])
 
 
 @pytest.mark.parametrize("line", [_marked(line) for line in PRINTED])
