@@ -169,17 +169,30 @@ class Bench:
         """What names it on the command line."""
         return f"--bench {shlex.quote(self.spec or self.name)}"
 
-    def forward(self, model: torch.nn.Module, *, gradients: bool = False) -> torch.Tensor:
-        """Run `model` once on this bench's fixed input, without gradients or with them; nothing where it has none."""
+    def forward(
+        self, model: torch.nn.Module, dtype: torch.dtype | None = None, *, gradients: bool = False
+    ) -> torch.Tensor:
+        """Run `model` once on this bench's fixed input, without gradients or with them; nothing where it has none.
+
+        `dtype` is that of the base it was loaded into: its first weight may be a loader's own, of another dtype.
+        """
         import torch
 
         if self.run is None:
             return torch.empty(0)
-        weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.empty(0))
+        like = _first_number(model)
+        like = like if dtype is None else like.new_empty(0, dtype=_first_number(self.base(dtype)).dtype)
         generator = torch.Generator().manual_seed(7)
         with torch.set_grad_enabled(gradients):
-            output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(weight))
+            output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(like))
         return output.detach()
+
+
+def _first_number(model: torch.nn.Module) -> torch.Tensor:
+    import torch
+
+    numbers = (p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(numbers, torch.empty(0))
 
 
 def shared(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:

@@ -263,17 +263,16 @@ def _seeded() -> Iterator[None]:
 
 
 def _running(run: Callable[..., Any]) -> Callable[[Any, Noise], Tensor]:
-    """Return `run` as benches call it: its draws seeded, floating tensors of the model's dtype where none is said."""
+    """Return `run` as benches call it: its draws seeded, floating tensors of the input's dtype where none is said."""
     takes_noise = _positional(run) > 1
 
     def call(model: torch.nn.Module, noise: Noise) -> Tensor:
         import torch
 
-        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            torch.set_default_dtype(next((d for d in dtypes if d.itemsize > 1), before))
+            torch.set_default_dtype(noise(0).dtype)
             try:
                 return _tensor(run(model, noise) if takes_noise else run(model))
             finally:

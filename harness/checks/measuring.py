@@ -132,7 +132,7 @@ class _Work:
         bench, base = self.bench, base_weights(self.bench, self.order.dtype)
         found = effective_weights(self.model, bench.layers, dtype=self.dtype)
         if all(self._as_before(base[name], found[name]) for name in bench.layers):
-            found = weights_while_running(self.model, bench.layers, bench.forward, dtype=self.dtype)
+            found = weights_while_running(self.model, bench.layers, self._answer, dtype=self.dtype)
         self._answers(_with_weights(bench, self.order.dtype, found), self.model)
 
     def _load_afresh(self) -> None:
@@ -150,7 +150,10 @@ class _Work:
     def _answers(self, *models: torch.nn.Module, gradients: bool = False) -> None:
         """Run each model, the copies before what they are made of, and keep what the LoRA changed in its answer."""
         plain = base_output(self.bench, self.order.dtype, self.is_cast)
-        self.effects += [self.bench.forward(model, gradients=gradients).double() - plain for model in models]
+        self.effects += [self._answer(model, gradients=gradients).double() - plain for model in models]
+
+    def _answer(self, model: torch.nn.Module, *, gradients: bool = False) -> Tensor:
+        return self.bench.forward(model, self.dtype, gradients=gradients)
 
     @property
     def drift(self) -> float:
@@ -206,10 +209,10 @@ class _Work:
             found = effective_weights(self.model, bench.layers, constants=constants, stored=stored, **how)
             if all(self._as_before(base[name], found[name]) for name in bench.layers):
                 dense, constants = {}, {}
-                found = weights_while_running(self.model, bench.layers, bench.forward, **how | {"dense": dense})
+                found = weights_while_running(self.model, bench.layers, self._answer, **how | {"dense": dense})
             elif still := self._experts_as_before(base, found):
                 constants = {}
-                found |= weights_while_running(self.model, still, bench.forward, **how)
+                found |= weights_while_running(self.model, still, self._answer, **how)
             check_experts(self.model, bench, self._experts_as_before(base, found), self.order.dtype, self.times)
             if len(constants) < len(bench.layers):  # some layer ran, which may have changed others
                 constants = {} if bias else offsets(self.model, bench.layers, self.dtype, stored)

@@ -274,6 +274,37 @@ def test_what_a_function_does_to_its_process_is_undone(tmp_path: Path, monkeypat
     assert model.get_submodule("0").weight.dtype == torch.float32
 
 
+@bench("in-a-row", run=lambda model: model(torch.ones(2, 16)))
+def in_a_row() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+class Beside(nn.Module):
+    """A layer and its LoRA, whose own weights, in float32, come first."""
+
+    def __init__(self, layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.a, self.b = layer, nn.Parameter(a.float()), nn.Parameter(b.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.layer(x)
+        return answer + (x.float() @ self.a.T @ self.b.T).to(answer.dtype)
+
+
+@loader(formats={"peft"}, benches={in_a_row})
+def wraps(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    adapter = read_lora(lora)
+    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
+        raise NotImplementedError("only pairs are supported")
+    for name, module in adapter.modules.items():
+        a, b = adapter.tensors(name)
+        model.set_submodule(name, Beside(model.get_submodule(name), a, strength * module.trained_scale * b.float()))
+
+
+def test_a_loader_whose_own_weights_come_first_in_another_dtype_is_not_blamed() -> None:
+    assert codes(wraps) == set()
+
+
 class Reused(nn.Module):
     """A layer under two names, a complex one, and one whose weight another parameter is."""
 
