@@ -35,6 +35,7 @@ class Sighting:
     modules: tuple[str, ...] = ()
     fact: str = ""
     faint: bool = False
+    unmoved: bool = False
     check: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 

@@ -71,8 +71,9 @@ class Search:
             self.wrong.append((labels, frozenset(finding.code for finding in findings)))
 
     def keep(self, finding: Sighting) -> None:
-        """Let the first finding of a code stand for it, or the first that is not faint."""
-        if finding.code not in self.findings or (self.findings[finding.code].faint and not finding.faint):
+        """Let the first finding of a code stand for it, or the first that is not faint, of modules that changed."""
+        kept = self.findings.get(finding.code)
+        if kept is None or (finding.faint, finding.unmoved) < (kept.faint, kept.unmoved):
             self.findings[finding.code] = finding
 
     def join(self, later: Search) -> None:
@@ -203,8 +204,11 @@ class _Trials:
             self.left -= 1
             observation, probes, found = observe(self.cell, example)
             self.tried.witness(observation, probes, found)
-            self.seen[example] = next((f for f in found if f.code == self.finding.code), None)
+            self.seen[example] = next(filter(self._is_same, found), None)
         return self.seen.get(example) is not None
+
+    def _is_same(self, other: Sighting) -> bool:
+        return other.code == self.finding.code and (self.finding.unmoved or not other.unmoved)
 
 
 def shrink(

@@ -10,7 +10,7 @@ from harness.checks.family import Scenario, Sighting, first_wrong, follows, judg
 from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
 from harness.checks.unloaded import weights_seen
-from harness.measure.compare import norm
+from harness.measure.compare import Fit, norm
 from harness.text import count
 
 _SET_LATER = (
@@ -50,8 +50,10 @@ def check_scale(observation: Observation) -> list[Sighting]:
     wrong = [name for name in observation.fits if _wrong(observation, name)]
     if not wrong or observation.unsteady:  # said already
         return []
-    wrong.sort(key=lambda name: -_excess(observation, name))
-    return [Sighting("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong))]
+    unmoved = {name for name in wrong if all(_is_nothing(fit) for fit in observation.fits[name])}
+    wrong.sort(key=lambda name: (name in unmoved, -_excess(observation, name)))
+    still = len(unmoved) == len(wrong)
+    return [Sighting("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong), still)]
 
 
 @follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
@@ -110,6 +112,10 @@ def _wrong(observation: Observation, name: str) -> bool:
     strength = observation.example.strength
     as_rank = abs(whole.scale - strength) <= max(whole.tolerance.scale, 0.01 * abs(strength))
     return not (name in observation.ambiguous and as_rank)
+
+
+def _is_nothing(fit: Fit) -> bool:
+    return abs(fit.scale) <= 4 * fit.tolerance.scale
 
 
 def _excess(observation: Observation, name: str) -> float:
