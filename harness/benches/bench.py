@@ -181,7 +181,8 @@ class Bench:
         if self.run is None:
             return torch.empty(0)
         like = _first_number(model)
-        like = like if dtype is None else like.new_empty(0, dtype=_first_number(self.base(dtype)).dtype)
+        if dtype is not None:
+            like = torch.empty(0, dtype=_first_number(self.base(dtype)).dtype, device=like.device)
         generator = torch.Generator().manual_seed(7)
         with torch.set_grad_enabled(gradients):
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(like))

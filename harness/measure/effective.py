@@ -293,7 +293,7 @@ def numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return the first floating tensor that is no code, as of `dtype`: activations have its dtype and device."""
     numbers = itertools.chain(module.parameters(), module.buffers())
     first = next((x for x in numbers if x.is_floating_point() and x.dtype.itemsize > 1), torch.empty(0))
-    return first if dtype in (None, first.dtype) else first.new_empty(0, dtype=dtype)
+    return first if dtype in (None, first.dtype) else torch.empty(0, dtype=dtype, device=first.device)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -225,7 +225,7 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
 
 def _in_dtype(bench: Bench, layers: Mapping[str, Layer], dtype: str, refused: Refused) -> dict[str, Tensor]:
     model = bench.base(getattr(torch, dtype))
-    like = numbers_of(model)
+    like = numbers_of(model, getattr(torch, dtype))  # as a loaded model is asked
     modules = {name: layer for name, layer in layers.items() if layer.kind != "experts"}
     found = {
         name: effective_weight(model.get_submodule(name), layer, like, bias=True) for name, layer in modules.items()

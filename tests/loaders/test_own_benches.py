@@ -21,6 +21,7 @@ from harness.files import read_lora
 from harness.isolation.limits import Limits
 from harness.loaders.benches import bench_name, spec_of
 from harness.loaders.registry import resolve
+from harness.measure.effective import numbers_of
 
 HERE = Limits(workers=1)
 
@@ -303,6 +304,19 @@ def wraps(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
 
 def test_a_loader_whose_own_weights_come_first_in_another_dtype_is_not_blamed() -> None:
     assert codes(wraps) == set()
+
+
+class Stiff(torch.Tensor):
+    """Weights of a library that cannot make others of their kind."""
+
+    def new_empty(self, *size: object, **how: object) -> torch.Tensor:  # type: ignore[override]
+        raise NotImplementedError("no new_empty")
+
+
+def test_what_goes_into_a_layer_of_a_librarys_own_weights_is_plain() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Stiff), requires_grad=False)
+    assert numbers_of(layer, torch.bfloat16).dtype == torch.bfloat16
 
 
 class Reused(nn.Module):
