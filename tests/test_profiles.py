@@ -35,7 +35,8 @@ class Toy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+        for name in ("conftest.py", "slow_tests.txt"):
+            shutil.copy(Path(__file__).with_name(name), folder)
         (folder / "test_toy.py").write_text(TOY, encoding="utf-8")
         (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
 

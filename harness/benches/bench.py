@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -180,20 +181,21 @@ class Bench:
 
         if self.run is None:
             return torch.empty(0)
-        like = _first_number(model)
+        like = first_number(model)
         if dtype is not None:
-            like = torch.empty(0, dtype=_first_number(self.base(dtype)).dtype, device=like.device)
+            like = torch.empty(0, dtype=first_number(self.base(dtype)).dtype, device=like.device)
         generator = torch.Generator().manual_seed(7)
         with torch.set_grad_enabled(gradients):
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(like))
         return output.detach()
 
 
-def _first_number(model: torch.nn.Module) -> torch.Tensor:
+def first_number(module: torch.nn.Module) -> torch.Tensor:
+    """Return the first floating tensor of a module that is no code: activations have its dtype and device."""
     import torch
 
-    numbers = (p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    return next(numbers, torch.empty(0))
+    numbers = itertools.chain(module.parameters(), module.buffers())
+    return next((x for x in numbers if x.is_floating_point() and x.dtype.itemsize > 1), torch.empty(0))
 
 
 def shared(model: torch.nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:

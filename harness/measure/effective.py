@@ -5,7 +5,6 @@ Merged weights, hooks, wrappers, parametrizations, patched forwards and returned
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.benches.bench import first_number
 from harness.benches.layer import Layer
 from harness.measure.plain import Stored, is_plain, offset_of, torch_is_itself, weight_of
 
@@ -290,9 +290,8 @@ _ASK: Mapping[str, Callable[[nn.Module, Layer, Tensor], object]] = {
 
 
 def numbers_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the first floating tensor that is no code, as of `dtype`: activations have its dtype and device."""
-    numbers = itertools.chain(module.parameters(), module.buffers())
-    first = next((x for x in numbers if x.is_floating_point() and x.dtype.itemsize > 1), torch.empty(0))
+    """Return the first number of a module, as of `dtype`: activations have its dtype and device."""
+    first = first_number(module)
     return first if dtype in (None, first.dtype) else torch.empty(0, dtype=dtype, device=first.device)
 
 
