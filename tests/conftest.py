@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SLOW = tuple(
     line for line in (HERE / "slow_tests.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
 )
+TOGETHER = ("test_nights.py", "test_diagnose_page.py")  # what their tests share takes long to make
 NO_TORCH = "torch is not installed: pip install 'lora-harness[check]'"
 NEEDS_TORCH = (
     "benches", "checks", "commands/test_pace.py", "commands/test_releases.py", "doctor",
@@ -98,6 +99,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Give a worker of xdist the seed: it parses the command line anew, and would draw one of its own."""
     node.workerinput["hypothesis_seed"] = node.config.getoption("--hypothesis-seed")
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send the tests of some files to one worker each: marks cannot say it, as `harness.suite.schedule` explains."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from harness.suite.schedule import CellScheduling
+
+    class FileScheduling(CellScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = nodeid.partition("::")[0]
+            return place if place.endswith(TOGETHER) else super()._split_scope(nodeid)
+
+    return FileScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

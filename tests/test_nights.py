@@ -14,7 +14,6 @@ from click.testing import CliRunner, Result
 from harness.cli import main
 from harness.report.records import read_run
 
-pytestmark = pytest.mark.xdist_group("nights")  # what they share takes long to make
 LOADER = """
 import torch
 from harness import loader

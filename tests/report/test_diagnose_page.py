@@ -23,7 +23,6 @@ from harness.doctor.in_browser import answer
 from harness.report.site.in_browser import Parts
 from harness.report.site.pages import write_site
 
-pytestmark = pytest.mark.xdist_group("diagnose page")  # what they share takes long to make
 ROOT = Path(__file__).parents[2]
 LORAS = ROOT / "fixtures" / "loras"
 SAID = "return [...document.querySelectorAll('#said dt')].map((e) => [e.textContent, e.nextSibling.textContent])"
