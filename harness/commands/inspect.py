@@ -124,16 +124,18 @@ def _with_engine(record: FileRecord, path: Path, engine: str, max_lora_rank: int
 
 def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_alpha: float | None) -> FileRecord:
     from harness.doctor.loader_law import known_obstacle, measured_prescription, own_bench
+    from harness.doctor.traits import Traits
+    from harness.files import read_lora
 
     if record.format is None:
         return record
-    found: dict[str, float | None] = {}
+    traits, found = Traits(read_lora(path, strict=False)), dict[str, float | None]()
     reasons, notes = {}, []
     for name in loaders:
-        if why := known_obstacle(name, path, lora_alpha=lora_alpha):
+        if why := known_obstacle(name, traits, lora_alpha=lora_alpha):
             found[name], reasons[name] = None, why
             continue
-        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, path)
+        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, traits)
         notes.append(
             f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
         )

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.doctor.traits import Traits
 from harness.errors import LoaderSpecError, UserError
 from harness.files import LoraModule, read_lora
-from harness.law.known import ScaleLaw, file_probes, known_laws, wanted_scale
+from harness.law.known import ScaleLaw, file_probes, known_laws, tools, wanted_scale
 from harness.law.law import Law
 from harness.law.scale import trained_scale
 
@@ -142,29 +143,29 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     reads = adapter.format in subject.formats
     if len(known) < len(wanted) or not modules or not (reads or subject.declaration.formats is None):
         return None
-    measured = MeasuredLoader(subject, adapter.format if reads else None, own_bench(loader, path))
+    measured = MeasuredLoader(subject, adapter.format if reads else None, own_bench(loader, Traits(adapter)))
     return measured.law.strength_for(measured.gains(modules), known)
 
 
-def known_obstacle(loader: str, path: Path, *, lora_alpha: float | None = None) -> str:
+def known_obstacle(loader: str, traits: Traits, *, lora_alpha: float | None = None) -> str:
     """Say why no strength is right in a tool that is known to lose or break such files; empty where none is known."""
     from harness.doctor.answer import Question
-    from harness.doctor.answers import answers, why_not
-    from harness.doctor.traits import Traits
+    from harness.doctor.answers import answer, why_not
 
-    traits, asked = Traits(read_lora(path, strict=False)), Question(lora_alpha=lora_alpha)
-    given = answers(traits, asked).get(loader)
-    if given is None or given.strength is not None or given.effect in ("law", "unknown"):
+    tool, asked = tools().get(loader), Question(lora_alpha=lora_alpha)
+    if tool is None or traits.adapter.format not in tool.formats:
+        return ""
+    given = answer(tool, traits, asked)
+    if given.strength is not None or given.effect in ("law", "unknown"):
         return ""
     return why_not(given, traits, asked)
 
 
-def own_bench(loader: str, path: Path) -> str | None:
+def own_bench(loader: str, traits: Traits) -> str | None:
     """Return the bench of the file's architecture, where the loader declares it for this format; else None."""
-    from harness.doctor.traits import Traits
     from harness.loaders.registry import resolve
 
-    adapter, subject = read_lora(path, strict=False), resolve(loader)
-    families = [family for group in Traits(adapter).groups for family, _ in group.places]
-    able = [bench for form, bench in subject.cells if form == adapter.format]
+    subject = resolve(loader)
+    families = [family for group in traits.groups for family, _ in group.places]
+    able = [bench for form, bench in subject.cells if form == traits.adapter.format]
     return next((family for family in families if family in able), None)
