@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -15,20 +13,14 @@ from harness.errors import UserError
 from harness.loaders.live.diffusers import MORE
 from harness.loaders.registry import resolve
 
-SECONDS = 0.2  # to build a model once its library is imported
-
 
 @pytest.mark.filterwarnings(
     "ignore:In CPU autocast", "ignore:Mismatch dtype between input", "ignore:flex_attention called"
 )
 @pytest.mark.parametrize("name", more_benches())
-def test_a_row_builds_at_once_and_twice_the_same(name: str) -> None:
+def test_a_row_builds_and_twice_the_same(name: str) -> None:
     bench = get_bench(name)
-    layers = bench.layers  # imports the library
-    began = time.process_time()
-    model = bench.build()
-    spent = time.process_time() - began
-    assert spent < 5 * SECONDS  # the machine may be slow; the reads say how long it takes alone
+    layers, model = bench.layers, bench.build()
     assert layers
     assert set(bench.lora_layers) <= set(layers)
     weights, again = ({n: parameter_of(m, n, layers[n]) for n in bench.lora_layers} for m in (model, bench.build()))
