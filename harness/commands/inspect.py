@@ -135,7 +135,7 @@ def _with_loaders(record: FileRecord, path: Path, loaders: Iterable[str], lora_a
         if why := known_obstacle(name, traits, lora_alpha=lora_alpha):
             found[name], reasons[name] = None, why
             continue
-        found[name], bench = measured_prescription(name, path, lora_alpha=lora_alpha), own_bench(name, traits)
+        found[name], bench = measured_prescription(name, traits, lora_alpha=lora_alpha), own_bench(name, traits)
         notes.append(
             f"{name} was measured on {bench}" if bench else f"{name} was not measured on this file's architecture"
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.doctor.traits import Traits
 from harness.errors import LoaderSpecError, UserError
-from harness.files import LoraModule, read_lora
+from harness.files import LoraModule
 from harness.law.known import ScaleLaw, file_probes, known_laws, tools, wanted_scale
 from harness.law.law import Law
 from harness.law.scale import trained_scale
@@ -121,7 +120,7 @@ _MEASURED = frozenset({"lora", "conv", "embedding", "lora_diff", "diff"})
 _REPLACING = frozenset({"set", "tokens", "copy"})
 
 
-def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
+def measured_prescription(loader: str, traits: Traits, *, lora_alpha: float | None = None) -> float | None:
     """Measure the law of `loader` on the file's format and return the strength that reproduces its training.
 
     It is measured on the bench of the file's own architecture (`own_bench`), else on the first that the loader
@@ -134,7 +133,7 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     """
     from harness.loaders.registry import resolve
 
-    adapter, subject = read_lora(path, strict=False), resolve(loader)
+    adapter, subject = traits.adapter, resolve(loader)
     modules = [module for module in adapter.modules.values() if module.variant not in _REPLACING]
     if not {module.variant for module in modules} <= _MEASURED:
         return None
@@ -143,7 +142,7 @@ def measured_prescription(loader: str, path: Path, *, lora_alpha: float | None =
     reads = adapter.format in subject.formats
     if len(known) < len(wanted) or not modules or not (reads or subject.declaration.formats is None):
         return None
-    measured = MeasuredLoader(subject, adapter.format if reads else None, own_bench(loader, Traits(adapter)))
+    measured = MeasuredLoader(subject, adapter.format if reads else None, own_bench(loader, traits))
     return measured.law.strength_for(measured.gains(modules), known)
 
 

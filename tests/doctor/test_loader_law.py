@@ -11,13 +11,18 @@ from click.testing import CliRunner
 
 from harness.cli import main
 from harness.doctor.loader_law import measured_prescription
-from harness.files import LoraParts, LoraWeights, write_lora
+from harness.doctor.traits import Traits
+from harness.files import LoraParts, LoraWeights, read_lora, write_lora
 from harness.fixtures import fixtures_folder
 from harness.loaders.registry import installed
 
 RAW_ALPHA = str(Path(__file__).parents[2] / "examples" / "raw_alpha.py") + ":load"
 STABILISED = fixtures_folder() / "loras" / "r16_a4_rslora" / "peft"
 AVAILABLE = {each.name for each in installed() if each.available}
+
+
+def prescribed(loader: str, path: Path, *, lora_alpha: float | None = None) -> float | None:
+    return measured_prescription(loader, Traits(read_lora(path, strict=False)), lora_alpha=lora_alpha)
 
 
 def pair(rank: int, alpha: float | None) -> LoraWeights:
@@ -29,26 +34,26 @@ def write(folder: Path, format: str, modules: Mapping[str, LoraWeights | LoraPar
 
 
 def test_a_rank_stabilised_file_is_measured_as_one() -> None:
-    assert measured_prescription(RAW_ALPHA, STABILISED) == 0.25  # alpha 4, rank 16: trained 4 / sqrt(16) = 1, given 4
-    assert measured_prescription("peft", STABILISED) == 1.0
+    assert prescribed(RAW_ALPHA, STABILISED) == 0.25  # alpha 4, rank 16: trained 4 / sqrt(16) = 1, given 4
+    assert prescribed("peft", STABILISED) == 1.0
 
 
 @pytest.mark.skipif("lycoris" not in AVAILABLE, reason="lycoris is not installed here")
 def test_a_whole_difference_beside_pairs_leaves_a_right_loader_right(tmp_path: Path) -> None:
     modules = {"a": pair(4, 2.0), "b": pair(4, 2.0), "c": LoraParts({"diff": torch.randn(8, 8)})}
     path = write(tmp_path, "kohya", modules)
-    assert measured_prescription("lycoris", path) == 1.0
-    assert measured_prescription(RAW_ALPHA, path) is None  # 1 / 4 for the pairs, 1 for the difference
+    assert prescribed("lycoris", path) == 1.0
+    assert prescribed(RAW_ALPHA, path) is None  # 1 / 4 for the pairs, 1 for the difference
 
 
 def test_a_file_without_alpha_is_measured_without_alpha(tmp_path: Path) -> None:
     path = write(tmp_path, "diffsynth", {"a": pair(32, None)})
-    assert measured_prescription(RAW_ALPHA, path) is None
-    assert measured_prescription(RAW_ALPHA, path, lora_alpha=16.0) == 0.5  # read as scale 1, trained 16 / 32
+    assert prescribed(RAW_ALPHA, path) is None
+    assert prescribed(RAW_ALPHA, path, lora_alpha=16.0) == 0.5  # read as scale 1, trained 16 / 32
 
 
 def test_a_format_that_a_loader_does_not_read_is_not_answered(tmp_path: Path) -> None:
-    assert measured_prescription("peft", write(tmp_path, "kohya", {"a": pair(4, 2.0)})) is None
+    assert prescribed("peft", write(tmp_path, "kohya", {"a": pair(4, 2.0)})) is None
 
 
 @pytest.mark.skipif("diffusers" not in AVAILABLE, reason="diffusers is not installed here")
