@@ -186,7 +186,7 @@ def _finding(cell: Cell, once: Observation, scenario: Scenario, may_raise: bool)
         return None if may_raise else Sighting(scenario.code, seen, fact=what)
     clear = {n: f[0] for n, f in seen.fits.items() if not wrong_direction(once.fits[n][0])}  # the others have no scale
     first = {name: once.fits[name][0].scale for name in clear}
-    if any(all(_near(fit, times * first[name]) for name, fit in clear.items()) for times in scenario.right):
+    if any(all(near(fit, times * first[name]) for name, fit in clear.items()) for times in scenario.right):
         return None
     return Sighting(scenario.code, seen, *_worst(first, clear, scenario))
 
@@ -202,5 +202,6 @@ def _distance(scale: float, first: float, right: Sequence[float]) -> float:
     return min(abs(scale - times * first) for times in right)
 
 
-def _near(fit: Fit, wanted: float) -> bool:
+def near(fit: Fit, wanted: float) -> bool:
+    """Tell whether a measured scale is `wanted`, within four times its tolerance."""
     return abs(fit.scale - wanted) <= 4 * fit.tolerance.scale

@@ -121,8 +121,12 @@ class _Server:
         self._running()
 
     def is_over(self) -> bool:
-        """Whether it was started and runs no longer."""
-        return self._number > 0 and (self._server is None or not self._server.running)
+        """Whether it was asked something and runs no longer."""
+        return self._number > 0 and self._alive is None
+
+    @property
+    def _alive(self) -> Server | None:
+        return self._server if self._server is not None and self._server.running else None
 
     def close(self) -> None:
         """End the server, if one runs."""
@@ -131,7 +135,7 @@ class _Server:
             self._server = None
 
     def _running(self) -> Server:
-        if self._server is None or not self._server.running:
+        if (server := self._alive) is None:
             self.close()
             server = self._server = started(self._words or program_of(self.spec))
             weakref.finalize(self, Server.close, server)
@@ -140,7 +144,7 @@ class _Server:
             except BaseException:
                 self.close()
                 raise
-        return self._server
+        return server
 
     def _ask(self, question: dict[str, Any]) -> str:
         """Return what the server printed while it did what it was asked.

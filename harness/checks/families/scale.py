@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from harness.checks.cell import Cell
-from harness.checks.family import Scenario, Sighting, first_wrong, follows, judges
+from harness.checks.family import Scenario, Sighting, first_wrong, follows, judges, near
 from harness.checks.observation import Observation, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
 from harness.checks.unloaded import weights_seen
-from harness.measure.compare import Fit, norm
+from harness.measure.compare import norm
 from harness.text import count
 
 _SET_LATER = (
@@ -50,10 +50,10 @@ def check_scale(observation: Observation) -> list[Sighting]:
     wrong = [name for name in observation.fits if _wrong(observation, name)]
     if not wrong or observation.unsteady:  # said already
         return []
-    unmoved = {name for name in wrong if all(_is_nothing(fit) for fit in observation.fits[name])}
+    unmoved = {name for name in wrong if all(near(fit, 0.0) for fit in observation.fits[name])}
     wrong.sort(key=lambda name: (name in unmoved, -_excess(observation, name)))
-    still = len(unmoved) == len(wrong)
-    return [Sighting("LH209", observation, tuple(wrong), _fact(observation, wrong), observation.faint(wrong), still)]
+    fact, faint = _fact(observation, wrong), observation.faint(wrong)
+    return [Sighting("LH209", observation, tuple(wrong), fact, faint, unmoved=len(unmoved) == len(wrong))]
 
 
 @follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
@@ -99,8 +99,8 @@ def _readings(cell: Cell, once: Observation, seen: Observation) -> set[str]:
             before, updates[target.name], expected=cell.variant.scale(target), strength=seen.example.strength
         )
         change = seen.changes[target.name]
-        near = {name for name, weight in known if norm(weight - before - change) <= max(noise, _NEAR * norm(change))}
-        names = near if number == 0 else names & near
+        close = {name for name, weight in known if norm(weight - before - change) <= max(noise, _NEAR * norm(change))}
+        names = close if number == 0 else names & close
     return names
 
 
@@ -112,10 +112,6 @@ def _wrong(observation: Observation, name: str) -> bool:
     strength = observation.example.strength
     as_rank = abs(whole.scale - strength) <= max(whole.tolerance.scale, 0.01 * abs(strength))
     return not (name in observation.ambiguous and as_rank)
-
-
-def _is_nothing(fit: Fit) -> bool:
-    return abs(fit.scale) <= 4 * fit.tolerance.scale
 
 
 def _excess(observation: Observation, name: str) -> float:
