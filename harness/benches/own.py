@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "__lora_harness_bench__"
 _SEED = 31
+_DEEP = 8  # levels of what a model answers
 F = TypeVar("F", bound=Callable[[], Any])
 
 
@@ -292,14 +293,19 @@ def _positional(run: Callable[..., Any]) -> int:
 
 def _tensor(found: Any) -> Tensor:
     """Return the first floating tensor of what a model answers: itself, in a tuple, a mapping or a dataclass."""
-    import torch
-
-    if isinstance(found, torch.Tensor):
-        return torch.view_as_real(found) if found.is_complex() else found
-    held = vars(found) if dataclasses.is_dataclass(found) and not isinstance(found, Mapping) else found
-    parts = held.values() if isinstance(held, Mapping) else held if isinstance(held, (tuple, list)) else ()
-    tensors = (part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
-    first = next(tensors, None)
+    first = next(_tensors(found), None)
     if first is None:
         raise TypeError(f"run returned {type(found).__name__}, but should return a tensor, or what holds one")
     return first
+
+
+def _tensors(found: Any, depth: int = 0) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(found, torch.Tensor):
+        if found.is_floating_point() or found.is_complex():
+            yield torch.view_as_real(found) if found.is_complex() else found
+    elif depth < _DEEP:
+        held = vars(found) if dataclasses.is_dataclass(found) and not isinstance(found, Mapping) else found
+        for part in held.values() if isinstance(held, Mapping) else held if isinstance(held, (tuple, list)) else ():
+            yield from _tensors(part, depth + 1)

@@ -23,6 +23,7 @@ from harness.measure.effective import dense_input, effective_weight, effective_w
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
 MOST_WEIGHTS = 30_000_000
+_FEWEST = 4  # weights of a layer: a delta of fewer is in the span of any two
 _NOT_LINEAR = 1e-3  # of an answer: what rounding never makes
 _BLUR = 0.05  # of an answer: what rounding the input to eight bits does
 Refused = Callable[[str], UserError]
@@ -144,6 +145,8 @@ def _stacked(model: torch.nn.Module, said: OwnBench, refused: Refused) -> dict[s
 
 def _looked_into(name: str, module: torch.nn.Module, layer: Layer, like: Tensor) -> tuple[float, str]:
     """Return the share of a dense answer that is not its matrix's, and why a layer is not read where it is none."""
+    if layer.columns < 2 or layer.rows * layer.columns < _FEWEST:
+        return 0.0, "it has too few weights to tell one LoRA from another"
     dense = dict[str, Tensor]()
     try:
         weight = effective_weight(module, layer, like)
@@ -152,12 +155,27 @@ def _looked_into(name: str, module: torch.nn.Module, layer: Layer, like: Tensor)
         return 0.0, f"it does not answer as a layer does ({one_line(error)[:80]})"
     if not bool(weight.isfinite().all()):
         return 0.0, "its weights are not finite"
+    if not _is_its_weight(module, layer, weight):
+        return (
+            0.0,
+            "it computes with another matrix than its weight, as a factor makes it: to add to either is not the same",
+        )
     x = dense_input(layer, like.dtype)
     if x is None or name not in dense:
         return 0.0, ""
     wanted = x.double() @ weight.T
     blur = norm(dense[name] - wanted) / norm(wanted) if norm(wanted) else 0.0
     return blur, "" if blur <= (_BLUR if layer.codes else _NOT_LINEAR) else "what it computes is no matrix"
+
+
+def _is_its_weight(module: torch.nn.Module, layer: Layer, effective: Tensor) -> bool:
+    """Whether the matrix that a layer multiplies by is the parameter it has, which is what a merge changes."""
+    weight = module.weight
+    if layer.codes or not isinstance(weight, Tensor) or weight.numel() != effective.numel():
+        return True  # codes stand for other numbers
+    own = weight.detach().double().flatten(1)
+    own = own.T if layer.kind in ("transposed", "embedding") else own
+    return norm(own - effective) <= _NOT_LINEAR * norm(own)
 
 
 def _targets(
@@ -208,18 +226,22 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
 
     Of other dtypes than the first only those stand there that are not its own rounded.
     """
-    tensors, dtypes = dict[str, Tensor](), list[str]()
+    tensors, raised = dict[str, Tensor](), dict[str, Exception]()
     for dtype in DTYPES:
         try:
             found = _in_dtype(bench, layers, dtype, refused)
         except (UserError, MemoryError):
             raise
         except Exception as error:
-            if not dtypes:
-                raise refused(f"its forward raises {one_line(error)}") from error
+            raised[dtype] = error
             continue
-        dtypes.append(dtype)
         tensors |= {f"{dtype}:{name}": w for name, w in found.items() if not _is_rounded(w, tensors, name, dtype)}
+    dtypes = [dtype for dtype in DTYPES if dtype not in raised]
+    if (first := raised.get(DTYPES[0])) is not None:
+        why = "".join(
+            f" in {DTYPES[0]}, not in {d}: give inputs no dtype, the default is the model's" for d in dtypes[:1]
+        )
+        raise refused(f"its forward raises {one_line(first)}{why}") from first
     return tensors, dtypes
 
 

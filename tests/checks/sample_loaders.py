@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
-from harness.files import LoraModule, match_modules, read_lora
+from harness.files import LoraAdapter, LoraModule, match_modules, read_lora
 
 Scale = Callable[[float, LoraModule, list[LoraModule]], float]
 
 
-def pairs(model: torch.nn.Module, lora: Path) -> Iterator[tuple[Any, LoraModule, torch.Tensor, list[LoraModule]]]:
+def only_pairs(lora: Path) -> LoraAdapter:
     adapter = read_lora(lora)
     if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
         raise NotImplementedError(f"{lora.name}: only pairs are supported")
+    return adapter
+
+
+def pairs(model: torch.nn.Module, lora: Path) -> Iterator[tuple[Any, LoraModule, torch.Tensor, list[LoraModule]]]:
+    adapter = only_pairs(lora)
     names, _ = match_modules(adapter, [name for name, _ in model.named_modules()])
     modules = list(adapter.modules.values())
     for name, module in adapter.modules.items():

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.benches import Bench, get_bench
+from harness import check_loader
+from harness.benches import Bench, get_bench, registry
 from harness.files import LoraWeights, write_lora
+from harness.isolation.limits import Limits
 from harness.loaders.releases import find_releases
+
+HERE = Limits(workers=1)
 
 
 def weights(bench: Bench, alphas: tuple[float | None, ...] = (1.5, 8.0, 5.0, 16.0)) -> dict[str, LoraWeights]:
@@ -57,6 +61,12 @@ def trained(modules: Mapping[str, LoraWeights], strength: float) -> dict[str, fl
     return {n: strength * (1.0 if m.alpha is None else m.alpha / m.a.shape[0]) for n, m in modules.items()}
 
 
+def codes(load: object, **options: object) -> set[str | None]:
+    verdicts = check_loader(load, max_examples=6, limits=HERE, **options)  # type: ignore[arg-type]
+    assert verdicts
+    return {verdict.code for verdict in verdicts if not verdict.ok}
+
+
 @pytest.fixture
 def bench() -> Bench:
     return get_bench("qwen-image")
@@ -69,3 +79,10 @@ def needs_diffsynth() -> Callable[[str], None]:
             pytest.skip(f"lora-harness install diffsynth=={version} has not been run")
 
     return needs
+
+
+@pytest.fixture
+def no_own_benches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is there before the test, and none of it remains."""
+    monkeypatch.setattr(registry, "_OWN", {})
+    monkeypatch.setattr("harness.loaders.benches._FUNCTIONS", {})

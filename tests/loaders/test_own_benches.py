@@ -12,24 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
-from harness import UserError, bench, check_loader, loader
-from harness.benches import get_bench, own_benches, registry
+from harness import UserError, bench, loader
+from harness.benches import get_bench, own_benches
 from harness.checks.cell import cells_of
-from harness.files import read_lora
-from harness.isolation.limits import Limits
 from harness.loaders.benches import bench_name, spec_of
 from harness.loaders.registry import resolve
-from harness.measure.effective import numbers_of
+from tests.checks.sample_loaders import only_pairs
 
-HERE = Limits(workers=1)
+from .conftest import codes
 
-
-@pytest.fixture(autouse=True)
-def none_of_mine_remain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_OWN", {})
-    monkeypatch.setattr("harness.loaders.benches._FUNCTIONS", {})
+pytestmark = pytest.mark.usefixtures("no_own_benches")
 
 
 class Attention(nn.Module):
@@ -74,9 +67,7 @@ def everything() -> nn.Module:
 
 
 def pairs(model: nn.Module, lora: Path, strength: float, rows: dict[str, tuple[str, int]]) -> None:
-    adapter = read_lora(lora)
-    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
+    adapter = only_pairs(lora)
     for name, module in adapter.modules.items():
         a, b = adapter.tensors(name)
         layer, start = rows.get(name, (name, 0))
@@ -101,12 +92,6 @@ def swapped(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
 @loader(formats={"peft"}, variants={"lora", "rslora"})
 def by_other_names(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     pairs(model, lora, strength, {"attn.in_proj": ("qkv", 0)})
-
-
-def codes(load: object, **options: object) -> set[str | None]:
-    verdicts = check_loader(load, max_examples=6, limits=HERE, **options)  # type: ignore[arg-type]
-    assert verdicts
-    return {verdict.code for verdict in verdicts if not verdict.ok}
 
 
 def test_a_right_loader_of_one_s_own_model_passes_with_parts_of_unequal_height() -> None:
@@ -142,20 +127,6 @@ def test_what_is_measured_is_said_and_what_is_not() -> None:
         "no forward is given",
     ):
         assert part in said
-
-
-def undrawn() -> nn.Module:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    model[0].weight.data[0, 0] = float("nan")
-    return model
-
-
-def test_a_weight_that_is_no_number_is_not_measured_and_nobody_has_changed_it() -> None:
-    mine = get_bench(bench_name(undrawn, model=True))
-    said = list(mine.measures(mine.view.lora_layers))
-    assert said[0].endswith("1 of 1 layers take a LoRA: 1")
-    assert any(line.endswith("not measured: 0: its weights are not finite") for line in said)
-    assert "LH401" not in codes("peft", benches=[bench("undrawn")(undrawn)], formats=["peft"], variants=["lora"])
 
 
 def endless() -> nn.Module:
@@ -244,6 +215,9 @@ BAD = {
     "@bench('x', fused={'0': {'q': 3}})\ndef make(): return one(4, 4)": ("the projections of '0' have 3 rows, 0 has 4"),
     "@bench('x', names={'1': 'y'})\ndef make(): return one(4, 4)": "names: '1' is in no layer's",
     "@bench('x', run=lambda m: m(torch.ones(5)))\ndef make(): return one(4, 4)": "its forward raises Runtime",
+    "@bench('x', run=lambda m: m(torch.ones(4, dtype=torch.bfloat16)))\ndef make(): return one(4, 4)": (
+        "in float32, not in bfloat16: give inputs no dtype"
+    ),
     "@bench('x', run=lambda m: 'no')\ndef make(): return one(4, 4)": "returned str, but should return a tensor",
     "@bench('x', run=lambda m: m(torch.ones(4)) * float('nan'))\ndef make(): return one(4, 4)": "not finite",
     "@bench('x', run=lambda m: m(torch.ones(4)) + id(object()) % 97 + len(os.urandom(1)) * os.urandom(1)[0])\n"
@@ -273,80 +247,6 @@ def test_what_a_function_does_to_its_process_is_undone(tmp_path: Path, monkeypat
     model = get_bench(bench_name("mine.py:make", model=True)).build()
     assert before == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), Path.cwd())
     assert model.get_submodule("0").weight.dtype == torch.float32
-
-
-@bench("in-a-row", run=lambda model: model(torch.ones(2, 16)))
-def in_a_row() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
-
-
-class Beside(nn.Module):
-    """A layer and its LoRA, whose own weights, in float32, come first."""
-
-    def __init__(self, layer: nn.Module, a: torch.Tensor, b: torch.Tensor) -> None:
-        super().__init__()
-        self.layer, self.a, self.b = layer, nn.Parameter(a.float()), nn.Parameter(b.float())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = self.layer(x)
-        return answer + (x.float() @ self.a.T @ self.b.T).to(answer.dtype)
-
-
-@loader(formats={"peft"}, benches={in_a_row})
-def wraps(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    adapter = read_lora(lora)
-    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
-    for name, module in adapter.modules.items():
-        a, b = adapter.tensors(name)
-        model.set_submodule(name, Beside(model.get_submodule(name), a, strength * module.trained_scale * b.float()))
-
-
-def test_a_loader_whose_own_weights_come_first_in_another_dtype_is_not_blamed() -> None:
-    assert codes(wraps) == set()
-
-
-class Stiff(torch.Tensor):
-    """Weights of a library that cannot make others of their kind."""
-
-    def new_empty(self, *size: object, **how: object) -> torch.Tensor:  # type: ignore[override]
-        raise NotImplementedError("no new_empty")
-
-
-def test_what_goes_into_a_layer_of_a_librarys_own_weights_is_plain() -> None:
-    layer = nn.Linear(4, 4)
-    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Stiff), requires_grad=False)
-    assert numbers_of(layer, torch.bfloat16).dtype == torch.bfloat16
-
-
-class Reused(nn.Module):
-    """A layer under two names, a complex one, and one whose weight another parameter is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.again = self.first
-        self.waves = nn.Linear(8, 8, dtype=torch.complex64)
-        self.out = nn.Linear(8, 4)
-        self.free = nn.ParameterList([self.out.weight])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = self.out(self.waves(self.again(self.first(x)).to(torch.complex64)).abs())
-        return answer
-
-
-@bench("reused", run=lambda model: model(torch.randn(2, 8)))
-def reused() -> nn.Module:
-    return Reused()
-
-
-def test_other_names_of_a_layer_and_complex_ones_are_no_layers_of_their_own() -> None:
-    assert codes("peft", benches=[reused]) <= {"LH103"}
-    known = get_bench("reused")
-    assert list(known.layers) == ["first", "out"]
-    told = list(known.measures(()))
-    assert "again is first once more: what a loader does under that name is not measured" in told
-    assert any(line.startswith("not measured, only looked at for being changed: waves.weight") for line in told)
 
 
 def test_a_function_without_bench_is_pointed_to_the_other_option(tmp_path: Path) -> None:
@@ -386,22 +286,16 @@ class Answer:
     sample: torch.Tensor
 
 
-def test_what_a_model_returns_may_be_a_dataclass() -> None:
+def test_what_a_model_returns_may_hold_its_tensor_in_a_dataclass_or_deeper() -> None:
     def run(model: nn.Module) -> Answer:
         return Answer(None, model(torch.ones(1, 4)))
 
-    mine = get_bench(bench_name(bench("answers", run=run)(lambda: nn.Sequential(nn.Linear(4, 6)))))
-    assert mine.forward(mine.build()).shape == (1, 6)
+    def deeper(model: nn.Module) -> dict[str, object]:
+        return {"ids": torch.ones(2).long(), "hidden": [(None, model(torch.ones(1, 4)))]}
 
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_model_that_hangs_on_a_graph_is_copied_all_the_same() -> None:
-    def old_weight_norm() -> nn.Module:
-        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 4))
-
-    mine = get_bench(bench_name(bench("normed")(old_weight_norm)))
-    assert mine.base(torch.bfloat16)[0].weight_g.dtype == torch.bfloat16
-    assert torch.equal(mine.build()[0].weight_v, mine.base()[0].weight_v)
+    for name, how in (("answers", run), ("deeper", deeper)):
+        mine = get_bench(bench_name(bench(name, run=how)(lambda: nn.Sequential(nn.Linear(4, 6)))))
+        assert mine.forward(mine.build()).shape == (1, 6)
 
 
 def test_the_command_line_ends_with_2_and_says_why(tmp_path: Path) -> None:
@@ -414,78 +308,6 @@ def test_the_command_line_ends_with_2_and_says_why(tmp_path: Path) -> None:
 
 def test_a_function_is_named_by_its_file_or_its_module() -> None:
     assert spec_of(attention).endswith(":attention")
-
-
-class Codes(nn.Linear):
-    """A linear layer whose weight is eight-bit codes with a scale per row."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__(columns, rows, bias=False)
-        whole = self.weight.detach()
-        self.register_buffer("step", torch.empty(rows, 1))
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
-        self.put(whole)
-
-    def whole(self) -> torch.Tensor:
-        return self.weight.float() * self.step  # type: ignore[operator]
-
-    def put(self, whole: torch.Tensor) -> None:
-        self.step.copy_(whole.abs().amax(1, keepdim=True) / 127)  # type: ignore[operator]
-        self.weight.copy_((whole / self.step).round().to(torch.int8))  # type: ignore[operator]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.whole())
-
-
-@bench("codes", run=lambda model: model(torch.randn(2, 24)))
-def codes_model() -> nn.Module:
-    return nn.Sequential(Codes(32, 24), nn.Tanh(), Codes(24, 32), nn.Linear(24, 24))
-
-
-def into_codes(model: nn.Module, lora: Path, strength: float, *, raw: bool) -> None:
-    adapter = read_lora(lora)
-    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
-    for name, module in adapter.modules.items():
-        a, b = adapter.tensors(name)
-        layer = model.get_submodule(name)
-        scale = strength * ((module.alpha or 1.0) if raw else module.trained_scale)
-        if isinstance(layer, Codes):
-            layer.put(layer.whole() + scale * b.float() @ a.float())
-        else:
-            layer.weight += scale * b.float() @ a.float()  # type: ignore[operator]
-
-
-@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
-def merges_into_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    into_codes(model, lora, strength, raw=False)
-
-
-@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
-def raw_alpha_into_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    into_codes(model, lora, strength, raw=True)
-
-
-@loader(formats={"peft"}, benches={codes_model}, variants={"lora", "rslora"})
-def beside_codes(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-    adapter = read_lora(lora)
-    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
-    for name, module in adapter.modules.items():
-        a, b = (part.float() for part in adapter.tensors(name))
-        delta = strength * module.trained_scale * (b @ a)
-        model.get_submodule(name).register_forward_hook(lambda layer, args, out, d=delta: out + args[0] @ d.T.to(out))
-
-
-def test_a_merge_into_codes_is_right_and_one_beside_them_too() -> None:
-    assert codes(merges_into_codes) == codes(beside_codes) == set()
-    bench_of_codes = get_bench("codes")
-    assert [layer.codes for layer in bench_of_codes.layers.values()] == ["int8", "int8", ""]
-    assert (bench_of_codes.dtypes, bench_of_codes.copies) == (("float32",), False)
-
-
-def test_a_wrong_law_shows_through_codes() -> None:
-    assert "LH201" in codes(raw_alpha_into_codes)
 
 
 def test_a_scheme_that_there_is_not_and_a_library_that_is_missing_are_told() -> None:

@@ -15,6 +15,7 @@ from harness.benches.codes import numbers_behind, rounded_to
 from harness.files import read_lora
 from harness.isolation.limits import Limits
 from harness.loaders.benches import bench_name
+from tests.checks.sample_loaders import only_pairs
 
 HERE = Limits(workers=1)
 SCHEMES = ("fp8-scaled", "gguf-q4_0")
@@ -27,9 +28,7 @@ def ready(scheme: str) -> str:
 
 
 def into_codes(model: nn.Module, lora: Path, factor: float) -> None:
-    adapter = read_lora(lora)
-    if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-        raise NotImplementedError("only pairs are supported")
+    adapter = only_pairs(lora)
     for name, module in adapter.modules.items():
         a, b = (part.float() for part in adapter.tensors(name))
         layer: Any = model.get_submodule(name)
@@ -82,9 +81,7 @@ def rounding_itself(factor: float, coarse: str) -> Any:
 
     @loader(formats={"peft"}, variants={"lora", "rslora"}, quantises=True, strength_argument="strength")
     def load(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
-        adapter = read_lora(lora)
-        if adapter.unused_keys or any(set(module.keys) - {"A", "B", "alpha"} for module in adapter.modules.values()):
-            raise NotImplementedError("only pairs are supported")
+        adapter = only_pairs(lora)
         if set(adapter.modules) - {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}:
             raise ValueError("a module of the file has no layer here")
         for name, layer in model.named_modules():

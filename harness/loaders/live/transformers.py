@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.benches import more_benches
+from harness.benches.table import rows
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
 from harness.loaders.protocol import loader
@@ -24,6 +26,7 @@ def unload(model: torch.nn.Module) -> None:
     benches={"clip-text", "gpt2", "tiny-llama"},
     strength_argument=None,  # `load_adapter` takes none
     unload=unload,
+    also=(name for name in more_benches() if rows()[name].library == "transformers"),
 )
 def load(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
     """Load the PEFT folder `lora` under a name of its own, beside what was loaded before; there is no strength.
