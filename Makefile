@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
-EXAMPLES ?= 15
+EXAMPLES ?= 5
 
 .PHONY: report test test-slow test-core fuzz lint bench bench-gpu mutants clean
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SLOW = tuple(
     line for line in (HERE / "slow_tests.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
 )
-TOGETHER = ("test_nights.py", "test_diagnose_page.py")  # what their tests share takes long to make
+TOGETHER = ("test_nights.py", "test_diagnose_page.py", "test_findings.py")  # what their tests share takes long to make
 NO_TORCH = "torch is not installed: pip install 'lora-harness[check]'"
 NEEDS_TORCH = (
     "benches", "checks", "commands/test_pace.py", "commands/test_releases.py", "doctor",
