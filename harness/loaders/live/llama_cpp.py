@@ -32,7 +32,7 @@ def load(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.
     with tempfile.TemporaryDirectory(prefix="lora-harness-gguf-") as folder:
         engine = Llama(
             str(model_file(base)),
-            lora_path=str(adapter_file(lora, Path(folder))),
+            lora_path=str(adapter_file(lora, Path(folder), base)),
             lora_scale=strength,
             n_ctx=64,
             n_threads=1,

@@ -34,7 +34,7 @@ def load(base: Path, lora: Path, *, strength: float, inputs: Mapping[str, torch.
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="lora-harness-gguf-") as folder:
-        adapter = adapter_file(lora, Path(folder))
+        adapter = adapter_file(lora, Path(folder), base)
         server = xllamacpp.Server(_parameters(xllamacpp, model_file(base), adapter, strength))
         hidden = _hidden(server.listening_address, inputs["input_ids"][0].tolist())
         del server
