@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ STYLES = {
 }
 _LABELS = 10
 _WIDTH = 80
-_NAME, _GAP, _SHORTEST = 20, 2, 5
+_NAME, _GAP, _SHORTEST = 20, 2, 4
 _MOST_TOLD, _MOST_BRIEF = 5, 20
 _MOST_KNOWN = 10
 _MOST_UNMEASURED = 5
@@ -57,9 +58,10 @@ def print_run(run: Run, console: Console | None = None) -> None:
     console = console or Console()
     for text in (*_unmeasured(not_measured(run)), *_known(known_groups(run.verdicts))):
         console.print(text, soft_wrap=True)
-    if _rows_and_heads(run)[0]:
-        console.print(matrix_table(run), width=_WIDTH)
-        console.print(_legend(run), soft_wrap=True)
+    if blocks := _blocks(run):
+        for block in blocks:
+            console.print(_table(block), width=_WIDTH)
+        console.print(_legend(run, [name for block in blocks for name in block.heads]), soft_wrap=True)
     if run.footer and run.footer.reference:
         console.print(Text(f"reference: {on_one_line(run.footer.reference)}", style="dim"), soft_wrap=True)
     found = causes(run.verdicts)
@@ -118,23 +120,53 @@ def _known(groups: Sequence[KnownGroup]) -> Iterator[Text]:
         yield Text(f"{SYMBOLS['xfailed']} and {count(len(groups) - _MOST_KNOWN, 'more known finding')}", style="dim")
 
 
-def matrix_table(run: Run) -> Table:
-    """Return the matrix as a table: a row per loader, a column per bench, a glyph per format and variant."""
-    rows, heads = _rows_and_heads(run)
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for name in heads:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+@dataclass(frozen=True)
+class _Block:
+    """As many columns of the matrix as fit side by side, and the rows that have a sign in them."""
+
+    heads: list[str]
+    rows: list[list[Text]]
 
 
-def _rows_and_heads(run: Run) -> tuple[list[list[Text]], list[str]]:
+def _blocks(run: Run) -> list[_Block]:
+    """Return the matrix: a row per loader, a column per bench, a sign per format and variant."""
     grid = cells(run)
     rows = [[Text(elided(line.loader, _NAME), style="bold"), *_glyphs(line)] for line in lines(grid) if line.cells]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] or [0]
-    return rows, _fitted(columns(grid), widths[1:], _WIDTH - widths[0])
+    if not rows:
+        return []
+    names, (first, *widths) = columns(grid), [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        _Block(
+            _fitted(names[part], widths[part], _WIDTH - first),
+            [[name, *own[part]] for name, *own in rows if any(own[part])],
+        )
+        for part in _side_by_side(names, widths, _WIDTH - first)
+    ]
+
+
+def _side_by_side(names: Sequence[str], widths: Sequence[int], room: int) -> Iterator[slice]:
+    """Yield the columns that fit into `room`: all with shorter heads, else as many at a time as fit with whole ones."""
+    if sum(max(_SHORTEST, width) + _GAP for width in widths) <= room:
+        yield slice(0, len(names))
+        return
+    start, used = 0, 0
+    for at, (name, width) in enumerate(zip(names, widths, strict=True)):
+        needed = max(len(on_one_line(name)), width) + _GAP
+        if at > start and used + needed > room:
+            yield slice(start, at)
+            start, used = at, 0
+        used += needed
+    yield slice(start, len(names))
+
+
+def _table(block: _Block) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in block.heads:
+        table.add_column(Text(name), overflow="fold")
+    for row in block.rows:
+        table.add_row(*row)
+    return table
 
 
 def _fitted(names: Sequence[str], widths: Sequence[int], room: int) -> list[str]:
@@ -163,9 +195,9 @@ def _glyph(cell: MatrixCell) -> tuple[str, str]:
     return SYMBOLS[cell.outcome], STYLES.get(cell.outcome, "dim")
 
 
-def _legend(run: Run) -> Text:
+def _legend(run: Run, shown: Sequence[str]) -> Text:
     seen = {cell.outcome for cell in cells(run).values()}
     words = [f"{SYMBOLS[outcome]} {WORDS[outcome]}" for outcome in LETTERS if outcome in seen]
     names = [on_one_line(name) for name in columns(cells(run))]
-    heads = "" if names == _rows_and_heads(run)[1] else f"; columns: {', '.join(names)}"
+    heads = "" if names == shown else f"; columns: {', '.join(names)}"
     return Text(f"{', '.join(words)}; a sign per format and variant{heads}", style="dim")

@@ -54,6 +54,16 @@ def test_the_matrix_of_many_loaders_on_many_benches_has_80_columns(width: int) -
     assert table[0].split()[0].endswith(".py:load")
 
 
+def test_more_benches_than_fit_are_below_each_other_under_whole_names() -> None:
+    places = [f"architecture-{n}" for n in range(40)]
+    out = printed(*(passed(bench=bench) for bench in places), passed("one", bench=places[-1]), failed("two", bench="x"))
+    assert all(re.search(rf"\b{name}\b", out) for name in places)
+    assert out.count("✓") == 41 + 1  # and in the legend
+    assert max(len(line.rstrip()) for line in out.splitlines() if "architecture" in line or "✓" in line) <= 80
+    assert "; columns:" not in out
+    assert len(re.findall(r"^one ", out, re.MULTILINE)) == 1
+
+
 def test_known_failures_are_a_line_per_finding_with_code_and_number() -> None:
     reason = "raises (docs/findings/lycoris-missing-alpha.md)"
     some = [known("lycoris", "kohya", bench).model_copy(update={"reason": reason}) for bench in ("a", "b")]
