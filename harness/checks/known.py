@@ -216,11 +216,13 @@ def shipped_known_failures() -> list[KnownFailure]:
 def unmatched(known: Sequence[KnownFailure], cells: Sequence[Cell]) -> list[KnownFailure]:
     """Return the lines that name a loader under test and none of the cells it declares: stale lines are errors.
 
-    A line for other releases than the one under test is none of them.
+    A line for other releases than the one under test is none of them, nor one for a bench that is checked when it is
+    asked for.
     """
     subjects = {cell.subject.spec: cell.subject for cell in cells}
     named = [k for k in known if k.loader in subjects and not k.of_images]
     lines = [k for k in named if _version_fits(k.versions, subjects[k.loader].version)]
+    lines = [k for k in lines if not subjects[k.loader].declaration.also.intersection(k.benches)]
     declared = {spec: declared_cells(subject) for spec, subject in subjects.items()}
     return [k for k in lines if not any(applies(k, cell) for cell in declared[k.loader])]
 

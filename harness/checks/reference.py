@@ -11,6 +11,7 @@ from harness.benches import own_benches
 from harness.checks.apart import served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
+from harness.checks.known import applies, shipped_known_failures
 from harness.checks.plan import Plan, planned
 from harness.checks.trial import run_trial
 from harness.checks.unloaded import weights_seen
@@ -19,10 +20,12 @@ from harness.isolation.jobs import Channel, Job, run_jobs
 from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.measure.compare import norm
+from harness.verdict.codes import CODES
 from harness.verdict.verdict import Verdict
 
 _SECONDS = 30.0
 _FEW_LAYERS = Plan(share=0.5)
+_BESIDE = "side_effects"  # of a merge, on what is no part of the reference
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,26 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     except LoaderSpecError as error:
         return SelfCheck(reason=str(error))
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
-    known = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
-    without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {k.variant_name for k in known})
+    asked = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
+    known = [c for c in asked if not _known_wrong(c)]
+    without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {a.variant_name for a in asked})
     found = tuple(_asked(known, workers))
     agreed = {place.bench for place in found if not place.refused}
     refused = [place for place in found if place.refused]
     without |= dict.fromkeys(f"{p.bench}/{p.variant}" if p.bench in agreed else p.bench for p in refused)
+    without |= dict.fromkeys(f"{c.bench_name}/{c.variant_name}" for c in asked if c not in known)
     without |= dict.fromkeys(c.bench_name for c in places if c.bench.names)
     return SelfCheck(subject.version, tuple(place for place in found if not place.refused), tuple(without))
 
 
 def _place(cell: Cell) -> tuple[str, str]:
     return cell.bench_name, cell.variant_name
+
+
+def _known_wrong(cell: Cell) -> bool:
+    """Whether PEFT is known to load something else there, whatever the file: it is no reference then."""
+    lines = (line for line in shipped_known_failures() if line.trait is None and not line.kinds)
+    return any(CODES[line.code].family != _BESIDE and applies(line, cell) for line in lines)
 
 
 def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:
@@ -125,7 +136,7 @@ def compare(cell: Cell) -> Agreement:
     seen = run_trial(cell, next(planned(cell, _FEW_LAYERS.layers_in(cell))))
     if seen.raised and cell.bench_name in own_benches():
         return Agreement(*_place(cell), math.inf, seen.raised.what, refused=True)
-    faults = [finding.fact for finding in judge(seen) if finding.family != "side_effects"]  # of PEFT, not of its merge
+    faults = [finding.fact for finding in judge(seen) if finding.family != _BESIDE]  # of PEFT, not of its merge
     if faults and any(layer.codes for layer in cell.bench.layers.values()):  # codes of which it may know nothing
         return Agreement(*_place(cell), math.inf, faults[0], refused=True)
     base = weights_seen(cell.view, cell.bench, seen.example.dtype, cell.variant.bias)

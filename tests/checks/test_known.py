@@ -10,7 +10,7 @@ import pytest
 from harness import KnownFailure, check_loader, read_known_failures
 from harness.checks.cell import cells_of
 from harness.checks.examine import check_cell
-from harness.checks.known import applies, shipped_known_failures
+from harness.checks.known import applies, shipped_known_failures, unmatched
 from harness.checks.plan import Plan
 from harness.checks.run import Limits
 from harness.errors import UserError
@@ -88,6 +88,13 @@ def test_the_shipped_lines_have_a_reason_a_link_and_their_finding_page() -> None
     for line in shipped_known_failures():
         assert line.reason
         assert line.link.startswith("https://") or (root / line.link).is_file()
+
+
+@pytest.mark.parametrize(("bench", "stale"), [("motion-unet", False), ("phi3", True)])
+def test_a_line_of_a_bench_that_is_checked_when_asked_for_is_not_stale(bench: str, stale: bool) -> None:
+    cells, _ = cells_of(resolve("diffusers"), ["diffusers"], ["flux"])
+    line = known("diffusers", "LH902", benches=(bench,))
+    assert bool(unmatched([replace(line, loader="diffusers")], cells)) == stale
 
 
 LINE = "[[failure]]\nid='x'\nloader='l'\ncode='LH201'\nreason='r'\nlink='l'\n"

@@ -79,6 +79,12 @@ def test_a_closed_form_that_is_wrong_turns_the_run_red(
     assert str(found).startswith(f"PEFT {NUMBER} disagrees with the closed form")
 
 
+def test_where_peft_itself_is_known_to_load_something_else_it_is_no_reference() -> None:
+    found = asked("lora", bench="deepseek-v3")
+    assert str(found) == "not run: no bench and variant here has one; no PEFT reference for deepseek-v3/lora"
+    assert found.verdicts == []
+
+
 @pytest.mark.parametrize("variant", ["tucker", "full"])
 def test_a_variant_that_peft_cannot_say_is_named(variant: str) -> None:
     found = asked("conv", variant, bench="sd-unet", form="kohya")
