@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from harness.checks.cell import Cell
 from harness.checks.observation import Observation, changed_otherwise, wrong_direction
-from harness.checks.trial import Step, rebuild, run_trial
+from harness.checks.trial import Step, load, rebuild, run_trial
 from harness.measure.compare import Fit
 
 LAW_FAMILIES = ("scale", "strength")  # a law that explains the scales says which of the two is at fault
@@ -126,13 +126,17 @@ def follow(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[S
 
 
 def _not_the_same_again(cell: Cell, once: Observation) -> Sighting | None:
-    """Return LH408 when the same file is another LoRA in a second fresh model, LH9xx where it fails there."""
-    seen = run_trial(cell, once.example)
+    """Return LH408 when the same file is another LoRA in a second fresh model, LH402 where it has another scale there.
+
+    LH9xx where it fails there.
+    """
+    seen = run_trial(cell, once.example, (load(), rebuild(1), load()))
     if seen.raised:
         return Sighting(seen.raised.code, seen, fact=f"{seen.raised.what}; the same file loaded a moment before")
     names = changed_otherwise(once, seen)
     what = "layers are not as they were when the same file was loaded into the same model before"
-    return Sighting("LH408", seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
+    code = "LH408" if any(wrong_direction(seen.fits[name][0]) for name in names) else "LH402"
+    return Sighting(code, seen, tuple(names), f"{len(names)} of {len(once.fits)} {what}") if names else None
 
 
 def has(cell: Cell, need: Need | None) -> bool:

@@ -62,7 +62,8 @@ class Symptoms:
     def _rarer(self, code: str, times: int) -> bool:
         """Whether an unexplained change of some size is seen at least `times` as often as `code`."""
         counts = self.result.counts
-        most = max(counts.get(other, 0) for other in _RESIDUAL)
+        names = (other for other in _RESIDUAL if other != "LH501" or not self._nearly_another_direction)
+        most = max(counts.get(other, 0) for other in names)
         return most > 0 and times * counts.get(code, 0) <= most
 
     @cached_property

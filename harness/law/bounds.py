@@ -113,3 +113,25 @@ def bounded(wrong: Sequence[Probe], right: Sequence[Probe]) -> tuple[str, Trait]
         return None
     found = ((bound.code, trait) for bound in _BOUNDS if (trait := bound.trait(wrong, right)))
     return _switched_off(wrong, right) or next(found, None)
+
+
+_THRESHOLDS: tuple[tuple[About, str, Callable[[Probe], float]], ...] = (
+    ("strength", "a strength", lambda p: p.strength),
+    ("strength", "a strength, whatever its sign,", lambda p: abs(p.strength)),
+    ("alpha", "alpha / rank", lambda p: 1.0 if p.alpha is None else p.alpha / p.rank),
+    ("alpha", "alpha", lambda p: float(p.rank) if p.alpha is None else p.alpha),
+    ("rank", "a rank", lambda p: float(p.rank)),
+)
+
+
+def threshold(wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
+    """Return the trait of a number beyond which, or below which, all that has a scale is wrong, and right elsewhere."""
+    for about, what, value in _THRESHOLDS:
+        bad, good = {value(p) for p in wrong}, {value(p) for p in right}
+        if min(len(bad), len(good)) < _DIFFERENT:
+            continue
+        if min(bad) > max(good):
+            return Trait(f"{what} of {min(bad):.4g} or more (right up to {max(good):.4g})", about)
+        if max(bad) < min(good):
+            return Trait(f"{what} of {max(bad):.4g} or less (right from {min(good):.4g} on)", about)
+    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from harness.law.bent import bent
-from harness.law.bounds import bounded
+from harness.law.bounds import bounded, threshold
 from harness.law.grammar import ALPHA, RANK, STRENGTH
 from harness.law.identify import identify
 from harness.law.law import Law
@@ -96,8 +96,9 @@ def _by_part(usable: Sequence[Probe], wrong: Sequence[Probe]) -> Diagnosis:
         return Diagnosis(None, "LH204", by_rank)
     law = identify(wrong) if len(wrong) >= _ENOUGH and not (silent or exact) else None
     if law is not None and not law.is_trained:
-        deciding = (one_input_decides(name, every, telling) for name, _ in _INPUTS)
-        found = _named(law, wrong, next(filter(None, deciding), Trait("some modules of some files", "part")))
+        values = (one_input_decides(name, every, telling) for name, _ in _INPUTS)
+        deciding = next(filter(None, (threshold(every, telling), *values)), None)
+        found = _named(law, wrong, deciding or Trait("some modules of some files", "part"))
         if all(_explains(found.law, p) for p in every):
             return found
     alpha = exact is not None and exact.about == "alpha"

@@ -199,8 +199,8 @@ def loader(
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
-    `unload(model)` undoes the last load; `set_strength(model, strength)` changes the strength of what was loaded last
-    without loading it again. `strength_argument` is the keyword under which users of this loader pass the
+    `unload(model)` undoes the last load, or all; `set_strength(model, strength)` changes the strength of what was
+    loaded last without loading it again. `strength_argument` is the keyword under which users of this loader pass the
     strength; a function without a `strength` keyword is called with it. `unsupported` maps names of format, bench or
     a variant that do not go together, such as ("kohya", "flux"), to a reason. `benches` may hold functions under
     `@bench`, as `check --bench` takes them by `file.py:function`.

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 from harness.benches import Bench, Layer
 from harness.checks.cell import Cell
+from harness.checks.families.side_effects import another
 from harness.checks.family import Need, Sighting, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, TRAIN, UNLOAD, WHOLE, Step, load, rebuild, run_trial
-from harness.example import Example
 from harness.text import count
 
-_OTHER_SEED = 51
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
 _HALF_DRIFT = 0.3  # where one of them computes in bfloat16
 _BESIDE = 0.005  # of the effect, between a model and the base with its layers' weights, both in float32
@@ -75,12 +74,6 @@ def check_mode(observation: Observation) -> list[Sighting]:
     return [Sighting("LH406", observation, names, fact)] if names else []
 
 
-def second_example(example: Example) -> Example:
-    """Return another LoRA over every second module of `example`."""
-    targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
-    return replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
-
-
 @follows("side_effects", finds="another answer later, in a copy or beside the layers", codes=("LH407",))
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded.
@@ -127,7 +120,7 @@ def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_
     for scenario in scenarios:
         if not has(cell, scenario.requires):
             continue
-        seen = run_trial(cell, once.example, scenario.steps, other=second_example(once.example))
+        seen = run_trial(cell, once.example, scenario.steps, other=another(once.example))
         if seen.raised and scenario.may_raise:
             continue
         if seen.raised:

@@ -11,12 +11,12 @@ import torch
 from harness.checks.cell import Cell
 from harness.checks.families.direction import misplaced
 from harness.checks.family import Scenario, Sighting, first_wrong, follows, has, judges
-from harness.checks.observation import Observation
+from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
 from harness.measure.compare import norm
 
-_OTHER_SEED = 50
+_OTHER_SEED = 51
 _CYCLES = 3  # of loading and unloading: what each leaves behind adds up
 _SECOND_LOADS = (
     Scenario("LH402", (load(), load()), (1, 2), "two loads", "additive"),
@@ -64,7 +64,29 @@ def check_unload(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iter
     """LH403 when the declared unload does not restore the base weights, in any of `dtypes`, or disturbs later loads."""
     left = (_not_restored(cell, replace(once.example, dtype=dtype)) for dtype in dtypes)
     wrong = next(filter(None, left), None)
+    wrong = wrong or (_half_gone(cell, once) if has(cell, "additive") else None)
     yield from [wrong] if wrong else first_wrong(cell, once, _UNLOADS)
+
+
+def another(example: Example) -> Example:
+    """Return another LoRA over every second module of `example`."""
+    targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
+    return replace(example, targets=targets, value_seed=example.value_seed + _OTHER_SEED)
+
+
+def _half_gone(cell: Cell, once: Observation) -> Sighting | None:
+    """Return that unloading after a second LoRA leaves neither the first alone nor the base, where both were there."""
+    second, both = another(once.example), (load(), load(file="other"))
+    seen = run_trial(cell, once.example, (*both, UNLOAD), other=second)
+    left = () if seen.raised else tuple(changed_otherwise(once, seen))
+    if not left or all(fits[0].restored(len(both)) for fits in seen.fits.values()):
+        return None
+    beside = {t.name for t in once.example.targets} - {t.name for t in second.targets}
+    held = run_trial(cell, once.example, both, other=second)
+    if held.raised or not beside or any(held.fits[name][0].unchanged for name in beside):
+        return None  # the second replaced the first
+    fact = f"{len(left)} of {len(seen.fits)} layers have neither the first LoRA alone nor none after unloading a second"
+    return Sighting("LH403", seen, left, fact)
 
 
 def _not_restored(cell: Cell, example: Example) -> Sighting | None:
@@ -83,10 +105,7 @@ def _with_another(cell: Cell, once: Observation) -> Iterator[Sighting]:
     It has half the strength, so that one strength for both shows.
     """
     example = once.example
-    targets = tuple(replace(t, rank=max(1, t.rank - 1)) for t in example.targets[::2])
-    second = replace(
-        example, targets=targets, strength=example.strength / 2, value_seed=example.value_seed + _OTHER_SEED
-    )
+    second = replace(another(example), strength=example.strength / 2)
     alone = run_trial(cell, second)
     for steps, last in _ORDERS:
         both = run_trial(cell, example, steps, other=second)
