@@ -109,7 +109,7 @@ class NamedFinding:
     @cached_property
     def use(self) -> float | None:
         """The strength that makes up for what was measured: by the law, where the law agrees with the measurement."""
-        if not self.law:
+        if not self.law or not self._unnamed:
             return None
         pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in self.example.targets]
         by_law, measured = self.law.prescription(pairs), self._measured_use(self.law)
@@ -170,7 +170,8 @@ class NamedFinding:
         if self.law:
             doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
             yield "law", f"{self.law.formula}{doubt}; expected {_TRAINED[self.law.root]}"
-            yield "use", _use(subject.strength_argument, self.use)
+            if self._unnamed:  # what follows a load has measured another thing than the law
+                yield "use", _use(subject.strength_argument, self.use)
         if self.diagnosis.trait and self.law is None and self.fit:
             yield "only where", self.diagnosis.trait.text
         yield "cause", code.cause

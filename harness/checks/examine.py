@@ -26,6 +26,7 @@ from harness.law.probe import Probe
 from harness.verdict.verdict import LawRecord, Verdict
 
 _SCALE = "LH209"  # some law is wrong
+_OTHER_SCALES = "scales are off as well, which another fault explains: of their law nobody can say anything yet"
 _TURNS = 2  # of making plain and naming the law
 _STOPPED = frozenset({"LH901", "LH902", "LH903"})
 
@@ -172,7 +173,8 @@ def _verdicts(
     """Turn what was found into verdicts; a law that explains a fault speaks for every symptom of it."""
     smoke = [f for f in result.findings.values() if f.family == "smoke"]
     reported: set[str] = set()
-    faults = _reported(result, Symptoms(result, diagnosis))
+    symptoms = Symptoms(result, diagnosis)
+    faults = _reported(result, symptoms)
     folded = result.findings.keys() - {fault.code for fault in faults}
     for finding in faults:
         fault = NamedFinding(cell, finding, diagnosis, _where(finding, result, folded))
@@ -191,6 +193,9 @@ def _verdicts(
             continue
         if cell.subject.outputs and family not in SEEN:
             yield cell.verdict(family, "skipped", title="not judged", reason=NOT_SEEN)
+            continue
+        if family in LAW_FAMILIES and _SCALE in folded and symptoms.explained(_SCALE):
+            yield cell.verdict(family, "skipped", title="not judged", reason=_OTHER_SCALES)
             continue
         right = passed(cell, family, result.examples, diagnosis if family in LAW_FAMILIES else None)
         yield through_codes(cell, _with_seen(right, result), result.probes)

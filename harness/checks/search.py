@@ -200,6 +200,8 @@ class _Trials:
 
     def fails(self, example: Example) -> bool:
         """Tell whether `example` shows the same fault; an example that can no longer be run does not."""
+        if not _is_taken(self.cell, example):
+            return False
         if example not in self.seen and self.left > 0 and time.monotonic() < self.deadline:
             self.left -= 1
             observation, probes, found = observe(self.cell, example)
@@ -208,7 +210,19 @@ class _Trials:
         return self.seen.get(example) is not None
 
     def _is_same(self, other: Sighting) -> bool:
-        return other.code == self.finding.code and (self.finding.unmoved or not other.unmoved)
+        alike = _raised(other) == _raised(self.finding)
+        return other.code == self.finding.code and alike and (self.finding.unmoved or not other.unmoved)
+
+
+def _is_taken(cell: Cell, example: Example) -> bool:
+    """Whether every module has the one rank, and the one alpha, that the loader says it takes."""
+    return all(len({getattr(target, name) for target in example.targets}) == 1 for name in cell.uniform)
+
+
+def _raised(finding: Sighting) -> str:
+    """Return which exception it is, nothing where none is."""
+    raised = finding.observation.raised
+    return raised.what.partition(":")[0] if raised else ""
 
 
 def shrink(

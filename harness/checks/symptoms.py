@@ -26,7 +26,7 @@ class Symptoms:
 
     def include(self, code: str) -> bool:
         """Tell whether findings of `code` only follow from what another finding says."""
-        if any(code in CODES[other].explains for other in self.result.findings if other in CODES):
+        if self.explained(code):
             return True
         if code == "LH209" and self._by_chance:
             return True
@@ -36,8 +36,14 @@ class Symptoms:
             return self._of_coverage(code)
         return code == "LH209" and self._of_scale()
 
+    def explained(self, code: str) -> bool:
+        """Whether another finding says what makes this one; a law that every scale follows is a fault of its own."""
+        lawful = code == "LH209" and self._by_law and self.diagnosis.trait is None
+        return not lawful and any(code in CODES[other].explains for other in self.result.findings if other in CODES)
+
     def _of_coverage(self, code: str) -> bool:
-        if self._by_law or ("LH209" in self.result.findings and not self._unloaded and not self._silent):
+        scale = self.result.findings.get("LH209")
+        if self._by_law or (scale and (not scale.unmoved or self._small) and not self._unloaded and not self._silent):
             return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
         if self._chance(code):
             return True
@@ -48,6 +54,13 @@ class Symptoms:
         found = self.result.findings
         if found["LH209"].faint and not _DIRECTIONS.isdisjoint(found):
             return True  # where the change is large enough to tell, its direction is wrong
+        if (
+            found["LH209"].unmoved
+            and not self._by_law
+            and not self._small
+            and any(code in found for code in _NOT_LOADED)
+        ):
+            return True
         if self._lost_digits or (self.diagnosis.code is None and "LH501" in found):
             return True
         named = self.diagnosis.law or self.diagnosis.trait
@@ -77,8 +90,12 @@ class Symptoms:
     @property
     def _silent(self) -> bool:
         """Whether nothing that is wrong has a scale, for which no small number that counts as 0 is the reason."""
-        trait = self.diagnosis.trait
-        return not (trait and trait.about == "small") and all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+        return not self._small and all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+
+    @property
+    def _small(self) -> bool:
+        """Whether a small number counts as 0."""
+        return bool(self.diagnosis.trait and self.diagnosis.trait.about == "small")
 
     @property
     def _by_law(self) -> bool:

@@ -61,7 +61,7 @@ def alarm(seconds: float, what: str | None = None) -> Iterator[None]:
         if rest > _LEAST:
             signal.setitimer(signal.ITIMER_REAL, rest, 1.0)
             return
-        rang.append(TimeLimitExceeded(what or f"no answer within the time limit of {seconds:g} s"))
+        rang.append(TimeLimitExceeded(what or f"no answer within the time limit of {seconds:g} s (--time-limit)"))
         raise rang[-1]
 
     previous = signal.signal(signal.SIGALRM, ring)

@@ -56,6 +56,7 @@ _TABLE = (
         "file",
         lambda p: p.alpha is None and any(a is not None for a in p.alphas),
     ),
+    Trait("no alpha for this module", "file", lambda p: p.alpha is None),
     Trait("fractional alpha", "alpha", lambda p: p.alpha is not None and p.alpha != int(p.alpha)),
     Trait("0 < alpha < 1", "alpha", lambda p: p.alpha is not None and 0 < p.alpha < 1),
     Trait("alpha > rank", "alpha", lambda p: (p.alpha or 0) > p.rank),

@@ -22,7 +22,7 @@ def named(scales: list[float], expected: list[float], *, strength: float = 1.0, 
         for target, scale, wanted in zip(targets, scales, expected, strict=True)
     }
     observation: Any = Stub(example=Example(targets, strength=strength), fits=fits)
-    finding: Any = Stub(code="LH202", family="scale", observation=observation)
+    finding: Any = Stub(code="LH209", check="", family="scale", observation=observation)
     diagnosis: Any = Stub(law=IGNORES, code="LH202", family="scale", trait=None)
     return NamedFinding(Stub(), finding, diagnosis)  # type: ignore[arg-type]
 

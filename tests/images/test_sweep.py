@@ -171,7 +171,7 @@ def test_one_load_has_a_time_limit(tiny, r8_a16, workers: int):
             time.sleep(0.01)
 
     found = sweep(Subject("hangs", load), tiny, r8_a16, time_limit=0.5, workers=workers)
-    assert found.verdicts[0].title == "loader raised: no answer within the time limit of 0.5 s"
+    assert found.verdicts[0].title == "loader raised: no answer within the time limit of 0.5 s (--time-limit)"
     assert [row["strength"] for row in found.records] == [0.0, 0.5]
 
 

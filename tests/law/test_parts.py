@@ -102,7 +102,7 @@ def test_a_law_of_some_values_of_the_strength_is_the_strengths_fault() -> None:
     strengths = (0.5, 1.0, 1.25, 1.5, -1.0, 1.9, 2.0, 2.5, 3.0)
     found = diagnose(probes(lambda p: p.expected * (0.01 if p.strength > 1.8 else 1), strengths=strengths))
     assert (found.code, found.law and found.law.formula) == ("LH207", "0.01 * strength * alpha / rank")
-    assert str(found.trait).startswith("strength is one of certain values (1.9, 2, 2.5, ...")
+    assert str(found.trait) == "a strength of 1.9 or more (right up to 1.5)"
 
 
 def test_a_bound_that_right_values_are_beyond_is_none() -> None:

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "alpha = 0": ([one(0.0)], [one(-1.0), one(1.0), one(None)]),
     "no alpha in the file": ([one(None)], [one(2.0), SOME, SOME | {"index": 1}]),
     "no alpha for this module while others have one": ([SOME], [SOME | {"index": 1}, one(None), one(2.0)]),
+    "no alpha for this module": ([SOME, one(None)], [SOME | {"index": 1}, one(2.0), one(0.0)]),
     "fractional alpha": ([one(2.5), one(-2.5), one(0.5)], [one(2.0), one(-2.0), one(0.0), one(None)]),
     "0 < alpha < 1": ([one(0.5), one(0.01)], [one(0.0), one(1.0), one(1.5), one(-0.5), one(None)]),
     "alpha > rank": ([one(8.5), one(9.0), one(1.5, 1)], [one(8.0), one(7.0), one(-9.0), one(None), one(None, 1)]),

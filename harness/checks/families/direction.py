@@ -190,9 +190,14 @@ def _of_others(case: _Case) -> bool:
     return _mispaired(case.change, case.product, every)
 
 
+def _with_others(case: _Case) -> bool:
+    return _mixed(case.change, case.product, case.others, case.whole.residual / 2)
+
+
 def _by_component(case: _Case) -> bool:
-    """Whether the change is made of this module's own A and B, put together otherwise."""
-    return _spanned(case.change, case.product) and _spanned(case.change.mT, case.product.mT)
+    """Whether the change is made of this module's own A and B, put together otherwise: what is not along B @ A is."""
+    rest = case.change.double() - case.whole.scale * case.product.double()
+    return _spanned(rest, case.product) and _spanned(rest.mT, case.product.mT)
 
 
 def _in_other_rows(case: _Case) -> bool:
@@ -211,7 +216,7 @@ _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
     ("LH301", "it is B @ A transposed", lambda case: case.along(_turned(case))),
     ("LH408", "it is what a file loaded before holds for this module", _was_earlier),
     ("LH104", "it is the B @ A of another module", lambda case: case.along(case.others)),
-    ("LH104", "the B @ A of other modules is in it", lambda case: _mixed(case.change, case.product, case.others)),
+    ("LH104", "the B @ A of other modules is in it", _with_others),
     ("LH304", "some of its columns are left out", lambda case: _left_out(case.change.mT, case.product.mT)),
     ("LH304", _EACH.format("rows"), lambda case: _by_row(case.change, case.product)),
     ("LH304", _EACH.format("columns"), lambda case: _by_row(case.change.mT, case.product.mT)),
@@ -298,15 +303,15 @@ def _spanned(change: Tensor, product: Tensor) -> bool:
     return 4 * basis.shape[1] <= 3 * len(product) and rest <= ROUNDING_LIKE * norm(change)
 
 
-def _mixed(change: Tensor, product: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether the change is made of the module's own B @ A and those of a few others."""
+def _mixed(change: Tensor, product: Tensor, others: Sequence[Tensor], most: float) -> bool:
+    """Whether the change is made of the module's own B @ A and those of a few others, which leave `most` of it over."""
     parts, rest = [product], change
     for _ in range(min(_FEW, len(others))):
         parts.append(max(others, key=lambda other: abs(alignment(rest, other))))
         columns = torch.stack([part.flatten() for part in parts], 1).double()
         wanted = change.double().flatten()
         rest = (wanted - columns @ torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]).reshape(change.shape)
-        if norm(rest) <= ROUNDING_LIKE * norm(change):
+        if norm(rest) <= min(most, ROUNDING_LIKE * norm(change)):
             return True
     return False
 
