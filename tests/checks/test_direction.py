@@ -62,6 +62,36 @@ def test_slices_with_scales_of_their_own_are_named() -> None:
     assert codes(torch.cat([k * (b @ a)[rows] for k, rows in zip((1, 2, 3), SLICES, strict=True)]), a, b) == ["LH302"]
 
 
+@pytest.mark.parametrize("size", [0.07, 0.5])
+def test_rows_that_have_factors_of_their_own_are_named_however_small_these_are(size: float) -> None:
+    a, b = pair(4)
+    factors = 1 + size * torch.randn(ROWS, 1, generator=torch.Generator().manual_seed(2))
+    seen = observed(factors * (b @ a), a, b, fused=False)
+    (found,) = check_direction(seen)
+    assert found.code == "LH304"
+    assert found.fact.endswith("each of its rows has a factor of its own")
+    assert not check_numerics(seen)
+
+
+def test_a_slice_that_is_left_out_is_rows_left_out() -> None:
+    for rank in (1, 4):
+        a, b = pair(rank)
+        kept = torch.cat([k * (b @ a)[rows] for k, rows in zip((1, 0, 1), SLICES, strict=True)])
+        assert codes(kept, a, b) == ["LH304"]
+
+
+def test_what_rounding_leaves_over_is_no_other_modules_delta() -> None:
+    a, b = pair(4)
+    noise = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(9)) * (b @ a).std()
+    seen = observed(b @ a + 0.104 * noise, a, b, fused=False)
+    others = {f"y{n}": low_rank(*pair(n)).product for n in (5, 6, 7)}
+    (found,) = check_direction(replace(seen, products={**seen.products, **others}))
+    assert (found.code, found.fact.partition(": ")[2]) == (
+        "LH304",
+        "a part of it is along B @ A, the rest is unexplained",
+    )
+
+
 @pytest.mark.parametrize("half", ["A", "B"])
 def test_one_half_of_another_modules_pair_is_a_wrong_module(half: str) -> None:
     a, b = pair(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from harness.checks.observation import Observation, observation_of
 from harness.checks.unloaded import base_weights
 from harness.example import Example, Target
 from harness.loaders.registry import resolve
-from tests.checks.sample_loaders import loader_with, no_effect, right
+from tests.checks.sample_loaders import loader_with, no_effect, pairs, right
 
 NAMES = ("transformer_blocks.0.img_mod.1", "transformer_blocks.1.img_mod.1")
 
@@ -173,3 +174,19 @@ def test_a_row_that_is_left_out_or_weighted_is_no_loss_of_precision(
     found = [*check_direction(seen), *check_numerics(seen)]
     assert [(finding.family, finding.code) for finding in found] == codes
     assert all(finding.modules == (NAMES[0],) for finding in found)
+
+
+KEPT: dict[str, dict[str, Tensor]] = {}
+
+
+def stale_and_alpha_ignored(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    found = {module.name: (layer, product) for layer, module, product, _ in pairs(model, lora)}
+    kept = KEPT.setdefault(str(lora), {name: product for name, (_, product) in found.items()})
+    for name, (layer, product) in found.items():
+        layer.weight += (strength * kept.get(name, product)).to(layer.weight.dtype)
+
+
+def test_a_law_that_every_scale_follows_is_told_beside_a_file_that_comes_back() -> None:
+    verdicts = check_loader(stale_and_alpha_ignored, formats=["peft"], benches=["qwen-image"], max_examples=5)
+    assert {"LH202", "LH408"} <= {v.code for v in verdicts}
+    assert not any(v.title.startswith("scale right") for v in verdicts)

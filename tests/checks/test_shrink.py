@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from harness import check_loader, loader
 from harness.checks.cell import Cell
 from harness.checks.family import Sighting
 from harness.checks.observation import Observation
@@ -16,6 +17,7 @@ from harness.checks.search import Search, shrink, simplified
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
 from harness.isolation.calls import Raised
+from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from tests.checks import sample_loaders as loaders
 
@@ -78,3 +80,19 @@ def test_only_what_ran_out_of_time_is_not_tried_again(late: bool) -> None:
     examples = st.just(Example((Target(cell.targets[0], 4, 8.0),))).map(lambda e: drawn.append(e) or e)
     assert shrink(cell, examples, finding, base_seed=0, tried=Search()) is finding
     assert bool(drawn) is not late
+
+
+@loader(formats={"peft"}, benches={"qwen-image"}, uniform={"rank", "alpha"})
+def no_high_rank(model: torch.nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    found = loaders.only_pairs(lora).modules.values()
+    if len({(module.rank, module.alpha) for module in found}) > 1:
+        raise RuntimeError("one rank and alpha only")
+    if any(module.rank > 16 for module in found):
+        raise KeyError("rank too big")
+    loaders.right(model, lora, strength=strength)
+
+
+def test_a_counterexample_has_the_uniform_rank_that_is_declared_and_its_own_exception() -> None:
+    verdicts = check_loader(no_high_rank, max_examples=10, limits=Limits(workers=1))
+    (found,) = [v for v in verdicts if v.code == "LH901"]
+    assert "KeyError: 'rank too big'" in found.title

@@ -105,6 +105,23 @@ def test_a_law_of_some_values_of_the_strength_is_the_strengths_fault() -> None:
     assert str(found.trait) == "a strength of 1.9 or more (right up to 1.5)"
 
 
+def of_rank(p: Probe) -> float:
+    assert p.alpha is not None
+    return p.strength if p.alpha > 4 * p.rank else p.expected
+
+
+def test_a_number_of_alpha_over_rank_beyond_which_all_is_wrong_is_said() -> None:
+    shapes = ((8.0, 4), (32.0, 4), (33.0, 5), (2.5, 6), (12.0, 12), (70.5, 7), (12.0, 4))
+    found = diagnose(
+        [
+            point
+            for order in (shapes, (*shapes[2:], *shapes[:2]), (*shapes[3:], *shapes[:3]))
+            for point in probes(of_rank, shapes=order)
+        ]
+    )
+    assert said(found) == ("LH205", "strength", "alpha / rank of 6.6 or more (right up to 3)")
+
+
 def test_a_bound_that_right_values_are_beyond_is_none() -> None:
     points = probes(
         lambda p: p.expected * (0.02 / p.strength if p.strength > 1.8 else 1), strengths=(0.5, 1.0, 2, 3, 4)

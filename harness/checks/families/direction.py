@@ -87,9 +87,14 @@ def _fault(observation: Observation, name: str, fits: tuple[Fit, ...]) -> Fault 
     return next(((code, what) for code, what, explains in _EXPLANATIONS if explains(case)), None) or case.fallback
 
 
+def by_slices(slices: Sequence[Fit]) -> bool:
+    """Whether a merged layer is right slice by slice, each with a scale of its own: then the scale is at fault."""
+    return len(slices) > 0 and all(fit.direction_right for fit in slices)
+
+
 def small_fault(observation: Observation, name: str, whole: Fit) -> Fault | None:
     """Return that rows or columns are left out or weighted, or components: rounding does not explain the small rest."""
-    if whole.unchanged or whole.direction_right or not observation.additive:
+    if whole.unchanged or whole.direction_right or not observation.additive or by_slices(observation.fits[name][1:]):
         return None
     change, product = observation.changes[name], observation.products[name]
     for what, own, wanted in (("rows", change, product), ("columns", change.mT, product.mT)):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from harness.checks.families.direction import small_fault
+from harness.checks.families.direction import by_slices, small_fault
 from harness.checks.family import Sighting, judges
 from harness.checks.observation import Observation, wrong_direction
-from harness.measure.compare import Fit
 
 
 @judges("numerics", finds="precision lost beyond the dtype's rounding, NaN", codes=("LH501", "LH502"))
@@ -20,7 +17,7 @@ def check_numerics(observation: Observation) -> list[Sighting]:
     coarse = [
         n for n, f in fits.items() if not (f.unchanged or f.direction_right or f.along_base or wrong_direction(f))
     ]
-    coarse = [n for n in coarse if not _by_slices(observation.fits[n][1:]) and not small_fault(observation, n, fits[n])]
+    coarse = [n for n in coarse if not by_slices(observation.fits[n][1:]) and not small_fault(observation, n, fits[n])]
     if not coarse:
         return []
     coarse.sort(key=lambda name: -fits[name].residual / fits[name].tolerance.noise)
@@ -29,8 +26,3 @@ def check_numerics(observation: Observation) -> list[Sighting]:
     allowed = f"{times:.{int(times < 10)}f} times what {worst.tolerance.dtype} rounding allows"
     fact = f"residual {worst.relative_residual:.1e} of the change, {allowed}"
     return [Sighting("LH501", observation, tuple(coarse), fact)]
-
-
-def _by_slices(slices: Sequence[Fit]) -> bool:
-    """Whether a merged layer is right slice by slice, each with a scale of its own: then the scale is at fault."""
-    return len(slices) > 0 and all(f.direction_right for f in slices)
