@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.benches.bench import DTYPES
+from harness.text import count
 
 _SHOWN = 6
 _VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a layer of the kind of this name
@@ -46,7 +47,7 @@ def _of_others(shapes: Mapping[str, list[int]], owners: Mapping[str, str]) -> It
     if stacks := [n for n in matrices if len(shapes[n]) == 3 and shapes[n][0] > 1 and "Conv" not in owners[n]]:
         yield f"where these are a matrix for each expert, experts=(…) measures them: {patterns(stacks)}"
     if vectors := len(shapes) - len(matrices):
-        yield f"{vectors} vectors (norms, biases) are only looked at for being changed"
+        yield f"only looked at for being changed: {count(vectors, 'vector')} (norms, biases)"
 
 
 def _of_codes(layers: Mapping[str, Any], targets: list[str]) -> Iterator[str]:

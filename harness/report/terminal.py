@@ -38,6 +38,7 @@ STYLES = {
     "passed": "green",
 }
 _LABELS = 10
+_SILENCE = "silence"  # stands where a format does
 _WIDTH = 80
 _NAME, _GAP, _SHORTEST = 20, 2, 4
 _MOST_TOLD, _MOST_BRIEF = 5, 20
@@ -200,4 +201,6 @@ def _legend(run: Run, shown: Sequence[str]) -> Text:
     words = [f"{SYMBOLS[outcome]} {WORDS[outcome]}" for outcome in LETTERS if outcome in seen]
     names = [on_one_line(name) for name in columns(cells(run))]
     heads = "" if names == shown else f"; columns: {', '.join(names)}"
-    return Text(f"{', '.join(words)}; a sign per format and variant{heads}", style="dim")
+    silent = any(cell.format == _SILENCE for cell in cells(run).values())
+    last = f", then one for {_SILENCE}" if silent else ""
+    return Text(f"{', '.join(words)}; a sign per format and variant{last}{heads}", style="dim")

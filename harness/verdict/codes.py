@@ -154,7 +154,7 @@ _ALL = (
     Code("LH799", "unreadable", ("inspect",), "the file is damaged, or cannot be read", "see the sentence with it", "fatal"),
     Code("LH901", "loader raised", ("smoke", "images"), "the call ended in an exception, a hang or a dead process",
          "see the message; if the format or bench is not supported, declare it with @loader(formats=..., benches=...)"),
-    Code("LH902", "wrong shape or keys returned", ("smoke", "verify"), "what came back is not the model, or not what an engine answers",
+    Code("LH902", "wrong shape or keys returned", ("smoke", "verify"), "what came back is not the model, a model that does not run (another dtype, another signature), or not what an engine answers",
          "return the model or None; an engine: one finite tensor of the shape that the model itself answers"),
     Code("LH903", "refused by the loader", ("smoke", "images"), "the loader says itself that it does not take this file",
          "support it, or declare it: @loader(formats=..., benches=..., unsupported=...); what it refuses by rank or alpha is a known failure"),

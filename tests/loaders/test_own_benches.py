@@ -123,7 +123,7 @@ def test_what_is_measured_is_said_and_what_is_not() -> None:
     for part in (
         "head shares its weight with embed: a merge into one changes both",
         "not measured, only looked at for being changed: depth.weight (grouped Conv2d)",
-        "2 vectors (norms, biases) are only looked at",
+        "only looked at for being changed: 2 vectors (norms, biases)",
         "no forward is given",
     ):
         assert part in said

@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.checks.family import Sighting, judges
 from harness.checks.observation import ROUNDING_LIKE, Observation, wrong_direction
 from harness.measure.compare import Fit, alignment, norm
+from harness.text import count
 
 _ALIGNED = 0.9
 _ROWS = 8  # of a layer with fewer, chance may be that each has a factor
@@ -49,10 +50,10 @@ def check_direction(observation: Observation) -> list[Sighting]:
         by_code.setdefault(fault[0], _finding(fault, observation, names))
     found = list(by_code.values())
     if "LH104" not in by_code and (others := misplaced(observation)):
-        fact = f"{len(others)} layers outside the file changed along a B @ A of the file, first {others[0]}"
+        fact = f"{count(len(others), 'layer')} outside the file changed along a B @ A of the file, first {others[0]}"
         found.append(Sighting("LH104", observation, fact=fact))
     if observation.bent:
-        fact = f"{len(observation.bent)} layers answer dense input otherwise than by their weight"
+        fact = f"{count(len(observation.bent), 'layer')} answering dense input otherwise than by the weight"
         found.append(Sighting("LH305", observation, observation.bent, fact))
     return found
 

@@ -39,7 +39,7 @@ def check_side_effects(observation: Observation) -> list[Sighting]:
     elsewhere = misplaced(observation)
     others = tuple(name for name in observation.others_changed if name not in elsewhere)
     if others:
-        fact = f"{len(others)} layers or parameters outside the file changed, first {others[0]}"
+        fact = f"{len(others)} changed outside the file, first {others[0]}"
         if others[0] in observation.tied:
             fact += f", which shares its weight with {observation.tied[others[0]]}"
         found.append(Sighting("LH401", observation, others, fact))
