@@ -35,8 +35,8 @@ _STRENGTHS = (1.0, 0.5, -3.07, 0.0123, 0.0, 4.193)
 _NEAR = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703)
 _AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
 _STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
-# (model, file): each dtype of either at least once, and half-precision files in single-precision models
-_DTYPES = (  # of the model and of the file; those that most loaders meet come first
+# (model, file): every pair but float32 in float32, which the other examples are; those that are met most come first
+_DTYPES = (
     ("float16", "float16"),
     ("float32", "bfloat16"),
     ("bfloat16", "float32"),

@@ -90,13 +90,14 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
         return SelfCheck(reason=str(error))
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
     asked = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
-    known = [c for c in asked if not _known_wrong(c)]
+    wrong = _known_wrong(asked)
+    known = [c for c in asked if c not in wrong]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {a.variant_name for a in asked})
     found = tuple(_asked(known, workers))
     agreed = {place.bench for place in found if not place.refused}
     refused = [place for place in found if place.refused]
     without |= dict.fromkeys(f"{p.bench}/{p.variant}" if p.bench in agreed else p.bench for p in refused)
-    without |= dict.fromkeys(f"{c.bench_name}/{c.variant_name}" for c in asked if c not in known)
+    without |= dict.fromkeys(f"{c.bench_name}/{c.variant_name}" for c in wrong)
     without |= dict.fromkeys(c.bench_name for c in places if c.bench.names)
     return SelfCheck(subject.version, tuple(place for place in found if not place.refused), tuple(without))
 
@@ -105,10 +106,11 @@ def _place(cell: Cell) -> tuple[str, str]:
     return cell.bench_name, cell.variant_name
 
 
-def _known_wrong(cell: Cell) -> bool:
-    """Whether PEFT is known to load something else there, whatever the file: it is no reference then."""
-    lines = (line for line in shipped_known_failures() if line.trait is None and not line.kinds)
-    return any(CODES[line.code].family != _BESIDE and applies(line, cell) for line in lines)
+def _known_wrong(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells where PEFT is known to load something else, whatever the file: it is no reference there."""
+    whole = (line for line in shipped_known_failures() if line.trait is None and not line.kinds)
+    lines = [line for line in whole if CODES[line.code].family != _BESIDE]
+    return [cell for cell in cells if any(applies(line, cell) for line in lines)]
 
 
 def _asked(cells: Sequence[Cell], workers: int) -> Iterator[Agreement]:

@@ -42,8 +42,8 @@ class Symptoms:
         return not lawful and any(code in CODES[other].explains for other in self.result.findings if other in CODES)
 
     def _of_coverage(self, code: str) -> bool:
-        scale = self.result.findings.get("LH209")
-        if self._by_law or (scale and (not scale.unmoved or self._small) and not self._unloaded and not self._silent):
+        scaled = "LH209" in self.result.findings and not self._unmoved
+        if self._by_law or (scaled and not self._unloaded and not self._silent):
             return True  # the scale is wrong, and sometimes so small that nothing seems to be loaded
         if self._chance(code):
             return True
@@ -54,12 +54,7 @@ class Symptoms:
         found = self.result.findings
         if found["LH209"].faint and not _DIRECTIONS.isdisjoint(found):
             return True  # where the change is large enough to tell, its direction is wrong
-        if (
-            found["LH209"].unmoved
-            and not self._by_law
-            and not self._small
-            and any(code in found for code in _NOT_LOADED)
-        ):
+        if self._unmoved and not self._by_law and any(code in found for code in _NOT_LOADED):
             return True
         if self._lost_digits or (self.diagnosis.code is None and "LH501" in found):
             return True
@@ -91,6 +86,12 @@ class Symptoms:
     def _silent(self) -> bool:
         """Whether nothing that is wrong has a scale, for which no small number that counts as 0 is the reason."""
         return not self._small and all(abs(p.measured) <= 4 * p.tolerance for p in self._wrong)
+
+    @property
+    def _unmoved(self) -> bool:
+        """Whether nothing changes wherever a scale is wrong, and no small number that counts as 0 is the reason."""
+        scale = self.result.findings.get("LH209")
+        return bool(scale and scale.unmoved) and not self._small
 
     @property
     def _small(self) -> bool:

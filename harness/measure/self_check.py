@@ -24,6 +24,9 @@ from harness.measure.tolerance import UNIT_ROUNDOFF
 
 MOST_WEIGHTS = 30_000_000
 _FEWEST = 4  # weights of a layer: a delta of fewer is in the span of any two
+_OTHER_MATRIX = (
+    "it computes with another matrix than its weight, as a factor makes it: to add to either is not the same"
+)
 _NOT_LINEAR = 1e-3  # of an answer: what rounding never makes
 _BLUR = 0.05  # of an answer: what rounding the input to eight bits does
 Refused = Callable[[str], UserError]
@@ -156,10 +159,7 @@ def _looked_into(name: str, module: torch.nn.Module, layer: Layer, like: Tensor)
     if not bool(weight.isfinite().all()):
         return 0.0, "its weights are not finite"
     if not _is_its_weight(module, layer, weight):
-        return (
-            0.0,
-            "it computes with another matrix than its weight, as a factor makes it: to add to either is not the same",
-        )
+        return 0.0, _OTHER_MATRIX
     x = dense_input(layer, like.dtype)
     if x is None or name not in dense:
         return 0.0, ""
@@ -238,10 +238,10 @@ def _weights(bench: Bench, layers: Mapping[str, Layer], refused: Refused) -> tup
         tensors |= {f"{dtype}:{name}": w for name, w in found.items() if not _is_rounded(w, tensors, name, dtype)}
     dtypes = [dtype for dtype in DTYPES if dtype not in raised]
     if (first := raised.get(DTYPES[0])) is not None:
-        why = "".join(
-            f" in {DTYPES[0]}, not in {d}: give inputs no dtype, the default is the model's" for d in dtypes[:1]
+        only = (
+            f" in {DTYPES[0]}, not in {dtypes[0]}: give inputs no dtype, the default is the model's" if dtypes else ""
         )
-        raise refused(f"its forward raises {one_line(first)}{why}") from first
+        raise refused(f"its forward raises {one_line(first)}{only}") from first
     return tensors, dtypes
 
 

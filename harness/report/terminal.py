@@ -197,10 +197,10 @@ def _glyph(cell: MatrixCell) -> tuple[str, str]:
 
 
 def _legend(run: Run, shown: Sequence[str]) -> Text:
-    seen = {cell.outcome for cell in cells(run).values()}
+    grid = cells(run)
+    seen = {cell.outcome for cell in grid.values()}
     words = [f"{SYMBOLS[outcome]} {WORDS[outcome]}" for outcome in LETTERS if outcome in seen]
-    names = [on_one_line(name) for name in columns(cells(run))]
+    names = [on_one_line(name) for name in columns(grid)]
     heads = "" if names == shown else f"; columns: {', '.join(names)}"
-    silent = any(cell.format == _SILENCE for cell in cells(run).values())
-    last = f", then one for {_SILENCE}" if silent else ""
+    last = f", then one for {_SILENCE}" if any(cell.format == _SILENCE for cell in grid.values()) else ""
     return Text(f"{', '.join(words)}; a sign per format and variant{last}{heads}", style="dim")

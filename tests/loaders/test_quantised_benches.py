@@ -13,11 +13,11 @@ from harness import UserError, check_loader, loader
 from harness.benches import get_bench
 from harness.benches.codes import numbers_behind, rounded_to
 from harness.files import read_lora
-from harness.isolation.limits import Limits
 from harness.loaders.benches import bench_name
 from tests.checks.sample_loaders import only_pairs
 
-HERE = Limits(workers=1)
+from .conftest import HERE
+
 SCHEMES = ("fp8-scaled", "gguf-q4_0")
 
 
