@@ -29,6 +29,9 @@ TAIL_BYTES = 8192
 _READ_BYTES, _CHUNKS = 1 << 16, 64
 _POLL_SECONDS = 0.5  # where a dead process left its pipes to another one
 _SHOWN_LINES, _SHOWN = 3, 200
+_ERROR = re.compile(
+    r"^(?:[\w.:]+\.|Uncaught )?\w*(?:Error|Exception)\b|^(?:fatal )?error\b|panicked at|^Caused by", re.I
+)
 
 
 class ServerError(Exception):
@@ -50,9 +53,17 @@ class ServerError(Exception):
     ) -> None:
         self.what, self.frames, self.printed = what, tuple(frames), printed
         self.answered, self.refused, self.late = answered, refused, late
-        last = printed.strip().splitlines()[-_SHOWN_LINES:]
-        said = " | ".join(line.strip()[:_SHOWN] for line in last if line.strip())
+        said = " | ".join(line[:_SHOWN] for line in _telling(printed))
         super().__init__(what + (f"; the end of its stderr: {said}" if said else ""))
+
+
+def _telling(printed: str) -> list[str]:
+    """Return the last lines, from the last one on that names an error: some languages print their stack after it."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    named = max((number for number, line in enumerate(lines) if _ERROR.search(line)), default=len(lines))
+    start = min(named, max(0, len(lines) - _SHOWN_LINES))
+    shown = lines[start : start + _SHOWN_LINES]
+    return shown if start + _SHOWN_LINES >= len(lines) else [*shown[:-1], "…", lines[-1]]
 
 
 @dataclass

@@ -171,6 +171,20 @@ def test_a_dead_server_is_named_with_its_status_and_last_lines_and_the_next_load
     subject.load(torch.nn.Linear(2, 2), tmp_path)
 
 
+def test_the_error_is_told_where_a_language_prints_its_stack_after_it():
+    stack = "".join(f"    at Module.f{number} (loader:{number})\n" for number in range(9))
+    said = str(
+        ServerError(
+            "it ended", printed=f"loader:1143\n  throw err;\n\nError: Cannot find module 'x'\n{stack}\nNode v18\n"
+        )
+    )
+    assert (
+        said
+        == "it ended; the end of its stderr: Error: Cannot find module 'x' | at Module.f0 (loader:0) | … | Node v18"
+    )
+    assert str(ServerError("it ended", printed="a\nb\nc\nd\n")).endswith(": b | c | d")
+
+
 def test_a_late_server_is_ended_with_all_it_started_and_its_heartbeats_say_that_it_was_alive(server, tmp_path):
     mark = tmp_path / "mark"
     subject = server(
