@@ -10,9 +10,9 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from harness.benches.bench import DTYPES
 from harness.example import Example, Target
 
-DTYPES = ("float32", "bfloat16", "float16")
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
 _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _STRENGTHS = (1.0, 2.0, 0.5, 0.0, -1.0, -0.5, 1.5, -2.0, 0.25)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.benches import Bench, View, get_bench
+from harness.benches import Bench, View, bench_names, get_bench
 from harness.errors import UserError
 from harness.example import Example
 from harness.files import FORMATS
@@ -21,6 +21,7 @@ from harness.variants import Variant, get_variant
 from harness.verdict.verdict import Outcome, Verdict
 
 _UNIFORM = {"scale": frozenset({"rank", "alpha"}), "kv": frozenset({"alpha"})}  # by where the format keeps alpha
+_REASONS = 3  # told of why there is nothing to check
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Cell:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtypes that the bench runs in."""
-        return self.bench.dtypes
+        """The dtypes of a model that the bench runs in and the loader takes, the plainest first."""
+        taken = self.subject.declaration.dtypes
+        return tuple(dtype for dtype in self.bench.dtypes if not taken or dtype in taken)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -92,9 +94,26 @@ class Cell:
     @property
     def possible(self) -> bool:
         """Whether the format can say the variant and the bench has layers for it."""
-        formats = self.variant.formats
-        fits = (formats is None or self.format in formats) and self.variant.view(self.bench) is not None
-        return fits and len(self.targets) > 0
+        return self.why_impossible is None
+
+    @property
+    def why_impossible(self) -> str | None:
+        """Why no file is one of this cell, in a clause; None where one can be."""
+        formats, view = self.variant.formats, self.variant.view(self.bench)
+        if formats is not None and self.format not in formats:
+            return (
+                f"{self.format} has no place for {self.variant_name} (formats that have: {', '.join(sorted(formats))})"
+            )
+        if not self.dtypes:
+            return f"bench {self.bench_name} does not run in {', '.join(sorted(self.subject.declaration.dtypes))}"
+        if view is None or not self.variant.targets(view):
+            return f"bench {self.bench_name} has no layer for {self.variant_name}"
+        if not self.targets:
+            modules = self.subject.declaration.modules
+            return f"{self.format} has no names for the layers of bench {self.bench_name}" + (
+                f" that modules={modules!r} is found in" if modules else ""
+            )
+        return None
 
     @property
     def has_alpha(self) -> bool:
@@ -151,16 +170,34 @@ def cells_of(
     named = None if benches is None else tuple(dict.fromkeys(map(bench_name, benches)))
     wanted = (None if formats is None else tuple(formats), named, None if variants is None else tuple(variants))
     _known_names(*wanted)
-    cells, skipped = [], []
-    for cell in _product(subject, *wanted):
+    places = _product(subject, *wanted)
+    cells, skipped = [], _without_plain(subject) if variants is None else []
+    for cell in (each for each in places if each.possible):
         reason = subject.unsupported(cell.format, cell.bench_name, cell.variant_name)
         if reason is None:
             cells.append(cell)
         else:
             skipped.append(cell.verdict("smoke", "skipped", title="not declared", reason=reason))
     if not cells and not skipped:
-        raise UserError(f"{subject.spec}: no file has the format, bench and variant asked for; nothing to check")
+        raise UserError(f"{subject.spec}: nothing to check: {why_none(places)}")
     return cells, skipped
+
+
+def why_none(places: Sequence[Cell]) -> str:
+    """Return why no file is one of any of these cells, and where one could be."""
+    reasons = dict.fromkeys(reason for cell in places if (reason := cell.why_impossible))
+    others = (replace(cell, bench_name=name) for cell in places[:1] for name in bench_names())
+    fit = [cell.bench_name for cell in others if cell.possible]
+    return "; ".join([*itertools.islice(reasons, _REASONS), *([f"benches that do: {', '.join(fit)}"] if fit else ())])
+
+
+def _without_plain(subject: Subject) -> list[Verdict]:
+    """Return what is said of a loader that leaves plain LoRA out."""
+    if CORE_VARIANTS[0] in subject.variants:
+        return []
+    cell = Cell(subject, subject.formats[0], subject.benches[0])
+    reason = f"{subject.spec} declares variants without lora: neither plain LoRA nor what it leaves out is looked at"
+    return [cell.verdict("smoke", "skipped", title="not declared", reason=reason)]
 
 
 def cells_beside(subject: Subject) -> list[Cell]:
@@ -176,7 +213,8 @@ def cells_beside(subject: Subject) -> list[Cell]:
 
 def declared_cells(subject: Subject) -> list[Cell]:
     """Return every cell that the loader declares."""
-    return [c for c in _product(subject) if subject.unsupported(c.format, c.bench_name, c.variant_name) is None]
+    places = (cell for cell in _product(subject) if cell.possible)
+    return [c for c in places if subject.unsupported(c.format, c.bench_name, c.variant_name) is None]
 
 
 def _product(
@@ -184,13 +222,13 @@ def _product(
     formats: Sequence[str] | None = None,
     benches: Sequence[str] | None = None,
     variants: Sequence[str] | None = None,
-) -> Iterator[Cell]:
+) -> list[Cell]:
     names = formats or subject.formats, benches or subject.benches, variants or subject.variants
     formats, asked = tuple(formats or ()), tuple(benches or ())
     cells = [Cell(subject, *place, formats=formats, benches=asked) for place in itertools.product(*names)]
     if benches is None and CORE_VARIANTS[0] in names[2]:
         cells += (Cell(subject, names[0][0], more) for more, bench in IMPLIED_BENCHES.items() if bench in names[1])
-    return (cell for cell in cells if cell.possible)
+    return cells
 
 
 def checkable_formats() -> tuple[str, ...]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hypothesis.strategies import SearchStrategy, sampled_from
 
+from harness.benches.bench import DTYPES
 from harness.checks.cell import Cell
 from harness.errors import UserError
 from harness.example import Example, Patterns, Target
 from harness.files import FORMATS
 from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS, IMPLIED_BENCHES
-from harness.strategies import DTYPES
 from harness.strategies import examples as lora_examples
 
 if TYPE_CHECKING:
@@ -50,13 +51,17 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Pins:
-    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of a cell."""
+    """One example fixed from outside: `modules` by name, or `rank` and `alpha` for every target of a cell.
+
+    Where nobody says, alpha and the dtypes are those of the plain example: no alpha where files of the cell cannot
+    carry one.
+    """
 
     modules: tuple[Target, ...] = ()
     rank: int = 4
-    alpha: float | None = 8.0
+    alpha: float | None = None
     strength: float = 1.0
-    dtype: str = "float32"
+    dtype: str | None = None
     file_dtype: str | None = None
     key_seed: int = 0
     value_seed: int = 0
@@ -66,17 +71,24 @@ class Pins:
         """Return the example in `cell`.
 
         Raises:
-            UserError: a module the cell's bench does not have.
+            UserError: a module the cell's bench does not have, or that is named twice, or another dtype than it has.
         """
+        for name, number in Counter(target.name for target in self.modules).items():
+            if number > 1:
+                raise UserError(f"module={name!r} is named {number} times")
         for target in self.modules:
             if target.name not in cell.view.layers:
                 near = ", ".join(cell.targets[:3])
                 raise UserError(
                     f"module={target.name!r}: bench {cell.bench_name} has no such layer (it has {near}, ...)"
                 )
-        targets = self.modules or tuple(Target(name, self.rank, self.alpha) for name in cell.targets)
-        file_dtype = self.file_dtype or self.dtype
-        return Example(targets, self.strength, self.dtype, file_dtype, self.key_seed, self.value_seed, self.patterns)
+        alpha = _plain_alpha(cell) if self.alpha is None else self.alpha
+        targets = self.modules or tuple(Target(name, self.rank, alpha) for name in cell.targets)
+        dtype = self.dtype or cell.dtypes[0]
+        if dtype not in cell.dtypes:
+            raise UserError(f"dtype={dtype}: {cell.place} is checked in {', '.join(cell.dtypes)}")
+        file_dtype = self.file_dtype or dtype
+        return Example(targets, self.strength, dtype, file_dtype, self.key_seed, self.value_seed, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -142,10 +154,14 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
 
 
 def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
-    """Return the plain example over `layers`: rank 4, alpha 8, strength 1."""
+    """Return the plain example over `layers`: rank 4, alpha 8, strength 1, a model of the first dtype that it takes."""
     rank = min(4, cell.variant.rank_limit(cell.view))
     layers = layers if cell.subject.outputs is None else layers[:1]
-    return Example(tuple(Target(name, rank, 8.0 if cell.has_alpha else None) for name in layers))
+    return Example(tuple(Target(name, rank, _plain_alpha(cell)) for name in layers), dtype=cell.dtypes[0])
+
+
+def _plain_alpha(cell: Cell) -> float | None:
+    return 8.0 if cell.has_alpha else None
 
 
 def planned(
@@ -170,7 +186,7 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
         one = shapes[0][1] if "alpha" in cell.uniform else None
         pairs = ((name, (rank, one or a)) for name, (rank, a) in zip(names, itertools.cycle(shapes), strict=False))
         targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
-        return Example(tuple(targets), strength)
+        return Example(tuple(targets), strength, cell.dtypes[0])
 
     yield from () if uniform else _mixed(cell, strengths, example)
     yield from (example([shape], 1.0) for shape in _UNIFORM)

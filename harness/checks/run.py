@@ -5,17 +5,20 @@ A cell is checked by planned probes of the law, a random search and what follows
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from harness.checks.apart import SILENCE, budget, served
 from harness.checks.cell import Cell, cells_of
 from harness.checks.examine import Measured, check_cell
 from harness.checks.known import KnownFailure, unmatched
-from harness.checks.plan import Plan
+from harness.checks.plan import Pins, Plan
+from harness.checks.trial import sample_file
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Timed
@@ -55,10 +58,10 @@ def check_cells(
     judged elsewhere: known failures may speak of them.
 
     Raises:
-        UserError: the pinned example names a module that a bench does not have.
+        UserError: the pinned example names a module that a bench does not have, or no file can say it.
     """
-    for cell in cells:
-        _ = plan.pins and plan.pins.example(cell)  # a bad pin is bad usage, not a loader that raises
+    if plan.pins:
+        _try_to_write(plan.pins, cells)
     heard = _Heard(cells, on_verdict, on_cell, on_examples, on_measured, on_sure, first)
     jobs = [_job(cell, plan, limits, early=first or on_sure is not None) for cell in cells]
     longest = max((budget(cell, limits) for cell in cells), default=None)
@@ -73,6 +76,13 @@ def check_cells(
     for known in unmatched(plan.known, [*cells, *beside]) if plan.pins is None else ():
         heard.take(_stale(known))
     return heard.verdicts
+
+
+def _try_to_write(pins: Pins, cells: Iterable[Cell]) -> None:
+    """Refuse a bad pin as bad usage: in its cell it would look like a loader that raises."""
+    for cell in cells:
+        with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
+            sample_file(cell, pins.example(cell), Path(folder))
 
 
 @dataclass

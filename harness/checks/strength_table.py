@@ -38,7 +38,8 @@ def strength_table(cell: Cell, *, rank: int, alpha: float, strengths: Sequence[f
 
 
 def _factor(cell: Cell, rank: int, alpha: float, strength: float) -> float:
-    observation = run_trial(cell, Example(tuple(Target(name, rank, alpha) for name in cell.targets), strength=strength))
+    targets = tuple(Target(name, rank, alpha) for name in cell.targets)
+    observation = run_trial(cell, Example(targets, strength=strength, dtype=cell.dtypes[0]))
     if observation.raised:
         raise RuntimeError(observation.raised.what)
     return median(fits[0].scale for fits in observation.fits.values()) / (alpha / rank)

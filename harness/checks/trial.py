@@ -15,6 +15,7 @@ from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering
 from harness.checks.observation import Observation, observation_of, wrong_direction
 from harness.checks.patterns import rewrite_patterns
 from harness.checks.unloaded import base_weights, weights_seen
+from harness.errors import UserError
 from harness.example import Example
 from harness.files import FORMATS, LoraParts
 from harness.files.write import write_in_order
@@ -102,6 +103,18 @@ def run_trial(
         seen = replace(seen, earlier=_earlier(cell, example))
     cell.earlier[_REMEMBERED:] = [example]
     return replace(seen, file_changed=file_changed, order=order)
+
+
+def sample_file(cell: Cell, example: Example, folder: Path) -> Path:
+    """Write the file of an example below `folder`, as the cell's loader would get it, and return what it gets.
+
+    Raises:
+        UserError: no file of the cell can say the example.
+    """
+    try:
+        return write_example(cell, example, _updates(cell, example), folder)
+    except ValueError as error:
+        raise UserError(f"{cell.place}: {error}") from error
 
 
 def _updates(cell: Cell, example: Example) -> dict[str, Update]:
@@ -309,7 +322,7 @@ def _write(cell: Cell, example: Example, updates: Mapping[str, Update], folder: 
     }
     order, prefix = example.key_order(), prefix_of(cell)
     root = cell.variant.root
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False}
     path, names = write_in_order(folder / _file_name(cell), cell.format, modules, **how)
     rewrite_patterns(path, example.patterns)

@@ -114,6 +114,7 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "quantises": said.quantises,
         "also": sorted(said.also),
         "outputs": said.outputs,
+        "dtypes": sorted(said.dtypes),
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from harness.benches import bench_names, own_benches
+from harness.benches.bench import DTYPES
 from harness.benches.own import declared
 from harness.errors import LoaderSpecError
 from harness.isolation.elsewhere import Elsewhere
@@ -59,7 +60,7 @@ class Declaration:
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
     `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
     `outputs`: it gives what a model answers instead of a model (see `Outputs`). `also` are benches that it is checked
-    on when they are asked for.
+    on when they are asked for. `dtypes` are those of the models that it takes, empty for all.
     """
 
     formats: frozenset[str] | None = None
@@ -74,6 +75,7 @@ class Declaration:
     quantises: bool = False
     also: frozenset[str] = frozenset()
     outputs: bool = False
+    dtypes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def loader(
     quantises: bool = False,
     also: Iterable[str] = (),
     outputs: bool = False,
+    dtypes: Iterable[str] = (),
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -205,7 +208,8 @@ def loader(
     a variant that do not go together, such as ("kohya", "flux"), to a reason. `benches` may hold functions under
     `@bench`, as `check --bench` takes them by `file.py:function`.
 
-    For loaders that do less: `strength_argument=None` takes no strength; `uniform={"rank", "alpha"}` takes files in
+    For loaders that do less: `strength_argument=None` takes no strength; `dtypes={"float32"}` takes models of these
+    dtypes; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
     takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. On the benches of
     `also` it is checked when they are asked for. For engines that hold no weights to read: `outputs=True`, and a
@@ -227,6 +231,7 @@ def loader(
         quantises,
         frozenset(also),
         outputs,
+        frozenset(dtypes),
     )
     _check(declaration)
 
@@ -248,6 +253,7 @@ FACTS = (
     "also",
     "unsupported",
     "outputs",
+    "dtypes",
 )
 """What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
 
@@ -276,6 +282,7 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
         quantises=bool(facts.get("quantises")),
         also=_names("also", facts.get("also") or []),
         outputs=bool(facts.get("outputs")),
+        dtypes=_names("dtypes", facts.get("dtypes") or []),
     )
     _check(said)
     return said
@@ -305,8 +312,11 @@ def _check(said: Declaration) -> None:
     """Refuse what cannot be meant.
 
     Raises:
-        LoaderSpecError: a regular expression that is none, something else than rank and alpha, no baseline.
+        LoaderSpecError: a regular expression that is none, something else than rank and alpha, no baseline, a dtype
+            that no bench has.
     """
+    if strange := sorted(said.dtypes - set(DTYPES)):
+        raise LoaderSpecError(f"dtypes={strange[0]!r}: models are of {', '.join(DTYPES)}")
     if wrong := said.uniform - {"rank", "alpha"}:
         raise LoaderSpecError(f"uniform={sorted(wrong)[0]!r}: only rank and alpha can be uniform")
     for bench in said.benches or ():

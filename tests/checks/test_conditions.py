@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from harness import check_loader, loader
 from harness.benches import get_bench
 from harness.checks.cell import Cell, cells_of
 from harness.checks.plan import Plan, planned
@@ -19,7 +21,7 @@ from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.selftest.cases import Case, broken_cases, correct_cases
 from harness.selftest.measure import measure
-from tests.checks.sample_loaders import right
+from tests.checks.sample_loaders import loader_with, right
 
 CONDITIONS = [case for case in broken_cases() if case.name.startswith(("conditions:", "names:", "patterns:"))]
 STEADY = ("train_mode", "adapter_dtype", "lazy", "functional_call", "low_memory")
@@ -106,3 +108,17 @@ def test_patterns_in_every_style_mean_what_peft_takes_them_for(form: str, bench:
 
 def test_a_format_without_a_configuration_has_no_patterns() -> None:
     assert {e.patterns for e in planned(Cell(resolve(right), "kohya", "qwen-image"))} == {"names"}
+
+
+@pytest.mark.parametrize(("factor", "codes"), [(1.0, []), (1.5, ["LH209"])])
+def test_a_loader_that_takes_models_of_one_dtype_is_checked_in_that(factor: float, codes: list[str]) -> None:
+    scaled = loader_with(lambda strength, module, every: factor * strength * module.trained_scale)
+
+    @loader(formats={"kohya"}, benches={"qwen-image"}, dtypes={"bfloat16"})
+    def load(model: Any, lora: Path, *, strength: float = 1.0) -> None:
+        if next(model.parameters()).dtype != torch.bfloat16:
+            raise NotImplementedError("only bfloat16")
+        scaled(model, lora, strength=strength)
+
+    verdicts = check_loader(load, benches=["qwen-image"], max_examples=3, limits=Limits(seconds=10, workers=1))
+    assert [verdict.code for verdict in verdicts if not verdict.ok] == codes

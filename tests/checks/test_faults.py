@@ -6,8 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from harness import Verdict, check_loader
-from harness.checks.run import Limits
+from harness import Verdict, check_loader, loader
+from harness.checks.cell import cells_of
+from harness.checks.plan import Pins, Plan
+from harness.checks.run import Limits, check_cells
+from harness.errors import UserError
+from harness.example import Target
+from harness.loaders.registry import resolve
 from tests.checks import sample_loaders as loaders
 
 QUICK = {
@@ -97,15 +102,36 @@ def test_the_counterexample_is_simple() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_per_cent_is_found_in_either_dtype(dtype: str) -> None:
-    from harness.checks.cell import cells_of
-    from harness.checks.plan import Pins, Plan
-    from harness.checks.run import check_cells
-    from harness.loaders.registry import resolve
-
     cells, _ = cells_of(resolve(loaders.one_per_cent), ["kohya"], ["qwen-image"])
     plan = Plan(pins=Pins(rank=8, alpha=24.0, dtype=dtype))
     bad = [v for v in check_cells(cells, plan, Limits(workers=1)) if not v.ok]
     assert [v.code for v in bad] == ["LH209"]
+
+
+@pytest.mark.parametrize(
+    ("form", "pins", "says"),
+    [
+        ("bfl-control", Pins(alpha=2.0), "has no place for alpha"),
+        ("mlx", Pins((Target("transformer.h.0.attn.c_attn", 4, 8.0), Target("lm_head", 3, 8.0))), "rank is 4 and 3"),
+        ("peft", Pins((Target("lm_head", 4, None),)), "always has an alpha"),
+        ("kohya", Pins((Target("lm_head", 4, 8.0),) * 2), "is named 2 times"),
+    ],
+)
+def test_a_pin_that_no_file_can_say_is_no_loader_that_raises(form: str, pins: Pins, says: str) -> None:
+    bench = "flux" if form == "bfl-control" else "gpt2"
+    cells, _ = cells_of(resolve(loaders.right), [form], [bench])
+    with pytest.raises(UserError, match=says):
+        check_cells(cells, Plan(pins=pins), Limits(workers=1))
+
+
+@loader(benches={"sd-unet"}, variants={"conv"})
+def only_convolutions(model: object, lora: object, *, strength: float = 1.0) -> None:
+    raise NotImplementedError
+
+
+def test_what_is_not_looked_at_without_plain_lora_is_said() -> None:
+    _, skipped = cells_of(resolve(only_convolutions))
+    assert ["neither plain LoRA" in (each.reason or "") for each in skipped] == [True]
 
 
 def test_the_same_seed_draws_the_same_counterexample() -> None:
