@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["load", "unload", "set_strength", "rebuild", "run", "train", "copy", "cast", "save", "whole", "replace"]
+Kind = Literal[
+    "load", "unload", "set_strength", "rebuild", "aside", "run", "train", "copy", "cast", "save", "whole", "replace"
+]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
 _CASTS = 2  # answers are compared that are each off by the rounding of the base's own
@@ -74,6 +76,7 @@ class _Work:
     subject: Subject
     order: Order
     model: torch.nn.Module
+    beside: torch.nn.Module | None = None
     times: float = 1.0
     left: list[str] = field(default_factory=list)
     last: tuple[str, float | None] = ("", None)
@@ -101,6 +104,13 @@ class _Work:
 
     def rebuild(self, number: float, path: str) -> None:
         self.model, self.times = _rebuilt(self.bench, self.order.dtype, number), number
+
+    def aside(self, number: float, path: str) -> None:
+        """Load a file into a model beside this one, which is there until the end, and go on with this one."""
+        kept, last = self.model, self.last
+        self.rebuild(1.0, "")
+        self.take("load", number, path)
+        self.beside, self.model, self.last = self.model, kept, last
 
     def run(self, number: float, path: str) -> None:
         self._answers(self.model)
@@ -235,6 +245,7 @@ class _Work:
 
 _OURS: Mapping[Kind, Callable[[_Work, float, str], None]] = {
     "rebuild": _Work.rebuild,
+    "aside": _Work.aside,
     "run": _Work.run,
     "train": _Work.train,
     "copy": _Work.copy,

@@ -43,10 +43,10 @@ class Step:
     """One call of the subject, or what its users do between calls.
 
     Of the subject: load a file of the trial, undo the last load, set the strength of what is loaded. Of its users: go
-    on with a new model (`rebuild`), run the model, run it with gradients (`train`), copy it, cast it to float32, save
-    its state and load that into a fresh model, run it beside the base that has its layers' weights (`whole`), replace
-    a file. `times` multiplies the strength of the example, or the layers of the new model (a power of two); None calls
-    the loader without a strength.
+    on with a new model (`rebuild`), load a file into a second one and go on with the first (`aside`), run the model,
+    run it with gradients (`train`), copy it, cast it to float32, save its state and load that into a fresh model, run
+    it beside the base that has its layers' weights (`whole`), replace a file. `times` multiplies the strength of the
+    example, or the layers of the new model (a power of two); None calls the loader without a strength.
     `file`: the example's own, a copy of it, the other example's, or the one that `replace` puts the example's own in
     the place of, the other example's before.
     """
@@ -61,7 +61,8 @@ set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
 UNLOAD, RUN, COPY, CAST, SAVE = Step("unload"), Step("run"), Step("copy"), Step("cast"), Step("save")
 WHOLE, TRAIN = Step("whole"), Step("train")
-REPLACE = Step("replace", file="replaced")
+REPLACE, ASIDE = Step("replace", file="replaced"), Step("aside", file="other")
+_WITH_FILES = ("load", "aside", "replace")
 
 
 def run_trial(
@@ -86,8 +87,7 @@ def run_trial(
             edit(files.example)
         written = bytes_of(files.example)
         orders = tuple(
-            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind in ("load", "replace") else "")
-            for s in steps
+            (s.kind, _number(s, example), str(files.path(s.file)) if s.kind in _WITH_FILES else "") for s in steps
         )
         try:
             answer = _asked(cell, example, orders, listen)

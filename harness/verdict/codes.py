@@ -89,7 +89,7 @@ _ALL = (
     Code("LH405", "several LoRAs do not add up", ("side_effects",), "the second LoRA replaces or rescales the first", "sum the deltas"),
     Code("LH406", "training mode or dropout left on", ("side_effects",), "the model, or a dropout that the loader adds, is in training mode; or what a layer answers depends on how often it was asked",
          "give back the mode that the model had: `.eval()` on what is added, dropout only while training", explains=("LH102", "LH104", "LH301", "LH302", "LH304", "LH305", "LH306", "LH407", "LH501")),
-    Code("LH407", "another effect later", ("side_effects",), "a hook takes itself away, a counter decides, or the LoRA hangs on objects that a copy, a cast or a saved state does not have",
+    Code("LH407", "another effect later", ("side_effects",), "a hook takes itself away, a counter decides, models share what holds the LoRA, or it hangs on objects that a copy, a cast or a saved state does not have",
          "keep the delta in the weights, or in parameters and buffers of the layer; look layers up in the module that is called", explains=("LH305",)),
     Code("LH408", "a file loaded before comes back", ("side_effects",), "deltas are cached under the file's name or path, or under a shape",
          "key a cache by the file's content, and empty it when a LoRA is unloaded", explains=("LH101", "LH102", "LH104", "LH209", "LH301", "LH302", "LH303", "LH304", "LH306", "LH401", "LH402", "LH405", "LH407", "LH501")),
@@ -157,7 +157,7 @@ _ALL = (
     Code("LH902", "wrong shape or keys returned", ("smoke", "verify"), "what came back is not the model, a model that does not run (another dtype, another signature), or not what an engine answers",
          "return the model or None; an engine: one finite tensor of the shape that the model itself answers"),
     Code("LH903", "refused by the loader", ("smoke", "images"), "the loader says itself that it does not take this file",
-         "support it, or declare it: @loader(formats=..., benches=..., unsupported=...); what it refuses by rank or alpha is a known failure"),
+         "support it, or declare it: @loader(formats=..., benches=..., dtypes=..., unsupported=...); what it refuses by rank or alpha is a known failure"),
 )  # fmt: skip
 
 CODES = {code.code: code for code in _ALL}

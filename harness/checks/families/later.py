@@ -10,7 +10,21 @@ from harness.checks.cell import Cell
 from harness.checks.families.side_effects import another
 from harness.checks.family import Need, Sighting, follows, has, judges
 from harness.checks.observation import Observation, changed_otherwise
-from harness.checks.trial import CAST, COPY, REPLACE, RUN, SAVE, TRAIN, UNLOAD, WHOLE, Step, load, rebuild, run_trial
+from harness.checks.trial import (
+    ASIDE,
+    CAST,
+    COPY,
+    REPLACE,
+    RUN,
+    SAVE,
+    TRAIN,
+    UNLOAD,
+    WHOLE,
+    Step,
+    load,
+    rebuild,
+    run_trial,
+)
 from harness.text import count
 
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
@@ -37,6 +51,7 @@ class _Later:
 
 _RUNS = (_Later((load(), RUN, RUN, RUN), "running the model three times", may_raise=False),)
 _STATE = (
+    _Later((load(), ASIDE), "loading another file into another model"),
     _Later((load(), TRAIN), "running the model with gradients on", layers=False),
     _Later((load(), COPY), "copying the loaded model (copy.deepcopy)", layers=False),
     _Later(
@@ -76,7 +91,7 @@ def check_mode(observation: Observation) -> list[Sighting]:
 
 @follows("side_effects", finds="another answer later, in a copy or beside the layers", codes=("LH407",))
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
-    """LH407 when the effect is another after the model ran, was copied, cast, or saved and loaded.
+    """LH407 when the effect is another after the model ran, was copied, cast, or saved, or another model was loaded.
 
     LH401 when the model answers otherwise than by its layers.
     """
