@@ -72,7 +72,11 @@ def _there(subject: Subject, benches: Iterable[str], folder: Path) -> Elsewhere 
 def done_apart(
     cell: Cell, work: Callable[[Cell], Any], limits: Limits = Limits(), *, workers: int = 1
 ) -> tuple[Any, JobEnd]:
-    """Return what `work(cell)` returns, JSON, done where the cell is judged; None when that ended before."""
+    """Return what `work(cell)` returns, JSON, done where the cell is judged; None when that ended before.
+
+    Raises:
+        UserError: a full disk.
+    """
     results: list[Any] = []
 
     def job(channel: Channel) -> None:
@@ -86,4 +90,6 @@ def done_apart(
         budget=budget(cell, limits),
         on_event=lambda index, result: results.append(result),
     )
+    if end.trouble:
+        raise end.trouble
     return (results[0] if results else None), end

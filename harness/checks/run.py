@@ -58,7 +58,7 @@ def check_cells(
     judged elsewhere: known failures may speak of them.
 
     Raises:
-        UserError: the pinned example names a module that a bench does not have, or no file can say it.
+        UserError: the pinned example names a module that a bench does not have, or no file can say it; a full disk.
     """
     if plan.pins:
         _try_to_write(plan.pins, cells)
@@ -71,6 +71,8 @@ def check_cells(
         heard.not_reached()
         return heard.verdicts
     for cell, end in zip(cells, ends, strict=True):
+        if end.trouble:
+            raise end.trouble
         if end.status != "done":
             heard.take(died(cell, end))
     for known in unmatched(plan.known, [*cells, *beside]) if plan.pins is None else ():

@@ -251,7 +251,7 @@ class _Drawn:
         """Say how it ended, where it could not say so itself: what it drew before is kept."""
         if not self.over:
             died = died_verdict(self.subject, self.studios[-1], end)
-            self._is_over(SweepResult(records=self.records, verdicts=[died]))
+            self._is_over(end.trouble or SweepResult(records=self.records, verdicts=[died]))
 
     def _is_over(self, result: SweepResult | UserError) -> None:
         self.over = True

@@ -6,7 +6,9 @@ prints as they come, and kills a child whose call is overdue, that is silent or 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.errors import one_line
+from harness.errors import UserError, one_line
 from harness.isolation.child import Ends, is_out_of_memory
 from harness.isolation.frames import FrameError, unwrapped, wrapped
 from harness.isolation.limits import Channel, LocalChannel, SubjectExitError, TimeLimitExceeded, overdue
@@ -27,6 +29,8 @@ Job = Callable[[Channel], None]
 OnEvent = Callable[[int, Any], None]
 
 SECONDS_TO_LEAVE = 5.0
+_NO_ROOM = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE") if hasattr(errno, name)]
+_OF_THE_MACHINE = re.compile(rf"\[Errno ({'|'.join(map(str, _NO_ROOM))})\]")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class JobEnd:
     def from_outside(self) -> bool:
         """Whether a signal ended it that no process sends itself by accident: from somebody, or for want of memory."""
         return self.status == "killed" and self.exit_code in FROM_OUTSIDE
+
+    @property
+    def trouble(self) -> UserError | None:
+        """What the machine had no room for outside the subject's calls, such as a file on a full disk; None if nothing.
+
+        Nothing is known of the subject then.
+        """
+        found = self.status == "raised" and _OF_THE_MACHINE.search(self.detail or "")
+        return UserError(f"{self.detail}: nothing is known of what was being measured") if found else None
 
     @property
     def what(self) -> str:

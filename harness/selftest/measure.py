@@ -133,6 +133,8 @@ def measure(
 
     ends = run_jobs(jobs, workers=limits.workers, silence=SILENCE, on_event=take)
     for (result, cell), end in zip(work, ends, strict=True):
+        if end.trouble:
+            raise end.trouble
         if end.status != "done":
             result.verdicts.append(died(cell, end))
             on_result(result)

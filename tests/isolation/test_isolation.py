@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -142,3 +143,12 @@ def test_an_adapter_that_the_load_did_not_make_is_no_refusal() -> None:
     raised = caught.value.raised
     assert raised.code == "LH901"
     assert raised.what.startswith("the load made no adapter of the file, and what came next raised ValueError: Adapter")
+
+
+@pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, False), (errno.ENOENT, True)])
+def test_a_full_disk_is_trouble_of_the_machine_and_not_of_the_subject(number, room):
+    def job(channel):
+        raise OSError(number, "x")
+
+    (end,) = run_jobs([job])
+    assert (end.status, end.trouble is None) == ("raised", room)
