@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import random
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from harness.benches.answer import first_tensor
 from harness.benches.bench import Bench, Noise, ends_with
 from harness.benches.layer import Layer, Rows, layer_of
 from harness.errors import UserError, one_line
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "__lora_harness_bench__"
 _SEED = 31
-_DEEP = 8  # levels of what a model answers
 F = TypeVar("F", bound=Callable[[], Any])
 
 
@@ -275,7 +274,7 @@ def _running(run: Callable[..., Any]) -> Callable[[Any, Noise], Tensor]:
             torch.manual_seed(_SEED)
             torch.set_default_dtype(noise(0).dtype)
             try:
-                return _tensor(run(model, noise) if takes_noise else run(model))
+                return first_tensor(run(model, noise) if takes_noise else run(model))
             finally:
                 torch.set_default_dtype(before)
 
@@ -289,23 +288,3 @@ def _positional(run: Callable[..., Any]) -> int:
         return 1
     needed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
     return len(needed)
-
-
-def _tensor(found: Any) -> Tensor:
-    """Return the first floating tensor of what a model answers: itself, in a tuple, a mapping or a dataclass."""
-    first = next(_tensors(found), None)
-    if first is None:
-        raise TypeError(f"run returned {type(found).__name__}, but should return a tensor, or what holds one")
-    return first
-
-
-def _tensors(found: Any, depth: int = 0) -> Iterator[Tensor]:
-    import torch
-
-    if isinstance(found, torch.Tensor):
-        if found.is_floating_point() or found.is_complex():
-            yield torch.view_as_real(found) if found.is_complex() else found
-    elif depth < _DEEP:
-        held = vars(found) if dataclasses.is_dataclass(found) and not isinstance(found, Mapping) else found
-        for part in held.values() if isinstance(held, Mapping) else held if isinstance(held, (tuple, list)) else ():
-            yield from _tensors(part, depth + 1)

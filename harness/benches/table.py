@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.benches.answer import first_tensor
 from harness.benches.bench import DTYPES, Bench, Noise
 from harness.benches.layer import Layer, Rows, layer_of
 from harness.files.architectures import Alias, authors_names, turns
@@ -74,7 +75,7 @@ class ArchitectureRow:
         """Call the model once."""
         given = {name: _value(spec, noise) for name, spec in self.inputs.items()}
         told = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
-        return _first(model(**given, **told))
+        return first_tensor(model(**given, **told))
 
     def bench(self) -> Bench:
         """Return the bench of this row."""
@@ -163,15 +164,6 @@ def _value(spec: Any, noise: Noise) -> Any:
     if "dict" in spec:
         return {name: _value(each, noise) for name, each in spec["dict"].items()}
     return spec["value"]
-
-
-def _first(found: Any) -> Tensor:
-    """Return the first tensor of an answer."""
-    import torch
-
-    while not isinstance(found, torch.Tensor):
-        found = next(iter(found.values() if isinstance(found, Mapping) else found))
-    return found
 
 
 def row_of(model: Any) -> ArchitectureRow | None:
