@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.checks.families.direction import _by_row, _left_out
+from harness.checks import likeness
 
 GENERATOR = torch.Generator().manual_seed(3)
 A, B = torch.randn(4, 24, generator=GENERATOR).double(), torch.randn(30, 4, generator=GENERATOR).double()
@@ -36,11 +36,11 @@ def without(rows: slice) -> Tensor:
 def test_rows_that_are_missing_or_weighted_are_told_apart(
     change: Tensor, left_out: bool, by_row: bool, turned: Callable[[Tensor], Tensor]
 ) -> None:
-    assert _left_out(turned(change), PRODUCT) is left_out
-    assert _by_row(turned(change), PRODUCT) is by_row
+    assert likeness.left_out(turned(change), PRODUCT) is left_out
+    assert likeness.by_row(turned(change), PRODUCT) is by_row
 
 
 def test_rows_that_are_all_alike_tell_nothing() -> None:
     one = B[:, :1] @ A[:1]
-    assert not _by_row(one.flip(0), one)  # each is a multiple of any other
-    assert not _by_row(PRODUCT[:4] * torch.arange(4)[:, None], PRODUCT[:4])  # too few
+    assert not likeness.by_row(one.flip(0), one)  # each is a multiple of any other
+    assert not likeness.by_row(PRODUCT[:4] * torch.arange(4)[:, None], PRODUCT[:4])  # too few
