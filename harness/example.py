@@ -6,6 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes of models and files, the plainest first."""
+
 Patterns = Literal["names", "tails", "regex"]
 """How a configuration names modules of another rank or alpha: each by its path, by ends of paths, by expressions."""
 

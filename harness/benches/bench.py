@@ -15,13 +15,13 @@ from harness.benches.codes import cast
 from harness.benches.layer import Layer, Rows, View, experts_of, layer_of, parameter_of, regroup, renamed
 from harness.benches.template import Template
 from harness.errors import UserError
+from harness.example import DTYPES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Noise = Callable[..., "torch.Tensor"]
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.benches.answer import first_tensor
-from harness.benches.bench import DTYPES, Bench, Noise
+from harness.benches.bench import Bench, Noise
 from harness.benches.layer import Layer, Rows, layer_of
+from harness.example import DTYPES
 from harness.files.architectures import Alias, authors_names, turns
 
 if TYPE_CHECKING:

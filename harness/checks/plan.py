@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from hypothesis.strategies import SearchStrategy, sampled_from
 
-from harness.benches.bench import DTYPES
 from harness.checks.cell import Cell
 from harness.errors import UserError
-from harness.example import Example, Patterns, Target
+from harness.example import DTYPES, Example, Patterns, Target
 from harness.files import FORMATS
 from harness.loaders.protocol import CORE_BENCHES, CORE_VARIANTS, IMPLIED_BENCHES
 from harness.strategies import examples as lora_examples

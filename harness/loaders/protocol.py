@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from harness.benches import bench_names, own_benches
-from harness.benches.bench import DTYPES
 from harness.benches.own import declared
 from harness.errors import LoaderSpecError
+from harness.example import DTYPES
 from harness.isolation.elsewhere import Elsewhere
 
 if TYPE_CHECKING:

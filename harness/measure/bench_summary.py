@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from harness.benches.bench import DTYPES
+from harness.example import DTYPES
 from harness.text import count
 
 _SHOWN = 6

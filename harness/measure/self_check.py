@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.benches.bench import DTYPES, Bench, ends_with, shared
+from harness.benches.bench import Bench, ends_with, shared
 from harness.benches.codes import numbers_behind
 from harness.benches.layer import Layer, experts_of, layer_of
 from harness.benches.own import TOO_LARGE, OwnBench
 from harness.benches.template import Template
 from harness.errors import UserError, one_line
+from harness.example import DTYPES
 from harness.isolation.child import is_out_of_memory
 from harness.measure.bench_summary import patterns
 from harness.measure.compare import norm

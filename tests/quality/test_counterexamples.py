@@ -37,7 +37,7 @@ def shapes(name: str) -> list[tuple[int, float]]:
     [
         ("scale_laws:raw_alpha", [(2, 1.0)]),
         ("subtle:one_per_cent", [(2, 1.0)]),
-        ("alpha_values:truncated", [(2, 0.5)]),
+        ("alpha_values:truncated", [(2, 1.5)]),
         ("alpha_sources:first_alpha", [(2, 1.0), (2, 2.0)]),
         ("subtle:rank_one", [(1, 1.0)]),
         ("subtle:high_rank", [(65, 1.0)]),
