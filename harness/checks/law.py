@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from harness.checks.apart import done_apart
@@ -16,6 +16,7 @@ from harness.law.probe import Probe, fields_of, probe_from
 from harness.loaders.benches import Which, bench_name
 from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
+from harness.verdict.codes import CODES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MeasuredLaw:
     """
 
     diagnosis: Diagnosis
-    probes: tuple[Probe, ...]
+    probes: tuple[Probe, ...] = field(repr=False)
     raised: tuple[str, ...] = ()
     late: bool = False
     killed: bool = False
@@ -35,6 +36,14 @@ class MeasuredLaw:
     def formula(self) -> str | None:
         """The law as text, or None when no law of the grammar explains the probes."""
         return self.diagnosis.law.formula if self.diagnosis.law else None
+
+    def __str__(self) -> str:
+        """Return the law in a line: `strength * alpha (LH201 alpha not divided by rank)`."""
+        code, trait = self.diagnosis.code, self.diagnosis.trait
+        law = self.formula or ("no law of the grammar" if self.probes else "not measured")
+        where = f" where {trait}" if trait else ""
+        named = f" ({code} {CODES[code].title}{where})" if code else ""
+        return "; ".join([f"{law}{named}", *self.raised])
 
 
 def measure_law(

@@ -93,7 +93,10 @@ def test_a_ratio_never_reads_as_right() -> None:
 
 
 def test_a_loader_that_does_nothing_is_said_to_do_nothing() -> None:
-    assert measure_law(no_effect, format="kohya").diagnosis.code == "LH101"
+    measured = measure_law(no_effect, format="kohya")
+    assert measured.diagnosis.code == "LH101"
+    assert str(measured) == "no law of the grammar (LH101 LoRA has no effect)"
+    assert len(repr(measured)) < 200
 
 
 @pytest.mark.parametrize(
