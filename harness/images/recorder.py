@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,19 +96,21 @@ class Recorder:
             )
         return found
 
-    def draw_all(self, strengths: Sequence[float]) -> None:
-        """Have the subject draw, and once more where that tells a factor far off.
+    def draw_all(self, strengths: Sequence[float], keep: Collection[float] = ()) -> None:
+        """Have the subject draw, and once more where that tells a factor far off; `keep` as for `draw`.
 
         Raises:
             UserError: the pictures do not fit the device's memory.
             CallFailedError: the subject raised, or its process ended or sent something else.
         """
-        self.draw(strengths)
+        self.draw(strengths, keep)
         if (strength := self._pin()) is not None:
             self.draw([strength])
 
-    def draw(self, strengths: Sequence[float]) -> None:
+    def draw(self, strengths: Sequence[float], keep: Collection[float] = ()) -> None:
         """Have the subject draw, and record each strength as soon as it is there.
+
+        What was loaded at the strengths `keep` may be drawn again by the next order.
 
         Raises:
             UserError: the pictures do not fit the device's memory.
@@ -131,7 +133,7 @@ class Recorder:
             cost = {"seconds": round(float(part["seconds"]), 4), "peak_memory": _number(part["peak_memory"])}
             self._record(part["strength"], images, cost)
 
-        order = {"studio": self.studio.number, "strengths": waiting.copy()}
+        order = {"studio": self.studio.number, "strengths": waiting.copy(), "keep": list(keep)}
         try:
             end = self.asked.ask(order, patience, take, parts=3 * len(strengths) + 5)
         except SubjectLostError as lost:
@@ -258,9 +260,11 @@ def _slug(spec: str) -> str:
 
 def drawing(studios: Sequence[Studio], subject: Subject) -> Answer:
     """Return what answers an order for pictures where the subject's code runs."""
+    kept: dict[float, torch.nn.Module] = {}
 
     def answer(order: Any, on_part: Part) -> dict[str, Any]:
         own = copy(studios[order["studio"]])  # where both run in one process, the steps of the other are not this one's
+        own.kept, own.keeps = kept, order["keep"]
         own.step = lambda text: on_part({"step": text})
         drawn = own.candidates(subject, order["strengths"])
         while True:

@@ -62,12 +62,17 @@ def agree(probe: Judgement, seen: Judgement) -> bool:
 def deciding(probe: Judgement, observations: Sequence[StrengthResult]) -> list[float]:
     """Return the strengths at which pictures are drawn first: 0, the one nearest to 1, and where a fault shows best."""
     strengths = [o.strength for o in observations]
-    chosen = {0.0} & set(strengths) | {min(filter(None, strengths), key=lambda s: (abs(s - 1), s), default=0.0)}
+    chosen = _always(strengths)
     if probe.code and probe.told_by:
         chosen.add(probe.told_by.strength)
         if not _FOLLOWS[0] <= _looks_like(probe.told_by) <= _FOLLOWS[1]:
             chosen.add(min(observations, key=_from_one).strength)
     return [strength for strength in strengths if strength in chosen]
+
+
+def _always(strengths: Sequence[float]) -> set[float]:
+    """Return 0, where it is asked for, and the strength nearest to 1."""
+    return {0.0} & set(strengths) | {min(filter(None, strengths), key=lambda s: (abs(s - 1), s), default=0.0)}
 
 
 def _looks_like(o: StrengthResult) -> float:
@@ -116,7 +121,7 @@ class InTurn:
         return found
 
     def _judged(self, alphas: Sequence[float]) -> Judgement:
-        self._probe.draw_all(alphas)
+        self._probe.draw_all(alphas, keep=_always(alphas))
         seen = self._probe.result.observations
         said, near = judge(seen), {o.strength: o.estimate.strength for o in seen if o.estimate}
         sure = said.code is not None or said.finding == "as trained"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _SHARED: dict[tuple[object, ...], dict[float, Tensor]] = {}
 _THE_SAME = 1e-4  # share of a change that rounding leaves unexplained
 _LIKE = 0.1  # share of a change that rungs further apart than those of the ladder may leave unexplained
 _SECONDS_TO_PAINT = 3600.0  # on the slowest of devices
+_KEPT_BYTES = 2**28  # of a loaded denoiser that waits for its pictures
 _SHARE_BELOW = 2_000_000  # values per strength: references of small pipelines are kept for the next loader
 
 
@@ -38,7 +39,8 @@ class Studio:
     """Takes the pictures of a sweep; references are drawn once per strength and kept.
 
     `step` is called with a short text before every strength that is drawn; one load may take `seconds`, 0 for ever.
-    `number` tells it from the other studios of its sweep.
+    `number` tells it from the other studios of its sweep. A small denoiser that was loaded at one of the strengths
+    `keeps` goes to `kept`, where the next one that is asked for at that strength is taken from.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Studio:
         self._drawn: dict[float, Tensor] = {} if shared is None else shared
         self._is_shared = shared is not None
         self.seconds = 0.0
+        self.keeps: Collection[float] = ()
+        self.kept: dict[float, nn.Module] = {}
         self._share: Callable[[Any], object] | None = None
         self._painter: Asked | None = None
 
@@ -126,7 +130,7 @@ class Studio:
     def candidates(self, subject: Subject, strengths: Sequence[float]) -> Iterator[tuple[float, Tensor, float]]:
         """Yield each strength, the subject's pictures `[n, ...]` and the seconds; what it raises comes through.
 
-        Every strength is loaded into a fresh copy. When only the scalings of runtime adapters differ between the
+        Every strength is loaded into a copy of its own. When only the scalings of runtime adapters differ between the
         copies, all strengths are drawn in shared batches, else one after the other.
         """
         began = time.perf_counter()
@@ -135,7 +139,10 @@ class Studio:
         scalings = self._scalings(subject, strengths, first) if shared else None
         if scalings is None:
             for number, strength in enumerate(strengths):
-                images = self._take(first if number == 0 else self.load(subject, strength))
+                model = first if number == 0 else self.load(subject, strength)
+                images = self._take(model)
+                if strength in self.keeps and _size(model) <= _KEPT_BYTES:
+                    self.kept[strength] = model
                 yield strength, images, time.perf_counter() - began
                 began = time.perf_counter()
             return
@@ -159,7 +166,9 @@ class Studio:
         return scalings
 
     def load(self, subject: Subject, strength: float) -> nn.Module:
-        """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject."""
+        """Load the LoRA into a fresh copy of the denoiser at `strength` with the subject, unless one was kept."""
+        if strength in self.kept:
+            return self.kept.pop(strength)
         self.step(f"{subject.title} at {strength:g}")
         model = self.opened.fresh()
         with quiet("diffusers", "transformers"), alarm(self.seconds) if self.seconds else nullcontext():
@@ -202,6 +211,10 @@ class Studio:
         if self._calls is None:
             self._calls = self.sampler.record(self.opened.fresh())
         return self.sampler.replay(denoiser, self._calls)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def painting(studios: Sequence[Studio]) -> Answer:
