@@ -12,6 +12,7 @@ from harness.benches import bench_names, own_benches
 from harness.benches.own import declared
 from harness.errors import LoaderSpecError
 from harness.example import DTYPES
+from harness.files.formats import FORMATS
 from harness.isolation.elsewhere import Elsewhere
 
 if TYPE_CHECKING:
@@ -219,19 +220,19 @@ def loader(
     ... def load(model, lora, *, strength=1.0): ...
     """
     declaration = Declaration(
-        frozenset(formats) if formats is not None else None,
-        frozenset(benches) if benches is not None else None,
-        frozenset(variants) if variants is not None else None,
+        _some("formats", formats),
+        _some("benches", benches),
+        _some("variants", variants),
         unload,
         set_strength,
         strength_argument,
         dict(unsupported or {}),
-        frozenset(uniform),
+        _set("uniform", uniform),
         modules,
         quantises,
-        frozenset(also),
+        _set("also", also),
         outputs,
-        frozenset(dtypes),
+        _set("dtypes", dtypes),
     )
     _check(declaration)
 
@@ -240,6 +241,22 @@ def loader(
         return function
 
     return declare
+
+
+def _set(key: str, names: Any) -> frozenset[Any]:
+    if isinstance(names, str):
+        raise LoaderSpecError(f"{key}={names!r}: give a set of names, {{{names!r}}}")
+    try:
+        return frozenset(names)
+    except TypeError:
+        raise LoaderSpecError(f"{key}={names!r} is no set of names") from None
+
+
+def _some(key: str, names: Any) -> frozenset[Any] | None:
+    found = None if names is None else _set(key, names)
+    if found is not None and not found:
+        raise LoaderSpecError(f"{key} is empty: leave it out for the usual ones")
+    return found
 
 
 FACTS = (
@@ -279,9 +296,9 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
         unsupported=_reasons(facts.get("unsupported") or []),
         uniform=_names("uniform", facts.get("uniform") or []),
         modules=_text("modules", facts.get("modules")),
-        quantises=bool(facts.get("quantises")),
+        quantises=facts.get("quantises") or False,
         also=_names("also", facts.get("also") or []),
-        outputs=bool(facts.get("outputs")),
+        outputs=facts.get("outputs") or False,
         dtypes=_names("dtypes", facts.get("dtypes") or []),
     )
     _check(said)
@@ -312,9 +329,12 @@ def _check(said: Declaration) -> None:
     """Refuse what cannot be meant.
 
     Raises:
-        LoaderSpecError: a regular expression that is none, something else than rank and alpha, no baseline, a dtype
-            that no bench has.
+        LoaderSpecError: a regular expression that is none, something else than rank and alpha, no baseline, a format
+            or dtype that there is not, what is no function, text or pair.
     """
+    _check_kinds(said)
+    if unknown := sorted(set(map(str, said.formats or ())) - set(FORMATS)):
+        raise LoaderSpecError(f"no format is called {unknown[0]!r}; known are {', '.join(FORMATS)}")
     if strange := sorted(said.dtypes - set(DTYPES)):
         raise LoaderSpecError(f"dtypes={strange[0]!r}: models are of {', '.join(DTYPES)}")
     if wrong := said.uniform - {"rank", "alpha"}:
@@ -328,6 +348,21 @@ def _check(said: Declaration) -> None:
         re.compile(said.modules or "")
     except re.error as error:
         raise LoaderSpecError(f"modules={said.modules!r} is no regular expression: {error}") from None
+
+
+def _check_kinds(said: Declaration) -> None:
+    for key in ("unload", "set_strength"):
+        if not (getattr(said, key) is None or callable(getattr(said, key))):
+            raise LoaderSpecError(f"{key}={getattr(said, key)!r} is no function")
+    for key in ("strength_argument", "modules"):
+        if (value := getattr(said, key)) is not None and (not isinstance(value, str) or not value):
+            raise LoaderSpecError(f"{key}={value!r} is no text; leave it out, or None")
+    for key in ("quantises", "outputs"):
+        if not isinstance(getattr(said, key), bool):
+            raise LoaderSpecError(f"{key}={getattr(said, key)!r} is neither True nor False")
+    for names in said.unsupported:
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise LoaderSpecError(f"unsupported: {names!r} is no tuple of names, such as ('kohya', 'flux')")
 
 
 def declaration_of(function: Callable[..., object]) -> Declaration:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from harness.benches import bench_names, more_benches, own_benches
 from harness.errors import LoaderSpecError
-from harness.files import FORMATS
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.server import Server, ServerError, started
 from harness.loaders.exchange import OutputError, load_back, program_of, write_weights
@@ -94,7 +93,6 @@ def _declaration(spec: str, hello: Mapping[str, Any]) -> Declaration:
     facts = {key: value for key, value in hello.items() if key not in ("protocol", *_TEXT, "unload", "set_strength")}
     try:
         said = declaration_from(facts)
-        _known("format", said.formats, FORMATS)
         _known("bench", frozenset(map(str, said.benches or ())), (*bench_names(), *more_benches(), *own_benches()))
         _known("variant", said.variants, VARIANTS)
     except LoaderSpecError as error:

@@ -217,5 +217,26 @@ def test_listing_the_loaders_imports_no_torch():
 
 
 def test_a_subject_lists_the_core_formats_first():
-    subject = Subject("x", plain, None, loader(formats={"zzz", "diffsynth", "peft"})(plain).__lora_harness__)
-    assert subject.formats == ("peft", "diffsynth", "zzz")
+    subject = Subject("x", plain, None, loader(formats={"xlabs", "diffsynth", "peft"})(plain).__lora_harness__)
+    assert subject.formats == ("peft", "diffsynth", "xlabs")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"formats": {"pefft"}}, "no format is called 'pefft'; known are peft, "),
+        ({"formats": "peft"}, r"formats='peft': give a set of names, \{'peft'\}"),
+        ({"formats": set()}, "formats is empty"),
+        ({"uniform": "rank"}, "uniform='rank': give a set of names"),
+        ({"dtypes": {"int8"}}, "dtypes='int8': models are of float32"),
+        ({"dtypes": 4}, "dtypes=4 is no set of names"),
+        ({"unload": "unload"}, "unload='unload' is no function"),
+        ({"strength_argument": ""}, "strength_argument='' is no text"),
+        ({"modules": ["to_q"]}, r"modules=\['to_q'\] is no text"),
+        ({"quantises": "no"}, "quantises='no' is neither True nor False"),
+        ({"unsupported": {"peft": "no"}}, "unsupported: 'peft' is no tuple of names"),
+    ],
+)
+def test_what_cannot_be_declared_is_said_in_a_sentence(said, why):
+    with pytest.raises(LoaderSpecError, match=why):
+        loader(**said)
