@@ -28,7 +28,8 @@ class Layer:
     `[out, in * kh * kw]`; an embedding one column per token; `transposed` is a linear layer that stores its weight as
     [in, out] (transformers' `Conv1D`). `experts` are the matrices of a parameter of three dimensions, one below the
     other, `turned` where each is stored as [in, out]; its path is the parameter's. `bias` says whether it has one.
-    `codes` is what a quantised weight is rounded to, `blur` the share of an answer that such a layer loses of dense
+    `computed` says that it is made of other parameters whenever it is asked for, as under weight norm. `codes` is what
+    a quantised weight is rounded to, `blur` the share of an answer that such a layer loses of dense
     input, where it rounds that too.
     """
 
@@ -44,6 +45,7 @@ class Layer:
     blur: float = 0.0
     experts: int = 1
     turned: bool = False
+    computed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,6 +60,11 @@ class Layer:
 
 def layer_of(module: torch.nn.Module) -> Layer | None:
     """Return what `module` is, or None when no LoRA is trained on such a layer."""
+    found = _layer_of(module)
+    return replace(found, computed=True) if found and "weight" not in module._parameters else found
+
+
+def _layer_of(module: torch.nn.Module) -> Layer | None:
     from torch import Tensor, nn
 
     weight = getattr(module, "weight", None)
@@ -67,14 +74,15 @@ def layer_of(module: torch.nn.Module) -> Layer | None:
     if isinstance(module, nn.Linear):
         return Layer("linear", module.out_features, module.in_features, bias, codes=codes_of(module))
     if isinstance(module, nn.Embedding):
-        if len(inspect.signature(type(module).forward).parameters) != 2:  # positions that are computed from a mask
+        positions = len(inspect.signature(type(module).forward).parameters) != 2  # computed from a mask
+        if positions or module.max_norm is not None:  # who asks such a layer changes it
             return None
         return Layer("embedding", module.embedding_dim, module.num_embeddings)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
         columns = module.in_channels * math.prod(module.kernel_size)
         geometry = module.kernel_size, module.stride, _padding(module), module.dilation
         return Layer("conv", module.out_channels, columns, bias, *geometry)
-    if type(module).__name__ == "Conv1D":  # transformers'; not imported for every model
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:  # transformers'
         columns, rows = module.weight.shape  # type: ignore[misc]  # [in, out]
         return Layer("transposed", rows, columns, bias)
     return None

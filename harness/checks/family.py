@@ -166,8 +166,9 @@ class Scenario:
     def possible(self, cell: Cell) -> bool:
         """Whether a loader can be asked for this in `cell`."""
         plain = all(step.times in (1, None) or step == rebuild(2) for step in self.steps)
-        if any(step == rebuild(2) for step in self.steps) and any(layer.codes for layer in cell.view.layers.values()):
-            return False  # no arithmetic on codes makes a model of other weights
+        layers = cell.bench.layers.values()
+        if any(step == rebuild(2) for step in self.steps) and any(layer.codes or layer.computed for layer in layers):
+            return False  # no arithmetic on codes, or on what is computed anew, makes a model of other weights
         return has(cell, self.requires) and (plain or has(cell, "any strength"))
 
 

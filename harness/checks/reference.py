@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.benches import own_benches
+from harness.benches import Bench, own_benches
 from harness.checks.apart import served
 from harness.checks.cell import Cell
 from harness.checks.family import judge
@@ -21,7 +21,7 @@ from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
 from harness.measure.compare import norm
 from harness.verdict.codes import CODES
-from harness.verdict.verdict import Verdict
+from harness.verdict.verdict import REFERENCE, Verdict
 
 _SECONDS = 30.0
 _FEW_LAYERS = Plan(share=0.5)
@@ -61,7 +61,7 @@ class SelfCheck:
     def _disagree(self, place: Agreement) -> Verdict:
         where = f"{place.bench}, {place.variant}"
         title = f"PEFT {self.version} and the closed form disagree on {where}: {place.fault}"
-        return Verdict(loader="reference", check="reference", outcome="failed", title=title)
+        return Verdict(loader=REFERENCE, check="reference", outcome="failed", title=title)
 
     def __str__(self) -> str:
         """Return the line of a run: PEFT's version, how closely it agrees, where, and where there is no PEFT."""
@@ -79,6 +79,11 @@ def _count(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
+def _can_merge(bench: Bench) -> bool:
+    """Whether what PEFT merges is there afterwards: it writes to weights, and knows the model's own names alone."""
+    return not bench.names and not any(layer.computed for layer in bench.layers.values())
+
+
 def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     """Merge a small LoRA with PEFT on every bench and variant of `cells`, in a child process unless `workers` is 0.
 
@@ -89,7 +94,7 @@ def ask_peft(cells: Sequence[Cell], *, workers: int = 1) -> SelfCheck:
     except LoaderSpecError as error:
         return SelfCheck(reason=str(error))
     places = [Cell(subject, "peft", *place) for place in dict.fromkeys((c.bench_name, c.variant_name) for c in cells)]
-    asked = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and not c.bench.names]
+    asked = [c for c in places if c.possible and not subject.unsupported("peft", *_place(c)) and _can_merge(c.bench)]
     wrong = _known_wrong(asked)
     known = [c for c in asked if c not in wrong]
     without = dict.fromkeys(c.variant_name for c in places if c.variant_name not in {a.variant_name for a in asked})

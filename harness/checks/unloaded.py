@@ -41,18 +41,34 @@ def base_state(bench: Bench, dtype: str, bias: bool) -> dict[str, Tensor]:
     """Return the parameters and buffers of the unloaded bench that are not measured, under any of their names."""
     measured = ("weight", "bias") if bias else ("weight",)
     weights = {*bench.layers, *(f"{layer}.{kind}" for layer in bench.layers for kind in measured)}
-    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes)
+    coded = tuple(f"{name}." for name, layer in bench.layers.items() if layer.codes or layer.computed)
     kept = {n: v for n, v in bench.base(getattr(torch, dtype)).state_dict().items() if isinstance(v, torch.Tensor)}
     places = {kept[n].data_ptr() for n in weights if n in kept and kept[n].numel()}
-    own = {n: value for n, value in kept.items() if n not in weights and value.data_ptr() not in places}
+    own = {
+        n: value for n, value in kept.items() if n not in weights | _moving(bench) and value.data_ptr() not in places
+    }
     return {n: value for n, value in own.items() if not n.startswith(coded) or n.endswith(".bias")}
+
+
+@cache
+def _moving(bench: Bench) -> frozenset[str]:
+    """Return what the unloaded bench changes itself when it runs: counters, running statistics, embeddings' norms."""
+    model = bench.build()
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    bench.forward(model)
+    after = model.state_dict()
+    return frozenset(name for name, value in before.items() if not _alike(value, after[name]))
+
+
+def _alike(value: Tensor, other: Tensor) -> bool:
+    return value.shape == other.shape and bool(((value == other) | (value != value)).all())
 
 
 @cache
 def base_output(bench: Bench, dtype: str, cast: bool) -> Tensor:
     """Return what the unloaded bench in `dtype` answers, in float64; `cast` to float32 as it is."""
-    model = bench.base(getattr(torch, dtype))
-    return bench.forward(bench.build(getattr(torch, dtype)).to(torch.float32) if cast else model).double()
+    model = bench.build(getattr(torch, dtype))
+    return bench.forward(model.to(torch.float32) if cast else model).double()
 
 
 @cache

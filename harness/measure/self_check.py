@@ -176,7 +176,7 @@ def _is_its_weight(module: torch.nn.Module, layer: Layer, effective: Tensor) -> 
         return True  # codes stand for other numbers
     own = weight.detach().double().flatten(1)
     own = own.T if layer.kind in ("transposed", "embedding") else own
-    return norm(own - effective) <= _NOT_LINEAR * norm(own)
+    return own.shape == effective.shape and norm(own - effective) <= _NOT_LINEAR * norm(own)
 
 
 def _targets(

@@ -14,7 +14,7 @@ from harness.report.records import Run
 from harness.report.since import carried_sentence
 from harness.text import count, on_one_line
 from harness.verdict.file_record import FileRecord
-from harness.verdict.verdict import LawRecord, Verdict
+from harness.verdict.verdict import REFERENCE, LawRecord, Verdict
 
 WORDS = {
     "failed": "wrong",
@@ -247,7 +247,11 @@ def headline(run: Run) -> str:
     if run.footer and run.footer.gate:
         cut += f"Worse than the baseline: {run.footer.gate[0]}{_more(run.footer.gate)}. "
     wrong = {verdict.loader for verdict in run.verdicts if not verdict.ok}
+    if wrong == {REFERENCE}:
+        return f"{cut}PEFT's own merge is not what the closed form says: what is held against both is in doubt."
+    wrong -= {REFERENCE}
     tested = {v.loader for v in run.verdicts if v.outcome != "skipped"} | {s.loader for s in run.of(SweepRecord)}
+    tested -= {REFERENCE}
     if wrong and all(verdict.ok or verdict.outcome == "refused" for verdict in run.verdicts):
         return f"{cut}{listed([on_one_line(name) for name in wrong])} refuses files that it declares."
     if len(tested) == 1 and wrong:
@@ -329,7 +333,8 @@ def power_sentence(records: Sequence[PowerRecord]) -> str:
 
 def short_title(verdict: Verdict) -> str:
     """Return a verdict's title up to the measured fact, with the code: `alpha ignored (LH202)`."""
-    title = on_one_line((verdict.title or f"{verdict.check} {verdict.outcome}").split(":")[0], 80)
+    whole = (verdict.title or f"{verdict.check} {verdict.outcome}").partition(" only where: ")[0]
+    title = on_one_line(whole.split(": ")[0], 80)
     return f"{title} ({verdict.code})" if verdict.code else title
 
 

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harness.text import on_one_line
 
+REFERENCE = "reference"
+"""Whose verdict it is where PEFT's own merge is not what the closed form says."""
+
 Outcome = Literal["passed", "failed", "errored", "refused", "skipped", "xfailed", "xpassed"]
 """refused: the loader said on purpose that it does not take what it declares."""
 

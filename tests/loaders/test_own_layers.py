@@ -208,3 +208,63 @@ def test_a_merge_into_codes_is_right_and_one_beside_them_too() -> None:
 
 def test_a_wrong_law_shows_through_codes() -> None:
     assert "LH201" in codes(raw_alpha_into_codes)
+
+
+class Counting(nn.Module):
+    """A model that changes buffers, and an embedding's rows, whenever it runs."""
+
+    steps: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(9, 24, max_norm=0.5), nn.Linear(24, 24)
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.steps.add_(1)
+        return self.layer(self.words(tokens))  # type: ignore[no-any-return]
+
+
+class Turned(nn.Linear):
+    """A layer that stores its weight as [in, out]."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+@bench("counting", run=lambda model: model(torch.tensor([[1, 5, 2]])))
+def counting() -> nn.Module:
+    return Counting()
+
+
+@bench("normed", run=lambda model: model(torch.ones(2, 24)))
+def normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(24, 32)), nn.Tanh(), nn.Linear(32, 24))
+
+
+@bench("turned", run=lambda model: model(torch.ones(2, 16)))
+def turned() -> nn.Module:
+    return nn.Sequential(Turned(16, 24), nn.Linear(24, 16))
+
+
+@loader(formats={"peft"}, variants={"lora", "rslora"})
+def assigns(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    for layer, module, product, _ in pairs(model, lora):
+        merged = layer.weight.detach() + (strength * module.trained_scale * product).to(layer.weight.dtype)
+        layer.weight = merged if hasattr(layer, "parametrizations") else nn.Parameter(merged, requires_grad=False)
+
+
+@pytest.mark.parametrize("model", [counting, normed], ids=["counting", "normed"])
+def test_a_right_loader_is_right_on_a_model_that_changes_or_computes_what_it_holds(
+    model: Callable[[], nn.Module],
+) -> None:
+    assert codes(assigns, benches=[model]) == set()
+
+
+def test_what_stores_its_weight_the_other_way_is_left_out_and_the_model_is_taken() -> None:
+    assert codes(assigns, benches=[turned]) == set()
+    assert any("not measured: 0: it computes with another matrix" in line for line in get_bench("turned").measures(()))
