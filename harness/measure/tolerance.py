@@ -7,8 +7,9 @@ sum twice. These errors are independent between elements, so
 
     noise^2 = u^2/3 * (|W|^2 + |W'|^2 + s^2 * (4 + r) * sum_k |B_k|^2 |A_k|^2)        (Frobenius norm of W' - exact)
 
-where r covers the accumulation of a product of rank r, and the regression s = <dW, BA>/<BA, BA> over n elements sees
-noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank): two
+where r covers the accumulation of a product of rank r; in what single or double precision leaves unexplained |W'|^2
+counts r times, since one may add rank by rank and round each sum. The regression s = <dW, BA>/<BA, BA> over n elements
+sees noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank): two
 are allowed in half precision (2u = 0.8 % in bfloat16, below the 1 % that must fail), sixteen in single (1e-6).
 
 Neither does the rounding of the sum when the update is smaller than the step between two weights: W lies on that grid,
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SCALE_ROUNDINGS = {"float64": 16, "float32": 16, "float16": 2, "bfloat16": 2}
+_WIDE = ("float64", "float32")  # one may add rank by rank in these, and round the sum as often
 _SIGMAS = 6.0
 _NOISE_FACTOR = 4.0
 
@@ -75,7 +77,9 @@ def tolerance(
     away from the scale.
     """
     u = UNIT_ROUNDOFF[dtype]
-    noise = u * math.sqrt((base**2 + merged**2 + scale**2 * (4 + rank) * outer**2) / 3)
+    products = scale**2 * (4 + rank) * outer**2
+    noise = u * math.sqrt((base**2 + merged**2 + products) / 3)
     regression = noise / (math.sqrt(elements) * product) if product else math.inf
     allowed = _SCALE_ROUNDINGS[dtype] * u * abs(scale) + _SIGMAS * regression + lost
-    return Tolerance(allowed, _NOISE_FACTOR * noise, dtype, lost)
+    sums = rank if dtype in _WIDE else 1
+    return Tolerance(allowed, _NOISE_FACTOR * u * math.sqrt((base**2 + sums * merged**2 + products) / 3), dtype, lost)

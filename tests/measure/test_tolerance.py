@@ -30,7 +30,8 @@ def test_a_tolerance_is_roundings_of_the_scale_plus_six_sigma(dtype: str, roundi
     u = 0.5 ** BITS[dtype]
     found = tolerance(dtype=dtype, **EVEN | {"scale": 2.0 * sign})
     assert found.scale == exactly(roundings * 2 * u + 6 * u)
-    assert found.noise == exactly(4 * 6 * u)
+    sums = 5 if roundings == 16 else 1  # whoever adds rank by rank rounds the sum as often
+    assert found.noise == exactly(4 * u * math.sqrt((49 + sums * 23 + 36) / 3))
     assert found.dtype == dtype
 
 
@@ -46,8 +47,8 @@ def test_a_tolerance_is_roundings_of_the_scale_plus_six_sigma(dtype: str, roundi
     ],
 )
 def test_the_noise_adds_the_squares_of_its_sources(change: dict[str, float], sum_of_squares: float) -> None:
-    noise = tolerance(dtype="float32", **EVEN | change).noise
-    assert noise == exactly(4 * 2.0**-24 * math.sqrt(sum_of_squares / 3))
+    noise = tolerance(dtype="float16", **EVEN | change).noise
+    assert noise == exactly(4 * 2.0**-11 * math.sqrt(sum_of_squares / 3))
 
 
 @pytest.mark.parametrize(
