@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Parts = Mapping[str, "Tensor"]
 Topology = Literal["own", "split", "merged"]
 _SAME = 0.02  # of a change: one mistake is that near to itself in any dtype, and no two of them are to each other
+_EQUAL = 1e-6  # of a change: at strength 1, or alpha = rank, some mistakes are none
 _STEP = 1e-3  # of scale, over which a slope is taken
 _ENERGY = 0.7  # |delta| / |W| at the trained scale: large enough that a 1 % error stands out of bfloat16 rounding
 
@@ -153,10 +154,13 @@ class Variant:
     ) -> str | None:
         """Return which known mistake of this variant explains the layer that was measured, None when none does.
 
-        It explains more than a scale of its own does. Where `layer` is quantised it is the nearest of those that are as
-        near as its codes are to the mistake itself.
+        It explains more than a scale of its own does, and is none where it comes to the same as what is right. Where
+        `layer` is quantised it is the nearest of those that are as near as its codes are to the mistake itself.
         """
-        known = list(self.mistakes(before, update, expected=expected, strength=strength))
+        right = self.exact(before, update, expected)
+        same = _EQUAL * norm(right - before)
+        every = self.mistakes(before, update, expected=expected, strength=strength)
+        known = [(what, weight) for what, weight in every if norm(weight - right) > same]
         limit = min(_SAME * norm(after - before), residual)
         if layer is None or not layer.codes:
             return next((what for what, weight in known if norm(after - weight) <= limit), None)

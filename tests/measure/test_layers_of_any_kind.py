@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -156,13 +157,21 @@ def test_a_known_mistake_is_named_through_codes(codes: str) -> None:
     base, update = update_of(64, 64, 4, 1)
     base, layer = rounded_to(codes, base), Layer("linear", 64, 64, codes=codes)
     dora = get_variant("dora")
-    for what, weight in dora.mistakes(base, update, expected=0.5, strength=1.0):
-        seen = dora.mistake(base, rounded_to(codes, weight), update, expected=0.5, strength=1.0, layer=layer)
+    for what, weight in dora.mistakes(base, update, expected=0.5, strength=0.5):
+        seen = dora.mistake(base, rounded_to(codes, weight), update, expected=0.5, strength=0.5, layer=layer)
         assert seen is not None
         if what in ("the magnitude is left out", "nothing is divided by the norm"):
             assert seen == what
     right = rounded_to(codes, dora.exact(base, update, 0.25))
-    assert dora.mistake(base, right, update, expected=0.5, strength=1.0, layer=layer) is None
+    assert dora.mistake(base, right, update, expected=0.5, strength=0.5, layer=layer) is None
+
+
+def test_what_comes_to_the_same_as_what_is_right_is_no_mistake() -> None:
+    base, update = update_of(64, 64, 4, 1)
+    dora = get_variant("dora")
+    noise = 1e-4 * torch.randn(64, 64).double()
+    seen = partial(dora.mistake, base, dora.exact(base, update, 0.5) + noise, update, expected=0.5)
+    assert seen(strength=1.0, residual=2 * norm(noise)) is None
 
 
 def test_a_layer_left_out_of_codes_is_seen() -> None:
