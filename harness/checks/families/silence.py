@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +71,8 @@ def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Ite
         seen = _tried(cell, once.example, kind)
         if seen is not None:
             cell.heard[kind.name] = _outcome(seen, usual, right=kind.name == _PREFIX and not judge(seen))
-    sound = all(fits[0].scale_right for fits in once.fits.values())
-    found = [_of_variant(cell, other, usual, sound=sound) for other in undeclared(cell)]
+    told = {fault.code for fault in judge(once)}
+    found = [_of_variant(cell, other, usual, told) for other in undeclared(cell)]
     silent = tuple(name for name, outcome in cell.heard.items() if outcome == "silent")
     by_law = [finding for finding in found if finding]
     rest = tuple(name for name in silent if name not in {f.data["silent"][0] for f in by_law})
@@ -126,8 +126,11 @@ def _tried(cell: Cell, example: Example, kind: _Kind) -> Observation | None:
         return None
 
 
-def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> Sighting | None:
-    """Load a file of a variant that is not declared; return a finding where it gets another scale than in training."""
+def _of_variant(cell: Cell, place: Cell, usual: Observation, told: Collection[str]) -> Sighting | None:
+    """Load a file of a variant that is not declared; return a finding where it gets another scale than in training.
+
+    `told` are the codes of what goes wrong in a plain file too: that says nothing of the variant.
+    """
     from harness.checks.plan import smoke_example
 
     example = smoke_example(place, place.targets[:_MOST])
@@ -136,8 +139,8 @@ def _of_variant(cell: Cell, place: Cell, usual: Observation, *, sound: bool) -> 
     seen = run_trial(place, example, (load(),), listen=True)
     faults = [] if seen.raised else judge(seen)
     outcome = _outcome(seen, usual, right=not faults)
-    if outcome == "silent" and not sound and {fault.code for fault in faults} == {"LH209"}:
-        return None  # its scale is wrong anyway
+    if outcome == "silent" and told and {fault.code for fault in faults} <= set(told):
+        return None
     cell.heard[place.variant_name] = outcome
     if outcome != "silent" or {fault.code for fault in faults} != {"LH209"}:
         return None
