@@ -76,7 +76,7 @@ _ALL = (
     Code("LH303", "convolution layout wrong", ("direction",), "a convolution's delta is reshaped along the wrong axes", "keep [out, in, kh, kw]", explains=("LH306",)),
     Code("LH304", "maths of the update wrong", ("direction", "verify"), "part of A or B is left out, W is scaled too, or the formula of DoRA, LoHa, LoKr, a bias or an embedding differs from PEFT's",
          "use all of A and B, leave W as it is, and follow the variant's formula"),
-    Code("LH305", "right for unit vectors only", ("direction",), "the layer's answer to an input is not the sum of its answers to the input's parts: a gate, a clamp or a cache in the way",
+    Code("LH305", "right for unit vectors alone", ("direction",), "the layer's answer to an input is not the sum of its answers to the input's parts: a gate, a clamp or a cache in the way",
          "add strength * alpha / rank * B @ A @ x for every x", explains=("LH306",)),
     Code("LH306", "direction unexplained", ("direction",), "the change is no multiple of B @ A, and no mistake that is known explains it",
          "compare the layer's change with strength * alpha / rank * B @ A, element by element"),

@@ -30,6 +30,7 @@ from harness.text import count
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
 _HALF_DRIFT = 0.3  # where one of them computes in bfloat16
 _BESIDE = 0.005  # of the effect, between a model and the base with its layers' weights, both in float32
+_WHOLE = ("lora", "conv")  # the variants of which a model is held against the weights of its layers
 _PLAIN = "lora"  # the variant in which copies, saved state and caches are tried: they know nothing of variants
 
 
@@ -60,6 +61,7 @@ _STATE = (
         layers=False,
     ),
 )
+_HALF_RUN = _Later((load(), RUN), "running the loaded bfloat16 model", may_raise=False)
 _CAST = _Later((load(), CAST), "casting the loaded bfloat16 model to float32", layers=False, drift=_HALF_DRIFT)
 _EARLIER = (
     _Later(
@@ -102,7 +104,7 @@ def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Itera
     yield from found
     if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:
         half = run_trial(cell, replace(once.example, dtype="bfloat16"))
-        yield from () if half.raised else _first_other("LH407", cell, half, (_CAST,))
+        yield from () if half.raised else _first_other("LH407", cell, half, (_HALF_RUN, _CAST))
 
 
 def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
@@ -110,9 +112,10 @@ def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
 
     An attribute, a function or a processor is another then, which no weight shows.
     """
-    told = once.others_changed or once.bent or once.not_finite
+    exact = all(fits[0].unchanged or fits[0].direction_right for fits in once.fits.values())
+    told = once.others_changed or once.bent or once.not_finite or not exact
     layers = cell.bench.layers.values()
-    if told or cell.variant_name != _PLAIN or cell.bench.run is None or not _has_plain_weights(cell.bench, layers):
+    if told or cell.variant_name not in _WHOLE or cell.bench.run is None or not _has_plain_weights(cell.bench, layers):
         return
     seen = run_trial(cell, once.example, (load(), WHOLE))
     if not seen.raised and not seen.drift <= _BESIDE:
@@ -121,8 +124,8 @@ def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
 
 
 def _has_plain_weights(bench: Bench, layers: Iterable[Layer]) -> bool:
-    """Whether the weights that layers show can be put into a bench: none is shared, coded, or many in one."""
-    return not bench.shared and not any(layer.codes or layer.kind == "experts" for layer in layers)
+    """Whether the weights that layers show can be put into a bench: none is shared, coded, computed, or many in one."""
+    return not bench.shared and not any(each.codes or each.computed or each.kind == "experts" for each in layers)
 
 
 @follows("side_effects", finds="a file loaded before that comes back", codes=("LH408",))

@@ -16,6 +16,13 @@ from harness.text import count
 _SET_LATER = (
     Scenario(
         "LH207",
+        (load(0.5), set_strength(1)),
+        (1,),
+        "loading at half the strength and setting all of it",
+        "set_strength",
+    ),
+    Scenario(
+        "LH207",
         (load(), set_strength(0.5)),
         (0.5,),
         "setting half the strength without loading again",

@@ -24,6 +24,8 @@ _SECOND_LOADS = (
     Scenario("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name", "additive"),
     Scenario("LH402", (load(), rebuild(2), load()), (1,), "loading into another model before", "no bias"),
 )
+_TWICE = Scenario("LH402", (load(), load()), (2,), "two loads")
+_REPLACED = Scenario("LH402", (load(), load(0)), (0,), "loading at strength 0 what the last load replaces", "additive")
 _HALF = Scenario("LH402", (load(0.5),), (0.5,), "loading at half the strength")
 _AGAIN = Scenario("LH402", (load(), load(0.5)), (0.5, 1.5), "loading again at half the strength", "additive")
 _UNLOADS = (
@@ -56,6 +58,8 @@ def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
         wrong = tuple(_with_another(cell, once))
     if not wrong and not any(first_wrong(cell, once, [_HALF])):  # where half the strength is half the effect
         wrong = tuple(first_wrong(cell, once, [_AGAIN], may_raise=True))
+    if not wrong and any(first_wrong(cell, once, [_TWICE], may_raise=True)):  # the last load alone counts
+        wrong = tuple(first_wrong(cell, once, [_REPLACED], may_raise=True))
     yield from wrong
 
 
