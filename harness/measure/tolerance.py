@@ -9,8 +9,8 @@ sum twice. These errors are independent between elements, so
 
 where r covers the accumulation of a product of rank r; in what single or double precision leaves unexplained |W'|^2
 counts r times, since one may add rank by rank and round each sum. The regression s = <dW, BA>/<BA, BA> over n elements
-sees noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank): two
-are allowed in half precision (2u = 0.8 % in bfloat16, below the 1 % that must fail), sixteen in single (1e-6).
+sees noise / (sqrt(n) * |BA|) of it. What does *not* average out is a rounding of the scale itself (alpha, alpha/rank):
+two are allowed in half precision (2u = 0.8 % in bfloat16, below the 1 % that must fail), sixteen in single (1e-6).
 
 Neither does the rounding of the sum when the update is smaller than the step between two weights: W lies on that grid,
 so W + s*BA falls back to W and the regression sees less than s. That part, `lost`, is computed (`rounding_loss`), not
