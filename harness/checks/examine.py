@@ -175,6 +175,8 @@ def _verdicts(
     reported: set[str] = set()
     symptoms = Symptoms(result, diagnosis)
     faults = _reported(result, symptoms)
+    if cell.subject.outputs:
+        faults = [symptoms.of_some_modules(finding) for finding in faults]
     folded = result.findings.keys() - {fault.code for fault in faults}
     for finding in faults:
         fault = NamedFinding(cell, finding, diagnosis, _where(finding, result, folded))

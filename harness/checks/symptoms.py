@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from harness.checks.family import Sighting
 from harness.checks.observation import ROUNDING_LIKE
 from harness.checks.search import Search
 from harness.law.diagnosis import Diagnosis
 from harness.law.probe import Probe
+from harness.text import count
 from harness.verdict.codes import CODES
 
 _NOT_LOADED = ("LH101", "LH102")
@@ -40,6 +42,14 @@ class Symptoms:
         """Whether another finding says what makes this one; a law that every scale follows is a fault of its own."""
         lawful = code == "LH209" and self._by_law and self.diagnosis.trait is None
         return not lawful and any(code in CODES[other].explains for other in self.result.findings if other in CODES)
+
+    def of_some_modules(self, finding: Sighting) -> Sighting:
+        """Return what files of one module each show as what it is: that some modules are not loaded, others are."""
+        every = {p.module for p in self.result.probes}
+        if finding.code != "LH101" or not 0 < len(self._unloaded) < len(every):
+            return finding
+        fact = f"{len(self._unloaded)} of {count(len(every), 'module')}, each in a file of its own, changed no output"
+        return replace(finding, code="LH102", fact=fact)
 
     def _of_coverage(self, code: str) -> bool:
         scaled = "LH209" in self.result.findings and not self._unmoved

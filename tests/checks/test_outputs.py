@@ -186,6 +186,18 @@ def raw(base, lora, *, strength, inputs):
     return law_of(lambda a, r, s: s * a)(base, lora, strength=strength, inputs=inputs)
 
 
+@loader(outputs=True)
+def skips_down_projections(base, lora, *, strength, inputs):
+    known = "down_proj" not in next(iter(read_lora(lora).modules))
+    return law_of(lambda a, r, s: s * a / r if known else 0.0)(base, lora, strength=strength, inputs=inputs)
+
+
+@pytest.mark.slow
+def test_modules_that_are_left_out_are_told_from_a_lora_without_effect():
+    (found,) = [v for v in check_loader(skips_down_projections, max_examples=1, limits=Limits(workers=0)) if not v.ok]
+    assert (found.code, "2 of 14 modules" in found.title) == ("LH102", True)
+
+
 def test_what_outputs_do_not_show_is_not_judged():
     verdicts = check_loader(loader(outputs=True)(raw), max_examples=1, limits=Limits(workers=0))
     assert {v.code for v in verdicts if v.outcome == "failed"} == {"LH201"}
