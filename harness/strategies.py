@@ -79,8 +79,8 @@ def examples(
 
     `missing_alpha`: some or all modules may carry no alpha (formats whose alpha is optional); without `alpha` none do.
     `strength` is drawn from `strengths()` unless another strategy is given. The model's dtype is one of `dtypes`, the
-    file's any of them, or of `file_dtypes`. With `patterns` its configuration names modules in different ways. What is
-    `uniform`, rank or alpha, is the same in all modules.
+    file's any of them, or one of `file_dtypes`. With `patterns` its configuration names modules in different ways.
+    What is `uniform`, rank or alpha, is the same in all modules.
     """
     count = min(max_layers or len(layers), len(layers))
     chosen = draw(st.lists(st.sampled_from(layers), min_size=1, max_size=count, unique=True))
@@ -102,11 +102,17 @@ def examples(
         targets,
         strength=draw(strengths() if strength is None else strength),
         dtype=dtype,
-        file_dtype=draw(st.sampled_from(("float32", dtype, *(file_dtypes or dtypes)))),
+        file_dtype=draw(st.sampled_from(_files(dtype, dtypes, file_dtypes))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
         value_seed=draw(st.integers(0, 99)),
         patterns=draw(st.sampled_from(("names", "names", "tails", "regex"))) if patterns else "names",
     )
+
+
+def _files(dtype: str, dtypes: Sequence[str], file_dtypes: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the dtypes a file may have: single precision and the model's own come more often."""
+    every = ("float32", dtype, *(file_dtypes or dtypes))
+    return tuple(name for name in every if file_dtypes is None or name in file_dtypes)
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.benches import Bench, View, bench_names, get_bench
 from harness.errors import UserError
-from harness.example import Example
+from harness.example import DTYPES, Example
 from harness.files import FORMATS
 from harness.isolation.limits import Limit, no_limit
 from harness.isolation.subject import Asked
@@ -80,6 +80,12 @@ class Cell:
         """The dtypes of a model that the bench runs in and the loader takes, the plainest first."""
         taken = self.subject.declaration.dtypes
         return tuple(dtype for dtype in self.bench.dtypes if not taken or dtype in taken)
+
+    @property
+    def file_dtypes(self) -> tuple[str, ...]:
+        """The dtypes of a file that the loader takes, the plainest first."""
+        taken = self.subject.declaration.file_dtypes
+        return tuple(dtype for dtype in DTYPES if not taken or dtype in taken)
 
     @property
     def strengths(self) -> tuple[float, ...]:

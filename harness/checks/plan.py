@@ -86,7 +86,9 @@ class Pins:
         dtype = self.dtype or cell.dtypes[0]
         if dtype not in cell.dtypes:
             raise UserError(f"dtype={dtype}: {cell.place} is checked in {', '.join(cell.dtypes)}")
-        file_dtype = self.file_dtype or dtype
+        if self.file_dtype and self.file_dtype not in cell.file_dtypes:
+            raise UserError(f"file-dtype={self.file_dtype}: this loader takes {', '.join(cell.file_dtypes)}")
+        file_dtype = self.file_dtype or (dtype if dtype in cell.file_dtypes else cell.file_dtypes[0])
         return Example(targets, self.strength, dtype, file_dtype, self.key_seed, self.value_seed, self.patterns)
 
 
@@ -144,7 +146,7 @@ def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:
         alpha=cell.has_alpha,
         max_layers=plan.max_layers if cell.subject.outputs is None else 1,
         dtypes=tuple(dtype for dtype in dtypes if dtype in cell.dtypes) or cell.dtypes[:1],
-        file_dtypes=dtypes,
+        file_dtypes=tuple(dtype for dtype in dtypes if dtype in cell.file_dtypes) or cell.file_dtypes[:1],
         max_rank=variant.rank_limit(cell.view),
         strength=sampled_from(cell.strengths) if cell.strengths else None,
         patterns=cell.has_patterns,
@@ -156,7 +158,8 @@ def smoke_example(cell: Cell, layers: Sequence[str]) -> Example:
     """Return the plain example over `layers`: rank 4, alpha 8, strength 1, a model of the first dtype that it takes."""
     rank = min(4, cell.variant.rank_limit(cell.view))
     layers = layers if cell.subject.outputs is None else layers[:1]
-    return Example(tuple(Target(name, rank, _plain_alpha(cell)) for name in layers), dtype=cell.dtypes[0])
+    targets = tuple(Target(name, rank, _plain_alpha(cell)) for name in layers)
+    return Example(targets, dtype=cell.dtypes[0], file_dtype=cell.file_dtypes[0])
 
 
 def _plain_alpha(cell: Cell) -> float | None:
@@ -185,14 +188,14 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
         one = shapes[0][1] if "alpha" in cell.uniform else None
         pairs = ((name, (rank, one or a)) for name, (rank, a) in zip(names, itertools.cycle(shapes), strict=False))
         targets = (Target(n, 1 + (rank - 1) % most, a if alpha else None) for n, (rank, a) in pairs)
-        return Example(tuple(targets), strength, cell.dtypes[0])
+        return Example(tuple(targets), strength, cell.dtypes[0], cell.file_dtypes[0])
 
     yield from () if uniform else _mixed(cell, strengths, example)
     yield from (example([shape], 1.0) for shape in _UNIFORM)
     yield from (example([_UNIFORM[0]], strength) for strength in strengths[1:] if uniform)
     shapes = [_UNIFORM[1:2], _UNIFORM[:1]] if uniform else _MIXED
     for (dtype, file_dtype), drawn in zip(_DTYPES, itertools.cycle(shapes), strict=False):
-        if dtype in cell.dtypes:
+        if dtype in cell.dtypes and file_dtype in cell.file_dtypes:
             yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
     if alpha and cell.zero_alpha_is_ambiguous:
         yield example([(_UNIFORM[0][0], 0.0)], 1.0)

@@ -61,7 +61,8 @@ class Declaration:
     modules of a file. `modules`: a regular expression that is found in the names of the modules that it takes.
     `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
     `outputs`: it gives what a model answers instead of a model (see `Outputs`). `also` are benches that it is checked
-    on when they are asked for. `dtypes` are those of the models that it takes, empty for all.
+    on when they are asked for. `dtypes` are those of the models that it takes, `file_dtypes` of the files; empty for
+    all.
     """
 
     formats: frozenset[str] | None = None
@@ -77,6 +78,7 @@ class Declaration:
     also: frozenset[str] = frozenset()
     outputs: bool = False
     dtypes: frozenset[str] = frozenset()
+    file_dtypes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def loader(
     also: Iterable[str] = (),
     outputs: bool = False,
     dtypes: Iterable[str] = (),
+    file_dtypes: Iterable[str] = (),
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -210,7 +213,7 @@ def loader(
     `@bench`, as `check --bench` takes them by `file.py:function`.
 
     For loaders that do less: `strength_argument=None` takes no strength; `dtypes={"float32"}` takes models of these
-    dtypes; `uniform={"rank", "alpha"}` takes files in
+    dtypes, `file_dtypes` files of those; `uniform={"rank", "alpha"}` takes files in
     which every module has the same one; `modules` is a regular expression found in the names of the modules that it
     takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. On the benches of
     `also` it is checked when they are asked for. For engines that hold no weights to read: `outputs=True`, and a
@@ -233,6 +236,7 @@ def loader(
         _set("also", also),
         outputs,
         _set("dtypes", dtypes),
+        _set("file_dtypes", file_dtypes),
     )
     _check(declaration)
 
@@ -271,6 +275,7 @@ FACTS = (
     "unsupported",
     "outputs",
     "dtypes",
+    "file_dtypes",
 )
 """What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
 
@@ -300,6 +305,7 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
         also=_names("also", facts.get("also") or []),
         outputs=facts.get("outputs") or False,
         dtypes=_names("dtypes", facts.get("dtypes") or []),
+        file_dtypes=_names("file_dtypes", facts.get("file_dtypes") or []),
     )
     _check(said)
     return said
@@ -335,8 +341,8 @@ def _check(said: Declaration) -> None:
     _check_kinds(said)
     if unknown := sorted(set(map(str, said.formats or ())) - set(FORMATS)):
         raise LoaderSpecError(f"no format is called {unknown[0]!r}; known are {', '.join(FORMATS)}")
-    if strange := sorted(said.dtypes - set(DTYPES)):
-        raise LoaderSpecError(f"dtypes={strange[0]!r}: models are of {', '.join(DTYPES)}")
+    if strange := sorted((said.dtypes | said.file_dtypes) - set(DTYPES)):
+        raise LoaderSpecError(f"dtypes={strange[0]!r}: models and files are of {', '.join(DTYPES)}")
     if wrong := said.uniform - {"rank", "alpha"}:
         raise LoaderSpecError(f"uniform={sorted(wrong)[0]!r}: only rank and alpha can be uniform")
     for bench in said.benches or ():

@@ -157,7 +157,7 @@ _ALL = (
     Code("LH902", "wrong shape or keys returned", ("smoke", "verify"), "what came back is not the model, a model that does not run (another dtype, another signature), or not what an engine answers",
          "return the model or None; an engine: one finite tensor of the shape that the model itself answers"),
     Code("LH903", "refused by the loader", ("smoke", "images"), "the loader says itself that it does not take this file",
-         "support it, or declare it: @loader(formats=..., benches=..., dtypes=..., unsupported=...); what it refuses by rank or alpha is a known failure"),
+         "support it, or declare it: @loader(formats=..., benches=..., dtypes=..., file_dtypes=..., unsupported=...); what it refuses by rank or alpha is a known failure"),
 )  # fmt: skip
 
 CODES = {code.code: code for code in _ALL}

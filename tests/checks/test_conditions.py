@@ -122,3 +122,15 @@ def test_a_loader_that_takes_models_of_one_dtype_is_checked_in_that(factor: floa
 
     verdicts = check_loader(load, benches=["qwen-image"], max_examples=3, limits=Limits(seconds=10, workers=1))
     assert [verdict.code for verdict in verdicts if not verdict.ok] == codes
+
+
+def test_a_loader_that_takes_files_of_one_dtype_is_checked_with_those() -> None:
+    @loader(formats={"kohya"}, benches={"qwen-image"}, file_dtypes={"float32"})
+    def load(model: Any, lora: Path, *, strength: float = 1.0) -> None:
+        if any(module.dtype != "F32" for module in read_lora(lora).modules.values()):
+            raise NotImplementedError("only float32")
+        right(model, lora, strength=strength)
+
+    verdicts = check_loader(load, benches=["qwen-image"], max_examples=9, limits=Limits(seconds=10, workers=1))
+    assert [verdict.code for verdict in verdicts if not verdict.ok] == []
+    assert {tuple(v.data["file_dtypes"]) for v in verdicts if "file_dtypes" in v.data} == {("float32",)}

@@ -228,7 +228,7 @@ def test_a_subject_lists_the_core_formats_first():
         ({"formats": "peft"}, r"formats='peft': give a set of names, \{'peft'\}"),
         ({"formats": set()}, "formats is empty"),
         ({"uniform": "rank"}, "uniform='rank': give a set of names"),
-        ({"dtypes": {"int8"}}, "dtypes='int8': models are of float32"),
+        ({"dtypes": {"int8"}}, "dtypes='int8': models and files are of float32"),
         ({"dtypes": 4}, "dtypes=4 is no set of names"),
         ({"unload": "unload"}, "unload='unload' is no function"),
         ({"strength_argument": ""}, "strength_argument='' is no text"),
