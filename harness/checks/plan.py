@@ -199,7 +199,7 @@ def _planned(cell: Cell, layers: Sequence[str] | None, *, alpha: bool, uniform: 
             yield replace(example(drawn, 1.0), dtype=dtype, file_dtype=file_dtype)
     if alpha and cell.zero_alpha_is_ambiguous:
         yield example([(_UNIFORM[0][0], 0.0)], 1.0)
-        yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0), (5, 0.0)], 1.0),)
+        yield from () if uniform or cell.uniform else (example([(6, 4.5), (10, None), (3, 8.0)], 1.0),)
 
 
 def _strengths(cell: Cell) -> tuple[float, ...]:

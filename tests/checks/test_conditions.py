@@ -124,6 +124,7 @@ def test_a_loader_that_takes_models_of_one_dtype_is_checked_in_that(factor: floa
     assert [verdict.code for verdict in verdicts if not verdict.ok] == codes
 
 
+@pytest.mark.slow
 def test_a_loader_that_takes_files_of_one_dtype_is_checked_with_those() -> None:
     @loader(formats={"kohya"}, benches={"qwen-image"}, file_dtypes={"float32"})
     def load(model: Any, lora: Path, *, strength: float = 1.0) -> None:

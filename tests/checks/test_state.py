@@ -29,6 +29,7 @@ def kept(model: Any) -> Deltas:
 def put(model: torch.nn.Module, lora: Path, strength: float, name: str) -> None:
     kept(model)[name] = [(layer, strength * m.trained_scale * product) for layer, m, product, _ in pairs(model, lora)]
     add(kept(model)[name])
+    model.__dict__["strengths"] = strength or 1.0, strength
 
 
 def add(deltas: list[tuple[Any, torch.Tensor]], times: float = 1.0) -> None:
@@ -42,8 +43,9 @@ def take_last(model: torch.nn.Module) -> None:
 
 def multiply_last(model: torch.nn.Module, strength: float) -> None:
     name = list(kept(model))[-1]
-    add(kept(model)[name], strength - model.__dict__.get("strength", 1.0))
-    model.__dict__["strength"] = strength
+    first, now = model.__dict__["strengths"]
+    add(kept(model)[name], (strength - now) / first)
+    model.__dict__["strengths"] = first, strength
 
 
 @loader(unload=take_last, set_strength=multiply_last)

@@ -14,6 +14,7 @@ from harness.checks.family import Scenario, Sighting, first_wrong, follows, has,
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
+from harness.loaders.protocol import CORE_VARIANTS
 from harness.measure.compare import norm
 
 _OTHER_SEED = 51
@@ -58,7 +59,8 @@ def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
         wrong = tuple(_with_another(cell, once))
     if not wrong and not any(first_wrong(cell, once, [_HALF])):  # where half the strength is half the effect
         wrong = tuple(first_wrong(cell, once, [_AGAIN], may_raise=True))
-    if not wrong and any(first_wrong(cell, once, [_TWICE], may_raise=True)):  # the last load alone counts
+    plain = cell.variant_name in CORE_VARIANTS
+    if plain and not wrong and any(first_wrong(cell, once, [_TWICE], may_raise=True)):  # the last load alone counts
         wrong = tuple(first_wrong(cell, once, [_REPLACED], may_raise=True))
     yield from wrong
 
