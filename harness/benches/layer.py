@@ -29,8 +29,8 @@ class Layer:
     [in, out] (transformers' `Conv1D`). `experts` are the matrices of a parameter of three dimensions, one below the
     other, `turned` where each is stored as [in, out]; its path is the parameter's. `bias` says whether it has one.
     `computed` says that it is made of other parameters whenever it is asked for, as under weight norm. `codes` is what
-    a quantised weight is rounded to, `blur` the share of an answer that such a layer loses of dense
-    input, where it rounds that too.
+    a quantised weight is rounded to, `blur` the share of an answer that such a layer loses of dense input, where it
+    rounds that too.
     """
 
     kind: Kind

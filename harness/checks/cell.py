@@ -185,11 +185,11 @@ def cells_of(
         else:
             skipped.append(cell.verdict("smoke", "skipped", title="not declared", reason=reason))
     if not cells and not skipped:
-        raise UserError(f"{subject.spec}: nothing to check: {why_none(places)}")
+        raise UserError(f"{subject.spec}: nothing to check: {_why_none(places)}")
     return cells, skipped
 
 
-def why_none(places: Sequence[Cell]) -> str:
+def _why_none(places: Sequence[Cell]) -> str:
     """Return why no file is one of any of these cells, and where one could be."""
     reasons = dict.fromkeys(reason for cell in places if (reason := cell.why_impossible))
     others = (replace(cell, bench_name=name) for cell in places[:1] for name in bench_names())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import equal  # bound here: a subject may replace torch's own
 
 from harness.benches import Bench
-from harness.checks.unloaded import base_offsets, base_state, base_types
+from harness.checks.unloaded import base_offsets, base_state, base_types, same
 from harness.measure.compare import norm
 from harness.measure.tolerance import UNIT_ROUNDOFF
 
@@ -35,16 +35,7 @@ def other_state(bench: Bench, model: torch.nn.Module, dtype: str, bias: bool) ->
     """
     expected = base_state(bench, dtype, bias)
     found = {base: value for name, value in _state(model) if (base := _base_name(name)) in expected}
-    return tuple(n for n, value in found.items() if not _same(value.cpu().to(expected[n].dtype), expected[n]))
-
-
-def _same(value: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal, where what is no number counts as equal to itself."""
-    if equal(value, expected):
-        return True
-    if value.shape != expected.shape:
-        return False
-    return bool(((value == expected) | ((value != value) & (expected != expected))).all())
+    return tuple(n for n, value in found.items() if not same(value.cpu().to(expected[n].dtype), expected[n]))
 
 
 def _state(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -213,11 +213,11 @@ def loader(
     `@bench`, as `check --bench` takes them by `file.py:function`.
 
     For loaders that do less: `strength_argument=None` takes no strength; `dtypes={"float32"}` takes models of these
-    dtypes, `file_dtypes` files of those; `uniform={"rank", "alpha"}` takes files in
-    which every module has the same one; `modules` is a regular expression found in the names of the modules that it
-    takes; `quantises=True` rounds the base weights, so its own load at strength 0 is the baseline. On the benches of
-    `also` it is checked when they are asked for. For engines that hold no weights to read: `outputs=True`, and a
-    function `(base, lora, *, strength, inputs)` that returns a tensor.
+    dtypes, `file_dtypes` files of those; `uniform={"rank", "alpha"}` takes files in which every module has the same
+    one; `modules` is a regular expression found in the names of the modules that it takes; `quantises=True` rounds the
+    base weights, so its own load at strength 0 is the baseline. On the benches of `also` it is checked when they are
+    asked for. For engines that hold no weights to read: `outputs=True`, and a function
+    `(base, lora, *, strength, inputs)` that returns a tensor.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
     ... def load(model, lora, *, strength=1.0): ...
