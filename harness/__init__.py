@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from harness.law.law import Law
     from harness.law.probe import Probe
     from harness.law.traits import Trait
-    from harness.loaders.protocol import Declaration, Defaults, Load, Outputs, Subject, loader
+    from harness.loaders.declaration import Declaration, loader
+    from harness.loaders.protocol import Defaults, Load, Outputs, Subject
     from harness.verdict.verdict import Carried, LawRecord, Verdict
 
 _NAMES = {
@@ -37,7 +38,8 @@ _NAMES = {
     "law.law": ("Law",),
     "law.probe": ("Probe",),
     "law.traits": ("Trait",),
-    "loaders.protocol": ("Declaration", "Defaults", "Load", "Outputs", "Subject", "loader"),
+    "loaders.declaration": ("Declaration", "loader"),
+    "loaders.protocol": ("Defaults", "Load", "Outputs", "Subject"),
     "verdict.verdict": ("Carried", "LawRecord", "Verdict"),
 }
 _HOME = {name: f"harness.{module}" for module, names in _NAMES.items() for name in names}

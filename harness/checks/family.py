@@ -180,21 +180,25 @@ def first_wrong(
     `may_raise`: refusing these steps is a documented choice of several loaders.
     """
     for scenario in scenarios:
-        if scenario.possible(cell) and (found := _finding(cell, once, scenario, may_raise)):
+        found = try_out(cell, once, scenario, may_raise=may_raise)
+        if isinstance(found, Sighting):
             yield found
             return
 
 
-def _finding(cell: Cell, once: Observation, scenario: Scenario, may_raise: bool) -> Sighting | None:
+def try_out(cell: Cell, once: Observation, scenario: Scenario, *, may_raise: bool = False) -> Sighting | float | None:
+    """Return what is wrong after a scenario, else the right multiple that is there; None where there is no saying."""
+    if not scenario.possible(cell):
+        return None
     seen = run_trial(cell, once.example, scenario.steps)
     if seen.raised:
         what = f"{scenario.what} raised: {seen.raised.what}"
         return None if may_raise else Sighting(scenario.code, seen, fact=what)
     clear = {n: f[0] for n, f in seen.fits.items() if not wrong_direction(once.fits[n][0])}  # the others have no scale
     first = {name: once.fits[name][0].scale for name in clear}
-    if any(all(near(fit, times * first[name]) for name, fit in clear.items()) for times in scenario.right):
-        return None
-    return Sighting(scenario.code, seen, *_worst(first, clear, scenario))
+    there = (times for times in scenario.right if all(near(fit, times * first[name]) for name, fit in clear.items()))
+    right = next(there, None)
+    return Sighting(scenario.code, seen, *_worst(first, clear, scenario)) if right is None else right
 
 
 def _worst(first: Mapping[str, float], seen: Mapping[str, Fit], scenario: Scenario) -> tuple[tuple[str, ...], str]:

@@ -20,8 +20,9 @@ from harness.isolation.limits import Limits
 from harness.isolation.subject import Apart, SubjectLostError
 from harness.law.probe import Probe
 from harness.law.released import KILLED, NO_LAW, NO_MODEL, NOT_JUDGED, NOTHING, RAISES, SLOW, SOME
+from harness.loaders.declaration import declaration_of
 from harness.loaders.live import LiveLoader
-from harness.loaders.protocol import IMPLIED_BENCHES, Subject, declaration_of
+from harness.loaders.protocol import IMPLIED_BENCHES, Subject
 
 Place = tuple[str, str]
 """Format and bench."""

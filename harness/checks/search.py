@@ -41,8 +41,8 @@ _ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 0.5, 1.5, 2.5, 0.25, -1.0, -0.5)
 class Search:
     """What a search found: the first observation per code, every probe, and how many examples ran.
 
-    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `wrong` has the labels and
-    the codes of those that showed anything.
+    `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `drawn` those that were
+    drawn at random; `wrong` has the labels and the codes of those that showed anything, and whether they were drawn.
     """
 
     findings: dict[str, Sighting] = field(default_factory=dict)
@@ -51,24 +51,30 @@ class Search:
     examples: int = 0
     zero_alpha: set[str] = field(default_factory=set)
     labels: Counter[str] = field(default_factory=Counter)
-    wrong: list[tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=list)
+    drawn: Counter[str] = field(default_factory=Counter)
+    wrong: list[tuple[tuple[str, ...], frozenset[str], bool]] = field(default_factory=list)
 
-    def add(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting]) -> None:
-        """Keep what one example showed."""
+    def add(
+        self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting], *, drawn: bool = False
+    ) -> None:
+        """Keep what one example showed, which was `drawn` at random or planned."""
         self.examples += 1
         self.zero_alpha |= observation.zero_alpha
-        self.witness(observation, probes, findings)
+        self.witness(observation, probes, findings, drawn=drawn)
         for finding in findings:
             self.keep(finding)
             self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
 
-    def witness(self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting]) -> None:
+    def witness(
+        self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting], *, drawn: bool = False
+    ) -> None:
         """Keep what an example says of a law and of its condition, and no finding of it."""
         self.probes.extend(probes)
         labels = labels_of(observation.example)
         self.labels.update(labels)
+        self.drawn.update(labels if drawn else ())
         if findings:
-            self.wrong.append((labels, frozenset(finding.code for finding in findings)))
+            self.wrong.append((labels, frozenset(finding.code for finding in findings), drawn))
 
     def keep(self, finding: Sighting) -> None:
         """Let the first finding of a code stand for it, or the first that is not faint, of modules that changed."""
@@ -85,6 +91,7 @@ class Search:
         self.examples += later.examples
         self.zero_alpha |= later.zero_alpha
         self.labels += later.labels
+        self.drawn += later.drawn
         self.wrong += later.wrong
 
     def only_where(self, code: str, symptoms: Iterable[str] = ()) -> str:
@@ -93,21 +100,32 @@ class Search:
         `symptoms` are codes of what may be the same fault.
         """
         codes = {code, *symptoms}
-        wrong = Counter(label for labels, shown in self.wrong if codes & shown for label in labels)
-        shares = {kind: self._share(wrong, kind) for kind in _WHERE}
+        shown = [(labels, drawn) for labels, others, drawn in self.wrong if codes & others]
+        wrong = Counter(label for labels, _ in shown for label in labels)
+        by_chance = Counter(label for labels, drawn in shown if drawn for label in labels)
+        shares = {kind: self._share(wrong, by_chance, kind) for kind in _WHERE}
         sure = {kind: share for kind, share in shares.items() if share}
         alone = [kind for kind, share in sure.items() if share == 1]
         return " and ".join(_where(wrong, kind) for kind in alone[:1] or sure)
 
-    def _share(self, wrong: Counter[str], kind: str) -> float:
+    def _share(self, wrong: Counter[str], by_chance: Counter[str], kind: str) -> float:
         """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance.
 
-        Fisher's exact test: how often would all wrong ones be among these if being wrong had nothing to do with it?
+        Where some are right, those that were drawn decide: planned ones are alike in more than what has a label.
         """
-        every = {label: count for label, count in self.labels.items() if label.startswith(f"{kind} ")}
-        here, bad = (sum(counts[label] for label in every if wrong[label]) for counts in (every, wrong))
-        chance = math.comb(here, bad) / math.comb(sum(every.values()), bad)
-        return bad / here if here and chance < _CHANCE else 0.0
+        here = [label for label in wrong if label.startswith(f"{kind} ")]
+        share = _share(self.labels, wrong, kind, here)
+        return share if share in (0, 1) else _share(self.drawn, by_chance, kind, here)
+
+
+def _share(every: Counter[str], wrong: Counter[str], kind: str, here: Sequence[str]) -> float:
+    """Return how many are `wrong` of the examples that are `here`; 0 when that only those are may be chance.
+
+    Fisher's exact test: how often would all wrong ones be among these if being wrong had nothing to do with it?
+    """
+    among, bad = (sum(counts[label] for label in here) for counts in (every, wrong))
+    number = sum(count for label, count in every.items() if label.startswith(f"{kind} "))
+    return bad / among if among and math.comb(among, bad) / math.comb(number, bad) < _CHANCE else 0.0
 
 
 def _where(wrong: Counter[str], kind: str) -> str:
@@ -160,7 +178,7 @@ def search(
         for label in labels_of(example):
             event(label)
         if result.counts.get("LH901", 0) < _MAX_RAISED:
-            result.add(*observe(cell, example))
+            result.add(*observe(cell, example), drawn=True)
             on_example(result)
 
     run: Callable[[], None] = seed(base_seed)(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from harness.text import count, on_one_line, printable
 if TYPE_CHECKING:
     from harness.checks.cell import Cell
     from harness.checks.plan import Pins
+
+_MERGED = "qkv-merged"
 
 
 @click.command(
@@ -137,6 +140,8 @@ def _file_lines(
         yield f"  {info['dtype']:<5} {list(info['shape'])!s:<14} {key}"
     for title, fields in said.items():
         yield f"  {title}: {json.dumps(fields)}"
+    if cell.variant_name == "lora" and replace(cell, variant_name=_MERGED).possible:
+        yield f"  with q, k and v as one layer, or by the names of the model's authors: --variant {_MERGED}"
 
 
 def _cell_of_anyone(name: str, form: str, variant: str) -> Cell:

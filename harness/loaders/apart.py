@@ -14,16 +14,8 @@ from harness.errors import LoaderSpecError
 from harness.isolation.facts import facts_apart
 from harness.isolation.processes import can_fork
 from harness.loaders.benches import spec_of
-from harness.loaders.protocol import (
-    FACTS,
-    FUNCTION,
-    OUTPUTS,
-    Declaration,
-    Load,
-    Subject,
-    declaration_from,
-    declaration_of,
-)
+from harness.loaders.declaration import FACTS, Declaration, declaration_from, declaration_of
+from harness.loaders.protocol import FUNCTION, OUTPUTS, Load, Subject
 from harness.loaders.source import adapt
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.loaders.protocol import loader
+from harness.loaders.declaration import loader
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from harness.loaders.command import run_command, words_of
+from harness.loaders.declaration import Declaration
 from harness.loaders.exchange import SPARE_BYTES, OutputError
-from harness.loaders.protocol import OUTPUTS, Declaration, Load, Outputs, Subject
+from harness.loaders.protocol import OUTPUTS, Load, Outputs, Subject
 
 if TYPE_CHECKING:
     import torch

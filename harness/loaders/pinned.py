@@ -22,10 +22,11 @@ from packaging.version import InvalidVersion, Version
 from harness.errors import LoaderSpecError, UserError
 from harness.isolation.elsewhere import Elsewhere
 from harness.loaders.commits import Sources, sources_at
+from harness.loaders.declaration import declaration_of
 from harness.loaders.installing import here, install, installed_version, missing, parse_pin, said_size, sized
 from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.package_index import published
-from harness.loaders.protocol import Subject, declaration_of
+from harness.loaders.protocol import Subject
 from harness.loaders.releases import beside, unpacked
 from harness.loaders.serve import Served
 from harness.text import printable

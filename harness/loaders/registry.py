@@ -14,9 +14,10 @@ from typing import Any
 from harness.errors import LoaderSpecError, one_line
 from harness.loaders.apart import subject_apart, subject_here
 from harness.loaders.benches import bench_name
+from harness.loaders.declaration import declaration_of
 from harness.loaders.live import LiveLoader, live_loaders
 from harness.loaders.pinned import is_pinned, pinned_here, pinned_subject
-from harness.loaders.protocol import Subject, declaration_of
+from harness.loaders.protocol import Subject
 from harness.loaders.source import import_callable, is_file
 
 ENTRY_POINTS = "lora_harness.loaders"

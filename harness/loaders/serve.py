@@ -20,9 +20,10 @@ from harness.benches import bench_names, more_benches, own_benches
 from harness.errors import LoaderSpecError
 from harness.isolation.limits import TimeLimitExceeded
 from harness.isolation.server import Server, ServerError, started
+from harness.loaders.declaration import Declaration, declaration_from
 from harness.loaders.exchange import OutputError, load_back, program_of, write_weights
 from harness.loaders.outputs import read_output, write_inputs
-from harness.loaders.protocol import SERVER, Declaration, Load, Subject, declaration_from
+from harness.loaders.protocol import SERVER, Load, Subject
 
 if TYPE_CHECKING:
     import torch

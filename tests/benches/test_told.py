@@ -48,7 +48,7 @@ def test_a_file_for_a_bench_is_told_and_kept(tmp_path: Path) -> None:
     options = ["--bench", "qwen-image", "--format", "kohya", "--module", "transformer_blocks.0.attn.to_q=3:6"]
     lines = told(*options, "--seed", "5", "--out", str(tmp_path)).splitlines()
     stem = "lora_unet_transformer_blocks_0_attn_to_q"
-    assert [line.split()[-1] for line in lines[1:]] == [f"{stem}.{end}" for end in TAILS]
+    assert [line.split()[-1] for line in lines[1:-1]] == [f"{stem}.{end}" for end in TAILS]
     (kept,) = tmp_path.iterdir()
     (module,) = read_lora(kept).modules.values()
     assert (module.rank, module.alpha) == (3, 6.0)
@@ -58,6 +58,14 @@ def test_a_file_for_a_bench_is_told_and_kept(tmp_path: Path) -> None:
 
 def test_a_configuration_is_told_too() -> None:
     assert '"lora_alpha": 24' in told("--bench", "gpt2", "--format", "peft", "--rank", "2", "--alpha", "24")
+
+
+@pytest.mark.parametrize(("bench", "other"), [("wan21-t2v", True), ("gpt2", False)])
+def test_who_reads_the_authors_names_is_told_how_to_get_them(bench: str, other: bool) -> None:
+    plain = told("--bench", bench, "--format", "kohya")
+    assert ("--variant qkv-merged" in plain) == other
+    if other:
+        assert "blocks_0_self_attn_q.alpha" in told("--bench", bench, "--format", "kohya", "--variant", "qkv-merged")
 
 
 @pytest.mark.parametrize(

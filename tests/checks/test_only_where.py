@@ -21,11 +21,11 @@ EVERY = [
 ]
 
 
-def searched(*wrong: Example, times: int = 4) -> Search:
+def searched(*wrong: Example, times: int = 4, drawn: bool = True) -> Search:
     result = Search()
     for example in EVERY * times:
         seen = Observation(example)
-        result.add(seen, [], [Sighting("LH304", seen)] if example in wrong else [])
+        result.add(seen, [], [Sighting("LH304", seen)] if example in wrong else [], drawn=drawn)
     return result
 
 
@@ -45,6 +45,15 @@ def searched(*wrong: Example, times: int = 4) -> Search:
 def test_a_condition_is_named_where_it_separates(fails: object, text: str) -> None:
     wrong = [example for example in EVERY if fails(example)]  # type: ignore[operator]
     assert searched(*wrong, times=8).only_where("LH304") == text
+
+
+@pytest.mark.parametrize(("fails", "text"), [({"float16"}, "float16 models"), ({"float16", "bfloat16"}, "")])
+def test_examples_that_nobody_drew_show_a_condition_only_where_each_like_them_is_wrong(
+    fails: set[str], text: str
+) -> None:
+    wrong = [e for e in EVERY if e.dtype == "float16" or (e.dtype in fails and e.file_dtype == "float16")]
+    assert searched(*wrong, times=8, drawn=False).only_where("LH304") == text
+    assert searched(*wrong, times=8).only_where("LH304")
 
 
 def test_a_rare_fault_has_no_condition() -> None:

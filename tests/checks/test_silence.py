@@ -20,8 +20,8 @@ from harness.checks.observation import Observation
 from harness.checks.plan import smoke_example
 from harness.checks.trial import run_trial
 from harness.isolation.calls import is_listened_to, listened
+from harness.loaders.declaration import loader
 from harness.loaders.live import quiet
-from harness.loaders.protocol import loader
 from harness.loaders.registry import resolve
 from harness.selftest.cases import broken_cases
 from tests.checks.sample_loaders import right, transposed

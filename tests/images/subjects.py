@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from harness.files import match_modules, read_lora
-from harness.loaders.protocol import Declaration, Subject
+from harness.loaders.declaration import Declaration
+from harness.loaders.protocol import Subject
 
 Rule = Callable[[int, float, float], float]
 

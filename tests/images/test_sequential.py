@@ -13,7 +13,8 @@ from harness.images.sampling import Pair, Sampler
 from harness.images.sequential import FIRST, agree, counts, deciding, studios_of
 from harness.images.studio import LADDER, Studio, _inside, rungs_around
 from harness.images.verdict import Judgement, StrengthResult
-from harness.loaders.protocol import Declaration, Subject
+from harness.loaders.declaration import Declaration
+from harness.loaders.protocol import Subject
 
 from .subjects import raw_alpha, subject, times
 

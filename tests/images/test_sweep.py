@@ -16,7 +16,8 @@ from harness.errors import UserError
 from harness.images import lora_file, open_pipeline, run_sweep
 from harness.images.sampling import Pair, Sampler
 from harness.images.studio import Studio
-from harness.loaders.protocol import Declaration, Subject
+from harness.loaders.declaration import Declaration
+from harness.loaders.protocol import Subject
 from harness.loaders.registry import resolve
 
 from .subjects import raw_alpha, subject, times

@@ -9,7 +9,8 @@ import pytest
 
 from harness.errors import LoaderSpecError
 from harness.loaders import registry
-from harness.loaders.protocol import Subject, loader
+from harness.loaders.declaration import loader
+from harness.loaders.protocol import Subject
 from harness.loaders.registry import installed, resolve
 
 PLAIN = "def load(model, lora, *, strength=1.0): return (model, lora, strength)\n"
@@ -77,7 +78,7 @@ def test_a_package_in_the_current_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_a_declaration_travels_with_the_function(tmp_path):
-    text = "from harness.loaders.protocol import loader\n@loader(formats={'kohya'}, benches={'flux'})\n" + PLAIN
+    text = "from harness.loaders.declaration import loader\n@loader(formats={'kohya'}, benches={'flux'})\n" + PLAIN
     subject = resolve(spec_of(tmp_path, text))
     assert (subject.formats, subject.benches) == (("kohya",), ("flux",))
     assert resolve(plain).cells == tuple(

@@ -10,7 +10,7 @@ import torch
 
 from harness.checks.cell import Cell
 from harness.checks.families.direction import misplaced
-from harness.checks.family import Scenario, Sighting, first_wrong, follows, has, judges
+from harness.checks.family import Scenario, Sighting, first_wrong, follows, has, judges, try_out
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import UNLOAD, Step, load, rebuild, run_trial
 from harness.example import Example
@@ -25,10 +25,12 @@ _SECOND_LOADS = (
     Scenario("LH402", (load(), load(file="copy")), (1, 2), "loading the same LoRA under a second name", "additive"),
     Scenario("LH402", (load(), rebuild(2), load()), (1,), "loading into another model before", "no bias"),
 )
-_TWICE = Scenario("LH402", (load(), load()), (2,), "two loads")
 _REPLACED = Scenario("LH402", (load(), load(0)), (0,), "loading at strength 0 what the last load replaces", "additive")
 _HALF = Scenario("LH402", (load(0.5),), (0.5,), "loading at half the strength")
-_AGAIN = Scenario("LH402", (load(), load(0.5)), (0.5, 1.5), "loading again at half the strength", "additive")
+_REPLACES = 0.5
+_AGAIN = Scenario(
+    "LH402", (load(), load(_REPLACES)), (_REPLACES, 1 + _REPLACES), "loading again at half the strength", "additive"
+)
 _UNLOADS = (
     Scenario("LH403", (load(), UNLOAD, load(0.5)), (0.5,), "loading, unloading and loading at half the strength"),
     Scenario("LH403", (load(), UNLOAD, load(0), UNLOAD, load()), (1,), "loading, unloading, strength 0 and back"),
@@ -58,10 +60,7 @@ def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
     if not wrong and has(cell, "additive") and has(cell, "any strength"):
         wrong = tuple(_with_another(cell, once))
     if not wrong and not any(first_wrong(cell, once, [_HALF])):  # where half the strength is half the effect
-        wrong = tuple(first_wrong(cell, once, [_AGAIN], may_raise=True))
-    plain = cell.variant_name in CORE_VARIANTS
-    if plain and not wrong and any(first_wrong(cell, once, [_TWICE], may_raise=True)):  # the last load alone counts
-        wrong = tuple(first_wrong(cell, once, [_REPLACED], may_raise=True))
+        wrong = tuple(_at_other_strengths(cell, once))
     yield from wrong
 
 
@@ -124,6 +123,14 @@ def _with_another(cell: Cell, once: Observation) -> Iterator[Sighting]:
         fact = f"{shares[name]} is there after loading both, but should be all of both, or the last one only"
         yield Sighting("LH405", both, (name,), fact)
         return
+
+
+def _at_other_strengths(cell: Cell, once: Observation) -> Iterator[Sighting]:
+    again = try_out(cell, once, _AGAIN, may_raise=True)
+    if again == _REPLACES and cell.variant_name in CORE_VARIANTS:
+        again = try_out(cell, once, _REPLACED, may_raise=True)
+    if isinstance(again, Sighting):
+        yield again
 
 
 _Pair = tuple[float, float]

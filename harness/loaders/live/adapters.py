@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import LoaderSpecError, one_line
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

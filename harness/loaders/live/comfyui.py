@@ -17,9 +17,9 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, flux_config, held, put, renamed, unet_config
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

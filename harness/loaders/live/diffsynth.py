@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import renamed
-from harness.loaders.protocol import loader
 from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:

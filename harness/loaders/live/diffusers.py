@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from harness.benches import more_benches
 from harness.benches.table import row_of, rows
 from harness.law.reads import every_row, kind_of
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import family, held
-from harness.loaders.protocol import loader
 from harness.loaders.releases import Package, Release
 
 if TYPE_CHECKING:

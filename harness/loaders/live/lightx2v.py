@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

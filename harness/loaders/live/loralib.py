@@ -15,8 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader
-from harness.loaders.protocol import EVERY_BENCH, loader
+from harness.loaders.protocol import EVERY_BENCH
 
 if TYPE_CHECKING:
     import torch

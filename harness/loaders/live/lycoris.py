@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
-from harness.loaders.protocol import EVERY_BENCH, loader
+from harness.loaders.protocol import EVERY_BENCH
 
 if TYPE_CHECKING:
     import torch

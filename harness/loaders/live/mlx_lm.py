@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

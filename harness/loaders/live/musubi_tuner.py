@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.loaders.checkouts import Checkout
+from harness.loaders.declaration import loader
 from harness.loaders.kohya import merge_while_reading
 from harness.loaders.live import LiveLoader, quiet
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.benches import more_benches
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
-from harness.loaders.protocol import EVERY_BENCH, OUTPUT_BENCHES, loader
+from harness.loaders.protocol import EVERY_BENCH, OUTPUT_BENCHES
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.benches import more_benches
 from harness.benches.table import rows
+from harness.loaders.declaration import loader
 from harness.loaders.live import LiveLoader, quiet
 from harness.loaders.models import held
-from harness.loaders.protocol import loader
 
 if TYPE_CHECKING:
     import torch
