@@ -323,7 +323,7 @@ def _write(cell: Cell, example: Example, updates: Mapping[str, Update], folder: 
     order, prefix = example.key_order(), prefix_of(cell)
     root = cell.variant.root
     folder.mkdir(parents=True, exist_ok=True)
-    how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False}
+    how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False, "trained": True}
     path, names = write_in_order(folder / _file_name(cell), cell.format, modules, **how)
     rewrite_patterns(path, example.patterns)
     return path, names

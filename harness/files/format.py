@@ -87,7 +87,8 @@ class Format:
     `releases` (mlx-vlm: one alpha for the file, which its releases read in two ways), `kv` (GGUF: one alpha for the
     file), `none`. `flips` gives the roles of a module that are stored transposed.
     `dialects` are hints at the trainer: name -> pattern that some key, or some `#metadata=value`, begins with. `marks`
-    are keys that only say which format this is; beside them other keys replace weights.
+    are keys that only say which format this is; beside them other keys replace weights. `trainer` are the metadata in
+    which trainers say rank and alpha of a network, whatever its modules have.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Format:
     flips: Callable[[str], tuple[str, ...]] = lambda name: ()
     dialects: Mapping[str, str] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
+    trainer: tuple[str, str] | None = None
     weights_name: str = WEIGHTS_NAME
     suffix: str = ".safetensors"
 

@@ -138,6 +138,7 @@ _ROWS = (
         roots={"lora_transformer_": _NO_DECODER},
         pairs=("lora_down", "lora_A"),
         alpha=("tensor",),
+        trainer=("ss_network_dim", "ss_network_alpha"),
         flattened=True,
         write_prefix="lora_unet_",
         dialects={

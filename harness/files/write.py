@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,10 +75,21 @@ def write_lora(
 
 
 def write_in_order(
-    path: Path | str, format: str, modules: Modules, *, key_order: KeyOrder, durable: bool, **how: Any
+    path: Path | str,
+    format: str,
+    modules: Modules,
+    *,
+    key_order: KeyOrder,
+    durable: bool,
+    trained: bool = False,
+    **how: Any,
 ) -> tuple[Path, tuple[str, ...]]:
-    """Do what `write_lora` does; return too the names of the modules in the order of the file's keys."""
+    """Do what `write_lora` does; return too the names of the modules in the order of the file's keys.
+
+    One that was `trained` has the metadata of its trainer.
+    """
     content = compose(format, modules, **how)
+    told = {**content.metadata, **(_network(FORMATS[format], modules) if trained else {})}
     tensors = _ordered(content.tensors, key_order)
     config = content.config
     if config:
@@ -85,7 +97,18 @@ def write_in_order(
         stand = _config(FORMATS[format], how.get("prefix"), ordered, how.get("rslora", False))
         config = {**stand, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
     order = _as_they_stand(FORMATS[format], modules, content.tensors, _laid_out(FORMATS[format], tensors))
-    return save(path, format, replace(content, tensors=tensors, config=config), durable=durable), tuple(order)
+    return save(path, format, replace(content, tensors=tensors, config=config, metadata=told), durable=durable), tuple(
+        order
+    )
+
+
+def _network(row: Format, modules: Modules) -> dict[str, str]:
+    """Return what a trainer says of the whole network: the rank and the alpha that most modules have."""
+    shapes = [(weights.rank, weights.alpha) for weights in modules.values() if "A" in weights.parts]
+    if row.trainer is None or not shapes or any(alpha is None for _, alpha in shapes):
+        return {}
+    values = zip(*shapes, strict=True)
+    return {key: str(Counter(each).most_common(1)[0][0]) for key, each in zip(row.trainer, values, strict=True)}
 
 
 def _as_they_stand(row: Format, modules: Modules, composed: Iterable[str], ordered: Iterable[str]) -> Modules:
