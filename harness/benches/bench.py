@@ -7,8 +7,9 @@ import itertools
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from harness.benches.codes import cast
@@ -111,6 +112,23 @@ class Bench:
         """The layers that share the weight of an earlier one, as embeddings and heads do, with that one."""
         return shared(self._base, self.layers)
 
+    @cached_property
+    def uncalled(self) -> tuple[str, ...]:
+        """The layers that one forward does not call, such as `out_proj` of `nn.MultiheadAttention`.
+
+        The model reads their weights by itself, or does without: a hook, or an adapter in their place, never runs.
+        """
+        if self.run is None:
+            return ()
+        model, seen = self.base(), set[str]()
+        names = [name for name, layer in self.layers.items() if layer.kind != "experts"]
+        with ExitStack() as hooks:
+            for name in names:
+                hook = model.get_submodule(name).register_forward_pre_hook(partial(_note, seen, name))
+                hooks.callback(hook.remove)
+            self.forward(model)
+        return tuple(name for name in names if name not in seen)
+
     def known_weights(self, dtype: str) -> dict[str, Tensor] | None:
         """Return the layers' weights, with a column for the bias, where they are known without a model."""
         return None
@@ -188,6 +206,10 @@ class Bench:
         with torch.set_grad_enabled(gradients):
             output: torch.Tensor = self.run(model, lambda *shape: torch.randn(shape, generator=generator).to(like))
         return output.detach()
+
+
+def _note(seen: set[str], name: str, *_: object) -> None:
+    seen.add(name)
 
 
 def first_number(module: torch.nn.Module) -> torch.Tensor:

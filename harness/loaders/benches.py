@@ -59,6 +59,11 @@ class KnownBench(Bench):
         """The layers that share the weight of another one, with that one."""
         return dict(self.facts["shared"])
 
+    @cached_property
+    def uncalled(self) -> tuple[str, ...]:
+        """The layers that one forward does not call."""
+        return tuple(self.facts["uncalled"])
+
     @property
     def option(self) -> str:
         """What names it on the command line."""

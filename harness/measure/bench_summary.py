@@ -8,6 +8,7 @@ from typing import Any
 from harness.example import DTYPES
 from harness.text import count
 
+NEVER_RUNS = "a hook there, or an adapter in its place, never runs"
 _SHOWN = 6
 _VARIANTS = ("conv", "embedding", "experts")  # in which a LoRA is trained on a layer of the kind of this name
 
@@ -27,6 +28,8 @@ def summary(facts: Mapping[str, Any], idle: Mapping[str, str]) -> Iterator[str]:
         yield f"{name} shares its weight with {other}: a merge into one changes both"
     for name, first in facts["twice"].items():
         yield f"{name} is {first} once more: what a loader does under that name is not measured"
+    if never := [name for name in targets if name in set(facts["uncalled"])]:
+        yield f"its forward does not call {patterns(never)}: {NEVER_RUNS}"
     for reason in dict.fromkeys(facts["unread"].values()):
         names = [name for name, why in facts["unread"].items() if why == reason]
         yield f"not measured: {patterns(names)}: {reason}"

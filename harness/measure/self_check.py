@@ -70,6 +70,7 @@ def _facts(bench: Bench, said: OwnBench, refused: Refused) -> dict[str, Any]:
         "others": _other_parameters(model, layers),
         "owners": _owners(model),
         "twice": _twice(model),
+        "uncalled": [name for name in bench.uncalled if name in layers],
         "dtypes": dtypes,
         "copies": not any(layer.codes for layer in layers.values()) and _copies(bench, model),
         "digest": fresh,
@@ -311,6 +312,7 @@ def known_facts(bench: Bench) -> dict[str, Any]:
         "others": _other_parameters(bench.base(), bench.layers),
         "owners": _owners(bench.base()),
         "twice": _twice(bench.base()),
+        "uncalled": bench.uncalled,
         "dtypes": bench.dtypes,
         "said": {"runs": bench.run is not None},
     }

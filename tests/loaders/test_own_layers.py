@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness import bench, loader
+from harness import bench, check_loader, loader
 from harness.benches import get_bench
 from harness.files import LoraModule
 from harness.loaders.benches import bench_name
 from harness.measure.effective import numbers_of
 from tests.checks.sample_loaders import only_pairs, pairs
 
-from .conftest import codes
+from .conftest import HERE, codes
 
 pytestmark = pytest.mark.usefixtures("no_own_benches")
 
@@ -268,3 +268,36 @@ def test_a_right_loader_is_right_on_a_model_that_changes_or_computes_what_it_hol
 def test_what_stores_its_weight_the_other_way_is_left_out_and_the_model_is_taken() -> None:
     assert codes(assigns, benches=[turned]) == set()
     assert any("not measured: 0: it computes with another matrix" in line for line in get_bench("turned").measures(()))
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` reads the weight of its `out_proj` without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.last(x + self.attention(x, x, x, need_weights=False)[0])
+        return answer
+
+
+@bench("attention", run=lambda model: model(torch.linspace(-1, 1, 64).reshape(1, 4, 16)))
+def attention() -> nn.Module:
+    return Attention()
+
+
+@loader(formats={"kohya"})
+def by_hooks(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    for layer, module, product, _ in pairs(model, lora):
+        delta = strength * module.trained_scale * product.double()
+        layer.register_forward_hook(lambda _, x, y, d=delta: y + (x[0].double() @ d.T).to(y.dtype))
+
+
+def test_a_hook_on_a_layer_that_is_never_called_is_no_effect_and_the_layer_is_named() -> None:
+    told = check_loader(by_hooks, benches=[attention], max_examples=5, limits=HERE)
+    (wrong,) = [verdict for verdict in told if verdict.code == "LH102"]
+    assert "whose forward does not call attention.out_proj" in wrong.text()
+    measured = get_bench("attention").measures(("last",))
+    assert any(line.startswith("its forward does not call attention.out_proj: a hook there") for line in measured)
+    assert codes("peft", benches=[attention]) <= {"LH103"}

@@ -25,7 +25,8 @@ from harness.checks.trial import (
     rebuild,
     run_trial,
 )
-from harness.text import count
+from harness.measure.bench_summary import NEVER_RUNS
+from harness.text import count, first_of
 
 _DRIFT = 0.02  # of the effect, between answers of models that should answer alike
 _HALF_DRIFT = 0.3  # where one of them computes in bfloat16
@@ -118,9 +119,26 @@ def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
     if told or cell.variant_name not in _WHOLE or cell.bench.run is None or not _has_plain_weights(cell.bench, layers):
         return
     seen = run_trial(cell, once.example, (load(), WHOLE))
-    if not seen.raised and not seen.drift <= _BESIDE:
-        what = "the model answers otherwise than by its layers' weights, biases and norms, which are right"
-        yield Sighting("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
+    if seen.raised or seen.drift <= _BESIDE:
+        return
+    what = "the model answers otherwise than by its layers' weights, biases and norms, which are right"
+    beside = Sighting("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
+    yield _without_effect(cell, once) or beside
+
+
+def _without_effect(cell: Cell, once: Observation) -> Sighting | None:
+    """Return LH102 when the modules that the model does not call change none of its answers, though their weights do.
+
+    Their layers answer right when they are asked.
+    """
+    never = tuple(target for target in once.example.targets if target.name in cell.bench.uncalled)
+    if not never:
+        return None
+    alone = run_trial(cell, replace(once.example, targets=never), (load(), WHOLE))
+    if alone.raised or not abs(alone.drift - 1) <= _BESIDE:
+        return None
+    what = f"{count(len(never), 'module')} without effect on what the model answers, whose forward does not call"
+    return Sighting("LH102", alone, fact=f"{what} {first_of([target.name for target in never])}: {NEVER_RUNS}")
 
 
 def _has_plain_weights(bench: Bench, layers: Iterable[Layer]) -> bool:
