@@ -215,6 +215,8 @@ def _check_names(bench: Bench, said: OwnBench, layers: Mapping[str, Layer], refu
     named = [bench.file_name(name) for name in layers]
     if idle := next((words for words in said.names if not any(map(_has(words), layers))), None):
         raise refused(f"names: {idle!r} is in no layer's path")
+    if (at := next((n for n in layers if not bench.file_name(n)), None)) is not None:
+        raise refused(f"names: nothing would be left of the name of {at!r}")
     if twice := next((name for name in named if named.count(name) > 1), None):
         raise refused(f"names: two layers would both be called {twice!r}")
 

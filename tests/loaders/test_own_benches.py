@@ -214,6 +214,7 @@ BAD = {
     "@bench('flux')\ndef make(): return one(4, 4)": "'flux' is the name of a bench of the harness",
     "@bench('x', fused={'0': {'q': 3}})\ndef make(): return one(4, 4)": ("the projections of '0' have 3 rows, 0 has 4"),
     "@bench('x', names={'1': 'y'})\ndef make(): return one(4, 4)": "names: '1' is in no layer's",
+    "@bench('x', names={'0': ''})\ndef make(): return one(4, 4)": "nothing would be left of the name of '0'",
     "@bench('x', run=lambda m: m(torch.ones(5)))\ndef make(): return one(4, 4)": "its forward raises Runtime",
     "@bench('x', run=lambda m: m(torch.ones(4, dtype=torch.bfloat16)))\ndef make(): return one(4, 4)": (
         "in float32, not in bfloat16: give inputs no dtype"
