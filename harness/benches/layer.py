@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,6 +135,13 @@ class View:
     lora_layers: tuple[str, ...]
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     made_of: Mapping[str, Rows] = field(default_factory=dict)
+
+    @cached_property
+    def hosts(self) -> Mapping[str, str]:
+        """The model's layer of each layer that is some of its rows, as another one is the rest."""
+        first = {name: rows[0][0] for name, rows in self.made_of.items() if len(rows) == 1}
+        number = Counter(first.values())
+        return {name: host for name, host in first.items() if number[host] > 1}
 
     def slices(self, layer: str) -> tuple[slice, ...]:
         """The row ranges of `layer` that hold separate projections; one range for an ordinary layer."""

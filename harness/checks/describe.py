@@ -172,7 +172,7 @@ class NamedFinding:
             yield "law", f"{self.law.formula}{doubt}; expected {_TRAINED[self.law.root]}"
             if self._unnamed:  # what follows a load has measured another thing than the law
                 yield "use", _use(subject.strength_argument, self.use)
-        if self.diagnosis.trait and self.law is None and self.fit:
+        if self.diagnosis.trait and self.family in LAW_FAMILIES and self.law is None and self.fit:
             yield "only where", self.diagnosis.trait.text
         yield "cause", code.cause
         yield "fix", f"{code.fix}   (lora-harness explain {self.code})"

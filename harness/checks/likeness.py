@@ -18,6 +18,7 @@ _ROW_BY_ROW = 0.05  # of the change, that factors of rows leave unexplained
 _ROWS = 8  # of a layer with fewer, chance may be that each has a factor
 _FEW = 3  # neighbours that may be mixed into a change
 _EXACT = 0.005  # of B @ A: that rows of rank 1, of which one or another is always near, are moved
+_FAINT = 0.01  # of a matrix: components that are smaller together do not count
 _NULL = 1e-6  # of the largest singular value: smaller ones are rounding
 
 
@@ -101,6 +102,13 @@ def spanned(change: Tensor, product: Tensor) -> bool:
     return 4 * basis.shape[1] <= 3 * len(product) and rest <= ROUNDING_LIKE * norm(change)
 
 
+def components(matrix: Tensor) -> int:
+    """Return how many of the largest singular values leave a hundredth of a matrix over, or less."""
+    sizes = torch.linalg.svdvals(matrix.double())
+    rest = sizes.square().flip(0).cumsum(0).flip(0).sqrt()
+    return int((rest > _FAINT * norm(matrix)).sum())
+
+
 def mixed(change: Tensor, product: Tensor, others: Sequence[Tensor], most: float) -> bool:
     """Whether the change is made of the module's own B @ A and those of a few others, which leave `most` of it over."""
     parts, rest = [product], change
@@ -137,6 +145,7 @@ def laid_out(product: Tensor, kernel: tuple[int, ...]) -> Iterator[Tensor]:
     axes = range(2, own.dim())
     turned = [axis for number in range(1, len(kernel) + 1) for axis in combinations(axes, number)]
     layouts = [*(own.flip(*axis) for axis in turned), own.movedim(1, -1).reshape(own.shape)]
+    layouts.append(own.reshape(len(product), *kernel, -1).movedim(-1, 1))
     layouts += [own.mT] if len(kernel) > 1 and kernel[-2] == kernel[-1] else []
     for place in product_of(*map(range, kernel)):
         one = own[(slice(None), slice(None), *(slice(n, n + 1) for n in place))]

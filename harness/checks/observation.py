@@ -34,7 +34,7 @@ class Observation:
     before hold for them. `drift` is how far apart the answers of models are that should answer alike, as a share of the
     LoRA's effect. `said` is what the loader said, where somebody listened. `additive`: the variant adds a
     multiple of its direction; `root`: training divided alpha by sqrt(rank). `tied` are layers outside the file that
-    share their weight with one of it.
+    share their weight with one of it; `hosts` says of those that are rows of one layer of the model which that is.
     Of a load that `raised` there is nothing else.
     """
 
@@ -55,6 +55,7 @@ class Observation:
     additive: bool = True
     root: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
+    hosts: Mapping[str, str] = field(default_factory=dict)
     file_changed: bool = False
     order: tuple[str, ...] = ()
     ambiguous: frozenset[str] = frozenset()
@@ -71,6 +72,18 @@ class Observation:
             if fit.finite and min(abs(fit.scale), abs(fit.scale - self.example.strength)) <= near:
                 found.add("as 0" if abs(fit.scale) <= near else "as the rank")
         return frozenset(found)
+
+    def shows(self, target: Target) -> bool:
+        """Whether the change that a module should make is one that rounding does not hide."""
+        fit = self.fits[target.name][0] if target.name in self.fits else None
+        return fit is not None and abs(fit.expected) * fit.product > fit.tolerance.noise / ROUNDING_LIKE
+
+    def beside(self, name: str) -> list[str]:
+        """Return the modules of the file that are other rows of the model's layer that `name` is in."""
+        host = self.hosts.get(name)
+        return [
+            other for other in self.products if host is not None and other != name and self.hosts.get(other) == host
+        ]
 
     def faint(self, names: Sequence[str]) -> bool:
         """Whether the changes of these layers are so small beside rounding that their direction cannot be told."""
@@ -115,6 +128,7 @@ def observation_of(
         additive=cell.variant.additive,
         root=cell.variant.root,
         tied=_tied(cell, fits),
+        hosts=cell.view.hosts,
         mistakes={t.name: what for t in wrong if (what := _mistake(cell, example, t, fits, updates, before, after))},
     )
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from harness.checks.observation import Observation, probes_of
 from harness.checks.outputs import judge_outputs, observe_outputs
 from harness.checks.trial import run_trial
 from harness.example import Example, Target
+from harness.law.bounds import beyond
 from harness.law.probe import Probe
 
 _Number = TypeVar("_Number", int, float)
@@ -42,7 +44,8 @@ class Search:
     """What a search found: the first observation per code, every probe, and how many examples ran.
 
     `zero_alpha` says how alpha = 0 was read, `labels` counts the examples by what they are, `drawn` those that were
-    drawn at random; `wrong` has the labels and the codes of those that showed anything, and whether they were drawn.
+    drawn at random; `wrong` has the labels and the codes of those that showed anything, and whether they were drawn;
+    `modules` the rank of each module whose change shows, and the codes of what was seen in it.
     """
 
     findings: dict[str, Sighting] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Search:
     labels: Counter[str] = field(default_factory=Counter)
     drawn: Counter[str] = field(default_factory=Counter)
     wrong: list[tuple[tuple[str, ...], frozenset[str], bool]] = field(default_factory=list)
+    modules: list[tuple[int, frozenset[str]]] = field(default_factory=list)
 
     def add(
         self, observation: Observation, probes: Sequence[Probe], findings: Sequence[Sighting], *, drawn: bool = False
@@ -73,6 +77,9 @@ class Search:
         labels = labels_of(observation.example)
         self.labels.update(labels)
         self.drawn.update(labels if drawn else ())
+        for target in filter(observation.shows, observation.example.targets):
+            seen = frozenset(finding.code for finding in findings if target.name in finding.modules)
+            self.modules.append((target.rank, seen))
         if findings:
             self.wrong.append((labels, frozenset(finding.code for finding in findings), drawn))
 
@@ -93,6 +100,7 @@ class Search:
         self.labels += later.labels
         self.drawn += later.drawn
         self.wrong += later.wrong
+        self.modules += later.modules
 
     def only_where(self, code: str, symptoms: Iterable[str] = ()) -> str:
         """Return what every example with this fault is and others are not, in words; empty when nothing is sure.
@@ -106,7 +114,13 @@ class Search:
         shares = {kind: self._share(wrong, by_chance, kind) for kind in _WHERE}
         sure = {kind: share for kind, share in shares.items() if share}
         alone = [kind for kind, share in sure.items() if share == 1]
-        return " and ".join(_where(wrong, kind) for kind in alone[:1] or sure)
+        return " and ".join(_where(wrong, kind) for kind in alone[:1] or sure) or self._by_rank(codes)
+
+    def _by_rank(self, codes: AbstractSet[str]) -> str:
+        """Return from which rank on, or up to which, every module has the fault and no other one has; or nothing."""
+        bad = {rank for rank, seen in self.modules if codes & seen}
+        good = {rank for rank, seen in self.modules if not codes & seen}
+        return beyond("a rank", bad, good) or ""
 
     def _share(self, wrong: Counter[str], by_chance: Counter[str], kind: str) -> float:
         """Return how many examples are wrong of those that are like the wrong ones; 0 when the rest may be chance.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -127,11 +127,17 @@ _THRESHOLDS: tuple[tuple[About, str, Callable[[Probe], float]], ...] = (
 def threshold(wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
     """Return the trait of a number beyond which, or below which, all that has a scale is wrong, and right elsewhere."""
     for about, what, value in _THRESHOLDS:
-        bad, good = {value(p) for p in wrong}, {value(p) for p in right}
-        if min(len(bad), len(good)) < _DIFFERENT:
-            continue
-        if min(bad) > max(good):
-            return Trait(f"{what} of {min(bad):.4g} or more (right up to {max(good):.4g})", about)
-        if max(bad) < min(good):
-            return Trait(f"{what} of {max(bad):.4g} or less (right from {min(good):.4g} on)", about)
+        if text := beyond(what, {value(p) for p in wrong}, {value(p) for p in right}):
+            return Trait(text, about)
+    return None
+
+
+def beyond(what: str, bad: Collection[float], good: Collection[float]) -> str | None:
+    """Return beyond which number all that is `bad` lies, and all that is `good` within; None where either are few."""
+    if min(len(bad), len(good)) < _DIFFERENT:
+        return None
+    if min(bad) > max(good):
+        return f"{what} of {min(bad):.4g} or more (right up to {max(good):.4g})"
+    if max(bad) < min(good):
+        return f"{what} of {max(bad):.4g} or less (right from {min(good):.4g} on)"
     return None

@@ -91,6 +91,7 @@ TRAITS: Mapping[str, Trait] = {trait.text: trait for trait in _TABLE}
 
 _VALUES, _AGAIN = 3, 2  # wrong values, and how often each must have been met, before it is said to decide
 _FINE = 1e-3
+_LACKING = "a module of the file has no alpha, and others have that of another"
 _BORROWED = 6  # wrong scales that are those of other modules by chance are fewer
 
 
@@ -133,10 +134,17 @@ def borrowed(wrong: Sequence[Probe], every: Sequence[Probe] = ()) -> Trait | Non
         return None
     for name, scales in (("alpha", _with_alphas), ("rank", _with_ranks), ("alpha / rank", _with_both)):
         if all(any(_near(p, scale) for scale in scales(p)) for p in wrong):
-            return Trait(f"two modules of a file differ in {name}", "part")
+            lacking = name == "alpha" and _only_where_one_lacks_alpha(wrong, every)
+            return Trait(_LACKING if lacking else f"two modules of a file differ in {name}", "part")
     if all(any(_near(p, scale) for scale in _before(p, every)) for p in wrong):
         return Trait("a file loaded before has another alpha for the module", "part")
     return None
+
+
+def _only_where_one_lacks_alpha(wrong: Sequence[Probe], every: Sequence[Probe]) -> bool:
+    """Whether some module of each file that is wrong has no alpha, and files with several alphas are right."""
+    whole = (p for p in every if None not in p.alphas and len(set(p.alphas)) > 1)
+    return all(None in p.alphas for p in wrong) and next(whole, None) is not None
 
 
 def kept_by_rank(wrong: Sequence[Probe]) -> Trait | None:

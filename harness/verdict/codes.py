@@ -72,7 +72,7 @@ _ALL = (
     Code("LH209", "other scale law", ("scale", "verify"), "the delta has the right direction and another size than strength * alpha / rank",
          "multiply by strength * alpha / rank"),
     Code("LH301", "transposed, or A and B swapped", ("direction", "verify"), "the product is A^T @ B^T or its transpose", "use B @ A: [out, r] @ [r, in]", explains=("LH306",)),
-    Code("LH302", "q/k/v order or slice wrong", ("direction",), "the delta of a merged layer lands in other rows", "stack q, k, v in the order of the merged layer", explains=("LH306",)),
+    Code("LH302", "q/k/v order or slice wrong", ("direction",), "the delta of a merged layer lands in other rows", "stack q, k, v in the order of the merged layer", explains=("LH101", "LH102", "LH306")),
     Code("LH303", "convolution layout wrong", ("direction",), "a convolution's delta is reshaped along the wrong axes", "keep [out, in, kh, kw]", explains=("LH306",)),
     Code("LH304", "maths of the update wrong", ("direction", "verify"), "part of A or B is left out, W is scaled too, or the formula of DoRA, LoHa, LoKr, a bias or an embedding differs from PEFT's",
          "use all of A and B, leave W as it is, and follow the variant's formula"),

@@ -63,6 +63,19 @@ def test_a_direction_has_the_name_that_explains_it(
     assert words in found.fact
 
 
+def fewer_components(own: Tensor, other: Tensor) -> Tensor:
+    left, sizes, right = torch.linalg.svd(own, full_matrices=False)
+    return 2 * left[:, :2] @ torch.diag(sizes[:2]) @ right[:2]
+
+
+def test_a_lower_rank_is_no_weighting_of_components_and_other_rows_of_a_layer_are_no_other_module() -> None:
+    (found,) = check_direction(seen_with(fewer_components))
+    assert (found.code, "components are left out" in found.fact) == ("LH304", True)
+    seen = seen_with(lambda own, other: 2 * other)
+    (found,) = check_direction(replace(seen, hosts=dict.fromkeys(NAMES, "one layer")))
+    assert (found.code, "of other rows of the same layer" in found.fact) == ("LH302", True)
+
+
 @pytest.mark.parametrize(
     ("change", "code"), [(lambda b, a: b.flip(0) @ a, "LH302"), (lambda b, a: b.abs() @ a, "LH306")]
 )

@@ -10,6 +10,8 @@ from harness.checks.family import Sighting
 from harness.checks.observation import Observation
 from harness.checks.search import Search
 from harness.example import Example, Target
+from harness.measure.compare import Fit
+from harness.measure.tolerance import Tolerance
 
 PLAIN = Example((Target("x", 4, 8.0),))
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,6 +56,17 @@ def test_examples_that_nobody_drew_show_a_condition_only_where_each_like_them_is
     wrong = [e for e in EVERY if e.dtype == "float16" or (e.dtype in fails and e.file_dtype == "float16")]
     assert searched(*wrong, times=8, drawn=False).only_where("LH304") == text
     assert searched(*wrong, times=8).only_where("LH304")
+
+
+@pytest.mark.parametrize(("strength", "text"), [(1.0, "a rank of 5 or more (right up to 4)"), (0.0, "")])
+def test_a_rank_from_which_on_all_is_wrong_is_named_where_the_change_shows(strength: float, text: str) -> None:
+    result = Search()
+    for rank in (1, 3, 4, 5, 6, 8) * 2:
+        example = replace(PLAIN, targets=(Target("x", rank, 8.0),))
+        fit = Fit(1.0, 0.3, 1.0, 1.0, Tolerance(1e-6, 1e-6, "float32"), strength)
+        seen = Observation(example, fits={"x": (fit,)})
+        result.add(seen, [], [Sighting("LH304", seen, ("x",))] if rank > 4 else [])
+    assert result.only_where("LH304") == text
 
 
 def test_a_rare_fault_has_no_condition() -> None:

@@ -51,7 +51,7 @@ def test_of_a_loader_that_loads_nothing_nobody_says_what_it_is_silent_about() ->
     assert heard(Cell(resolve(warns), "peft", "qwen-image")) == ({}, [])
 
 
-@pytest.mark.parametrize("name", ["passes_over", "flag_not_read", "magnitude_dropped"])
+@pytest.mark.parametrize("name", ["passes_over", "passes_over_other_shapes", "flag_not_read", "magnitude_dropped"])
 def test_silence_is_found_and_named(name: str) -> None:
     (cell,) = SILENT[name].cells()
     _, found = heard(cell)

@@ -195,6 +195,15 @@ def test_the_tolerance_itself_is_near_enough() -> None:
     assert borrowed(6 * [replace(FILE, measured=8.25, tolerance=0.25)]) is not None
 
 
+def test_an_alpha_that_is_borrowed_only_where_a_module_has_none_says_so() -> None:
+    lacks = Probe("m", 1.0, 0, (4.0, 2.0, None), (8, 4, 4), 0.25, 1e-6)  # alpha 2 for 4
+    whole = replace(lacks, alphas=(4.0, 2.0, 1.0), measured=0.5)
+    assert str(borrowed(6 * [lacks], [lacks, whole])).startswith("a module of the file has no alpha")
+    assert str(borrowed(6 * [lacks], [lacks])) == "two modules of a file differ in alpha"
+    wrong = replace(whole, measured=0.25)
+    assert str(borrowed([*6 * [lacks], wrong], [lacks, wrong])) == "two modules of a file differ in alpha"
+
+
 def test_six_scales_must_be_borrowed_and_all_of_them() -> None:
     like = replace(FILE, measured=8.0)
     assert borrowed(7 * [like]) is not None

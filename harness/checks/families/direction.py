@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from harness.checks.likeness import (
     ALIGNED,
     aligned,
     by_row,
+    components,
     in_one_column,
     laid_out,
     left_out,
@@ -50,22 +51,39 @@ def check_direction(observation: Observation) -> list[Sighting]:
             faults.setdefault(fault, []).append(name)
     by_code: dict[str, Sighting] = {}
     for fault, names in sorted(faults.items(), key=lambda each: -len(each[1])):
-        by_code.setdefault(fault[0], _finding(fault, observation, names))
+        first = by_code.get(fault[0])
+        more = replace(first, modules=(*first.modules, *names)) if first else _finding(fault, observation, names)
+        by_code[fault[0]] = more
     found = list(by_code.values())
-    if "LH104" not in by_code and (others := misplaced(observation)):
-        fact = f"{count(len(others), 'layer')} outside the file changed along a B @ A of the file, first {others[0]}"
-        found.append(Sighting("LH104", observation, fact=fact))
+    found += (finding for finding in _elsewhere(observation) if finding.code not in by_code)
     if observation.bent:
         fact = f"{count(len(observation.bent), 'layer')} answering dense input otherwise than by the weight"
         found.append(Sighting("LH305", observation, observation.bent, fact))
     return found
 
 
+def _elsewhere(observation: Observation) -> Iterator[Sighting]:
+    """Yield what layers outside the file have of it: the B @ A of other rows of the same layer, or of any module."""
+    others = misplaced(observation)
+    rows = [name for name in others if _along_any(observation, name, observation.beside(name))]
+    for code, names, of in (
+        ("LH302", rows, "other rows of the same layer"),
+        ("LH104", [name for name in others if name not in rows], "the file"),
+    ):
+        if names:
+            fact = f"{count(len(names), 'layer')} outside the file changed along a B @ A of {of}, first {names[0]}"
+            yield Sighting(code, observation, fact=fact)
+
+
 def misplaced(observation: Observation) -> list[str]:
     """Return the layers outside the file that changed along the B @ A of a module of the file."""
-    outside = [name for name in observation.changes if name not in observation.fits]
-    changes, products = observation.changes, observation.products.values()
-    return [name for name in outside if any(aligned(changes[name], product) for product in products)]
+    outside = (name for name in observation.changes if name not in observation.fits)
+    return [name for name in outside if _along_any(observation, name, observation.products)]
+
+
+def _along_any(observation: Observation, name: str, modules: Iterable[str]) -> bool:
+    change = observation.changes[name]
+    return any(aligned(change, observation.products[module]) for module in modules)
 
 
 def _finding(fault: Fault, observation: Observation, names: list[str]) -> Sighting:
@@ -138,6 +156,11 @@ class _Case:
         every = self.observation.products.items()
         return [p for other, p in every if other != self.name and p.shape == self.product.shape]
 
+    @property
+    def beside(self) -> list[Tensor]:
+        """The B @ A of the modules that are other rows of the same layer of the model."""
+        return [self.observation.products[other] for other in self.observation.beside(self.name)]
+
     def along(self, candidates: Iterable[Tensor]) -> bool:
         return any(aligned(self.change, other, self.least) for other in candidates)
 
@@ -198,6 +221,11 @@ def _by_component(case: _Case) -> bool:
     return spanned(rest, case.product) and spanned(rest.mT, case.product.mT)
 
 
+def _of_lower_rank(case: _Case) -> bool:
+    """Whether the change is made of this module's A and B, and of fewer components than their product has."""
+    return components(case.change) < components(case.product) and _by_component(case)
+
+
 def _in_other_rows(case: _Case) -> bool:
     return rows_moved(case.change, case.product, case.whole.relative_residual / 2)
 
@@ -213,11 +241,13 @@ _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
     ),
     ("LH301", "it is B @ A transposed", lambda case: case.along(_turned(case))),
     ("LH408", "it is what a file loaded before holds for this module", _was_earlier),
+    ("LH302", "it is the B @ A of other rows of the same layer", lambda case: case.along(case.beside)),
     ("LH104", "it is the B @ A of another module", lambda case: case.along(case.others)),
     ("LH104", "the B @ A of other modules is in it", _with_others),
     ("LH304", _LEFT_OUT.format("columns"), lambda case: left_out(case.change.mT, case.product.mT)),
     ("LH304", _EACH.format("rows"), lambda case: by_row(case.change, case.product)),
     ("LH304", _EACH.format("columns"), lambda case: by_row(case.change.mT, case.product.mT)),
+    ("LH304", "some of its components are left out", _of_lower_rank),
     ("LH304", _WEIGHTED, _by_component),
     ("LH104", "it is made of one module's B and another's A", _of_others),
     ("LH302", "its rows stand in another order", _in_other_rows),

@@ -25,6 +25,7 @@ from harness.checks.trial import (
     rebuild,
     run_trial,
 )
+from harness.example import Example
 from harness.measure.bench_summary import NEVER_RUNS
 from harness.text import count, first_of
 
@@ -100,10 +101,12 @@ def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Itera
     """
     if cell.bench.run is None:
         return  # nothing shows what a model answers that nobody can run
-    yield from _beside_its_layers(cell, once)
-    found = tuple(_first_other("LH407", cell, once, _RUNS if cell.variant_name != _PLAIN else (*_RUNS, *_STATE)))
-    yield from found
-    if not found and cell.variant_name == _PLAIN and "bfloat16" in dtypes:
+    found = tuple(_first_other("LH407", cell, once, _RUNS))
+    yield from found or _beside_its_layers(cell, once)  # what runs change is no attribute beside the weights
+    if found or cell.variant_name != _PLAIN:
+        return
+    yield from (found := tuple(_first_other("LH407", cell, once, _STATE)))
+    if not found and "bfloat16" in dtypes:
         half = run_trial(cell, replace(once.example, dtype="bfloat16"))
         yield from () if half.raised else _first_other("LH407", cell, half, (_HALF_RUN, _CAST))
 
@@ -152,11 +155,18 @@ def check_earlier(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Ite
     yield from _first_other("LH408", cell, once, _EARLIER if cell.variant_name == _PLAIN else ())
 
 
+def _other_file(example: Example, scenario: _Later) -> Example:
+    """Return what the other file has: the same modules where one replaces the other, so that they are of one size."""
+    other = another(example)
+    replaced = any(step.file == "replaced" for step in scenario.steps)
+    return replace(example, value_seed=other.value_seed) if replaced else other
+
+
 def _first_other(code: str, cell: Cell, once: Observation, scenarios: Sequence[_Later]) -> Iterator[Sighting]:
     for scenario in scenarios:
         if not has(cell, scenario.requires):
             continue
-        seen = run_trial(cell, once.example, scenario.steps, other=another(once.example))
+        seen = run_trial(cell, once.example, scenario.steps, other=_other_file(once.example, scenario))
         if seen.raised and scenario.may_raise:
             continue
         if seen.raised:

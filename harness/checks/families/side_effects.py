@@ -119,8 +119,9 @@ def _with_another(cell: Cell, once: Observation) -> Iterator[Sighting]:
         shares = {name: _shares(name, once, alone, both) for name in both.fits}
         if any(all(s.off(wanted) <= s.slack for s in shares.values()) for wanted in ((1.0, 1.0), last)):
             continue
-        name = max(shares, key=lambda n: shares[n].off((1.0, 1.0)))
-        fact = f"{shares[name]} is there after loading both, but should be all of both, or the last one only"
+        name, other = (max(shares, key=lambda n: shares[n].off(wanted)) for wanted in ((1.0, 1.0), last))
+        where = f", {shares[other]} in {other}" if shares[name].off(last) <= shares[name].slack else ""
+        fact = f"{shares[name]} is there after loading both{where}, but should be all of both, or the last one only"
         yield Sighting("LH405", both, (name,), fact)
         return
 

@@ -191,15 +191,20 @@ def _rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
     save_file(change(load_file(file)), file, metadata)
 
 
-def _more(cell: Cell, path: Path, names: Iterable[str]) -> Tensors:
-    """Return the tensors of the file's first module under other names, as the format writes them."""
+def _more(
+    cell: Cell, path: Path, names: Iterable[str], change: Callable[[Tensor, int], Tensor] | None = None
+) -> Tensors:
+    """Return the tensors of the file's first module under other names, as the format writes them.
+
+    `change` gets A and the number of its axis of inputs, and B and that of its outputs.
+    """
     from safetensors.torch import load_file
 
     adapter = read_lora(path)
     name = next(iter(adapter.modules))
-    weights: dict[str, LoraWeights | LoraParts] = {
-        other: LoraParts({half: adapter.part(name, half) for half in "AB"}, _alpha(cell)) for other in names
-    }
+    halves = {half: adapter.part(name, half) for half in "AB"}
+    halves = {half: change(part, int(half == "A")) for half, part in halves.items()} if change else halves
+    weights: dict[str, LoraWeights | LoraParts] = {other: LoraParts(halves, _alpha(cell)) for other in names}
     folder = path.parent / "more"
     folder.mkdir()
     written = write_lora(folder / path.name, cell.format, weights, prefix=prefix_of(cell), durable=False)
@@ -220,6 +225,14 @@ def _absent(cell: Cell, path: Path) -> None:
 def _foreign(cell: Cell, path: Path) -> None:
     names = [f"decoder.layers.{i}.{part}" for i in range(2) for part in ("mlp.gate_proj", "self_attn.qkv_proj")]
     _rewrite(path, lambda tensors: _more(cell, path, names))
+
+
+def _wider(cell: Cell, path: Path) -> None:
+    """Give the first module the shape that it has in a model of twice the width."""
+    import torch
+
+    name = next(iter(read_lora(path).modules))
+    _rewrite(path, lambda own: own | _more(cell, path, [name], lambda part, axis: torch.cat([part, part], axis)))
 
 
 def _renamed(cell: Cell, path: Path) -> None:
@@ -247,6 +260,7 @@ _KINDS = (
     _Kind("a module the model lacks", _absent),
     _Kind(_PREFIX, _renamed),
     _Kind("a file for another model", _foreign),
+    _Kind("a module of another shape", _wider),
     _Kind("half of a pair", _halved),
     _Kind("an unknown kind of key", _strange),
 )
