@@ -44,7 +44,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal[
-    "load", "unload", "set_strength", "rebuild", "aside", "run", "train", "copy", "cast", "save", "whole", "replace"
+    "load",
+    "unload",
+    "set_strength",
+    "rebuild",
+    "aside",
+    "run",
+    "train",
+    "copy",
+    "cast",
+    "lay_out",
+    "save",
+    "whole",
+    "replace",
 ]
 WEIGHT, DENSE = "weight:", "dense:"  # what the tensors of an answer are
 NEXT = "next"  # the folder, beside a file, of what `replace` puts in its place
@@ -128,6 +140,14 @@ class _Work:
         self._answers(self.model)
         self.model, self.is_cast = self.model.to(_dtype("float32")), True
         self._answers(self.model)
+
+    def lay_out(self, number: float, path: str) -> None:
+        """Have convolutions lie channels last in memory, as users do for speed: a view of all rows is none then."""
+        import torch
+
+        for weight in self.model.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def save(self, number: float, path: str) -> None:
         """Save all of the model's state, and go on with a fresh model, loaded as the last one was, that gets it."""
@@ -250,6 +270,7 @@ _OURS: Mapping[Kind, Callable[[_Work, float, str], None]] = {
     "train": _Work.train,
     "copy": _Work.copy,
     "cast": _Work.cast,
+    "lay_out": _Work.lay_out,
     "save": _Work.save,
     "whole": _Work.whole,
     "replace": _Work.replace,

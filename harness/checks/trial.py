@@ -44,9 +44,10 @@ class Step:
 
     Of the subject: load a file of the trial, undo the last load, set the strength of what is loaded. Of its users: go
     on with a new model (`rebuild`), load a file into a second one and go on with the first (`aside`), run the model,
-    run it with gradients (`train`), copy it, cast it to float32, save its state and load that into a fresh model, run
-    it beside the base that has its layers' weights (`whole`), replace a file. `times` multiplies the strength of the
-    example, or the layers of the new model (a power of two); None calls the loader without a strength.
+    run it with gradients (`train`), copy it, cast it to float32, have its convolutions lie channels last (`lay_out`),
+    save its state and load that into a fresh model, run it beside the base that has its layers' weights (`whole`),
+    replace a file. `times` multiplies the strength of the example, or the layers of the new model (a power of two);
+    None calls the loader without a strength.
     `file`: the example's own, a copy of it, the other example's, or the one that `replace` puts the example's own in
     the place of, the other example's before.
     """
@@ -60,7 +61,7 @@ load: Callable[..., Step] = partial(Step, "load")
 set_strength: Callable[[float], Step] = partial(Step, "set_strength")  # without loading again
 rebuild: Callable[[float], Step] = partial(Step, "rebuild")
 UNLOAD, RUN, COPY, CAST, SAVE = Step("unload"), Step("run"), Step("copy"), Step("cast"), Step("save")
-WHOLE, TRAIN = Step("whole"), Step("train")
+WHOLE, TRAIN, LAY_OUT = Step("whole"), Step("train"), Step("lay_out")
 REPLACE, ASIDE = Step("replace", file="replaced"), Step("aside", file="other")
 _WITH_FILES = ("load", "aside", "replace")
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from harness.benches import Bench, Layer
 from harness.checks.cell import Cell
 from harness.checks.families.side_effects import another
-from harness.checks.family import Need, Sighting, follows, has, judges
+from harness.checks.family import Need, Sighting, follows, has, judge, judges
 from harness.checks.observation import Observation, changed_otherwise
 from harness.checks.trial import (
     ASIDE,
     CAST,
     COPY,
+    LAY_OUT,
     REPLACE,
     RUN,
     SAVE,
@@ -97,8 +98,10 @@ def check_mode(observation: Observation) -> list[Sighting]:
 def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH407 when the effect is another after the model ran, was copied, cast, or saved, or another model was loaded.
 
-    LH401 when the model answers otherwise than by its layers.
+    LH401 when the model answers otherwise than by its layers; the code of what goes wrong where its convolutions lie
+    channels last.
     """
+    yield from _channels_last(cell, once)
     if cell.bench.run is None:
         return  # nothing shows what a model answers that nobody can run
     found = tuple(_first_other("LH407", cell, once, _RUNS))
@@ -109,6 +112,17 @@ def check_later(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Itera
     if not found and "bfloat16" in dtypes:
         half = run_trial(cell, replace(once.example, dtype="bfloat16"))
         yield from () if half.raised else _first_other("LH407", cell, half, (_HALF_RUN, _CAST))
+
+
+def _channels_last(cell: Cell, once: Observation) -> Iterator[Sighting]:
+    """Yield what goes wrong in a model whose convolutions lie channels last, where another memory format is right."""
+    if cell.variant_name != "conv":
+        return
+    seen, where = run_trial(cell, once.example, (LAY_OUT, load())), "in a model that is channels last in memory"
+    if seen.raised:
+        yield Sighting(seen.raised.code, seen, fact=f"{seen.raised.what}; {where}")
+    elif changed_otherwise(once, seen):
+        yield from (replace(fault, fact=f"{fault.fact}; {where}") for fault in judge(seen))
 
 
 def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
