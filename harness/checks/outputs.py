@@ -27,10 +27,10 @@ from harness.checks.families.coverage import check_coverage
 from harness.checks.families.scale import check_scale
 from harness.checks.families.smoke import check_smoke
 from harness.checks.family import Sighting
-from harness.checks.measuring import Order
 from harness.checks.observation import ROUNDING_LIKE, Observation
 from harness.checks.trial import ask, write_example
 from harness.checks.unloaded import base_weights
+from harness.checks.work import Order
 from harness.example import Example, Target
 from harness.isolation.calls import CallFailedError, Raised, lost_raised
 from harness.isolation.subject import SubjectLostError

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checks.cell import Cell
-from harness.checks.measuring import DENSE, NEXT, WEIGHT, Kind, Order, answering
+from harness.checks.measuring import answering
 from harness.checks.observation import Observation, observation_of, wrong_direction
 from harness.checks.patterns import rewrite_patterns
 from harness.checks.unloaded import base_weights, weights_seen
+from harness.checks.work import DENSE, NEXT, WEIGHT, Kind, Order
 from harness.errors import UserError
 from harness.example import Example
 from harness.files import FORMATS, LoraParts
