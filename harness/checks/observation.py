@@ -80,10 +80,9 @@ class Observation:
 
     def beside(self, name: str) -> list[str]:
         """Return the modules of the file that are other rows of the model's layer that `name` is in."""
-        host = self.hosts.get(name)
-        return [
-            other for other in self.products if host is not None and other != name and self.hosts.get(other) == host
-        ]
+        if (host := self.hosts.get(name)) is None:
+            return []
+        return [other for other in self.products if other != name and self.hosts.get(other) == host]
 
     def faint(self, names: Sequence[str]) -> bool:
         """Whether the changes of these layers are so small beside rounding that their direction cannot be told."""

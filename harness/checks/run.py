@@ -184,11 +184,11 @@ def _job(cell: Cell, plan: Plan, limits: Limits, *, early: bool) -> Callable[[Ch
 
 def _telling(cell: Cell, channel: Channel) -> Cell:
     """Return the cell, which tells how many examples it has tried."""
-    return cell if cell.asked is None else replace(cell, asked=Timed(cell.asked, _Told(channel)))
+    return cell if cell.asked is None else replace(cell, asked=Timed(cell.asked, _Untold(channel)))
 
 
 @dataclass
-class _Told:
+class _Untold:
     """Examples that were tried and not told of yet, and their seconds; the first is told at once."""
 
     channel: Channel

@@ -97,9 +97,8 @@ def write_in_order(
         stand = _config(FORMATS[format], how.get("prefix"), ordered, how.get("rslora", False))
         config = {**stand, **{key: config[key] for key in ("target_parameters",) if key in config}}  # as declared
     order = _as_they_stand(FORMATS[format], modules, content.tensors, _laid_out(FORMATS[format], tensors))
-    return save(path, format, replace(content, tensors=tensors, config=config, metadata=told), durable=durable), tuple(
-        order
-    )
+    content = replace(content, tensors=tensors, config=config, metadata=told)
+    return save(path, format, content, durable=durable), tuple(order)
 
 
 def _network(row: Format, modules: Modules) -> dict[str, str]:

@@ -117,7 +117,7 @@ def run_sweep(
     Raises:
         UserError: the pipeline, the LoRA or the prompts cannot be used, or the device has not enough memory.
     """
-    heard = _Heard(lambda _, record: on_record(record))
+    heard = _OneSweep(lambda _, record: on_record(record))
     run_sweeps([subject], replace(options, **changes), heard)
     return heard.result
 
@@ -133,7 +133,7 @@ class Hearer(Protocol):
 
 
 @dataclass
-class _Heard:
+class _OneSweep:
     """Hears of one sweep."""
 
     on_record: Callable[[int, dict[str, Any]], object]

@@ -202,7 +202,7 @@ def _said(make: Make, spec: str, *, model: bool) -> OwnBench:
 
 
 def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model: bool, option: str = "") -> str:
-    later = _Later(find, spec, model)
+    later = _Lazy(find, spec, model)
     said = OwnBench(**{name: _frozen(value) for name, value in facts["said"].items() if name != "runs"})
     plain = bench_of(said, later.make, spec)
     run = later.run if facts["said"]["runs"] else None
@@ -231,7 +231,7 @@ def _add(spec: str, find: Callable[[], Make], facts: Mapping[str, Any], *, model
 
 
 @dataclass(frozen=True)
-class _Later:
+class _Lazy:
     """The function of a bench, found where it is first called."""
 
     find: Callable[[], Make]
@@ -249,7 +249,7 @@ class _Later:
 
 
 @cache
-def _found(later: _Later) -> Make:
+def _found(later: _Lazy) -> Make:
     with undisturbed():
         return later.find()
 

@@ -125,8 +125,13 @@ def small_fault(observation: Observation, name: str, whole: Fit) -> Fault | None
             return "LH304", _LEFT_OUT.format(what)
         if by_row(own, wanted, most):
             return "LH304", _EACH.format(what)
-    rest = change.double() - whole.scale * product.double()
-    return ("LH304", _WEIGHTED) if spanned(rest, product) and spanned(rest.mT, product.mT) else None
+    return ("LH304", _WEIGHTED) if _of_own_components(change, product, whole.scale) else None
+
+
+def _of_own_components(change: Tensor, product: Tensor, scale: float) -> bool:
+    """Whether what is not along B @ A is made of this module's own A and B, put together otherwise."""
+    rest = change.double() - scale * product.double()
+    return spanned(rest, product) and spanned(rest.mT, product.mT)
 
 
 @dataclass(frozen=True)
@@ -216,9 +221,7 @@ def _with_others(case: _Case) -> bool:
 
 
 def _by_component(case: _Case) -> bool:
-    """Whether the change is made of this module's own A and B, put together otherwise: what is not along B @ A is."""
-    rest = case.change.double() - case.whole.scale * case.product.double()
-    return spanned(rest, case.product) and spanned(rest.mT, case.product.mT)
+    return _of_own_components(case.change, case.product, case.whole.scale)
 
 
 def _of_lower_rank(case: _Case) -> bool:
