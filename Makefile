@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RELEASES := diffsynth==2.0.4 diffsynth==2.1.12
 export OMP_NUM_THREADS ?= 1
+# set, it has every command that a test or a benchmark starts compile the harness anew
+unexport PYTHONDONTWRITEBYTECODE
 # random examples per format and bench in `make test`; alone, the suite draws 200, and `lora-harness run` too
 EXAMPLES ?= 5
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks.tools import one_thread, processor
+from benchmarks.tools import best, one_thread, processor
 
 HERE = Path(__file__).parent
 # Every module has `main(argv) -> list[str]`: the lines of one or more Markdown sections.
@@ -28,6 +28,7 @@ NAMES = (
     "image_sweep",
     "report",
 )
+LOOP = 1_000_000
 READ_ME = (
     "Ratios are taken within one run, the ways taking turns, on one thread. Where a limit is a time, processor time is "
     "judged, which is the wall time of an idle processor: others used this one meanwhile. Written by `make bench`."
@@ -52,16 +53,32 @@ def section(name: str, argv: Sequence[str]) -> list[str]:
     return [*run.stdout.rstrip().splitlines(), ""]
 
 
+def pace() -> float:
+    """Return the seconds that a loop of Python's own takes now: neighbours on the same processor slow it down."""
+    return best(lambda: sum(number & 1 for number in range(LOOP)), 5)
+
+
+def steadiness(paces: Sequence[float]) -> str:
+    """Say how steady the machine was between the parts."""
+    fast, slow = min(paces), max(paces)
+    return (
+        f"Between the parts a loop of a million steps in Python took {1e3 * fast:.0f} to {1e3 * slow:.0f} ms of "
+        f"processor, {slow / fast:.1f} times as long at worst: seconds are no surer than that."
+    )
+
+
 def main() -> None:
     options = [argument for argument in sys.argv[1:] if argument == "--quick"]
     chosen = tuple(argument for argument in sys.argv[1:] if argument not in options) or NAMES
     unknown = set(chosen) - set(NAMES)
     if unknown:
         raise SystemExit(f"no such benchmark: {', '.join(sorted(unknown))}; known are --quick, {', '.join(NAMES)}")
-    lines = ["# Benchmarks", "", f"Measured on {machine()}.", "", READ_ME, ""]
+    paces, sections = [pace()], list[str]()
     for name in chosen:
-        lines += section(name, options)
-    text = "\n".join(lines)
+        sections += section(name, options)
+        paces.append(pace())
+    head = ["# Benchmarks", "", f"Measured on {machine()}.", "", READ_ME, "", steadiness(paces), ""]
+    text = "\n".join([*head, *sections])
     print(text)
     if chosen == NAMES and not options:
         (HERE / "results.md").write_text(text.rstrip() + "\n", encoding="utf-8")
