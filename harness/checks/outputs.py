@@ -28,7 +28,8 @@ from harness.checks.families.scale import check_scale
 from harness.checks.families.smoke import check_smoke
 from harness.checks.family import Sighting
 from harness.checks.observation import ROUNDING_LIKE, Observation
-from harness.checks.trial import ask, write_example
+from harness.checks.trial import ask
+from harness.checks.trial_files import write_example
 from harness.checks.unloaded import base_weights
 from harness.checks.work import Order
 from harness.example import Example, Target

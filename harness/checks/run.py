@@ -18,7 +18,7 @@ from harness.checks.cell import Cell, cells_of
 from harness.checks.examine import Measured, check_cell
 from harness.checks.known import KnownFailure, unmatched
 from harness.checks.plan import Pins, Plan
-from harness.checks.trial import sample_file
+from harness.checks.trial_files import sample_file
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
 from harness.isolation.subject import Timed

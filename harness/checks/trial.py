@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from harness.checks.cell import Cell
 from harness.checks.measuring import answering
 from harness.checks.observation import Observation, observation_of, wrong_direction
-from harness.checks.patterns import rewrite_patterns
+from harness.checks.trial_files import File, TrialFiles, bytes_of, updates_of
 from harness.checks.unloaded import base_weights, weights_seen
-from harness.checks.work import DENSE, NEXT, WEIGHT, Kind, Order
-from harness.errors import UserError
+from harness.checks.work import DENSE, WEIGHT, Kind, Order
 from harness.example import Example
-from harness.files import FORMATS, LoraParts
-from harness.files.write import write_in_order
 from harness.isolation.calls import Raised, lost_raised
 from harness.isolation.subject import Here, SubjectLostError
 from harness.measure.compare import norm
@@ -31,8 +27,6 @@ from harness.variants import Update
 if TYPE_CHECKING:
     from torch import Tensor
 
-File = Literal["example", "copy", "other", "replaced"]
-_OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
 _ROUNDINGS = 32  # of a dense answer: the sum, and B @ (A @ x) whose parts are larger than their product
 _REMEMBERED = 4  # examples, and the last one: a loader that mixes files up has the first ones, or the last
 _BLURS = 3  # times what a layer that rounds its input loses of a dense answer anyway
@@ -81,9 +75,9 @@ def run_trial(
     `other` is the second file that a step may load. `edit` changes the file of the example before. With `listen` what
     the loader says is kept.
     """
-    updates = _updates(cell, example)
+    updates = updates_of(cell, example)
     with tempfile.TemporaryDirectory(prefix="lora-harness-") as folder:
-        files = _Files(cell, example, updates, other, Path(folder))
+        files = TrialFiles(cell, example, updates, other, Path(folder))
         order = files.order
         if edit:
             edit(files.example)
@@ -107,29 +101,12 @@ def run_trial(
     return replace(seen, file_changed=file_changed, order=order)
 
 
-def sample_file(cell: Cell, example: Example, folder: Path) -> Path:
-    """Write the file of an example below `folder`, as the cell's loader would get it, and return what it gets.
-
-    Raises:
-        UserError: no file of the cell can say the example.
-    """
-    try:
-        return write_example(cell, example, _updates(cell, example), folder)
-    except ValueError as error:
-        raise UserError(f"{cell.place}: {error}") from error
-
-
-def _updates(cell: Cell, example: Example) -> dict[str, Update]:
-    base = weights_seen(cell.view, cell.bench, example.dtype, cell.variant.bias)
-    return cell.variant.updates(example, cell.view, base)
-
-
 def _earlier(cell: Cell, example: Example) -> dict[str, list[Tensor]]:
     """Return B @ A of every module of the files that were loaded before, by layer."""
     found: dict[str, list[Tensor]] = {}
     for other in cell.earlier:
         if other.value_seed != example.value_seed:  # of one seed, a lower rank has the first rows of a higher one
-            for name, update in _updates(cell, replace(other, dtype=example.dtype)).items():
+            for name, update in updates_of(cell, replace(other, dtype=example.dtype)).items():
                 found.setdefault(name, []).append(update.direction.product)
     return found
 
@@ -264,90 +241,3 @@ def _bent(
         change = weight - before[name][:, : layer.columns]
         if not off <= max(rounding, blur, _SHARE * norm(x.double() @ change.T)) and bool(weight.isfinite().all()):
             yield name
-
-
-@dataclass(frozen=True)
-class _Files:
-    """The files of a trial, below `folder`; each is written when it is asked for."""
-
-    cell: Cell
-    own: Example
-    updates: Mapping[str, Update]
-    second: Example | None
-    folder: Path
-
-    @cached_property
-    def _written(self) -> tuple[Path, tuple[str, ...]]:
-        return _write(self.cell, self.own, self.updates, self.folder)
-
-    @property
-    def example(self) -> Path:
-        return self._written[0]
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """The targets in the order of the file's keys."""
-        return self._written[1]
-
-    def path(self, which: File) -> Path:
-        """Return the path of a file."""
-        if which == "other" and self.second is not None:
-            return self._other(self.folder / "other")
-        if which == "replaced" and self.second is not None:
-            path = self.folder / "replaced" / _file_name(self.cell)
-            if not path.exists():
-                self._other(path.parent)
-                write_example(self.cell, self.own, self.updates, path.parent / NEXT)
-            return path
-        return copy_of(self.example) if which == "copy" else self.example
-
-    def _other(self, folder: Path) -> Path:
-        assert self.second is not None
-        return write_example(self.cell, self.second, _updates(self.cell, self.second), folder)
-
-
-def _file_name(cell: Cell) -> str:
-    row = FORMATS[cell.format]
-    return "adapter" if row.folder else f"adapter{row.suffix}"
-
-
-def write_example(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> Path:
-    """Write the example's LoRA below `folder` as the cell's format says it and return what a loader gets."""
-    return _write(cell, example, updates, folder)[0]
-
-
-def _write(cell: Cell, example: Example, updates: Mapping[str, Update], folder: Path) -> tuple[Path, tuple[str, ...]]:
-    layers = ((t, cell.view.layers[t.name]) for t in example.targets)
-    modules = {
-        t.name: LoraParts(updates[t.name].parts, t.alpha, layer.experts if layer.kind == "experts" else 0)
-        for t, layer in layers
-    }
-    order, prefix = example.key_order(), prefix_of(cell)
-    root = cell.variant.root
-    folder.mkdir(parents=True, exist_ok=True)
-    how: dict[str, Any] = {"rslora": root, "key_order": order, "prefix": prefix, "durable": False, "trained": True}
-    path, names = write_in_order(folder / _file_name(cell), cell.format, modules, **how)
-    rewrite_patterns(path, example.patterns)
-    return path, names
-
-
-def copy_of(path: Path) -> Path:
-    """Return a copy of the LoRA `path`, a file or a folder, under another name beside it."""
-    other = path.with_name(f"renamed-{path.name}")
-    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, other)
-    return other
-
-
-def bytes_of(path: Path) -> dict[str, bytes]:
-    """Return what is in the file `path`, or in each file of that folder, by name."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def prefix_of(cell: Cell) -> str | None:
-    """Return how keys of the bench's component begin where that is not the format's own way."""
-    row, component = FORMATS[cell.format], cell.bench.component
-    words = {component, *_OTHER_WORDS.get(component, ())}
-    if component == "transformer" or row.prefixes.get(row.write_prefix) in words:
-        return None
-    return next((prefix for prefix, part in row.prefixes.items() if part in words), None)

@@ -110,7 +110,7 @@ def _tell(names: tuple[str, ...], *, as_json: bool) -> None:
 
 def _tell_file(name: str, form: str, variant: str, pins: Pins | None, out: Path | None, *, as_json: bool) -> None:
     from harness.checks.plan import smoke_example
-    from harness.checks.trial import sample_file
+    from harness.checks.trial_files import sample_file
     from harness.files.read import open_source
 
     cell = _cell_of_anyone(name, form, variant)

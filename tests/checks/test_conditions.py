@@ -14,7 +14,7 @@ from harness import check_loader, loader
 from harness.benches import get_bench
 from harness.checks.cell import Cell, cells_of
 from harness.checks.plan import Plan, planned
-from harness.checks.trial import write_example
+from harness.checks.trial_files import write_example
 from harness.checks.unloaded import base_weights
 from harness.files import read_lora
 from harness.isolation.limits import Limits

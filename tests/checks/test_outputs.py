@@ -157,7 +157,7 @@ def test_the_reference_is_peft(tmp_path):
     example = Example((Target(LAYERS[1], 3, 7.5),), 1.0)
     base = cell.view.gather({n: bench.base().get_submodule(n).weight.double() for n in bench.layers})
     update = get_variant("lora").updates(example, cell.view, base)[LAYERS[1]]
-    from harness.checks.trial import write_example
+    from harness.checks.trial_files import write_example
 
     path = write_example(cell, example, {LAYERS[1]: update}, tmp_path)
     peft = bench.forward(PeftModel.from_pretrained(bench.build(), path).eval()).double()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.checks.cell import Cell
-from harness.checks.trial import write_example
+from harness.checks.trial_files import write_example
 from harness.example import Example, Target
 from harness.loaders.protocol import CORE_BENCHES
 from harness.loaders.registry import installed, resolve

@@ -12,7 +12,8 @@ from harness.benches import own_benches
 from harness.checks.cell import Cell
 from harness.checks.family import Sighting, follows, judge
 from harness.checks.observation import Observation, probes_of
-from harness.checks.trial import load, prefix_of, run_trial
+from harness.checks.trial import load, run_trial
+from harness.checks.trial_files import prefix_of
 from harness.example import Example, Target
 from harness.files import FORMATS, LoraParts, LoraWeights, read_lora, write_lora
 from harness.law.diagnosis import diagnose
