@@ -10,19 +10,20 @@ from functools import cached_property
 from harness.checks.cell import Cell
 from harness.checks.families.silence import silence_title
 from harness.checks.family import LAW_FAMILIES, Sighting
-from harness.example import Example
+from harness.example import Example, Target
 from harness.law.diagnosis import Diagnosis, law_record
 from harness.law.law import Law
 from harness.law.probe import Probe
 from harness.measure.compare import Fit
 from harness.text import count
+from harness.variants import Variant
 from harness.verdict.codes import CODES
 from harness.verdict.verdict import Outcome, Verdict
 
 _SHOWN_MODULES = 4
 _SHOWS = 1e-3  # of a scale: a smaller error than that need not be said to be hidden
 _AGREE = 0.01  # a strength that is further off would be harmful
-_TRAINED = {False: "strength * alpha / rank", True: "strength * alpha / sqrt(rank)"}
+_PLAIN = "strength * alpha / rank"  # what the sentences of codes say, which are those of plain LoRA
 
 
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:
@@ -162,41 +163,54 @@ class NamedFinding:
         subject, code = self.cell.subject, CODES[self.code]
         yield "loader", f"{subject.title} {subject.version or ''}".rstrip()
         yield "file", self.cell.place
-        yield "lora", _lora(self.example)
+        yield "lora", _lora(self.example, self.cell.variant)
         if self.worst and self.fit:
             yield from self._measured(self.worst, self.fit)
         if self.finding.observation.raised:
             yield from self.finding.observation.raised.rows()
         if self.law:
             doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
-            yield "law", f"{self.law.formula}{doubt}; expected {_TRAINED[self.law.root]}"
+            yield "law", f"{self.law.formula}{doubt}; expected {self.cell.variant.factor}"
             if self._unnamed:  # what follows a load has measured another thing than the law
                 yield "use", _use(subject.strength_argument, self.use)
         if self.diagnosis.trait and self.family in LAW_FAMILIES and self.law is None and self.fit:
             yield "only where", self.diagnosis.trait.text
-        yield "cause", code.cause
-        yield "fix", f"{code.fix}   (lora-harness explain {self.code})"
+        cause, fix = (each.replace(_PLAIN, self.cell.variant.factor) for each in (code.cause, code.fix))
+        yield "cause", cause
+        yield "fix", f"{fix}   (lora-harness explain {self.code})"
         yield "reproduce", self.cell.reproduce(self.example)
 
     def _measured(self, worst: str, fit: Fit) -> Iterator[tuple[str, str]]:
         layers = self.cell.view.layers
         yield "worst", f"{worst} [{'x'.join(map(str, layers[worst].shape)) if worst in layers else ''}]"
         yield "measured", _measured(fit)
-        yield "expected", _expected(self.example, worst, fit, self.finding.observation.root)
+        yield "expected", _expected(self.example, worst, fit, self.cell.variant)
         yield "tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}"
 
 
-def _lora(example: Example) -> str:
-    shown = [f"{_short(t.name)} r{t.rank} alpha {_alpha(t.alpha)}" for t in example.targets[:_SHOWN_MODULES]]
-    shapes = {(t.rank, t.alpha) for t in example.targets}
-    more = len(example.targets) - _SHOWN_MODULES
-    if len(shapes) == 1:
-        rank, alpha = shapes.pop()
-        shown, more = [f"{count(len(example.targets), 'module')}, rank {rank}, alpha {_alpha(alpha)}"], 0
-    text = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+def _lora(example: Example, variant: Variant) -> str:
+    text = _modules(example.targets) if variant.alpha else _unranked(example.targets, variant)
     return (
         f"{text}; strength {example.strength:g}, {example.file_dtype} into {example.dtype}, seed {example.value_seed}"
     )
+
+
+def _modules(targets: Sequence[Target]) -> str:
+    shapes = {(t.rank, t.alpha) for t in targets}
+    if len(shapes) > 1:
+        return _listed([f"{_short(t.name)} r{t.rank} alpha {_alpha(t.alpha)}" for t in targets])
+    rank, alpha = shapes.pop()
+    return f"{count(len(targets), 'module')}, rank {rank}, alpha {_alpha(alpha)}"
+
+
+def _unranked(targets: Sequence[Target], variant: Variant) -> str:
+    beside = f", {variant.beside}" if variant.beside else ""
+    return f"{count(len(targets), 'module')} without a rank{beside}"
+
+
+def _listed(shown: Sequence[str]) -> str:
+    more = len(shown) - _SHOWN_MODULES
+    return ", ".join(shown[:_SHOWN_MODULES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _short(name: str) -> str:
@@ -214,11 +228,12 @@ def _measured(fit: Fit) -> str:
     return f"scale {fit.scale:.4f}, {direction}"
 
 
-def _expected(example: Example, worst: str, fit: Fit, root: bool) -> str:
+def _expected(example: Example, worst: str, fit: Fit, variant: Variant) -> str:
     target = next(t for t in example.targets if t.name == worst)
-    rank = f"sqrt({target.rank})" if root else str(target.rank)
+    rank = f"sqrt({target.rank})" if variant.root else str(target.rank)
     formula = f"{example.strength:g} * {_alpha(target.alpha)} / {rank}" if target.alpha is not None else "strength"
-    return f"scale {fit.expected:.4f} = {formula}   (PEFT: {_TRAINED[root]})"
+    trained = f"   (PEFT: {variant.factor})" if variant.alpha else ""
+    return f"scale {fit.expected:.4f} = {formula}{trained}"
 
 
 def _use(argument: str | None, use: float | None) -> str:

@@ -19,6 +19,8 @@ CORE_BENCHES = ("qwen-image", "qwen-image-fused")
 CORE_VARIANTS = ("lora",)
 IMPLIED_BENCHES = {"qwen-image-deep": "qwen-image"}
 """Benches that who declares another is tried on too, in one format: the same model with another number of blocks."""
+IMPLIED_VARIANTS = {"lokr-full": "lokr"}
+"""Variants that who declares another is tried on too: the same keys, some of them left out by other settings."""
 OUTPUT_BENCHES, OUTPUT_FORMATS = ("tiny-llama",), ("peft",)
 """What an engine that gives only outputs is tried on where nobody says."""
 EVERY_BENCH = tuple(name for name in bench_names() if name not in IMPLIED_BENCHES and name not in OUTPUT_BENCHES)
@@ -123,7 +125,9 @@ class Subject:
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants it declares, plain LoRA first."""
-        return _ordered(self.declaration.variants, CORE_VARIANTS)
+        said = _ordered(self.declaration.variants, CORE_VARIANTS)
+        implied = (name for name, other in IMPLIED_VARIANTS.items() if other in said and name not in said)
+        return (*said, *implied)
 
     @property
     def cells(self) -> tuple[tuple[str, str], ...]:
@@ -137,10 +141,11 @@ class Subject:
         named = bench in (said.benches or ())
         cell = {"format": form, "bench": bench if named else IMPLIED_BENCHES.get(bench, bench), "variant": variant}
         open_to = bench in own_benches() or bench in said.also  # who asks for a bench of his own declares it so
-        benches = None if open_to else said.benches
-        for (kind, name), names in zip(cell.items(), (said.formats, benches, said.variants), strict=True):
+        benches, variants = None if open_to else said.benches, None if said.variants is None else self.variants
+        for (kind, name), names in zip(cell.items(), (said.formats, benches, variants), strict=True):
             if names is not None and name not in names:
                 return f"{self.spec} does not declare the {kind} {name}"
+        cell["implied by"] = IMPLIED_VARIANTS.get(variant, variant)
         return next((why for names, why in said.unsupported.items() if set(names) <= set(cell.values())), None)
 
     @property

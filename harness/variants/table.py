@@ -233,9 +233,42 @@ def lokr_mistakes(before: Tensor, update: Update, *, expected: float, strength: 
         update.parts["lokr_w1"].double(),
         update.parts["lokr_w2_a"].double() @ update.parts["lokr_w2_b"].double(),
     )
-    yield "the factors of the Kronecker product are exchanged", before + expected * torch.kron(second, first)
+    yield _EXCHANGED, before + expected * torch.kron(second, first)
 
 
+def draw_lokr_full(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
+    """Draw w1: [a, c] and w2: [b, d], both full, and the alpha that trainers write beside them, which means nothing.
+
+    The factor is 1 whatever it says (LyCORIS, `LokrModule`): without a rank there is nothing to divide it by.
+    """
+    import torch
+
+    (a, b), (c, d) = factors_of(layer.rows), factors_of(layer.columns)
+    full = {"lokr_w1": (a, c), "lokr_w2": (b, d)}
+    parts = {role: torch.randn(shape, generator=generator) for role, shape in full.items()}
+    return {**parts, "alpha": torch.randint(*_ALPHAS, (), generator=generator).float()}
+
+
+def lokr_full_direction(parts: Parts, layer: Layer) -> Direction:
+    """Return the Kronecker product w1 ⊗ w2."""
+    import torch
+
+    first, second = parts["lokr_w1"].double(), parts["lokr_w2"].double()
+    return Direction(torch.kron(first, second), torch.kron(first.abs(), second.abs()), 1)
+
+
+def lokr_full_mistakes(
+    before: Tensor, update: Update, *, expected: float, strength: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Kronecker product in the other order."""
+    import torch
+
+    first, second = update.parts["lokr_w1"].double(), update.parts["lokr_w2"].double()
+    yield _EXCHANGED, before + expected * torch.kron(second, first)
+
+
+_ALPHAS = 33, 129  # exact in every dtype, and most are no side of a factor, by which a loader may divide
+_EXCHANGED = "the factors of the Kronecker product are exchanged"
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
@@ -295,6 +328,18 @@ _ROWS = (  # in the order in which they are checked and printed
         mistakes=lokr_mistakes,
         max_rank=lokr_rank_limit,
         wants=lambda layer: lokr_rank_limit(layer) > 2,  # of rank 1 alone nobody can tell the law
+    ),
+    Variant(
+        "lokr-full",
+        draw_lokr_full,
+        lokr_full_direction,
+        gain=("lokr_w2",),
+        kinds=_LINEAR,
+        formats=_LYCORIS,
+        alpha=False,
+        beside="an alpha that means nothing, since both factors are full",
+        mistakes=lokr_full_mistakes,
+        max_rank=lambda layer: 1,
     ),
     Variant(
         "lora-bias",

@@ -70,7 +70,8 @@ class Variant:
     """One kind of module.
 
     `draw(layer, rank, generator)` gives the tensors by role in float32; `direction(parts, layer)` what they add per
-    unit of scale, where the scale is alpha / rank, alpha / sqrt(rank) with `root`, or 1 without `alpha`. `gain` are the
+    unit of scale, where the scale is alpha / rank, alpha / sqrt(rank) with `root`, or 1 without `alpha`, whatever lies
+    `beside` the parts of its own. `gain` are the
     roles that carry the size. `formats` (None: all) can say it and `kinds` of layers can have it, of those the ones it
     `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
     can be fitted on its own, as a multiple of its direction. `strengths`: what a strength other than 1 means is left to
@@ -86,6 +87,7 @@ class Variant:
     kinds: frozenset[Kind] = frozenset({"linear", "transposed"})
     formats: frozenset[str] | None = None
     alpha: bool = True
+    beside: str = ""
     root: bool = False
     bias: bool = False
     split: bool = True
@@ -98,6 +100,12 @@ class Variant:
     exact: Callable[[Tensor, Update, float], Tensor] = exact_sum
     mistakes: Mistakes = no_mistakes
     readings: Mistakes | None = None
+
+    @property
+    def factor(self) -> str:
+        """The trained factor on the direction, times the strength, as a formula."""
+        divisor = " * alpha / sqrt(rank)" if self.root else " * alpha / rank"
+        return f"strength{divisor}" if self.alpha else "strength"
 
     def view(self, bench: Bench) -> View | None:
         """Return the layers of `bench` as a file of this variant names them; None: it has no such form."""

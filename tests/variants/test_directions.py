@@ -19,6 +19,7 @@ PRODUCTS = {
     "embedding": (TABLE, lambda p: closed.embedding_product(p["embedding_A"], p["embedding_B"]).T),
     "loha": (LINEAR, lambda p: closed.loha_product(*([p[role] for role in half] for half in HADA))),
     "lokr": (LINEAR, lambda p: closed.lokr_product([p["lokr_w1"]], [p["lokr_w2_a"], p["lokr_w2_b"]])),
+    "lokr-full": (LINEAR, lambda p: closed.lokr_product([p["lokr_w1"]], [p["lokr_w2"]])),
     "full": (CONV, lambda p: closed.full_weight(torch.zeros(12, 5, 3, 3), p["diff"])),
 }
 

@@ -17,7 +17,7 @@ from harness.checks.trial_files import prefix_of
 from harness.example import Example, Target
 from harness.files import FORMATS, LoraParts, LoraWeights, read_lora, write_lora
 from harness.law.diagnosis import diagnose
-from harness.loaders.protocol import COMMAND
+from harness.loaders.protocol import COMMAND, IMPLIED_VARIANTS
 from harness.variants import VARIANTS
 from harness.verdict.codes import CODES
 
@@ -100,9 +100,12 @@ def silence_title(heard: Mapping[str, str]) -> str:
 
 
 def undeclared(cell: Cell) -> Iterator[Cell]:
-    """Yield the cells of variants that the loader does not declare and a file of this format can be, one for each."""
+    """Yield the cells of variants that the loader does not declare and a file of this format can be, one for each.
+
+    Those that another one implies are left out with it.
+    """
     subject = cell.subject
-    for name, variant in VARIANTS.items():
+    for name, variant in ((n, v) for n, v in VARIANTS.items() if n not in IMPLIED_VARIANTS):
         others = () if cell.bench_name in own_benches() else subject.benches
         benches = (cell.bench_name, *others)
         # what was loaded before belongs to the layers of its own bench
