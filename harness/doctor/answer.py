@@ -53,12 +53,14 @@ class Answer:
 class Question:
     """A question about a file: the release of the tool (None: the one known), and what its training's alpha was.
 
-    `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank. `base` is the model.
+    `lora_alpha` counts for modules without alpha; `as_rank` says that their alpha was their rank, `supposed` that
+    nothing in the file proves it. `base` is the model.
     """
 
     version: str | None = None
     lora_alpha: float | None = None
     as_rank: bool = False
+    supposed: bool = False
     base: Path | None = None
 
 
@@ -88,7 +90,9 @@ def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], a
     if strength is None or (strength != 1 and not plain):
         what = "no single strength is right" if strength is None else "its strength is not linear in such modules"
         return Answer(tool, "factor", f"{_strong(span)}: {what}", "unknown", gain=span)
-    return Answer(tool, "law", _strong(span), "unknown", strength, span)
+    without = asked.supposed and any(module.rank and module.alpha is None for module in modules)
+    says = f"{_strong(span)}, if its alpha was its rank" if without else _strong(span)
+    return Answer(tool, "law", says, "unknown", strength, span)
 
 
 def _wanted(module: LoraModule, asked: Question) -> float | None:
@@ -129,6 +133,8 @@ def how_sure(given: Answer) -> str:
     """Return how the answer is known, with the pages of the findings behind it."""
     tool = given.tool
     day = given.day or measured_on()
+    if given.effect == "cannot":
+        return f"as the code of {tool.release} says"
     ways = {
         "measured": f"measured on {tool.release}, on this architecture and spelling of keys ({day})",
         "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names",

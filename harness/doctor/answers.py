@@ -62,6 +62,9 @@ def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
     if form not in tool.formats:
         if tool.convert and form == "peft":
             return converted(tool, traits, asked, list(_hits(tool, traits, version)))
+        if version not in (None, tool.release) and not _is_read_release(tool, str(version)):
+            says = f"was not measured in {version}: {tool.release} {tool.not_reading(form)}"
+            return Answer(tool, "unknown", says, "unknown")
         return Answer(tool, "cannot", tool.not_reading(form), sure_of(tool))
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
@@ -95,7 +98,14 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
     ignores = read.alpha_ignored or traits.alpha_is_beside or bool(blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     said = (read.what,) if read.what and read.effect == "law" else ()
-    return replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
+    found = replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
+    return found if found.sure == "measured" else replace(found, says=_if_there(found.says, traits))
+
+
+def _if_there(says: str, traits: Traits) -> str:
+    """Return a sentence about all modules as one about those that a model has that nobody knows."""
+    known = all(group.places for group in traits.groups)
+    return says if known else says.replace("every module", "every module that its model has under this name")
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:
@@ -131,8 +141,12 @@ def _is_known_release(tool: Tool, version: str | None) -> bool:
     if version is None:
         return True
     if tool.known == "read":
-        return bool(tool.versions) and is_within(version, tool.versions)
+        return _is_read_release(tool, version)
     return version == tool.release or has_its_law(tool, version)
+
+
+def _is_read_release(tool: Tool, version: str) -> bool:
+    return tool.known == "read" and bool(tool.versions) and is_within(version, tool.versions)
 
 
 def _how_sure(tool: Tool, traits: Traits) -> Sure:

@@ -44,20 +44,25 @@ def _strength_cause(found: FileDiagnosis) -> Cause:
         for each in found.answers.values()
         if each.strength is not None
     )
-    test = f"load it at {right or 'a quarter of the strength'}: is the picture clean?"
+    usual = not right or all(each.strength in (None, 1.0) for each in found.answers.values())
+    test = f"load it at {'a quarter of the strength' if usual else right}: is the picture clean?"
     return Cause("wrong strength", test, "; ".join(wrong[:2]))
 
 
 def _dropped_cause(found: FileDiagnosis) -> Cause:
     bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
     evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
+    evidence = next((each.what for each in found.misfits if each.code == "LH718"), evidence)
     return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
 
 
 def _model_cause(found: FileDiagnosis) -> Cause:
     test = f"lora-harness inspect {printable(found.path, 120)} --base MODEL says how many modules apply"
     none = next((each.what for each in found.misfits if each.code == "LH719"), "")
-    return Cause(f"another model than {model_of(found.traits)}", test, none)
+    model = (
+        model_of(found.traits) if any(group.places for group in found.traits.groups) else "the one it was trained on"
+    )
+    return Cause(f"another model than {model}", test, none)
 
 
 def _said(found: FileDiagnosis, code: str) -> str:
@@ -70,10 +75,12 @@ def _noise(found: FileDiagnosis) -> Iterator[Cause]:
         test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
         yield Cause("NaN or infinite weights", test, hit)
     yield _model_cause(found)
-    yield Cause(
-        "a quantised base that the merge read as it is stored", "load it on the 16-bit base: is the picture clean?"
-    )
+    yield _quantised_cause("is the picture clean?")
     yield _dropped_cause(found)
+
+
+def _quantised_cause(asks: str) -> Cause:
+    return Cause("a quantised base that the merge read as it is stored", f"load it on the 16-bit base: {asks}")
 
 
 def _nothing(found: FileDiagnosis) -> Iterator[Cause]:
@@ -86,10 +93,13 @@ def _nothing(found: FileDiagnosis) -> Iterator[Cause]:
 
 
 def _weak(found: FileDiagnosis) -> Iterator[Cause]:
-    yield from (cause for cause in (_dropped_cause(found), *list(_nothing(found))[2:3]) if cause.evidence)
+    yield from (cause for cause in list(_nothing(found))[2:3] if cause.evidence)
+    yield _dropped_cause(found)
+    yield _quantised_cause("is the effect there?")
     missing = ", ".join(untargeted(found.traits)) or "none that is known"
     yield Cause(
-        "trained too little", "the scale is right and the effect subtle: train longer, or raise the learning rate"
+        "trained too little",
+        "where nothing is dropped and the scale is right: train longer, or raise the learning rate",
     )
     yield Cause(
         "a rank that is used up", "`lora-harness inspect --base` shows the effective rank: raise the rank if it is full"

@@ -12,9 +12,9 @@ from typing import Any
 from harness.doctor.answer import Answer, Effect, Question, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
-from harness.doctor.inspect.fit import base_hazards, fit_of
 from harness.doctor.inspect.weights import Weighed, weigh
 from harness.doctor.mending import command, repaired_to, wants_a_base
+from harness.doctor.on_base import Held, held_against, on_base
 from harness.doctor.trainers import about_alpha, rule_of, trainer_of, with_rule
 from harness.doctor.traits import Traits
 from harness.doctor.what_it_is import model_of, what_it_is
@@ -34,7 +34,7 @@ _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "
 class FileDiagnosis:
     """A file and the question that was asked about it; `tool` None asks for all.
 
-    `fit` says how much of the file applies to the base that was given, `misfits` what is wrong with that.
+    `held` says how much of the file applies to the base that was given.
     """
 
     path: Path
@@ -42,9 +42,18 @@ class FileDiagnosis:
     asked: Question
     tool: Tool | None = None
     saw: Saw | None = None
-    fit: BaseFit | None = None
-    misfits: tuple[Hazard, ...] = ()
+    held: Held | None = None
     weighed: Weighed = field(default_factory=Weighed)
+
+    @property
+    def fit(self) -> BaseFit | None:
+        """How much of the file applies to the base, None without one."""
+        return self.held.fit if self.held else None
+
+    @property
+    def misfits(self) -> tuple[Hazard, ...]:
+        """What is wrong with the file on the base."""
+        return self.held.hazards if self.held else ()
 
     @cached_property
     def trainer(self) -> str | None:
@@ -65,8 +74,10 @@ class FileDiagnosis:
     def answers(self) -> dict[str, Answer]:
         """The answer of the tool that was asked for, or of all that read the format."""
         if self.tool:
-            return {self.tool.name: answer(self.tool, self.traits, self.question)}
-        return answers(self.traits, self.question)
+            found = {self.tool.name: answer(self.tool, self.traits, self.question)}
+        else:
+            found = answers(self.traits, self.question)
+        return {name: on_base(each, self.held, self.traits) for name, each in found.items()} if self.held else found
 
     @property
     def grave(self) -> tuple[Hazard, ...]:
@@ -105,11 +116,11 @@ def diagnose(
     """
     traits = Traits(read_lora(path, strict=False))
     asked = asked or Question()
-    known = tool_named(tool, asked.version) if tool else None
-    fit, misfits = _held_against(traits, base) if base else (None, ())
-    asked = replace(asked, base=base)
+    known = tool_named(tool, plain_version(asked.version)) if tool else None
+    held = held_against(traits, base) if base else None
+    asked = replace(asked, version=plain_version(asked.version), base=base)
     weighed = Weighed() if headers_only else weigh(traits.adapter)
-    return FileDiagnosis(Path(path), traits, asked, known, saw, fit, misfits, weighed)
+    return FileDiagnosis(Path(path), traits, asked, known, saw, held, weighed)
 
 
 def tool_named(name: str, version: str | None = None) -> Tool:
@@ -137,13 +148,9 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
-def _held_against(traits: Traits, base: Path) -> tuple[BaseFit, tuple[Hazard, ...]]:
-    from harness.doctor.checkpoint import Checkpoint
-
-    weights = Checkpoint.open(base)
-    placed = weights.place(traits.adapter)
-    fit = fit_of(traits.adapter, weights, placed)
-    return fit, tuple(base_hazards(traits.adapter, weights, placed, fit))
+def plain_version(version: str | None) -> str | None:
+    """Return a release as the tables have it, for one as tools print it (`v0.3.64`)."""
+    return re.sub(r"^v(?=\d)", "", version.strip(), flags=re.IGNORECASE) if version else version
 
 
 def lines(found: FileDiagnosis) -> Iterator[tuple[str, str]]:
@@ -218,12 +225,19 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
     if given.effect in _CANNOT and (to := _once_alpha_is_known(found, given)):
         return f"give the alpha of the training, --lora-alpha N: `repair --to {to}` then writes a file that it reads"
     if given.effect in _CANNOT:
+        if found.misfits:
+            return f"load it into the model that it was trained on: {model_of(found.traits)}"
         base = wants_a_base(given.tool, found.traits, found.question)
         asks = "; or ask again with --base MODEL, whose layers a repair would need" if base else ""
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
         return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
-    return "check that this is the base it was trained on" if found.misfits else "nothing else"
+    if found.misfits:
+        return "check that this is the base it was trained on"
+    named = "under this name" in given.says
+    return (
+        f"see that {given.tool.title} reports no key as left out, or ask again with --base" if named else "nothing else"
+    )
 
 
 def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:
@@ -236,6 +250,8 @@ def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:
 def able(found: FileDiagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
     every = answers(found.traits, found.question)
+    if found.held:
+        every = {name: on_base(each, found.held, found.traits) for name, each in every.items()}
     return ", ".join(
         f"{a.tool.name} {a.strength:g}" if a.tool.passes else a.tool.name
         for a in every.values()

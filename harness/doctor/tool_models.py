@@ -46,6 +46,8 @@ def by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: boo
 def _has_names(tool: Tool, place: Place) -> bool:
     """Tell whether the tool's model has these names: those of the model's authors, or diffusers' where it took them."""
     family, names = place
+    if family in tool.renames:
+        return False
     return names == "own" if family in tool.own_names else names != "own" or not has_other_names(family)
 
 

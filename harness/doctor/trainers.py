@@ -32,7 +32,8 @@ def rule_of(traits: Traits, lora_alpha: float | None = None) -> str | None:
 
 def with_rule(traits: Traits, asked: Question) -> Question:
     """Return what is asked of every tool, the trainer's rule included."""
-    return replace(asked, as_rank=rule_of(traits, asked.lora_alpha) is not None)
+    rule = rule_of(traits, asked.lora_alpha)
+    return replace(asked, as_rank=rule is not None, supposed=rule is not None and rule.startswith("if "))
 
 
 def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str]:
@@ -49,7 +50,8 @@ def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str
         yield f"none in the file; {rule}, so 1 is as trained; if yours was N, pass N / {rank}"
         return
     worst = f"passing {rank} would be {rank}x too strong if it was {rank}" if rank != "r" else "never pass the rank"
-    yield f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}; {worst}"
+    worst = "" if rank == "1" else f"; {worst}"
+    yield f"none in the file: if lora_alpha was {rank} pass 1, if it was N pass N / {rank}{worst}"
 
 
 def _is_without(traits: Traits, lora_alpha: float | None) -> bool:
@@ -72,5 +74,5 @@ def _rule(traits: Traits) -> str | None:
     if known and schemes and schemes <= {"transformer.lora.down.none", "transformer.linear.none", "transformer.A.none"}:
         unet = any("unet" in module.component for module in adapter.modules.values())
         old = " (those of 0.24, of December 2023, with 8)" if unet else ""
-        return f"diffusers' scripts without alpha in the header train with alpha = rank{old}"
+        return f"if one of diffusers' scripts wrote it, it trained with alpha = rank{old}"
     return None

@@ -39,7 +39,7 @@ _LANGUAGE = re.compile(
 )
 _DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_attn_[qkvo]|mlp_(gate|up|down))_proj$")
 _OTHER_TOWER = re.compile(
-    r"(^|_)(encoder|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
+    r"(^|_)(encoder|cross_attn|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
 )
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
@@ -290,4 +290,5 @@ def untargeted(traits: Traits) -> list[str]:
 
 def _kinds(patterns: Iterable[str]) -> set[str]:
     """Return what layers are called behind the numbers of their blocks."""
-    return {kind for pattern in patterns if (kind := _LAYER.sub("", pattern.partition("#_")[2]).rpartition("#_")[2])}
+    found = (_LAYER.sub("", pattern.partition("#_")[2]).rpartition("#_")[2] for pattern in patterns)
+    return {kind for kind in found if kind.strip("#")}

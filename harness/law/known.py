@@ -126,6 +126,8 @@ class Tool:
     drops: tuple[str, ...] = ()
     families: tuple[str, ...] | None = None
     has: tuple[str, ...] = ()
+    renames: tuple[str, ...] = ()
+    most_left: int | None = None
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
 
@@ -195,7 +197,7 @@ def _tool(row: Mapping[str, Any]) -> Tool:
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
     lists = {
         name: tuple(row[name])
-        for name in ("formats", "by_name", "families", "has", "own_names", "limits", "also", "drops")
+        for name in ("formats", "by_name", "families", "has", "own_names", "renames", "limits", "also", "drops")
         if name in row
     }
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})

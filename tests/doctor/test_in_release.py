@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checks import trial
 from harness.checks.cell import Cell
 from harness.checks.plan import planned
+from harness.checks.trial_files import updates_of, write_example
 from harness.doctor.answer import Answer, Question
 from harness.doctor.answers import answer
 from harness.doctor.diagnose import tool_named
@@ -92,7 +92,7 @@ def test_the_release_that_a_row_is_about_is_answered_alike_by_the_table(tmp_path
 def test_the_checks_still_spell_keys_as_the_table_is_read(tmp_path: Path, loader: str, form: str, bench: str) -> None:
     cell = Cell(replace(resolve("peft")), form, bench, "lora")
     example = next(iter(planned(cell)))
-    traits = Traits(read_lora(trial.write_example(cell, example, trial._updates(cell, example), tmp_path)))
+    traits = Traits(read_lora(write_example(cell, example, updates_of(cell, example), tmp_path)))
     assert [group.spelled for group in traits.groups] == [(SPELLED[form],)]
     assert traits.groups[0].places[0] == (bench, "own")
 

@@ -237,7 +237,7 @@ def test_only_tools_that_read_the_file_are_said_to_drop_its_magnitudes(tmp_path:
 
 
 def test_the_repair_that_is_hinted_at_has_the_alpha_that_was_given(tmp_path: Path) -> None:
-    names = ["down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"]
+    names = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
     path = written(tmp_path, pairs(names, 320, prefix="unet."))
     assert (
         "`lora-harness repair --to kohya --lora-alpha 4` writes"

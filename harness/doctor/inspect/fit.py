@@ -97,7 +97,7 @@ def base_hazards(adapter: LoraAdapter, base: Checkpoint, placed: Placement, fit:
     elif fit.misfits:
         other = _other_model(adapter, base) if fit.applied < len(placed.misfits) else ""
         yield Hazard(code="LH719", what=f"{other}{fit.said}")
-    elif any(_is_asked_of(adapter, base, placed, name) for name in placed.missing) or any(
+    elif any(is_asked_of(adapter, base, placed, name) for name in placed.missing) or any(
         adapter.modules[name].variant != "experts" for name in placed.ambiguous
     ):
         yield Hazard(code="LH718", what=fit.said)
@@ -114,7 +114,7 @@ def _lasts(layers: Iterable[str]) -> Iterator[str]:
     return (layer.rpartition(".")[2] for layer in layers)
 
 
-def _is_asked_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement, name: str) -> bool:
+def is_asked_of(adapter: LoraAdapter, base: Checkpoint, placed: Placement, name: str) -> bool:
     """Tell whether the base should have a layer for a module: no layer used twice, no text encoder beside its model."""
     if adapter.config.get("layer_replication") or _is_tied_head(adapter.modules[name].name, base):
         return False
