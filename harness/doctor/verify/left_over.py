@@ -7,21 +7,26 @@ from dataclasses import replace
 import numpy as np
 
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
-from harness.doctor.verify.measurement import MergeMeasurement
+from harness.doctor.verify.measurement import FAR, MOSTLY, MergeMeasurement
+from harness.doctor.verify.rows import runs_of
+from harness.doctor.verify.vote import Flags
 
 ROWS_LEFT = 128  # of a layer, from which the rank of what is left is taken
 _COLUMNS_LEFT, _LEAST_ROWS = 1024, 24
 _OWN = 1e-4  # relative; singular values of this LoRA's update
+_COLUMN = 0.5  # of a column's elements, and of all that are off
 _ABOVE = 5.0  # medians; singular values of noise lie below
 
 
 def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
-    """Say that what else was done to a layer is of low rank, as another LoRA's update is; None when it is not."""
+    """Say that what else was done to a layer is of low rank, as another LoRA's update is, or in few elements."""
     if measured.state not in ("mixed", "unexplained"):
         return None
     seen = layer.window(0, min(layer.rows, ROWS_LEFT))
     scale = measured.scale if measured.state == "mixed" else 0.0
     rest = seen.after - seen.before - scale * seen.product
+    if measured.state == "mixed" and measured.explained >= MOSTLY:
+        return _where(np.abs(rest) > FAR * seen.half)
     if min(rest.shape) < _LEAST_ROWS or not np.isfinite(rest).all():
         return None
     _, sizes, own = np.linalg.svd(seen.product, full_matrices=False)
@@ -33,6 +38,19 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     return (
         f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
     )
+
+
+def _where(off: Flags) -> str | None:
+    """Say in which columns the elements are that are `off`, or how many there are: no update of low rank has so few."""
+    columns = off.mean(axis=0) > _COLUMN
+    if not off.any():
+        return None
+    if off[:, columns].sum() < _COLUMN * off.sum():
+        return f"something else was done to {off.mean():.2%} of its elements, or nothing at all"
+    start, stop = runs_of(columns)[0]
+    more = " and others" if len(runs_of(columns)) > 1 else ""
+    which = f"column {start}" if stop - start == 1 else f"columns {start} to {stop - 1}"
+    return f"something else was done to {which}{more}, or nothing at all"
 
 
 def without_product(

@@ -20,11 +20,15 @@ State = Literal[
 # Elements sampled, and the relative width of the interval at which that is enough
 _SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
 _EXPLAINED = 0.97
+MOSTLY = 0.8  # of the elements: what the others are off by is no doubt of the scale
 _AS_ONCE = 0.01  # of the scale: so near, two merges make what one should
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
 _MISSED = 5  # elements that should have changed and did not
 _RESOLVED = 8.0  # half steps; larger updates are rounded without bias
 _ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
+FAR = 3.0  # allowances: what is rounded twice, or to either side by chance, is off by two at most
+_STRAYS, _STRAY_SHARE = 5, 3e-4  # elements so far off, and as a share of all, that no rounding made them
+_LOST, _FEW = 0.2, 0.25  # share of a row that is far off, and of the rows: damage to these, not to the layer
 _TWO_ROUNDINGS = 1.6  # half steps: the sum of two roundings stays below it in 96 of 100 elements
 
 
@@ -112,7 +116,7 @@ def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> M
     if first.state == "not merged" and sums.changed.any():
         whole = replace(whole, state="mixed")
     broken = ~np.isfinite(sums.energy)
-    if whole.state not in ("merged", "partly", "two roundings", "hidden", "mixed", "not finite"):
+    if whole.state not in ("merged", "partly", "damaged", "two roundings", "hidden", "mixed", "not finite"):
         return _with_damage(whole, layer, [Damage(*run, "non-finite") for run in runs_of(broken)])
     usual = 1 - first.explained if first.explained >= _EXPLAINED else 0.0
     found = damaged_rows(layer, sample, sums, rounding, usual)
@@ -120,7 +124,7 @@ def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> M
     for damage in found:
         kept[slice(*damage.rows)] = False
     if kept.mean() < 0.5 and not broken.any():
-        return whole
+        return replace(whole, state="mixed") if _has_strays(layer.sample(_SAMPLES[-1][0]), scale) else whole
     if found:
         rest = measure(layer, expected, ~kept)
         whole = replace(rest, elements=whole.elements, seen=1.0)
@@ -163,13 +167,16 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     nonzero = sample.product != 0
     if not (sample.changed & nonzero).any():
         return _untouched(sample, found, expected)
-    scale = found.scale if found.coverage >= _EXPLAINED else _refined(sample, found.scale)
-    error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
-    wrong = error > Rounding.of(sample, scale).allowance(sample.product, sample.half)
+    sure = found.coverage >= _EXPLAINED or _has_strays(sample, found.scale)  # which no regression should follow
+    scale = found.scale if sure else _refined(sample, found.scale)
+    error, allowance = _off(sample, scale)
+    wrong = error > allowance
     missed = wrong & nonzero & ~sample.changed
     blocks = (_by_block(sample, missed) >= _MISSED) & (_by_block(sample, sample.changed) == 0)
     alone = (missed.sum(axis=1) >= _MISSED) & ~sample.changed.any(axis=1)
-    rest = ~(blocks[sample.block] | alone)
+    rest, far = ~(blocks[sample.block] | alone), error > FAR * allowance
+    lost = rest & (far.mean(axis=1) > _LOST)
+    rest &= ~lost if lost.mean() <= _FEW else True
     seen = sample.of(rest)
     made = MergeMeasurement(
         state="merged",
@@ -185,7 +192,34 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
         rows=sample.rows,
         unmerged=_rows(np.flatnonzero(blocks), sample.index[alone & ~blocks[sample.block]], sample),
     )
-    return _classified(seen, made, error[rest], wrong[rest], expected)
+    if _are_strays(far[rest]):
+        return replace(made, state="mixed") if made.explained >= MOSTLY else _mixed(seen, made)
+    found_rows = [Damage(int(row), int(row) + 1, "other") for row in sample.index[lost]]
+    return _beside(_classified(seen, made, error[rest], wrong[rest], expected), found_rows)
+
+
+def _beside(made: MergeMeasurement, damaged: list[Damage]) -> MergeMeasurement:
+    """Return what was found of a layer, beside damaged rows that were left out of it."""
+    if not damaged or made.state not in ("merged", "partly", "two roundings"):
+        return made
+    return replace(made, state="damaged", damaged=tuple(damaged))
+
+
+def _off(sample: Sample, scale: float) -> tuple[Array, Array]:
+    """Return how far each element is from what a merge at `scale` makes of it, and how far rounding may leave it."""
+    error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
+    return error, Rounding.of(sample, scale).allowance(sample.product, sample.half)
+
+
+def _are_strays(far: Flags) -> bool:
+    return bool(far.sum() >= _STRAYS and far.mean() > _STRAY_SHARE)
+
+
+def _has_strays(sample: Sample, scale: float) -> bool:
+    """Tell whether elements are further off than any rounding leaves them, however few they are."""
+    with np.errstate(all="ignore"):
+        error, allowance = _off(sample, scale)
+        return _are_strays(error > FAR * allowance)
 
 
 def _classified(
@@ -202,6 +236,11 @@ def _classified(
     near = error <= Rounding.of(sample, made.scale, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
     if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
         return replace(made, state="partly" if made.unmerged else "two roundings")
+    return _mixed(sample, made)
+
+
+def _mixed(sample: Sample, made: MergeMeasurement) -> MergeMeasurement:
+    """Return what was merged with other changes besides, or what no multiple of the product explains."""
     if made.aligned > _ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
         return replace(made, state="mixed")
     scale, doubt = _projected(sample, made)
