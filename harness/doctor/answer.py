@@ -109,7 +109,8 @@ def _what_is_missing(tool: Tool, gains: Sequence[tuple[float, LoraModule]]) -> s
         scales = sorted({f"{gain:.4g}" for gain, _ in gains}, key=float)
         return f"applies modules at scale {' to '.join(scales)}; what the training meant, the file does not say"
     if any(module.rank and module.alpha == 0 for module in modules):
-        return f"takes alpha 0 as scale {tool.alpha_zero}; what the training meant, the file does not say"
+        read = "the rank, scale 1" if tool.alpha_zero == "rank" else f"scale {tool.alpha_zero}"
+        return f"takes alpha 0 as {read}; what the training meant, the file does not say"
     ranks = {module.rank for module in modules if module.rank and module.alpha is None}
     over = f"{ranks.pop()}" if len(ranks) == 1 else "rank"
     what = "applies modules without alpha at scale 1; which alpha was trained with, the file does not say"

@@ -26,7 +26,10 @@ from harness.law.scale import word_of
 from harness.text import count, printable
 from harness.verdict.file_record import BaseFit, Hazard
 
-_GRAVE = ("LH707", "LH713")
+_GRAVE = {
+    "LH707": "no repair makes NaN right: take an earlier step of the training",
+    "LH713": "no number shows anything, since it adds nothing: take another step of the training",
+}
 _CANNOT: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "cannot")
 
 
@@ -213,8 +216,8 @@ def _steps(found: FileDiagnosis, right: float) -> str:
 
 
 def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
-    if any(hazard.code == "LH707" for hazard in found.grave):
-        return "no repair makes NaN right: take an earlier step of the training"
+    if broken := next((_GRAVE[hazard.code] for hazard in found.grave), ""):
+        return broken
     if given.instead:
         repair = command(found.path, found.traits, found.question, given.instead)
         return repair if given.instead in given.tool.formats else f"{repair}, then {given.tool.convert}"

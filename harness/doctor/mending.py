@@ -23,6 +23,8 @@ def repaired_to(tool: Tool, traits: Traits, asked: Question) -> str | None:
 
     Each is planned (`preview`), and what it gives is asked about.
     """
+    if traits.words["declares"]:
+        return None  # which a repair keeps, and only PEFT does
     return next((form for form in _formats(tool, traits) if _is_read(tool, traits, asked, form)), None)
 
 

@@ -21,8 +21,10 @@ from harness.law.sizes import fitting
 from harness.text import printable
 
 _TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
-_WRAPPERS = ("_orig_mod", "_wrapped_module", "_forward_module", "module.")
-_WRAPPED = re.compile(r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.")
+_WRAPPERS = ("_orig_mod", "_wrapped_module", "_forward_module", "module.", "base_model.model.base_model.")
+_WRAPPED = re.compile(
+    r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.|^base_model\.model\.base_model\."
+)
 _AUTOMODEL = (".lora_gate_and_up_A", ".lora_down_A")
 _PREFIXES = {
     "lora_unet__": "lora_unet__", "lora_unet_": "lora_unet", "lora_transformer_": "lora_transformer",
@@ -45,6 +47,7 @@ _LAYER = re.compile(r"(_#)+(_proj)?$")
 _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
 _ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
+_DECLARED = frozenset({"alora_invocation_tokens"})  # what PEFT's configuration has a LoRA do, and no tensor shows
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 
@@ -228,6 +231,7 @@ class Traits:
             "magnitude": set(self._magnitudes()),
             "kernel": kernels,
             "init": [found] if (found := changing_init(adapter.config)) else [],
+            "declares": {name for name, value in adapter.config.items() if value and name in _DECLARED},
             "unread": adapter.unused_keys[:_UNREAD],
             "beside": {role for module in modules if module.variant == "lora_diff" for role in module.keys},
         }
@@ -253,7 +257,9 @@ class Traits:
         """Return how `reads.json` marks a spelling with such magnitudes, empty for modules without."""
         if not (key := module.keys.get("magnitude")):
             return ""
-        return f"+{self._axis(module, key)}" if key.endswith("dora_scale") else "+vector"
+        if key.endswith("dora_scale"):
+            return f"+{self._axis(module, key)}"
+        return "+vector" if "lora_magnitude_vector" in key else "+magnitude"
 
 
 def _prefix_name(before: str) -> str:

@@ -48,7 +48,8 @@ class LoraModule:
     nothing: a LoKr of two full factors, whole tensors (`diff`, `norm`, `set`, `tokens`), whose `in_features` is 0 when
     only a vector is changed, and the modules of other methods (`ia3`, `oft`, …), known by name only. `experts` matrices
     of that rank each are stacked in the tensors of a module of the variant `experts`. `unscaled` says that its writer
-    trains at scale 1 and never saves an alpha.
+    trains at scale 1 and never saves an alpha. `stacked` projections of a merged layer were trained apart, each with
+    its share of the rank under an alpha that the file keeps as it was: sd-scripts' `split_qkv`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LoraModule:
     flipped: tuple[str, ...] = ()
     experts: int = 1
     unscaled: bool = False
+    stacked: int = 1
 
     def changed(self, **fields: Any) -> LoraModule:
         """Return what `replace` does, several times quicker: files have hundreds of modules."""
@@ -76,8 +78,11 @@ class LoraModule:
 
     @property
     def trained_scale(self) -> float:
-        """The factor on B @ A in training: alpha / rank, alpha / sqrt(rank), or 1.0 when the file has no alpha."""
-        return trained_scale(self.alpha, self.rank, rslora=self.rslora)
+        """The factor on B @ A in training: alpha / rank, alpha / sqrt(rank), or 1.0 when the file has no alpha.
+
+        Of `stacked` projections the rank is that of each.
+        """
+        return trained_scale(self.alpha, self.rank // self.stacked, rslora=self.rslora)
 
 
 @dataclass(frozen=True)

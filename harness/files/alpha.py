@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from harness.text import parse_json, printable
 Modules = dict[tuple[str, str], LoraModule]
 MLX = "lora_parameters"
 _WITHOUT_ALPHA = frozenset({"diff", "norm", "set", "tokens", "copy"})
+_SPLIT = re.compile(r'"split_qkv":\s*"?true', re.IGNORECASE)
+_DIGITS = 10  # of a rank, at most
 _LARGEST = 1e300  # a JSON integer may be longer than any float
 
 
@@ -47,7 +50,31 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         found = _from_tensors(source, found, problems)
     if row.alpha[0] == "none" or _is_toolkit(source, row) or _is_extracted(row, found):
         found.modules = {at: m.changed(unscaled=m.alpha is None and m.rank > 0) for at, m in found.modules.items()}
+    if row.alpha[0] == "tensor":
+        found.modules = dict(_split(source, found.modules))
     return _refuse_non_finite(found, problems)
+
+
+def _split(source: Source, modules: Modules) -> Iterator[tuple[tuple[str, str], LoraModule]]:
+    """Yield the modules, those that sd-scripts trained as several and stacked when it saved them as such.
+
+    With `split_qkv` q, k, v and the rest of a merged layer have a LoRA each; the file has their ranks added up and the
+    alpha of one (sd-scripts `LoRANetwork.state_dict`). Converters that multiply alpha are told by it.
+    """
+    said, number = source.file.metadata, source.file.metadata.get("ss_network_dim", "")
+    dim = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
+    split = dim and _SPLIT.search(said.get("ss_network_args", ""))
+    for place, module in modules.items():
+        times = module.rank // dim if split and module.rank % dim == 0 else 1
+        alone = times > 1 and module.alpha is not None and _same(module.alpha, said.get("ss_network_alpha", ""))
+        yield place, module.changed(stacked=times) if alone else module
+
+
+def _same(alpha: float, said: str) -> bool:
+    try:
+        return math.isclose(alpha, float(said), rel_tol=1e-2)
+    except ValueError:
+        return False
 
 
 def _is_toolkit(source: Source, row: Format) -> bool:
@@ -215,8 +242,12 @@ def _readable(source: Source, modules: Modules, problems: list[Problem]) -> list
 
 
 def _refuse_non_finite(found: Alphas, problems: list[Problem]) -> Alphas:
-    for module in found.modules.values():
-        if module.alpha is not None and not math.isfinite(module.alpha):
+    for place, module in found.modules.items():
+        if module.alpha is None or math.isfinite(module.alpha):
+            continue
+        if not module.rank:  # of two full factors it means nothing; ai-toolkit's 1e10 is infinite in float16
+            found.modules[place] = module.changed(alpha=None)
+        else:
             key = module.keys.get("alpha") or module.name
             problems.append(Problem("LH705", printable(key), f"alpha is {module.alpha}", fatal=True))
     return found

@@ -37,6 +37,10 @@ class Scaled(Protocol):
         """Whether the file says that alpha was divided by sqrt(rank)."""
 
     @property
+    def stacked(self) -> int:
+        """How many projections were trained apart, each with its share of the rank."""
+
+    @property
     def keys(self) -> Mapping[str, str]:
         """Role -> key in the file."""
 
@@ -235,7 +239,7 @@ def wanted_scale(module: Scaled, lora_alpha: float | None = None) -> float | Non
     if module.rank and module.alpha == 0 and "alpha" in module.keys and lora_alpha is None:
         return None
     alpha = lora_alpha if lora_alpha is not None and not module.alpha else module.alpha
-    found = trained_scale(alpha, module.rank, rslora=module.rslora)
+    found = trained_scale(alpha, module.rank // module.stacked, rslora=module.rslora)
     return found if math.isfinite(found) else None
 
 
@@ -247,5 +251,7 @@ def file_probes(modules: Sequence[Scaled]) -> list[Probe]:
 
 def distinct(modules: Iterable[M]) -> list[M]:
     """Return one module for every combination of numbers that a scale can depend on."""
-    found = {(module.alpha, module.rank, module.rslora, "alpha" in module.keys): module for module in modules}
+    found = {
+        (module.alpha, module.rank, module.rslora, module.stacked, "alpha" in module.keys): module for module in modules
+    }
     return list(found.values())

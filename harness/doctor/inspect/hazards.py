@@ -141,8 +141,15 @@ def fused_blocks(adapter: LoraAdapter) -> Iterator[Hazard]:
     name, blocks = found[0]
     rank = adapter.modules[name].rank
     what = f"B is block-diagonal in {count(len(found), 'module')} ({printable(name, 80)}: {blocks} blocks of rank "
-    trap = f"{rank // blocks}): dividing alpha by {rank} instead of {rank // blocks} gives 1/{blocks} of the effect"
-    yield Hazard(code="LH704", what=what + trap)
+    each, times = rank // blocks, adapter.modules[name].stacked
+    if times > 1:
+        trap = f"trained at alpha / {each} (split_qkv), while every tool divides by {rank}: 1/{times} of the effect"
+    else:
+        trap = (
+            f"an alpha that is still that of training belongs over {each}, and over {rank} is 1/{blocks} of the effect"
+        )
+        trap += f"; one that a converter multiplied by {blocks} is right, and the file does not say which it is"
+    yield Hazard(code="LH704", what=f"{what}{each}): {trap}")
 
 
 def odd_alphas(adapter: LoraAdapter) -> Iterator[Hazard]:

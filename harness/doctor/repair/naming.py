@@ -62,6 +62,11 @@ def refuse_what_a_configuration_does(adapter: LoraAdapter, to: str) -> None:
     Raises:
         UserError: naming the field.
     """
+    if str(adapter.config.get("init_lora_weights", "")).lower().startswith("olora"):
+        what = (
+            "init_lora_weights is olora: PEFT takes the start from the base times alpha / rank, which a repair changes"
+        )
+        raise UserError(f"{adapter.path}: {what}; save it with path_initial_model_for_weight_conversion")
     config = adapter.config if to != adapter.format else {}
     starts = str(config.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
     fields = [name for name in _ACTING if config.get(name)] + ["init_lora_weights"] * starts

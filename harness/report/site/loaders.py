@@ -35,6 +35,7 @@ class UniformFile:
     keys: Mapping[str, str] = field(default_factory=lambda: {"alpha": ""})
     variant: str = "lora"
     unscaled: bool = False
+    stacked: int = 1
 
 
 @dataclass(frozen=True)
