@@ -300,7 +300,8 @@ def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) 
     ratios = _ratios(told)
     if code != "LH209" or not law or not ratios or abs(ratios[-1] - ratios[0]) > _SAME * abs(ratios[0]):
         return fix
-    return f"{fix}; if it was merged so on purpose, pass --strength {ratios[0] * told[0].found.strength:.4g}"
+    given, other = (f"{ratio * told[0].found.strength:.4g}" for ratio in (1.0, ratios[0]))
+    return fix if given == other else f"{fix}; if it was merged so on purpose, pass --strength {other}"
 
 
 def _not_judged(found: Sequence[Module]) -> dict[str, list[str]]:
