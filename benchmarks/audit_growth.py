@@ -122,12 +122,10 @@ def page() -> str:
     lines = [
         f"| {TITLES[each['way']]} | {each['files']:,} | {shown(each['wall'])} | {shown(each['processor'])} "
         f"| {shown(each['processor'] and 1e3 * each['processor'] / each['files'])} | {each['peak']} "
-        f"| {each['date']}{each.get('note', '')} |"
+        f"| {each['date']}, {each['machine'].partition(',')[0]}{each.get('note', '')} |"
         for each in points()
     ]
-    return (
-        _PAGE.format(machine=" / ".join(dict.fromkeys(each["machine"] for each in points()))) + "\n".join(lines) + "\n"
-    )
+    return _PAGE + "\n".join(lines) + "\n"
 
 
 def shown(number: float | None) -> str:
@@ -139,7 +137,7 @@ _PAGE = """# How an audit grows
 
 `audit --out rows.jsonl --out rows.csv` of generated files: real headers of about 200 tensors, no two alike; the weights
 are a hole. *Rows alone*: one process, a row stands for each file, so that only what the audit itself keeps is measured.
-Peak: the largest process; torch is never imported. {machine}, shared with much other work: a wall second is none of an
+Peak: the largest process; torch is never imported. Two cores, shared with much other work: a wall second is none of an
 idle machine, and while dask's own processes wait they use a processor a little. `python -m benchmarks.audit_growth`
 measures, `python -m benchmarks.tables` writes this.
 
