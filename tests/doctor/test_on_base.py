@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from harness.doctor.answer import Answer, Question
 from harness.doctor.causes import Saw
 from harness.doctor.diagnose import FileDiagnosis, diagnose, lines
+from harness.doctor.inspect.describe import inspect_file
 
 HUNYUAN = [f"double_blocks.{block}.img_mlp" for block in range(2)]
 FLUX = [f"double_blocks.{block}.{part}" for block in range(8) for part in ("img_attn.qkv", "img_mod.lin")]
@@ -75,6 +76,14 @@ def test_names_that_only_the_harness_brings_together_are_no_promise_of_a_tool(tm
     given, _ = asked(lora, "vllm", other)
     assert (given.effect, given.strength) == ("unknown", None)
     assert "this base calls otherwise" in given.says
+
+
+def test_inspect_says_the_same_of_a_base(tmp_path: Path) -> None:
+    lora = kohya(tmp_path / "lora.safetensors", FLUX)
+    record = inspect_file(lora, base=model(tmp_path / "base.safetensors", FLUX[5:]))
+    assert record.prescription["forge"] is None
+    assert "15 of its keys have no layer in this base" in record.unprescribed["forge"]
+    assert inspect_file(lora).prescription["forge"] == 1
 
 
 @pytest.mark.parametrize(("left", "effect"), [(4, "law"), (5, "nothing")])

@@ -12,6 +12,7 @@ from harness.doctor.answer import Question
 from harness.doctor.answers import answers, why_not
 from harness.doctor.inspect.hazards import hazards
 from harness.doctor.inspect.weights import Weighed, weigh
+from harness.doctor.on_base import Held, held_against, on_base
 from harness.doctor.trainers import about_alpha, trainer_of
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, NoLoraError
@@ -76,7 +77,11 @@ def read_record(
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
-        return with_energy(record, with_alpha(adapter, lora_alpha), base), adapter
+        record = with_energy(record, with_alpha(adapter, lora_alpha), base)
+    if base is not None:
+        traits = Traits(adapter)
+        held, asked = held_against(traits, Path(base)), Question(lora_alpha=lora_alpha)
+        record = record.model_copy(update=_for_tools(traits, asked, reasons=reasons, held=held))
     return record, adapter
 
 
@@ -134,9 +139,13 @@ def describe(
     )
 
 
-def _for_tools(traits: Traits, asked: Question, *, reasons: bool) -> dict[str, Any]:
-    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
+def _for_tools(traits: Traits, asked: Question, *, reasons: bool, held: Held | None = None) -> dict[str, Any]:
+    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets.
+
+    `held` is the file held against its base.
+    """
     found = answers(traits, asked, mended=reasons)
+    found = {name: on_base(each, held, traits) for name, each in found.items()} if held else found
     without = {name: each for name, each in found.items() if each.strength is None} if reasons else {}
     return {
         "prescription": {name: each.strength for name, each in found.items()},
