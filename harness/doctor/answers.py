@@ -104,8 +104,7 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
 
 def _if_there(says: str, traits: Traits) -> str:
     """Return a sentence about all modules as one about those that a model has that nobody knows."""
-    known = all(group.places for group in traits.groups)
-    return says if known else says.replace("every module", "every module that its model has under this name")
+    return says if traits.is_placed else says.replace("every module", "every module that its model has under this name")
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:

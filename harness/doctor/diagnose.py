@@ -80,7 +80,7 @@ class FileDiagnosis:
             found = {self.tool.name: answer(self.tool, self.traits, self.question)}
         else:
             found = answers(self.traits, self.question)
-        return {name: on_base(each, self.held, self.traits) for name, each in found.items()} if self.held else found
+        return on_base(found, self.held, self.traits)
 
     @property
     def grave(self) -> tuple[Hazard, ...]:
@@ -119,9 +119,9 @@ def diagnose(
     """
     traits = Traits(read_lora(path, strict=False))
     asked = asked or Question()
-    known = tool_named(tool, plain_version(asked.version)) if tool else None
+    asked = replace(asked, version=_plain_version(asked.version), base=base)
+    known = tool_named(tool, asked.version) if tool else None
     held = held_against(traits, base) if base else None
-    asked = replace(asked, version=plain_version(asked.version), base=base)
     weighed = Weighed() if headers_only else weigh(traits.adapter)
     return FileDiagnosis(Path(path), traits, asked, known, saw, held, weighed)
 
@@ -151,7 +151,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", name.lower())
 
 
-def plain_version(version: str | None) -> str | None:
+def _plain_version(version: str | None) -> str | None:
     """Return a release as the tables have it, for one as tools print it (`v0.3.64`)."""
     return re.sub(r"^v(?=\d)", "", version.strip(), flags=re.IGNORECASE) if version else version
 
@@ -235,12 +235,15 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
         return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
+    return _what_to_check(found, given)
+
+
+def _what_to_check(found: FileDiagnosis, given: Answer) -> str:
     if found.misfits:
         return "check that this is the base it was trained on"
-    named = "under this name" in given.says
-    return (
-        f"see that {given.tool.title} reports no key as left out, or ask again with --base" if named else "nothing else"
-    )
+    if "under this name" in given.says:
+        return f"see that {given.tool.title} reports no key as left out, or ask again with --base"
+    return "nothing else"
 
 
 def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:
@@ -252,9 +255,7 @@ def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:
 
 def able(found: FileDiagnosis) -> str:
     """Return the tools that apply the file as trained, with their numbers."""
-    every = answers(found.traits, found.question)
-    if found.held:
-        every = {name: on_base(each, found.held, found.traits) for name, each in every.items()}
+    every = on_base(answers(found.traits, found.question), found.held, found.traits)
     return ", ".join(
         f"{a.tool.name} {a.strength:g}" if a.tool.passes else a.tool.name
         for a in every.values()

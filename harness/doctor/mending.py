@@ -72,7 +72,7 @@ def _is_read(tool: Tool, traits: Traits, asked: Question, form: str) -> bool:
     if (new := _planned(traits, asked, form)) is None:
         return False
     found = unmended(tool, new, Question(asked.version))
-    if not (new.is_language or all(group.places for group in new.groups)):
+    if not (new.is_language or new.is_placed):
         return False  # how the tool calls the layers of such a model is not known
     return found.effect in ("law", "cannot") and found.strength is not None and abs(found.strength - 1) < 1e-6
 

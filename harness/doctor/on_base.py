@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +25,12 @@ _WIDENS = "diffusers"  # the tool that makes a layer wider for a file
 class Held:
     """A file held against a base: what applies, what is wrong with that, and what tools make of it by their own rules.
 
-    `left_keys` are those of modules that the base should have a layer for and has none; `wider` modules have more
-    inputs than their layer.
+    `placed` says where in the `base` its modules go. `left_keys` are those of modules that the base should have a layer
+    for and has none; `wider` modules have more inputs than their layer.
     """
 
+    base: Checkpoint
+    placed: Placement
     fit: BaseFit
     hazards: tuple[Hazard, ...] = ()
     left_keys: int = 0
@@ -54,6 +56,8 @@ def held_against(traits: Traits, base: Path) -> Held:
     fit = fit_of(adapter, weights, placed)
     left = [adapter.modules[name] for name in placed.missing if is_asked_of(adapter, weights, placed, name)]
     return Held(
+        weights,
+        placed,
         fit,
         tuple(base_hazards(adapter, weights, placed, fit)),
         sum(len(module.keys) for module in left),
@@ -63,13 +67,20 @@ def held_against(traits: Traits, base: Path) -> Held:
 
 def _wider(adapter: LoraAdapter, base: Checkpoint, placed: Placement) -> Iterator[str]:
     """Yield the modules that were taken to fit a narrower layer, since diffusers widens it for them."""
+    if adapter.format != _WIDENS:
+        return
     for name, slots in placed.slots.items():
         module, shape = adapter.modules[name], base.shapes[slots[0].layer]
-        if adapter.format == _WIDENS and module.name == "x_embedder" and shape and shape[1] < module.in_features:
+        if module.name == "x_embedder" and shape and shape[1] < module.in_features:
             yield printable(name, 80)
 
 
-def on_base(given: Answer, held: Held, traits: Traits) -> Answer:
+def on_base(found: Mapping[str, Answer], held: Held | None, traits: Traits) -> dict[str, Answer]:
+    """Return the answers for this base; without one they are what they were."""
+    return {name: _on_base(given, held, traits) if held else given for name, given in found.items()}
+
+
+def _on_base(given: Answer, held: Held, traits: Traits) -> Answer:
     """Return the answer for this base.
 
     A tool of which it was measured that it finds these names keeps its answer; of another one that takes what its

@@ -207,6 +207,11 @@ class Traits:
         return [pattern for group in self.groups for pattern in group.counts]
 
     @property
+    def is_placed(self) -> bool:
+        """Tell whether architectures are known that have the layers of every group."""
+        return all(group.places for group in self.groups)
+
+    @property
     def varied(self) -> bool:
         """Tell whether ranks or alphas differ between modules."""
         return bool(self.alphas & {"several", "ranks"})

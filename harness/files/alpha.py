@@ -50,7 +50,7 @@ def find_alphas(source: Source, row: Format, modules: Modules, problems: list[Pr
         found = _from_tensors(source, found, problems)
     if row.alpha[0] == "none" or _is_toolkit(source, row) or _is_extracted(row, found):
         found.modules = {at: m.changed(unscaled=m.alpha is None and m.rank > 0) for at, m in found.modules.items()}
-    if row.alpha[0] == "tensor":
+    if row.alpha[0] == "tensor" and _SPLIT.search(source.file.metadata.get("ss_network_args", "")):
         found.modules = dict(_split(source, found.modules))
     return _refuse_non_finite(found, problems)
 
@@ -61,12 +61,11 @@ def _split(source: Source, modules: Modules) -> Iterator[tuple[tuple[str, str], 
     With `split_qkv` q, k, v and the rest of a merged layer have a LoRA each; the file has their ranks added up and the
     alpha of one (sd-scripts `LoRANetwork.state_dict`). Converters that multiply alpha are told by it.
     """
-    said, number = source.file.metadata, source.file.metadata.get("ss_network_dim", "")
+    number, alpha = (source.file.metadata.get(f"ss_network_{name}", "") for name in ("dim", "alpha"))
     dim = int(number) if number.isdecimal() and len(number) < _DIGITS else 0
-    split = dim and _SPLIT.search(said.get("ss_network_args", ""))
     for place, module in modules.items():
-        times = module.rank // dim if split and module.rank % dim == 0 else 1
-        alone = times > 1 and module.alpha is not None and _same(module.alpha, said.get("ss_network_alpha", ""))
+        times = module.rank // dim if dim and module.rank % dim == 0 else 1
+        alone = times > 1 and module.alpha is not None and _same(module.alpha, alpha)
         yield place, module.changed(stacked=times) if alone else module
 
 

@@ -217,23 +217,25 @@ def draw_lokr(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor
 
 
 def lokr_direction(parts: Parts, layer: Layer) -> Direction:
-    """Return the Kronecker product w1 ⊗ (w2_a w2_b)."""
+    """Return the Kronecker product w1 ⊗ (w2_a w2_b), or w1 ⊗ w2."""
     import torch
 
-    second = low_rank(parts["lokr_w2_b"], parts["lokr_w2_a"])
-    first = parts["lokr_w1"].double()
+    first, second = parts["lokr_w1"].double(), _second_factor(parts)
     return Direction(torch.kron(first, second.product), torch.kron(first.abs(), second.outer), second.rank)
+
+
+def _second_factor(parts: Parts) -> Direction:
+    if (full := parts.get("lokr_w2")) is None:
+        return low_rank(parts["lokr_w2_b"], parts["lokr_w2_a"])
+    return Direction(full.double(), full.double().abs(), 1)
 
 
 def lokr_mistakes(before: Tensor, update: Update, *, expected: float, strength: float) -> Iterator[tuple[str, Tensor]]:
     """Yield the Kronecker product in the other order."""
     import torch
 
-    first, second = (
-        update.parts["lokr_w1"].double(),
-        update.parts["lokr_w2_a"].double() @ update.parts["lokr_w2_b"].double(),
-    )
-    yield _EXCHANGED, before + expected * torch.kron(second, first)
+    first, second = update.parts["lokr_w1"].double(), _second_factor(update.parts).product
+    yield "the factors of the Kronecker product are exchanged", before + expected * torch.kron(second, first)
 
 
 def draw_lokr_full(layer: Layer, rank: int, generator: Generator) -> dict[str, Tensor]:
@@ -249,26 +251,7 @@ def draw_lokr_full(layer: Layer, rank: int, generator: Generator) -> dict[str, T
     return {**parts, "alpha": torch.randint(*_ALPHAS, (), generator=generator).float()}
 
 
-def lokr_full_direction(parts: Parts, layer: Layer) -> Direction:
-    """Return the Kronecker product w1 ⊗ w2."""
-    import torch
-
-    first, second = parts["lokr_w1"].double(), parts["lokr_w2"].double()
-    return Direction(torch.kron(first, second), torch.kron(first.abs(), second.abs()), 1)
-
-
-def lokr_full_mistakes(
-    before: Tensor, update: Update, *, expected: float, strength: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the Kronecker product in the other order."""
-    import torch
-
-    first, second = update.parts["lokr_w1"].double(), update.parts["lokr_w2"].double()
-    yield _EXCHANGED, before + expected * torch.kron(second, first)
-
-
 _ALPHAS = 33, 129  # exact in every dtype, and most are no side of a factor, by which a loader may divide
-_EXCHANGED = "the factors of the Kronecker product are exchanged"
 _PARTS = frozenset({"peft", "kohya", "comfyui"})  # formats whose writers take the parts of any variant
 _LYCORIS = frozenset({"kohya", "comfyui"})
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
@@ -332,13 +315,13 @@ _ROWS = (  # in the order in which they are checked and printed
     Variant(
         "lokr-full",
         draw_lokr_full,
-        lokr_full_direction,
+        lokr_direction,
         gain=("lokr_w2",),
         kinds=_LINEAR,
         formats=_LYCORIS,
         alpha=False,
         beside="an alpha that means nothing, since both factors are full",
-        mistakes=lokr_full_mistakes,
+        mistakes=lokr_mistakes,
         max_rank=lambda layer: 1,
     ),
     Variant(

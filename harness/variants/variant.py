@@ -71,13 +71,12 @@ class Variant:
 
     `draw(layer, rank, generator)` gives the tensors by role in float32; `direction(parts, layer)` what they add per
     unit of scale, where the scale is alpha / rank, alpha / sqrt(rank) with `root`, or 1 without `alpha`, whatever lies
-    `beside` the parts of its own. `gain` are the
-    roles that carry the size. `formats` (None: all) can say it and `kinds` of layers can have it, of those the ones it
-    `wants`. `bias`: it changes biases too, which are then the last column. `split`: each projection of a merged layer
-    can be fitted on its own, as a multiple of its direction. `strengths`: what a strength other than 1 means is left to
-    the loader when there is only one. `exact(W, update, scale)` is the weight that it makes of W. Two
-    loads of a variant that is not `additive` have no meaning that everybody shares. `readings` are what other strengths
-    may mean then.
+    `beside` the parts of its own. `gain` are the roles that carry the size. `formats` (None: all) can say it and
+    `kinds` of layers can have it, of those the ones it `wants`. `bias`: it changes biases too, which are then the last
+    column. `split`: each projection of a merged layer can be fitted on its own, as a multiple of its direction.
+    `strengths`: what a strength other than 1 means is left to the loader when there is only one. `exact(W, update,
+    scale)` is the weight that it makes of W. Two loads of a variant that is not `additive` have no meaning that
+    everybody shares. `readings` are what other strengths may mean then.
     """
 
     name: str

@@ -73,15 +73,12 @@ def read_record(
     except LoraFileError as error:
         code = "LH797" if isinstance(error, NoLoraError) else "LH799"
         return unreadable(path, _without_path(error, Path(path)), code), None
-    record = describe(adapter, path=shown_path(path), lora_alpha=lora_alpha, weighed=weighed, reasons=reasons)
+    held = held_against(Traits(adapter), Path(base)) if base is not None else None
+    record = _described(adapter, shown_path(path), lora_alpha, weighed, held, reasons=reasons)
     if energy or base is not None:
         from harness.doctor.inspect.energy import with_energy
 
-        record = with_energy(record, with_alpha(adapter, lora_alpha), base)
-    if base is not None:
-        traits = Traits(adapter)
-        held, asked = held_against(traits, Path(base)), Question(lora_alpha=lora_alpha)
-        record = record.model_copy(update=_for_tools(traits, asked, reasons=reasons, held=held))
+        return with_energy(record, with_alpha(adapter, lora_alpha), held), adapter
     return record, adapter
 
 
@@ -104,14 +101,26 @@ def describe(
     reasons: bool = True,
 ) -> FileRecord:
     """Return the record of a parsed file; `weighed` is what its weights say, where they were looked at."""
-    weighed, traits = weighed or Weighed(), Traits(adapter)
+    return _described(adapter, path or shown_path(adapter.path), lora_alpha, weighed or Weighed(), reasons=reasons)
+
+
+def _described(
+    adapter: LoraAdapter,
+    path: str,
+    lora_alpha: float | None,
+    weighed: Weighed,
+    held: Held | None = None,
+    *,
+    reasons: bool,
+) -> FileRecord:
+    traits = Traits(adapter)
     given, total = adapter, len(adapter.file.keys)
     adapter = with_alpha(given, lora_alpha)
     modules = list(adapter.modules.values())
     low_rank = [module for module in modules if module.rank or module.variant == "lokr"]
     different = [m for m in distinct(low_rank) if m.alpha is not None or m.unscaled or not m.rank]
     return FileRecord(
-        path=path or shown_path(adapter.path),
+        path=path,
         format=adapter.format,
         size=adapter.file.size,
         modules=len(modules),
@@ -135,17 +144,13 @@ def describe(
         metadata=_shown({**_base_named(adapter), **adapter.metadata}),
         dialect=adapter.dialect,
         weights_read=weighed.read,
-        **_for_tools(traits, Question(lora_alpha=lora_alpha), reasons=reasons),
+        **_for_tools(traits, Question(lora_alpha=lora_alpha), held, reasons=reasons),
     )
 
 
-def _for_tools(traits: Traits, asked: Question, *, reasons: bool, held: Held | None = None) -> dict[str, Any]:
-    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets.
-
-    `held` is the file held against its base.
-    """
-    found = answers(traits, asked, mended=reasons)
-    found = {name: on_base(each, held, traits) for name, each in found.items()} if held else found
+def _for_tools(traits: Traits, asked: Question, held: Held | None, *, reasons: bool) -> dict[str, Any]:
+    """Return what each tool needs for the file, or why no number is right there, and the findings that it meets."""
+    found = on_base(answers(traits, asked, mended=reasons), held, traits)
     without = {name: each for name, each in found.items() if each.strength is None} if reasons else {}
     return {
         "prescription": {name: each.strength for name, each in found.items()},

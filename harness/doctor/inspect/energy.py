@@ -7,14 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from harness.doctor.checkpoint import Checkpoint
-from harness.doctor.inspect.fit import base_hazards, fit_of, towers_note
+from harness.doctor.inspect.fit import towers_note
 from harness.doctor.inspect.spectrum import Pair, Spectrum, spectra, spectrum
 from harness.files.architectures import Slot
 from harness.text import count, printable
@@ -23,6 +22,7 @@ from harness.verdict.file_record import Advice, FileRecord, Hazard, ModuleEnergy
 
 if TYPE_CHECKING:
     from harness.doctor.match import Placement
+    from harness.doctor.on_base import Held
     from harness.files import LoraAdapter, LoraModule
 
 # ||ΔW|| / ||W|| over all adapted layers. On the tiny Qwen-Image pipeline of the image tests 0.016 to 0.08 is a clear
@@ -119,18 +119,14 @@ def untargeted(base: Checkpoint, placed: Placement) -> list[str]:
     return [kind for kind, _ in sizes.most_common() if kind not in targeted]
 
 
-def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | None = None) -> FileRecord:
+def with_energy(record: FileRecord, adapter: LoraAdapter, held: Held | None = None) -> FileRecord:
     """Return `record` with the energy of every low-rank pair, hazard LH707, and what the energies advise.
 
-    Raises:
-        LoraFileError: `base` cannot be read.
+    `held` is the file held against its base.
     """
-    weights = Checkpoint.open(base) if base is not None else None
-    placed = weights.place(adapter) if weights else None
+    weights, placed = (held.base, held.placed) if held else (None, None)
     found = energies(adapter, weights, placed)
-    fit = fit_of(adapter, weights, placed) if weights and placed else None
-    hazards = [*record.hazards]
-    hazards += base_hazards(adapter, weights, placed, fit) if weights and placed and fit else []
+    hazards = [*record.hazards, *(held.hazards if held else ())]
     if (what := _not_finite(found)) and "LH707" not in record.codes:
         hazards.append(Hazard(code="LH707", what=what))
     known = {name: energy for name, energy in found.items() if energy.finite}
@@ -138,7 +134,7 @@ def with_energy(record: FileRecord, adapter: LoraAdapter, base: Path | str | Non
     notes = [*_of_base(adapter, weights, placed), *towers_note(adapter, weights)] if weights and placed else []
     return record.model_copy(
         update={
-            "fit": fit,
+            "fit": held.fit if held else None,
             "notes": (*record.notes, *notes),
             "hazards": tuple(sorted(hazards, key=lambda hazard: hazard.code)),
             "energy": relative if weights else {name: energy.norm for name, energy in known.items()},

@@ -145,10 +145,8 @@ def fused_blocks(adapter: LoraAdapter) -> Iterator[Hazard]:
     if times > 1:
         trap = f"trained at alpha / {each} (split_qkv), while every tool divides by {rank}: 1/{times} of the effect"
     else:
-        trap = (
-            f"an alpha that is still that of training belongs over {each}, and over {rank} is 1/{blocks} of the effect"
-        )
-        trap += f"; one that a converter multiplied by {blocks} is right, and the file does not say which it is"
+        trap = f"an alpha that is still that of training belongs over {each}, and over {rank} is 1/{blocks} of the "
+        trap += f"effect; one that a converter multiplied by {blocks} is right, and the file does not say which it is"
     yield Hazard(code="LH704", what=f"{what}{each}): {trap}")
 
 
