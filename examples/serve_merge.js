@@ -99,9 +99,12 @@ serve(({ op, model, lora, strength, out }) => {
   if (strange) return { refused: `the key ${strange} is not supported` };
   for (const name of new Set(Object.keys(file).map((key) => key.match(known)[1]))) {
     const down = file[`${name}.lora_down.weight`], up = file[`${name}.lora_up.weight`], weight = base[names[name]];
-    const [rank, columns] = down.shape, a = down.values(), b = up.values(), values = weight.values();
+    const [rows, columns] = weight.shape, rank = down.shape[0];
+    if (`${[rank, columns]} ${[rows, rank]}` !== `${down.shape} ${up.shape}`)
+      return { refused: `${name}: [${up.shape}] by [${down.shape}] fits no weight [${weight.shape}]` };
+    const a = down.values(), b = up.values(), values = weight.values();
     const scale = (strength * (file[`${name}.alpha`] ? file[`${name}.alpha`].values()[0] : rank)) / rank;
-    for (let row = 0; row < up.shape[0]; row++)
+    for (let row = 0; row < rows; row++)
       for (let k = 0; k < rank; k++)
         for (let column = 0; column < columns; column++)
           values[row * columns + column] += scale * b[row * rank + k] * a[k * columns + column];

@@ -50,6 +50,15 @@ def verdicts(done: subprocess.CompletedProcess[str]) -> list[Mapping[str, str]]:
     return found
 
 
+@pytest.mark.parametrize("server", ["python serve_merge.py", "node serve_merge.js"])
+def test_the_servers_are_right_and_silent_about_nothing(server: str) -> None:
+    if shutil.which(server.split()[0]) is None:
+        pytest.skip(f"{server.split()[0]} is not installed")
+    args = ("--format", "kohya", "--bench", "qwen-image-fused", "--max-examples", "3", "-j", "1", "--json")
+    found = verdicts(harness(EXAMPLES, "check", f"serve:{server}", *args))
+    assert {v["check"] for v in found} > {"scale", "silence"}
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_each_door_is_told_in_five_lines_and_listed(door: str) -> None:
     assert len((EXAMPLES / door / "README.md").read_text(encoding="utf-8").splitlines()) <= 5
