@@ -29,6 +29,7 @@ NAMES = (
     "report",
 )
 LOOP = 1_000_000
+FAILED = "**`python -m benchmarks {}` failed**: nothing of it is here."
 READ_ME = (
     "Ratios are taken within one run, the ways taking turns, on one thread. Where a limit is a time, processor time is "
     "judged, which is the wall time of an idle processor: others used this one meanwhile. Written by `make bench`."
@@ -43,13 +44,18 @@ def machine() -> str:
 
 
 def section(name: str, argv: Sequence[str]) -> list[str]:
-    """Run one benchmark in a process of its own: memory that another has used is quicker to have again."""
+    """Run one benchmark in a process of its own: memory that another has used is quicker to have again.
+
+    One that fails is a section that says so: what the others have measured is kept.
+    """
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     began = time.perf_counter()
     code = f"from benchmarks.{name} import main; print(chr(10).join(main({list(argv)!r})))"
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=HERE.parent, env=one_thread(), stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, cwd=HERE.parent, env=one_thread(), stdout=subprocess.PIPE, text=True, check=False)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    if run.returncode:
+        return [FAILED.format(name), ""]
     return [*run.stdout.rstrip().splitlines(), ""]
 
 
@@ -82,6 +88,8 @@ def main() -> None:
     print(text)
     if chosen == NAMES and not options:
         (HERE / "results.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    if failed := [name for name in chosen if FAILED.format(name) in sections]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

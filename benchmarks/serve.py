@@ -28,7 +28,11 @@ def seconds(loader: str, most: int) -> tuple[float, float]:
     """Return the wall and processor time of one cell."""
     arguments = ["-m", "harness", "check", loader, "--format", "kohya", "--bench", "qwen-image", "-j", "1"]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments, "--max-examples", str(most)], cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, *arguments, "--max-examples", str(most)], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{loader} is to be right: {(done.stdout or done.stderr).strip()[-500:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
