@@ -166,7 +166,7 @@ def _mixed(source: Source, taken: Mapping[str, Taken]) -> str:
         for name in (name for name, stems in taken.items() if tail in stems.get(stem, ())):
             votes.setdefault(name, key)
     found = " and ".join(f"{name} ({printable(key, 80)})" for name, key in votes.items())
-    return f"mixes the key formats {found}: no loader reads both, so part of it would be ignored"
+    return f"mixes the key formats {found}: a loader of one of them leaves the other part out, so it is not judged"
 
 
 def _unknown(source: Source) -> str:

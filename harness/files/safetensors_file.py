@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 25_000_000  # a 47 MB header of empty tensors costs safetensors 8 to 25 s and more than 1 GB
 _LENGTH_BYTES = 8
+_SHOWN_BYTES = 120
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _DESCRIPTORS = "/dev/fd"
 _METADATA_FIRST = re.compile(rb'\s*\{\s*"__metadata__"\s*:\s*')
 _DECODER = json.JSONDecoder()
@@ -116,7 +119,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
             head = stream.read(_LENGTH_BYTES)
             length = int.from_bytes(head, "little")
             if length > size - _LENGTH_BYTES:
-                raise _other_kind(path, head, size)
+                raise _other_kind(path, head + stream.read(_SHOWN_BYTES), size)
             if length > MAX_HEADER_BYTES:
                 raise LoraFileError(path, f"a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
             raw = stream.read(length)
@@ -136,9 +139,20 @@ def _other_kind(path: Path, head: bytes, size: int) -> LoraFileError:
         return LoraFileError(path, f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}")
     if size < _LENGTH_BYTES:
         return LoraFileError(path, f"empty or truncated: {size} bytes, a safetensors file has more")
-    length = int.from_bytes(head, "little")
+    if text := _as_text(head):
+        return NoLoraError(path, f"is text, not the weights: {text}")
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     what = f"truncated or not a safetensors file: it announces a header of {length:,} bytes and has {size:,}"
     return LoraFileError(path, what)
+
+
+def _as_text(head: bytes) -> str:
+    """Return how a file of text begins, escaped; empty for other files."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # of the last character a part may be missing
+    except UnicodeDecodeError:
+        return ""
+    return printable(text.strip(), _SHOWN_BYTES) if text.strip() and not _CONTROL.search(text) else ""
 
 
 def _validated(path: Path, raw: bytes, size: int) -> Any:

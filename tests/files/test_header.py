@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
 
+from harness.errors import NoLoraError
 from harness.files import read_header
 from harness.files import safetensors_file as module
 
@@ -72,3 +74,11 @@ def test_numbers_are_read_from_anywhere_in_any_order(tmp_path: Path, gap: int) -
     keys = [f"{number}" for number in reversed(range(40))]
     assert file.numbers(keys) == {key: int(key) + 0.5 for key in keys}
     assert file.numbers([]) == {}
+
+
+@pytest.mark.parametrize("text", ['{"error": "log in"}', "\ufeffAccess denied\n", "Not Found", "é" * 400])
+def test_a_text_in_the_place_of_a_file_is_shown(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(NoLoraError, match="is text, not the weights: " + re.escape(text.strip("\ufeff\n")[:50])):
+        read_header(path)
