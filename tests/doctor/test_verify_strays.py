@@ -100,8 +100,45 @@ def twice(base: Tensor, update: Tensor, merged: Tensor) -> Tensor:
     return (half.float() + update / 2).to(base.dtype)
 
 
-@pytest.mark.parametrize(("rounded", "full"), [(by_chance, False), (by_chance, True), (twice, False)])
+@pytest.mark.parametrize(("rounded", "full"), [(by_chance, False), (by_chance, True), (twice, False), (twice, True)])
 def test_what_is_rounded_by_chance_or_twice_is_no_other_change(
     layer: tuple[Path, Tensor, Tensor], rounded: Damage, full: bool
 ) -> None:
     assert verified(layer, rounded, full=full).exit_code == 0
+
+
+def cut(base: Tensor, update: Tensor, merged: Tensor) -> Tensor:
+    """Round toward 0, as scripts do that keep the upper half of a float32."""
+    return (base.float() + update).view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
+
+
+def test_what_is_rounded_toward_zero_is_no_other_base(layer: tuple[Path, Tensor, Tensor]) -> None:
+    assert verified(layer, cut, full=False).exit_code == 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("factor", [0.997, 1.002])
+def test_a_base_at_another_scale_hides_below_no_rounding(
+    layer: tuple[Path, Tensor, Tensor], factor: float, full: bool
+) -> None:
+    def scaled(base: Tensor, update: Tensor, merged: Tensor) -> Tensor:
+        return (factor * base.float() + update).to(base.dtype)
+
+    report = verified(layer, scaled, full=full)
+    assert (report.exit_code, report.overall.code) == (1, "LH401"), report.overall.text()
+    assert "the base is in it" in report.overall.text()
+
+
+@pytest.mark.parametrize("wrong", [1.0, 1.03, 0.97])
+def test_a_step_that_is_no_longer_that_of_its_codes_is_found(
+    layer: tuple[Path, Tensor, Tensor], tmp_path: Path, wrong: float
+) -> None:
+    folder, base, update = layer
+    for name, weight in (("base", base.float()), ("merged", base.float() + update)):
+        step = weight.abs().max() / 448
+        codes = (weight / step).to(torch.float8_e4m3fn)
+        stored = step * (wrong if name == "merged" else 1)
+        save_file({"x.weight": codes, "x.weight_scale": stored.reshape(())}, tmp_path / f"{name}.safetensors")
+    report = verify_merge(tmp_path / "base.safetensors", tmp_path / "merged.safetensors", folder / "lora.safetensors")
+    assert report.exit_code == (wrong != 1), report.overall.text()
+    assert (f"the base is in it {wrong:g}" in report.overall.text()) == (wrong != 1)

@@ -23,6 +23,7 @@ _WHOLE_UP_TO = 1 << 22  # elements of a weight that is read whole to compare nor
 _FACTOR_ROUNDINGS = 4  # of the norm, the magnitude, the quotient and the product
 _COARSEST = 2.0**-3  # unit roundoff of float8
 _LEAST_OFF = 1e-3
+_LEAST_DRIFT, _STEP_DRIFT = 5e-4, 5e-3
 _TWO_ROUNDINGS = 1.6  # half steps
 _MOST = 0.9  # share of the elements that a blend must explain
 Runs = list[tuple[int, int]]
@@ -141,6 +142,12 @@ class MergedLayer:
         """Unit roundoff of the coarsest type in which the delta may have been computed."""
         coarse = UNIT_ROUNDOFF["bfloat16"]
         return max(UNIT_ROUNDOFF.get(self.dtype, coarse), UNIT_ROUNDOFF.get(self.lora_dtype, coarse))
+
+    @property
+    def least_drift(self) -> float:
+        """Factor on W, less 1, that nobody is blamed for: the step of codes may be kept in bfloat16."""
+        coded = any(store.quantised(self.tensor) for store in (self.base, self.merged))
+        return _STEP_DRIFT if coded else _LEAST_DRIFT
 
     @property
     def on_grid(self) -> bool:

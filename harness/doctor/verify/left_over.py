@@ -22,6 +22,8 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     """Say that what else was done to a layer is of low rank, as another LoRA's update is, or in few elements."""
     if measured.state not in ("mixed", "unexplained"):
         return None
+    if measured.base != 1:
+        return f"the base is in it {measured.base:.4g} times: another scale of its weights, or of its codes"
     seen = layer.window(0, min(layer.rows, ROWS_LEFT))
     scale = measured.scale if measured.state == "mixed" else 0.0
     rest = seen.after - seen.before - scale * seen.product

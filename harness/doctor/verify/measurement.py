@@ -29,6 +29,7 @@ _ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not i
 FAR = 3.0  # allowances: what is rounded twice, or to either side by chance, is off by two at most
 _STRAYS, _STRAY_SHARE = 5, 3e-4  # elements so far off, and as a share of all, that no rounding made them
 _LOST, _FEW = 0.2, 0.25  # share of a row that is far off, and of the rows: damage to these, not to the layer
+_SIGMAS, _AWAY, _MUCH = 5.0, 0.01, 0.3  # standard errors; shares of the elements, of what remains
 _TWO_ROUNDINGS = 1.6  # half steps: the sum of two roundings stays below it in 96 of 100 elements
 
 
@@ -41,7 +42,8 @@ class MergeMeasurement:
     `product` are <ΔW, BA> and <BA, BA> over the rows seen, `aligned` the share of ||ΔW||^2 along B @ A.
     `unmerged` are the rows, as (start, stop), in which nothing happened although something should have; `damaged` are
     the others that are not what the merge makes of them. `seen` is the share of the rows that was read. `replaces` says
-    what a tensor was compared with where no scale is measured; it is then `replaced` when it is right.
+    what a tensor was compared with where no scale is measured; it is then `replaced` when it is right. `base` is what
+    the base was multiplied by, 1 where that lies within what rounding leaves open.
     """
 
     state: State
@@ -59,6 +61,7 @@ class MergeMeasurement:
     damaged: tuple[Damage, ...] = ()
     seen: float = 1.0
     replaces: str = ""
+    base: float = 1.0
 
     @property
     def survived(self) -> float | None:
@@ -94,7 +97,7 @@ def measure(layer: MergedLayer, expected: float, without: Flags | None = None) -
         ):
             break
         window = (found.low - found.width, found.high + found.width)
-    made = replace(judge(sample, found, expected), seen=seen)
+    made = replace(judge(sample, found, expected, layer.least_drift), seen=seen)
     if kept.all():
         return made
     broken = tuple(Damage(int(row), int(row) + 1, "non-finite") for row in whole.index[~kept])
@@ -118,8 +121,7 @@ def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> M
     broken = ~np.isfinite(sums.energy)
     if whole.state not in ("merged", "partly", "damaged", "two roundings", "hidden", "mixed", "not finite"):
         return _with_damage(whole, layer, [Damage(*run, "non-finite") for run in runs_of(broken)])
-    usual = 1 - first.explained if first.explained >= _EXPLAINED else 0.0
-    found = damaged_rows(layer, sample, sums, rounding, usual)
+    found = damaged_rows(layer, sample, sums, rounding, _usual(sample, first, rounding))
     kept = np.ones(layer.rows, bool)
     for damage in found:
         kept[slice(*damage.rows)] = False
@@ -130,6 +132,16 @@ def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> M
         whole = replace(rest, elements=whole.elements, seen=1.0)
     overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
     return _with_damage(replace(whole, overlap=overlap, product=product), layer, found)
+
+
+def _usual(sample: Sample, first: MergeMeasurement, rounding: Rounding) -> float:
+    """Return the share of elements beyond what rounding allows that a row has which is right."""
+    if first.explained >= _EXPLAINED:
+        return 1 - first.explained
+    if first.state != "two roundings":
+        return 0.0
+    error, _ = _off(sample, rounding.scale)
+    return float(np.median((error > rounding.allowance(sample.product, sample.half)).mean(axis=1)))
 
 
 def _with_damage(made: MergeMeasurement, layer: MergedLayer, found: list[Damage]) -> MergeMeasurement:
@@ -162,14 +174,16 @@ def _by_block(sample: Sample, flags: Flags) -> np.ndarray[Any, np.dtype[np.int_]
     return np.bincount(sample.block, weights=flags.sum(axis=1)).astype(int)
 
 
-def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
+def judge(sample: Sample, found: Vote, expected: float, least_drift: float) -> MergeMeasurement:
     """Say what happened to the sampled rows, given the scale most of them voted for."""
     nonzero = sample.product != 0
     if not (sample.changed & nonzero).any():
         return _untouched(sample, found, expected)
-    sure = found.coverage >= _EXPLAINED or _has_strays(sample, found.scale)  # which no regression should follow
-    scale = found.scale if sure else _refined(sample, found.scale)
+    scale = found.scale
     error, allowance = _off(sample, scale)
+    if found.coverage < _EXPLAINED and not _are_strays(error > FAR * allowance):  # which no regression should follow
+        scale = _refined(sample, scale)
+        error, allowance = _off(sample, scale) if scale != found.scale else (error, allowance)
     wrong = error > allowance
     missed = wrong & nonzero & ~sample.changed
     blocks = (_by_block(sample, missed) >= _MISSED) & (_by_block(sample, sample.changed) == 0)
@@ -192,10 +206,39 @@ def judge(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
         rows=sample.rows,
         unmerged=_rows(np.flatnonzero(blocks), sample.index[alone & ~blocks[sample.block]], sample),
     )
-    if _are_strays(far[rest]):
-        return replace(made, state="mixed") if made.explained >= MOSTLY else _mixed(seen, made)
     found_rows = [Damage(int(row), int(row) + 1, "other") for row in sample.index[lost]]
-    return _beside(_classified(seen, made, error[rest], wrong[rest], expected), found_rows)
+    if _are_strays(far[rest]):
+        made = replace(made, state="mixed") if made.explained >= MOSTLY else _mixed(seen, made)
+    else:
+        made = _beside(_classified(seen, made, error[rest], wrong[rest], expected), found_rows)
+    return _on_its_base(made, seen, least_drift)
+
+
+def _on_its_base(made: MergeMeasurement, sample: Sample, least: float) -> MergeMeasurement:
+    """Return `made`, `mixed` where the base has another scale in the merge: (1 + g) W + s P, g beyond `least`.
+
+    g is <R, W> / <W, W> of the remainder R = W' - W - s P. What remains leaves in it five standard errors, rounding a
+    bias of the square of half a step against W, and an s that is not exact its own share along P.
+    """
+    weight = _dot(sample.base, sample.base)
+    if made.state not in ("merged", "partly", "two roundings", "mixed") or not weight:
+        return made
+    rest = sample.change - sample.product * sample.product.dtype.type(made.scale)
+    drift, along = _dot(rest, sample.base) / weight, abs(_dot(sample.product, sample.base)) / weight
+    blurred = rest * sample.base
+    noise = (_SIGMAS * math.sqrt(_dot(blurred, blurred)) + _dot(sample.half, sample.half)) / weight
+    unsure = made.interval[1] - made.interval[0] + 2 * sample.roundoff * abs(made.scale)
+    if abs(drift) <= least + noise + unsure * along or _is_cut(rest, sample, drift * weight):
+        return made
+    if made.state == "mixed" and drift**2 * weight < _MUCH * _dot(rest, rest):
+        return made
+    return replace(made, state="mixed", base=1 + drift)
+
+
+def _is_cut(rest: Array, sample: Sample, drift: float) -> bool:
+    """Tell whether the sum was rounded toward 0, as by cutting off bits: no element is larger than before that."""
+    away = float((rest * np.sign(sample.base + sample.change) > 0).mean())
+    return drift < 0 and away < _AWAY and -drift <= 1.25 * _dot(sample.half, np.abs(sample.base))
 
 
 def _beside(made: MergeMeasurement, damaged: list[Damage]) -> MergeMeasurement:
@@ -207,8 +250,9 @@ def _beside(made: MergeMeasurement, damaged: list[Damage]) -> MergeMeasurement:
 
 def _off(sample: Sample, scale: float) -> tuple[Array, Array]:
     """Return how far each element is from what a merge at `scale` makes of it, and how far rounding may leave it."""
-    error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
-    return error, Rounding.of(sample, scale).allowance(sample.product, sample.half)
+    with np.errstate(all="ignore"):
+        error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
+        return error, Rounding.of(sample, scale).allowance(sample.product, sample.half)
 
 
 def _are_strays(far: Flags) -> bool:
@@ -217,9 +261,8 @@ def _are_strays(far: Flags) -> bool:
 
 def _has_strays(sample: Sample, scale: float) -> bool:
     """Tell whether elements are further off than any rounding leaves them, however few they are."""
-    with np.errstate(all="ignore"):
-        error, allowance = _off(sample, scale)
-        return _are_strays(error > FAR * allowance)
+    error, allowance = _off(sample, scale)
+    return _are_strays(error > FAR * allowance)
 
 
 def _classified(

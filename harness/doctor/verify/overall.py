@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from harness.doctor.verify.measurement import State
@@ -17,6 +17,7 @@ from harness.verdict.codes import CODES
 from harness.verdict.verdict import LawRecord, Verdict
 
 Fact = tuple[str, str]  # code and sentence
+_PLAIN = frozenset({"lora", "conv", "lora_bias", "embedding", "experts"})  # whose update is B @ A
 _SHOWN = 20
 _READINGS_SHOWN = 3
 _SAME, _APART = 0.02, 0.05  # relative; factors that differ by less are one, those that differ by more are two
@@ -41,11 +42,13 @@ def overall_verdict(
     diagnosis: Diagnosis,
     frame: dict[str, Any],
     *,
+    kinds: Collection[str] = ("lora",),
     allowed: Sequence[Unjudged] = (),
 ) -> Verdict:
     """Return the verdict on the whole merge, with the ratio, the interval and the survival of all layers.
 
-    Right when every module is judged right, or not judged for a reason that is `allowed`.
+    Right when every module is judged right, or not judged for a reason that is `allowed`. `kinds` are the variants of
+    the modules.
     """
     known = [module for module in found if module.tells_scale]
     open_ = [module for module in found if module.unjudged and module.unjudged not in allowed]
@@ -55,7 +58,7 @@ def overall_verdict(
         *_missing_facts(found),
         *_file_facts(found, untouched),
     ]
-    code, title = facts[0] if facts else (None, _right(found, open_))
+    code, title = facts[0] if facts else (None, _right(found, open_, kinds))
     title += _sampled(found)
     left = _survived(known)
     return Verdict(
@@ -124,8 +127,8 @@ def _wrong_law(
 
 
 def _factors(told: Sequence[Module]) -> str:
-    """Say which factor each block, or each kind of layer, has, where all modules of one agree; else empty."""
-    for what, of in (("block", _block), ("kind of layer", _kind)):
+    """Say which factor each LoRA, block or kind of layer has, where all modules of one agree; else empty."""
+    for what, of in (("LoRA", _file), ("block", _block), ("kind of layer", _kind)):
         groups: dict[str, list[float]] = {}
         for module in told:
             groups.setdefault(of(module.name), []).append(module.found.measured / module.found.expected)
@@ -140,6 +143,11 @@ def _factors(told: Sequence[Module]) -> str:
     if len({round(ratio, 2) for ratio in ratios}) == len(told) > 2:
         return f"one factor per module: {ratios[0]:.3g} to {ratios[-1]:.3g} times the expected scale"
     return ""
+
+
+def _file(name: str) -> str:
+    """Return which of several LoRAs a module is of."""
+    return name.rpartition(": ")[0]
 
 
 def _block(name: str) -> str:
@@ -219,7 +227,7 @@ def _why(some: Sequence[Module]) -> str:
     return next((module.problem.what for module in some if module.problem), "")
 
 
-def _right(found: Sequence[Module], open_: Sequence[Module]) -> str:
+def _right(found: Sequence[Module], open_: Sequence[Module], kinds: Collection[str]) -> str:
     judged = sum(not module.unjudged for module in found)
     if open_:
         names = first_of([module.name for module in open_])
@@ -227,7 +235,8 @@ def _right(found: Sequence[Module], open_: Sequence[Module]) -> str:
     let_through = len(found) - judged
     rest = f", {let_through} not judged, as allowed" if let_through else ""
     ways = dict.fromkeys(module.measured.replaces for module in found if module.measured)
-    way = "base + strength * alpha / rank * B @ A" if "" in ways or not ways else f"{', '.join(ways)},"
+    update = "B @ A" if _PLAIN.issuperset(kinds) else f"the update of each module ({', '.join(sorted(kinds))})"
+    way = f"base + strength * alpha / rank * {update}" if "" in ways or not ways else f"{', '.join(ways)},"
     return f"{judged} of {len(found)} right: {way} and nothing else{rest}"
 
 

@@ -102,7 +102,7 @@ def verify_merge(
     untouched = compare_untouched(*stores, touched, full=options.full)
     untouched = replace(untouched, notes=(*notes, *untouched.notes))
     command = _command(bases, merged, loras, options)
-    return _report(given[0].adapter, found, untouched, Path(merged).name, command, options)
+    return _report([one.adapter for one in given], found, untouched, Path(merged).name, command, options)
 
 
 def _claims(given: list[Given], stores: Stores) -> dict[str, list[tuple[Given, Change]]]:
@@ -274,12 +274,14 @@ def _homeless(adapter: LoraAdapter, name: str, stores: Stores, placement: Placem
 
 
 def _report(
-    adapter: LoraAdapter, found: list[Module], untouched: Untouched, loader: str, command: str, options: VerifyOptions
-) -> MergeReport:
+    loras: list[LoraAdapter], found: list[Module], untouched: Untouched, loader: str, command: str,
+    options: VerifyOptions,
+) -> MergeReport:  # fmt: skip
     law = _law(found)
-    frame = {"loader": loader, "format": adapter.format, "reproduce": command}
+    frame = {"loader": loader, "format": loras[0].format, "reproduce": command}
     modules = tuple(module_verdict(module, law.code, frame) for module in found)
-    overall = overall_verdict(found, modules, untouched, law, frame, allowed=options.allow_unjudged)
+    kinds = {module.variant for lora in loras for module in lora.modules.values()}
+    overall = overall_verdict(found, modules, untouched, law, frame, kinds=kinds, allowed=options.allow_unjudged)
     return MergeReport(modules, overall, tuple(found), untouched)
 
 
