@@ -198,7 +198,8 @@ def _prescriptions(record: FileRecord) -> Iterator[tuple[str, str, str]]:
     alone = {names[0]: why for why, names in record.without_number.items() if len(names) == 1}
     for loader, strength in record.prescription.items():
         if strength is not None:
-            said = tools()[loader].passing(strength) if loader in tools() else f"strength {strength:g}"
+            tool = tools().get(loader)
+            said = tool.passing(strength, record.components) if tool else f"strength {strength:g}"
             yield "  pass", printable(loader, 120), said
         elif loader in alone:
             yield "  pass", printable(loader, 120), f"no number: {printable(alone[loader], 400)}"

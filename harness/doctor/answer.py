@@ -17,6 +17,8 @@ from harness.law.reads import measured_on
 
 Effect = Literal["law", "factor", "drops", "nothing", "raises", "hangs", "wrong", "cannot", "unknown"]
 Sure = Literal["measured", "by name", "read", "unknown"]
+EVERY = "every module"
+BY_NAME = "every module that its model has under this name"
 _PLAIN = ("lora", "conv")
 _BESIDE = {
     "peft": "adapter_config.json beside it, where lora_alpha stands",
@@ -30,15 +32,16 @@ class Answer:
 
     `effect` is `law` when every module gets its trained scale times a number that one strength undoes; `strength` is
     then the number for the tool's field, None when no single value is right or the file does not say enough. `gain`
-    is how many times too strong the modules are at strength 1, smallest and largest, as far as it is known. `says`
-    continues "<tool> …". `sure`: `measured` on the tool's own code and this architecture; `by name`: its law is
-    measured, and it takes modules by the model's own names; `read` in its code; `unknown`. `instead` is the format of
-    the repair that mends it, `do` what else does. `day`: when it was measured, where that is not the day of reads.json.
+    is how many times too strong the modules are at strength 1, smallest and largest, as far as it is known. `told`
+    continues "<tool> …", or "applies <modules> …" where there are `modules`. `sure`: `measured` on the tool's own code
+    and this architecture; `by name`: its law is measured, and it takes modules by the model's own names; `read` in its
+    code; `unknown`. `instead` is the format of the repair that mends it, `do` what else does. `day`: when it was
+    measured, where that is not the day of reads.json.
     """
 
     tool: Tool
     effect: Effect
-    says: str
+    told: str
     sure: Sure
     strength: float | None = None
     gain: tuple[float, float] | None = None
@@ -47,6 +50,12 @@ class Answer:
     instead: str | None = None
     do: str = ""
     day: str = ""
+    modules: str = ""
+
+    @property
+    def says(self) -> str:
+        """The answer in words, behind the name of the tool."""
+        return f"applies {self.modules} {self.told}" if self.modules else self.told
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,10 @@ def by_scales(tool: Tool, law: Law, gains: Sequence[tuple[float, LoraModule]], a
     plain = all(module.variant in _PLAIN for module in modules)
     if strength is None or (strength != 1 and not plain):
         what = "no single strength is right" if strength is None else "its strength is not linear in such modules"
-        return Answer(tool, "factor", f"{_strong(span)}: {what}", "unknown", gain=span)
+        return Answer(tool, "factor", f"{_strong(span)}: {what}", "unknown", gain=span, modules=EVERY)
     without = asked.supposed and any(module.rank and module.alpha is None for module in modules)
-    says = f"{_strong(span)}, if its alpha was its rank" if without else _strong(span)
-    return Answer(tool, "law", says, "unknown", strength, span)
+    told = f"{_strong(span)}, if its alpha was its rank" if without else _strong(span)
+    return Answer(tool, "law", told, "unknown", strength, span, modules=EVERY)
 
 
 def _wanted(module: LoraModule, asked: Question) -> float | None:
@@ -119,10 +128,10 @@ def _what_is_missing(tool: Tool, gains: Sequence[tuple[float, LoraModule]]) -> s
 
 def _strong(span: tuple[float, float] | None) -> str:
     if span is None or all(math.isclose(end, 1, rel_tol=1e-6) for end in span):
-        return "applies every module as trained"
+        return "as trained"
     low, high = span
     shown = f"{low:.4g}" if abs(high - low) < 1e-6 * abs(high) else f"{low:.4g} to {high:.4g}"
-    return f"applies modules {shown} times as strong as trained"
+    return f"{shown} times as strong as trained"
 
 
 def sure_of(tool: Tool) -> Sure:

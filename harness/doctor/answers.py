@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from harness.doctor.answer import Answer, Effect, Question, Sure, by_scales, loaded_without_alpha, sure_of
+from harness.doctor.answer import BY_NAME, Answer, Effect, Question, Sure, by_scales, loaded_without_alpha, sure_of
 from harness.doctor.converting import converted
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
 from harness.doctor.inspect.engines import engine_hazards, engines
@@ -99,12 +99,8 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     said = (read.what,) if read.what and read.effect == "law" else ()
     found = replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
-    return found if found.sure == "measured" else replace(found, says=_if_there(found.says, traits))
-
-
-def _if_there(says: str, traits: Traits) -> str:
-    """Return a sentence about all modules as one about those that a model has that nobody knows."""
-    return says if traits.is_placed else says.replace("every module", "every module that its model has under this name")
+    is_sure = found.sure == "measured" or traits.is_placed or not found.modules
+    return found if is_sure else replace(found, modules=BY_NAME)
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:

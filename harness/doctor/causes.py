@@ -40,7 +40,7 @@ def _strength_cause(found: FileDiagnosis) -> Cause:
         if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
     ]  # fmt: skip
     right = "; ".join(
-        f"{each.tool.name}: {each.tool.passing(each.strength)}"
+        f"{each.tool.name}: {each.tool.passing(each.strength, found.traits.components)}"
         for each in found.answers.values()
         if each.strength is not None
     )
@@ -53,7 +53,10 @@ def _dropped_cause(found: FileDiagnosis) -> Cause:
     bad = [each for each in found.answers.values() if each.effect in ("drops", "nothing", "raises", "hangs", "wrong")]
     evidence = "; ".join(f"{each.tool.name} {each.says}" for each in bad[:2])
     evidence = next((each.what for each in found.misfits if each.code == "LH718"), evidence)
-    return Cause("modules dropped or misplaced", "`lora-harness check LOADER` counts the layers that change", evidence)
+    counted = "`lora-harness check LOADER` counts the layers that change"
+    logs = dict.fromkeys(f"{each.tool.title}: {each.tool.log}" for each in found.answers.values() if each.tool.log)
+    test = f"see what it prints of keys left out ({'; '.join(logs)}); {counted}" if logs else counted
+    return Cause("modules dropped or misplaced", test, evidence)
 
 
 def _model_cause(found: FileDiagnosis) -> Cause:

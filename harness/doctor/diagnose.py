@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import Answer, Effect, Question, how_sure
+from harness.doctor.answer import BY_NAME, Answer, Effect, Question, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.weights import Weighed, weigh
@@ -197,7 +197,8 @@ def _of_tool(found: FileDiagnosis, given: Answer) -> Iterator[tuple[str, str]]:
     if given.strength is not None and found.traits.adapter.is_unscaled:
         yield "pass", f"nothing to pass: {found.traits.adapter.kind} has no strength"
     elif given.strength is not None:
-        yield "pass", tool.passing(given.strength) + (_steps(found, given.strength) if tool.passes else "")
+        steps = _steps(found, given.strength) if tool.passes else ""
+        yield "pass", tool.passing(given.strength, found.traits.components) + steps
     else:
         yield (
             "pass",
@@ -234,15 +235,17 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
         asks = "; or ask again with --base MODEL, whose layers a repair would need" if base else ""
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
-        return "measure it: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
+        seen = f"look for {given.tool.log}, or measure it" if given.tool.log else "measure it"
+        return f"{seen}: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
     return _what_to_check(found, given)
 
 
 def _what_to_check(found: FileDiagnosis, given: Answer) -> str:
     if found.misfits:
         return "check that this is the base it was trained on"
-    if "under this name" in given.says:
-        return f"see that {given.tool.title} reports no key as left out, or ask again with --base"
+    if given.modules == BY_NAME:
+        left = f"there is no {given.tool.log}" if given.tool.log else f"{given.tool.title} reports no key as left out"
+        return f"see that {left}, or ask again with --base"
     return "nothing else"
 
 

@@ -91,20 +91,18 @@ def _on_base(given: Answer, held: Held, traits: Traits) -> Answer:
     tool, fit = given.tool, held.fit
     if held.bridged and given.sure in ("by name", "read") and not _knows(given, traits):
         says = f"may not find its layers, which this base calls otherwise ({held.bridged}): that was not measured"
-        return replace(given, effect="unknown", says=says, sure="unknown", strength=None, gain=None)
+        return replace(given, effect="unknown", told=says, modules="", sure="unknown", strength=None, gain=None)
     if tool.most_left is not None and held.left_keys > tool.most_left:
         says = f"leaves the whole file out: {held.left_keys} of its keys have no layer in this base"
         says += f", and it allows {tool.most_left}"
-        return replace(given, effect="nothing", says=says, strength=None, gain=None)
+        return replace(given, effect="nothing", told=says, modules="", strength=None, gain=None)
     if held.left_keys:
         some = f"the {fit.applied} of {count(fit.modules, 'module')} that this base has"
-        given = replace(
-            given, says=given.says.replace("every module", some).replace("applies modules", f"applies {some}")
-        )
+        given = replace(given, modules=some) if given.modules else replace(given, told=f"{given.told}; it takes {some}")
     if held.wider:
         who = "it widens that" if tool.name == _WIDENS else f"only {_WIDENS} is known to widen that"
         more = f"{held.wider[0]} has more inputs than its layer here, as control and Fill LoRAs have: {who}"
-        return replace(given, says=f"{given.says}; {more}")
+        return replace(given, told=f"{given.told}; {more}")
     return given
 
 

@@ -15,12 +15,11 @@ from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.config import changing_init
 from harness.files.keys import PAIRS
 from harness.law.findings import Finding, Words, findings_for
-from harness.law.known import distinct
+from harness.law.known import distinct, is_text_encoder
 from harness.law.reads import Place, layers_of, pattern_of, places_of
 from harness.law.sizes import fitting
 from harness.text import printable
 
-_TEXT = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
 _WRAPPERS = ("_orig_mod", "_wrapped_module", "_forward_module", "module.", "base_model.model.base_model.")
 _WRAPPED = re.compile(
     r"_orig_mod[._]|_wrapped_module\.|_forward_module\.|^(base_model\.model\.)?module\.|^base_model\.model\.base_model\."
@@ -43,6 +42,7 @@ _DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_
 _OTHER_TOWER = re.compile(
     r"(^|_)(encoder|cross_attn|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
 )
+_FLATTENED = re.compile(r"_\d+_")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
 _ROOT = "+rslora"  # how reads.json marks a header that says so
@@ -98,6 +98,11 @@ class Traits:
         found = next(filter(_WRAPPED.search, self._keys), None)
         return f"looks for plain names, not for those of a wrapper ({printable(found, 70)})" if found else ""
 
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """The parts of the pipeline that it has modules for, as it calls them."""
+        return tuple(dict.fromkeys(module.component for module in self.adapter.modules.values()))
+
     @property
     def alpha_is_beside(self) -> bool:
         """Tell whether alpha stands in an adapter_config.json that no reader of the format opens."""
@@ -122,7 +127,7 @@ class Traits:
         """The denoiser's modules, then those of text encoders."""
         by_part: dict[bool, list[LoraModule]] = {}
         for module in self.adapter.modules.values():
-            by_part.setdefault(bool(_TEXT.fullmatch(module.component)), []).append(module)
+            by_part.setdefault(is_text_encoder(module.component), []).append(module)
         return tuple(self._group(part, modules) for part, modules in sorted(by_part.items()))
 
     def _group(self, text_encoder: bool, modules: list[LoraModule]) -> Group:
@@ -146,11 +151,11 @@ class Traits:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
             marks = self._dora(module) or (_ROOT if module.rslora and source == "header" else "")
-            found.add((before, after, "alpha" in module.keys, marks))
+            found.add((_prefix_name(before, module.name), after, "alpha" in module.keys, marks))
         return {
-            f"{_prefix_name(before)}.{_pair_name(after)}."
+            f"{prefix}.{_pair_name(after)}."
             f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{marks}"
-            for before, after, tensor, marks in found
+            for prefix, after, tensor, marks in found
         }
 
     @cached_property
@@ -180,6 +185,7 @@ class Traits:
             "zero": 0.0 in values,
             "inexact": any(math.frexp(module.trained_scale)[0] not in (0.0, 0.5, -0.5) for module in known),
             "rslora": any(module.rslora for module in scaled),
+            "scaled": any(not math.isclose(module.trained_scale, 1) for module in known),
             "pattern": any(value != self.adapter.config.get("lora_alpha", value) for value in values),
             self.adapter.alpha_source if known else "none": bool(scaled),
         }
@@ -267,7 +273,10 @@ class Traits:
         return "+vector" if "lora_magnitude_vector" in key else "+magnitude"
 
 
-def _prefix_name(before: str) -> str:
+def _prefix_name(before: str, name: str) -> str:
+    """Return how `reads.json` calls what stands before a name; a flattened name behind no prefix for such is none."""
+    if before[-1:] in ("", ".") and "." not in name and _FLATTENED.search(name):
+        return "flattened"
     if before.startswith("lora_te"):
         return "lora_te"
     return _PREFIXES.get(before, "transformer" if before.endswith(".") else "other")

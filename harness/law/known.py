@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
@@ -132,6 +133,8 @@ class Tool:
     has: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
     most_left: int | None = None
+    field_text: str = ""
+    log: str = ""
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
 
@@ -154,8 +157,8 @@ class Tool:
         """Tell whether its users pass a number of their own, rather than none or one that lies beside the file."""
         return not (self.takes_none or self.in_config)
 
-    def passing(self, strength: float) -> str:
-        """Return what to write into its field, or to do with it, for this strength."""
+    def passing(self, strength: float, components: Iterable[str] = ()) -> str:
+        """Return what to write into its field, or to do with it, for this strength and a file of these components."""
         if self.takes_none:
             why = self.field.strip("()").removeprefix("none: ")
             return f"nothing to pass: {why}" if strength == 1 else f"{strength:g}"
@@ -165,7 +168,9 @@ class Tool:
             )
         if ":weight>" in self.field:
             return self.field.replace("weight", f"{strength:.6g}")
-        return f"{self.field} = {strength:.6g}"
+        parts = [is_text_encoder(component) for component in components] or [False]
+        fields = [self.field] * (not all(parts) or not self.field_text) + [self.field_text] * any(parts)
+        return ", ".join(f"{field} = {strength:.6g}" for field in fields if field)
 
     @property
     def provenance(self) -> str:
@@ -187,7 +192,13 @@ class Tool:
         return next((str(each["says"]) for each in hit if "variant" in each["file"]), "")
 
 
+_TEXT_ENCODER = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")
+
+
+def is_text_encoder(component: str) -> bool:
+    """Tell whether a component of a pipeline is a text encoder, by what files call it."""
+    return bool(_TEXT_ENCODER.fullmatch(component))
 
 
 @cache

@@ -383,7 +383,7 @@ def test_what_the_weights_show_is_said_first(value: float, saw: str, code: str, 
 def test_the_release_decides_which_row_of_a_tool_answers(tmp_path: Path) -> None:
     path = write(tmp_path, QWEN, "diffsynth", [(4, 2.0)])
     old = run(path, "--tool", "diffsynth", "--tool-version", "2.0.4")
-    assert "DiffSynth-Studio 2.0.4: applies modules 2 times" in old.output
+    assert "DiffSynth-Studio 2.0.4: applies every module 2 times" in old.output
     assert "alpha = 0.5" in old.output
     assert "alpha = 1 " in run(path, "--tool", "diffsynth", "--tool-version", "2.1.12").output
 

@@ -43,7 +43,7 @@ RULES: list[tuple[dict[str, object], list[str], list[str]]] = [
     ({"init_lora_weights": "eva"}, [], []),
     ({"init_lora_weights": True}, [], []),
     ({"alora_invocation_tokens": [1]}, ["LH724"], ["LH725"]),
-    ({"layer_replication": [[0, 1]]}, ["LH724"], []),
+    ({"layer_replication": [[0, 1]]}, ["LH724"], ["LH725"]),
     ({"alpha_pattern": {"v_proj": 4}}, [], ["LH725"]),
     ({"target_modules": ".*(q|v)_proj"}, [], ["LH724"]),
     ({"target_modules": "all-linear"}, [], []),

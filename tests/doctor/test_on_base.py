@@ -60,7 +60,7 @@ def test_a_model_that_nobody_knows_is_answered_for_the_names_that_it_may_have(tm
     given, found = asked(kohya(tmp_path / "lora.safetensors", UNKNOWN), "comfyui")
     assert given.strength == 1
     assert given.says == "applies every module that its model has under this name as trained"
-    assert "no key as left out" in dict(lines(found))["do"]
+    assert "there is no `lora key not loaded` in its console" in dict(lines(found))["do"]
 
 
 def test_layers_that_a_tool_calls_by_names_of_its_own_are_unknown_to_it(tmp_path: Path) -> None:
