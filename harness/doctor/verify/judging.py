@@ -12,6 +12,7 @@ from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.left_over import ROWS_LEFT, left_over, without_product
 from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
+from harness.doctor.verify.mistakes import mistaken
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total
 from harness.doctor.verify.replaced import MethodLayer, judge_saved, judge_tokens
@@ -155,15 +156,6 @@ def _separated(layers: list[MergedLayer]) -> list[float]:
     return [float(scale) for scale in found]
 
 
-def _transposed(change: Change, layer: MergedLayer, wanted: Probe, reading: ReadingMode) -> MergeMeasurement | None:
-    """Return what a square layer shows when the update was merged transposed; None when it was not."""
-    turned = layer.product.turned()
-    if type(layer) is not MergedLayer or turned.shape != layer.product.shape or change.parts or turned is layer.product:
-        return None
-    measured = reading.measure(replace(layer, product=turned), wanted.expected)
-    return measured if measured.state in ("merged", "two roundings") else None
-
-
 def _is_requantised(measured: MergeMeasurement, tensor: str, wanted: Probe, stores: Stores) -> bool:
     """Tell whether a weight is the base's, stored otherwise: nothing of the update is in it."""
     if not wanted.expected or stores[0].quantised(tensor) == stores[1].quantised(tensor):
@@ -271,12 +263,12 @@ def _module(adapter: LoraAdapter, change: Change, wanted: Probe, stores: Stores,
     fault = None if blends else _fault(layer, measured)
     if measured.state == "hidden" and (measured.product == 0 or not wanted.strength):
         measured, fault = without_product(layer, measured, due=bool(wanted.strength))
-    other = _transposed(change, layer, wanted, reading) if measured.state == "unexplained" else None
+    other = None if change.parts else mistaken(layer, measured, wanted.expected, reading.measure)
     if _of_squares(layer, change, adapter) and (other or _is_found(measured)):
         what = "the experts are square: whether they lie as [out, in] or [in, out] cannot be told"
         return Module(wanted, change.tensor, None, NotMeasured("ambiguous", what))
     if other:
-        measured, fault = other, ("LH301", "the update was merged transposed")
+        measured, fault = other
     note = BLENDED if blends else left_over(layer, measured)
     lora = adapter.modules[change.module]
     unknown = change.scaled and lora.rank > 0 and not lora.alpha and not lora.unscaled

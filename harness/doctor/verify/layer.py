@@ -101,7 +101,7 @@ class MergedLayer:
 
     def sample(self, elements: int) -> Sample:
         """Return about `elements` elements: the same columns of at least one row from every block of rows."""
-        runs, columns = self._grid(elements)
+        runs, columns = self.grid(elements)
         read = [torch.cat([rows(*run) for run in runs]) for rows in self._stored()]
         finite = torch.stack([_finite(part) for part in read]).all(dim=0).numpy()
         base, merged = (part[:, columns] for part in read)
@@ -122,7 +122,14 @@ class MergedLayer:
             rows=self.rows,
         )
 
-    def _grid(self, elements: int) -> tuple[Runs, slice]:
+    def sampled(self, product: Product, elements: int) -> Array:
+        """Return what `sample` reads of another product of this shape."""
+        runs, columns = self.grid(elements)
+        work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
+        found: Array = product.part(index_of(runs), columns, work).numpy()
+        return found
+
+    def grid(self, elements: int) -> tuple[Runs, slice]:
         """Return the rows to read, a run in each block, and the columns."""
         blocks = min(BLOCKS, self.rows)
         columns = slice(0, None, max(1, blocks * self.columns // elements))
@@ -134,7 +141,7 @@ class MergedLayer:
 
     def update_is_finite(self) -> bool:
         """Tell whether the sampled rows of the product are free of NaN and infinity."""
-        runs, columns = self._grid(_LOOKED_AT)
+        runs, columns = self.grid(_LOOKED_AT)
         return bool(torch.isfinite(self.product.part(index_of(runs), columns, torch.float64)).all())
 
     @property
@@ -299,10 +306,10 @@ class DoraLayer(MergedLayer):
         picked = magnitude[index_of(runs)]
         return WholeRows(before[kept], after[kept], product[kept], picked[kept]) if kept.any() else None
 
-    def _grid(self, elements: int) -> tuple[Runs, slice]:
+    def grid(self, elements: int) -> tuple[Runs, slice]:
         """Take more rows of fewer columns where each column has its own factor."""
         if self.axis == 0:
-            return super()._grid(elements)
+            return super().grid(elements)
         blocks = min(BLOCKS, self.rows)
         count = min(max(_ROWS_TO_FIT, elements // (blocks * self.columns)), -(-self.rows // blocks))
         step = max(1, blocks * count * self.columns // elements)

@@ -25,7 +25,7 @@ _AS_ONCE = 0.01  # of the scale: so near, two merges make what one should
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
 _MISSED = 5  # elements that should have changed and did not
 _RESOLVED = 8.0  # half steps; larger updates are rounded without bias
-_ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
+ALIGNED = 0.02  # share of ||ΔW||^2 along B @ A below which this LoRA is not in it
 FAR = 3.0  # allowances: what is rounded twice, or to either side by chance, is off by two at most
 _STRAYS, _STRAY_SHARE = 5, 3e-4  # elements so far off, and as a share of all, that no rounding made them
 _LOST, _FEW = 0.2, 0.25  # share of a row that is far off, and of the rows: damage to these, not to the layer
@@ -201,7 +201,7 @@ def judge(sample: Sample, found: Vote, expected: float, least_drift: float) -> M
         changed=float(seen.changed.mean()),
         overlap=_dot(seen.change, seen.product),
         product=_dot(seen.product, seen.product),
-        aligned=_aligned(seen),
+        aligned=aligned(seen.change, seen.product),
         elements=sample.product.size,
         rows=sample.rows,
         unmerged=_rows(np.flatnonzero(blocks), sample.index[alone & ~blocks[sample.block]], sample),
@@ -284,10 +284,10 @@ def _classified(
 
 def _mixed(sample: Sample, made: MergeMeasurement) -> MergeMeasurement:
     """Return what was merged with other changes besides, or what no multiple of the product explains."""
-    if made.aligned > _ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
+    if made.aligned > ALIGNED and made.interval[1] - made.interval[0] < 0.1 * abs(made.scale):
         return replace(made, state="mixed")
     scale, doubt = _projected(sample, made)
-    state: State = "mixed" if made.aligned > _ALIGNED else "unexplained"
+    state: State = "mixed" if made.aligned > ALIGNED else "unexplained"
     return replace(made, state=state, scale=scale, interval=(scale - doubt, scale + doubt))
 
 
@@ -305,9 +305,9 @@ def _projected(sample: Sample, made: MergeMeasurement) -> tuple[float, float]:
     return made.overlap / max(made.product, 1e-300), 4 * math.sqrt(max(left_over, 0.0) / sample.product.size)
 
 
-def _aligned(sample: Sample) -> float:
-    change, product = _dot(sample.change, sample.change), _dot(sample.product, sample.product)
-    return _dot(sample.change, sample.product) ** 2 / max(change * product, 1e-300)
+def aligned(change: Array, product: Array) -> float:
+    """Return the share of ||ΔW||^2 along a product."""
+    return _dot(change, product) ** 2 / max(_dot(change, change) * _dot(product, product), 1e-300)
 
 
 def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:

@@ -39,7 +39,8 @@ class Module:
 
     `fault` is the code and the sentence of what is wrong beside the scale: DoRA's magnitude, NaN in the LoRA. `note`
     says what a reader of the scale should know. `alpha_unknown`: the file has no alpha, or 0; no scale is then right.
-    `expert_rows`: the rows of each expert, where the tensor holds several.
+    `expert_rows`: the rows of each expert, where the tensor holds several. `holds`: the module whose update is in it in
+    place of its own.
     """
 
     found: Probe
@@ -51,6 +52,7 @@ class Module:
     note: str | None = None
     alpha_unknown: bool = False
     expert_rows: int = 0
+    holds: str = ""
 
     @property
     def name(self) -> str:
@@ -145,7 +147,9 @@ def _judged(module: Module, law_code: str | None) -> tuple[str | None, str]:
     plain: dict[str, tuple[str | None, str]] = {
         "replaced": (None, measured.replaces),
         "not merged": ("LH102", "not merged: the weight is the base's"),
-        "unexplained": ("LH101", "changed, but not by this LoRA"),
+        "unexplained": ("LH104", f"holds the update of {printable(module.holds)}")
+        if module.holds
+        else ("LH101", "changed, but not by this LoRA"),
         "twice": ("LH206", f"merged twice at {measured.scale / 2:.4g}"),
     }
     return plain.get(measured.state) or _judged_scale(module, law_code)

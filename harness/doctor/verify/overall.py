@@ -25,6 +25,7 @@ _FIXES = {
     "LH101": "merge again with this file; see that the merger's names for the layers are those of the base",
     "LH102": "merge again: the merger left these layers out, or lost them when it saved",
     "LH103": "see that --base is the model, and the component of it, that the LoRA was trained on",
+    "LH104": "merge again: the merger put updates into other layers than those of their names",
     "LH206": "merge again from the base, once",
     "LH207": "merge again with the strength as it is, or pass the one that was meant with --strength",
     "LH304": "merge again with a merger that follows the formula of this variant",
@@ -95,6 +96,9 @@ def _scale_facts(
     if untouched.is_other_model and (unexplained or _in(found, "mixed")):
         changed = f"{len(untouched.changed)} of {untouched.compared} tensors that the LoRA leaves alone differ too"
         yield "LH401", f"wrong base: {changed}"
+    elif unexplained and (moved := next((module for module in unexplained if module.holds), None)):
+        whose = f"{printable(moved.name)} holds that of {printable(moved.holds)}"
+        yield "LH104", f"updates of other modules: {_listed(unexplained, found)}; {whose}"
     elif unexplained:
         what = next((f"; {module.note}" for module in unexplained if module.note), "")
         yield (

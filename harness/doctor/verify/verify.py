@@ -15,6 +15,7 @@ from harness.doctor.inspect.targeting import targeted
 from harness.doctor.match import Placement
 from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
 from harness.doctor.verify.judging import Given, ReadingMode, Stores, judged
+from harness.doctor.verify.mistakes import with_origins
 from harness.doctor.verify.modules import UNJUDGED, Module, Unjudged, module_verdict
 from harness.doctor.verify.overall import overall_verdict
 from harness.doctor.verify.pairing import is_left_over, paired
@@ -98,6 +99,10 @@ def verify_merge(
     claims = _claims(given, stores)
     reading = ReadingMode(options.full, options.device, options.on_module)
     found = [module for claim in claims.values() for module in judged(claim, stores, reading)]
+    if len(given) == 1:
+        alone = (claim[0] for claim in claims.values() if len(claim) == 1 and claim[0][1].product)
+        own = {change.name: (one.adapter, change) for one, change in alone if change.tensor}
+        found = with_origins(found, own, stores)
     touched = {**_touched(stores, found), **_suspected(given, stores)}
     untouched = compare_untouched(*stores, touched, full=options.full)
     untouched = replace(untouched, notes=(*notes, *untouched.notes))

@@ -1,0 +1,123 @@
+"""Which mistake explains a layer that a LoRA's own update does not: turned, rows exchanged, components left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations
+from operator import itemgetter
+
+import numpy as np
+import torch
+
+from harness.doctor.verify.changes import Change, merged_layer
+from harness.doctor.verify.layer import MergedLayer, index_of
+from harness.doctor.verify.measurement import ALIGNED, MOSTLY, MergeMeasurement, aligned
+from harness.doctor.verify.modules import Module
+from harness.doctor.verify.products import LowRank, Product
+from harness.doctor.verify.rows import runs_of
+from harness.doctor.verify.weights import Weights
+from harness.files import LoraAdapter
+
+Measure = Callable[[MergedLayer, float], MergeMeasurement]
+Fault = tuple[str, str]  # code and sentence
+Stores = tuple[Weights, Weights]
+_LOOKED_AT = 16_000  # elements
+_PARTS = {2: "halves", 3: "thirds"}  # of the rows of a fused layer
+_MOST_RANK = 256
+_TRIED, _OWN = 4, 0.5  # layers; share of a change that lies along the update of one module alone
+_THERE = (0.8, 1.25)  # of the scale; components that were merged lie between, those that were not are below its half
+
+
+def mistaken(
+    layer: MergedLayer, measured: MergeMeasurement, expected: float, measure: Measure
+) -> tuple[MergeMeasurement, Fault] | None:
+    """Return what a plain layer shows once a mistake is supposed that explains it, and the mistake; None: none does."""
+    unknown = measured.state == "unexplained" or (measured.state == "mixed" and measured.explained < MOSTLY)
+    if type(layer) is not MergedLayer or not unknown or measured.base != 1:
+        return None
+    sample = layer.sample(_LOOKED_AT)
+    clean = sample.finite
+    for product, fault in _mistakes(layer, expected):
+        if aligned(sample.change[clean], layer.sampled(product, _LOOKED_AT)[clean]) < ALIGNED:
+            continue
+        found = measure(replace(layer, product=product), expected)
+        if found.state in ("merged", "two roundings"):
+            return found, fault
+    return None
+
+
+def _mistakes(layer: MergedLayer, expected: float) -> Iterator[tuple[Product, Fault]]:
+    """Yield updates that mistakes make of the layer's own, with the code and the sentence of each."""
+    own = layer.product
+    turned = own.turned()
+    if turned.shape == own.shape and turned is not own:
+        yield turned, ("LH301", "the update was merged transposed")
+    for count, what in _PARTS.items():
+        if own.shape[0] % count == 0:
+            yield from _reordered(own, count, what)
+    if isinstance(own, LowRank) and (lost := _lost(layer, own, expected)) is not None:
+        kept = torch.from_numpy(~lost)
+        runs = ", ".join(f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in runs_of(lost)[:4])
+        what = f"component{'s' if lost.sum() > 1 else ''} {runs} of the {len(lost)} of its rank"
+        yield LowRank(own.left[:, kept], own.right[kept]), ("LH304", f"merged without {what}")
+
+
+def _reordered(own: Product, count: int, what: str) -> Iterator[tuple[Product, Fault]]:
+    height = own.shape[0] // count
+    for order in list(permutations(range(count)))[1:]:
+        said = " ".join(str(part + 1) for part in order)
+        yield (
+            own.picked([(part * height, (part + 1) * height) for part in order]),
+            ("LH302", f"the {what} of its rows got the updates of {said}"),
+        )
+
+
+def _lost(layer: MergedLayer, own: LowRank, expected: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
+    """Return which components b_k a_k^T are not in the layer where the others are; None where that is not so.
+
+    Least squares over a sample: c = G^-1 h, G = (L^T L) * (R R^T), h_k = l_k^T dW r_k, with L and R those rows of B and
+    columns of A.
+    """
+    rank = own.left.shape[1]
+    if not 1 < rank <= _MOST_RANK or not expected:
+        return None
+    runs, columns = layer.grid(_LOOKED_AT)
+    change = layer.sample(_LOOKED_AT).change.astype(np.float64)
+    left, right = own.left[index_of(runs)].double().numpy(), own.right[:, columns].double().numpy()
+    if not np.isfinite(change).all():
+        return None
+    gram, along = (left.T @ left) * (right @ right.T), ((left.T @ change) * right).sum(axis=1)
+    share = np.linalg.lstsq(gram, along, rcond=None)[0] / expected
+    there = (share > _THERE[0]) & (share < _THERE[1])
+    lost: np.ndarray[tuple[int], np.dtype[np.bool_]] = share < 0.5
+    return lost if lost.any() and there.any() and (there | lost).all() else None
+
+
+def with_origins(
+    found: Sequence[Module], own: Mapping[str, tuple[LoraAdapter, Change]], stores: Stores
+) -> list[Module]:
+    """Name whose update the first layers hold that do not hold their own, of `own` changes by the names of modules."""
+    strangers = [module for module in found if module.state == "unexplained" and not module.fault][:_TRIED]
+    holds = {module.name: _origin(module.name, own, stores) for module in strangers if module.name in own}
+    return [replace(module, holds=holds.get(module.name, "")) for module in found]
+
+
+def _origin(name: str, own: Mapping[str, tuple[LoraAdapter, Change]], stores: Stores) -> str:
+    """Return the module whose update a layer holds, empty where none is."""
+    layer = merged_layer(*own[name], *stores)
+    if type(layer) is not MergedLayer:
+        return ""
+    sample, best = layer.sample(_LOOKED_AT), ("", _OWN)
+    for other, (adapter, change) in own.items():
+        if other != name and change.product and _sizes(*own[name]) == _sizes(adapter, change):
+            product = change.product()
+            if product.shape == layer.product.shape:
+                update = layer.sampled(product, _LOOKED_AT)[sample.finite]
+                best = max(best, (other, aligned(sample.change[sample.finite], update)), key=itemgetter(1))
+    return best[0]
+
+
+def _sizes(adapter: LoraAdapter, change: Change) -> tuple[int, int]:
+    module = adapter.modules[change.module]
+    return module.out_features, module.in_features
