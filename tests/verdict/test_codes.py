@@ -99,7 +99,7 @@ def test_explain_says_how_grave_a_code_is_and_who_emits_it() -> None:
     assert "severity  error\n" in text
     assert "checks    silence, verify\n" in text
     facts = json.loads(CliRunner().invoke(main, ["explain", "LH104", "--json"]).output)
-    assert (facts["severity"], facts["checks"]) == ("error", ["direction"])
+    assert (facts["severity"], facts["checks"]) == ("error", ["direction", "verify"])
     assert "LH102" in facts["explains"]
 
 
