@@ -63,6 +63,11 @@ class NamedFinding:
     only_where: str = ""
 
     @property
+    def place(self) -> Cell:
+        """The cell that it was seen in: of a variant that is not declared, another than `cell`."""
+        return self.finding.place or self.cell
+
+    @property
     def code(self) -> str:
         """The code of the law where the finding is that some law must be wrong (LH209), else its own."""
         own = self.finding.code
@@ -145,7 +150,7 @@ class NamedFinding:
             law=law_record(self.law) if self.law else None,
             prescription=self.use,
             counterexample=self.example.as_json(),
-            reproduce=self.cell.reproduce(self.example),
+            reproduce=self.place.reproduce(self.example),
             rows=tuple(self._rows()),
             examples=examples,
             measured_scale=fit.scale if fit else None,
@@ -162,29 +167,29 @@ class NamedFinding:
     def _rows(self) -> Iterator[tuple[str, str]]:
         subject, code = self.cell.subject, CODES[self.code]
         yield "loader", f"{subject.title} {subject.version or ''}".rstrip()
-        yield "file", self.cell.place
-        yield "lora", _lora(self.example, self.cell.variant)
+        yield "file", self.place.place
+        yield "lora", _lora(self.example, self.place.variant)
         if self.worst and self.fit:
             yield from self._measured(self.worst, self.fit)
         if self.finding.observation.raised:
             yield from self.finding.observation.raised.rows()
         if self.law:
             doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
-            yield "law", f"{self.law.formula}{doubt}; expected {self.cell.variant.factor}"
+            yield "law", f"{self.law.formula}{doubt}; expected {self.place.variant.factor}"
             if self._unnamed:  # what follows a load has measured another thing than the law
                 yield "use", _use(subject.strength_argument, self.use)
         if self.diagnosis.trait and self.family in LAW_FAMILIES and self.law is None and self.fit:
             yield "only where", self.diagnosis.trait.text
-        cause, fix = (each.replace(_PLAIN, self.cell.variant.factor) for each in (code.cause, code.fix))
+        cause, fix = (each.replace(_PLAIN, self.place.variant.factor) for each in (code.cause, code.fix))
         yield "cause", cause
         yield "fix", f"{fix}   (lora-harness explain {self.code})"
-        yield "reproduce", self.cell.reproduce(self.example)
+        yield "reproduce", self.place.reproduce(self.example)
 
     def _measured(self, worst: str, fit: Fit) -> Iterator[tuple[str, str]]:
-        layers = self.cell.view.layers
+        layers = self.place.view.layers
         yield "worst", f"{worst} [{'x'.join(map(str, layers[worst].shape)) if worst in layers else ''}]"
         yield "measured", _measured(fit)
-        yield "expected", _expected(self.example, worst, fit, self.cell.variant)
+        yield "expected", _expected(self.example, worst, fit, self.place.variant)
         yield "tolerance", f"+-{fit.tolerance.scale:.1e}: {fit.tolerance.why()}"
 
 

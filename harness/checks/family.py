@@ -28,6 +28,7 @@ class Sighting:
 
     `modules` are the failing ones, worst first; `fact` is the measured fact of the first line of the failure. `faint`:
     the change is so small beside rounding that its direction, too, may be at fault. `data` goes into the verdict.
+    `place` is the cell that it was seen in, where that is not the one that is checked.
     """
 
     code: str
@@ -38,6 +39,7 @@ class Sighting:
     unmoved: bool = False
     check: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    place: Cell | None = None
 
     @property
     def family(self) -> str:

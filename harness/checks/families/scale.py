@@ -44,7 +44,10 @@ _NEGATIVE = Scenario(
     "set_strength",
 )
 _ROUNDINGS, _NEAR = 4, 1e-4  # times the tolerance of one load; a share of the change, which is large at strength 2
-_BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),)
+_BY_DEFAULT = (
+    Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),
+    Scenario("LH207", (load(0.25), load(None)), (1, 1.25), "loading at a quarter, then without saying a strength"),
+)
 
 
 @judges(

@@ -154,7 +154,8 @@ def _of_variant(cell: Cell, place: Cell, usual: Observation, told: Collection[st
     fact = (
         f"a file of the variant {place.variant_name}, which is not declared, is loaded without a word: {faults[0].fact}"
     )
-    return Sighting(code, seen, faults[0].modules, fact, check="silence", data=_data(cell, [place.variant_name]))
+    data = _data(cell, [place.variant_name])
+    return Sighting(code, seen, faults[0].modules, fact, check="silence", data=data, place=place)
 
 
 def _varied(place: Cell, targets: Sequence[Target]) -> Iterator[Target]:
