@@ -8,7 +8,7 @@ from dataclasses import replace
 from harness.doctor.answer import BY_NAME, Answer, Effect, Question, Sure, by_scales, loaded_without_alpha, sure_of
 from harness.doctor.converting import converted
 from harness.doctor.in_release import has_its_law, in_release, why_unmeasured
-from harness.doctor.inspect.engines import engine_hazards, engines
+from harness.doctor.inspect.engines import engine_hazards, engines, option_for
 from harness.doctor.tool_models import by_name, no_model
 from harness.doctor.traits import Group, Traits
 from harness.files import LoraAdapter, LoraModule
@@ -16,10 +16,10 @@ from harness.law.findings import Finding, is_within
 from harness.law.known import ScaleLaw, Tool, tools
 from harness.law.reads import Place, Reading, reading, title_of
 from harness.law.sizes import like
+from harness.text import printable
 
 _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "unknown", "law")
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
-_BY_CONFIG = ("peft", "transformers")
 _REFUSED = "LH724"
 _BOTH = "it reads files of one rank and alpha otherwise than those of several of both"
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
@@ -51,7 +51,9 @@ def unmended(tool: Tool, traits: Traits, asked: Question) -> Answer:
     if lost := _lost(tool, traits):
         return Answer(tool, *lost, sure_of(tool), findings=hit)
     given = _as_read(tool, traits, asked, [finding for finding in hit if finding.blocks])
-    return replace(given, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
+    needs = option_for(traits.adapter, engines()[tool.name]) if tool.name in engines() else ""
+    do = f"start it with {needs}" if needs and given.effect == "law" else given.do
+    return replace(given, do=do, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
 
 
 def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
@@ -97,8 +99,13 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
         return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else sure_of(tool))
     ignores = read.alpha_ignored or traits.alpha_is_beside or bool(blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
-    said = (read.what,) if read.what and read.effect == "law" else ()
-    found = replace(_by_law(tool, law, traits, asked), notes=said, sure=_how_sure(tool, traits))
+    found = replace(_by_law(tool, law, traits, asked), sure=_how_sure(tool, traits))
+    if read.what and read.effect == "law":
+        found = replace(found, notes=(read.what,))
+    if found.notes and found.strength is not None and asked.base is None:
+        usual = title_of(traits.groups[0].places[0][0])
+        modules = f"every module, if the model is {usual}," if found.modules else ""
+        found = replace(found, do=_ASK_AGAIN.format(usual), modules=modules)
     is_sure = found.sure == "measured" or traits.is_placed or not found.modules
     return found if is_sure else replace(found, modules=BY_NAME)
 
@@ -117,7 +124,7 @@ def _as_stored(traits: Traits) -> Sequence[LoraModule]:
 
 def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
     """Say why the tool finds no layer, or not all, by what the file alone says; None when nothing tells."""
-    if traits.wrapped:
+    if traits.wrapped and not (tool.name == "transformers" and traits.is_wrapped_twice):
         return "nothing", traits.wrapped
     if why := no_model(tool, traits):
         return "cannot", why
@@ -125,7 +132,9 @@ def _lost(tool: Tool, traits: Traits) -> tuple[Effect, str] | None:
         return next(
             (("raises", each.what) for each in engine_hazards(traits.adapter, tool.name) if each.code == _REFUSED), None
         )
-    return traits.ignored_by_peft if tool.name in _BY_CONFIG else None
+    if tool.name == "transformers":
+        return traits.ignored_by_transformers
+    return traits.ignored_by_peft if tool.name == "peft" else None
 
 
 def _effect(found: str) -> Effect:
@@ -221,13 +230,16 @@ def _read_group(tool: Tool, group: Group, traits: Traits) -> Reading:
     differ = {title_of(there[0]): each for there, each in others if each.effect != first.effect}
     if not differ:
         return first
-    elsewhere = "; ".join(f"{title}: {each.what or 'as trained'}" for title, each in differ.items())[:200]
+    shown = [f"{title}: {printable(each.what or 'as trained', 60)}" for title, each in differ.items()]
+    elsewhere = "; ".join(shown[:_SHOWN]) + (f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
     usual = f"{title_of(place[0])}: {first.what or 'as trained'}"
     if first.effect == "law" and all(each.effect in _LOUD for each in differ.values()):
         return replace(first, what=f"{usual}, but {elsewhere}")
     return Reading("unknown", f"depends on the model, which the layer names leave open ({usual}; {elsewhere})")
 
 
+_SHOWN = 3  # other models
+_ASK_AGAIN = "ask again with --base MODEL if the model is not {}"
 _LOUD = ("raises", "nothing", "drops", "unknown")  # a user of the other model is not left with a wrong scale
 
 

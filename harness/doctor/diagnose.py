@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.doctor.answer import BY_NAME, Answer, Effect, Question, how_sure
+from harness.doctor.answer import BY_NAME, EVERY, Answer, Effect, Question, how_sure
 from harness.doctor.answers import answer, answers, why_not
 from harness.doctor.causes import Saw, causes
 from harness.doctor.inspect.weights import Weighed, weigh
@@ -167,6 +167,9 @@ def lines(found: FileDiagnosis) -> Iterator[tuple[str, str]]:
     if found.is_for_another:
         yield "pass", "no number: on this base it does nothing right"
         yield "do", f"load it into the model that it was trained on: {model_of(found.traits)}"
+    elif found.grave:
+        yield "pass", "no number makes it right"
+        yield "do", _GRAVE[found.grave[0].code]
     elif found.tool:
         yield from _of_tool(found, found.answers[found.tool.name])
     else:
@@ -299,11 +302,12 @@ def _gathered(groups: Mapping[tuple[str, str], list[Answer]]) -> dict[tuple[str,
 
 def _kind(found: FileDiagnosis, given: Answer) -> tuple[str, str]:
     if given.strength is not None:
-        how = "standard, alpha / rank" if given.gain in (None, (1.0, 1.0)) else given.says
-        return (
-            "pass",
-            f"{given.strength:.6g}  ({how}{'' if given.sure in ('measured', 'by name') else '; read in its code'})",
-        )
+        root = any(module.rslora for module in found.traits.modules)
+        standard = f"standard, {'alpha / sqrt(rank), as rsLoRA' if root else 'alpha / rank'}"
+        how = [standard if given.gain in (None, (1.0, 1.0)) else given.says]
+        how += [given.modules.rstrip(",")] if given.modules not in ("", EVERY, BY_NAME) and how == [standard] else []
+        how += [] if given.sure in ("measured", "by name") else ["read in its code"]
+        return "pass", f"{given.strength:.6g}  ({'; '.join(how)})"
     if given.effect in ("law", "cannot"):
         return "ask" if given.effect == "law" else "cannot", given.says
     return (

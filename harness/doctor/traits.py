@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from harness.doctor.inspect.in_peft import peft_hazards
+from harness.doctor.inspect.in_peft import peft_hazards, transformers_hazards
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.config import changing_init
 from harness.files.keys import PAIRS
@@ -19,6 +19,7 @@ from harness.law.known import distinct, is_text_encoder
 from harness.law.reads import Place, layers_of, pattern_of, places_of
 from harness.law.sizes import fitting
 from harness.text import printable
+from harness.verdict.file_record import Hazard
 
 _WRAPPERS = ("_orig_mod", "_wrapped_module", "_forward_module", "module.", "base_model.model.base_model.")
 _WRAPPED = re.compile(
@@ -42,12 +43,16 @@ _DECODER = re.compile(r"(base_model_)?(model_)*(language_model_)?layers_#_(self_
 _OTHER_TOWER = re.compile(
     r"(^|_)(encoder|cross_attn|vision|visual|audio|speech|image|projector|transformer_blocks|to_[qkv]$|to_out|adaLN|adaln)"
 )
+_OTHER_PREFIX = re.compile(r"unet\.|transformer_\d\.")  # of a UNet alone; of a second denoiser
+_OF_UNET = re.compile(r"down_blocks|up_blocks|mid_block|conv_(in|out)|time_embedding|add_embedding")
 _FLATTENED = re.compile(r"_\d+_")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
 _ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
-_DECLARED = frozenset({"alora_invocation_tokens"})  # what PEFT's configuration has a LoRA do, and no tensor shows
+_DECLARED = frozenset(
+    {"alora_invocation_tokens", "layer_replication"}
+)  # what PEFT's configuration has a LoRA do, and no tensor shows
 _NAMED = PAIRS["lora_A.default"][0].split("*")
 
 
@@ -104,6 +109,11 @@ class Traits:
         return tuple(dict.fromkeys(module.component for module in self.adapter.modules.values()))
 
     @property
+    def is_wrapped_twice(self) -> bool:
+        """Tell whether the wrapper in the names is PEFT's own, once more."""
+        return all(key.startswith("base_model.model.base_model.model.") for key in self._keys)
+
+    @property
     def alpha_is_beside(self) -> bool:
         """Tell whether alpha stands in an adapter_config.json that no reader of the format opens."""
         return self.adapter.alpha_source == "config" and not FORMATS[self.adapter.format].folder
@@ -115,7 +125,18 @@ class Traits:
             return "nothing", "does not know AutoModel's names of experts"
         if unusable := next((each for each in self.adapter.problems if each.code == "LH727"), None):
             return "raises", f"refuses the configuration, or would try for ever: {printable(unusable.text(), 160)}"
-        found = next((hazard for hazard in peft_hazards(self.adapter) if hazard.code in ("LH720", "LH721")), None)
+        return self._passed_over(peft_hazards(self.adapter))
+
+    @cached_property
+    def ignored_by_transformers(self) -> tuple[Literal["raises", "nothing", "drops"], str] | None:
+        """The same of transformers, which takes names without PEFT's prefix, and none with an adapter's."""
+        refused = any(each.code == "LH727" for each in self.adapter.problems)
+        if refused or not self.adapter.config or any(key.endswith(_AUTOMODEL) for key in self._keys):
+            return self.ignored_by_peft
+        return self._passed_over(transformers_hazards(self.adapter))
+
+    def _passed_over(self, hazards: Iterable[Hazard]) -> tuple[Literal["raises", "nothing", "drops"], str] | None:
+        found = next((hazard for hazard in hazards if hazard.code in ("LH720", "LH721")), None)
         if found is None:
             return None
         if found.code == "LH721":
@@ -151,7 +172,8 @@ class Traits:
             key = module.keys.get("A") or next((k for r, k in module.keys.items() if r != "alpha"), "")
             before, _, after = key.partition(module.name) if module.name else ("", "", key)
             marks = self._dora(module) or (_ROOT if module.rslora and source == "header" else "")
-            found.add((_prefix_name(before, module.name), after, "alpha" in module.keys, marks))
+            prefix = "control" if self.adapter.format == "bfl-control" else _prefix_name(before, module.name)
+            found.add((prefix, after, "alpha" in module.keys, marks))
         return {
             f"{prefix}.{_pair_name(after)}."
             f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{marks}"
@@ -279,6 +301,8 @@ def _prefix_name(before: str, name: str) -> str:
         return "flattened"
     if before.startswith("lora_te"):
         return "lora_te"
+    if _OTHER_PREFIX.fullmatch(before) and not (before == "unet." and _OF_UNET.match(name)):
+        return "other"
     return _PREFIXES.get(before, "transformer" if before.endswith(".") else "other")
 
 

@@ -112,7 +112,8 @@ def test_an_activated_lora_is_what_peft_alone_makes_of_it(tmp_path: Path) -> Non
 
 def test_a_prefix_that_stands_there_twice_is_a_wrapper_that_no_model_has(tmp_path: Path) -> None:
     folder = peft(tmp_path / "lora", "base_model.model.base_model.model.")
-    assert {said(folder, tool).effect for tool in ("peft", "transformers", "vllm")} == {"nothing"}
+    assert {said(folder, tool).effect for tool in ("peft", "vllm")} == {"nothing"}
+    assert said(folder, "transformers").effect == "law"  # it takes away what stands there, however often
 
 
 def test_magnitudes_under_another_name_are_not_those_that_were_measured(tmp_path: Path) -> None:

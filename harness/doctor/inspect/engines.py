@@ -71,13 +71,20 @@ def _rank(adapter: LoraAdapter, engine: Engine, given: int | None) -> Iterator[H
     rank, limit = _largest_rank(adapter), given or engine.get("max_rank")
     if limit is None or rank <= limit:
         return
-    able = [size for size in engine.get("ranks", ()) if size >= rank]
-    if given is not None or not able:
+    able = option_for(adapter, engine) if given is None else ""
+    if able:
+        yield _hazard("LH725", engine, f"rank {rank} needs {able} (without it {limit})", engine["rank_where"])
+    else:
         most = limit if given is not None else max(engine["ranks"])
         yield _hazard("LH724", engine, f"rank {rank} is above {engine['option']} {most}", engine["rank_where"])
-    else:
-        what = f"rank {rank} needs {engine['option']} {able[0]} (without it {limit})"
-        yield _hazard("LH725", engine, what, engine["rank_where"])
+
+
+def option_for(adapter: LoraAdapter, engine: Engine) -> str:
+    """Return the option that an engine has to be started with for the ranks of a file; empty where none helps."""
+    rank = _largest_rank(adapter)
+    if rank <= engine.get("max_rank", rank):
+        return ""
+    return next((f"{engine['option']} {size}" for size in engine.get("ranks", ()) if size >= rank), "")
 
 
 def _largest_rank(adapter: LoraAdapter) -> int:

@@ -47,6 +47,15 @@ def peft_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
     yield from declared(adapter)
 
 
+def transformers_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
+    """Yield LH720 or LH721 for what `load_adapter` of transformers passes over: it renames the keys in its own way."""
+    keys = {name: next(iter(module.keys.values())) for name, module in adapter.modules.items()}
+    if named := [name for name, key in keys.items() if _ADAPTER.search(key)]:
+        what = f"transformers ignores {len(named)} of {count(len(keys), 'module')}"
+        yield ignored(len(named), len(keys), f"{what}, whose keys have an adapter's name in them ({first_of(named)})")
+    yield from (*_wrong_type(adapter), *not_targeted(adapter))
+
+
 def _wrong_type(adapter: LoraAdapter) -> Iterator[Hazard]:
     kind = method_of(adapter.config)
     pairs = [name for name, module in adapter.modules.items() if {"A", "B"} & set(module.keys)]
