@@ -44,10 +44,11 @@ _NEGATIVE = Scenario(
     "set_strength",
 )
 _ROUNDINGS, _NEAR = 4, 1e-4  # times the tolerance of one load; a share of the change, which is large at strength 2
-_BY_DEFAULT = (
-    Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),
-    Scenario("LH207", (load(0.25), load(None)), (1, 1.25), "loading at a quarter, then without saying a strength"),
+_BY_DEFAULT = (Scenario("LH207", (load(None),), (1,), "loading without saying a strength"),)
+_AFTER_ANOTHER = Scenario(
+    "LH207", (load(0.25), load(None)), (1, 1.25), "loading at a quarter, then without saying a strength"
 )
+_SAID_AGAIN = replace(_AFTER_ANOTHER, steps=(load(0.25), load()))
 
 
 @judges(
@@ -73,6 +74,8 @@ def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> It
     yield from set_later or first_wrong(cell, once, [_NEGATIVE], may_raise=True)  # some take none below zero
     if once.example.strength == 1:
         yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
+        kept = tuple(first_wrong(cell, once, [_AFTER_ANOTHER], may_raise=True))
+        yield from kept if kept and not any(first_wrong(cell, once, [_SAID_AGAIN])) else ()
         yield from _by_readings(cell, once)
 
 
