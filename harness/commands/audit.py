@@ -163,6 +163,8 @@ def _print(rows: Sequence[FileRecord], outs: Sequence[Path]) -> None:
     for name, tally in broken if len(library.folders) > 1 else ():
         click.echo(f"  {tally.broken:6,}  of {count(tally.files, 'file')} broken in {printable(name, 200)}")
     click.echo(library.headline)
+    if any(row.modules and not row.weights_read for row in rows):
+        click.echo("weights: not read; --energy looks for NaN, infinity and updates of zero in them (LH707, LH713)")
     for out in outs:
         click.echo(f"rows: {out}")
 

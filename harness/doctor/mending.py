@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from harness.doctor.answer import Question
+from harness.doctor.answer import Effect, Question
 from harness.doctor.answers import is_left_for_names, unmended
 from harness.doctor.repair.naming import layers_from
 from harness.doctor.repair.preview import is_plain, preview, with_scale
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, UserError
-from harness.files import LoraAdapter, with_alpha
+from harness.files import LoraAdapter, read_lora, with_alpha
 from harness.law.known import Tool
 from harness.text import printable
 
+_OWN = {"gguf": "llama.cpp", "kohya": "comfyui"}  # the tool to ask about a format that has none of its name
+_UNREAD: tuple[Effect, ...] = ("nothing", "drops", "raises")
 _WRITTEN = ("diffusers", "kohya", "comfyui", "diffsynth", "peft")  # for any names, ranks and alphas
 
 
@@ -51,6 +53,20 @@ def options(traits: Traits, asked: Question) -> list[str]:
     if asked.as_rank:
         return ["--scale", "1"]
     return [] if asked.lora_alpha is None else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
+
+
+def not_read(path: Path, to: str) -> str:
+    """Say that the tool of a format, or all that read it, do not take a repaired file; empty where one may."""
+    from harness.doctor.answers import answers
+
+    found = answers(Traits(read_lora(path, strict=False)), mended=False)
+    bad = [each for each in found.values() if each.effect in _UNREAD]
+    own = [each for each in bad if each.tool.name == _OWN.get(to, to)]
+    if not own and (not bad or any(each.effect in ("law", "factor") for each in found.values())):
+        return ""
+    given = (own or bad)[0]
+    do = given.tool.convert or "repair it with --base MODEL, whose layers have the names that it looks for"
+    return f"{given.tool.title} {given.says}: {do}"
 
 
 def _suffix(to: str) -> str:

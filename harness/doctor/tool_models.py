@@ -31,6 +31,8 @@ def by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: boo
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
     named = not tool.original_names or not group.places or all(_has_names(tool, place) for place in group.places)
+    if odd := next((each for each in group.counts if not _is_called(tool, each)), ""):
+        return Reading("nothing", f"has no layer called as {odd}: they are called as {tool.layers[0]}")
     doras = {spelled.partition("+")[2] for spelled in group.spelled} - {""}
     named = named and all(knows_magnitudes(tool.name, kind) for kind in doras)
     if fits and in_family and named and all(each.effect == "law" for each in known):
@@ -41,6 +43,11 @@ def by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: boo
         return Reading("unknown", "was not measured on an architecture with these layers")
     which = listed(dict.fromkeys(title_of(family) for family, _ in group.places))
     return Reading("unknown", f"was not measured on {which} with keys as {', '.join(group.spelled)[:120]}")
+
+
+def _is_called(tool: Tool, layer: str) -> bool:
+    """Tell whether layers of the tool's models are called so, as far as that is known."""
+    return not tool.layers or any(fnmatchcase(layer, glob) for glob in tool.layers)
 
 
 def _has_names(tool: Tool, place: Place) -> bool:

@@ -134,6 +134,7 @@ class Tool:
     renames: tuple[str, ...] = ()
     most_left: int | None = None
     field_text: str = ""
+    layers: tuple[str, ...] = ()
     log: str = ""
     variants: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     limits: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
@@ -193,6 +194,7 @@ class Tool:
 
 
 _TEXT_ENCODER = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
+_LISTS = ("formats", "by_name", "families", "has", "own_names", "renames", "limits", "also", "drops", "layers")
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")
 
 
@@ -210,11 +212,7 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {
-        name: tuple(row[name])
-        for name in ("formats", "by_name", "families", "has", "own_names", "renames", "limits", "also", "drops")
-        if name in row
-    }
+    lists = {name: tuple(row[name]) for name in _LISTS if name in row}
     return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
 
 

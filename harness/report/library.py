@@ -137,7 +137,8 @@ class Library:
 
     def hits(self) -> list[tuple[str, int, Finding | None]]:
         """Return (page, number of files that it hits, the finding), the most frequent first."""
-        return [(page, times, findings().get(page)) for page, times in self.findings.most_common()]
+        ordered = sorted(self.findings.items(), key=lambda item: (-item[1], item[0]))
+        return [(page, times, findings().get(page)) for page, times in ordered]
 
 
 def most_of(table: dict[str, Tally], most: int) -> list[tuple[str, Tally]]:

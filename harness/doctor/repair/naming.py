@@ -56,12 +56,16 @@ _ACTING = (
 )  # fmt: skip
 
 
-def refuse_what_a_configuration_does(adapter: LoraAdapter, to: str) -> None:
-    """Refuse another format where PEFT's configuration changes what B @ A does, which no tensor says.
+def refuse_what_would_change(adapter: LoraAdapter, to: str) -> None:
+    """Refuse what a repair would change: a scale beside alpha, and in other formats what PEFT's configuration does.
 
     Raises:
-        UserError: naming the field.
+        UserError: naming the key or the field.
     """
+    scale = next((key for key in adapter.unused_keys if key.endswith(".scale")), None)
+    if scale and adapter.format == "kohya":
+        what = f"{printable(scale, 120)} stands in place of alpha / rank in A1111, and other tools pass it over"
+        raise UserError(f"{adapter.path}: {what}: take such keys out, or put the scale into alpha")
     if str(adapter.config.get("init_lora_weights", "")).lower().startswith("olora"):
         what = (
             "init_lora_weights is olora: PEFT takes the start from the base times alpha / rank, which a repair changes"

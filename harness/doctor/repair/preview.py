@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from harness.doctor.repair.naming import Home, Layers, homes, refuse_what_a_configuration_does
+from harness.doctor.repair.naming import Home, Layers, homes, refuse_what_would_change
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraModule
 from harness.files.configuration import configuration
@@ -77,7 +77,7 @@ def preview(adapter: LoraAdapter, to: str, layers: Layers | None = None) -> Lora
     Raises:
         UserError: what the repair would refuse.
     """
-    refuse_what_a_configuration_does(adapter, to)
+    refuse_what_would_change(adapter, to)
     row, planned = FORMATS[to], _planned(adapter, to, layers)
     try:
         tensors, alphas = _keys(row, planned)

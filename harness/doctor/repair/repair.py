@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain, gain_of
-from harness.doctor.repair.naming import Layers, homes, notes_on, refuse_what_a_configuration_does
+from harness.doctor.repair.naming import Layers, homes, notes_on, refuse_what_would_change
 from harness.doctor.repair.plan import RepairedModule, RepairPlan, notes_of, plan_repair
 from harness.doctor.repair.proof import proved
 from harness.errors import UserError
@@ -85,6 +85,8 @@ def repair_file(
         UserError: the file cannot be read or repaired, the loader has no known law, `out` exists (without `force`) or
             is `lora` itself, or the written file does not give the trained effect; nothing is left behind then.
     """
+    from harness.doctor.mending import not_read
+
     options = dataclasses.replace(options or RepairOptions(), **fields)
     adapter = with_alpha(read_lora(lora), options.lora_alpha)
     target = _target(adapter, to, Path(out), options.force)
@@ -96,6 +98,7 @@ def repair_file(
         written = _written(folder / target.name, to, _content(adapter, to, plan))
         errors = proved(adapter, written, plan, gain)
         _moved(written, target)
+    unread = not_read(target, to)
     scales = [scale for module in plan.modules for scale in module.scales.values()] or [1.0]
     return RepairReport(
         path=str(target),
@@ -108,7 +111,7 @@ def repair_file(
         measured=gain.measured,
         rounded=sum(error > 0 for error in errors),
         error=max(errors, default=0.0),
-        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers)),
+        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers), *([unread] if unread else [])),
     )
 
 
@@ -120,7 +123,7 @@ def _target(adapter: LoraAdapter, to: str, out: Path, force: bool) -> Path:
     """Return where the file goes, refusing what must not be written."""
     if to not in FORMATS:
         raise UserError(f"format={to!r} is unknown, known are {', '.join(FORMATS)}")
-    refuse_what_a_configuration_does(adapter, to)
+    refuse_what_would_change(adapter, to)
     if not FORMATS[to].folder and out.suffix != FORMATS[to].suffix:
         out = out.with_name(out.name + FORMATS[to].suffix)
     if out.exists() and (out.samefile(adapter.path) or out.samefile(adapter.file.path)):
