@@ -69,7 +69,7 @@ def check_unload(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iter
     """LH403 when the declared unload does not restore the base weights, in any of `dtypes`, or disturbs later loads."""
     left = (_not_restored(cell, replace(once.example, dtype=dtype)) for dtype in dtypes)
     wrong = next(filter(None, left), None)
-    wrong = wrong or ((_half_gone(cell, once) or _one_left(cell, once)) if has(cell, "additive") else None)
+    wrong = wrong or (_half_gone(cell, once) if has(cell, "additive") else None)
     yield from [wrong] if wrong else first_wrong(cell, once, _UNLOADS)
 
 
@@ -92,15 +92,6 @@ def _half_gone(cell: Cell, once: Observation) -> Sighting | None:
         return None  # the second replaced the first
     fact = f"{len(left)} of {len(seen.fits)} layers have neither the first LoRA alone nor none after unloading a second"
     return Sighting("LH403", seen, left, fact)
-
-
-def _one_left(cell: Cell, once: Observation) -> Sighting | None:
-    """Return that something is left of two LoRAs after as many unloads."""
-    steps = (load(), load(file="other"), UNLOAD, UNLOAD)
-    seen = run_trial(cell, once.example, steps, other=another(once.example))
-    left = () if seen.raised else tuple(name for name, fits in seen.fits.items() if not fits[0].restored(len(steps)))
-    fact = f"{len(left)} of {len(seen.fits)} layers differ from the base after loading two LoRAs and unloading twice"
-    return Sighting("LH403", seen, left, fact) if left else None
 
 
 def _not_restored(cell: Cell, example: Example) -> Sighting | None:
