@@ -20,9 +20,10 @@ _ADAPTER = re.compile(r"\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.([^.]+)
 _REPEATED = ("pissa", "olora", "loftq")  # by PEFT, when it loads the file; CorDA and LoRA-GA need data of the training
 
 
-def share(some: int, total: int) -> str:
-    """Say how many of all modules PEFT ignores."""
-    return f"PEFT ignores all {total} modules" if some == total else f"PEFT ignores {some} of {count(total, 'module')}"
+def share(some: int, total: int, who: str = "PEFT") -> str:
+    """Say how many of all modules PEFT, or another tool, ignores."""
+    which = f"all {total} modules" if some == total else f"{some} of {count(total, 'module')}"
+    return f"{who} ignores {which}"
 
 
 def ignored(some: int, total: int, what: str, more: tuple[str, ...] = ()) -> Hazard:
@@ -51,7 +52,7 @@ def transformers_hazards(adapter: LoraAdapter) -> Iterator[Hazard]:
     """Yield LH720 or LH721 for what `load_adapter` of transformers passes over: it renames the keys in its own way."""
     keys = {name: next(iter(module.keys.values())) for name, module in adapter.modules.items()}
     if named := [name for name, key in keys.items() if _ADAPTER.search(key)]:
-        what = f"transformers ignores {len(named)} of {count(len(keys), 'module')}"
+        what = share(len(named), len(keys), "transformers")
         yield ignored(len(named), len(keys), f"{what}, whose keys have an adapter's name in them ({first_of(named)})")
     yield from (*_wrong_type(adapter), *not_targeted(adapter))
 

@@ -105,13 +105,12 @@ class MergedLayer:
         read = [torch.cat([rows(*run) for run in runs]) for rows in self._stored()]
         finite = torch.stack([_finite(part) for part in read]).all(dim=0).numpy()
         base, merged = (part[:, columns] for part in read)
-        work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
+        work = self._work
         before, after = base.to(work), merged.to(work)
-        product = self.product.part(index_of(runs), columns, work)
         return Sample(
             base=before.numpy(),
             change=(after - before).numpy(),
-            product=product.numpy(),
+            product=self.sampled(self.product, elements),
             half=half_step(after.numpy(), self.dtype),
             changed=(stored_as(base, self.dtype).to(work) != after).numpy(),
             block=np.repeat(np.arange(len(runs)), [stop - start for start, stop in runs]),
@@ -125,9 +124,12 @@ class MergedLayer:
     def sampled(self, product: Product, elements: int) -> Array:
         """Return what `sample` reads of another product of this shape."""
         runs, columns = self.grid(elements)
-        work = torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
-        found: Array = product.part(index_of(runs), columns, work).numpy()
+        found: Array = product.part(index_of(runs), columns, self._work).numpy()
         return found
+
+    @property
+    def _work(self) -> torch.dtype:
+        return torch.float64 if work_dtype(self.dtype) is np.float64 else torch.float32
 
     def grid(self, elements: int) -> tuple[Runs, slice]:
         """Return the rows to read, a run in each block, and the columns."""

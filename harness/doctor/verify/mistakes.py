@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from harness.doctor.verify.changes import Change, merged_layer
-from harness.doctor.verify.layer import MergedLayer, index_of
+from harness.doctor.verify.layer import MergedLayer, Sample, index_of
 from harness.doctor.verify.measurement import ALIGNED, MOSTLY, MergeMeasurement, aligned
 from harness.doctor.verify.modules import Module
 from harness.doctor.verify.products import LowRank, Product
@@ -38,7 +38,7 @@ def mistaken(
         return None
     sample = layer.sample(_LOOKED_AT)
     clean = sample.finite
-    for product, fault in _mistakes(layer, expected):
+    for product, fault in _mistakes(layer, sample, expected):
         if aligned(sample.change[clean], layer.sampled(product, _LOOKED_AT)[clean]) < ALIGNED:
             continue
         found = measure(replace(layer, product=product), expected)
@@ -47,7 +47,7 @@ def mistaken(
     return None
 
 
-def _mistakes(layer: MergedLayer, expected: float) -> Iterator[tuple[Product, Fault]]:
+def _mistakes(layer: MergedLayer, sample: Sample, expected: float) -> Iterator[tuple[Product, Fault]]:
     """Yield updates that mistakes make of the layer's own, with the code and the sentence of each."""
     own = layer.product
     turned = own.turned()
@@ -56,7 +56,7 @@ def _mistakes(layer: MergedLayer, expected: float) -> Iterator[tuple[Product, Fa
     for count, what in _PARTS.items():
         if own.shape[0] % count == 0:
             yield from _reordered(own, count, what)
-    if isinstance(own, LowRank) and (lost := _lost(layer, own, expected)) is not None:
+    if isinstance(own, LowRank) and (lost := _lost(layer, own, sample, expected)) is not None:
         kept = torch.from_numpy(~lost)
         runs = ", ".join(f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in runs_of(lost)[:4])
         what = f"component{'s' if lost.sum() > 1 else ''} {runs} of the {len(lost)} of its rank"
@@ -73,7 +73,9 @@ def _reordered(own: Product, count: int, what: str) -> Iterator[tuple[Product, F
         )
 
 
-def _lost(layer: MergedLayer, own: LowRank, expected: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
+def _lost(
+    layer: MergedLayer, own: LowRank, sample: Sample, expected: float
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
     """Return which components b_k a_k^T are not in the layer where the others are; None where that is not so.
 
     Least squares over a sample: c = G^-1 h, G = (L^T L) * (R R^T), h_k = l_k^T dW r_k, with L and R those rows of B and
@@ -83,7 +85,7 @@ def _lost(layer: MergedLayer, own: LowRank, expected: float) -> np.ndarray[tuple
     if not 1 < rank <= _MOST_RANK or not expected:
         return None
     runs, columns = layer.grid(_LOOKED_AT)
-    change = layer.sample(_LOOKED_AT).change.astype(np.float64)
+    change = sample.change.astype(np.float64)
     left, right = own.left[index_of(runs)].double().numpy(), own.right[:, columns].double().numpy()
     if not np.isfinite(change).all():
         return None
