@@ -9,8 +9,8 @@ from typing import Any, Literal
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes of models and files, the plainest first."""
 
-Patterns = Literal["names", "tails", "regex"]
-"""How a configuration names modules of another rank or alpha: each by its path, by ends of paths, by expressions."""
+Patterns = Literal["names", "tails", "regex", "overlapping"]
+"""How a configuration names modules of another rank or alpha: paths, ends of paths, expressions, several that fit."""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from harness.example import DTYPES, Example, Target
+from harness.example import DTYPES, Example, Patterns, Target
 
 _COMMON_RANKS = (2, 1, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 31, 32, 48, 64)
 _COMMON_ALPHAS = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
@@ -105,7 +105,7 @@ def examples(
         file_dtype=draw(st.sampled_from(_files(dtype, dtypes, file_dtypes))),
         key_seed=draw(st.sampled_from((0, 0, 1, 2, 3))),
         value_seed=draw(st.integers(0, 99)),
-        patterns=draw(st.sampled_from(("names", "names", "tails", "regex"))) if patterns else "names",
+        patterns=draw(st.sampled_from(("names", *get_args(Patterns)))) if patterns else "names",
     )
 
 

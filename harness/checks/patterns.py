@@ -1,7 +1,7 @@
-"""The pattern dictionaries of an adapter configuration as people write them: tails of names, regular expressions.
+"""The pattern dictionaries of an adapter configuration as people write them: tails, expressions, several that fit.
 
 PEFT matches `re.match(rf"(.*\\.)?({pattern})$", name)`, the first pattern that fits decides. Who searches, matches the
-beginning alone, or compares for equality reads other values.
+beginning alone, compares for equality, or lets the last or the longest decide reads other values.
 """
 
 from __future__ import annotations
@@ -90,6 +90,13 @@ def _regexes(table: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return found
 
 
+def _overlapping(table: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Name each module by its tail and, behind all of these, by its whole path with a value that is never reached."""
+    hidden = {"^" + re.escape(name): 3 * value for name, value in _values(table, names).items()}
+    first = _tails(table, names)
+    return first | {pattern: value for pattern, value in hidden.items() if pattern not in first}
+
+
 def _short(tails: list[str]) -> Iterator[list[str]]:
     """Yield the tails in as many expressions as it takes for each to be read: a long one may be slow to match."""
     some: list[str] = []
@@ -105,4 +112,4 @@ def _escaped(tail: str) -> str:
     return tail if tail.startswith("^") else re.escape(tail)  # a whole path is escaped already
 
 
-_STYLES: Mapping[Patterns, Rewrite] = {"tails": _tails, "regex": _regexes}
+_STYLES: Mapping[Patterns, Rewrite] = {"tails": _tails, "regex": _regexes, "overlapping": _overlapping}

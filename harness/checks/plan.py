@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from hypothesis.strategies import SearchStrategy, sampled_from
 
@@ -34,7 +34,7 @@ _IMPLIED_SHARE = 0.05  # of the examples: names are tried there, nothing else
 _STRENGTHS = (1.0, 0.5, -3.07, 0.0123, 0.0, 4.193)
 _NEAR = (1.0, 0.5, -0.6, 0.0123, 0.0, 1.703)
 _AFTER_LOADS = 15  # trials of what follows a load, of a loader that declares nothing else
-_STYLES: tuple[Patterns, ...] = ("names", "tails", "regex")
+_STYLES: tuple[Patterns, ...] = get_args(Patterns)
 # (model, file): every pair but float32 in float32, which the other examples are; those that are met most come first
 _DTYPES = (
     ("float16", "float16"),

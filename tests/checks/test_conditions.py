@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from harness.checks.cell import Cell, cells_of
 from harness.checks.plan import Plan, planned
 from harness.checks.trial_files import write_example
 from harness.checks.unloaded import base_weights
+from harness.example import Patterns
 from harness.files import read_lora
 from harness.isolation.limits import Limits
 from harness.loaders.registry import resolve
@@ -90,7 +91,7 @@ def test_patterns_in_every_style_mean_what_peft_takes_them_for(form: str, bench:
 
     cell = Cell(resolve(right), form, bench)
     drawn = list(planned(cell))
-    assert {example.patterns for example in drawn} == {"names", "tails", "regex"}
+    assert {example.patterns for example in drawn} == set(get_args(Patterns))
     for number, example in enumerate(drawn[:6]):
         style = example.patterns
         updates = cell.variant.updates(example, cell.view, cell.view.gather(base_weights(cell.bench, "float32")))
