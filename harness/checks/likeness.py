@@ -72,7 +72,8 @@ def rows_moved(change: Tensor, product: Tensor, most: float) -> bool:
     """
     if _empty_rows(change) > _empty_rows(product):
         return False
-    scaled = change.double() * (norm(product) / norm(change))
+    there = (change != 0).any(1)
+    scaled = change[there].double() * (norm(product) / norm(change))
     near = (torch.cdist(sign * scaled, product.double()).min(1) for sign in (1, -1))
     distances, rows = min(near, key=lambda each: norm(each[0]))
     least = _EXACT if _alike(product.double()) else ROUNDING_LIKE

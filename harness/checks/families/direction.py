@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from harness.checks.family import Sighting, judges
@@ -65,7 +66,7 @@ def check_direction(observation: Observation) -> list[Sighting]:
 def _elsewhere(observation: Observation) -> Iterator[Sighting]:
     """Yield what layers outside the file have of it: the B @ A of other rows of the same layer, or of any module."""
     others = misplaced(observation)
-    rows = [name for name in others if _along_any(observation, name, observation.beside(name))]
+    rows = [n for n in others if _moved_within(observation, n) or _along_any(observation, n, observation.beside(n))]
     for code, names, of in (
         ("LH302", rows, "other rows of the same layer"),
         ("LH104", [name for name in others if name not in rows], "the file"),
@@ -76,9 +77,13 @@ def _elsewhere(observation: Observation) -> Iterator[Sighting]:
 
 
 def misplaced(observation: Observation) -> list[str]:
-    """Return the layers outside the file that changed along the B @ A of a module of the file."""
+    """Return the layers outside the file that changed along the B @ A of a module of the file, or have rows of one."""
     outside = (name for name in observation.changes if name not in observation.fits)
-    return [name for name in outside if _along_any(observation, name, observation.products)]
+    return [
+        name
+        for name in outside
+        if _along_any(observation, name, observation.products) or _moved_within(observation, name)
+    ]
 
 
 def _along_any(observation: Observation, name: str, modules: Iterable[str]) -> bool:
@@ -233,7 +238,24 @@ def _in_other_rows(case: _Case) -> bool:
     return rows_moved(case.change, case.product, case.whole.relative_residual / 2)
 
 
+def _across_the_layer(case: _Case) -> bool:
+    return _moved_within(case.observation, case.name, case.whole.relative_residual / 2)
+
+
+def _moved_within(seen: Observation, name: str, most: float = 1.0) -> bool:
+    """Whether the layer of the model that `name` is some rows of holds the file's rows for it in another order."""
+    names = [other for other in seen.changes if seen.hosts.get(other) == seen.hosts.get(name, other)]
+    if len(names) < 2 or name not in seen.hosts or seen.fits.keys().isdisjoint(names):
+        return False
+    wanted = [
+        seen.fits[other][0].expected * seen.products[other] if other in seen.fits else torch.zeros_like(change)
+        for other, change in ((other, seen.changes[other]) for other in names)
+    ]
+    return rows_moved(torch.cat([seen.changes[other] for other in names]), torch.cat(wanted), most)
+
+
 _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
+    ("LH302", "rows of the modules of one layer stand in another order", _across_the_layer),
     ("LH304", _LEFT_OUT.format("rows"), _rows_left_out),
     ("LH302", "each slice has a scale of its own", _slice_by_slice),
     ("LH302", "its blocks of rows stand in another order", _in_other_blocks),
