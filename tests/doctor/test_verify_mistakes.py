@@ -34,6 +34,27 @@ def in_order(*order: int) -> Merger:
     }
 
 
+def reordered(order: Callable[[Tensor], Tensor]) -> Merger:
+    """Take the rows of each update in another order: that of the rows 0, 1, ... once `order` is done."""
+    return lambda halves: {name: update[order(torch.arange(ROWS))] for name, update in plain(halves).items()}
+
+
+def in_turns(head: int, parts: int = 3) -> Merger:
+    return reordered(lambda rows: rows.reshape(parts, -1, head).transpose(0, 1).flatten())
+
+
+def together(head: int, parts: int = 3) -> Merger:
+    return reordered(lambda rows: rows.reshape(-1, parts, head).transpose(0, 1).flatten())
+
+
+def as_pairs(head: int) -> Merger:
+    return reordered(lambda rows: rows.reshape(-1, 2, head // 2).mT.flatten())
+
+
+def as_halves(head: int) -> Merger:
+    return reordered(lambda rows: rows.reshape(-1, head // 2, 2).mT.flatten())
+
+
 def without(*components: int) -> Merger:
     kept = [component for component in range(RANK) if component not in components]
     return lambda halves: {name: b[:, kept] @ a[kept] for name, (a, b) in halves.items()}
@@ -66,6 +87,11 @@ def verified(folder: Path, merger: Merger, *, full: bool, dtype: torch.dtype = t
         (in_order(1, 0), "LH302", "the halves of its rows got the updates of 2 1"),
         (in_order(0, 2, 1), "LH302", "the thirds of its rows got the updates of 1 3 2"),
         (in_order(1, 2, 0), "LH302", "the thirds of its rows got the updates of 2 3 1"),
+        (in_turns(16), "LH302", "its rows got the updates of the thirds in turns, 16 rows of each"),
+        (together(16), "LH302", "the thirds of its rows got what belongs to 16 rows of each in turns"),
+        (in_turns(8, 2), "LH302", "its rows got the updates of the halves in turns, 8 rows of each"),
+        (as_pairs(64), "LH302", "in each head of 64 rows the updates of the halves alternate"),
+        (as_halves(48), "LH302", "in each head of 48 rows the halves got the updates of alternate rows"),
         (without(7), "LH304", "merged without component 7 of the 8 of its rank"),
         (without(0, 4, 5, 6, 7), "LH304", "merged without components 0, 4 to 7 of the 8 of its rank"),
     ],

@@ -9,6 +9,7 @@ from operator import itemgetter
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import MergedLayer, Sample, index_of
@@ -24,6 +25,7 @@ Fault = tuple[str, str]  # code and sentence
 Stores = tuple[Weights, Weights]
 _LOOKED_AT = 16_000  # elements
 _PARTS = {2: "halves", 3: "thirds"}  # of the rows of a fused layer
+_HEADS = (4, 8, 16, 32, 40, 48, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256)  # rows of a head
 _MOST_RANK = 256
 _TRIED, _OWN = 4, 0.5  # layers; share of a change that lies along the update of one module alone
 _THERE = (0.8, 1.25)  # of the scale; components that were merged lie between, those that were not are below its half
@@ -38,13 +40,15 @@ def mistaken(
         return None
     sample = layer.sample(_LOOKED_AT)
     clean = sample.finite
-    for product, fault in _mistakes(layer, sample, expected):
-        if aligned(sample.change[clean], layer.sampled(product, _LOOKED_AT)[clean]) < ALIGNED:
-            continue
-        found = measure(replace(layer, product=product), expected)
-        if found.state in ("merged", "two roundings"):
-            return found, fault
-    return None
+    every = [
+        (aligned(sample.change[clean], layer.sampled(product, _LOOKED_AT)[clean]), product, fault)
+        for product, fault in _mistakes(layer, sample, expected)
+    ]
+    share, product, fault = max(every, key=itemgetter(0), default=(0.0, layer.product, ("", "")))
+    if share < ALIGNED:
+        return None
+    found = measure(replace(layer, product=product), expected)
+    return (found, fault) if found.state in ("merged", "two roundings") else None
 
 
 def _mistakes(layer: MergedLayer, sample: Sample, expected: float) -> Iterator[tuple[Product, Fault]]:
@@ -53,9 +57,8 @@ def _mistakes(layer: MergedLayer, sample: Sample, expected: float) -> Iterator[t
     turned = own.turned()
     if turned.shape == own.shape and turned is not own:
         yield turned, ("LH301", "the update was merged transposed")
-    for count, what in _PARTS.items():
-        if own.shape[0] % count == 0:
-            yield from _reordered(own, count, what)
+    for order, said in _orders(own.shape[0]):
+        yield own.at(order), ("LH302", said)
     if isinstance(own, LowRank) and (lost := _lost(layer, own, sample, expected)) is not None:
         kept = torch.from_numpy(~lost)
         runs = ", ".join(f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in runs_of(lost)[:4])
@@ -63,13 +66,26 @@ def _mistakes(layer: MergedLayer, sample: Sample, expected: float) -> Iterator[t
         yield LowRank(own.left[:, kept], own.right[kept]), ("LH304", f"merged without {what}")
 
 
-def _reordered(own: Product, count: int, what: str) -> Iterator[tuple[Product, Fault]]:
-    height = own.shape[0] // count
-    for order in list(permutations(range(count)))[1:]:
-        said = " ".join(str(part + 1) for part in order)
+def _orders(rows: int) -> Iterator[tuple[Tensor, str]]:
+    """Yield orders that the rows of a layer are mistaken for: of each row the one whose update it got, and in words."""
+    lines = torch.arange(rows)
+    for count, what in _PARTS.items():
+        for order in list(permutations(range(count)))[1:] if rows % count == 0 else ():
+            said = " ".join(str(part + 1) for part in order)
+            blocks = lines.reshape(count, -1)[list(order)].flatten()
+            yield blocks, f"the {what} of its rows got the updates of {said}"
+    for head in (head for head in _HEADS if rows % head == 0):
+        for count, what in _PARTS.items():
+            if rows % (count * head) == 0 and rows > count * head:
+                in_turns = lines.reshape(count, -1, head).transpose(0, 1).flatten()
+                yield in_turns, f"its rows got the updates of the {what} in turns, {head} rows of each"
+                yield in_turns.argsort(), f"the {what} of its rows got what belongs to {head} rows of each in turns"
+        pairs = lines.reshape(-1, 2, head // 2).mT.flatten()
+        heads = f"in each head of {head} rows"
+        yield pairs, f"{heads} the updates of the halves alternate, as rotary pairs in another layout"
         yield (
-            own.picked([(part * height, (part + 1) * height) for part in order]),
-            ("LH302", f"the {what} of its rows got the updates of {said}"),
+            pairs.argsort(),
+            f"{heads} the halves got the updates of alternate rows, as rotary pairs in another layout",
         )
 
 

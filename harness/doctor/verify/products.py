@@ -51,7 +51,11 @@ class Product(ABC):
             return self
         if len(runs) == 1:
             return self.sliced(*runs[0])
-        return Picked(self, torch.cat([torch.arange(*run) for run in runs]))
+        return self.at(torch.cat([torch.arange(*run) for run in runs]))
+
+    def at(self, index: Tensor) -> Product:
+        """Return the rows of these numbers, in this order."""
+        return Picked(self, index)
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Compare with every row of W and W' in one pass; `device` may make the products."""
@@ -121,9 +125,9 @@ class LowRank(Product):
         """Return rows [start, stop)."""
         return LowRank(self.left[start:stop], self.right)
 
-    def picked(self, runs: Sequence[tuple[int, int]]) -> Product:
-        """Return some runs of rows, one below the other; all rows where there are none."""
-        return LowRank(torch.cat([self.left[slice(*run)] for run in runs]), self.right) if runs else self
+    def at(self, index: Tensor) -> Product:
+        """Return the rows of these numbers, in this order."""
+        return LowRank(self.left[index], self.right)
 
     def row_sums(self, before: Rows, after: Rows, rounding: Rounding, *, device: str = "cpu") -> RowSums:
         """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is formed for a few columns only."""
