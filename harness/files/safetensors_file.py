@@ -42,14 +42,16 @@ _TORCH = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "C64": "complex64",
 }  # fmt: skip
+_ZIP = b"PK\x03\x04"
 _MAGIC = {
-    b"PK\x03\x04": "is a PyTorch pickle (zip), which can run code when opened, so it is never opened here",
+    _ZIP: "is a zip archive: unpack it first",
     b"\x80\x02": "is a Python pickle, which can run code when opened, so it is never opened here",
     b"GGUF": "is a GGUF file, a safetensors file is needed here",
     b"version ": "is a git-lfs pointer, not the weights: fetch them with `git lfs pull`",
     b"<!DOCTYP": "is a web page, not the weights: the download went wrong",
     b"<html": "is a web page, not the weights: the download went wrong",
 }
+_ZIPPED_PICKLE = b"/data.pkl"  # the first entry of what torch.save writes
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _CONVERT = "convert it in a sandbox: safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
 
@@ -132,8 +134,11 @@ def _header_bytes(path: Path, size: int) -> bytes:
 
 def _other_kind(path: Path, head: bytes, size: int) -> LoraFileError:
     """Say what a file is whose first bytes are no possible header length."""
+    saved_by_torch = _ZIPPED_PICKLE in head or path.suffix.lower() in _PICKLES
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
+            if magic == _ZIP and saved_by_torch:
+                kind = "is a PyTorch pickle (zip), which can run code when opened, so it is never opened here"
             return LoraFileError(path, f"{kind}; {_CONVERT}") if "pickle" in kind else NoLoraError(path, kind)
     if path.suffix.lower() in _PICKLES:
         return LoraFileError(path, f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}")

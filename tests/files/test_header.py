@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from harness.errors import NoLoraError
+from harness.errors import LoraFileError, NoLoraError
 from harness.files import read_header
 from harness.files import safetensors_file as module
 
@@ -82,3 +84,15 @@ def test_a_text_in_the_place_of_a_file_is_shown(tmp_path: Path, text: str) -> No
     path.write_text(text, encoding="utf-8")
     with pytest.raises(NoLoraError, match="is text, not the weights: " + re.escape(text.strip("\ufeff\n")[:50])):
         read_header(path)
+
+
+def test_an_archive_is_no_pickle_and_what_torch_saves_is(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(LoraFileError, match="is a PyTorch pickle") as pickled:
+        read_header(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("lora.safetensors", b"\0" * 200)
+    with pytest.raises(NoLoraError, match="is a zip archive: unpack it first"):
+        read_header(path)
+    assert not isinstance(pickled.value, NoLoraError)
