@@ -239,7 +239,8 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
         seen = f"look for {given.tool.log}, or measure it" if given.tool.log else "measure it"
-        return f"{seen}: `lora-harness check LOADER`, or give --base CHECKPOINT to see what applies"
+        again = "" if found.held else ", or give --base CHECKPOINT to see what applies"
+        return f"{seen}: `lora-harness check LOADER`{again}"
     return _what_to_check(found, given)
 
 
@@ -248,7 +249,7 @@ def _what_to_check(found: FileDiagnosis, given: Answer) -> str:
         return "check that this is the base it was trained on"
     if given.modules == BY_NAME:
         left = f"there is no {given.tool.log}" if given.tool.log else f"{given.tool.title} reports no key as left out"
-        return f"see that {left}, or ask again with --base"
+        return f"see that {left}" + ("" if found.held else ", or ask again with --base")
     return "nothing else"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from harness.doctor.answer import Question
 from harness.doctor.traits import Traits
+from harness.files import with_alpha
 
 _SEEN_CHARACTERS = 200
 _MUSUBI = ("wan", "framepack", "qwen_image", "zimage", "kandinsky", "flux_2", "hv_1_5", "krea2", "ideogram4", "hidream")
@@ -37,7 +38,10 @@ def with_rule(traits: Traits, asked: Question) -> Question:
 
 
 def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str]:
-    """Say what a file without alpha may mean, in numbers."""
+    """Say what a file without alpha may mean, in numbers; of one with alpha, that none was needed."""
+    unused = lora_alpha is not None and with_alpha(traits.adapter, lora_alpha) is traits.adapter
+    if unused and any(module.alpha for module in traits.modules):
+        yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
     if not _is_without(traits, lora_alpha):
         return
     if two := traits.adapter.alpha_by_release:

@@ -196,6 +196,13 @@ def test_each_release_of_mlx_vlm_has_its_own_number(tmp_path: Path, version: str
     assert dict(lines(diagnose(path, tool="mlx-vlm", asked=question)))["pass"] == says
 
 
+def test_an_alpha_that_nobody_needed_is_said(tmp_path: Path) -> None:
+    stem = "lora_unet_blocks_0_self_attn_q"
+    tensors = {f"{stem}.lora_down.weight": (4, 64), f"{stem}.lora_up.weight": (64, 4), f"{stem}.alpha": ()}
+    said = dict(lines(diagnose(written(tmp_path, tensors), asked=Question(lora_alpha=8.0))))
+    assert said["alpha"] == "--lora-alpha 8 is not used: the file has its own alpha"
+
+
 def test_a_scale_that_lies_beside_the_file_is_left_as_it_is(tmp_path: Path) -> None:
     halves = {f"model.layers.0.self_attn.q_proj.lora_{half}": (64, 4) if half == "a" else (4, 64) for half in "ab"}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}

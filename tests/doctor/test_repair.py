@@ -79,6 +79,12 @@ def test_a_file_without_alpha_needs_the_training(
     assert repair_file(path, "diffsynth", tmp_path / "new", **options).scales == scales  # type: ignore[arg-type]
 
 
+def test_one_scale_is_said_in_one_way(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "old", "diffsynth", weights((None, None)))
+    with pytest.raises(UserError, match="scale and lora_alpha say the same in two ways: give one of them"):
+        repair_file(path, "diffsynth", tmp_path / "new", scale=1.0, lora_alpha=8.0)
+
+
 def test_modules_that_lack_alpha_are_named(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "old", "comfyui", weights((4.0, None)))
     with pytest.raises(UserError, match=r"carries no alpha in 1 of 2 modules \([^)]*\); give lora_alpha"):

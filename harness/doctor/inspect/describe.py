@@ -114,8 +114,7 @@ def _described(
     reasons: bool,
 ) -> FileRecord:
     traits = Traits(adapter)
-    given, total = adapter, len(adapter.file.keys)
-    adapter = with_alpha(given, lora_alpha)
+    total, adapter = len(adapter.file.keys), with_alpha(adapter, lora_alpha)
     modules = list(adapter.modules.values())
     low_rank = [module for module in modules if module.rank or module.variant == "lokr"]
     different = [m for m in distinct(low_rank) if m.alpha is not None or m.unscaled or not m.rank]
@@ -137,7 +136,7 @@ def _described(
         trained=_range(module.trained_scale for module in different if module.rank),
         scales=_scales(different),
         hazards=tuple(sorted((*hazards(adapter), *weighed.hazards), key=lambda hazard: hazard.code)),
-        notes=(*_notes(adapter, given, lora_alpha), *_about_alpha(traits, lora_alpha), *weighed.notes),
+        notes=(*_notes(adapter), *_about_alpha(traits, lora_alpha), *weighed.notes),
         coverage=1 - len(adapter.unused_keys) / total if total else None,
         unused=tuple(printable(key) for key in adapter.unused_keys[:_UNUSED_SHOWN]),
         trainer=trainer_of(adapter.metadata),
@@ -169,13 +168,11 @@ def _scales(modules: list[LoraModule]) -> dict[str, tuple[float, float]]:
     return {name: found for name, found in ranges.items() if found}
 
 
-def _notes(adapter: LoraAdapter, given: LoraAdapter, lora_alpha: float | None) -> Iterator[str]:
+def _notes(adapter: LoraAdapter) -> Iterator[str]:
     modules = list(adapter.modules.values())
     if any(module.rslora for module in modules):
         root = max(module.rank for module in modules) ** 0.5
         yield f"rank-stabilised: readers that know only alpha / rank are up to sqrt(rank) = {root:.3g} times too weak"
-    if lora_alpha is not None and adapter is given:
-        yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
     if any(module.unscaled for module in modules):
         yield "no alpha by construction: what wrote this file trains at scale 1"
     yield from _untouched_targets(adapter)

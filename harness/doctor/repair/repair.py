@@ -82,12 +82,15 @@ def repair_file(
     ignore alpha then agree. The fields of `options` may be given by keyword.
 
     Raises:
-        UserError: the file cannot be read or repaired, the loader has no known law, `out` exists (without `force`) or
-            is `lora` itself, or the written file does not give the trained effect; nothing is left behind then.
+        UserError: the file cannot be read or repaired, the loader has no known law, both `scale` and `lora_alpha` are
+            given, `out` exists (without `force`) or is `lora` itself, or the written file does not give the trained
+            effect; nothing is left behind then.
     """
     from harness.doctor.mending import not_read
 
     options = dataclasses.replace(options or RepairOptions(), **fields)
+    if options.scale is not None and options.lora_alpha is not None:
+        raise UserError("scale and lora_alpha say the same in two ways: give one of them")
     adapter = with_alpha(read_lora(lora), options.lora_alpha)
     target = _target(adapter, to, Path(out), options.force)
     layers = _layers(options.model_names)
