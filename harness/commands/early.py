@@ -35,17 +35,21 @@ class FirstAnswers:
         click.echo(f"{verdict.model_copy(update={'rows': rows}).text()}\n")
 
     def taken_back(self, verdicts: Iterable[Verdict]) -> Iterator[str]:
-        """Yield a sentence for each answer that the whole check of its cell does not give."""
-        found = {_key(verdict) for verdict in verdicts}
+        """Yield a sentence for each answer that the whole check of its cell gives otherwise, or does not give."""
+        found: dict[tuple[str | None, ...], list[str]] = {}
+        for verdict in verdicts:
+            found.setdefault((*_place(verdict), verdict.code), []).append(_law(verdict))
         for early in self._told.values():
-            if _key(early) not in found:
-                law = early.law.formula if early.law else early.code
-                yield on_one_line(f"{early.loader}: taken back: the whole check does not say {early.code}, {law}")
+            laws = found.get((*_place(early), early.code), [])
+            if laws and _law(early) not in laws:
+                yield on_one_line(f"{early.loader}: made precise: the whole check says {early.code}, {laws[0]}")
+            elif not laws:
+                what = f"the whole check does not say {early.code}, {_law(early)}"
+                yield on_one_line(f"{early.loader}: taken back: {what}")
 
 
-def _key(verdict: Verdict) -> tuple[str | None, ...]:
-    law = verdict.law.formula if verdict.law else None
-    return (*_place(verdict), verdict.code, law)
+def _law(verdict: Verdict) -> str:
+    return verdict.law.formula if verdict.law else str(verdict.code)
 
 
 def _place(verdict: Verdict) -> tuple[str | None, ...]:
