@@ -147,7 +147,9 @@ def how_sure(given: Answer) -> str:
         return f"as the code of {tool.release} says"
     ways = {
         "measured": f"measured on {tool.release}, on this architecture and spelling of keys ({day})",
-        "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names",
+        "by name": f"the law is measured on {tool.release}; it takes these modules if its model has their names"
+        if given.effect in ("law", "factor")
+        else f"not measured on these layers: as its rule for names in {tool.release} says",
         "read": f"not measured: {tool.provenance}",
         "unknown": "not measured",
     }

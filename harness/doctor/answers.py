@@ -16,11 +16,13 @@ from harness.law.findings import Finding, is_within
 from harness.law.known import ScaleLaw, Tool, tools
 from harness.law.reads import Place, Reading, reading, title_of
 from harness.law.sizes import like
-from harness.text import printable
+from harness.text import count, printable
 
 _ORDER: tuple[Effect, ...] = ("hangs", "raises", "nothing", "drops", "wrong", "factor", "unknown", "law")
 _ENGINES = {("diffsynth", "flux"): "diffsynth-flux"}  # one tool, two loaders of its own
 _REFUSED = "LH724"
+_PASSED_OVER = ".scale"  # A1111's, in place of alpha / rank
+_MANY = 10  # the share of keys, 1 / 10, from which on nobody knows whether the rest is what was trained
 _BOTH = "it reads files of one rank and alpha otherwise than those of several of both"
 _IGNORES = ScaleLaw.of_powers("alpha ignored", alpha=0.0, rank=0.0)
 
@@ -38,7 +40,8 @@ def answer(tool: Tool, traits: Traits, asked: Question | None = None) -> Answer:
 
     asked = asked or Question()
     found = unmended(tool, traits, asked)
-    if found.strength is None and found.effect not in ("law", "unknown"):
+    other = found.effect == "unknown" and traits.adapter.format not in tool.formats
+    if found.strength is None and (other or found.effect not in ("law", "unknown")):
         return replace(found, instead=repaired_to(tool, traits, asked))
     return found
 
@@ -51,6 +54,7 @@ def unmended(tool: Tool, traits: Traits, asked: Question) -> Answer:
     if lost := _lost(tool, traits):
         return Answer(tool, *lost, sure_of(tool), findings=hit)
     given = _as_read(tool, traits, asked, [finding for finding in hit if finding.blocks])
+    given = _but_for_unknown_keys(given, traits)
     needs = option_for(traits.adapter, engines()[tool.name]) if tool.name in engines() else ""
     do = f"start it with {needs}" if needs and given.effect == "law" else given.do
     return replace(given, do=do, findings=hit, notes=(*_noted(tool, hit, asked.version), *given.notes))
@@ -67,7 +71,11 @@ def _not_read(tool: Tool, traits: Traits, asked: Question) -> Answer | None:
         if version not in (None, tool.release) and not _is_read_release(tool, str(version)):
             says = f"was not measured in {version}: {tool.release} {tool.not_reading(form)}"
             return Answer(tool, "unknown", says, "unknown")
-        return Answer(tool, "cannot", tool.not_reading(form), sure_of(tool))
+        if tool.cannot_read(form):
+            return Answer(tool, "cannot", tool.not_reading(form), sure_of(tool))
+        if not all(_rows_on_first(tool, group, traits) for group in traits.groups):
+            says = f"was not measured on {form} files like this: it is known to read {', '.join(tool.formats)}"
+            return Answer(tool, "unknown", says, "unknown")
     if not traits.modules or any(problem.fatal for problem in traits.adapter.problems):
         return Answer(tool, "unknown", "gets a file that is broken: mend it first", "unknown")
     if not _is_known_release(tool, version):
@@ -94,9 +102,9 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
     read = _read(tool, traits)
     if fault := next((finding for finding in blocking if finding.effect != "alpha ignored"), None):
         seen = read.effect if read.effect not in ("law", "unknown") else _effect(fault.effect)
-        return Answer(tool, seen, fault.says, sure_of(tool))
+        return Answer(tool, seen, fault.says, "unknown" if seen == "unknown" else sure_of(tool))
     if read.effect not in ("law", "factor") or (read.effect == "factor" and not read.alpha_ignored):
-        return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else sure_of(tool))
+        return Answer(tool, read.effect, read.what, "unknown" if read.effect == "unknown" else _how_sure(tool, traits))
     ignores = read.alpha_ignored or traits.alpha_is_beside or bool(blocking)
     law = replace(_IGNORES, name=tool.name) if ignores else tool.law
     found = replace(_by_law(tool, law, traits, asked), sure=_how_sure(tool, traits))
@@ -108,6 +116,19 @@ def _as_read(tool: Tool, traits: Traits, asked: Question, blocking: list[Finding
         found = replace(found, do=_ASK_AGAIN.format(usual), modules=modules)
     is_sure = found.sure == "measured" or traits.is_placed or not found.modules
     return found if is_sure else replace(found, modules=BY_NAME)
+
+
+def _but_for_unknown_keys(given: Answer, traits: Traits) -> Answer:
+    """Return the answer where keys of no known layout stand beside the modules, perhaps parts of them."""
+    keys = traits.adapter.file.keys
+    left = [key for key in traits.adapter.unused_keys if not key.endswith(_PASSED_OVER)]
+    if given.effect not in ("law", "factor") or not left:
+        return given
+    what = f"{len(left)} of {count(len(keys), 'key')}, such as {printable(left[0], 80)}, are of no layout that is known"
+    if traits.has_unknown_parts or _MANY * len(left) > len(keys):
+        says = f"was not measured on such files: {what}"
+        return replace(given, effect="unknown", told=says, modules="", sure="unknown", strength=None, gain=None)
+    return replace(given, told=f"{given.told}; {what}")
 
 
 def _by_law(tool: Tool, law: ScaleLaw, traits: Traits, asked: Question) -> Answer:
@@ -203,6 +224,11 @@ def _rows_or_alike(tool: Tool, place: Place, group: Group, *, mixed: bool) -> li
     """Return what `_rows` does, on a model of the same class where the architecture itself was not measured."""
     found, other = _rows(tool, place, group, mixed=mixed), like(place)
     return _rows(tool, other, group, mixed=mixed) if found is None and other else found
+
+
+def _rows_on_first(tool: Tool, group: Group, traits: Traits) -> list[Reading] | None:
+    """Return what was measured of a group on the most usual architecture it can belong to."""
+    return _rows_for(tool, group.places[0], group, traits) if group.places else None
 
 
 def _rows_for(tool: Tool, place: Place, group: Group, traits: Traits) -> list[Reading] | None:

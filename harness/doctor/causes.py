@@ -92,6 +92,8 @@ def _nothing(found: FileDiagnosis) -> Iterator[Cause]:
     weak = [f"{a.tool.name} {a.says}" for a in found.answers.values() if a.gain and max(map(abs, a.gain)) < 0.5]
     yield Cause("far too weak", "load it at 10 times the strength: does anything change?", "; ".join(weak[:2]))
     test = f"lora-harness inspect {printable(found.path, 120)} names them (LH713, LH714)"
+    if not any({"B", "lokr_w1_b", "lokr_w2_b", "hada_w1_b"} & module.keys.keys() for module in found.traits.modules):
+        return
     yield Cause("an untrained B (all zero)", test, _said(found, "LH713") or _said(found, "LH714"))
 
 

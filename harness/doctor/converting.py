@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from harness.doctor.answer import Answer, Question, by_scales, sure_of
 from harness.doctor.traits import Traits
 from harness.files import LoraModule
 from harness.law.findings import Finding
 from harness.law.known import Tool
+from harness.text import printable
+
+_MERGE = "merge it into its base with PEFT (`merge_and_unload`), and convert the merged model"
 
 
 def converted(tool: Tool, traits: Traits, asked: Question, hit: Sequence[Finding]) -> Answer:
@@ -17,6 +21,9 @@ def converted(tool: Tool, traits: Traits, asked: Question, hit: Sequence[Finding
     A strength is given where one is right for what the converter writes, which the tool then multiplies by its law.
     """
     what = tool.not_reading(traits.adapter.format)
+    if stop := next((key for key in traits.adapter.file.keys if not _takes(tool, key)), ""):
+        what = f"{what}; its converter stops at {printable(stop, 80)}, which is none of the pairs"
+        return Answer(tool, "cannot", what, sure_of(tool), do=_MERGE)
     plain = Answer(tool, "cannot", what, sure_of(tool), do=tool.convert)
     if not _is_understood(tool, traits):
         return plain
@@ -27,6 +34,10 @@ def converted(tool: Tool, traits: Traits, asked: Question, hit: Sequence[Finding
     number = given.strength if given.effect == "law" else None
     do = "" if number is None and faults else tool.convert
     return Answer(tool, "cannot", what, plain.sure, number, given.gain, findings=faults, do=do)
+
+
+def _takes(tool: Tool, key: str) -> bool:
+    return any(fnmatchcase(key, glob) for glob in tool.converts)
 
 
 def _is_understood(tool: Tool, traits: Traits) -> bool:

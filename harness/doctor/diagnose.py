@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,16 @@ def tool_named(name: str, version: str | None = None) -> Tool:
     found = [tool for tool in every.values() if asked and (tool.name.startswith(asked) or asked in tool.title.lower())]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(tool.name for tool in found or every.values())
-    what = "several tools" if found else "no such tool, ask without it for all that are known"
+    listed = ", ".join(tool.name for tool in found or every.values() if tool.release)
+    what = "several tools" if found else f"no such tool{_perhaps(asked)}, ask without it for all that are known"
     raise UserError(f"tool={printable(name, 40)!r}: {what}; known are {listed}")
+
+
+def _perhaps(asked: str) -> str:
+    """Return a question for the tool whose name is nearest to what was asked for, empty where none is near."""
+    names = [name for tool in tools().values() for name in (tool.name, *tool.also) if tool.release]
+    near = get_close_matches(asked, names, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _plain(name: str) -> str:
@@ -248,7 +256,7 @@ def _what_to_check(found: FileDiagnosis, given: Answer) -> str:
     if found.misfits:
         return "check that this is the base it was trained on"
     if given.modules == BY_NAME:
-        left = f"there is no {given.tool.log}" if given.tool.log else f"{given.tool.title} reports no key as left out"
+        left = f"there is no {given.tool.log}" if given.tool.log else "it changes what comes out at all"
         return f"see that {left}" + ("" if found.held else ", or ask again with --base")
     return "nothing else"
 

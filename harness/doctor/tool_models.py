@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -9,6 +10,8 @@ from harness.doctor.traits import Group, Traits
 from harness.doctor.what_it_is import listed, model_of
 from harness.law.known import Tool
 from harness.law.reads import Place, Reading, dropped, has_other_names, knows_magnitudes, layers_of, title_of
+
+_NOBODYS = re.compile(r"^lora_(unet|te\d?|transformer)[_.]|_$")  # a prefix that was not taken off, a trailing mark
 
 
 def no_model(tool: Tool, traits: Traits) -> str:
@@ -28,6 +31,8 @@ def by_name(tool: Tool, group: Group, known: Iterable[Reading], *, language: boo
     """Return the reading of a group that was not measured: by the model's own names, or unknown."""
     if tool.models == "language" and not language:
         return Reading("unknown", "serves language models: whether it takes these layers was not measured")
+    if odd := next(filter(_NOBODYS.search, group.counts), ""):
+        return Reading("nothing", f"has no layer called as {odd}, nor has any model: the names are misspelt")
     fits = all(any(fnmatchcase(scheme, glob) for glob in tool.by_name) for scheme in group.schemes)
     in_family = tool.families is None or any(family in tool.families for family, _ in group.places)
     named = not tool.original_names or not group.places or all(_has_names(tool, place) for place in group.places)

@@ -79,6 +79,10 @@ class Group:
         return tuple(sorted({spelling.partition("+")[0] for spelling in self.spelled}))
 
 
+def _flat(key: str) -> str:
+    return key.replace(".", "_")
+
+
 @dataclass(frozen=True)
 class Traits:
     """The traits of a parsed file."""
@@ -179,6 +183,12 @@ class Traits:
             f"{'tensor' if tensor else source if source in ('header', 'config') else 'none'}{marks}"
             for prefix, after, tensor, marks in found
         }
+
+    @cached_property
+    def has_unknown_parts(self) -> bool:
+        """Tell whether a key that nobody understands begins with the name of a module, as a part of it would."""
+        stems = {_flat(key.removesuffix(key[key.rfind(".lora") :])) for key in self._keys if ".lora" in key}
+        return any(_flat(key).startswith(f"{stem}_") for key in self.adapter.unused_keys for stem in stems)
 
     @cached_property
     def plans(self) -> dict[Hashable, Traits | None]:

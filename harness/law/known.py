@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -127,8 +128,10 @@ class Tool:
     beside: str = ""
     models: str = ""
     also: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
     convert: str = ""
     drops: tuple[str, ...] = ()
+    converts: tuple[str, ...] = ("*",)
     families: tuple[str, ...] | None = None
     has: tuple[str, ...] = ()
     renames: tuple[str, ...] = ()
@@ -148,6 +151,10 @@ class Tool:
     def takes_none(self) -> bool:
         """Tell whether its users cannot pass a strength."""
         return self.field.startswith("(")
+
+    def cannot_read(self, format: str) -> bool:
+        """Tell whether its code has no way to read files of `format`."""
+        return format not in self.formats and any(fnmatchcase(format, glob) for glob in self.refuses)
 
     def not_reading(self, format: str) -> str:
         """Say that it does not read files of `format`, and what it reads."""
@@ -194,7 +201,10 @@ class Tool:
 
 
 _TEXT_ENCODER = re.compile(r"te\d?|text_encoders?(_\d)?|clip_\w|t5\w*|text_model")
-_LISTS = ("formats", "by_name", "families", "has", "own_names", "renames", "limits", "also", "drops", "layers")
+_LISTS = (
+    "formats", "by_name", "families", "has", "own_names", "renames", "limits", "also", "drops", "layers", "refuses",
+    "converts",
+)  # fmt: skip
 _POWERS = ("strength", "alpha", "rank", "constant", "rslora")
 
 

@@ -41,16 +41,14 @@ class Sizes:
     widths: frozenset[int] = frozenset()
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     inputs: Mapping[str, frozenset[int]] = field(default_factory=dict, hash=False)
+    outputs: Mapping[str, frozenset[int]] = field(default_factory=dict, hash=False)
     like: str = ""
 
     def allow(self, file: _Measured) -> bool:
         """Tell whether a model of these sizes can have the layers of a file."""
         inside = all(max(seen) < max(self.blocks[stack]) for stack, seen in file.stacks.items() if stack in self.blocks)
-        return inside and not self.widths.isdisjoint(file.widths) and all(map(self._takes, file.inputs.items()))
-
-    def _takes(self, layer: tuple[str, set[int]]) -> bool:
-        pattern, seen = layer
-        return all(seen & widths for end, widths in self.inputs.items() if pattern.endswith(end))
+        takes = _take(self.inputs, file.inputs) and _take(self.outputs, file.outputs)
+        return inside and takes and not self.widths.isdisjoint(file.widths)
 
     def is_as_deep(self, full: Mapping[str, int]) -> bool:
         """Tell whether a model has as many blocks as a file that has all of its first ones: stack -> number."""
@@ -63,20 +61,29 @@ class Sizes:
         return bool(known) and not any(known)
 
 
+def _take(asked: Mapping[str, frozenset[int]], layers: Mapping[str, set[int]]) -> bool:
+    """Tell whether all layers whose patterns end so have a width that is asked for."""
+    return all(
+        seen & widths for pattern, seen in layers.items() for end, widths in asked.items() if pattern.endswith(end)
+    )
+
+
 @dataclass
 class _Measured:
-    """Widths, numbers of blocks by their stack, and inputs by pattern, of a file's layers."""
+    """Widths, numbers of blocks by their stack, inputs and outputs by pattern, of a file's layers."""
 
     widths: set[int] = field(default_factory=set)
     into: Counter[int] = field(default_factory=Counter)
     stacks: dict[str, set[int]] = field(default_factory=dict)
     inputs: dict[str, set[int]] = field(default_factory=dict)
+    outputs: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, layer: Sized, pattern: str) -> None:
         self.widths.update((layer.in_features, layer.out_features))
         self.into[layer.in_features] += 1
         if pattern.endswith(_asked()):
             self.inputs.setdefault(pattern, set()).add(layer.in_features)
+            self.outputs.setdefault(pattern, set()).add(layer.out_features)
         if found := _in_stack(layer.name):
             self.stacks.setdefault(found[0], set()).add(found[1])
 
@@ -102,8 +109,10 @@ def _rows() -> dict[str, Sizes]:
 
 def _row(row: Mapping[str, Any]) -> Sizes:
     blocks = {stack: tuple(numbers) for stack, numbers in row.get("blocks", {}).items()}
-    inputs = {end: frozenset(widths) for end, widths in row.get("inputs", {}).items()}
-    return Sizes(frozenset(row["widths"]), blocks, inputs, row.get("like", ""))
+    inputs, outputs = (
+        {end: frozenset(widths) for end, widths in row.get(side, {}).items()} for side in ("inputs", "outputs")
+    )
+    return Sizes(frozenset(row["widths"]), blocks, inputs, outputs, row.get("like", ""))
 
 
 def families() -> frozenset[str]:
@@ -119,7 +128,7 @@ def like(place: Place) -> Place | None:
 
 @cache
 def _asked() -> tuple[str, ...]:
-    return tuple({end for sizes in _rows().values() for end in sizes.inputs})
+    return tuple({end for sizes in _rows().values() for end in (*sizes.inputs, *sizes.outputs)})
 
 
 @cache

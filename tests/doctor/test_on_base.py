@@ -115,10 +115,16 @@ def test_a_layer_with_more_inputs_is_widened_by_diffusers_alone(tmp_path: Path) 
 def test_a_format_is_refused_for_the_release_that_was_read_alone(tmp_path: Path) -> None:
     folder = peft(tmp_path)
     effects = {
-        version: diagnose(folder, tool="comfyui", asked=Question(version)).answers["comfyui"].effect
-        for version in (None, "0.3.64", "v0.3.64", "0.12.3")
+        version: diagnose(folder, tool="lycoris", asked=Question(version)).answers["lycoris"].effect
+        for version in (None, "4.1.3", "v4.1.3", "3.0.0")
     }
-    assert effects == {None: "cannot", "0.3.64": "cannot", "v0.3.64": "cannot", "0.12.3": "unknown"}
+    assert effects == {None: "cannot", "4.1.3": "cannot", "v4.1.3": "cannot", "3.0.0": "unknown"}
+
+
+def test_a_format_that_was_not_looked_up_is_not_refused(tmp_path: Path) -> None:
+    found = diagnose(peft(tmp_path), tool="comfyui").answers["comfyui"]
+    assert (found.effect, found.sure, found.strength) == ("unknown", "unknown", None)
+    assert found.says.startswith("was not measured on peft files like this: it is known to read kohya, comfyui")
 
 
 def test_a_weak_effect_may_be_dropped_modules_or_a_quantised_base(tmp_path: Path) -> None:
