@@ -196,6 +196,10 @@ def _loha(shapes: Shapes) -> Sizes:
     outputs, rank = (first[1], first[0]) if "hada_t1" in shapes else first
     if rank != second[0]:
         raise ShapeError("hada_w1_a", f"hada_w1_a {_shown(first)} and hada_w1_b {_shown(second)} do not fit")
+    for role, other, side in (("hada_w2_a", first, 0), ("hada_w2_b", second, 1)):
+        if shapes[role][1 if "hada_t2" in shapes else side] != other[1 if "hada_t1" in shapes else side]:
+            ours = f"{role} {_shown(shapes[role])}"
+            raise ShapeError(role, f"{ours} and {role.replace('2', '1')} {_shown(other)} do not fit")
     return _positive("hada_w1_a", rank, second[1], outputs, first)
 
 
@@ -233,6 +237,12 @@ def _unsized(shapes: Shapes) -> Sizes:
     return 0, 0, 0
 
 
+def _glora(shapes: Shapes) -> Sizes:
+    if lost := next((role for role in ("a1.weight", "a2.weight", "b1.weight", "b2.weight") if role not in shapes), ""):
+        raise ShapeError(next(iter(shapes)), f"its partner {lost} is missing: GLoRA has four of them")
+    return 0, 0, 0
+
+
 def _adalora(shapes: Shapes) -> Sizes:
     """Sizes of A: [r, in], E: [r, 1], B: [out, r]; the update is B @ (A * E)."""
     rank, inputs, outputs = _pair(shapes)
@@ -250,6 +260,7 @@ def _halves(shapes: Shapes) -> Sizes:
 _SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
     "tucker": _tucker, "loha": _loha, "lokr": _lokr, "experts": _experts, "diff": _full, "norm": _full, "set": _full,
     "tokens": _full, "copy": _full, **dict.fromkeys(LORA_METHODS, _halves), "adalora": _adalora,
+    "glora": _glora,
 }  # fmt: skip
 
 

@@ -161,6 +161,8 @@ class FileRecord(Record):
     @property
     def headline(self) -> str:
         """What the scales mean for a person who loads the file, in one sentence or two."""
+        if unknown := [name for name in ("glora", "tlora") if name in self.variants]:
+            return f"What scales its {' and '.join(unknown)} modules is not judged."
         if self.modules and self.ranks.keys() <= {"full"}:
             return "Nothing in it is scaled by alpha / rank."
         if self.trained is None and self.modules and self.alpha_source == "config":

@@ -17,13 +17,14 @@ from typing import Any
 from harness.doctor.audit import remote
 from harness.doctor.audit.rows import Rows, RowStore, scratch
 from harness.doctor.audit.work import Task, run_local, run_on
-from harness.doctor.inspect.describe import shown_path, unreadable
+from harness.doctor.inspect.describe import not_judged, shown_path, unreadable
 from harness.errors import UserError
 from harness.files.format import CONFIG_NAME, WEIGHTS_NAME
 from harness.verdict.file_record import FileRecord
 
 _SUFFIX = ".safetensors"
 _PICKLED = "adapter_model.bin"
+_WEIGHTS = (_SUFFIX, ".SAFETENSORS", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 Work = Callable[[Sequence[str], Task, Callable[[str, str], None]], None]
 
 
@@ -138,7 +139,8 @@ class _Audit:
         """Read every file of which there is no row yet."""
         for position, file in enumerate(self._found):
             if file.problem:
-                self._keep(position, unreadable(file.path, file.problem))
+                row = unreadable if file.blamed else not_judged
+                self._keep(position, row(file.path, file.problem))
         left = [file.path for position, file in enumerate(self._found) if self.places[position] < 0]
         task = Task("row", self._options.energy, self._options.seconds, self._options.memory)
         parsed = FileRecord.model_validate_json
@@ -191,10 +193,11 @@ def _work(options: AuditOptions) -> Work:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One file or PEFT folder to audit; `problem` says why it must not be opened."""
+    """One file or PEFT folder to audit; `problem` says why it must not be opened, `blamed` that it is the file's."""
 
     path: str
     problem: str | None = None
+    blamed: bool = True
 
     def stamp(self) -> tuple[int, int] | None:
         """Return (bytes, modification time in ns) of the weights, None when they cannot be told."""
@@ -249,8 +252,12 @@ def _under(path: str, schemes: tuple[str, ...]) -> Iterator[Found]:
     if not matches:
         raise UserError(f"{path}: no such file or folder, and no glob that matches anything")
     for match in matches:
-        if os.path.isdir(match) or match.endswith(_SUFFIX):
+        if os.path.isdir(match) or _is_lora(match):
             yield from _local(Path(match))
+
+
+def _is_lora(name: str) -> bool:
+    return name.lower().endswith(_SUFFIX)
 
 
 def _local(path: Path) -> Iterator[Found]:
@@ -271,11 +278,11 @@ def _walk(folder: Path, root: Path) -> Iterator[Found]:
     is_peft = {CONFIG_NAME, WEIGHTS_NAME} <= links.keys()
     if is_peft:
         yield _checked(folder / WEIGHTS_NAME, folder, root) if links[WEIGHTS_NAME] else Found(str(folder))
-    elif _PICKLED in links:
-        yield Found(str(folder))  # never opened; its row says so
+    elif _PICKLED in links or (CONFIG_NAME in links and not any(name.endswith(_WEIGHTS) for name in links)):
+        yield Found(str(folder))  # never opened, or without weights; its row says so
     for entry in entries:
         taken = is_peft and entry.name == WEIGHTS_NAME
-        if entry.name.endswith(_SUFFIX) and not entry.is_dir(follow_symlinks=False) and not taken:
+        if _is_lora(entry.name) and not entry.is_dir(follow_symlinks=False) and not taken:
             yield _checked(Path(entry.path), Path(entry.path), root) if links[entry.name] else Found(entry.path)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
@@ -288,4 +295,4 @@ def _checked(file: Path, shown: Path, root: Path) -> Found:
         inside = file.resolve(strict=True).is_relative_to(root)
     except (OSError, RuntimeError):
         return Found(str(shown), "a link that leads nowhere")
-    return Found(str(shown), None if inside else f"a link that leads out of {root}: not followed")
+    return Found(str(shown), None if inside else f"a link that leads out of {root}: not followed", blamed=False)

@@ -43,7 +43,7 @@ def find(url: str, schemes: tuple[str, ...] = SCHEMES) -> list[str]:
     _refuse_private(url)
     system, path = _open(url)
     try:
-        found = [path] if path.endswith(".safetensors") else _listed(system, path)
+        found = [path] if path.lower().endswith(".safetensors") else _listed(system, path)
     except Exception as error:  # whatever the storage's own library raises, without its text: it may hold credentials
         raise UserError(f"{_public(url)}: cannot be listed ({type(error).__name__})") from None
     if not found:
@@ -59,7 +59,7 @@ def _listed(system: Any, path: str) -> list[str]:
     files = sorted(system.glob(path) if any(c in path for c in "*?[") else system.find(path))
     folders = {name.rpartition("/")[0] for name in files if name.endswith("/" + CONFIG_NAME)}
     peft = {folder for folder in folders if f"{folder}/{WEIGHTS_NAME}" in files}
-    plain = [name for name in files if name.endswith(".safetensors") and name.rpartition("/")[0] not in peft]
+    plain = [name for name in files if name.lower().endswith(".safetensors") and name.rpartition("/")[0] not in peft]
     return sorted([*peft, *plain])
 
 
@@ -67,7 +67,7 @@ def stamp(url: str) -> tuple[int, int] | None:
     """Return (bytes, a number that changes with the content) of a remote file, None when it cannot be told."""
     try:
         system, path = _open(url)
-        info = system.info(path if path.endswith(".safetensors") else f"{path}/{WEIGHTS_NAME}")
+        info = system.info(path if path.lower().endswith(".safetensors") else f"{path}/{WEIGHTS_NAME}")
     except Exception:
         return None
     mark = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if info.get(key)), 0)
@@ -95,7 +95,7 @@ def local_copy(url: str) -> Iterator[Path]:
 def _fetch(url: str, folder: Path) -> Path:
     _refuse_private(url)
     system, path = _open(url)
-    is_file = path.endswith(".safetensors")
+    is_file = path.lower().endswith(".safetensors")
     target = folder / ("lora.safetensors" if is_file else WEIGHTS_NAME)
     if not is_file:
         config = f"{path}/{CONFIG_NAME}"

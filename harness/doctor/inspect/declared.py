@@ -15,7 +15,7 @@ from harness.verdict.file_record import Hazard
 def declared(adapter: LoraAdapter) -> Iterator[Hazard]:
     """Yield LH720 for what PEFT refuses, LH721 for trained tensors that it passes over or starts anew."""
     yield from (Hazard(code="LH720", what=f"{what}: PEFT refuses it") for what in _refused(adapter.config))
-    yield from (*_saved(adapter), *_tokens(adapter), *_magnitudes(adapter))
+    yield from (*_saved(adapter), *_tokens(adapter), *_biases(adapter), *_magnitudes(adapter))
 
 
 def _refused(config: Mapping[str, Any]) -> Iterator[str]:
@@ -63,6 +63,13 @@ def _tokens(adapter: LoraAdapter) -> Iterator[Hazard]:
         yield Hazard(code="LH720", what=f"{what}: PEFT refuses it")
     if names and not indices and method_of(adapter.config) != "trainable_tokens":
         what = f"the file has trained token rows ({first_of(names)}), no trainable_token_indices say which"
+        yield Hazard(code="LH721", what=f"{what}: PEFT ignores them")
+
+
+def _biases(adapter: LoraAdapter) -> Iterator[Hazard]:
+    names = [name for name, module in adapter.modules.items() if "bias" in module.keys]
+    if names and method_of(adapter.config) == "lora" and not adapter.config.get("lora_bias"):
+        what = f"the file has biases of B ({first_of(names)}), lora_bias is not set"
         yield Hazard(code="LH721", what=f"{what}: PEFT ignores them")
 
 

@@ -184,7 +184,9 @@ def _untouched_targets(adapter: LoraAdapter) -> Iterator[str]:
     wanted = adapter.config.get("target_modules") if adapter.format == "peft" and adapter.kind == "lora" else None
     if isinstance(wanted, list) and adapter.modules:
         keys = "\n".join(f".{key}" for key in adapter.file.keys)
-        without = [word for word in wanted if isinstance(word, str) and word and f".{word}." not in keys]
+        left = adapter.config.get("exclude_modules")
+        given = [word for word in wanted if not isinstance(left, list) or word not in left]
+        without = [word for word in given if isinstance(word, str) and word and f".{word}." not in keys]
         if without:
             shown = first_of([printable(word, 60) for word in without])
             yield f"target_modules names {shown}, of which the file has no tensor: --base says whether the model has it"

@@ -207,7 +207,12 @@ def _rounding_dtype(adapter: LoraAdapter, module: LoraModule) -> str | None:
 
 def disagreeing_metadata(adapter: LoraAdapter) -> Iterator[Hazard]:
     """LH711: the metadata name an alpha that no module has."""
-    alphas = {module.alpha for _, module in _scaled(adapter) if module.alpha is not None}
+    rooted = str(_object(adapter.metadata.get("ss_network_args", "")).get("rs_lora", "")).lower() == "true"
+    alphas = {  # LyCORIS stores alpha * sqrt(rank) where it trained with alpha / sqrt(rank)
+        module.alpha / math.sqrt(module.rank if rooted else 1)
+        for _, module in _scaled(adapter)
+        if module.alpha is not None and module.rank
+    }
     for key, declared in _declared_alphas(adapter.metadata).items():
         if alphas and not any(abs(alpha - declared) <= 0.01 * abs(declared) for alpha in alphas):
             have = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4])

@@ -18,8 +18,8 @@ _CHECKPOINT = ("model.diffusion_model.", "diffusion_model.", "transformer.", "un
 _DENOISER = frozenset({"", "unet", "transformer", "diffusion_model", "lycoris"})
 _UNET_LAYERS = ("down_blocks.", "up_blocks.", "mid_block.", "down_blocks_", "up_blocks_", "mid_block_")
 _PLACES = (
-    ("te1", "te", "text_encoder"),
-    ("te2", "text_encoder_2"),
+    ("te1", "te", "text_encoder", "clip_l"),
+    ("te2", "text_encoder_2", "clip_g"),
     ("te3", "text_encoder_3"),
 )  # what formats call the first, second and third text encoder, the better name first
 _COMFY = "text_encoders"
