@@ -142,7 +142,7 @@ def _sum_of(
 ) -> tuple[MergedLayer, MergeMeasurement]:
     parts = tuple((layer.product, scale) for layer, scale in zip(layers, scales, strict=True))
     coarsest = max(layers, key=lambda layer: layer.roundoff)
-    total = replace(coarsest, product=Total(parts))
+    total = replace(coarsest, product=Total(parts), merges=len(parts))
     return total, reading.measure(total, 1.0)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -25,6 +26,7 @@ _COARSEST = 2.0**-3  # unit roundoff of float8
 _LEAST_OFF = 1e-3
 _LEAST_DRIFT, _STEP_DRIFT = 5e-4, 5e-3
 _TWO_ROUNDINGS = 1.6  # half steps
+_MARGIN = 1.1  # of several roundings over two
 _MOST = 0.9  # share of the elements that a blend must explain
 Runs = list[tuple[int, int]]
 UNIT_ROUNDOFF = {"float64": 2.0**-40, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -35,7 +37,8 @@ class Sample:
     """Rows of one layer as arrays [rows, columns]; of a layer of `rows`.
 
     `block` gives each row's block, `index` its number, `finite` says that everything read of it is, also in the columns
-    left out; `roundoff` is that of the delta.
+    left out; `roundoff` is that of the delta; `blur` is how much further rounding may leave an element off where it
+    was rounded after each of several merges.
     """
 
     base: Array
@@ -49,6 +52,7 @@ class Sample:
     dtype: str
     roundoff: float
     rows: int
+    blur: float = 1.0
 
     def of(self, rows: Flags) -> Sample:
         """Return the sample of the flagged rows alone."""
@@ -63,13 +67,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """W: [out, in] of `base` and of `merged`, and the product that a LoRA would add to it."""
+    """W: [out, in] of `base` and of `merged`, and the product that a LoRA would add to it, or `merges` of them."""
 
     tensor: str
     base: Weights
     merged: Weights
     product: Product
     lora_dtype: str
+    merges: int = field(default=1, kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -119,6 +124,7 @@ class MergedLayer:
             dtype=self.dtype,
             roundoff=self.roundoff,
             rows=self.rows,
+            blur=max(1.0, _MARGIN * math.sqrt(self.merges / 2)),  # the sum of n roundings spreads as sqrt(n)
         )
 
     def sampled(self, product: Product, elements: int) -> Array:

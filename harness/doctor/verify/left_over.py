@@ -15,6 +15,8 @@ ROWS_LEFT = 128  # of a layer, from which the rank of what is left is taken
 _COLUMNS_LEFT, _LEAST_ROWS = 1024, 24
 _OWN = 1e-4  # relative; singular values of this LoRA's update
 _COLUMN = 0.5  # of a column's elements, and of all that are off
+_BEYOND = 0.02  # of the energy of what is left, beyond its rank
+_NONE_OF_IT = 0.1  # of the base
 _ABOVE = 5.0  # medians; singular values of noise lie below
 
 
@@ -22,6 +24,8 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     """Say that what else was done to a layer is of low rank, as another LoRA's update is, or in few elements."""
     if measured.state not in ("mixed", "unexplained"):
         return None
+    if abs(measured.base) < _NONE_OF_IT:
+        return "the base is not in it: another model's weights stand below"
     if measured.base != 1:
         return f"the base is in it {measured.base:.4g} times: another scale of its weights, or of its codes"
     seen = layer.window(0, min(layer.rows, ROWS_LEFT))
@@ -36,10 +40,11 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     rest = rest - rest @ own.T @ own
     values = np.linalg.svd(rest[:, :_COLUMNS_LEFT], compute_uv=False)
     rank = int((values > _ABOVE * np.median(values)).sum())
-    low = 0 < rank <= len(values) / 3
-    return (
-        f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora" if low else None
-    )
+    rounding = float(np.square(seen.half[:, :_COLUMNS_LEFT], dtype=np.float64).sum())
+    beyond = float(np.square(values[rank:], dtype=np.float64).sum())
+    if not 0 < rank <= len(values) / 3 or beyond > max(_BEYOND * float(np.square(values).sum()), rounding):
+        return None
+    return f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora"
 
 
 def _where(off: Flags) -> str | None:

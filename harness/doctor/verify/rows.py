@@ -44,7 +44,7 @@ class Rounding:
     def of(cls, sample: Sample, scale: float, slack: float = 1.0) -> Rounding:
         """Return that of the layer a sample was taken from."""
         typical = float(np.sqrt(np.mean(np.square(sample.product, dtype=np.float64)))) if sample.product.size else 0.0
-        return cls(scale, sample.dtype, sample.roundoff, typical, slack)
+        return cls(scale, sample.dtype, sample.roundoff, typical, slack * sample.blur)
 
     def allowance(self, product: Array, half: Array) -> Array:
         """Return what each element may be off."""
