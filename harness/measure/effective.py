@@ -17,7 +17,7 @@ from harness.benches.bench import first_number
 from harness.benches.layer import Layer
 from harness.measure.plain import Stored, is_plain, offset_of, torch_is_itself, weight_of
 
-DENSE = 5  # inputs: a batch, and one alone
+DENSE = 6  # inputs: a batch, and two alone
 _WITHOUT_INPUT = ("embedding", "experts")  # of numbers
 
 
@@ -190,20 +190,21 @@ def keep_dense(dense: dict[str, Tensor] | None, name: str, module: nn.Module, la
 
 
 def _keep_dense(dense: dict[str, Tensor], name: str, module: nn.Module, layer: Layer, x: Tensor) -> None:
-    """Ask with four inputs and zeros in one batch, by turns, then with the last input alone, as a batch of one.
+    """Ask with four inputs and zeros in one batch, by turns, then with each of the others alone, as a batch of one.
 
-    Neither half of the batch is then the one or the other, and no rule for batches or for single inputs is missed.
+    Neither half of the batch is then the one or the other, no rule for batches or for single inputs is missed, and
+    what is kept for inputs of a shape is not that of the second one.
     """
-    together = torch.stack([x[:-1], torch.zeros_like(x[:-1])], 1)
+    together = torch.stack([x[:-2], torch.zeros_like(x[:-2])], 1)
     if layer.kind == "conv":
-        at, images = _images(layer, torch.cat([together.flatten(0, 1), x[-1:]]))
-        several, one = ask(module, images[:-1])[(..., *at)], ask(module, images[-1:])[(..., *at)]
+        at, images = _images(layer, torch.cat([together.flatten(0, 1), x[-2:]]))
+        several, *alone = (ask(module, some)[(..., *at)] for some in (images[:-2], images[-2:-1], images[-1:]))
     else:  # as a model does: a batch of sequences
         sequences = together.reshape(2, 2, 2, -1).transpose(1, 2).flatten(0, 1)
         several = ask(module, sequences).reshape(2, 2, 2, -1).transpose(1, 2)
-        one = ask(module, x[-1:, None].clone()).flatten(0, 1)
-    several, one = several.double().cpu().reshape(4, 2, -1), one.double().cpu()
-    dense[name] = torch.cat([several[:, 0], one]) - torch.cat([several[:, 1], several[:1, 1]])
+        alone = [ask(module, one[None, None].clone()).flatten(0, 1) for one in x[-2:]]
+    several, singles = several.double().cpu().reshape(4, 2, -1), [one.double().cpu() for one in alone]
+    dense[name] = torch.cat([several[:, 0], *singles]) - torch.cat([several[:, 1], several[:2, 1]])
 
 
 @torch.no_grad()

@@ -31,6 +31,9 @@ _REPLACES = 0.5
 _AGAIN = Scenario(
     "LH402", (load(), load(_REPLACES)), (_REPLACES, 1 + _REPLACES), "loading again at half the strength", "additive"
 )
+_ELSEWHERE = Scenario(
+    "LH402", (load(0.5), rebuild(2), load()), (1,), "loading at half the strength into another model before", "no bias"
+)
 _UNLOADS = (
     Scenario("LH403", (load(), UNLOAD, load(0.5)), (0.5,), "loading, unloading and loading at half the strength"),
     Scenario("LH403", (load(), UNLOAD, load(0), UNLOAD, load()), (1,), "loading, unloading, strength 0 and back"),
@@ -130,8 +133,8 @@ def _at_other_strengths(cell: Cell, once: Observation) -> Iterator[Sighting]:
     again = try_out(cell, once, _AGAIN, may_raise=True)
     if again == _REPLACES and cell.variant_name in CORE_VARIANTS:
         again = try_out(cell, once, _REPLACED, may_raise=True)
-    if isinstance(again, Sighting):
-        yield again
+    wrong = again if isinstance(again, Sighting) else next(first_wrong(cell, once, [_ELSEWHERE], may_raise=True), None)
+    yield from [wrong] if wrong else ()
 
 
 _Pair = tuple[float, float]
