@@ -27,6 +27,7 @@ _LOOKED_AT = 16_000  # elements
 _PARTS = {2: "halves", 3: "thirds"}  # of the rows of a fused layer
 _HEADS = (4, 8, 16, 32, 40, 48, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256)  # rows of a head
 _MOST_RANK = 256
+_NEARLY_ALL = 0.95  # of ||ΔW||^2
 _TRIED, _OWN = 4, 0.5  # layers; share of a change that lies along the update of one module alone
 _THERE = (0.8, 1.25)  # of the scale; components that were merged lie between, those that were not are below its half
 
@@ -48,6 +49,8 @@ def mistaken(
     if share < ALIGNED:
         return None
     found = measure(replace(layer, product=product), expected)
+    if found.state == "mixed" and found.aligned > _NEARLY_ALL:  # rounded once more, on its way to the wrong rows
+        found = replace(found, state="two roundings")
     return (found, fault) if found.state in ("merged", "two roundings") else None
 
 

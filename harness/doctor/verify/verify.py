@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from harness.doctor.checkpoint import Checkpoint
+from harness.doctor.inspect.in_peft import HEAD
 from harness.doctor.inspect.targeting import targeted
 from harness.doctor.match import Placement
 from harness.doctor.verify.changes import Change, changes, experts_turned, slots_of, unused_keys
@@ -105,9 +106,17 @@ def verify_merge(
         found = with_origins(found, own, stores)
     touched = {**_touched(stores, found), **_suspected(given, stores)}
     untouched = compare_untouched(*stores, touched, full=options.full)
-    untouched = replace(untouched, notes=(*notes, *untouched.notes))
+    untouched = replace(untouched, notes=(*notes, *_tied_notes(after, found), *untouched.notes))
     command = _command(bases, merged, loras, options)
     return _report([one.adapter for one in given], found, untouched, Path(merged).name, command, options)
+
+
+def _tied_notes(after: Checkpoint, found: Sequence[Module]) -> Iterator[str]:
+    """Say that an embedding which was merged is the output layer's weight too, as models without one of their own do."""
+    tied = after.config.get("tie_word_embeddings") and not any(HEAD.search(f".{name}") for name in after.layers)
+    if tied and (names := [module.name for module in found if "embed" in module.name.rpartition(".")[2]]):
+        what = f"{printable(names[0], 80)} is the weight of the output layer too (tie_word_embeddings)"
+        yield f"{what}: the merge changes both, the LoRA beside the model only the embedding"
 
 
 def _claims(given: list[Given], stores: Stores) -> dict[str, list[tuple[Given, Change]]]:
