@@ -112,7 +112,7 @@ def verify_merge(
 
 
 def _tied_notes(after: Checkpoint, found: Sequence[Module]) -> Iterator[str]:
-    """Say that an embedding which was merged is the output layer's weight too, as models without one of their own do."""
+    """Say that an embedding which was merged is the output layer's weight too, where that has none of its own."""
     tied = after.config.get("tie_word_embeddings") and not any(HEAD.search(f".{name}") for name in after.layers)
     if tied and (names := [module.name for module in found if "embed" in module.name.rpartition(".")[2]]):
         what = f"{printable(names[0], 80)} is the weight of the output layer too (tie_word_embeddings)"
