@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -69,8 +70,13 @@ def command(
     shared.say_what_is_measured([cell for found, _ in work for cell in found], as_json=as_json)
     header = new_header(seed=seed, planned=[f"checks:{subject.title}" for subject in subjects])
     told = _Told(first, statistics, as_json)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it with what was measured, as Ctrl-C does
     with RunWriter(None, header, echo=sys.stdout if as_json else None) as writer:
-        verdicts = _checked(work, plan, limits, writer, told)
+        try:
+            verdicts = _checked(work, plan, limits, writer, told)
+        except KeyboardInterrupt:
+            told.print(told.seen, "")
+            raise
     told.print(verdicts, writer.reference)
     sys.exit(_exit_code(subjects, verdicts))
 
@@ -83,6 +89,7 @@ class _Told:
 
         self.first, self.as_json, self._statistics = first, as_json, statistics
         self.labels: Counter[str] = Counter()
+        self.seen: list[Verdict] = []
         self.sure = FirstAnswers(stops=first)
 
     def print(self, verdicts: Sequence[Verdict], reference: str) -> None:
@@ -107,6 +114,11 @@ def _checked(
     verdicts: list[Verdict] = []
     cells = [cell for found, _ in work for cell in found]
     quiet = shared.quiet_on(told.as_json)
+
+    def keep(verdict: Verdict) -> None:
+        writer.write(verdict)
+        told.seen.append(verdict)
+
     with shared.cell_progress(cells, plan, limits.workers, quiet=quiet, silent=told.as_json) as pace:
         for found, skipped in work:
             writer.write(*skipped)
@@ -114,7 +126,7 @@ def _checked(
                 found,
                 plan,
                 limits,
-                on_verdict=writer.write,
+                on_verdict=keep,
                 on_cell=pace.cell,
                 on_examples=pace.examples,
                 on_measured=lambda _, measured: told.labels.update(measured.labels),

@@ -246,9 +246,9 @@ def _what_to_do(found: FileDiagnosis, given: Answer) -> str:
         asks = "; or ask again with --base MODEL, whose layers a repair would need" if base else ""
         return f"use a tool that reads it: {able(found) or 'none is known'}{asks}"
     if given.effect == "unknown":
-        seen = f"look for {given.tool.log}, or measure it" if given.tool.log else "measure it"
+        log = f"look for {given.tool.log}: each such line is a part that it left out" if given.tool.log else ""
         again = "" if found.held else ", or give --base CHECKPOINT to see what applies"
-        return f"{seen}: `lora-harness check LOADER`{again}"
+        return f"{log or 'measure its loader: `lora-harness check LOADER`'}{again}"
     return _what_to_check(found, given)
 
 

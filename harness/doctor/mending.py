@@ -55,8 +55,11 @@ def options(traits: Traits, asked: Question) -> list[str]:
     return [] if asked.lora_alpha is None else ["--lora-alpha", f"{asked.lora_alpha:.15g}"]
 
 
-def not_read(path: Path, to: str) -> str:
-    """Say that the tool of a format, or all that read it, do not take a repaired file; empty where one may."""
+def not_read(path: Path, to: str, *, named: bool = False) -> str:
+    """Say that the tool of a format, or all that read it, do not take a repaired file; empty where one may.
+
+    `named`: the model's own layers were known.
+    """
     from harness.doctor.answers import answers
 
     found = answers(Traits(read_lora(path, strict=False)), mended=False)
@@ -65,7 +68,8 @@ def not_read(path: Path, to: str) -> str:
     if not own and (not bad or any(each.effect in ("law", "factor") for each in found.values())):
         return ""
     given = (own or bad)[0]
-    do = given.tool.convert or "repair it with --base MODEL, whose layers have the names that it looks for"
+    base = "repair it with --base MODEL, whose layers have the names that it looks for"
+    do = given.tool.convert or ("choose another format" if named else base)
     return f"{given.tool.title} {given.says}: {do}"
 
 

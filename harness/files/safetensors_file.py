@@ -140,6 +140,8 @@ def _other_kind(path: Path, head: bytes, size: int) -> LoraFileError:
             if magic == _ZIP and saved_by_torch:
                 kind = "is a PyTorch pickle (zip), which can run code when opened, so it is never opened here"
             return LoraFileError(path, f"{kind}; {_CONVERT}") if "pickle" in kind else NoLoraError(path, kind)
+    if path.name == "adapter_config.json":
+        return LoraFileError(path, "is the configuration of an adapter: give the folder that it lies in")
     if path.suffix.lower() in _PICKLES:
         return LoraFileError(path, f"{path.suffix} files are pickles, which can run code when opened; {_CONVERT}")
     if size < _LENGTH_BYTES:
@@ -157,7 +159,7 @@ def _as_text(head: bytes) -> str:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # of the last character a part may be missing
     except UnicodeDecodeError:
         return ""
-    return printable(text.strip(), _SHOWN_BYTES) if text.strip() and not _CONTROL.search(text) else ""
+    return printable(" ".join(text.split()), _SHOWN_BYTES) if text.strip() and not _CONTROL.search(text) else ""
 
 
 def _validated(path: Path, raw: bytes, size: int) -> Any:

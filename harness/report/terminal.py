@@ -98,6 +98,8 @@ def _brief(found: Sequence[FailureGroup]) -> Iterator[Text]:
         yield Text(what, style=STYLES.get(worst.outcome, ""))
     if len(found) > _MOST_BRIEF:
         yield Text(f"and {count(len(found) - _MOST_BRIEF, 'more cause')}: --json or the report has them all")
+    elif found:
+        yield Text("these in full: --json, the report, or each loader checked alone", style="dim")
 
 
 def _unmeasured(parts: Sequence[PartRecord]) -> Iterator[Text]:

@@ -49,7 +49,8 @@ class Home(NamedTuple):
 
 Homes = dict[str, tuple[Home, ...]]
 Layers = Mapping[str, "Shape | None"]
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT takes what it starts from out of the base's weight
+# PEFT takes what these start from out of the base's weight
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ACTING = (
     "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config", "kasa_config",
     "monteclora_config", "arrow_config",

@@ -185,7 +185,7 @@ def _others(adapter: LoraAdapter, to: str, plan: RepairPlan) -> list[str]:
 def _refusal(keys: Sequence[str], to: str, own: str) -> str:
     shown = ", ".join(printable(key, 80) for key in keys[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
     tensors = "1 trained tensor has" if len(keys) == 1 else f"{count(len(keys), 'trained tensor')} have"
-    return f"{tensors} no place in a {to} file ({shown}); --to {own} keeps all of them"
+    return f"{tensors} no place in a {to} file that repair knows of ({shown}); --to {own} keeps all of them"
 
 
 def _unused(plan: RepairPlan, adapter: LoraAdapter, key: str) -> str:

@@ -101,7 +101,7 @@ def repair_file(
         written = _written(folder / target.name, to, _content(adapter, to, plan))
         errors = proved(adapter, written, plan, gain)
         _moved(written, target)
-    unread = not_read(target, to)
+    unread = not_read(target, to, named=layers is not None)
     scales = [scale for module in plan.modules for scale in module.scales.values()] or [1.0]
     return RepairReport(
         path=str(target),

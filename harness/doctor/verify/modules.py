@@ -188,8 +188,9 @@ def where(module: Module) -> str:
             for start, stop in module.measured.unmerged
         )
     ]
+    about = "" if module.measured.seen == 1 else "about "  # the end lies between two rows that were read
     return " and ".join(names) or ", ".join(
-        f"rows {start} to {stop - 1}" for start, stop in module.measured.unmerged[:_SHOWN]
+        f"{about}rows {start} to {stop - 1}" for start, stop in module.measured.unmerged[:_SHOWN]
     )
 
 

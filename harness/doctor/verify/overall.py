@@ -139,7 +139,9 @@ def _factors(told: Sequence[Module]) -> str:
         middle = {name: statistics.median(some) for name, some in groups.items()}
         agree = all(max(some) - min(some) <= _SAME * max(map(abs, some)) for some in groups.values())
         differ = max(middle.values()) - min(middle.values()) > _APART * max(map(abs, middle.values()))
-        if agree and differ and 1 < len(groups) < len(told):
+        off = [len(groups[name]) for name, factor in middle.items() if abs(factor - 1) > _APART]
+        if agree and differ and 1 < len(groups) < len(told) and (what == "LoRA" or max(off, default=0) > 1):
+            middle = dict(sorted(middle.items(), key=lambda each: -abs(each[1] - 1)))
             shown = [f"{factor:.3g}x in {printable(name)}" for name, factor in middle.items()]
             more = ", …" if len(shown) > _READINGS_SHOWN + 1 else ""
             return f"one factor per {what} ({', '.join(shown[: _READINGS_SHOWN + 1])}{more})"
@@ -161,8 +163,8 @@ def _block(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    """Return a name with its numbers left out, as the last of its parts that tell it."""
-    return re.sub(r"[._]?\d+[._]?", "*", name).rpartition("*")[2] or name
+    """Return what stands behind the last number of a name, but for one that it ends with."""
+    return re.sub(r"^.*\d+[._]", "", name) or name
 
 
 def _wrong_scale(wrong: Sequence[Module], law: LawRecord) -> str:
