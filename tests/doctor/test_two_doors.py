@@ -171,5 +171,5 @@ def test_a_factor_of_its_own_for_each_block_is_a_law(tmp_path: Path) -> None:
     assert overall.code == "LH209"
     assert overall.law is not None
     assert overall.law.formula == "c(block) * strength * alpha / rank"
-    shown = "1x in blocks.0, 0.5x in blocks.1, 0.8x in blocks.2, 1.2x in blocks.3"
+    shown = "0.5x in blocks.1, 0.8x in blocks.2, 1.2x in blocks.3, 1x in blocks.0"
     assert overall.title.startswith(f"one factor per block ({shown})")

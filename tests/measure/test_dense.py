@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness.benches.layer import Layer, layer_of
-from harness.measure.effective import dense_input, effective_weights, weights_while_running
+from harness.measure.effective import DENSE, dense_input, effective_weights, weights_while_running
 
 LINEAR, CONV = Layer("linear", 3, 5), Layer("conv", 3, 18, kernel=(3, 3), stride=(1, 1), padding=(0, 0))
 
@@ -37,8 +37,8 @@ def answers(module: nn.Module) -> tuple[Layer, dict[str, torch.Tensor]]:
 def test_dense_input_uses_every_column_and_is_the_same_every_time(layer: Layer) -> None:
     x = dense_input(layer, torch.bfloat16)
     assert x is not None
-    assert (x.shape, x.dtype, bool(x.all())) == ((5, layer.columns), torch.bfloat16, True)
-    assert len({tuple(row) for row in x.tolist()}) == 5
+    assert (x.shape, x.dtype, bool(x.all())) == ((DENSE, layer.columns), torch.bfloat16, True)
+    assert len({tuple(row) for row in x.tolist()}) == DENSE
     assert torch.equal(x, dense_input(layer, torch.bfloat16))  # type: ignore[arg-type]
 
 

@@ -141,7 +141,7 @@ def _factors(told: Sequence[Module]) -> str:
         differ = max(middle.values()) - min(middle.values()) > _APART * max(map(abs, middle.values()))
         off = [len(groups[name]) for name, factor in middle.items() if abs(factor - 1) > _APART]
         if agree and differ and 1 < len(groups) < len(told) and (what == "LoRA" or max(off, default=0) > 1):
-            middle = dict(sorted(middle.items(), key=lambda each: -abs(each[1] - 1)))
+            middle = dict(sorted(middle.items(), key=lambda each: abs(each[1] - 1) <= _APART))
             shown = [f"{factor:.3g}x in {printable(name)}" for name, factor in middle.items()]
             more = ", …" if len(shown) > _READINGS_SHOWN + 1 else ""
             return f"one factor per {what} ({', '.join(shown[: _READINGS_SHOWN + 1])}{more})"
