@@ -255,6 +255,7 @@ def _moved_within(seen: Observation, name: str, most: float = 1.0) -> bool:
 
 
 _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
+    ("LH302", "it is the B @ A of other rows of the same layer", lambda case: case.along(case.beside)),
     ("LH302", "rows of the modules of one layer stand in another order", _across_the_layer),
     ("LH304", _LEFT_OUT.format("rows"), _rows_left_out),
     ("LH302", "each slice has a scale of its own", _slice_by_slice),
@@ -266,7 +267,6 @@ _EXPLANATIONS: tuple[tuple[str, str, Callable[[_Case], bool]], ...] = (
     ),
     ("LH301", "it is B @ A transposed", lambda case: case.along(_turned(case))),
     ("LH408", "it is what a file loaded before holds for this module", _was_earlier),
-    ("LH302", "it is the B @ A of other rows of the same layer", lambda case: case.along(case.beside)),
     ("LH104", "it is the B @ A of another module", lambda case: case.along(case.others)),
     ("LH104", "the B @ A of other modules is in it", _with_others),
     ("LH304", _LEFT_OUT.format("columns"), lambda case: left_out(case.change.mT, case.product.mT)),
