@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from harness.doctor.inspect.in_peft import peft_hazards, transformers_hazards
@@ -187,8 +188,9 @@ class Traits:
     @cached_property
     def has_unknown_parts(self) -> bool:
         """Tell whether a key that nobody understands begins with the name of a module, as a part of it would."""
-        stems = {_flat(key.removesuffix(key[key.rfind(".lora") :])) for key in self._keys if ".lora" in key}
-        return any(_flat(key).startswith(f"{stem}_") for key in self.adapter.unused_keys for stem in stems)
+        stems = {_flat(key.rpartition(".lora")[0]) for key in self._keys if ".lora" in key}
+        starts = (_flat(key).split("_")[:-1] for key in self.adapter.unused_keys)
+        return any(not stems.isdisjoint(accumulate(words, "{}_{}".format)) for words in starts)
 
     @cached_property
     def plans(self) -> dict[Hashable, Traits | None]:
