@@ -111,24 +111,25 @@ def in_turns(device: str, dtype: torch.dtype, repeats: int) -> list[str]:
     right = resolve("peft")
     twice = replace(right, load=lambda model, lora, *, strength=1.0: right.load(model, lora, strength=2 * strength))
     for name, loader in (("as trained", right), ("twice too strong", twice)):
+        counts: dict[bool, Counted] = {}
 
-        def sweep(sequential: bool, loader: Subject = loader) -> Counted:
+        def sweep(sequential: bool, loader: Subject = loader, counts: dict[bool, Counted] = counts) -> None:
             studios._SHARED.clear()
             way = {"pipeline": opened, "lora": lora_file("r8_a16", "peft"), "sequential": sequential}
-            with Counted(type(opened.base)) as counted:
+            with Counted(type(opened.base)) as counts[sequential]:
                 run_sweep(loader, progress=False, workers=0, **way)
-            return counted
 
         took = best({"all": partial(sweep, False), "in turns": partial(sweep, True)}, repeats)
-        every, few = sweep(False), sweep(True)
+        every, few = counts[False], counts[True]
         share = judged(f"{took['in turns'] / took['all']:.2f}", met=took["in turns"] <= took["all"] / 3)
         seen = f"{few.pictures / every.pictures:.2f} | {few.calls / every.calls:.2f}"
         rows.append(f"| {name} | {took['all']:.1f} s | {took['in turns']:.1f} s | {share} | {seen} |")
-    limit = "The last two say how often the denoiser drew a step of a picture, and how often it was called for several "
-    limit += (
-        "at once: where a call costs its pictures, as in a large model, the share is the first of them; here, where "
+    limit = (
+        "The last two say how often the denoiser drew a step of a picture, and how often it was called for several at "
+        "once: where a call costs its pictures, as in a large model, the share is the first of them; here, where a "
+        "call of few costs about as much, it is the second."
     )
-    return [*rows, "", f"{limit}a call of few costs about as much, it is the second.", ""]
+    return [*rows, "", limit, ""]
 
 
 def share_of_harness(device: str, dtype: torch.dtype) -> float:

@@ -248,8 +248,8 @@ def _moved_within(seen: Observation, name: str, most: float = 1.0) -> bool:
     if len(names) < 2 or name not in seen.hosts or seen.fits.keys().isdisjoint(names):
         return False
     wanted = [
-        seen.fits[other][0].expected * seen.products[other] if other in seen.fits else torch.zeros_like(change)
-        for other, change in ((other, seen.changes[other]) for other in names)
+        seen.fits[n][0].expected * seen.products[n] if n in seen.fits else torch.zeros_like(seen.changes[n])
+        for n in names
     ]
     return rows_moved(torch.cat([seen.changes[other] for other in names]), torch.cat(wanted), most)
 

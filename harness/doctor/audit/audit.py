@@ -24,7 +24,7 @@ from harness.verdict.file_record import FileRecord
 
 _SUFFIX = ".safetensors"
 _PICKLED = "adapter_model.bin"
-_WEIGHTS = (_SUFFIX, ".SAFETENSORS", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz")
+_WEIGHTS = (_SUFFIX, ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 Work = Callable[[Sequence[str], Task, Callable[[str, str], None]], None]
 
 
@@ -278,7 +278,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Found]:
     is_peft = {CONFIG_NAME, WEIGHTS_NAME} <= links.keys()
     if is_peft:
         yield _checked(folder / WEIGHTS_NAME, folder, root) if links[WEIGHTS_NAME] else Found(str(folder))
-    elif _PICKLED in links or (CONFIG_NAME in links and not any(name.endswith(_WEIGHTS) for name in links)):
+    elif _PICKLED in links or (CONFIG_NAME in links and not any(name.lower().endswith(_WEIGHTS) for name in links)):
         yield Found(str(folder))  # never opened, or without weights; its row says so
     for entry in entries:
         taken = is_peft and entry.name == WEIGHTS_NAME
