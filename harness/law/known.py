@@ -130,6 +130,7 @@ class Tool:
     also: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
     convert: str = ""
+    imports: str = ""
     drops: tuple[str, ...] = ()
     converts: tuple[str, ...] = ("*",)
     families: tuple[str, ...] | None = None
@@ -158,6 +159,8 @@ class Tool:
 
     def not_reading(self, format: str) -> str:
         """Say that it does not read files of `format`, and what it reads."""
+        if format == "peft" and self.imports:
+            return self.imports
         return f"does not read {format} files, it reads {', '.join(self.formats)}"
 
     @property
@@ -169,7 +172,7 @@ class Tool:
         """Return what to write into its field, or to do with it, for this strength and a file of these components."""
         if self.takes_none:
             why = self.field.strip("()").removeprefix("none: ")
-            return f"nothing to pass: {why}" if strength == 1 else f"{strength:g}"
+            return f"nothing to pass: {why if strength == 1 else f'multiply the alpha of the file by {strength:.6g}'}"
         if self.in_config:
             return (
                 f"leave the {self.field} as it is" if strength == 1 else f"multiply the {self.field} by {strength:.6g}"
@@ -216,14 +219,16 @@ def is_text_encoder(component: str) -> bool:
 @cache
 def tools() -> dict[str, Tool]:
     """Return the tools by name."""
-    return {row["name"]: _tool(row) for row in read_toml(_TABLE)["tool"]}
+    rows = {row["name"]: row for row in read_toml(_TABLE)["tool"]}
+    return {name: _tool({**rows.get(row.get("like"), {}), **row}) for name, row in rows.items()}
 
 
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
     lists = {name: tuple(row[name]) for name in _LISTS if name in row}
-    return Tool(**{**{name: value for name, value in row.items() if name not in _POWERS}, **lists, "law": law})
+    rest = {name: value for name, value in row.items() if name not in (*_POWERS, *lists, "like")}
+    return Tool(**rest, **lists, law=law)
 
 
 @cache

@@ -249,3 +249,25 @@ def test_a_repair_that_waits_for_an_alpha_is_said(tmp_path: Path) -> None:
     said = dict(lines(diagnose(path, tool="diffusers")))
     assert "finds no module" in said["tool"]
     assert said["do"].startswith("give the alpha of the training, --lora-alpha N: `repair --to diffusers` then writes")
+
+
+def test_ollama_reads_what_llama_cpp_does_and_has_no_field_for_a_strength(tmp_path: Path) -> None:
+    """Its own import of a PEFT folder permutes A, and B is left as it was (convert/convert_llama_adapter.go)."""
+    config = CONFIG | {"lora_alpha": 8, "use_rslora": True}
+    said = dict(lines(diagnose(written(tmp_path, pairs(LLM, 64, prefix=HF), config=config), tool="ollama")))
+    assert "leaves the rows of q and k in an order" in said["tool"]
+    assert said["pass"] == "nothing to pass: multiply the alpha of the file by 1.41421"
+    assert said["do"].endswith("and name that file in ADAPTER")
+
+
+FLUX_BLOCKS = ["double_blocks_0_img_attn_proj", "double_blocks_1_txt_attn_proj"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "effect"),
+    [(FLUX_BLOCKS, "law"), ([*FLUX_BLOCKS, "time_in_out_layer"], "drops")],
+)
+def test_stable_diffusion_cpp_finds_blocks_but_no_embedders(layers: list[str], effect: str, tmp_path: Path) -> None:
+    """It replaces underlines by dots but in names that its list protects (convert_sep_to_dot)."""
+    tensors = pairs(layers, 3072, halves=DOWN, prefix="lora_unet_")
+    assert asked(written(tmp_path, tensors), lora_alpha=2.0)["sd.cpp"].effect == effect
