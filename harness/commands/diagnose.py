@@ -46,7 +46,8 @@ def command(
 ) -> None:
     """Say in six lines what FILE is, what TOOL does with it, and the number to put into TOOL's own field."""
     from harness.doctor.answer import Question
-    from harness.doctor.diagnose import as_data, diagnose
+    from harness.doctor.diagnose import diagnose
+    from harness.doctor.told import as_data
 
     if tool_version is not None and tool is None:
         raise click.UsageError("--tool-version needs --tool")
@@ -93,7 +94,7 @@ def _number(text: str) -> float | None:
 def _print(found: FileDiagnosis) -> None:
     from rich.text import Text
 
-    from harness.doctor.diagnose import lines
+    from harness.doctor.told import lines
 
     console = stdout_console()
     console.print(Text(printable(found.path, 500), style="bold"))

@@ -10,7 +10,8 @@ from typing import Any
 
 from harness.doctor.answer import Question
 from harness.doctor.causes import Saw
-from harness.doctor.diagnose import as_data, diagnose
+from harness.doctor.diagnose import diagnose
+from harness.doctor.told import as_data
 from harness.errors import UserError
 from harness.files.format import CONFIG_NAME
 

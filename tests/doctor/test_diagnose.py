@@ -16,8 +16,9 @@ from harness.cli import main
 from harness.doctor.answer import Question
 from harness.doctor.answers import answer, answers, prescriptions, why_not
 from harness.doctor.causes import causes
-from harness.doctor.diagnose import FileDiagnosis, diagnose, lines, tool_named
+from harness.doctor.diagnose import FileDiagnosis, diagnose, tool_named
 from harness.doctor.inspect.describe import inspect_file
+from harness.doctor.told import lines
 from harness.doctor.traits import Traits, untargeted
 from harness.errors import UserError
 from harness.files import LoraParts, LoraWeights, read_lora, write_lora

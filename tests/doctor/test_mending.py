@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from harness.cli import main
 from harness.doctor.answer import Question
 from harness.doctor.answers import answer, answers
-from harness.doctor.diagnose import FileDiagnosis, as_data, diagnose
+from harness.doctor.diagnose import FileDiagnosis, diagnose
 from harness.doctor.repair.preview import is_plain, preview
 from harness.doctor.repair.repair import repair_file
+from harness.doctor.told import as_data
 from harness.doctor.traits import Traits
 from harness.errors import LoraFileError, UserError
 from harness.files import FORMATS, LoraAdapter, read_lora, with_alpha
@@ -123,7 +124,7 @@ def test_a_question_about_names_needs_no_torch(tmp_path: Path) -> None:
 
     path = next(layout for layout in LAYOUTS if layout.name == "musubi_torch_compile").write(tmp_path)
     code = (
-        "import sys; from harness.doctor.diagnose import as_data, diagnose\n"
+        "import sys; from harness.doctor.diagnose import diagnose; from harness.doctor.told import as_data\n"
         "found = as_data(diagnose(sys.argv[1]))\n"
         "assert any('repair' in row['do'] for row in found['answers']); assert 'torch' not in sys.modules"
     )

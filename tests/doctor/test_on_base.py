@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from harness.doctor.answer import Answer, Question
 from harness.doctor.causes import Saw
-from harness.doctor.diagnose import FileDiagnosis, diagnose, lines
+from harness.doctor.diagnose import FileDiagnosis, diagnose
 from harness.doctor.inspect.describe import inspect_file
+from harness.doctor.told import lines
 
 HUNYUAN = [f"double_blocks.{block}.img_mlp" for block in range(2)]
 FLUX = [f"double_blocks.{block}.{part}" for block in range(8) for part in ("img_attn.qkv", "img_mod.lin")]

@@ -12,8 +12,9 @@ import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 from harness.doctor import inspect_file
-from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.diagnose import diagnose
 from harness.doctor.repair.repair import repair_file
+from harness.doctor.told import lines
 from harness.doctor.verify.verify import verify_merge
 from harness.errors import UserError
 from tests.doctor.peft_merges import llama, lora, scaled, write

@@ -8,7 +8,8 @@ import pytest
 
 from harness.doctor import inspect_file
 from harness.doctor.answer import Question
-from harness.doctor.diagnose import diagnose, lines, tool_named
+from harness.doctor.diagnose import diagnose, tool_named
+from harness.doctor.told import lines
 from harness.doctor.traits import Traits, untargeted
 from harness.doctor.what_it_is import model_of
 from harness.errors import UserError

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from harness.doctor.answer import Question
-from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.diagnose import diagnose
 from harness.doctor.repair.repair import repair_file
+from harness.doctor.told import lines
 from harness.errors import UserError
 
 FLUX = [f"transformer_blocks.{block}.attn.to_{part}" for block in range(2) for part in "qkv"]

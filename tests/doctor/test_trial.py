@@ -8,8 +8,9 @@ import pytest
 
 from harness.doctor import inspect_file
 from harness.doctor.answers import answers
-from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.diagnose import diagnose
 from harness.doctor.repair.repair import repair_file
+from harness.doctor.told import lines
 from harness.doctor.traits import Traits
 from harness.doctor.what_it_is import model_of
 from harness.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.doctor.diagnose import diagnose, lines
+from harness.doctor.diagnose import diagnose
+from harness.doctor.told import lines
 
 UNET = "lora_unet_down_blocks_1_attentions_{}_transformer_blocks_0_attn1_to_q"
 TEXT = "lora_te_text_model_encoder_layers_{}_self_attn_q_proj"
