@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain
-from harness.doctor.repair.plan import NewTensor, RepairedModule, RepairPlan, wanted
+from harness.doctor.repair.folding import NewTensor, RepairedModule, wanted
+from harness.doctor.repair.plan import RepairPlan
 from harness.doctor.verify.changes import loha_product, lokr_product, pair_product
 from harness.doctor.verify.products import Product
 from harness.errors import UserError

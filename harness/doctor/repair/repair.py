@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from harness.doctor.loader_law import Gain, gain_of
+from harness.doctor.repair.folding import RepairedModule
 from harness.doctor.repair.naming import Layers, homes, notes_on, refuse_what_would_change
-from harness.doctor.repair.plan import RepairedModule, RepairPlan, notes_of, plan_repair
+from harness.doctor.repair.plan import RepairPlan, notes_of, plan_repair
 from harness.doctor.repair.proof import proved
 from harness.errors import UserError
 from harness.files import FORMATS, LoraAdapter, LoraWeights, read_lora, with_alpha
