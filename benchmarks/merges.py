@@ -26,7 +26,7 @@ from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.verify.changes import changes
 from harness.doctor.verify.changes import merged_layer as layer_of
 from harness.doctor.verify.layer import MergedLayer
-from harness.doctor.verify.measurement import measure
+from harness.doctor.verify.measuring import measure
 from harness.doctor.verify.products import LowRank
 from harness.doctor.verify.row_products import bfloat16_is_quicker
 from harness.doctor.verify.rows import Rounding

@@ -11,7 +11,8 @@ import torch
 from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import DoraLayer, MergedLayer
 from harness.doctor.verify.left_over import ROWS_LEFT, left_over, without_product
-from harness.doctor.verify.measurement import MergeMeasurement, measure, measure_fully
+from harness.doctor.verify.measurement import MergeMeasurement
+from harness.doctor.verify.measuring import measure, measure_fully
 from harness.doctor.verify.mistakes import mistaken
 from harness.doctor.verify.modules import BLENDED, Module, NotMeasured
 from harness.doctor.verify.products import Total

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from harness.doctor.verify.layer import BLOCKS, MergedLayer, Sample
-from harness.doctor.verify.rows import Damage, Rounding, damaged_rows, runs_of
+from harness.doctor.verify.layer import BLOCKS, TWO_ROUNDINGS, Sample
+from harness.doctor.verify.rows import Damage, Rounding, runs_of
 from harness.doctor.verify.vote import Array, Flags, Vote, bounds, vote, vote_within
 
 State = Literal[
@@ -17,9 +17,7 @@ State = Literal[
     "not finite", "replaced",
 ]  # fmt: skip
 
-# Elements sampled, and the relative width of the interval at which that is enough
-_SAMPLES = ((16_000, 0.01), (100_000, 0.04), (400_000, math.inf))
-_EXPLAINED = 0.97
+EXPLAINED = 0.97
 MOSTLY = 0.8  # of the elements: what the others are off by is no doubt of the scale
 _AS_ONCE = 0.01  # of the scale: so near, two merges make what one should
 _OF_CHANGED = 0.8  # least share of the changed elements that the scale must explain
@@ -30,7 +28,6 @@ FAR = 3.0  # allowances: what is rounded twice, or to either side by chance, is 
 _STRAYS, _STRAY_SHARE = 5, 3e-4  # elements so far off, and as a share of all, that no rounding made them
 _LOST, _FEW = 0.2, 0.25  # share of a row that is far off, and of the rows: damage to these, not to the layer
 _SIGMAS, _AWAY, _MUCH = 5.0, 0.01, 0.3  # standard errors; shares of the elements, of what remains
-_TWO_ROUNDINGS = 1.6  # half steps: the sum of two roundings stays below it in 96 of 100 elements
 
 
 @dataclass(frozen=True)
@@ -71,96 +68,7 @@ class MergeMeasurement:
         return self.overlap / self.product / self.scale
 
 
-def measure(layer: MergedLayer, expected: float, without: Flags | None = None) -> MergeMeasurement:
-    """Measure one layer from a sample of its rows, larger where the answer is vague.
-
-    `expected` is the scale it should have: with it an unchanged layer shows whether nothing was merged, and a layer
-    that was merged and rounded twice can be told from one that was changed by something else. Rows that are not finite
-    are told, and left out of the numbers; so are rows `without`.
-    """
-    window = None
-    for elements, enough in _SAMPLES:
-        whole = layer.sample(elements)
-        kept = whole.finite & np.isfinite(whole.product).all(axis=1)
-        clean = kept if without is None else kept & ~without[whole.index]
-        sample = whole if clean.all() else whole.of(clean)
-        seen = len(whole.index) / max(layer.rows, 1)
-        if not clean.any():
-            state: State = "unexplained" if kept.any() else "not finite"
-            return replace(_untouched(whole, Vote(0.0, 0.0, 0.0, 0.0), expected), state=state, seen=seen)
-        found = _voted(sample, window)
-        undecided = sample.changed.any() or found.low <= expected <= found.high
-        if (
-            not undecided
-            or found.width <= enough * abs(found.scale)
-            or whole.product.size >= layer.rows * layer.columns
-        ):
-            break
-        window = (found.low - found.width, found.high + found.width)
-    made = replace(judge(sample, found, expected, layer.least_drift), seen=seen)
-    if kept.all():
-        return made
-    broken = tuple(Damage(int(row), int(row) + 1, "non-finite") for row in whole.index[~kept])
-    return replace(made, state="not finite", damaged=broken)
-
-
-def measure_fully(layer: MergedLayer, expected: float, device: str = "cpu") -> MergeMeasurement:
-    """Measure one layer from all its rows: the scale from the sample, the residual of every row against its rounding.
-
-    `device` makes the products of the rows.
-    """
-    first = measure(layer, expected)
-    sample = layer.sample(_SAMPLES[0][0])
-    sample = sample.of(sample.finite & np.isfinite(sample.product).all(axis=1))
-    scale = expected if first.state == "hidden" else first.scale
-    rounding = Rounding.of(sample, scale, _TWO_ROUNDINGS if first.state == "two roundings" else 1.0)
-    sums = layer.stream(rounding, device)
-    whole = replace(first, elements=layer.rows * layer.columns, seen=1.0)
-    if first.state == "not merged" and sums.changed.any():
-        whole = replace(whole, state="mixed")
-    broken = ~np.isfinite(sums.energy)
-    if whole.state not in ("merged", "partly", "damaged", "two roundings", "hidden", "mixed", "not finite"):
-        return _with_damage(whole, layer, [Damage(*run, "non-finite") for run in runs_of(broken)])
-    found = damaged_rows(layer, sample, sums, rounding, _usual(sample, first, rounding))
-    kept = np.ones(layer.rows, bool)
-    for damage in found:
-        kept[slice(*damage.rows)] = False
-    if kept.mean() < 0.5 and not broken.any():
-        return replace(whole, state="mixed") if _has_strays(layer.sample(_SAMPLES[-1][0]), scale) else whole
-    if found:
-        rest = measure(layer, expected, ~kept)
-        whole = replace(rest, elements=whole.elements, seen=1.0)
-    overlap, product = float(sums.overlap[kept].sum()), float(sums.product[kept].sum())
-    return _with_damage(replace(whole, overlap=overlap, product=product), layer, found)
-
-
-def _usual(sample: Sample, first: MergeMeasurement, rounding: Rounding) -> float:
-    """Return the share of elements beyond what rounding allows that a row has which is right."""
-    if first.explained >= _EXPLAINED:
-        return 1 - first.explained
-    if first.state != "two roundings":
-        return 0.0
-    error, _ = _off(sample, rounding.scale)
-    return float(np.median((error > rounding.allowance(sample.product, sample.half)).mean(axis=1)))
-
-
-def _with_damage(made: MergeMeasurement, layer: MergedLayer, found: list[Damage]) -> MergeMeasurement:
-    """Return `made` with the rows that are not right, and the state that they leave."""
-    still = np.zeros(layer.rows, bool)
-    for start, stop in (*made.unmerged, *(damage.rows for damage in found if damage.kind == "unmerged")):
-        still[start:stop] = True
-    others = tuple(damage for damage in found if damage.kind != "unmerged")
-    made = replace(made, unmerged=tuple(runs_of(still)), damaged=others)
-    if any(damage.kind == "non-finite" for damage in others):
-        return replace(made, state="not finite")
-    if made.state not in ("merged", "partly", "two roundings", "hidden"):
-        return made
-    if others:
-        return replace(made, state="damaged")
-    return replace(made, state="partly") if still.any() else made
-
-
-def _voted(sample: Sample, window: tuple[float, float] | None = None) -> Vote:
+def voted(sample: Sample, window: tuple[float, float] | None = None) -> Vote:
     """Vote among the blocks in which anything changed: those without a merge would all vote for 0."""
     kept = np.isin(sample.block, np.flatnonzero(_by_block(sample, sample.changed)))
     keep = kept if kept.any() else np.ones_like(kept)
@@ -178,12 +86,12 @@ def judge(sample: Sample, found: Vote, expected: float, least_drift: float) -> M
     """Say what happened to the sampled rows, given the scale most of them voted for."""
     nonzero = sample.product != 0
     if not (sample.changed & nonzero).any():
-        return _untouched(sample, found, expected)
+        return untouched(sample, found, expected)
     scale = found.scale
-    error, allowance = _off(sample, scale)
-    if found.coverage < _EXPLAINED and not _are_strays(error > FAR * allowance):  # which no regression should follow
+    error, allowance = off(sample, scale)
+    if found.coverage < EXPLAINED and not _are_strays(error > FAR * allowance):  # which no regression should follow
         scale = _refined(sample, scale)
-        error, allowance = _off(sample, scale) if scale != found.scale else (error, allowance)
+        error, allowance = off(sample, scale) if scale != found.scale else (error, allowance)
     wrong = error > allowance
     missed = wrong & nonzero & ~sample.changed
     blocks = (_by_block(sample, missed) >= _MISSED) & (_by_block(sample, sample.changed) == 0)
@@ -248,7 +156,7 @@ def _beside(made: MergeMeasurement, damaged: list[Damage]) -> MergeMeasurement:
     return replace(made, state="damaged", damaged=tuple(damaged))
 
 
-def _off(sample: Sample, scale: float) -> tuple[Array, Array]:
+def off(sample: Sample, scale: float) -> tuple[Array, Array]:
     """Return how far each element is from what a merge at `scale` makes of it, and how far rounding may leave it."""
     with np.errstate(all="ignore"):
         error = np.abs(sample.change - sample.product * sample.change.dtype.type(scale))
@@ -259,9 +167,9 @@ def _are_strays(far: Flags) -> bool:
     return bool(far.sum() >= _STRAYS and far.mean() > _STRAY_SHARE)
 
 
-def _has_strays(sample: Sample, scale: float) -> bool:
+def has_strays(sample: Sample, scale: float) -> bool:
     """Tell whether elements are further off than any rounding leaves them, however few they are."""
-    error, allowance = _off(sample, scale)
+    error, allowance = off(sample, scale)
     return _are_strays(error > FAR * allowance)
 
 
@@ -269,14 +177,14 @@ def _classified(
     sample: Sample, made: MergeMeasurement, error: Array, wrong: Flags, expected: float
 ) -> MergeMeasurement:
     """Return `made` with its state, and with the projection for a scale where no scale explains the elements."""
-    if made.explained >= _EXPLAINED and _mean(~wrong, sample.changed) >= _OF_CHANGED:
+    if made.explained >= EXPLAINED and _mean(~wrong, sample.changed) >= _OF_CHANGED:
         return replace(made, state="partly") if made.unmerged else made
     for once in (expected, made.scale / 2):
         if _merged_twice(sample, once):
             if abs(2 * once - expected) <= _AS_ONCE * abs(expected):  # in two steps, or rounded to those of a block
                 return replace(made, state="partly" if made.unmerged else "two roundings")
             return replace(made, state="twice", scale=2 * once, interval=(2 * once, 2 * once))
-    near = error <= Rounding.of(sample, made.scale, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
+    near = error <= Rounding.of(sample, made.scale, TWO_ROUNDINGS).allowance(sample.product, sample.half)
     if near.mean() >= 0.9 and _mean(near, sample.changed) >= 0.7:
         return replace(made, state="partly" if made.unmerged else "two roundings")
     return _mixed(sample, made)
@@ -310,7 +218,7 @@ def aligned(change: Array, product: Array) -> float:
     return _dot(change, product) ** 2 / max(_dot(change, change) * _dot(product, product), 1e-300)
 
 
-def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
+def untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement:
     """Nothing changed where the product is not 0: not merged, or too weak to be seen in this dtype.
 
     Where rows changed although their product is 0, something else did that.
@@ -336,8 +244,8 @@ def _untouched(sample: Sample, found: Vote, expected: float) -> MergeMeasurement
 def _is_edited(sample: Sample) -> bool:
     """Tell whether rows changed by more than rounding, where no scale of the product is in question."""
     with np.errstate(invalid="ignore"):
-        wrong = np.abs(sample.change) > Rounding.of(sample, 0.0, _TWO_ROUNDINGS).allowance(sample.product, sample.half)
-    return bool((wrong.mean(axis=1) > 1 - _EXPLAINED).any())
+        wrong = np.abs(sample.change) > Rounding.of(sample, 0.0, TWO_ROUNDINGS).allowance(sample.product, sample.half)
+    return bool((wrong.mean(axis=1) > 1 - EXPLAINED).any())
 
 
 def _rows(blocks: np.ndarray[Any, Any], alone: np.ndarray[Any, Any], sample: Sample) -> tuple[tuple[int, int], ...]:
