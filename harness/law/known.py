@@ -226,9 +226,8 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    lists = {name: tuple(row[name]) for name in _LISTS if name in row}
-    rest = {name: value for name, value in row.items() if name not in (*_POWERS, *lists, "like")}
-    return Tool(**rest, **lists, law=law)
+    given = {name: tuple(row[name]) if name in _LISTS else row[name] for name in row if name not in (*_POWERS, "like")}
+    return Tool(**given, law=law)
 
 
 @cache
