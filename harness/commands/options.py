@@ -269,10 +269,10 @@ class Baseline:
         """Return the baseline at `path`, None where none is wanted.
 
         Raises:
-            UserError: it cannot be read, a rule is none, or it is the file that this run will write.
+            UserError: it cannot be read or is not whole, a rule is none, or it is the file that this run will write.
         """
         from harness.errors import UserError
-        from harness.report.gates import parse_rule
+        from harness.report.gates import parse_rule, require_whole
         from harness.report.records import read_run
 
         for rule in rules:
@@ -284,7 +284,7 @@ class Baseline:
             raise UserError(
                 f"--baseline {path} is the file that this run writes: copy it elsewhere, or choose another --out"
             )
-        return cls(read_run(path), rules)
+        return cls(require_whole(read_run(path)), rules)
 
     def compare(self, run: Run) -> list[GateResult]:
         """Return what is worse in `run`."""

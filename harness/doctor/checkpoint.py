@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +26,13 @@ from harness.files.tensor_file import is_float
 from harness.text import parse_json, printable
 
 _INDEX = ".safetensors.index.json"
+_PIPELINE = "model_index.json"
 _WEIGHT = ".weight"
 _NORM_ELEMENTS = 1 << 21
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FOLDERS = ("transformer", "unet")
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline, beside its model
+_ENCODER = "text_encoder"  # how the folders of text encoders begin, beside a pipeline's model
+_VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)(?=[.-])")  # in the names of a component's other files
 _MAX_INDEX_BYTES = 50_000_000
 
 
@@ -39,7 +42,8 @@ class Checkpoint:
 
     `names` maps each such name to the key in the file, `files` maps that key to the file that has it. `config` is the
     model's own config.json, as far as there is one. Weights are the real ones where the file holds quantised codes, and
-    those of llama.cpp's models by `translation` as transformers has them.
+    those of llama.cpp's models by `translation` as transformers has them. `folders` has the component of the keys
+    that a pipeline has beside its model; only text encoders among them have `layers`.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class Checkpoint:
     prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     translation: Translation = NATIVE
+    folders: Mapping[str, str] = field(default_factory=dict)
     _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     _room: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
@@ -59,17 +64,28 @@ class Checkpoint:
         """
         path = Path(path)
         files: dict[str, SafetensorsFile | GgufFile] = {}
-        for file in (*map(_opened, _weight_files(path)), *_encoders(path)):
+        folders: dict[str, str] = {}
+        beside = [(folder, file) for folder in _components(path) for file in _of_component(folder)]
+        for folder, file in (*((None, _opened(each)) for each in _weight_files(path)), *beside):
             twice = next((key for key in file.keys if key in files), None)
             if twice is not None:
                 raise LoraFileError(path, f"is in {files[twice].path.name} and {file.path.name}", key=printable(twice))
             files.update(dict.fromkeys(file.keys, file))
+            folders.update(dict.fromkeys(file.keys, folder.name) if folder else {})
         if not files:
             raise LoraFileError(path, "holds no tensor")
         first = next(iter(files.values()))
         known = translation(first) if isinstance(first, GgufFile) and not native else NATIVE
         prefix = shared_prefix([known.names.get(key, key) for key in files if key.endswith(_WEIGHT)])
-        return cls(path, files, prefix, _config_beside(first.path), known)
+        return cls(path, files, prefix, _config_beside(first.path), known, folders)
+
+    @cached_property
+    def promised(self) -> frozenset[str]:
+        """The components that a pipeline's own list says it has, empty for a model alone."""
+        if not self.path.is_dir():
+            return frozenset()
+        listed = _json_in(self.path / _PIPELINE)
+        return frozenset(name for name, what in listed.items() if isinstance(what, list) and all(what))
 
     def _called(self, key: str) -> str:
         """Return the name of a tensor of the file."""
@@ -117,7 +133,8 @@ class Checkpoint:
         Raises:
             LoraFileError: no tensor is the weight of a layer.
         """
-        found = {key: layer_of(key, len(file.tensors[key].shape)) for key, file in self.files.items()}
+        own = {key: file for key, file in self.files.items() if self.folders.get(key, _ENCODER).startswith(_ENCODER)}
+        found = {key: layer_of(key, len(file.tensors[key].shape)) for key, file in own.items()}
         layers = {layer: self._called(key) for key, layer in found.items() if layer is not None}
         known = set(layers.values())
         layers |= {self.prefix + name.removesuffix(_WEIGHT): name for name in self.schemes if name not in known}
@@ -261,8 +278,13 @@ def _opened(path: Path) -> SafetensorsFile | GgufFile:
 
 def _config_beside(path: Path) -> dict[str, Any]:
     """Return the model's config.json, empty when there is none or it cannot be read: only quantisation needs it."""
+    return _json_in(path.parent / "config.json")
+
+
+def _json_in(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON holds, empty when there is none or it cannot be read."""
     try:
-        found = parse_json((path.parent / "config.json").read_bytes())
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -292,22 +314,29 @@ def _weight_files(path: Path) -> Iterator[Path]:
 
 def _is_pipeline(path: Path) -> bool:
     """Tell whether a folder says that its models lie in folders of their own, whatever else lies beside them."""
-    return (path / "model_index.json").is_file()
+    return (path / _PIPELINE).is_file()
 
 
-def _encoders(path: Path) -> Iterator[SafetensorsFile]:
-    """Yield the text encoders of a pipeline's folder, their tensors named by the folder, where each is one file."""
+def _components(path: Path) -> list[Path]:
+    """Return the folders with weights that a pipeline's folder has beside its model."""
     if (
         not path.is_dir()
         or (any(path.glob("*.safetensors")) and not _is_pipeline(path))
         or not any((path / name).is_dir() for name in _MODEL_FOLDERS)
     ):
-        return
-    for name in _ENCODERS:
-        found = list((path / name).glob("*.safetensors"))
-        if len(found) == 1:
-            file = read_header(found[0])
-            yield replace(file, tensors={f"{name}.{key}": info for key, info in file.tensors.items()})
+        return []
+    model = next(path / name for name in _MODEL_FOLDERS if (path / name).is_dir())
+    return sorted({file.parent for file in path.glob("*/*.safetensors")} - {model})
+
+
+def _of_component(folder: Path) -> Iterator[SafetensorsFile]:
+    """Yield the files of a component, their tensors named by its folder; no variants where the plain file is there."""
+    indexes = [index for index in folder.glob(f"*{_INDEX}") if not _VARIANT.search(index.name)]
+    every = _shards(indexes[0]) if len(indexes) == 1 else sorted(folder.glob("*.safetensors"))
+    plain = [path for path in every if not _VARIANT.search(path.name)]
+    for path in plain or every:
+        file = read_header(path)
+        yield replace(file, tensors={f"{folder.name}.{key}": info for key, info in file.tensors.items()})
 
 
 def _shards(index: Path) -> list[Path]:

@@ -81,12 +81,28 @@ def _known_field(field: str) -> bool:
     return field in (*VERDICT_FIELDS, "run.seconds") or bool(re.match(r"sweep\.\w", field))
 
 
+def require_whole(baseline: Run) -> Run:
+    """Return a baseline that measured all that it set out to.
+
+    Raises:
+        UserError: it was cut short, or measured nothing: a gate against it would let through what it lacks.
+    """
+    if baseline.footer is None or baseline.cut or not (baseline.verdicts or _sweeps(baseline)):
+        why = baseline.cut or ("it measured nothing" if baseline.footer else "it has no footer")
+        raise UserError(f"{baseline.path or baseline.header.run_id}: is no baseline, {why}: run it again to its end")
+    return baseline
+
+
 def compare(baseline: Run, current: Run, rules: Sequence[Rule | str] = ()) -> list[GateResult]:
     """Return why `current` is worse than `baseline`, empty when the gate is open.
 
     A violation that is recorded as a known failure (outcome `xfailed`) is no violation. A cut run loses what it did
     not reach.
+
+    Raises:
+        UserError: a rule is none, the baseline is not whole, or cells of one of the runs were carried over.
     """
+    require_whole(baseline)
     for run in (baseline, current):
         if run.carried:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -198,6 +199,58 @@ def pipeline(folder: Path, tensors: Tensors) -> Path:
         own = {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
         save_file(own, folder / part / "model.safetensors")
     return folder
+
+
+def whole_pipeline(folder: Path, tensors: Tensors) -> Path:
+    """Save components as diffusers does, a text encoder in shards with an index, and list them."""
+    parts = sorted({key.partition(".")[0] for key in tensors})
+    for part in parts:
+        (folder / part).mkdir(parents=True)
+        own = {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+        if part != "text_encoder":
+            save_file(own, folder / part / "model.safetensors")
+            continue
+        where = {key: f"model-0000{number}-of-00002.safetensors" for number, key in enumerate(own, 1)}
+        for key, name in where.items():
+            save_file({key: own[key]}, folder / part / name)
+        index = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / part / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    listed = {part: ["diffusers", "AutoencoderKL"] for part in parts} | {"scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(listed), encoding="utf-8")
+    return folder
+
+
+PARTS = ("vae.decoder.conv_in", "text_encoder.a", "text_encoder.b", "image_encoder.fc1", "unet_2.mid_block.proj_in")
+
+
+@pytest.mark.parametrize("spoiled", ["", *PARTS])
+def test_every_component_of_a_pipeline_is_compared(spoiled: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name, layer = "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"
+    base = {f"{each}.weight": drawn(WIDTH, WIDTH) for each in (layer, *PARTS)}
+    lora = pairs({name: (WIDTH, WIDTH)})
+    save_file(lora, tmp_path / "lora.safetensors")
+    done = merged(base, lora, {name: layer})
+    done |= {f"{spoiled}.weight": done[f"{spoiled}.weight"] * 1.3} if spoiled else {}
+    before, after = whole_pipeline(tmp_path / "base", base), whole_pipeline(tmp_path / "merged", done)
+    report = verify_merge(before, after, tmp_path / "lora.safetensors")
+    assert (report.exit_code, report.overall.code) == ((1, "LH401") if spoiled else (0, None)), report.overall.text()
+    assert spoiled in report.overall.text()
+
+
+def test_a_component_that_a_pipeline_lists_must_be_there(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name, layer = "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"
+    base = {f"{each}.weight": drawn(WIDTH, WIDTH) for each in (layer, *PARTS)}
+    lora = pairs({name: (WIDTH, WIDTH)})
+    save_file(lora, tmp_path / "lora.safetensors")
+    before = whole_pipeline(tmp_path / "base", base)
+    after = whole_pipeline(tmp_path / "merged", merged(base, lora, {name: layer}))
+    alone = verify_merge(before, after / "unet", tmp_path / "lora.safetensors")
+    assert alone.exit_code == 0
+    assert "the component vae left out: 1 tensors" in alone.untouched.notes
+    (after / "vae" / "model.safetensors").unlink()
+    assert verify_merge(before, after, tmp_path / "lora.safetensors").overall.code == "LH902"
 
 
 @pytest.mark.parametrize("forgotten", ["", "te1", "te2"])

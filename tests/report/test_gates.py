@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,11 @@ def test_what_is_no_rule_is_refused_with_the_grammar(text: str) -> None:
 def test_a_rule_prints_as_it_is_written() -> None:
     assert parse_rule("run.seconds:up:20%") == Rule("run.seconds", "up", 0.2, relative=True)
     assert parse_rule("run.seconds:up:20%").name == "run.seconds:up:20%"
+
+
+def test_a_baseline_that_is_not_whole_is_refused() -> None:
+    run = run_of(passed())
+    cut = replace(run, cut="the last line (2) is truncated")
+    for part in (replace(run, footer=None), cut, replace(run, records=())):
+        with pytest.raises(UserError, match="is no baseline"):
+            compare(part, run)

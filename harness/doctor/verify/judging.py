@@ -330,8 +330,8 @@ def _unmeasured(change: Change, stores: Stores) -> NotMeasured | None:
 
 def _misfit(tensor: str, base: Weights, merged: Weights) -> NotMeasured | None:
     if tensor not in merged.names:
-        component = component_of(base.store.names.get(tensor, tensor))
-        if component and component not in map(component_of, merged.store.names.values()):
+        component = component_of(base.store, tensor)
+        if component and all(component_of(merged.store, name) != component for name in merged.store.names):
             return NotMeasured("component", f"the component {component} is not in the merged checkpoint")
         return NotMeasured("misfit", "the merged checkpoint lacks this weight")
     first, second = base.info(tensor).shape, merged.info(tensor).shape

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.verify.pairing import (
     EMA,
     WHOLE_BYTES,
@@ -96,7 +97,7 @@ def _rows_of(base: Weights, merged: Weights, name: str) -> str:
 def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
     """Return the tensors that the merged file lost, and in words what it may leave out."""
     gone = [name for name in base.names if name not in merged.names and name not in touched]
-    kept = {found[1] for name in merged.names if (found := _COMPONENTS.match(name))}
+    kept = {component_of(merged.store, name) for name in merged.names}
     lost, notes = [], dict[str, int]()
     for name in gone:
         why = _left_out(base, merged, name, kept)
@@ -108,13 +109,14 @@ def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str],
 
 
 def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
+    """Say what a tensor is that a merged file may leave out; empty where it is missing."""
     if EMA.search(name):
         return "EMA weights"
     if _BUFFERS.search(name) or is_left_over(name):
         return "buffers"
-    component = _COMPONENTS.match(base.store.names.get(name, name)) or _COMPONENTS.match(name)
-    if component and component[1] not in kept:
-        return f"the component {component[1]}"
+    component = component_of(base.store, name)
+    if component and component not in kept | merged.store.promised:
+        return f"the component {component}"
     return "tied weights" if _twin(base, name, base, merged) else ""
 
 
@@ -128,8 +130,8 @@ def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list
         if name not in fine and (_twin(merged, name, merged, merged) or _twin(merged, name, base, base))
     ]
     notes = [f"only in the merged checkpoint, and no part of the model: {len(fine)} tensors"] if fine else []
-    known = {component_of(key) for key in base.store.names.values()} | {""}
-    added = {name: part for name in more if (part := component_of(merged.store.names.get(name, name))) not in known}
+    known = {component_of(base.store, name) for name in base.store.names} | {""}
+    added = {name: part for name in more if (part := component_of(merged.store, name)) not in known}
     fine += added
     for part, times in Counter(added.values()).items():
         notes.append(f"the component {part} is only in the merged checkpoint: {times} tensors, not compared")
@@ -137,10 +139,11 @@ def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list
     return [name for name in more if name not in fine and name not in tied], notes
 
 
-def component_of(key: str) -> str:
-    """Return the component of a pipeline that a tensor belongs to by its name, empty for a model alone."""
-    found = _COMPONENTS.match(key)
-    return found[1] if found else ""
+def component_of(store: Checkpoint, name: str) -> str:
+    """Return the component of a pipeline that a tensor belongs to by its name or folder, empty for the model itself."""
+    key = store.names.get(name, name)
+    found = _COMPONENTS.match(key) or _COMPONENTS.match(name)
+    return store.folders.get(key) or (found[1] if found else "")
 
 
 def _twin(store: Weights, name: str, other: Weights, among: Weights) -> str | None:
