@@ -59,7 +59,7 @@ def overall_verdict(
         *_missing_facts(found),
         *_file_facts(found, untouched),
     ]
-    code, title = facts[0] if facts else (None, _right(found, open_, kinds))
+    code, title = facts[0] if facts else (None, _right(found, open_, kinds, untouched))
     title += _sampled(found)
     left = _survived(known)
     return Verdict(
@@ -233,7 +233,7 @@ def _why(some: Sequence[Module]) -> str:
     return next((module.problem.what for module in some if module.problem), "")
 
 
-def _right(found: Sequence[Module], open_: Sequence[Module], kinds: Collection[str]) -> str:
+def _right(found: Sequence[Module], open_: Sequence[Module], kinds: Collection[str], untouched: Untouched) -> str:
     judged = sum(not module.unjudged for module in found)
     if open_:
         names = first_of([module.name for module in open_])
@@ -243,7 +243,11 @@ def _right(found: Sequence[Module], open_: Sequence[Module], kinds: Collection[s
     ways = dict.fromkeys(module.measured.replaces for module in found if module.measured)
     update = "B @ A" if _PLAIN.issuperset(kinds) else f"the update of each module ({', '.join(sorted(kinds))})"
     way = f"base + strength * alpha / rank * {update}" if "" in ways or not ways else f"{', '.join(ways)},"
-    return f"{judged} of {len(found)} right: {way} and nothing else{rest}"
+    return f"{judged} of {len(found)} right: {way} and nothing else{_of(untouched)}{rest}"
+
+
+def _of(untouched: Untouched) -> str:
+    return " of what was compared" if untouched.left else ""
 
 
 def _sampled(found: Sequence[Module]) -> str:

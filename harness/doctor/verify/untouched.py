@@ -20,6 +20,7 @@ from harness.doctor.verify.pairing import (
 )
 from harness.doctor.verify.vote import half_step
 from harness.doctor.verify.weights import TIED, Weights, code_dtype
+from harness.text import count
 
 _ROWS = 4
 _STEP, _STEP_ROUNDED = 0.51, 2.0**-9  # steps, and per step from 0: the step is stored in 16 bits
@@ -27,6 +28,7 @@ _NEAR, _CLAMPED = 0.9, 2.0  # share of rows that lie as near, and steps that the
 _BUFFERS = re.compile(
     r"(?:inv_freq|position_ids|masked_bias|num_batches_tracked|\.attn\.bias|token_type_ids|original_inv_freq)$"
 )
+_COMPONENT = "the component "
 _COMPONENTS = re.compile(
     r"(first_stage_model|cond_stage_model|conditioner|text_encoders?(?:_\d)?|vae|image_encoder|safety_checker)\."
 )
@@ -36,7 +38,8 @@ _COMPONENTS = re.compile(
 class Untouched:
     """What was compared: how many tensors, which changed, which only one side has; `notes` are right conversions.
 
-    `broken` are those of `changed` that are NaN or infinite now.
+    `broken` are those of `changed` that are NaN or infinite now. `left` are how many could not be compared: in a
+    component that one side lacks, or stored as codes that are not read here.
     """
 
     compared: int
@@ -46,6 +49,7 @@ class Untouched:
     reshaped: tuple[str, ...]
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    left: int = 0
 
     @property
     def is_other_model(self) -> bool:
@@ -62,7 +66,9 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     A tensor stored in another dtype is unchanged when it is the base's rounded to that dtype, also by way of 16 bits. A
     vocabulary of another size is unchanged when the rows that both have are.
     """
-    common = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
+    both = [name for name in base.names if name in merged.names and touched.get(name, ()) is not None]
+    unread = {name: why for name in both if (why := base.unreadable(name) or merged.unreadable(name))}
+    common = [name for name in both if name not in unread]
     resized = [name for name in common if _is_resized(base, merged, name)]
     fits = {name for name in common if base.info(name).shape == merged.info(name).shape or name in resized}
     others = [name for name in common if name in fits and not _BUFFERS.search(name)]
@@ -71,8 +77,10 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     ]
     changed = [name for name in changed if not _follows_tie(base, merged, name)]
     missing, gone = _split(base, merged, touched)
-    extra, more = _split_extra(base, merged, touched)
-    notes = [*gone, *more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
+    extra, more, added = _split_extra(base, merged, touched)
+    notes = [f"{why} left out: {count(times, 'tensor')}" for why, times in gone.items()]
+    notes += [*more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
+    notes += [f"{count(times, 'tensor')} not compared: {why}" for why, times in Counter(unread.values()).items()]
     return Untouched(
         compared=len(others),
         changed=tuple(changed),
@@ -81,6 +89,7 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
         reshaped=tuple(name for name in common if name not in fits),
         broken=tuple(name for name in changed if _is_broken(merged, name)),
         notes=tuple(notes),
+        left=len(unread) + added + sum(times for why, times in gone.items() if why.startswith(_COMPONENT)),
     )
 
 
@@ -94,18 +103,12 @@ def _rows_of(base: Weights, merged: Weights, name: str) -> str:
     return f"{second} rows for {first}; those that both have are compared"
 
 
-def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
-    """Return the tensors that the merged file lost, and in words what it may leave out."""
+def _split(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], dict[str, int]]:
+    """Return the tensors that the merged file lost, and how many there are of what it may leave out."""
     gone = [name for name in base.names if name not in merged.names and name not in touched]
     kept = {component_of(merged.store, name) for name in merged.names}
-    lost, notes = [], dict[str, int]()
-    for name in gone:
-        why = _left_out(base, merged, name, kept)
-        if why:
-            notes[why] = notes.get(why, 0) + 1
-        else:
-            lost.append(name)
-    return lost, [f"{why} left out: {times} tensors" for why, times in notes.items()]
+    why = {name: _left_out(base, merged, name, kept) for name in gone}
+    return [name for name in gone if not why[name]], dict(Counter(filter(None, why.values())))
 
 
 def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
@@ -116,12 +119,12 @@ def _left_out(base: Weights, merged: Weights, name: str, kept: set[str]) -> str:
         return "buffers"
     component = component_of(base.store, name)
     if component and component not in kept | merged.store.promised:
-        return f"the component {component}"
+        return f"{_COMPONENT}{component}"
     return "tied weights" if _twin(base, name, base, merged) else ""
 
 
-def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str]]:
-    """Return the tensors that only the merged file has, and in words those that may be there."""
+def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list[str], list[str], int]:
+    """Return the tensors that only the merged file has, in words those that may be there, and how many no base has."""
     more = [name for name in merged.names if name not in base.names and name not in touched]
     fine = [name for name in more if is_left_over(name) or _BUFFERS.search(name) or EMA.search(name)]
     tied = [
@@ -134,9 +137,9 @@ def _split_extra(base: Weights, merged: Weights, touched: Touched) -> tuple[list
     added = {name: part for name in more if (part := component_of(merged.store, name)) not in known}
     fine += added
     for part, times in Counter(added.values()).items():
-        notes.append(f"the component {part} is only in the merged checkpoint: {times} tensors, not compared")
+        notes.append(f"{_COMPONENT}{part} is only in the merged checkpoint: {count(times, 'tensor')}, not compared")
     notes += [f"{name} is a copy of a weight that the model ties it to" for name in tied]
-    return [name for name in more if name not in fine and name not in tied], notes
+    return [name for name in more if name not in fine and name not in tied], notes, len(added)
 
 
 def component_of(store: Checkpoint, name: str) -> str:
