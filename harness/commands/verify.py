@@ -61,9 +61,10 @@ _SHOWN = 20
 def command(base: tuple[Path, ...], merged: Path, lora: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Measure the scale baked into MERGED, per module and overall, through the rounding of its dtype.
 
-    Exit 0 when every trained weight of the file is right and nothing else changed, 1 when anything is wrong, 3 when
-    nothing is wrong but something could not be judged. DoRA, LoHa, LoKr, experts, whole differences, saved heads, token
-    rows and biases are judged too, and other methods of PEFT by PEFT's own merge of each layer.
+    Exit 0 when every trained weight of the file is right and nothing else changed, in the rows that were read (a sample
+    of large layers, all with --full); 1 when anything is wrong, 3 when nothing is wrong but something could not be
+    judged. DoRA, LoHa, LoKr, experts, whole differences, saved heads, token rows and biases are judged too, and other
+    methods of PEFT by PEFT's own merge of each layer.
     """
     from harness.doctor.verify.verify import verify_merge
 

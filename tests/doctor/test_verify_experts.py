@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from harness.doctor import inspect_file, verify_merge  # noqa: E402
+from harness.doctor.verify.verify import MergeReport  # noqa: E402
 
 EXPERTS, WIDE, NARROW = 4, 48, 24
 State = dict[str, Tensor]
@@ -77,10 +78,33 @@ WRONG: Mapping[str, Callable[[State, State], State]] = {
 }
 
 
-def _verified(lora: Path, base: State, merged: State, folder: Path, dtype: torch.dtype) -> int:
+def _report(lora: Path, base: State, merged: State, folder: Path, dtype: torch.dtype, *, full: bool) -> MergeReport:
     for name, state in (("base", base), ("merged", merged)):
         save_file({key: t.to(dtype).contiguous() for key, t in state.items()}, folder / f"{name}.safetensors")
-    return verify_merge(folder / "base.safetensors", folder / "merged.safetensors", lora, full=True).exit_code
+    return verify_merge(folder / "base.safetensors", folder / "merged.safetensors", lora, full=full)
+
+
+def _verified(lora: Path, base: State, merged: State, folder: Path, dtype: torch.dtype) -> int:
+    return _report(lora, base, merged, folder, dtype, full=True).exit_code
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("one expert doubled", "LH206", "the update is not once in every expert: 0 2 times"),
+        ("experts exchanged", "LH104", "experts hold the updates of others: 0 that of 3, 1 that of 2"),
+        ("one expert left out", "LH102", "1 expert (2)"),
+    ],
+)
+def test_what_went_wrong_among_experts_is_named(
+    merge: tuple[Path, State, State], fault: str, code: str, words: str, dtype: torch.dtype, full: bool, tmp_path: Path
+) -> None:
+    lora, base, good = merge
+    report = _report(lora, base, WRONG[fault](base, good), tmp_path, dtype, full=full)
+    assert report.overall.code == code, report.overall.text()
+    assert words in report.overall.title
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,7 +117,7 @@ def every_gate_left_out(merged: Tensors, base: Tensors) -> None:
         merged[name] = base[name]
 
 
-@edit("LH401")
+@edit("LH104")
 def experts_exchanged(merged: Tensors, base: Tensors) -> None:
     for name in of(merged, r"experts\.0\."):
         other = name.replace("experts.0.", "experts.1.")

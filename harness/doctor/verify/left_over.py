@@ -44,7 +44,7 @@ def left_over(layer: MergedLayer, measured: MergeMeasurement) -> str | None:
     beyond = float(np.square(values[rank:], dtype=np.float64).sum())
     if not 0 < rank <= len(values) / 3 or beyond > max(_BEYOND * float(np.square(values).sum()), rounding):
         return None
-    return f"what else was done is of rank {rank}, as another LoRA's update: pass it with a second --lora"
+    return f"what else was done is of rank {rank}, as another LoRA (pass it with a second --lora) or formula leaves it"
 
 
 def _where(off: Flags) -> str | None:

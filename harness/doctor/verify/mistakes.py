@@ -15,8 +15,9 @@ from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import MergedLayer, Sample, index_of
 from harness.doctor.verify.measurement import ALIGNED, MOSTLY, MergeMeasurement, aligned
 from harness.doctor.verify.modules import Module
-from harness.doctor.verify.products import LowRank, Product
+from harness.doctor.verify.products import Experts, LowRank, Product
 from harness.doctor.verify.rows import runs_of
+from harness.doctor.verify.vote import Array
 from harness.doctor.verify.weights import Weights
 from harness.files import LoraAdapter
 
@@ -29,6 +30,7 @@ _HEADS = (4, 8, 16, 32, 40, 48, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256)  #
 _MOST_RANK = 256
 _NEARLY_ALL = 0.95  # of ||ΔW||^2
 _TRIED, _OWN = 4, 0.5  # layers; share of a change that lies along the update of one module alone
+_OFF, _LISTED = 0.1, 4  # of the factor on an expert's update; experts named
 _THERE = (0.8, 1.25)  # of the scale; components that were merged lie between, those that were not are below its half
 
 
@@ -37,6 +39,7 @@ def mistaken(
 ) -> tuple[MergeMeasurement, Fault] | None:
     """Return what a plain layer shows once a mistake is supposed that explains it, and the mistake; None: none does."""
     unknown = measured.state == "unexplained" or (measured.state == "mixed" and measured.explained < MOSTLY)
+    unknown |= isinstance(layer.product, Experts) and measured.state in ("mixed", "damaged")
     if type(layer) is not MergedLayer or not unknown or measured.base != 1:
         return None
     sample = layer.sample(_LOOKED_AT)
@@ -57,6 +60,8 @@ def mistaken(
 def _mistakes(layer: MergedLayer, sample: Sample, expected: float) -> Iterator[tuple[Product, Fault]]:
     """Yield updates that mistakes make of the layer's own, with the code and the sentence of each."""
     own = layer.product
+    if isinstance(own, Experts):
+        yield from _among_experts(layer, own, sample, expected)
     turned = own.turned()
     if turned.shape == own.shape and turned is not own:
         yield turned, ("LH301", "the update was merged transposed")
@@ -90,6 +95,42 @@ def _orders(rows: int) -> Iterator[tuple[Tensor, str]]:
             pairs.argsort(),
             f"{heads} the halves got the updates of alternate rows, as rotary pairs in another layout",
         )
+
+
+def _among_experts(
+    layer: MergedLayer, own: Experts, sample: Sample, expected: float
+) -> Iterator[tuple[Product, Fault]]:
+    """Yield the update in which each expert has that of another, or a multiple of its own, as its sampled rows show."""
+    number, height = own.left.shape[:2]
+    owners, origin, factor = sample.index // height, torch.arange(number), torch.ones(number)
+    lines = torch.arange(number * height)
+    updates = [layer.sampled(own.at(lines.roll(-shift * height)), _LOOKED_AT) for shift in range(number)]
+    for expert in np.unique(owners[sample.finite]).tolist():
+        rows = sample.finite & (owners == expert)
+        shares = [aligned(sample.change[rows], update[rows]) for update in updates]
+        best = int(np.argmax(shares))
+        if shares[best] > _OWN:
+            origin[expert] = (expert + best) % number
+            factor[expert] = _times(sample.change[rows], updates[best][rows]) / (expected or 1.0)
+    others = [f"{e} that of {o}" for e, o in enumerate(origin.tolist()) if e != o]
+    if others:
+        yield (
+            own.at(lines.reshape(number, height)[origin].flatten()),
+            ("LH104", f"experts hold the updates of others: {_listed(others)}"),
+        )
+    off = [f"{e} {times:.3g} times" for e, times in enumerate(factor.tolist()) if abs(times - 1) > _OFF]
+    if off and not others:
+        twice = all(abs(times - 2) <= _OFF for times in factor.tolist() if abs(times - 1) > _OFF)
+        scaled = Experts(own.left * factor[:, None, None].to(own.left.dtype), own.right)
+        yield scaled, ("LH206" if twice else "LH209", f"the update is not once in every expert: {_listed(off)}")
+
+
+def _times(change: Array, update: Array) -> float:
+    return float((change * update).sum(dtype=np.float64) / np.square(update, dtype=np.float64).sum())
+
+
+def _listed(said: Sequence[str]) -> str:
+    return ", ".join(said[:_LISTED]) + (f" and {len(said) - _LISTED} more" if len(said) > _LISTED else "")
 
 
 def _lost(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from harness.doctor.verify.measurement import MergeMeasurement, State
+from harness.doctor.verify.rows import rows_of
 from harness.law.probe import Probe
 from harness.text import count, first_of, printable
 from harness.verdict.verdict import Outcome, Verdict
@@ -189,16 +191,17 @@ def where(module: Module) -> str:
         )
     ]
     about = "" if module.measured.seen == 1 else "about "  # the end lies between two rows that were read
-    return " and ".join(names) or ", ".join(
-        f"{about}rows {start} to {stop - 1}" for start, stop in module.measured.unmerged[:_SHOWN]
-    )
+    return " and ".join(names) or _first([f"{about}{rows_of(*run)}" for run in module.measured.unmerged])
 
 
 def damage_of(module: Module) -> str:
     """Name the rows that are not what the merge gives, and how they differ."""
-    damaged = module.measured.damaged if module.measured else ()
-    rest = f" and {count(len(damaged) - _SHOWN, 'more run')}" if len(damaged) > _SHOWN else ""
-    return ", ".join(damage.text() for damage in damaged[:_SHOWN]) + rest
+    return _first([damage.text() for damage in module.measured.damaged] if module.measured else [])
+
+
+def _first(runs: Sequence[str]) -> str:
+    rest = f" and {count(len(runs) - _SHOWN, 'more run')}" if len(runs) > _SHOWN else ""
+    return ", ".join(runs[:_SHOWN]) + rest
 
 
 def _numbers(module: Module) -> dict[str, Any]:

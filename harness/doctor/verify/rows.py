@@ -121,6 +121,11 @@ class Looks:
             self.allowed.append(np.einsum("ij,ij->i", allowance, allowance) / columns)
 
 
+def rows_of(start: int, stop: int) -> str:
+    """Name the rows [start, stop)."""
+    return f"row {start}" if stop - start == 1 else f"rows {start} to {stop - 1}"
+
+
 @dataclass(frozen=True)
 class Damage:
     """Rows [start, stop) that are not what the merge makes of them, and how: unmerged, non-finite, zero or other.
@@ -140,7 +145,7 @@ class Damage:
 
     def text(self) -> str:
         """Say it in few words."""
-        rows = f"row {self.start}" if self.stop - self.start == 1 else f"rows {self.start} to {self.stop - 1}"
+        rows = rows_of(self.start, self.stop)
         how = (
             f"scale {self.scale:.3g}"
             if np.isfinite(self.scale)
