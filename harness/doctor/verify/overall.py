@@ -29,8 +29,8 @@ _FIXES = {
     "LH206": "merge again from the base, once",
     "LH207": "merge again with the strength as it is, or pass the one that was meant with --strength",
     "LH304": "merge again with a merger that follows the formula of this variant",
-    "LH401": "merge again from this base, not from another revision or after rounding it to fewer bits; if another LoRA "
-    "was merged too, pass it with a second --lora",
+    "LH401": "merge again from this base, not from another revision or after rounding it to fewer bits; if another "
+    "LoRA was merged too, pass it with a second --lora",
     "LH502": "do not use this checkpoint; merge again, the sum in float32",
     "LH902": "save the merged checkpoint again: it must have the base's tensors in the base's shapes",
 }  # what to do with a checkpoint; the codes' own fixes speak to the author of a loader
