@@ -49,8 +49,18 @@ def _strength_cause(found: FileDiagnosis) -> Cause:
         if each.strength is not None
     )
     usual = not right or all(each.strength in (None, 1.0) for each in found.answers.values())
-    test = f"load it at {'a quarter of the strength' if usual else right}: is the picture clean?"
+    test = f"load it {_at_a_quarter(found) if usual else f'at {right}'}: {_clean(found)}"
     return Cause("wrong strength", test, "; ".join(wrong[:2]))
+
+
+def _at_a_quarter(found: FileDiagnosis) -> str:
+    """Say how to load the file at a quarter of its strength: its users may have no field for that."""
+    passes = found.tool is None or found.tool.passes
+    return "at a quarter of the strength" if passes else "with a quarter of its alpha"
+
+
+def _clean(found: FileDiagnosis) -> str:
+    return "is what it writes sound?" if found.traits.is_language else "is the picture clean?"
 
 
 def _dropped_cause(found: FileDiagnosis) -> Cause:
@@ -82,7 +92,7 @@ def _noise(found: FileDiagnosis) -> Iterator[Cause]:
         test = f"lora-harness inspect {printable(found.path, 120)} names them (LH707)"
         yield Cause("NaN or infinite weights", test, hit)
     yield _model_cause(found)
-    yield _quantised_cause("is the picture clean?")
+    yield _quantised_cause(_clean(found))
     yield _dropped_cause(found)
 
 

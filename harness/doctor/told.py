@@ -170,7 +170,8 @@ def _kind(found: FileDiagnosis, given: Answer) -> tuple[str, str]:
         root = any(module.rslora for module in found.traits.modules)
         standard = f"standard, {'alpha / sqrt(rank), as rsLoRA' if root else 'alpha / rank'}"
         how = [standard if given.gain in (None, (1.0, 1.0)) else given.says]
-        how += [given.modules.rstrip(",")] if given.modules not in ("", EVERY, BY_NAME) and how == [standard] else []
+        usual = ("", EVERY, BY_NAME) if found.traits.is_language else ("", EVERY)
+        how += [given.modules.rstrip(",")] if given.modules not in usual and how == [standard] else []
         how += [] if given.sure in ("measured", "by name") else ["read in its code"]
         return "pass", f"{given.strength:.6g}  ({'; '.join(how)})"
     if given.effect in ("law", "cannot"):

@@ -49,6 +49,7 @@ _OF_UNET = re.compile(r"down_blocks|up_blocks|mid_block|conv_(in|out)|time_embed
 _FLATTENED = re.compile(r"_\d+_")
 _LAYER = re.compile(r"(_#)+(_proj)?$")
 _WHOLE = frozenset({"diff", "norm", "set", "tokens", "copy"})  # of norms and parameters too, which no LoRA has alone
+_DENOISER = ("lora_unet_", "lora_transformer_", "diffusion_model.", "transformer.", "unet.")
 _ROOT = "+rslora"  # how reads.json marks a header that says so
 _UNREAD = 20
 _DECLARED = frozenset(
@@ -239,8 +240,9 @@ class Traits:
 
     @cached_property
     def is_decoder(self) -> bool:
-        """Tell whether every layer is called as transformers calls those of a decoder, which no image model has."""
-        return bool(self._patterns) and all(map(_DECODER.match, self._patterns))
+        """Tell whether every layer is called as transformers calls those of a decoder, and no prefix as a denoiser."""
+        named = bool(self._patterns) and all(map(_DECODER.match, self._patterns))
+        return named and not any(key.startswith(_DENOISER) for key in self._keys)
 
     @property
     def _patterns(self) -> list[str]:

@@ -272,3 +272,36 @@ def test_stable_diffusion_cpp_finds_blocks_but_no_embedders(layers: list[str], e
     """It replaces underlines by dots but in names that its list protects (convert_sep_to_dot)."""
     tensors = pairs(layers, 3072, halves=DOWN, prefix="lora_unet_")
     assert asked(written(tmp_path, tensors), lora_alpha=2.0)["sd.cpp"].effect == effect
+
+
+def test_a_language_model_is_asked_for_no_picture(tmp_path: Path) -> None:
+    folder = written(tmp_path, pairs(LLM, 64, prefix=HF), config=CONFIG)
+    said = " ".join(line for _, line in lines(diagnose(folder, tool="vllm", saw="noise")))
+    assert "with a quarter of its alpha: is what it writes sound?" in said
+    assert "picture" not in said
+
+
+@pytest.mark.parametrize(
+    ("layers", "shapes", "model"),
+    [
+        (["layers.0.attention.qkv"], (3840, 2304), "Lumina 2"),
+        (["layers.0.attention.qkv"], (11520, 3840), "Z-Image"),
+        (["context_embedder", "transformer_blocks.0.attn.to_q"], (3072, 3584), "of other sizes"),
+        (["transformer_blocks.0.attn2.to_k"], (2048, 1024), "Cosmos or Anima"),
+        (["transformer_blocks.0.attn2.to_k"], (2048, 2048), "LTX-Video"),
+    ],
+)
+def test_a_model_is_told_by_the_sizes_of_its_layers(
+    layers: list[str], shapes: tuple[int, int], model: str, tmp_path: Path
+) -> None:
+    first, *others = layers
+    tensors = pairs(others, 3072, prefix="transformer.")
+    tensors |= {f"transformer.{first}.lora_A.weight": (2, shapes[1])}
+    tensors |= {f"transformer.{first}.lora_B.weight": (shapes[0], 2)}
+    assert model in dict(lines(diagnose(written(tmp_path, tensors))))["file"]
+
+
+def test_a_prefix_of_denoisers_makes_no_language_model_of_a_decoder(tmp_path: Path) -> None:
+    """HiDream-O1 is trained so by musubi-tuner: its layers are those of Qwen3-VL."""
+    tensors = pairs([layer.replace(".", "_") for layer in LLM], 64, halves=DOWN, prefix="lora_unet_model_")
+    assert asked(written(tmp_path, tensors), lora_alpha=2.0)["musubi-tuner"].effect == "unknown"

@@ -232,7 +232,8 @@ def test_only_tools_that_read_the_file_are_said_to_drop_its_magnitudes(tmp_path:
     tensors = pairs(["transformer_blocks.0.attn.to_q"], 64, prefix="transformer.")
     notes = inspect_file(written(tmp_path, tensors | {f"{stem}.lora_magnitude_vector": (64,)})).notes
     (note,) = (note for note in notes if "magnitude" in note)
-    assert note.startswith("DoRA magnitudes (lora_magnitude_vector) in 1 module: DiffSynth-Studio >= 2.0.5 ignores")
+    start = "DoRA magnitudes (lora_magnitude_vector) in 1 module: stable-diffusion.cpp leaves the magnitudes out; "
+    assert note.startswith(f"{start}DiffSynth-Studio >= 2.0.5 ignores")
     assert "diffusers filters" not in note
     assert "sd-scripts" not in note
 
@@ -299,7 +300,8 @@ OWN = {
         pairs(blocks("layers", 30, "attention.to_q", "attention.to_k", "feed_forward.w1"), 3840), "law",
     ),
     "z-image, authors' names": (
-        pairs(blocks("layers", 30, "attention.qkv", "feed_forward.w1"), 3840, prefix="diffusion_model."), "drops",
+        pairs(blocks("layers", 30, "attention.qkv"), 11520, 3840, prefix="diffusion_model.")
+        | pairs(blocks("layers", 30, "feed_forward.w1"), 3840, prefix="diffusion_model."), "drops",
     ),
 }  # fmt: skip
 
