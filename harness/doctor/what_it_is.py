@@ -37,7 +37,7 @@ def model_of(traits: Traits) -> str:
     if titles:
         return looks_like(layers, by_width=True) or listed(titles)
     if alike := _titles(place for group in _main(traits) for place in group.named):
-        return f"unknown model (with layers named as in {listed(alike)}, of other sizes)"
+        return f"unknown model (with layers named as in {listed(alike)}, of other sizes or depth)"
     return "language model" if traits.is_language else looks_like(layers) or "unknown model"
 
 

@@ -286,7 +286,7 @@ def test_a_language_model_is_asked_for_no_picture(tmp_path: Path) -> None:
     [
         (["layers.0.attention.qkv"], (3840, 2304), "Lumina 2"),
         (["layers.0.attention.qkv"], (11520, 3840), "Z-Image"),
-        (["context_embedder", "transformer_blocks.0.attn.to_q"], (3072, 3584), "of other sizes"),
+        (["context_embedder", "transformer_blocks.0.attn.to_q"], (3072, 3584), "of other sizes or depth"),
         (["transformer_blocks.0.attn2.to_k"], (2048, 1024), "Cosmos or Anima"),
         (["transformer_blocks.0.attn2.to_k"], (2048, 2048), "LTX-Video"),
     ],

@@ -51,15 +51,16 @@ MODELS = {
     ),
     "stable audio": (
         pairs(blocks("transformer_blocks", 24, "attn1.to_q"), 1536, prefix="transformer."),
-        "unknown model (with layers named as in LTX-Video or LTX-2 or CogVideoX (or 9 more), of other sizes)",
+        "unknown model (with layers named as in LTX-Video or LTX-2 or CogVideoX (or 9 more), of other sizes or depth)",
     ),
     "omnigen 2": (
         pairs(blocks("layers", 32, "attn.to_q"), 2520, prefix="diffusion_model."),
-        "unknown model (with layers named as in Lumina 2, of other sizes)",
+        "unknown model (with layers named as in Lumina 2, of other sizes or depth)",
     ),
     "40 blocks of nobody": (
         pairs(blocks("transformer_blocks", 40, *TO), 2048, prefix="transformer."),
-        "unknown model (with layers named as in Qwen-Image or Qwen-Image 2.1 or FLUX.1 (or 9 more), of other sizes)",
+        "unknown model (with layers named as in Qwen-Image or Qwen-Image 2.1 or FLUX.1 (or 9 more), of other sizes "
+        "or depth)",
     ),
 }
 

@@ -294,6 +294,29 @@ def by_hooks(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
         layer.register_forward_hook(lambda _, x, y, d=delta: y + (x[0].double() @ d.T).to(y.dtype))
 
 
+class Faint(nn.Module):
+    """Uses the weight of `step` by itself, which changes what it answers by far less than `last` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.last(x) + 1e-3 * torch.tanh(x @ self.step.weight.T)
+        return answer
+
+
+@bench("faint", run=lambda model: model(torch.linspace(-1, 1, 64).reshape(4, 16)))
+def faint() -> nn.Module:
+    return Faint()
+
+
+def test_a_hook_that_never_runs_is_found_however_little_its_layer_does() -> None:
+    (wrong,) = [v for v in check_loader(by_hooks, benches=[faint], max_examples=5, limits=HERE) if v.code == "LH102"]
+    assert "whose forward does not call step" in wrong.text()
+    assert codes("peft", benches=[faint]) <= {"LH103"}
+
+
 def test_a_hook_on_a_layer_that_is_never_called_is_no_effect_and_the_layer_is_named() -> None:
     told = check_loader(by_hooks, benches=[attention], max_examples=5, limits=HERE)
     (wrong,) = [verdict for verdict in told if verdict.code == "LH102"]

@@ -135,12 +135,14 @@ def _beside_its_layers(cell: Cell, once: Observation) -> Iterator[Sighting]:
     layers = cell.bench.layers.values()
     if told or cell.variant_name not in _WHOLE or cell.bench.run is None or not _has_plain_weights(cell.bench, layers):
         return
+    if none := _without_effect(cell, once):  # which may be too little of the whole effect to be seen in it
+        yield none
+        return
     seen = run_trial(cell, once.example, (load(), WHOLE))
     if seen.raised or seen.drift <= _BESIDE:
         return
     what = "the model answers otherwise than by its layers' weights, biases and norms, which are right"
-    beside = Sighting("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
-    yield _without_effect(cell, once) or beside
+    yield Sighting("LH401", seen, fact=f"{what}: {seen.drift:.1%} of the effect is another")
 
 
 def _without_effect(cell: Cell, once: Observation) -> Sighting | None:
