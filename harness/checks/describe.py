@@ -24,6 +24,11 @@ _SHOWN_MODULES = 4
 _SHOWS = 1e-3  # of a scale: a smaller error than that need not be said to be hidden
 _AGREE = 0.01  # a strength that is further off would be harmful
 _PLAIN = "strength * alpha / rank"  # what the sentences of codes say, which are those of plain LoRA
+_NO_EFFECT = ("LH101", "LH102")
+_COMPUTED = (
+    "the weight of these layers is computed from other parameters (a parametrization): what is written to it is lost",
+    "write to the parameters behind it, remove the parametrization first, or keep the update beside the layer",
+)
 
 
 def passed(cell: Cell, family: str, examples: int, diagnosis: Diagnosis | None = None) -> Verdict:
@@ -180,10 +185,17 @@ class NamedFinding:
                 yield "use", _use(subject.strength_argument, self.use)
         if self.diagnosis.trait and self.family in LAW_FAMILIES and self.law is None and self.fit:
             yield "only where", self.diagnosis.trait.text
-        cause, fix = (each.replace(_PLAIN, self.place.variant.factor) for each in (code.cause, code.fix))
+        why = _COMPUTED if self._is_lost else (code.cause, code.fix)
+        cause, fix = (each.replace(_PLAIN, self.place.variant.factor) for each in why)
         yield "cause", cause
         yield "fix", f"{fix}   (lora-harness explain {self.code})"
         yield "reproduce", self.place.reproduce(self.example)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether what did nothing are layers that keep no weight of their own, which a write does not change."""
+        layers, modules = self.place.view.layers, self.finding.modules
+        return self.code in _NO_EFFECT and bool(modules) and all(layers[name].computed for name in modules)
 
     def _measured(self, worst: str, fit: Fit) -> Iterator[tuple[str, str]]:
         layers = self.place.view.layers

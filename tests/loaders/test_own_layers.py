@@ -324,3 +324,20 @@ def test_a_hook_on_a_layer_that_is_never_called_is_no_effect_and_the_layer_is_na
     measured = get_bench("attention").measures(("last",))
     assert any(line.startswith("its forward does not call attention.out_proj: a hook there") for line in measured)
     assert codes("peft", benches=[attention]) <= {"LH103"}
+
+
+@bench("normed", run=lambda model: model(torch.linspace(-1, 1, 64).reshape(4, 16)))
+def normed() -> nn.Module:
+    """Give a model whose weight is another of unit norm times a magnitude, computed anew whenever it is read."""
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
+
+
+@loader(formats={"peft"}, variants={"lora"})
+def into_weight(model: nn.Module, lora: Path, *, strength: float = 1.0) -> None:
+    for layer, module, product, _ in pairs(model, lora):
+        layer.weight.data.add_(strength * module.trained_scale * product)
+
+
+def test_a_write_to_a_computed_weight_is_lost_and_the_cause_says_so() -> None:
+    (lost,) = [v for v in check_loader(into_weight, benches=[normed], max_examples=3, limits=HERE) if v.code == "LH101"]
+    assert "cause      the weight of these layers is computed from other parameters" in lost.text()
