@@ -226,7 +226,8 @@ def tools() -> dict[str, Tool]:
 def _tool(row: Mapping[str, Any]) -> Tool:
     powers = {name: row[name] for name in _POWERS if name in row}
     law = ScaleLaw.of_powers(row["name"], **powers, formats=row["formats"], argument=row["field"])
-    given = {name: tuple(row[name]) if name in _LISTS else row[name] for name in row if name not in (*_POWERS, "like")}
+    own = [name for name in row if name not in (*_POWERS, "like")]
+    given: dict[str, Any] = {name: tuple(row[name]) if name in _LISTS else row[name] for name in own}
     return Tool(**given, law=law)
 
 

@@ -64,6 +64,10 @@ _TABLE = (
     Trait("rank = 1", "rank", lambda p: p.rank == 1),
     Trait("rank > 64", "rank", lambda p: p.rank > 64),
     Trait("rank > 32", "rank", lambda p: p.rank > 32),
+    Trait("rank > 16", "rank", lambda p: p.rank > 16),
+    Trait("rank > 8", "rank", lambda p: p.rank > 8),
+    Trait("rank > 8 that 8 does not divide", "rank", lambda p: p.rank > 8 and p.rank % 8 != 0),
+    Trait("rank that 8 does not divide", "rank", lambda p: p.rank % 8 != 0),
     Trait("odd rank", "rank", lambda p: p.rank % 2 == 1),
     Trait("rank divisible by 3", "rank", lambda p: p.rank % 3 == 0),
     Trait("rank divisible by 4", "rank", lambda p: p.rank % 4 == 0),
@@ -109,9 +113,21 @@ def one_input_decides(name: Input, wrong: Sequence[Probe], right: Sequence[Probe
     right only within a coarse tolerance says nothing. A missing alpha is a value of its own, or else that of the rank.
     """
     fine = [p for p in right if p.tolerance <= _FINE * abs(p.expected)]
+    if two := _either(name, wrong, fine):
+        return two
     readings: tuple[_Value, ...] = (lambda p: getattr(p, name), lambda p: float(p.rank) if p.alpha is None else p.alpha)
     found = (_decides(name, value, wrong, fine) for value in (readings if name == "alpha" else readings[:1]))
     return next(filter(None, found), None)
+
+
+def _either(name: Input, wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:
+    """Return a trait of an input that every wrong probe has, or two of which each has one; no right one has either."""
+    if len(wrong) < _BORROWED or not right:
+        return None
+    able = [t for t in _TABLE if t.about == name and any(map(t, wrong)) and not any(map(t, right))]
+    two = next((two for two in itertools.combinations(able, 2) if all(two[0](p) or two[1](p) for p in wrong)), None)
+    alone = next((t for t in able if all(map(t, wrong))), None)
+    return alone or (Trait(" or ".join(map(str, two)), name) if two else None)
 
 
 def _decides(name: Input, value: _Value, wrong: Sequence[Probe], right: Sequence[Probe]) -> Trait | None:

@@ -71,6 +71,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "rank = 1": (ranks(1), ranks(2, 3, 64)),
     "rank > 64": (ranks(65, 66, 128), ranks(64, 63, 1)),
     "rank > 32": (ranks(33, 34, 128), ranks(32, 31, 1)),
+    "rank > 16": (ranks(17, 24, 128), ranks(16, 15, 1)),
+    "rank > 8": (ranks(9, 12, 128), ranks(8, 7, 1)),
+    "rank > 8 that 8 does not divide": (ranks(9, 12, 20), ranks(1, 4, 8, 16, 64)),
+    "rank that 8 does not divide": (ranks(1, 4, 12, 63), ranks(8, 16, 64)),
     "odd rank": (ranks(1, 3, 65), ranks(2, 4, 64)),
     "rank divisible by 3": (ranks(3, 6, 48), ranks(1, 2, 4, 5, 8)),
     "rank divisible by 4": (ranks(4, 8, 20, 48), ranks(1, 2, 3, 5, 6, 10)),
@@ -138,6 +142,13 @@ def test_alpha_decides_when_each_of_its_values_is_always_wrong_or_always_right()
     assert str(found) == "alpha is one of certain values (0, 0.5, none, ..., not 1, 2, 3, ...)"
     assert one_input_decides("alpha", met((*WRONG, 7.0)), met((*RIGHT, 8.0))) == found
     assert one_input_decides("alpha", met(WRONG, times=3), met(RIGHT, times=3)) == found
+
+
+def test_two_traits_of_alpha_are_told_where_each_wrong_value_has_one_of_them() -> None:
+    """`alpha = int(alpha) or rank`: fractions are cut off, and 0 is another alpha."""
+    found = one_input_decides("alpha", met((0.0, 1.5, 2.25)), met((1.0, 4.0, 8.0, None)))
+    assert str(found) == "alpha = 0 or fractional alpha"
+    assert str(one_input_decides("alpha", met((1.5, 2.25, 9.5)), met((1.0, 4.0, 8.0)))) == "fractional alpha"
 
 
 def test_a_value_that_is_wrong_here_and_right_there_decides_nothing() -> None:
