@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,8 @@ class NamedFinding:
             yield from self.finding.observation.raised.rows()
         if self.law:
             doubt = f" (ambiguous: also {', '.join(self.law.alternatives)})" if self.law.ambiguous else ""
-            yield "law", f"{self.law.formula}{doubt}; expected {self.place.variant.factor}"
+            says = f"{self.law.formula}{doubt}; expected {self.place.variant.factor}"
+            yield "law", says if subject.strength_argument else _without_strength(says)
             if self._unnamed:  # what follows a load has measured another thing than the law
                 yield "use", _use(subject.strength_argument, self.use)
         if self.diagnosis.trait and self.family in LAW_FAMILIES and self.law is None and self.fit:
@@ -251,6 +253,11 @@ def _expected(example: Example, worst: str, fit: Fit, variant: Variant) -> str:
     formula = f"{example.strength:g} * {_alpha(target.alpha)} / {rank}" if target.alpha is not None else "strength"
     trained = f"   (PEFT: {variant.factor})" if variant.alpha else ""
     return f"scale {fit.expected:.4f} = {formula}{trained}"
+
+
+def _without_strength(law: str) -> str:
+    """Return a law of a loader that takes none: strength is 1 there."""
+    return re.sub(r"\bstrength\b", "1", re.sub(r"\bstrength \* | \* strength\b", "", law))
 
 
 def _use(argument: str | None, use: float | None) -> str:

@@ -198,6 +198,9 @@ def _targets(
         return [name for name in layers if name not in twice and name not in twice.values()]
     for end in said.targets:
         if not any(ends_with(name, (end,)) for name in layers):
+            kinds = (type(part).__name__ for name, part in model.named_modules() if ends_with(name, (end,)))
+            if (kind := next(kinds, None)) and not any(ends_with(name, (end,)) for name in unread):
+                raise refused(f"targets: {end!r} is a {kind} that no LoRA is measured on: it can only be looked at")
             why = next((why for name, why in unread.items() if ends_with(name, (end,))), None)
             ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
             raise refused(f"targets: {end!r} is the end of no layer's path" + (f": {why}" if why else f" ({ends})"))
