@@ -207,7 +207,7 @@ def _read(outcome: Any, counts: Mapping[str, int]) -> Reading:
         return _UNSET
     if "raises" in outcome or "hangs" in outcome:
         effect: Effect = "raises" if "raises" in outcome else "hangs"
-        return Reading(effect, f"{effect}: {outcome[effect].rstrip(': ')}")
+        return Reading(effect, f"{effect}, on a small model: {outcome[effect].rstrip(': ')}")
     return _partly(outcome, counts)
 
 
