@@ -60,6 +60,10 @@ class Source:
         return found
 
 
+def unwritten(name: str) -> None:
+    """Return no spelling: files of the format are read alone."""
+
+
 @dataclass(frozen=True)
 class Naming:
     """How a format spells module paths where it is not the model's own way; None: it has no such module.
@@ -137,6 +141,11 @@ class Format:
     def general(self) -> bool:
         """Tell whether any module name, with any rank and alpha of its own, can be written in this format."""
         return self.naming is None and self.trait is None and self.alpha[0] in ("tensor", "config", "header")
+
+    @property
+    def is_written(self) -> bool:
+        """Tell whether files of this format can be made at all."""
+        return self.naming is None or self.naming.write is not unwritten
 
     def bare_fits(self, source: Source) -> bool:
         """Tell whether names without a prefix belong to this format here; in a PEFT folder all have one, or none."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from harness.files.format import MLX_WEIGHTS_NAME, Format, Naming, Source
+from harness.files.format import MLX_WEIGHTS_NAME, Format, Naming, Source, unwritten
 from harness.files.gguf_file import GgufFile
 
 _COMPONENTS = (
@@ -233,7 +233,7 @@ _ROWS = (
         bare="always",
         folder=True,
         metadata={"format": "mlx"},
-        naming=Naming(lambda stem, tail: stem, lambda name: None, "none that is written"),
+        naming=Naming(lambda stem, tail: stem, unwritten, "none that is written"),
         trait=_is_mlx_vlm,
         flips=lambda name: ("A", "B"),
         weights_name=MLX_WEIGHTS_NAME,
@@ -271,7 +271,7 @@ _ROWS = (
         pairs=("down",),
         alpha=("none",),
         write_prefix="unet:",
-        naming=Naming(lambda stem, tail: stem, lambda name: None, "a number"),
+        naming=Naming(lambda stem, tail: stem, unwritten, "a number"),
         trait=_is_numbered,
     ),
     # Stability AI's control LoRA: pairs called `up` and `down` in the names of the original UNet, the rest whole.
@@ -281,7 +281,7 @@ _ROWS = (
         pairs=("bare.down",),
         alpha=("none", "tensor"),
         bare="always",
-        naming=Naming(lambda stem, tail: stem, lambda name: None, "none that is written"),
+        naming=Naming(lambda stem, tail: stem, unwritten, "none that is written"),
         trait=lambda source: "lora_controlnet" in source.file.tensors,
         marks=("lora_controlnet",),
     ),
