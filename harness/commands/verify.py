@@ -28,7 +28,8 @@ _SHOWN = 20
     required=True,
     multiple=True,
     type=shared.PATH,
-    help="Checkpoint before the merge: file, folder or index. Of several the one that fits best is taken.",
+    help="Checkpoint before the merge: file, folder, index or a pipeline with all its components. Of several the one "
+    "that fits best is taken.",
 )
 @click.option("--merged", required=True, type=shared.PATH, help="Checkpoint after the merge.")
 @click.option(
