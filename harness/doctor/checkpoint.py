@@ -299,11 +299,7 @@ def _weight_files(path: Path) -> Iterator[Path]:
     models = [path / name for name in _MODEL_FOLDERS if (path / name).is_dir()]
     if models and _is_pipeline(path):
         return _weight_files(models[0])
-    indexes = sorted(path.glob(f"*{_INDEX}"))
-    if len(indexes) == 1:
-        return iter(_shards(indexes[0]))
-    found = sorted(path.glob("*.safetensors"))
-    if found:
+    if found := _in_folder(path):
         return iter(found)
     if not models:
         pickled = next((one.name for one in sorted(path.iterdir()) if one.suffix in _PICKLES), None)
@@ -330,13 +326,20 @@ def _components(path: Path) -> list[Path]:
 
 
 def _of_component(folder: Path) -> Iterator[SafetensorsFile]:
-    """Yield the files of a component, their tensors named by its folder; no variants where the plain file is there."""
-    indexes = [index for index in folder.glob(f"*{_INDEX}") if not _VARIANT.search(index.name)]
-    every = _shards(indexes[0]) if len(indexes) == 1 else sorted(folder.glob("*.safetensors"))
-    plain = [path for path in every if not _VARIANT.search(path.name)]
-    for path in plain or every:
+    """Yield the files of a component, their tensors named by its folder."""
+    for path in _in_folder(folder):
         file = read_header(path)
         yield replace(file, tensors={f"{folder.name}.{key}": info for key, info in file.tensors.items()})
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the files of one model: those of its index, or all; no variants (`model.fp16.…`) beside the plain ones."""
+    indexes, files = (_plain(sorted(folder.glob(f"*{end}"))) for end in (_INDEX, ".safetensors"))
+    return _shards(indexes[0]) if len(indexes) == 1 else files
+
+
+def _plain(paths: list[Path]) -> list[Path]:
+    return [path for path in paths if not _VARIANT.search(path.name)] or paths
 
 
 def _shards(index: Path) -> list[Path]:
