@@ -32,6 +32,7 @@ _NORM_ELEMENTS = 1 << 21
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FOLDERS = ("transformer", "unet")
 _ENCODER = "text_encoder"  # how the folders of text encoders begin, beside a pipeline's model
+_SHARD = re.compile(r"(.+-)(\d{1,9})(-of-(\d{1,6})\.safetensors)")
 _VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)(?=[.-])")  # in the names of a component's other files
 _MAX_INDEX_BYTES = 50_000_000
 
@@ -335,7 +336,21 @@ def _of_component(folder: Path) -> Iterator[SafetensorsFile]:
 def _in_folder(folder: Path) -> list[Path]:
     """Return the files of one model: those of its index, or all; no variants (`model.fp16.…`) beside the plain ones."""
     indexes, files = (_plain(sorted(folder.glob(f"*{end}"))) for end in (_INDEX, ".safetensors"))
-    return _shards(indexes[0]) if len(indexes) == 1 else files
+    if len(indexes) == 1:
+        return _shards(indexes[0])
+    _refuse_missing(folder, [path.name for path in files])
+    return files
+
+
+def _refuse_missing(folder: Path, names: list[str]) -> None:
+    """Refuse shards of which one is not there, by the numbers in their names, where no index names them."""
+    for name in names:
+        if part := _SHARD.fullmatch(name):
+            every = (f"{part[1]}{number:0{len(part[2])}}{part[3]}" for number in range(1, int(part[4]) + 1))
+            if lost := next((each for each in every if each not in names), None):
+                raise LoraFileError(
+                    folder, f"lacks the shard {printable(lost, 80)}, which {printable(name, 80)} speaks of"
+                )
 
 
 def _plain(paths: list[Path]) -> list[Path]:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.doctor.checkpoint import Checkpoint
 from harness.doctor.verify.verify import MergeReport, verify_merge
+from harness.errors import LoraFileError
 
 Tensors = dict[str, Tensor]
 UNET = "model.diffusion_model."
@@ -266,3 +268,18 @@ def test_the_text_encoders_of_a_pipeline_are_judged(forgotten: str, tmp_path: Pa
     report = verify_merge(before, after, tmp_path / "lora.safetensors")
     assert (report.exit_code, len(report.modules)) == (int(bool(forgotten)), 3), report.overall.text()
     assert report.overall.code == ("LH102" if forgotten else None)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_shard_that_is_not_there_is_told_without_an_index(missing: int, tmp_path: Path) -> None:
+    for number in {1, 2, 3} - {missing}:
+        save_file({f"a{number}.weight": drawn(4, 4)}, tmp_path / f"model-0000{number}-of-00003.safetensors")
+    with pytest.raises(LoraFileError, match=f"lacks the shard model-0000{missing}-of-00003"):
+        Checkpoint.open(tmp_path)
+
+
+def test_variants_beside_the_plain_file_are_left_out(tmp_path: Path) -> None:
+    weight = drawn(4, 4)
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    save_file({"a.weight": weight.half()}, tmp_path / "model.fp16.safetensors")
+    assert Checkpoint.open(tmp_path).dtype("a.weight") == "float32"
