@@ -43,11 +43,14 @@ class Sizes:
     inputs: Mapping[str, frozenset[int]] = field(default_factory=dict, hash=False)
     outputs: Mapping[str, frozenset[int]] = field(default_factory=dict, hash=False)
     like: str = ""
+    never: str = ""
 
     def allow(self, file: _Measured) -> bool:
         """Tell whether a model of these sizes can have the layers of a file."""
         inside = all(max(seen) < max(self.blocks[stack]) for stack, seen in file.stacks.items() if stack in self.blocks)
         takes = _take(self.inputs, file.inputs) and _take(self.outputs, file.outputs)
+        if self.never and any(map(re.compile(self.never).match, file.names)):
+            return False
         return inside and takes and not self.widths.isdisjoint(file.widths)
 
     def is_as_deep(self, full: Mapping[str, int]) -> bool:
@@ -70,8 +73,9 @@ def _take(asked: Mapping[str, frozenset[int]], layers: Mapping[str, set[int]]) -
 
 @dataclass
 class _Measured:
-    """Widths, numbers of blocks by their stack, inputs and outputs by pattern, of a file's layers."""
+    """Names, widths, numbers of blocks by their stack, inputs and outputs by pattern, of a file's layers."""
 
+    names: list[str] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)
     into: Counter[int] = field(default_factory=Counter)
     stacks: dict[str, set[int]] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class _Measured:
     outputs: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, layer: Sized, pattern: str) -> None:
+        self.names.append(layer.name.replace(".", "_"))
         self.widths.update((layer.in_features, layer.out_features))
         self.into[layer.in_features] += 1
         if pattern.endswith(_asked()):
@@ -112,7 +117,7 @@ def _row(row: Mapping[str, Any]) -> Sizes:
     inputs, outputs = (
         {end: frozenset(widths) for end, widths in row.get(side, {}).items()} for side in ("inputs", "outputs")
     )
-    return Sizes(frozenset(row["widths"]), blocks, inputs, outputs, row.get("like", ""))
+    return Sizes(frozenset(row["widths"]), blocks, inputs, outputs, row.get("like", ""), row.get("never", ""))
 
 
 def families() -> frozenset[str]:

@@ -74,3 +74,19 @@ def test_every_row_is_an_architecture_of_the_table() -> None:
     assert [family for family in families() if not layers_of((family, "own"))] == []
     assert like(SDXL) == SD
     assert like(QWEN) is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "model"),
+    [
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sd-unet"),
+        ("up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q", "sd-unet"),
+        ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", "sd-unet"),
+        ("output_blocks.10.1.proj_in", "sd-unet"),
+        ("up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "sdxl-unet"),
+        ("output_blocks.1.1.transformer_blocks.0.attn1.to_q", "sdxl-unet"),
+    ],
+)
+def test_unets_are_told_by_the_blocks_that_have_attention(layer: str, model: str) -> None:
+    places = [(family, "own") for family in ("sd-unet", "sdxl-unet")]
+    assert fitting(places, [Layer(layer, 640, 640)]) == [(model, "own")]
