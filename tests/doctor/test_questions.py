@@ -305,3 +305,12 @@ def test_a_prefix_of_denoisers_makes_no_language_model_of_a_decoder(tmp_path: Pa
     """HiDream-O1 is trained so by musubi-tuner: its layers are those of Qwen3-VL."""
     tensors = pairs([layer.replace(".", "_") for layer in LLM], 64, halves=DOWN, prefix="lora_unet_model_")
     assert asked(written(tmp_path, tensors), lora_alpha=2.0)["musubi-tuner"].effect == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("width", "model"), [(2048, "HunyuanVideo 1.5"), (3584, "HunyuanImage 2.1"), (3072, "HunyuanVideo")]
+)
+def test_models_of_hunyuan_are_told_by_their_width(width: int, model: str, tmp_path: Path) -> None:
+    layers = ["double_blocks_0_img_attn_q", "double_blocks_0_img_mod_linear"]
+    told = dict(lines(diagnose(written(tmp_path, pairs(layers, width, halves=DOWN, prefix="lora_unet_")))))
+    assert told["file"].startswith(f"{model} LoRA")
