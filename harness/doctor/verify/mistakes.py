@@ -101,28 +101,30 @@ def _among_experts(
     layer: MergedLayer, own: Experts, sample: Sample, expected: float
 ) -> Iterator[tuple[Product, Fault]]:
     """Yield the update in which each expert has that of another, or a multiple of its own, as its sampled rows show."""
+    seen = list(_of_experts(layer, own, sample, expected))
+    origin, factor = [expert for expert, _ in seen], [times for _, times in seen]
+    if others := [f"{expert} that of {other}" for expert, other in enumerate(origin) if expert != other]:
+        order = torch.arange(own.shape[0]).reshape(len(seen), -1)[origin].flatten()
+        yield own.at(order), ("LH104", f"experts hold the updates of others: {_listed(others)}")
+    elif off := [f"{expert} {times:.3g} times" for expert, times in enumerate(factor) if abs(times - 1) > _OFF]:
+        twice = all(min(abs(times - 1), abs(times - 2)) <= _OFF for times in factor)
+        scaled = Experts(own.left * torch.tensor(factor, dtype=own.left.dtype)[:, None, None], own.right)
+        yield scaled, ("LH206" if twice else "LH209", f"the update is not once in every expert: {_listed(off)}")
+
+
+def _of_experts(layer: MergedLayer, own: Experts, sample: Sample, expected: float) -> Iterator[tuple[int, float]]:
+    """Yield for each expert whose update its sampled rows hold, and how often; itself and once where none says."""
     number, height = own.left.shape[:2]
-    owners, origin, factor = sample.index // height, torch.arange(number), torch.ones(number)
-    lines = torch.arange(number * height)
+    owners, lines = sample.index // height, torch.arange(number * height)
     updates = [layer.sampled(own.at(lines.roll(-shift * height)), _LOOKED_AT) for shift in range(number)]
-    for expert in np.unique(owners[sample.finite]).tolist():
+    for expert in range(number):
         rows = sample.finite & (owners == expert)
-        shares = [aligned(sample.change[rows], update[rows]) for update in updates]
+        shares = [aligned(sample.change[rows], update[rows]) if rows.any() else 0.0 for update in updates]
         best = int(np.argmax(shares))
         if shares[best] > _OWN:
-            origin[expert] = (expert + best) % number
-            factor[expert] = _times(sample.change[rows], updates[best][rows]) / (expected or 1.0)
-    others = [f"{e} that of {o}" for e, o in enumerate(origin.tolist()) if e != o]
-    if others:
-        yield (
-            own.at(lines.reshape(number, height)[origin].flatten()),
-            ("LH104", f"experts hold the updates of others: {_listed(others)}"),
-        )
-    off = [f"{e} {times:.3g} times" for e, times in enumerate(factor.tolist()) if abs(times - 1) > _OFF]
-    if off and not others:
-        twice = all(abs(times - 2) <= _OFF for times in factor.tolist() if abs(times - 1) > _OFF)
-        scaled = Experts(own.left * factor[:, None, None].to(own.left.dtype), own.right)
-        yield scaled, ("LH206" if twice else "LH209", f"the update is not once in every expert: {_listed(off)}")
+            yield (expert + best) % number, _times(sample.change[rows], updates[best][rows]) / (expected or 1.0)
+        else:
+            yield expert, 1.0
 
 
 def _times(change: Array, update: Array) -> float:
