@@ -31,6 +31,7 @@ _WEIGHT = ".weight"
 _NORM_ELEMENTS = 1 << 21
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MODEL_FOLDERS = ("transformer", "unet")
+_COMPONENT = re.compile(r"(?:text_encoder|vae|image_encoder|transformer|unet)(?:_\d)?")
 _ENCODER = "text_encoder"  # how the folders of text encoders begin, beside a pipeline's model
 _SHARD = re.compile(r"(.+-)(\d{1,9})(-of-(\d{1,6})\.safetensors)")
 _VARIANT = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)(?=[.-])")  # in the names of a component's other files
@@ -82,11 +83,17 @@ class Checkpoint:
 
     @cached_property
     def promised(self) -> frozenset[str]:
-        """The components that a pipeline's own list says it has, empty for a model alone."""
-        if not self.path.is_dir():
-            return frozenset()
-        listed = _json_in(self.path / _PIPELINE)
-        return frozenset(name for name, what in listed.items() if isinstance(what, list) and all(what))
+        """The components that a pipeline says it has, but those that are pickles; empty for a model alone."""
+        return frozenset(_listed(self.path)) - self.pickled
+
+    @cached_property
+    def pickled(self) -> frozenset[str]:
+        """The components of a pipeline whose weights are pickles alone, which are never opened."""
+        folders = {name: self.path / name for name in _listed(self.path)}
+        files = {name: [file.suffix for file in folder.glob("*")] for name, folder in folders.items()}
+        return frozenset(
+            name for name, ends in files.items() if set(ends) & set(_PICKLES) and ".safetensors" not in ends
+        )
 
     def _called(self, key: str) -> str:
         """Return the name of a tensor of the file."""
@@ -314,6 +321,19 @@ def _is_pipeline(path: Path) -> bool:
     return (path / _PIPELINE).is_file()
 
 
+def _listed(path: Path) -> list[str]:
+    """Return the components that a pipeline's folder lists, or those of a folder that lists none, by their usual names.
+
+    Empty for other paths.
+    """
+    if not path.is_dir():
+        return []
+    if _is_pipeline(path):
+        found = _json_in(path / _PIPELINE).items()
+        return [name for name, what in found if isinstance(what, list) and all(what) and Path(name).name == name]
+    return [part.name for part in sorted(path.glob("*")) if part.is_dir() and _COMPONENT.fullmatch(part.name)]
+
+
 def _components(path: Path) -> list[Path]:
     """Return the folders with weights that a pipeline's folder has beside its model."""
     if (
@@ -322,8 +342,9 @@ def _components(path: Path) -> list[Path]:
         or not any((path / name).is_dir() for name in _MODEL_FOLDERS)
     ):
         return []
-    model = next(path / name for name in _MODEL_FOLDERS if (path / name).is_dir())
-    return sorted({file.parent for file in path.glob("*/*.safetensors")} - {model})
+    model = next(name for name in _MODEL_FOLDERS if (path / name).is_dir())
+    folders = (path / name for name in _listed(path) if name != model)
+    return [folder for folder in folders if any(folder.glob("*.safetensors"))]
 
 
 def _of_component(folder: Path) -> Iterator[SafetensorsFile]:

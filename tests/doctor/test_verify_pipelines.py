@@ -255,6 +255,25 @@ def test_a_component_that_a_pipeline_lists_must_be_there(tmp_path: Path) -> None
     assert verify_merge(before, after, tmp_path / "lora.safetensors").overall.code == "LH902"
 
 
+def test_a_component_in_a_pickle_is_never_opened_and_said_to_be_uncompared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name, layer = "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"
+    base, lora = {f"{each}.weight": drawn(WIDTH, WIDTH) for each in (layer, *PARTS)}, pairs({name: (WIDTH, WIDTH)})
+    save_file(lora, tmp_path / "lora.safetensors")
+    before, after = (
+        whole_pipeline(tmp_path / "a", base),
+        whole_pipeline(tmp_path / "b", merged(base, lora, {name: layer})),
+    )
+    for folder in (before, after):
+        (folder / "vae" / "model.safetensors").rename(folder / "vae" / "pytorch_model.bin")
+    (before / "notes").mkdir()
+    save_file(lora, before / "notes" / "old_lora.safetensors")  # lies there, and is no component
+    report = verify_merge(before, after, tmp_path / "lora.safetensors")
+    assert (report.exit_code, report.untouched.extra, report.untouched.missing) == (0, (), ())
+    assert "the component vae not compared: a pickle, which is never opened" in report.untouched.notes
+    assert "nothing else of what was compared" in report.overall.title
+
+
 @pytest.mark.parametrize("forgotten", ["", "te1", "te2"])
 def test_the_text_encoders_of_a_pipeline_are_judged(forgotten: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -81,6 +81,9 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
     notes = [f"{why} left out: {count(times, 'tensor')}" for why, times in gone.items()]
     notes += [*more, *(f"{name}: {_rows_of(base, merged, name)}" for name in resized)]
     notes += [f"{count(times, 'tensor')} not compared: {why}" for why, times in Counter(unread.values()).items()]
+    lacked = sum(times for why, times in gone.items() if why.startswith(_COMPONENT))
+    closed = sorted(base.store.pickled | merged.store.pickled)
+    notes += [f"{_COMPONENT}{name} not compared: a pickle, which is never opened" for name in closed]
     return Untouched(
         compared=len(others),
         changed=tuple(changed),
@@ -89,7 +92,7 @@ def compare_untouched(base: Weights, merged: Weights, touched: Touched, *, full:
         reshaped=tuple(name for name in common if name not in fits),
         broken=tuple(name for name in changed if _is_broken(merged, name)),
         notes=tuple(notes),
-        left=len(unread) + added + sum(times for why, times in gone.items() if why.startswith(_COMPONENT)),
+        left=len(unread) + added + len(closed) + lacked,
     )
 
 
