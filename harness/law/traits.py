@@ -64,10 +64,6 @@ _TABLE = (
     Trait("rank = 1", "rank", lambda p: p.rank == 1),
     Trait("rank > 64", "rank", lambda p: p.rank > 64),
     Trait("rank > 32", "rank", lambda p: p.rank > 32),
-    Trait("rank > 16", "rank", lambda p: p.rank > 16),
-    Trait("rank > 8", "rank", lambda p: p.rank > 8),
-    Trait("rank > 8 that 8 does not divide", "rank", lambda p: p.rank > 8 and p.rank % 8 != 0),
-    Trait("rank that 8 does not divide", "rank", lambda p: p.rank % 8 != 0),
     Trait("odd rank", "rank", lambda p: p.rank % 2 == 1),
     Trait("rank divisible by 3", "rank", lambda p: p.rank % 3 == 0),
     Trait("rank divisible by 4", "rank", lambda p: p.rank % 4 == 0),
@@ -90,6 +86,8 @@ _TABLE = (
     Trait("patterns that are regular expressions", "file", lambda p: p.patterns == "regex"),
     Trait("patterns that are not whole names", "file", lambda p: p.patterns != "names"),
     Trait("keys permuted", "file", lambda p: p.permuted),
+    Trait("rank > 8 that 8 does not divide", "rank", lambda p: p.rank > 8 and p.rank % 8 != 0),
+    Trait("rank that 8 does not divide", "rank", lambda p: p.rank % 8 != 0),
 )
 TRAITS: Mapping[str, Trait] = {trait.text: trait for trait in _TABLE}
 

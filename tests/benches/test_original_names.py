@@ -102,6 +102,6 @@ def test_the_rows_of_the_authors_layers_are_those_that_diffusers_takes(family: s
 
 def test_every_row_with_names_of_the_authors_is_tried_and_the_wide_ones_are_wide() -> None:
     named = {name for name, row in rows().items() if row.original}
-    assert {family for family, _ in CASES} == named
+    assert {family for family, _ in CASES} == named - {"cosmos"}  # Anima's class and names; its mixin converts nothing
     for family in ("flux", "chroma", "hunyuan-video", "lumina2"):
         assert max(layer.rows for layer in at_width(family)[1].values()) >= 2304

@@ -107,7 +107,7 @@ def turned_probes(scale: Scale) -> list[Probe]:
 
 BY_INPUT: dict[str, tuple[Scale, str, str]] = {
     "cut, and 0 is none": (
-        lambda u, a, r, i: u * (int(a[i]) / r[i] if int(a[i]) else 1.0), "LH205", "alpha is one of certain values",
+        lambda u, a, r, i: u * (int(a[i]) / r[i] if int(a[i]) else 1.0), "LH205", "alpha = 0 or fractional alpha",
     ),
     "one decimal": (lambda u, a, r, i: round(u, 1) * a[i] / r[i], "LH207", "strength is one of certain values"),
     "median alpha": (

@@ -71,8 +71,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "rank = 1": (ranks(1), ranks(2, 3, 64)),
     "rank > 64": (ranks(65, 66, 128), ranks(64, 63, 1)),
     "rank > 32": (ranks(33, 34, 128), ranks(32, 31, 1)),
-    "rank > 16": (ranks(17, 24, 128), ranks(16, 15, 1)),
-    "rank > 8": (ranks(9, 12, 128), ranks(8, 7, 1)),
     "rank > 8 that 8 does not divide": (ranks(9, 12, 20), ranks(1, 4, 8, 16, 64)),
     "rank that 8 does not divide": (ranks(1, 4, 12, 63), ranks(8, 16, 64)),
     "odd rank": (ranks(1, 3, 65), ranks(2, 4, 64)),
