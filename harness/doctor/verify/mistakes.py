@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.doctor.verify.changes import Change, merged_layer
 from harness.doctor.verify.layer import MergedLayer, Sample, index_of
 from harness.doctor.verify.measurement import ALIGNED, MOSTLY, MergeMeasurement, aligned
-from harness.doctor.verify.modules import Module
+from harness.doctor.verify.modules import Module, few
 from harness.doctor.verify.products import Experts, LowRank, Product
 from harness.doctor.verify.rows import runs_of
 from harness.doctor.verify.vote import Array
@@ -30,7 +30,7 @@ _HEADS = (4, 8, 16, 32, 40, 48, 64, 72, 80, 96, 112, 120, 128, 160, 192, 256)  #
 _MOST_RANK = 256
 _NEARLY_ALL = 0.95  # of ||ΔW||^2
 _TRIED, _OWN = 4, 0.5  # layers; share of a change that lies along the update of one module alone
-_OFF, _LISTED = 0.1, 4  # of the factor on an expert's update; experts named
+_OFF = 0.1  # of the factor on an expert's update
 _THERE = (0.8, 1.25)  # of the scale; components that were merged lie between, those that were not are below its half
 
 
@@ -105,11 +105,11 @@ def _among_experts(
     origin, factor = [expert for expert, _ in seen], [times for _, times in seen]
     if others := [f"{expert} that of {other}" for expert, other in enumerate(origin) if expert != other]:
         order = torch.arange(own.shape[0]).reshape(len(seen), -1)[origin].flatten()
-        yield own.at(order), ("LH104", f"experts hold the updates of others: {_listed(others)}")
+        yield own.at(order), ("LH104", f"experts hold the updates of others: {few(others, 'expert')}")
     elif off := [f"{expert} {times:.3g} times" for expert, times in enumerate(factor) if abs(times - 1) > _OFF]:
         twice = all(min(abs(times - 1), abs(times - 2)) <= _OFF for times in factor)
         scaled = Experts(own.left * torch.tensor(factor, dtype=own.left.dtype)[:, None, None], own.right)
-        yield scaled, ("LH206" if twice else "LH209", f"the update is not once in every expert: {_listed(off)}")
+        yield scaled, ("LH206" if twice else "LH209", f"the update is not once in every expert: {few(off, 'expert')}")
 
 
 def _of_experts(layer: MergedLayer, own: Experts, sample: Sample, expected: float) -> Iterator[tuple[int, float]]:
@@ -129,10 +129,6 @@ def _of_experts(layer: MergedLayer, own: Experts, sample: Sample, expected: floa
 
 def _times(change: Array, update: Array) -> float:
     return float((change * update).sum(dtype=np.float64) / np.square(update, dtype=np.float64).sum())
-
-
-def _listed(said: Sequence[str]) -> str:
-    return ", ".join(said[:_LISTED]) + (f" and {len(said) - _LISTED} more" if len(said) > _LISTED else "")
 
 
 def _lost(

@@ -191,17 +191,18 @@ def where(module: Module) -> str:
         )
     ]
     about = "" if module.measured.seen == 1 else "about "  # the end lies between two rows that were read
-    return " and ".join(names) or _first([f"{about}{rows_of(*run)}" for run in module.measured.unmerged])
+    return " and ".join(names) or few([f"{about}{rows_of(*run)}" for run in module.measured.unmerged], "run")
 
 
 def damage_of(module: Module) -> str:
     """Name the rows that are not what the merge gives, and how they differ."""
-    return _first([damage.text() for damage in module.measured.damaged] if module.measured else [])
+    return few([damage.text() for damage in module.measured.damaged] if module.measured else [], "run")
 
 
-def _first(runs: Sequence[str]) -> str:
-    rest = f" and {count(len(runs) - _SHOWN, 'more run')}" if len(runs) > _SHOWN else ""
-    return ", ".join(runs[:_SHOWN]) + rest
+def few(said: Sequence[str], what: str) -> str:
+    """List the first of them, and say how many more there are."""
+    rest = f" and {count(len(said) - _SHOWN, f'more {what}')}" if len(said) > _SHOWN else ""
+    return ", ".join(said[:_SHOWN]) + rest
 
 
 def _numbers(module: Module) -> dict[str, Any]:
