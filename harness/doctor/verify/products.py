@@ -133,9 +133,9 @@ class LowRank(Product):
         """Make <ΔW, BA> as <ΔW A^T, B>, so that B @ A is formed for a few columns only."""
         half, looks = rounding.dtype == "bfloat16", Looks.at(rounding, self.shape[1])
         old, new = self._watched(before, after, looks)
-        seen, energy = row_products(old, new, self.right, rows=len(self.left), bfloat16=half, device=device)
+        overlap, energy = row_products(old, new, self.left, self.right, bfloat16=half, device=device)
         left, gram = self.left.float(), self.right.float() @ self.right.float().t()
-        overlap, product = torch.linalg.vecdot(seen, left), torch.linalg.vecdot(left @ gram, left)
+        product = torch.linalg.vecdot(left @ gram, left)
         return RowSums(
             overlap.double().numpy(),
             product.double().numpy(),

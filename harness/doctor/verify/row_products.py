@@ -1,4 +1,4 @@
-"""ΔW A^T and |ΔW|^2 of one layer, a chunk of rows at a time, in the arithmetic in which this processor is quickest."""
+"""<ΔW, B A> as <ΔW A^T, B>, and |ΔW|^2, of every row of one layer, in the arithmetic in which it is quickest here."""
 
 from __future__ import annotations
 
@@ -19,64 +19,66 @@ _TRIAL = (64, 2048, 32)  # rows, columns, rank: some milliseconds
 
 
 class Passed(NamedTuple):
-    """ΔW A^T: [rows, r], and |ΔW|^2 of every row: [rows], NaN or infinite where a weight is; both in float32."""
+    """<ΔW A^T, B> and |ΔW|^2 of every row, NaN or infinite where a weight is: [rows] each, in float32."""
 
-    products: Tensor
+    overlaps: Tensor
     energies: Tensor
 
 
-def row_products(before: Rows, after: Rows, right: Tensor, *, rows: int, bfloat16: bool, device: str = "cpu") -> Passed:
-    """Return (after - before) @ right^T and the sums of squares of after - before; right: [r, columns].
+def row_products(
+    before: Rows, after: Rows, left: Tensor, right: Tensor, *, bfloat16: bool, device: str = "cpu"
+) -> Passed:
+    """Return those of after - before; left: [rows, r], right: [r, columns].
 
-    `bfloat16` says that the weights after are stored so: those before are then rounded first, and the product is made
-    in bfloat16 where that is quicker. On another `device` than the processor it always is.
+    `bfloat16` says that the weights after are stored so: those before are then rounded first, and ΔW A^T is made in
+    bfloat16 where that is quicker. On another `device` than the processor it always is.
     """
     if device != "cpu":
         dtype = torch.bfloat16 if bfloat16 else torch.float32
-        return _in_one_dtype(before, after, right, _spans(rows, right.shape[1], _DEVICE_BYTES), dtype, device)
+        return _in_one_dtype(before, after, left, right, _spans(left, right, _DEVICE_BYTES), dtype, device)
     if bfloat16 and bfloat16_is_quicker():
-        return _in_one_dtype(before, after, right, _spans(rows, right.shape[1], _NARROW_BYTES), torch.bfloat16, "cpu")
-    return _in_float32(before, after, right, _spans(rows, right.shape[1], _CHUNK_BYTES), rounded=bfloat16)
+        return _in_one_dtype(before, after, left, right, _spans(left, right, _NARROW_BYTES), torch.bfloat16, "cpu")
+    return _in_float32(before, after, left, right, _spans(left, right, _CHUNK_BYTES), rounded=bfloat16)
 
 
-def _spans(rows: int, columns: int, size: int) -> list[tuple[int, int]]:
+def _spans(left: Tensor, right: Tensor, size: int) -> list[tuple[int, int]]:
     """Return runs of rows of at most `size` bytes each in 16 bits."""
-    step = max(1, size // (2 * columns))
+    rows, step = len(left), max(1, size // (2 * right.shape[1]))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _in_one_dtype(
-    before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, device: str
-) -> Passed:
+    before: Rows, after: Rows, left: Tensor, right: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype,
+    device: str,
+) -> Passed:  # fmt: skip
     """Make the change of each chunk in one buffer: fresh memory costs as much as the product."""
     turned = right.to(device, dtype).t()
-    change = torch.empty(spans[0][1], right.shape[1], dtype=dtype, device=device)
-    seen, energies = (torch.empty(spans[-1][1], *size, device=device) for size in ((right.shape[0],), ()))
+    change, seen, norms = (torch.empty(size, dtype=dtype, device=device) for size in (
+        (spans[0][1], right.shape[1]), left.shape, (len(left),)
+    ))  # fmt: skip
     for start, stop in spans:
         part = change[: stop - start]
         torch.sub(after(start, stop).to(device, dtype), before(start, stop).to(device, dtype), out=part)
-        seen[start:stop], energies[start:stop] = part @ turned, _squares(part)
-    return Passed(seen.cpu(), energies.cpu())
+        torch.mm(part, turned, out=seen[start:stop])
+        torch.linalg.vector_norm(part, dim=1, out=norms[start:stop])
+    overlaps = torch.linalg.vecdot(seen.float(), left.to(device).float())
+    return Passed(*torch.stack([overlaps, norms.float().square()]).cpu())
 
 
-def _squares(change: Tensor) -> Tensor:
-    """Return |ΔW|^2 of rows, to the precision of their dtype: half the time of asking for float32."""
-    norms: Tensor = torch.linalg.vector_norm(change, dim=1)
-    return norms.float().square()
-
-
-def _in_float32(before: Rows, after: Rows, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool) -> Passed:
+def _in_float32(
+    before: Rows, after: Rows, left: Tensor, right: Tensor, spans: list[tuple[int, int]], *, rounded: bool
+) -> Passed:
     """Convert each chunk into buffers that are used again."""
     turned = right.float().t().contiguous()
     change, old = (torch.empty(spans[0][1], right.shape[1]) for _ in range(2))
-    seen, energies = torch.empty(spans[-1][1], right.shape[0]), torch.empty(spans[-1][1])
+    seen, norms = torch.empty(left.shape), torch.empty(len(left))
     for start, stop in spans:
         count = stop - start
         first = before(start, stop)
         old[:count].copy_(first.bfloat16() if rounded else first)
         torch.mm(change[:count].copy_(after(start, stop)).sub_(old[:count]), turned, out=seen[start:stop])
-        energies[start:stop] = _squares(change[:count])
-    return Passed(seen, energies)
+        torch.linalg.vector_norm(change[:count], dim=1, out=norms[start:stop])
+    return Passed(torch.linalg.vecdot(seen, left.float()), norms.square())
 
 
 @cache
