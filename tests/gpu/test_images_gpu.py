@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness.images import base_pipeline, lora_file, open_pipeline, run_sweep
+from harness.images.fixture import has_lora_for
 from harness.images.reference import Reference, open_lora
 from harness.images.sampling import Pair, Sampler, determinism
 from harness.images.studio import Studio
@@ -16,7 +17,7 @@ from harness.loaders.registry import installed, resolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.images, pytest.mark.usefixtures("cuda")]
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-LOADERS = [loader.name for loader in installed() if loader.available]
+LOADERS = [loader.name for loader in installed() if loader.available and has_lora_for(resolve(loader.name).cells)]
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
