@@ -1,12 +1,13 @@
-"""A full verify on a GPU against its copy bandwidth, and a sweep: `python -m benchmarks.gpu` writes benchmarks/gpu.md.
+"""A full verify on a GPU, in its memory and of files, and a sweep: `python -m benchmarks.gpu` writes benchmarks/gpu.md.
 
-The weights lie in the device's memory, as many layers as have the parameters of a model of the 20 B class; a verify of
-files on disk is bound by the disk and the bus instead.
+In memory, as many layers as have the parameters of a model of the 20 B class are held against the copy bandwidth; of
+files, the same command on the processor is the rival.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,9 @@ PARAMETERS = 20e9
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (9216, 3072))
 RANKS, RANKS_OF_AIM = (16, 32, 64, 128), 32
 LEAST = 0.5
+PARTS = ("base", "merged", "lora")
 COPIED = 1 << 32  # bytes
+OF_FILES = 10  # layers of each shape: 2.3 GB of base, and as much merged
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -53,7 +56,11 @@ def verify(pairs: list[tuple[Tensor, Tensor]], rank: int, device: str) -> float:
 
     from harness.doctor.verify.row_products import row_products
 
-    rights = {columns: torch.randn(rank, columns) for columns in {before.shape[1] for before, _ in pairs}}
+    shapes = {before.shape for before, _ in pairs}
+    factors = {
+        (rows, columns): (torch.randn(rows, rank, device=device), torch.randn(rank, columns, device=device))
+        for rows, columns in shapes
+    }
     read = sum(2 * before.nbytes for before, _ in pairs)
     times = round(4 * PARAMETERS / read)
 
@@ -63,7 +70,7 @@ def verify(pairs: list[tuple[Tensor, Tensor]], rank: int, device: str) -> float:
                 row_products(
                     lambda start, stop, w=before: w[start:stop],  # type: ignore[misc]
                     lambda start, stop, w=after: w[start:stop],  # type: ignore[misc]
-                    rights[before.shape[1]], rows=len(before), bfloat16=True, device=device,
+                    *factors[before.shape], bfloat16=True, device=device,
                 )  # fmt: skip
 
     return times * read / seconds(work, device)
@@ -76,13 +83,61 @@ def main() -> int:
         return 2
     from benchmarks.image_sweep import main as sweep
 
-    text = "\n".join([measured("cuda"), *sweep(["--device", "cuda", "--dtype", "bfloat16"]), ""])
-    print(text)
-    REPORT.write_text(text, encoding="utf-8")
+    text = ""
+    options = ["--device", "cuda", "--dtype", "bfloat16"]
+    for part in (lambda: measured("cuda"), lambda: of_files("cuda"), lambda: sweep(options)):
+        shown = "\n".join([*part(), ""])
+        print(shown, flush=True)
+        text += shown
+        REPORT.write_text(text, encoding="utf-8")
     return 0
 
 
-def measured(device: str) -> str:
+def of_files(device: str) -> list[str]:
+    """Verify all rows of files that the system keeps in memory, on the processor and on the device in turns."""
+    from harness.doctor import verify_merge
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        read = merged_files(folder, device)
+        least = dict.fromkeys(("cpu", device), float("inf"))
+        for _ in range(2):
+            for where in least:
+                began = time.perf_counter()
+                report = verify_merge(*(folder / f"{part}.safetensors" for part in PARTS), full=True, device=where)
+                least[where] = min(least[where], time.perf_counter() - began)
+                assert report.overall.outcome == "passed", report.overall.text()
+    rows = [[where, f"{took:.1f}", f"{read / took / GIGA:.2f}"] for where, took in least.items()]
+    head = ["`verify --full --device`", f"{read / GIGA:.1f} GB of files, s", "GB/s"]
+    return ["## Of files", "", *table(head, rows)]
+
+
+def merged_files(folder: Path, device: str) -> int:
+    """Write a base, its merge at scale 1 and the LoRA, of rank 32, all in bfloat16; return the bytes of both."""
+    import torch
+    from safetensors.torch import save_file
+
+    from harness.files import LoraWeights, write_lora
+
+    base, merged, lora = {}, {}, {}
+    for number in range(OF_FILES * len(SHAPES)):
+        rows, columns = SHAPES[number % len(SHAPES)]
+        name, like = f"blocks.{number}.up", {"device": device, "dtype": torch.bfloat16}
+        weight, a, b = (
+            0.02 * torch.randn(rows, columns, **like),
+            torch.randn(32, columns, **like),
+            torch.randn(rows, 32, **like),
+        )
+        base[f"{name}.weight"] = weight.cpu()
+        merged[f"{name}.weight"] = (weight + 1e-3 * (b @ a)).cpu()
+        lora[name] = LoraWeights(a.cpu(), (1e-3 * b).cpu(), 32.0)
+    for part, tensors in (("base", base), ("merged", merged)):
+        save_file(tensors, folder / f"{part}.safetensors")
+    write_lora(folder / "lora", "diffsynth", lora)
+    return 2 * sum(weight.nbytes for weight in base.values())
+
+
+def measured(device: str) -> list[str]:
     import torch
 
     bandwidth = copy_bandwidth(device)
@@ -96,7 +151,8 @@ def measured(device: str) -> str:
         rows.append([str(rank), f"{4 * PARAMETERS / speed:.2f}", f"{speed / GIGA:,.0f}", shown])
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies at {bandwidth / GIGA:,.0f} GB/s"
     head = ["rank", "20 B parameters, s", "GB/s read", f"of the copy bandwidth, aim {LEAST:.0%} up to {RANKS_OF_AIM}"]
-    return "\n".join(["# Full verify on a GPU", "", f"{machine}; base and merged in bfloat16.", "", *table(head, rows)])
+    where = f"{machine}; base, merged and LoRA lie in its memory, the weights in bfloat16."
+    return ["# Full verify on a GPU", "", where, "", *table(head, rows)]
 
 
 if __name__ == "__main__":

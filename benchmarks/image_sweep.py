@@ -170,9 +170,11 @@ def main(argv: Sequence[str] = ()) -> list[str]:
     lines = ["| nine strengths | set_adapters loop | shared batches | ratio |", "| --- | --- | --- | --- |"]
     with determinism():
         for count in counts:
+            print(f"nine strengths of {count} pictures ...", file=sys.stderr, flush=True)
             seconds = drawn(count, options.device, dtype, options.repeats)
             ratio = seconds["loop"] / seconds["batched"]
             lines.append(f"| {count} pictures | {seconds['loop']:.2f} s | {seconds['batched']:.2f} s | {ratio:.2f} |")
+        print("whole sweeps ...", file=sys.stderr, flush=True)
         turns = in_turns(options.device, dtype, options.repeats)
         probe = probing(options.device, dtype, options.repeats)
         share = share_of_harness(options.device, dtype)
