@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,12 +123,8 @@ def merged_files(folder: Path, device: str) -> int:
     base, merged, lora = {}, {}, {}
     for number in range(OF_FILES * len(SHAPES)):
         rows, columns = SHAPES[number % len(SHAPES)]
-        name, like = f"blocks.{number}.up", {"device": device, "dtype": torch.bfloat16}
-        weight, a, b = (
-            0.02 * torch.randn(rows, columns, **like),
-            torch.randn(32, columns, **like),
-            torch.randn(rows, 32, **like),
-        )
+        name, made = f"blocks.{number}.up", partial(torch.randn, device=device, dtype=torch.bfloat16)
+        weight, a, b = 0.02 * made(rows, columns), made(32, columns), made(rows, 32)
         base[f"{name}.weight"] = weight.cpu()
         merged[f"{name}.weight"] = (weight + 1e-3 * (b @ a)).cpu()
         lora[name] = LoraWeights(a.cpu(), (1e-3 * b).cpu(), 32.0)
