@@ -57,10 +57,9 @@ def verify(pairs: list[tuple[Tensor, Tensor]], rank: int, device: str) -> float:
 
     from harness.doctor.verify.row_products import row_products
 
-    shapes = {before.shape for before, _ in pairs}
     factors = {
-        (rows, columns): (torch.randn(rows, rank, device=device), torch.randn(rank, columns, device=device))
-        for rows, columns in shapes
+        shape: (torch.randn(shape[0], rank, device=device), torch.randn(rank, shape[1], device=device))
+        for shape in {before.shape for before, _ in pairs}
     }
     read = sum(2 * before.nbytes for before, _ in pairs)
     times = round(4 * PARAMETERS / read)
