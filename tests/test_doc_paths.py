@@ -24,7 +24,7 @@ _FOLDER = re.compile(rf"`((?:{'|'.join(FOLDERS)})/(?:[\w-]+/)*)`")
 _SHORT = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|md|toml|json))`")  # `law/scale.py` is below harness/
 _MODULE = re.compile(r"(?<![\w./-])(harness(?:\.[a-zA-Z]\w*)+|benchmarks\.[a-z]\w*)(?![\w/-])")
 _MADE = (
-    "NAME", "benchmarks/gpu.md", "examples/out", "harness/nightly.sh",  # to be put in, or written by a command
+    "NAME", "examples/out", "harness/nightly.sh",  # to be put in, or written by a command
     "tests/test_acme_lora.py", "tests/test_x.py", "harness.checks.families.extra", "harness.py",  # of made-up projects
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, as stored
 
 _CHUNK_BYTES = 1 << 20  # of one chunk in 16 bits: fits the cache with everything that is computed from it in 32
 _NARROW_BYTES = 1 << 21  # of one chunk that stays in 16 bits
-_DEVICE_BYTES = 1 << 26  # of one chunk in 16 bits on another device, whose calls cost more than its memory
+_DEVICE_BYTES = 1 << 28  # of one chunk in 16 bits on another device: most layers in one, since its calls cost most
 _TRIAL = (64, 2048, 32)  # rows, columns, rank: some milliseconds
 
 
