@@ -13,6 +13,7 @@ import click
 from harness.commands.failures import told_in_a_sentence
 from harness.commands.screen import obey_no_text
 from harness.garbage import SELDOM
+from harness.isolation.gpus import leave_the_driver_alone
 
 # name -> (module below harness.commands, one line of help): a command's module is imported when it is asked for
 COMMANDS = {
@@ -79,6 +80,7 @@ def main() -> None:
       lora-harness inspect my_lora.safetensors
     """
     gc.set_threshold(*SELDOM)
+    leave_the_driver_alone()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a hub unless it is asked to
     obey_no_text()
     if sys.stdout is not None:

@@ -43,7 +43,7 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
     def watch(label: str, seconds: float | None = None) -> AbstractContextManager[None]:
         return channel.call(label, START_SECONDS + _TIMES_ITS_LIMIT * (seconds or 0.0))
 
-    subject = cell.subject
+    subject, gpu = cell.subject, cell.subject.declaration.gpu
     with (
         closing(subject),
         tempfile.TemporaryDirectory(prefix="lora-harness-") as folder,
@@ -53,8 +53,9 @@ def served(cell: Cell, channel: Channel, limits: Limits, more: Iterable[str] = (
             prepare=subject.prepare,
             is_over=subject.is_over,
             apart=channel.apart,
-            memory_limit=limits.memory,
+            memory_limit=None if gpu else limits.memory,  # drivers reserve addresses for all there is
             elsewhere=_there(subject, (cell.bench_name, *more), Path(folder)),
+            gpu=gpu,
         ) as asked,
     ):
         seconds = cell.seconds or limits.seconds

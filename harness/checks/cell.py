@@ -13,6 +13,7 @@ from harness.benches import Bench, View, bench_names, get_bench
 from harness.errors import UserError
 from harness.example import DTYPES, Example
 from harness.files import FORMATS
+from harness.isolation.device import cuda_devices, no_device
 from harness.isolation.limits import Limit, no_limit
 from harness.isolation.subject import Asked
 from harness.loaders.benches import Which, bench_name
@@ -179,11 +180,12 @@ def cells_of(
     places = _product(subject, *wanted)
     cells, skipped = [], _without_plain(subject) if variants is None else []
     for cell in (each for each in places if each.possible):
-        reason = subject.unsupported(cell.format, cell.bench_name, cell.variant_name)
-        if reason is None:
-            cells.append(cell)
-        else:
+        if reason := subject.unsupported(cell.format, cell.bench_name, cell.variant_name):
             skipped.append(cell.verdict("smoke", "skipped", title="not declared", reason=reason))
+        elif subject.declaration.gpu and not cuda_devices():
+            skipped.append(cell.verdict("smoke", "skipped", title="no GPU", reason=f"it needs one: {no_device()}"))
+        else:
+            cells.append(cell)
     if not cells and not skipped:
         raise UserError(f"{subject.spec}: nothing to check: {_why_none(places)}")
     return cells, skipped

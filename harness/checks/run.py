@@ -21,6 +21,7 @@ from harness.checks.plan import Pins, Plan
 from harness.checks.trial_files import sample_file
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import Limits
+from harness.isolation.processes import can_fork
 from harness.isolation.subject import Timed
 from harness.law.probe import fields_of, probe_from
 from harness.loaders.benches import Which
@@ -65,8 +66,9 @@ def check_cells(
     heard = _Heard(cells, on_verdict, on_cell, on_examples, on_measured, on_sure, first)
     jobs = [_job(cell, plan, limits, early=first or on_sure is not None) for cell in cells]
     longest = max((budget(cell, limits) for cell in cells), default=None)
+    workers = limits.workers if can_fork(gpu=any(cell.subject.declaration.gpu for cell in cells)) else 0
     try:
-        ends = run_jobs(jobs, workers=limits.workers, silence=SILENCE, budget=longest, on_event=heard.event)
+        ends = run_jobs(jobs, workers=workers, silence=SILENCE, budget=longest, on_event=heard.event)
     except _EnoughError:
         heard.not_reached()
         return heard.verdicts

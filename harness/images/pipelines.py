@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from harness.errors import UserError, one_line
 from harness.isolation.device import cuda_devices
+from harness.isolation.gpus import leave_the_driver_alone
 from harness.loaders.live import quiet
 from harness.outputs import text_of
 
@@ -181,7 +181,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device={name!r}: {one_line(error)}") from None
     if device.type == "cuda":
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # libraries that ask must not open the driver here
+        leave_the_driver_alone()
         if (count := len(cuda_devices())) <= (device.index or 0):
             raise UserError(f"device={name!r}: torch {torch.__version__} sees {count or 'no'} CUDA device(s)")
     return device

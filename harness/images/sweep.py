@@ -23,6 +23,7 @@ from harness.images.sequential import InTurn, studios_of
 from harness.images.studio import Studio, painting
 from harness.isolation.jobs import Channel, JobEnd, run_jobs
 from harness.isolation.limits import GIB
+from harness.isolation.processes import can_fork
 from harness.isolation.subject import Asked, subject_process
 from harness.loaders.protocol import Subject
 
@@ -153,7 +154,9 @@ def run_sweeps(subjects: Sequence[Subject], options: SweepOptions, hearer: Heare
     drawn = list(_all_begun(subjects, options, hearer))
     if not drawn:
         return
-    at_once = 1 if drawn[0].studios[0].opened.device.type == "cuda" else options.workers
+    at_once = options.workers
+    if drawn[0].studios[0].opened.device.type == "cuda":
+        at_once = 1 if can_fork(gpu=True) else 0
     total = sum(2 * len(each.strengths) + 10 for each in drawn)
     with determinism() as flags, _progress(options.progress, total) as step:
         for each in drawn:
@@ -219,7 +222,12 @@ class _Drawn:
             with (
                 _painter(self.studios, apart),
                 subject_process(
-                    work, prepare=subject.prepare, is_over=subject.is_over, apart=apart, memory_limit=memory
+                    work,
+                    prepare=subject.prepare,
+                    is_over=subject.is_over,
+                    apart=apart,
+                    memory_limit=memory,
+                    gpu=memory is None,
                 ) as asked,
             ):
                 result = self._recorder(channel, asked).run(self.strengths, started)
@@ -268,7 +276,7 @@ def _painter(studios: Sequence[Studio], apart: bool) -> Iterator[None]:
     if not apart or studios[0].opened.device.type != "cuda":
         yield
         return
-    with subject_process(painting(studios), apart=True) as asked:
+    with subject_process(painting(studios), apart=True, gpu=True) as asked:
         for studio in studios:
             studio.draw_apart(asked)
         yield

@@ -34,6 +34,7 @@ _HARNESS = str(Path(__file__).parents[1])
 _REFUSALS = (NotImplementedError, ValueError)
 _REFUSING = re.compile(r"\b(?:un)?support|\bimplement|\bonly\b|\bmust\b|\brefus", re.IGNORECASE)  # in words of others
 _NO_ADAPTER = re.compile(r"Adapter name\(s\) .* not in the list of present adapters")  # diffusers' `set_adapters`
+_WANTS_GPU = re.compile(r"\b(?:CUDA|NVIDIA|HIP|ROCm)\b")
 _LIBRARIES = {"torch", "numpy", "safetensors", "json", *sys.stdlib_module_names}
 
 
@@ -63,6 +64,8 @@ class Raised:
             yield "said", f"… {len(lines) - _LINES} more lines"
         yield from (("at", frame) for frame in self.frames)
         yield from (("printed", line) for line in self.printed.splitlines()[-3:])
+        if _WANTS_GPU.search(f"{self.what} {self.message}"):
+            yield "gpu", "a loader finds none here unless it declares that it needs one: @loader(gpu=True)"
 
 
 class CallFailedError(Exception):

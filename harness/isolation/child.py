@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from harness.errors import one_line
 from harness.garbage import SELDOM, USUAL
 from harness.isolation import frames
+from harness.isolation.gpus import hide_gpus, show_gpus
 from harness.isolation.processes import adopt_orphans, die_with, kill_orphans
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
@@ -43,16 +44,20 @@ class Ends:
         frames.write(self.messages, message)
 
 
-def run_child(work: Callable[[Ends], None], ends: Ends, *, trusted: bool, memory_limit: int | None) -> NoReturn:
+def run_child(
+    work: Callable[[Ends], None], ends: Ends, *, trusted: bool, memory_limit: int | None, gpu: bool = False
+) -> NoReturn:
     """Do `work` in this freshly forked process, say how it ended and leave.
 
     Temporary files go to the folder of `ends`, which the parent removes, however this process ends. One that is
     `trusted`, since no foreign code runs in it, answers for all that is started below it. The other has no pipe or
-    socket of its parent's left, and on Linux a /dev/shm of its own where the system allows that.
+    socket of its parent's left, and on Linux a /dev/shm of its own where the system allows that. Without `gpu` it finds
+    none.
     Never returns: the parent's clean-up (atexit handlers, pytest, temporary folders) must not run twice.
     """
     with _leaving():
         _fence(ends, trusted)
+        show_gpus() if gpu else hide_gpus()
         gc.freeze()  # every collection of garbage would look through all that the parent has imported
         gc.set_threshold(*(SELDOM if trusted else USUAL))  # foreign code may count on when its objects go
         tempfile.tempdir = os.environ["TMPDIR"] = ends.folder

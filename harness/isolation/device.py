@@ -25,7 +25,7 @@ def cuda_devices() -> tuple[str, ...]:
     if not can_fork():
         return tuple(_names())
     try:
-        with subject_process(lambda order, on_part: _names(), apart=True) as asked:
+        with subject_process(lambda order, on_part: _names(), apart=True, gpu=True) as asked:
             return tuple(map(str, asked.ask("names", _SECONDS)))
     except SubjectLostError:
         return ()

@@ -33,7 +33,9 @@ _CHUNKS = 64  # at most 4 MiB at once: a child that prints for ever must not kee
 class Process:
     """A child that does `work`; `ended` is how it ended by its own account, or by ours once that is known."""
 
-    def __init__(self, work: Callable[[Ends], None], *, trusted: bool, memory_limit: int | None = None) -> None:
+    def __init__(
+        self, work: Callable[[Ends], None], *, trusted: bool, memory_limit: int | None = None, gpu: bool = False
+    ) -> None:
         orders_end, self._orders = os.pipe()
         self._messages, messages_end = os.pipe()
         self._output, output_end = os.pipe()
@@ -45,7 +47,7 @@ class Process:
             for mine in (self._orders, self._messages, self._output):
                 os.close(mine)
             ends = Ends(orders_end, messages_end, output_end, self.folder, parent)
-            run_child(work, ends, trusted=trusted, memory_limit=memory_limit)
+            run_child(work, ends, trusted=trusted, memory_limit=memory_limit, gpu=gpu)
         for theirs in (orders_end, messages_end, output_end):
             os.close(theirs)
         with contextlib.suppress(OSError):  # the child does the same; whoever comes first

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _SECONDS = 10.0  # a fork bomb starts processes while it is being killed
 _SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
@@ -30,10 +31,22 @@ def quiet_about_forks() -> Iterator[None]:
         yield
 
 
-def can_fork() -> bool:
-    """Tell whether a child of this process can work: a POSIX system, and CUDA not initialised here."""
+def can_fork(*, gpu: bool = False) -> bool:
+    """Tell whether a child of this process can work: a POSIX system, and CUDA not initialised here.
+
+    With `gpu`: whether it can use CUDA, which a child cannot where somebody has as much as asked for a device here.
+    """
     torch = sys.modules.get("torch")
-    return hasattr(os, "fork") and not (torch is not None and torch.cuda.is_initialized())
+    if not hasattr(os, "fork") or (torch is not None and torch.cuda.is_initialized()):
+        return False
+    return torch is None or not gpu or not _is_refused_to_children(torch)
+
+
+def _is_refused_to_children(torch: Any) -> bool:
+    """Ask torch in a child whether CUDA was opened before it was forked."""
+    if (pid := fork()) == 0:
+        os._exit(bool(torch.cuda._is_in_bad_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
 
 
 def process_descriptor(pid: int) -> int | None:

@@ -94,8 +94,10 @@ class Timed:
 class Apart:
     """Answers in a child of its own, which lives until it fails to answer, or says that what it prepared is over."""
 
-    def __init__(self, serve: Callable[[Ends], None], memory_limit: int | None, first_seconds: float = 0.0) -> None:
-        self._serve, self._memory_limit, self._first_seconds = serve, memory_limit, first_seconds
+    def __init__(
+        self, serve: Callable[[Ends], None], memory_limit: int | None, first_seconds: float = 0.0, *, gpu: bool = False
+    ) -> None:
+        self._serve, self._memory_limit, self._first_seconds, self._gpu = serve, memory_limit, first_seconds, gpu
         self._process: Process | None = None
         self._number = 0
 
@@ -130,7 +132,7 @@ class Apart:
 
     def _begin(self) -> None:
         if self._process is None:
-            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit)
+            self._process = Process(self._serve, trusted=False, memory_limit=self._memory_limit, gpu=self._gpu)
             self._number = 0
             self._next(START_SECONDS, unheard, 0)
 
@@ -257,11 +259,12 @@ def subject_process(
     apart: bool,
     memory_limit: int | None = None,
     elsewhere: Elsewhere | None = None,
+    gpu: bool = False,
 ) -> Iterator[Asked]:
     """Give the block somebody to ask: a child that calls `prepare` once, or with `apart` false this process.
 
     Where what it prepared `is_over`, it is prepared again before the next order, not within the order's time.
-    What answers `elsewhere` is always a child, which goes on there.
+    What answers `elsewhere` is always a child, which goes on there. A child finds the GPUs with `gpu` alone.
     """
 
     def serve(ends: Ends) -> None:
@@ -275,7 +278,10 @@ def subject_process(
         prepare()  # not within the time of the first question
         yield Here(answer, prepare, is_over)
         return
-    asked = Apart(partial(become, elsewhere), memory_limit, START_SECONDS) if elsewhere else Apart(serve, memory_limit)
+    if elsewhere:
+        asked = Apart(partial(become, elsewhere), memory_limit, START_SECONDS, gpu=gpu)
+    else:
+        asked = Apart(serve, memory_limit, gpu=gpu)
     try:
         yield asked
     finally:

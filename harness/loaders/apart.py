@@ -108,6 +108,7 @@ def _facts(spec: str, find: Find) -> dict[str, Any]:
         "outputs": said.outputs,
         "dtypes": sorted(said.dtypes),
         "file_dtypes": sorted(said.file_dtypes),
+        "gpu": said.gpu,
         "unsupported": [[list(names), reason] for names, reason in said.unsupported.items()],
         "libraries": [name for name in _LIBRARIES if name in sys.modules and name not in before],
     }

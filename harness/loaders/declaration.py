@@ -29,7 +29,7 @@ class Declaration:
     `quantises`: it rounds the base weights, so that its own load at strength 0 is what a load is compared with.
     `outputs`: it gives what a model answers instead of a model (see `Outputs`). `also` are benches that it is checked
     on when they are asked for. `dtypes` are those of the models that it takes, `file_dtypes` of the files; empty for
-    all.
+    all. `gpu`: it needs one; no other loader finds any.
     """
 
     formats: frozenset[str] | None = None
@@ -46,6 +46,7 @@ class Declaration:
     outputs: bool = False
     dtypes: frozenset[str] = frozenset()
     file_dtypes: frozenset[str] = frozenset()
+    gpu: bool = False
 
 
 NOTHING = Declaration()
@@ -69,6 +70,7 @@ def loader(
     outputs: bool = False,
     dtypes: Iterable[str] = (),
     file_dtypes: Iterable[str] = (),
+    gpu: bool = False,
 ) -> Callable[[F], F]:
     """Declare what a loader can do; the decorated function is returned as it is.
 
@@ -82,7 +84,8 @@ def loader(
     dtypes, `file_dtypes` files of those; `uniform={"rank", "alpha"}` takes files in which every module has the same
     one; `modules` is a regular expression found in the names of the modules that it takes; `quantises=True` rounds the
     base weights, so its own load at strength 0 is the baseline. On the benches of `also` it is checked when they are
-    asked for. For engines that hold no weights to read: `outputs=True`, and a function
+    asked for. `gpu=True` needs a GPU: loaders are checked on the processor and find none otherwise, so that a check
+    is the same everywhere. For engines that hold no weights to read: `outputs=True`, and a function
     `(base, lora, *, strength, inputs)` that returns a tensor.
 
     >>> @loader(formats={"peft", "kohya"}, strength_argument="alpha")
@@ -103,6 +106,7 @@ def loader(
         outputs,
         _set("dtypes", dtypes),
         _set("file_dtypes", file_dtypes),
+        gpu,
     )
     _check(declaration)
 
@@ -142,6 +146,7 @@ FACTS = (
     "outputs",
     "dtypes",
     "file_dtypes",
+    "gpu",
 )
 """What a loader in another process can say of itself in JSON, of the fields of a `Declaration`."""
 
@@ -172,6 +177,7 @@ def declaration_from(facts: Mapping[str, Any]) -> Declaration:
         outputs=facts.get("outputs") or False,
         dtypes=_names("dtypes", facts.get("dtypes") or []),
         file_dtypes=_names("file_dtypes", facts.get("file_dtypes") or []),
+        gpu=facts.get("gpu") or False,
     )
     _check(said)
     return said
@@ -223,7 +229,7 @@ def _check_kinds(said: Declaration) -> None:
     for key in ("strength_argument", "modules"):
         if (value := getattr(said, key)) is not None and (not isinstance(value, str) or not value):
             raise LoaderSpecError(f"{key}={value!r} is no text; leave it out, or None")
-    for key in ("quantises", "outputs"):
+    for key in ("quantises", "outputs", "gpu"):
         if not isinstance(getattr(said, key), bool):
             raise LoaderSpecError(f"{key}={getattr(said, key)!r} is neither True nor False")
     for names in said.unsupported:
