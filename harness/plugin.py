@@ -39,10 +39,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lora-report", metavar="DIR", help="write run.jsonl and index.html to DIR")
     group.addoption("--lora-max-examples", type=int, metavar="N", help="random examples per format and bench")
     group.addoption("--lora-seed", type=int, default=0, metavar="S", help="seed of all that is drawn")
+    group.addoption(
+        "--lora-time-limit", type=seconds, metavar="SECONDS", help="limit for one call of a loader, as of `check`"
+    )
     group.addoption("--lora-known-failures", metavar="FILE", help="TOML file of known failures, or `shipped`")
     group.addoption(
         "--lora-require-gpu", action="store_true", help="without a GPU end at once, exit 4, instead of skipping"
     )
+
+
+def seconds(text: str) -> float:
+    """Read the seconds of an option; argparse tells what is none by the name of this function."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -141,3 +141,13 @@ def test_a_command_loader_has_its_own_defaults(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (verdict,) = read_run(tmp_path / "out" / "run.jsonl").verdicts
     assert (verdict.examples, verdict.seconds) == (10, 120.0)
+
+
+def test_a_call_is_ended_at_the_limit_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import time\nfrom harness import loader\n"
+        "@loader(formats={'peft'}, benches={'gpt2'})\ndef load(model, lora, *, strength=1.0): time.sleep(60)\n"
+    )
+    words = ("--pyargs", "harness.suite", "--lora-loader=late.py:load", "-k", "smoke")
+    assert "no answer within the time limit of 0.5 s" in pytest_run(tmp_path, *words, "--lora-time-limit=0.5").stdout
+    assert "invalid seconds value: 'nan'" in pytest_run(tmp_path, *words, "--lora-time-limit=nan").stderr

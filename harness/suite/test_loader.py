@@ -39,7 +39,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         plan = plan_of(metafunc.config)
         loaders = metafunc.config.getoption("--lora-loader") or available()
         benches = metafunc.config.getoption("--lora-bench") or None
-        each = (cell_tests(spec, benches=benches, plan=plan, limits=Limits(workers=1)) for spec in loaders)
+        limits = Limits(metafunc.config.getoption("--lora-time-limit"), workers=1)
+        each = (cell_tests(spec, benches=benches, plan=plan, limits=limits) for spec in loaders)
         tests = [test for of_one in each for test in of_one]
     except UserError as error:
         raise pytest.Collector.CollectError(f"error: {error}") from None
