@@ -289,6 +289,8 @@ def test_a_language_model_is_asked_for_no_picture(tmp_path: Path) -> None:
         (["context_embedder", "transformer_blocks.0.attn.to_q"], (3072, 3584), "of other sizes or depth"),
         (["transformer_blocks.0.attn2.to_k"], (2048, 1024), "Cosmos or Anima"),
         (["transformer_blocks.0.attn2.to_k"], (2048, 2048), "LTX-Video"),
+        (["layers.0.cross_attn.q_proj"], (2048, 2048), "ACE-Step 1.5"),
+        (["llm.layers.0.self_attn.qkv_proj"], (9216, 3072), "OmniGen"),
     ],
 )
 def test_a_model_is_told_by_the_sizes_of_its_layers(
