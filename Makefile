@@ -16,7 +16,7 @@ report: $(READY)  ## the main job: every installed loader through every check, t
 	$(BIN)/lora-harness run --out reports/out
 
 test: $(READY)  ## the tests and the suite on the installed loaders: each format, bench and variant of a package once
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" --lora-max-examples $(EXAMPLES) --lora-time-limit 5 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" --lora-max-examples $(EXAMPLES) $(ARGS)
 
 test-slow: $(READY)  ## what takes longer: the power of the checks, every variant on every bench, the wheel, many workers
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m slow $(ARGS)
