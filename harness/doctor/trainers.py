@@ -14,7 +14,7 @@ _SEEN_CHARACTERS = 200
 _MUSUBI = ("wan", "framepack", "qwen_image", "zimage", "kandinsky", "flux_2", "hv_1_5", "krea2", "ideogram4", "hidream")
 _TRAINERS = (
     ("ai-toolkit", r"ai-?toolkit"), ("OneTrainer", r"onetrainer|^ot_"), ("SimpleTuner", r"simpletuner"),
-    ("musubi-tuner", rf"musubi|networks\.lora_({'|'.join(_MUSUBI)})"),
+    ("musubi-tuner", rf"musubi|^hunyuan_video$|networks\.lora_({'|'.join(_MUSUBI)})"),
     ("DiffSynth-Studio", r"diffsynth"), ("LyCORIS", r"lycoris"), ("kohya sd-scripts", r"sd-scripts|^ss_"),
 )  # fmt: skip
 _SIGNS = tuple((name, re.compile(pattern, re.IGNORECASE).search) for name, pattern in _TRAINERS)

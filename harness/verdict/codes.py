@@ -124,7 +124,7 @@ _ALL = (
     Code("LH713", "no effect", ("inspect",), "in every module one factor of the update is all zero: training took no step, or the initial weights were saved",
          "check that the trained weights were saved"),
     Code("LH714", "modules without effect", ("inspect",), "in some modules one factor of the update is all zero", "check whether these modules were trained at all", "warning"),
-    Code("LH715", "two naming schemes in one file", ("inspect",), "names of two schemes for the layers of one model: readers convert one of them and leave out the rest",
+    Code("LH715", "two naming schemes in one file", ("inspect",), "names of two schemes for the layers of one model: most readers convert one of them and leave out the rest, some add both",
          "write all names in one scheme: `lora-harness repair --base`", "warning"),
     Code("LH716", "scale read differently by versions", ("inspect",), "mlx-lm before June 2024 multiplied scale * alpha / rank, later versions take scale alone; mlx-vlm up to 0.4.4 multiplied by alpha, later versions by alpha / rank",
          "load it with the release that trained it, or write the factor that was trained with as scale, and no alpha", "warning"),

@@ -34,7 +34,7 @@ _FIXES = {
     "LH502": "do not use this checkpoint; merge again, the sum in float32",
     "LH902": "save the merged checkpoint again: it must have the base's tensors in the base's shapes",
 }  # what to do with a checkpoint; the codes' own fixes speak to the author of a loader
-_BY_SCALE = "merge again at strength * alpha / rank of each module"
+_BY_SCALE = "merge again at strength * alpha / {} of each module"
 
 
 def overall_verdict(
@@ -311,12 +311,13 @@ def _rows(
 
 def _fix(code: str, title: str, law: LawRecord | None, found: Sequence[Module]) -> str:
     """Return what to do; another factor in all modules may be the strength that somebody wanted."""
-    fix = _FIXES.get(code) or (_BY_SCALE if code.startswith("LH2") else CODES[code].fix)
+    told = _told(found)
+    by_scale = _BY_SCALE.format("sqrt(rank)" if told and all(module.found.root for module in told) else "rank")
+    fix = _FIXES.get(code) or (by_scale if code.startswith("LH2") else CODES[code].fix)
     if "swapped" in title:
         return "swap --base and --merged"
     if code == "LH206" and not title.startswith("merged twice"):
-        return _BY_SCALE
-    told = _told(found)
+        return by_scale
     ratios = _ratios(told)
     if code != "LH209" or not law or not ratios or abs(ratios[-1] - ratios[0]) > _SAME * abs(ratios[0]):
         return fix

@@ -112,11 +112,16 @@ def verify_merge(
 
 
 def _tied_notes(after: Checkpoint, found: Sequence[Module]) -> Iterator[str]:
-    """Say that an embedding which was merged is the output layer's weight too, where that has none of its own."""
-    tied = after.config.get("tie_word_embeddings") and not any(HEAD.search(f".{name}") for name in after.layers)
-    if tied and (names := [module.name for module in found if "embed" in module.name.rpartition(".")[2]]):
-        what = f"{printable(names[0], 80)} is the weight of the output layer too (tie_word_embeddings)"
-        yield f"{what}: the merge changes both, the LoRA beside the model only the embedding"
+    """Say that an embedding and the output layer are one weight, where one of them was merged."""
+    if not after.config.get("tie_word_embeddings") or any(HEAD.search(f".{name}") for name in after.layers):
+        return
+    for module in found:
+        is_head = bool(HEAD.search(f".{module.name}"))
+        if is_head or "embed" in module.name.rpartition(".")[2]:
+            other, own = ("embedding", "output layer") if is_head else ("output layer", "embedding")
+            what = f"{printable(module.name, 80)} is the weight of the {other} too (tie_word_embeddings)"
+            yield f"{what}: the merge changes both, the LoRA beside the model only the {own}"
+            return
 
 
 def _claims(given: list[Given], stores: Stores) -> dict[str, list[tuple[Given, Change]]]:
