@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +135,15 @@ class Plan:
         if self.whole(cell) or len(cell.targets) <= self.max_layers:
             return cell.targets
         step = (len(cell.targets) - 1) / (self.max_layers - 1)
-        return tuple(cell.targets[round(step * i)] for i in range(self.max_layers))
+        chosen = [cell.targets[round(step * i)] for i in range(self.max_layers)]
+        return tuple(dict.fromkeys([*_alike(cell.targets), *chosen]))[: self.max_layers]
+
+
+def _alike(names: Sequence[str]) -> tuple[str, ...]:
+    """Return two layers of which one's block begins as the other's number does, as 1 and 10: a prefix takes both."""
+    known = set(names)
+    pairs = ((name, longer) for name in names if (longer := re.sub(r"\.1\.", ".10.", name, count=1)) != name)
+    return next((pair for pair in pairs if pair[1] in known), ())
 
 
 def examples_for(cell: Cell, plan: Plan) -> SearchStrategy[Example]:

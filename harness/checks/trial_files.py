@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checks.cell import Cell
 from harness.checks.patterns import rewrite_patterns
@@ -18,6 +18,9 @@ from harness.example import Example
 from harness.files import FORMATS, LoraParts
 from harness.files.write import write_in_order
 from harness.variants import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 File = Literal["example", "copy", "other", "replaced"]
 _OTHER_WORDS = {"text_encoder": ("te", "text_encoders")}  # what kohya and ComfyUI call the part
@@ -105,6 +108,22 @@ def _write(cell: Cell, example: Example, updates: Mapping[str, Update], folder: 
     path, names = write_in_order(folder / _file_name(cell), cell.format, modules, **how)
     rewrite_patterns(path, example.patterns)
     return path, names
+
+
+def tensors_of(path: Path) -> Path:
+    """Return the file that holds the tensors of a LoRA, which may be a folder."""
+    return next(path.glob("*.safetensors")) if path.is_dir() else path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Write the tensors of the LoRA `path` again as `change` returns them, the header as it was."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = tensors_of(path)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(change(load_file(file)), file, metadata)
 
 
 def copy_of(path: Path) -> Path:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from harness.commands.pace import Pace
 from harness.commands.screen import progress, say_to_the_runner
+from harness.example import Patterns
 from harness.loaders.protocol import COMMAND, FUNCTION
 from harness.text import on_one_line
 
@@ -145,7 +146,7 @@ _PINS = (
     click.option("--key-seed", type=click.IntRange(0), help="Permutation of the file's keys (0: their own order)."),
     click.option(
         "--patterns",
-        type=click.Choice(["names", "tails", "regex"]),
+        type=click.Choice(get_args(Patterns)),
         help="How the LoRA's configuration names modules of another rank or alpha.  [default: names]",
     ),
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from harness.checks.cell import Cell
-from harness.checks.family import Scenario, Sighting, first_wrong, follows, judges, near
-from harness.checks.observation import Observation, wrong_direction
+from harness.checks.family import Scenario, Sighting, first_wrong, follows, has, judges, near
+from harness.checks.observation import Observation, changed_otherwise, wrong_direction
 from harness.checks.trial import load, run_trial, set_strength
+from harness.checks.trial_files import rewrite
 from harness.checks.unloaded import weights_seen
+from harness.files import FORMATS
 from harness.measure.compare import norm
 from harness.text import count
 
@@ -35,7 +38,10 @@ _SET_LATER = (
         "setting strength 0, then 1.5 times the first",
         "set_strength",
     ),
+    Scenario("LH207", (load(), set_strength(0)), (0,), "setting strength 0 without loading again", "set_strength"),
 )
+_SET_ALL = _SET_LATER[:1]
+_LARGE = 16  # alpha / rank
 _NEGATIVE = Scenario(
     "LH207",
     (load(), set_strength(-0.5)),
@@ -71,12 +77,44 @@ def check_scale(observation: Observation) -> list[Sighting]:
 def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
     set_later = tuple(first_wrong(cell, once, _SET_LATER))
+    set_later = set_later or tuple(_set_at_another_scale(cell, once))
     yield from set_later or first_wrong(cell, once, [_NEGATIVE], may_raise=True)  # some take none below zero
     if once.example.strength == 1:
         yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
         kept = tuple(first_wrong(cell, once, [_AFTER_ANOTHER], may_raise=True))
         yield from kept if kept and not any(first_wrong(cell, once, [_SAID_AGAIN])) else ()
         yield from _by_readings(cell, once)
+
+
+def _set_at_another_scale(cell: Cell, once: Observation) -> Iterator[Sighting]:
+    """Set the strength of a file whose alpha / rank is large: what set it may have a law of its own."""
+    if not has(cell, "set_strength") or not cell.has_alpha:
+        return
+    large = tuple(replace(target, alpha=float(_LARGE * target.rank)) for target in once.example.targets)
+    seen = run_trial(cell, replace(once.example, targets=large))
+    if not seen.raised:
+        yield from first_wrong(cell, seen, _SET_ALL)
+
+
+@follows("scale", finds="alpha stored as a whole number", codes=("LH202",))
+def check_whole_alpha(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
+    """LH202 when the same file with its alphas stored as integers is another LoRA, LH9xx where it fails there."""
+    row, targets = FORMATS[cell.format], once.example.targets
+    if row.alpha[0] != "tensor" or row.suffix != ".safetensors" or not all(_is_whole(t.alpha) for t in targets):
+        return
+    seen, where = run_trial(cell, once.example, edit=_with_whole_alphas), "where alpha is stored as an integer"
+    if seen.raised:
+        yield Sighting(seen.raised.code, seen, fact=f"{seen.raised.what}; {where}")
+    elif names := changed_otherwise(once, seen):
+        yield Sighting("LH202", seen, tuple(names), f"{len(names)} of {len(once.fits)} layers are others {where}")
+
+
+def _is_whole(alpha: float | None) -> bool:
+    return alpha is not None and alpha != 0 and alpha == int(alpha)
+
+
+def _with_whole_alphas(path: Path) -> None:
+    rewrite(path, lambda own: {k: v.long() if k.endswith(".alpha") else v for k, v in own.items()})
 
 
 _OTHER_STRENGTHS = (0.5, 2.0, 0.0, -1.0)

@@ -56,14 +56,15 @@ def check_side_effects(observation: Observation) -> list[Sighting]:
     return found
 
 
-@follows("side_effects", finds="a second load, a second LoRA", codes=("LH402", "LH405"))
+@follows("side_effects", finds="a second load, a second LoRA", codes=("LH402", "LH405", "LH408"))
 def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH402: a second load gives neither the effect of one nor twice that. LH405: two LoRAs neither add up nor swap."""
     wrong = tuple(first_wrong(cell, once, _SECOND_LOADS, may_raise=True))
     if not wrong and has(cell, "additive") and has(cell, "any strength"):
         wrong = tuple(_with_another(cell, once))
-    if not wrong and not any(first_wrong(cell, once, [_HALF])):  # where half the strength is half the effect
-        wrong = tuple(_at_other_strengths(cell, once))
+    if not wrong:
+        half = tuple(first_wrong(cell, once, [_HALF]))  # where half the strength is half the effect
+        wrong = tuple(_kept(cell, once, half[0]) if half else _at_other_strengths(cell, once))
     yield from wrong
 
 
@@ -127,6 +128,15 @@ def _with_another(cell: Cell, once: Observation) -> Iterator[Sighting]:
         fact = f"{shares[name]} is there after loading both{where}, but should be all of both, or the last one only"
         yield Sighting("LH405", both, (name,), fact)
         return
+
+
+def _kept(cell: Cell, once: Observation, half: Sighting) -> Iterator[Sighting]:
+    """Yield LH408 where half the strength is wrong of a file that was loaded before, and right of a fresh one."""
+    example = once.example
+    fresh = replace(example, strength=0.5 * example.strength, value_seed=example.value_seed + _OTHER_SEED)
+    seen = run_trial(cell, fresh)
+    if not seen.raised and all(fits[0].direction_right and fits[0].scale_right for fits in seen.fits.values()):
+        yield replace(half, code="LH408", fact=f"{half.fact}: at the strength of an earlier load of this file")
 
 
 def _at_other_strengths(cell: Cell, once: Observation) -> Iterator[Sighting]:

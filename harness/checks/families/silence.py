@@ -13,7 +13,7 @@ from harness.checks.cell import Cell
 from harness.checks.family import Sighting, follows, judge
 from harness.checks.observation import Observation, probes_of
 from harness.checks.trial import load, run_trial
-from harness.checks.trial_files import prefix_of
+from harness.checks.trial_files import prefix_of, rewrite, tensors_of
 from harness.example import Example, Target
 from harness.files import FORMATS, LoraParts, LoraWeights, read_lora, write_lora
 from harness.law.diagnosis import diagnose
@@ -71,7 +71,7 @@ def check_silence(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Ite
     for kind in _KINDS:
         seen = _tried(cell, once.example, kind)
         if seen is not None:
-            cell.heard[kind.name] = _outcome(seen, usual, right=kind.name == _PREFIX and not judge(seen))
+            cell.heard[kind.name] = _outcome(seen, usual, right=_is_applied(cell, kind, seen))
     told = {fault.code for fault in judge(once)}
     found = [_of_variant(cell, other, usual, told) for other in undeclared(cell)]
     silent = tuple(name for name, outcome in cell.heard.items() if outcome == "silent")
@@ -130,6 +130,13 @@ def _tried(cell: Cell, example: Example, kind: _Kind) -> Observation | None:
         return None
 
 
+def _is_applied(cell: Cell, kind: _Kind, seen: Observation) -> bool:
+    """Whether what was put into the file is in the model, as far as such a thing can be there."""
+    if kind.name == _UNDECLARED:
+        return _undeclared_module(cell) in seen.others_changed
+    return kind.name == _PREFIX and not judge(seen)
+
+
 def _of_variant(cell: Cell, place: Cell, usual: Observation, told: Collection[str]) -> Sighting | None:
     """Load a file of a variant that is not declared; return a finding where it gets another scale than in training.
 
@@ -182,20 +189,6 @@ def _says(line: str, usual: Sequence[str]) -> bool:
     return new and (line.startswith("warning: ") or _COMPLAINT.search(line) is not None)
 
 
-def _files(path: Path) -> Path:
-    return next(path.glob("*.safetensors")) if path.is_dir() else path
-
-
-def _rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    file = _files(path)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(change(load_file(file)), file, metadata)
-
-
 def _more(
     cell: Cell, path: Path, names: Iterable[str], change: Callable[[Tensor, int], Tensor] | None = None
 ) -> Tensors:
@@ -213,7 +206,7 @@ def _more(
     folder = path.parent / "more"
     folder.mkdir()
     written = write_lora(folder / path.name, cell.format, weights, prefix=prefix_of(cell), durable=False)
-    return load_file(_files(written))
+    return load_file(tensors_of(written))
 
 
 def _alpha(cell: Cell) -> float | None:
@@ -224,12 +217,37 @@ def _absent(cell: Cell, path: Path) -> None:
     name = cell.targets[0]
     other = re.sub(r"\.\d+\.", ".97.", name, count=1)
     other = other if other != name else f"{name.rpartition('.')[0]}.extra_proj"
-    _rewrite(path, lambda tensors: tensors | _more(cell, path, [other]))
+    rewrite(path, lambda tensors: tensors | _more(cell, path, [other]))
+
+
+def _undeclared_module(cell: Cell) -> str:
+    """Return a layer that the loader declares not to take.
+
+    Raises:
+        LookupError: there is none.
+    """
+    every = replace(cell, subject=replace(cell.subject, declaration=replace(cell.subject.declaration, modules=None)))
+    if (found := next((name for name in every.targets if name not in cell.targets), None)) is None:
+        raise LookupError("it takes every layer")
+    return found
+
+
+def _beside(cell: Cell, path: Path) -> None:
+    name = _undeclared_module(cell)
+    layer = cell.view.layers[name]
+
+    def fitted(part: Tensor, axis: int) -> Tensor:
+        size = layer.columns if axis else layer.rows
+        times = [1, 1]
+        times[axis] = -(-size // part.shape[axis])
+        return part.repeat(times).narrow(axis, 0, size).contiguous()
+
+    rewrite(path, lambda tensors: tensors | _more(cell, path, [name], fitted))
 
 
 def _foreign(cell: Cell, path: Path) -> None:
     names = [f"decoder.layers.{i}.{part}" for i in range(2) for part in ("mlp.gate_proj", "self_attn.qkv_proj")]
-    _rewrite(path, lambda tensors: _more(cell, path, names))
+    rewrite(path, lambda tensors: _more(cell, path, names))
 
 
 def _wider(cell: Cell, path: Path) -> None:
@@ -237,7 +255,7 @@ def _wider(cell: Cell, path: Path) -> None:
     import torch
 
     name = next(iter(read_lora(path).modules))
-    _rewrite(path, lambda own: own | _more(cell, path, [name], lambda part, axis: torch.cat([part, part], axis)))
+    rewrite(path, lambda own: own | _more(cell, path, [name], lambda part, axis: torch.cat([part, part], axis)))
 
 
 def _renamed(cell: Cell, path: Path) -> None:
@@ -245,27 +263,28 @@ def _renamed(cell: Cell, path: Path) -> None:
     prefix = prefix_of(cell)
     own = FORMATS[cell.format].write_prefix if prefix is None else prefix
     other = "lora_somewhere_" if FORMATS[cell.format].flattened else "somewhere.else."
-    _rewrite(path, lambda tensors: {other + key.removeprefix(own): tensor for key, tensor in tensors.items()})
+    rewrite(path, lambda tensors: {other + key.removeprefix(own): tensor for key, tensor in tensors.items()})
 
 
 def _halved(cell: Cell, path: Path) -> None:
     adapter = read_lora(path)
     gone = next(iter(adapter.modules.values())).keys["B"]
-    _rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != gone})
+    rewrite(path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != gone})
 
 
 def _strange(cell: Cell, path: Path) -> None:
     key = next(iter(read_lora(path).modules.values())).keys["A"]
     stem = re.sub(r"\.(?:lora[._]\w+|down|lora_A\.default)(?:\.default)?(?:\.weight)?$", "", key)
-    _rewrite(path, lambda tensors: tensors | {f"{stem}.lora_gate.weight": tensors[key].clone()})
+    rewrite(path, lambda tensors: tensors | {f"{stem}.lora_gate.weight": tensors[key].clone()})
 
 
-_PREFIX = "an unknown prefix"
+_PREFIX, _UNDECLARED = "an unknown prefix", "a module that it does not declare"
 _KINDS = (
     _Kind("a module the model lacks", _absent),
     _Kind(_PREFIX, _renamed),
     _Kind("a file for another model", _foreign),
     _Kind("a module of another shape", _wider),
+    _Kind(_UNDECLARED, _beside),
     _Kind("half of a pair", _halved),
     _Kind("an unknown kind of key", _strange),
 )

@@ -239,13 +239,17 @@ def two_schemes(adapter: LoraAdapter) -> Iterator[Hazard]:
     original, own = (list(filter(kind.match, names)) for kind in (_ORIGINAL, _DIFFUSERS))
     if original and own:
         what = f"{count(len(original), 'module')} in the original model's names ({first_of(original)}), {len(own)} in "
-        yield Hazard(code="LH715", what=f"{what}diffusers' ({first_of(own)}): most readers of one kind leave out the other")
+        yield Hazard(
+            code="LH715", what=f"{what}diffusers' ({first_of(own)}): most readers of one kind leave out the other"
+        )
     if "qkv" not in (text := "\n".join(names).lower()) and "query_key_value" not in text:
         return
     fused, split = ({hit[1] or "": name for name in names if (hit := kind.match(name))} for kind in (_FUSED, _SPLIT))
     if both := sorted(fused.keys() & split.keys()):
         what = f"{printable(fused[both[0]], 80)} (q, k and v in one) stands beside {printable(split[both[0]], 80)}"
-        yield Hazard(code="LH715", what=f"{what}: they mean the same rows of one layer: a reader adds both, or leaves one out")
+        yield Hazard(
+            code="LH715", what=f"{what}: they mean the same rows of one layer: a reader adds both, or leaves one out"
+        )
 
 
 def scale_of_versions(adapter: LoraAdapter) -> Iterator[Hazard]:
