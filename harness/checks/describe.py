@@ -121,7 +121,7 @@ class NamedFinding:
     @cached_property
     def use(self) -> float | None:
         """The strength that makes up for what was measured: by the law, where the law agrees with the measurement."""
-        if not self.law or not self._unnamed:
+        if not self.law or not self._unnamed or self.cell.subject.strength_argument is None:
             return None
         pairs = [(t.alpha if t.alpha is not None else float(t.rank), t.rank) for t in self.example.targets]
         by_law, measured = self.law.prescription(pairs), self._measured_use(self.law)
@@ -265,4 +265,4 @@ def _use(argument: str | None, use: float | None) -> str:
         return "it takes no strength; the loader must be fixed"
     if use is None:
         return f"no single {argument} makes this file right; the loader must be fixed"
-    return f"{argument} = {use:g} for this file until it is fixed"
+    return f"{argument} = {use:g} for this file as trained, until it is fixed"
