@@ -148,10 +148,15 @@ class Cell:
 
     def reproduce(self, example: Example) -> str:
         """Return the command that repeats `example` in this cell."""
+        everything = {t.name for t in example.targets} == set(self.targets)
+        return f"{self.command} {example.as_options(everything=everything)}"
+
+    @property
+    def command(self) -> str:
+        """The command that checks this cell."""
         where = f"{shlex.quote(self.subject.spec)} --format {self.format} {self.bench.option}"
         where += f" --variant {self.variant_name}" if self.variant_name != "lora" else ""
-        everything = {t.name for t in example.targets} == set(self.targets)
-        return f"lora-harness check {where} {example.as_options(everything=everything)}"
+        return f"lora-harness check {where}"
 
     def verdict(self, check: str, outcome: Outcome, **fields: Any) -> Verdict:
         """Return a verdict of `check`, which is a family or one of the run's own, in this cell."""

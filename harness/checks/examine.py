@@ -21,12 +21,14 @@ from harness.checks.search import Search, observe, search, shrink
 from harness.checks.symptoms import Symptoms, unloaded
 from harness.checks.trial import run_trial
 from harness.example import Example
+from harness.isolation.subject import started_anew
 from harness.law.diagnosis import Diagnosis, agrees, diagnose, law_record
 from harness.law.probe import Probe
 from harness.verdict.verdict import LawRecord, Verdict
 
 _SCALE = "LH209"  # some law is wrong
 _OTHER_SCALES = "scales are off as well, which another fault explains: of their law nobody can say anything yet"
+_ALONE = "loaded first in a fresh process this file is right: what was loaded before it decides (see LH408)"
 _TURNS = 2  # of making plain and naming the law
 _STOPPED = frozenset({"LH901", "LH902", "LH903"})
 
@@ -71,7 +73,8 @@ def check_cell(
     law = law_record(diagnosis.law) if diagnosis.law else None
     on_measured(Measured(law, tuple(result.probes), labels))
     verdicts = list(_verdicts(cell, result, diagnosis, excused, plain))
-    yield from verdicts
+    loads = [finding for code, finding in plain.made.items() if code in result.counts] if plain else []
+    yield from (_told_if_hidden(cell, plan, verdict, loads) for verdict in verdicts)
     shown = {k for k in general for verdict in verdicts if k.names(verdict, short=short)}
     if plan.pins is None:
         for line in (k for k in known if k not in shown and not k.kinds):
@@ -161,6 +164,21 @@ def _diagnosis(cell: Cell, result: Search, excused: Callable[[Verdict], Verdict]
 
 def _diagnosed(probes: Sequence[Probe]) -> Diagnosis:
     return diagnose(probes, unloaded=unloaded(probes))
+
+
+def _told_if_hidden(cell: Cell, plan: Plan, verdict: Verdict, loads: Sequence[Sighting]) -> Verdict:
+    """Return the verdict; with the whole check as its reproduce line where a fresh process shows no fault.
+
+    What was loaded before decides then. `loads` are the faults that one load shows.
+    """
+    examples = (finding.observation.example for finding in loads if verdict.outcome == "failed")
+    example = next((each for each in examples if each.as_json() == verdict.counterexample), None)
+    if example is None or not started_anew(cell.asked) or observe(cell, example)[2]:
+        return verdict
+    whole = f"{cell.command} --max-examples {plan.examples_in(cell)} --seed {plan.seed}"
+    rows = tuple(row for row in verdict.rows if row[0] != "reproduce")
+    rows += (("alone", _ALONE), ("reproduce", whole))
+    return verdict.model_copy(update={"reproduce": whole, "rows": rows})
 
 
 def _verdicts(

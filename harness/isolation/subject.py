@@ -157,6 +157,15 @@ class Apart:
             kill_orphans()
 
 
+def started_anew(asked: object) -> bool:
+    """End the process that answers, so that a new one answers next; False where there is none of its own."""
+    if isinstance(asked, Timed):
+        return started_anew(asked.asked)
+    if isinstance(asked, Apart):
+        asked.close()
+    return isinstance(asked, Apart)
+
+
 def answer_orders(ends: Ends, begin: Callable[[], Answer], is_over: Callable[[], bool] = _goes_on) -> None:
     """Answer orders, as long as they come, with what `begin` returns once all is imported that the subject needs.
 

@@ -129,3 +129,27 @@ def test_of_many_blocks_the_first_and_the_tenth_are_tried_together() -> None:
             add(model, name, strength * scale * product)
 
     assert codes(load, benches=["qwen-image-deep"]) & {"LH204", "LH209"}
+
+
+def test_where_what_was_loaded_before_decides_the_line_to_reproduce_is_the_whole_check() -> None:
+    kept: dict[tuple[int, ...], list[Update]] = {}
+
+    def load(model: torch.nn.Module, path: Path, *, strength: float = 1.0) -> None:
+        found = list(updates(path))
+        for name, scale, product in kept.setdefault(tuple(product.numel() for _, _, product in found), found):
+            add(model, name, strength * scale * product)
+
+    verdicts = [verdict for verdict in check_loader(load, **PLACE) if not verdict.ok]
+    assert {verdict.code for verdict in verdicts} == {"LH408"}
+    for verdict in verdicts:
+        assert "loaded first in a fresh process this file is right" in verdict.text()
+        assert str(verdict.reproduce).endswith("--format comfyui --bench qwen-image --max-examples 2 --seed 0")
+
+
+def test_a_fault_of_one_load_is_reproduced_by_that_load() -> None:
+    def load(model: torch.nn.Module, path: Path, *, strength: float = 1.0) -> None:
+        for name, scale, product in updates(path):
+            add(model, name, 2 * strength * scale * product)
+
+    (verdict,) = (verdict for verdict in check_loader(load, **PLACE) if not verdict.ok)
+    assert "--strength 1 --dtype float32" in str(verdict.reproduce)
