@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from harness.doctor.answer import Question
 from harness.doctor.traits import Traits
-from harness.files import with_alpha
+from harness.files import LoraAdapter, with_alpha
 
 _SEEN_CHARACTERS = 200
 _MUSUBI = ("wan", "framepack", "qwen_image", "zimage", "kandinsky", "flux_2", "hv_1_5", "krea2", "ideogram4", "hidream")
@@ -37,11 +37,18 @@ def with_rule(traits: Traits, asked: Question) -> Question:
     return replace(asked, as_rank=rule is not None, supposed=rule is not None and rule.startswith("if "))
 
 
+def unused_alpha(adapter: LoraAdapter, lora_alpha: float | None) -> str:
+    """Say that an alpha which was given is not needed; empty where none was, or it is."""
+    if lora_alpha is None or with_alpha(adapter, lora_alpha) is not adapter:
+        return ""
+    has_own = any(module.alpha for module in adapter.modules.values())
+    return f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha" if has_own else ""
+
+
 def about_alpha(traits: Traits, lora_alpha: float | None = None) -> Iterator[str]:
     """Say what a file without alpha may mean, in numbers; of one with alpha, that none was needed."""
-    unused = lora_alpha is not None and with_alpha(traits.adapter, lora_alpha) is traits.adapter
-    if unused and any(module.alpha for module in traits.modules):
-        yield f"--lora-alpha {lora_alpha:g} is not used: the file has its own alpha"
+    if unused := unused_alpha(traits.adapter, lora_alpha):
+        yield unused
     if not _is_without(traits, lora_alpha):
         return
     if two := traits.adapter.alpha_by_release:

@@ -14,6 +14,8 @@ from harness.text import read_toml
 from harness.verdict import codes
 from harness.verdict.codes import Code
 
+_NAME = re.compile(r"\S*\w[._]\w+[._]\w\S*")  # of a tensor or a layer: dots or underscores on both sides of a word
+_ERROR = "error"
 _TABLE = Path(codes.__file__).with_name("examples.toml")
 
 
@@ -52,11 +54,17 @@ def symptoms() -> Mapping[str, list[str]]:
 
 
 def symptoms_of(text: str) -> list[str]:
-    """Return the symptoms that a question in a user's own words is about: those that it names, else by other words."""
-    words = re.findall(r"\w+", text.lower().replace("n't", " not"))
+    """Return the symptoms that a question in a user's own words is about: those that it names, else by other words.
+
+    What is called after a tensor says nothing, and that it is an error no more than the rest of the words does.
+    """
+    words = re.findall(r"\w+", _NAME.sub(" ", text.lower()).replace("n't", " not"))
     named = [each for each in symptoms() if _is_said(each, words) or text.lower() in each]
+    if set(named) - {_ERROR}:
+        return named
     also: Mapping[str, str] = _examples()["also"]
-    return named or list(dict.fromkeys(symptom for phrase, symptom in also.items() if _is_said(phrase, words)))
+    said = sorted((phrase for phrase in also if _is_said(phrase, words)), key=lambda each: -len(each.split()))
+    return list(dict.fromkeys([*(also[phrase] for phrase in said), *named]))
 
 
 def _is_said(phrase: str, words: list[str]) -> bool:

@@ -189,3 +189,9 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     assert "lossless" in result.output
     again = CliRunner().invoke(command, [*arguments, "--force", "--json"])
     assert json.loads(again.output)["modules"] == 2
+
+
+def test_an_alpha_that_is_given_and_not_needed_is_said(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x", "kohya", {"a.b": LoraWeights(torch.ones(2, 4), torch.ones(3, 2), 1.0)})
+    (note,) = repair_file(path, "kohya", tmp_path / "new", lora_alpha=8.0).notes[-1:]
+    assert note == "--lora-alpha 8 is not used: the file has its own alpha"

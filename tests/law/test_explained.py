@@ -27,6 +27,11 @@ from harness.verdict.codes import CODES
         ("works in comfyui but not in diffusers", "does not work"),
         ("stacking two loras", "second lora"),
         ("unfuse does not restore the base", "stays after unloading"),
+        ("lora key not loaded: lora_unet_double_blocks_0_img_mlp_fc1.alpha", "no effect"),
+        ("UserWarning: Found missing adapter keys while loading the checkpoint", "target modules"),
+        ("ERROR lora blocks.16.self_attn.q.weight shape '[5, 5]' is invalid for input of size 9", "wrong model"),
+        ("the output is the same with and without the lora", "no effect"),
+        ("works at 0.03 but not at 1.0", "wrong strength"),
     ],
 )
 def test_what_people_say_is_a_symptom(asked: str, symptom: str) -> None:

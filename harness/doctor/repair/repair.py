@@ -88,11 +88,13 @@ def repair_file(
             effect; nothing is left behind then.
     """
     from harness.doctor.mending import not_read
+    from harness.doctor.trainers import unused_alpha
 
     options = dataclasses.replace(options or RepairOptions(), **fields)
     if options.scale is not None and options.lora_alpha is not None:
         raise UserError("scale and lora_alpha say the same in two ways: give one of them")
-    adapter = with_alpha(read_lora(lora), options.lora_alpha)
+    read = read_lora(lora)
+    adapter = with_alpha(read, options.lora_alpha)
     target = _target(adapter, to, Path(out), options.force)
     layers = _layers(options.model_names)
     gain = gain_of(options.loader, to) if options.loader else Gain()
@@ -102,7 +104,7 @@ def repair_file(
         written = _written(folder / target.name, to, _content(adapter, to, plan))
         errors = proved(adapter, written, plan, gain)
         _moved(written, target)
-    unread = not_read(target, to, named=layers is not None)
+    more = filter(None, (not_read(target, to, named=layers is not None), unused_alpha(read, options.lora_alpha)))
     scales = [scale for module in plan.modules for scale in module.scales.values()] or [1.0]
     return RepairReport(
         path=str(target),
@@ -115,7 +117,7 @@ def repair_file(
         measured=gain.measured,
         rounded=sum(error > 0 for error in errors),
         error=max(errors, default=0.0),
-        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers), *([unread] if unread else [])),
+        notes=(*_notes(gain, plan, errors), *notes_on(adapter, layers), *more),
     )
 
 
