@@ -100,7 +100,8 @@ def _switched_off(wrong: Sequence[Probe], right: Sequence[Probe]) -> tuple[str, 
     for code, what, size in _SMALL:
         largest, others = max(map(size, wrong)), {size(p) for p in right}
         if len(others) >= _DIFFERENT and largest < min(others):
-            return code, Trait(f"{what} of {largest:.4g} or less counts as 0", "small")
+            words = f"{what} of {largest:.4g} or less counts as 0 (right from {min(others):.4g} on)"
+            return code, Trait(words, "small")
     return None
 
 

@@ -206,9 +206,21 @@ def test_a_cap_on_either_side_or_both_is_said_with_its_sign(scale: Callable[[flo
 @pytest.mark.parametrize(
     ("scale", "code", "words"),
     [
-        (lambda p: p.expected if abs(p.strength) > 0.3 else 0.0, "LH207", "a strength of 0.25 or less counts as 0"),
-        (lambda p: p.expected if abs(p.alpha or 1) > 0.7 else 0.0, "LH205", "an alpha of 0.625 or less counts as 0"),
-        (lambda p: p.expected if abs(p.expected) > 0.03 else 0.0, "LH209", "a scale of 0.02604 or less counts as 0"),
+        (
+            lambda p: p.expected if abs(p.strength) > 0.3 else 0.0,
+            "LH207",
+            "a strength of 0.25 or less counts as 0 (right from 0.5 on)",
+        ),
+        (
+            lambda p: p.expected if abs(p.alpha or 1) > 0.7 else 0.0,
+            "LH205",
+            "an alpha of 0.625 or less counts as 0 (right from 2.75 on)",
+        ),
+        (
+            lambda p: p.expected if abs(p.expected) > 0.03 else 0.0,
+            "LH209",
+            "a scale of 0.02604 or less counts as 0 (right from 0.05208 on)",
+        ),
     ],
 )
 def test_a_small_number_that_counts_as_0_is_named(scale: Scale, code: str, words: str) -> None:
