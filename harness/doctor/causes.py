@@ -39,7 +39,8 @@ def _strength_cause(found: FileDiagnosis) -> Cause:
         f"{each.tool.name} {each.says}" for each in found.answers.values()
         if each.effect == "factor" or (each.gain and max(map(abs, each.gain)) > 1.5) or each.strength not in (None, 1.0)
     ]  # fmt: skip
-    if "none" in found.traits.alphas and found.question.lora_alpha is None and not found.question.as_rank:
+    known = found.question.lora_alpha is not None or (found.question.as_rank and not found.question.supposed)
+    if "none" in found.traits.alphas and not known:
         wrong.insert(
             0, "the file has no alpha: if its training's was below the rank, 1 is rank / alpha times too strong"
         )

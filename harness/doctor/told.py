@@ -114,7 +114,7 @@ def _what_to_check(found: FileDiagnosis, given: Answer) -> str:
     if given.modules == BY_NAME:
         left = f"there is no {given.tool.log}" if given.tool.log else "it changes what comes out at all"
         return f"see that {left}" + ("" if found.held else ", or ask again with --base")
-    return "nothing else"
+    return "if that is what you passed, try the causes below, from the first on" if found.saw else "nothing else"
 
 
 def _once_alpha_is_known(found: FileDiagnosis, given: Answer) -> str | None:

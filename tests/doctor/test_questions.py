@@ -316,3 +316,12 @@ def test_models_of_hunyuan_are_told_by_their_width(width: int, model: str, tmp_p
     layers = ["double_blocks_0_img_attn_q", "double_blocks_0_img_mod_linear"]
     told = dict(lines(diagnose(written(tmp_path, pairs(layers, width, halves=DOWN, prefix="lora_unet_")))))
     assert told["file"].startswith(f"{model} LoRA")
+
+
+def test_who_has_a_complaint_is_not_told_to_do_nothing(tmp_path: Path) -> None:
+    layers = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_k"]
+    path = written(tmp_path, pairs(layers, 3072, prefix="transformer."))
+    told = [dict(lines(diagnose(path, tool="diffusers", saw=saw))) for saw in (None, "noise")]  # type: ignore[arg-type]
+    assert told[0]["do"] == "nothing else"
+    assert told[1]["do"] == "if that is what you passed, try the causes below, from the first on"
+    assert "1 is rank / alpha times too strong" in told[1]["cause 1"]
