@@ -18,7 +18,7 @@ function serve(answer) {
   });
 }
 
-const SIZES = { F32: 4, F16: 2, BF16: 2 };
+const SIZES = { F32: 4, F16: 2, BF16: 2, I64: 8 }; // alpha may be an integer
 
 function bits(value) {
   const view = new DataView(new ArrayBuffer(4));
@@ -56,6 +56,7 @@ const READ = {
   F32: (data, at) => data.readFloatLE(at),
   F16: (data, at) => half(data.readUInt16LE(at)),
   BF16: (data, at) => float(data.readUInt16LE(at) * 65536),
+  I64: (data, at) => Number(data.readBigInt64LE(at)),
 };
 const WRITE = {
   F32: (data, at, value) => data.writeFloatLE(value, at),
@@ -69,6 +70,7 @@ function open(path) {
   delete header.__metadata__;
   return Object.fromEntries(
     Object.entries(header).map(([name, { dtype, shape, data_offsets: [start, end] }]) => {
+      if (!SIZES[dtype]) throw new Error(`${name}: dtype ${dtype} is not supported`);
       const data = file.subarray(8 + length + start, 8 + length + end);
       const values = () => Float64Array.from({ length: data.length / SIZES[dtype] }, (_, i) => READ[dtype](data, i * SIZES[dtype]));
       return [name, { dtype, shape, values }];

@@ -24,11 +24,14 @@ from harness.example import Example
 from harness.isolation.subject import started_anew
 from harness.law.diagnosis import Diagnosis, agrees, diagnose, law_record
 from harness.law.probe import Probe
+from harness.law.traits import Trait
 from harness.verdict.verdict import LawRecord, Verdict
 
 _SCALE = "LH209"  # some law is wrong
 _OTHER_SCALES = "scales are off as well, which another fault explains: of their law nobody can say anything yet"
 _ALONE = "loaded first in a fresh process this file is right: what was loaded before it decides (see LH408)"
+_OVERLAPPING = "patterns overlapping"
+_SEVERAL = Trait("several patterns of the configuration fit a module, of which PEFT takes the first", "file")
 _TURNS = 2  # of making plain and naming the law
 _STOPPED = frozenset({"LH901", "LH902", "LH903"})
 
@@ -159,7 +162,18 @@ def _diagnosis(cell: Cell, result: Search, excused: Callable[[Verdict], Verdict]
         diagnosis = _diagnosed(result.probes)
     wrong = plain.made.get(_SCALE)
     shown = probes_of(wrong.observation, cell) if wrong else ()
-    return diagnosis if agrees(diagnosis, list(shown)) else Diagnosis(None, _SCALE)
+    return _by_patterns(diagnosis if agrees(diagnosis, list(shown)) else Diagnosis(None, _SCALE), result)
+
+
+def _by_patterns(diagnosis: Diagnosis, result: Search) -> Diagnosis:
+    """Return another diagnosis where only files of which several patterns fit a module are wrong: one of them is taken.
+
+    The factor between the values of two patterns is no law.
+    """
+    wrong = [labels for labels, codes, _ in result.wrong if _SCALE in codes]
+    if diagnosis.trait is None or not wrong or not all(_OVERLAPPING in labels for labels in wrong):
+        return diagnosis
+    return Diagnosis(None, "LH204", _SEVERAL)
 
 
 def _diagnosed(probes: Sequence[Probe]) -> Diagnosis:

@@ -24,7 +24,7 @@ def named(scales: list[float], expected: list[float], *, strength: float = 1.0, 
     observation: Any = Stub(example=Example(targets, strength=strength), fits=fits)
     finding: Any = Stub(code="LH209", check="", family="scale", observation=observation)
     diagnosis: Any = Stub(law=IGNORES, code="LH202", family="scale", trait=None)
-    return NamedFinding(Stub(), finding, diagnosis)  # type: ignore[arg-type]
+    return NamedFinding(Stub(subject=Stub(strength_argument="strength")), finding, diagnosis)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

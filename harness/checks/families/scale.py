@@ -60,7 +60,7 @@ _SAID_AGAIN = replace(_AFTER_ANOTHER, steps=(load(0.25), load()))
 @judges(
     "scale",
     finds="the law: alpha not divided, ignored, one for all modules, truncated, applied twice",
-    codes=("LH201", "LH202", "LH203", "LH204", "LH205", "LH206", "LH208", "LH209"),
+    codes=("LH201", "LH203", "LH204", "LH205", "LH206", "LH208", "LH209"),
 )
 def check_scale(observation: Observation) -> list[Sighting]:
     """LH209 (named later from the law) for modules, or slices of them, whose measured scale is not the expected one."""

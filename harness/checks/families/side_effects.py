@@ -56,7 +56,7 @@ def check_side_effects(observation: Observation) -> list[Sighting]:
     return found
 
 
-@follows("side_effects", finds="a second load, a second LoRA", codes=("LH402", "LH405", "LH408"))
+@follows("side_effects", finds="a second load, a second LoRA", codes=("LH402", "LH405"))
 def check_second_load(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH402: a second load gives neither the effect of one nor twice that. LH405: two LoRAs neither add up nor swap."""
     wrong = tuple(first_wrong(cell, once, _SECOND_LOADS, may_raise=True))
