@@ -50,10 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def seconds(text: str) -> float:
     """Read the seconds of an option; argparse tells what is none by the name of this function."""
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
+    found = float(text)
+    if not 0 < found < float("inf"):
         raise ValueError(text)
-    return seconds
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:

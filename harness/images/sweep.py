@@ -155,7 +155,7 @@ def run_sweeps(subjects: Sequence[Subject], options: SweepOptions, hearer: Heare
     if not drawn:
         return
     at_once = options.workers
-    if drawn[0].studios[0].opened.device.type == "cuda":
+    if drawn[0].on_cuda:
         at_once = 1 if can_fork(gpu=True) else 0
     total = sum(2 * len(each.strengths) + 10 for each in drawn)
     with determinism() as flags, _progress(options.progress, total) as step:
@@ -207,9 +207,14 @@ class _Drawn:
         return cls(index, subject, options, strengths, studios, hearer)
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether the pictures are drawn on CUDA."""
+        return self.studios[0].opened.device.type == "cuda"
+
+    @property
     def apart(self) -> bool:
         """Whether the subject runs in a child."""
-        return self.options.workers > 0 and self.studios[0].opened.device.type in ("cpu", "cuda")
+        return self.options.workers > 0 and (self.on_cuda or self.studios[0].opened.device.type == "cpu")
 
     def draw(self, channel: Channel) -> None:
         """Draw, and send each row, each reference and the result."""
@@ -227,7 +232,7 @@ class _Drawn:
                     is_over=subject.is_over,
                     apart=apart,
                     memory_limit=memory,
-                    gpu=memory is None,
+                    gpu=self.on_cuda,
                 ) as asked,
             ):
                 result = self._recorder(channel, asked).run(self.strengths, started)

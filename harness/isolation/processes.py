@@ -45,7 +45,10 @@ def can_fork(*, gpu: bool = False) -> bool:
 def _is_refused_to_children(torch: Any) -> bool:
     """Ask torch in a child whether CUDA was opened before it was forked."""
     if (pid := fork()) == 0:
-        os._exit(bool(torch.cuda._is_in_bad_fork()))
+        try:
+            os._exit(bool(torch.cuda._is_in_bad_fork()))
+        finally:  # a child that goes on would be this process once more
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
 
 

@@ -42,6 +42,7 @@ _SET_LATER = (
 )
 _SET_ALL = _SET_LATER[:1]
 _LARGE = 16  # alpha / rank
+_MOST_WHOLE = 2.0**24  # of float32: alphas above it, infinite ones and NaN are no integers of a file
 _NEGATIVE = Scenario(
     "LH207",
     (load(), set_strength(-0.5)),
@@ -76,8 +77,7 @@ def check_scale(observation: Observation) -> list[Sighting]:
 @follows("strength", finds="ignored, zero or negative not honoured, set later, another default", codes=("LH207",))
 def check_strength(cell: Cell, once: Observation, dtypes: tuple[str, ...]) -> Iterator[Sighting]:
     """LH207 when a strength set without loading again is not honoured, or the one that nobody says is not 1."""
-    set_later = tuple(first_wrong(cell, once, _SET_LATER))
-    set_later = set_later or tuple(_set_at_another_scale(cell, once))
+    set_later = tuple(first_wrong(cell, once, _SET_LATER)) or tuple(_set_at_another_scale(cell, once))
     yield from set_later or first_wrong(cell, once, [_NEGATIVE], may_raise=True)  # some take none below zero
     if once.example.strength == 1:
         yield from first_wrong(cell, once, _BY_DEFAULT, may_raise=True)  # some loaders have no default
@@ -110,7 +110,7 @@ def check_whole_alpha(cell: Cell, once: Observation, dtypes: tuple[str, ...]) ->
 
 
 def _is_whole(alpha: float | None) -> bool:
-    return alpha is not None and alpha != 0 and alpha == int(alpha)
+    return alpha is not None and 0 < abs(alpha) < _MOST_WHOLE and float(alpha).is_integer()
 
 
 def _with_whole_alphas(path: Path) -> None:
